@@ -1,0 +1,50 @@
+"""Two tasks on one trunk: emoji drawings with their names, and masked drawings.
+
+    python -m mmjax.data.build emoji
+    python -m mmjax.train --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    emoji = {"name": "tfds", "dataset": "emoji"}
+    train, drawings, concepts = ({**emoji, "split": s} for s in ("train", "test_drawing", "test_concept"))
+    layer = {"name": "transformer", "heads": 4, "hidden": 768}
+
+    config = ConfigDict()
+    config.steps = 600
+    config.seed = 0
+    config.modalities = {
+        "image": {"name": "image", "patch": 8},
+        "text": {"name": "text", "tokenizer": "emoji/1.0.0/tokenizer.model", "vocabulary": 2048},
+    }
+    config.model = {"width": 192, "groups": [{"repeat": 6, "pattern": [layer]}]}
+    config.tasks = {
+        "image_text": {
+            "source": train,
+            "inputs": {"image": {"size": 40, "crop": 0.7}, "text": {"field": "caption", "length": 16}},
+            "objective": {"name": "contrastive", "between": ["image", "text"], "concept": "concept", "joint": 128},
+            "batch": 256,
+            "share": 2,
+            "evaluators": {
+                "drawings": {"name": "retrieval", "source": drawings},
+                "concepts": {"name": "retrieval", "source": concepts},
+                "groups": {"name": "zero_shot", "source": drawings, "names": train},
+                "groups_of_new_concepts": {"name": "zero_shot", "source": concepts, "names": train},
+            },
+        },
+        "masked_image": {
+            "source": train,
+            "inputs": {"image": {"size": 64, "crop": 0.7, "flip": True}},
+            "objective": {"name": "masked_image"},
+            "batch": 128,
+            "share": 1,
+            "evaluators": {"concepts": {"name": "held_out_loss", "source": concepts}},
+        },
+    }
+    config.schedule = {"rule": "shares"}
+    config.optimizer = {"name": "adamw", "learning_rate": 1e-3, "warmup": 50, "weight_decay": 0.05, "clip": 1.0}
+    config.checkpoint = {"every": 200, "keep": 2}
+    config.evaluation = {"every": 0, "batch": 256}
+    return config

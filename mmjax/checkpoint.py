@@ -1,0 +1,210 @@
+"""Checkpoints: Orbax, asynchronous, under canonical names, with the clock and the config as data.
+
+`WORKDIR/checkpoints/STEP/` holds `state` (arrays) and `meta` (JSON: format, clock, config, identities of
+the data, versions). A step folder gets its name only when all of it is written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from mmjax.errors import UserError
+
+FORMAT = 1
+FOLDER = "checkpoints"
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save.
+
+    Attributes:
+      every: steps between checkpoints; the last step is always saved.
+      keep: how many of the newest stay.
+    """
+
+    every: int = 500
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A checkpoint: its step, its state in canonical form, and its meta data."""
+
+    step: int
+    state: Any
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, for writing; leaving the `with` block waits for what is under way."""
+
+    def __init__(self, workdir: epath.Path, config: CheckpointConfig):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep, create=True, enable_async_checkpointing=True, step_prefix=None
+        )
+        self._manager = ocp.CheckpointManager(workdir / FOLDER, options=options, item_names=("state", "meta"))
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+        """Begin to save; the arrays are copied before it returns, the rest goes on in the background."""
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(_without_empty(state)), meta=ocp.args.JsonSave({"format": FORMAT, **meta})
+        )
+        self._manager.save(step, args=arguments, force=True)
+
+    def check(self) -> None:
+        """Raise what went wrong in a save in the background."""
+        self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+
+def steps(workdir: epath.Path) -> list[int]:
+    """Steps of the finished checkpoints, newest first."""
+    folder = workdir / FOLDER
+    if not folder.exists():
+        return []
+    return sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
+
+
+def read_meta(workdir: epath.Path, step: int) -> dict[str, Any]:
+    """The meta data of a checkpoint; `ValueError` if it is torn, `UserError` if it is of a newer format."""
+    try:
+        meta = json.loads((workdir / FOLDER / str(step) / "meta" / "metadata").read_text())
+    except OSError as error:
+        raise ValueError(f"no meta data: {error}") from error
+    if meta["format"] > FORMAT:
+        raise UserError(
+            f"Checkpoint {workdir / FOLDER / str(step)} has format {meta['format']}; this mmjax reads up to {FORMAT}. "
+            "Install a newer mmjax."
+        )
+    return dict(meta)
+
+
+def read_shapes(workdir: epath.Path, step: int) -> dict[str, dict[str, Any]]:
+    """Shapes and dtypes of what a checkpoint holds: `{"parameters": {canonical name: ...}, ...}`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(workdir / FOLDER / str(step) / "state")
+    tree = getattr(metadata, "item_metadata", metadata)
+    tree = getattr(tree, "tree", tree)
+    return dict(tree)
+
+
+def read_state(workdir: epath.Path, step: int, abstract: Mapping[str, Any]) -> Any:
+    """Arrays of a checkpoint, as `abstract` asks (shardings included); parts that it leaves out are not read."""
+    wanted = _without_empty(abstract)
+    restore_args = jax.tree.map(_restore_args, wanted)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+        state = checkpointer.restore(workdir / FOLDER / str(step) / "state", args=arguments)
+    return {part: state.get(part, {}) for part in abstract}
+
+
+def _restore_args(leaf: Any) -> Any:
+    if getattr(leaf, "sharding", None) is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+
+
+def _without_empty(tree: Mapping[str, Any]) -> dict[str, Any]:
+    # Orbax does not store empty dicts, and refuses to restore them.
+    return {part: leaves for part, leaves in tree.items() if leaves}
+
+
+def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+    """Compare shapes and dtypes by name; the error lists parameter path, expected and found."""
+    wrong = []
+    for part in expected:
+        have = _flat(found.get(part, {}))
+        for name, leaf in _flat(expected[part]).items():
+            stored = have.get(name)
+            if stored is None:
+                wrong.append(f"{part}/{name}: expected {_words(leaf)}, found nothing")
+            elif tuple(stored.shape) != tuple(leaf.shape) or stored.dtype != leaf.dtype:
+                wrong.append(f"{part}/{name}: expected {_words(leaf)}, found {_words(stored)}")
+    if wrong:
+        more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        lines = "\n  ".join(wrong[:8])
+        raise UserError(f"Checkpoint {where} does not fit this config:\n  {lines}{more}\nUse another --workdir.")
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(str(getattr(k, "key", k)) for k in path): leaf for path, leaf in pairs}
+
+
+def _words(leaf: Any) -> str:
+    return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def restore_latest(
+    workdir: epath.Path,
+    abstract: Mapping[str, Any],
+    accept: Callable[[int, dict[str, Any]], None],
+    say: Callable[[str], None],
+    may_be_new: Callable[[str, dict[str, Any]], bool],
+) -> Restored | None:
+    """The newest checkpoint that can be read; torn ones are set aside, aloud.
+
+    Args:
+      workdir: the run's folder.
+      abstract: shapes, dtypes and shardings of the wanted state, in canonical form.
+      accept: `accept(step, meta)` may refuse a checkpoint by raising a `UserError` before its arrays are read.
+      say: tells the person.
+      may_be_new: `may_be_new(name, meta)`: whether a parameter may be absent; it is left out of the result.
+    """
+    for step in steps(workdir):
+        where = workdir / FOLDER / str(step)
+        try:
+            meta = read_meta(workdir, step)
+            accept(step, meta)
+            found = read_shapes(workdir, step)
+            wanted = _without_new(abstract, found, meta, may_be_new)
+            check_shapes(found, wanted, str(where))
+            return Restored(step, read_state(workdir, step, wanted), meta)
+        except UserError:
+            raise
+        except Exception as error:
+            # Whatever Orbax and TensorStore raise for files that are cut or gone.
+            aside = _set_aside(where)
+            first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            say(f"Checkpoint {step} cannot be read ({first}). Moved to {aside}; trying the one before it.")
+    return None
+
+
+def _without_new(
+    abstract: Mapping[str, Any], found: Mapping[str, Any], meta: dict[str, Any], may_be_new: Any
+) -> dict[str, Any]:
+    return {
+        part: {n: leaf for n, leaf in leaves.items() if n in found.get(part, {}) or not may_be_new(n, meta)}
+        for part, leaves in abstract.items()
+    }
+
+
+def _set_aside(where: epath.Path) -> epath.Path:
+    aside = where.parent.parent / "torn" / where.name
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    number = 0
+    while aside.exists():
+        number += 1
+        aside = aside.parent / f"{where.name}.{number}"
+    where.rename(aside)
+    return aside

@@ -1,0 +1,34 @@
+"""The console command: `mmjax train|evaluate|show|build ...` calls the mains of the modules."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from mmjax import errors
+from mmjax.errors import UserError, nearest
+
+COMMANDS = {
+    "train": "mmjax.train",
+    "evaluate": "mmjax.evaluate",
+    "show": "mmjax.show",
+    "build": "mmjax.data.build",
+}
+
+
+def main() -> None:
+    """Run the command that the first argument names, with the arguments behind it."""
+    errors.run(_run)
+
+
+def _run() -> int | None:
+    usage = "usage: mmjax {" + ",".join(COMMANDS) + "} ...  (each takes --help)"
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(usage)
+        return 0
+    command = sys.argv[1]
+    if command not in COMMANDS:
+        raise UserError(f"no command '{command}'.{nearest(command, COMMANDS)} {usage}")
+    sys.argv = [f"mmjax {command}", *sys.argv[2:]]
+    result: int | None = importlib.import_module(COMMANDS[command]).main()
+    return result

@@ -1,0 +1,236 @@
+"""Configs: read a file, apply overrides, check every key, compare with a saved one.
+
+A config is plain data (JSON values). The schema is the code itself: a block with a `name` resolves to
+`mmjax/<kind>/<name>.py`, and its other keys are the fields of the dataclass found there.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import json
+import pkgutil
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, Union
+
+from mmjax.errors import UserError, nearest
+
+T = TypeVar("T")
+Block = dict[str, Any]
+
+# The first pattern that matches a dotted key gives its class; see `compare`.
+KEY_CLASSES: tuple[tuple[str, str], ...] = (
+    (r"(steps|log|checkpoint|mesh|loader|limits|evaluation)(\.|$)", "free"),
+    (r"model\.remat$|tasks\.\w+\.evaluators(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$", "free"),
+    (r"schedule(\.|$)|optimizer\.(?!name$)", "schedule"),
+    (r"tasks\.\w+\.(share|batch|inputs|objective)(\.|$)", "schedule"),
+    (r"", "structural"),
+)
+
+
+def read_file(path: str) -> Block:
+    """The dict made by `get_config()` of a Python config file; `file.py:argument` passes a string."""
+    file, _, argument = path.partition(":")
+    if not Path(file).is_file():
+        raise UserError(f"No config file '{file}'. Give --config the path of a file with get_config().")
+    spec = importlib.util.spec_from_file_location(f"mmjax_config_{Path(file).stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"Config file '{file}' has no function get_config().")
+    config = module.get_config(argument) if argument else module.get_config()
+    return plain(config.to_dict() if hasattr(config, "to_dict") else config, "config")
+
+
+def plain(value: Any, where: str) -> Any:
+    """`value` as JSON data (tuples become lists); anything else is an error naming the key."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise UserError(f"{where} is a {type(value).__name__}; config values are JSON data. Name it instead.")
+
+
+def override(config: Block, assignments: Sequence[str]) -> Block:
+    """`config` with `a.b=value` assignments applied; values are Python literals, else strings.
+
+    A key may be new to the file (a default); unknown ones are found later, by the schema.
+    """
+    config = json.loads(json.dumps(config))
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--config.{assignment}: write --config.KEY=VALUE.")
+        *parents, last = key.split(".")
+        block = config
+        for depth, name in enumerate(parents):
+            block = block.setdefault(name, {})
+            if not isinstance(block, dict):
+                raise UserError(f"--config.{key}: '{'.'.join(parents[: depth + 1])}' is a value, not a block.")
+        block[last] = plain(_literal(text), key)
+    return config
+
+
+def _literal(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+# --- names -------------------------------------------------------------------------------------
+
+
+def names(kind: str) -> list[str]:
+    """Names that a config may use for `kind`: the modules of the package `mmjax.<kind>`."""
+    package = importlib.import_module(f"mmjax.{kind}")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+
+
+def add_folder(folder: str) -> None:
+    """Let configs also name modules under `folder/<kind>/NAME.py` (code that a person passes by hand)."""
+    if not Path(folder).is_dir():
+        raise UserError(f"--extra={folder}: no such folder.")
+    for inner in sorted(p for p in Path(folder).iterdir() if p.is_dir()):
+        if importlib.util.find_spec(f"mmjax.{inner.name}") is not None:
+            package = importlib.import_module(f"mmjax.{inner.name}")
+            package.__path__.append(str(inner))
+
+
+def resolve(kind: str, name: str, where: str) -> Any:
+    """The object that module `mmjax/<kind>/<name>.py` defines under its own name, in CamelCase."""
+    if name not in names(kind):
+        raise UserError(f"{where}.name: no '{name}' in mmjax/{kind}.{nearest(name, names(kind))}")
+    module = importlib.import_module(f"mmjax.{kind}.{name}")
+    return getattr(module, "".join(part.capitalize() for part in name.split("_")))
+
+
+def component(kind: str, block: Mapping[str, Any], where: str, **extra: Any) -> Any:
+    """Build the component that `block` names: `{name: ..., **fields}`; `extra` are fields set by code."""
+    if "name" not in block:
+        raise UserError(f"{where}: 'name' is missing.{nearest('', names(kind))}")
+    cls = resolve(kind, block["name"], where)
+    return build(cls, {k: v for k, v in block.items() if k != "name"} | extra, where)
+
+
+# --- schema ------------------------------------------------------------------------------------
+
+
+def build(cls: type[T], block: Mapping[str, Any], where: str) -> T:
+    """A dataclass from a block: unknown, missing and wrongly typed keys are errors that name them."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in block:
+        if key not in fields:
+            raise UserError(f"Unknown config key '{where}.{key}'.{nearest(key, fields)}")
+    values = {}
+    for name, field in fields.items():
+        if name in block:
+            values[name] = _checked(block[name], hints[name], f"{where}.{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"Config key '{where}.{name}' is missing ({_type_name(hints[name])}).")
+    return cls(**values)
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the annotated type: ints are floats too, lists become tuples, blocks dataclasses."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _checked(value, next(a for a in arguments if a is not type(None)), where)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return build(typing.cast(type, hint), value, where)
+    if origin is dict and isinstance(value, Mapping):
+        return {k: _checked(v, arguments[1], f"{where}.{k}") for k, v in value.items()}
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_checked(v, arguments[0], f"{where}[{i}]") for i, v in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and (hint is not int or not isinstance(value, bool)):
+        return value
+    raise UserError(f"Config key '{where}' is {value!r}; expected {_type_name(hint)}.")
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+# --- comparing with a saved config -------------------------------------------------------------
+
+
+def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, leaf) pairs of a config; lists of plain values are leaves."""
+    if isinstance(config, Mapping) and config:
+        for key in sorted(config):
+            yield from flat(config[key], f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(config, list) and any(isinstance(v, Mapping) for v in config):
+        for index, value in enumerate(config):
+            yield from flat(value, f"{prefix}.{index}")
+    else:
+        yield prefix, config
+
+
+def key_class(key: str) -> str:
+    """`free`, `schedule` or `structural`: what a change of this key means for a run that exists."""
+    return next(kind for pattern, kind in KEY_CLASSES if re.match(pattern, key))
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One key that differs between the saved config and the new one; None where it is absent."""
+
+    key: str
+    kind: str
+    saved: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} ({self.kind}): saved {self.saved!r}, now {self.new!r}"
+
+
+def compare(saved: Block, new: Block) -> list[Difference]:
+    """Differences by key; adding or removing a whole task counts as `schedule`."""
+    old_leaves, new_leaves = dict(flat(saved)), dict(flat(new))
+    moved = set(saved.get("tasks", {})) ^ set(new.get("tasks", {}))
+    found = []
+    for key in sorted(old_leaves.keys() | new_leaves.keys()):
+        before, after = old_leaves.get(key), new_leaves.get(key)
+        if before != after:
+            whole_task = key.startswith("tasks.") and key.split(".")[1] in moved
+            found.append(Difference(key, "schedule" if whole_task else key_class(key), before, after))
+    return found
+
+
+def check_compatible(saved: Block, new: Block, allow_change: bool) -> list[Difference]:
+    """Differences that the run may take up; structural ones, or schedule ones not allowed, raise."""
+    differences = compare(saved, new)
+    structural = [d for d in differences if d.kind == "structural"]
+    if structural:
+        lines = "\n  ".join(map(str, structural))
+        raise UserError(
+            "This workdir holds a run of another config; these keys fix its parameters or data:\n  "
+            f"{lines}\nUse another --workdir, or the saved values."
+        )
+    schedule = [d for d in differences if d.kind == "schedule"]
+    if schedule and not allow_change:
+        lines = "\n  ".join(map(str, schedule))
+        raise UserError(
+            f"The config changes the course of the run in this workdir:\n  {lines}\n"
+            "Add --allow_change to start a new segment with it, or use another --workdir."
+        )
+    return differences

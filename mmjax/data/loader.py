@@ -1,0 +1,159 @@
+"""Batches along the known schedule: read and preprocessed ahead by Grain, placed on the mesh.
+
+A batch is a pure function of (schedule, positions, step). Grain gives threads and read-ahead below that;
+its own state is never saved. A process reads only the rows that its devices hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from mmjax.data import order
+from mmjax.errors import UserError
+from mmjax.source import Examples
+from mmjax.state import Clock
+from mmjax.task import RowSpec, Task
+
+Rows = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """Host work.
+
+    Attributes:
+      threads: threads that read and preprocess.
+      ahead: batches made ahead of the step that runs.
+      cache_mib: memory for examples as read, per source, in MiB.
+    """
+
+    threads: int = 2
+    ahead: int = 4
+    cache_mib: int = 256
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """This process's rows of one batch, as NumPy arrays with a leading row axis.
+
+    Attributes:
+      step: the step it belongs to.
+      start: index of its first row in the global batch; rows are contiguous.
+      rows: the tree of `RowSpec`.
+      failed: (position, error) of examples that could not be read; their rows are invalid.
+    """
+
+    step: int
+    start: int
+    rows: Any
+    failed: tuple[tuple[int, str], ...]
+
+
+def local_rows(sharding: NamedSharding, rows: int) -> tuple[int, int]:
+    """First and last + 1 row of a batch that this process's devices hold (the smallest range)."""
+    slices = sharding.addressable_devices_indices_map((rows,)).values()
+    ranges = [s[0].indices(rows) for s in slices if s is not None]
+    return min(r[0] for r in ranges), max(r[1] for r in ranges)
+
+
+def make_batch(
+    spec: RowSpec,
+    examples: Examples,
+    ids: Sequence[int],
+    rng: Callable[[int], np.random.Generator | None],
+    size: int,
+) -> tuple[Any, tuple[tuple[int, str], ...]]:
+    """Rows for `ids`, blank ones up to `size`; and the rows that failed, by index."""
+    rows, failed = [], []
+    for index, example_id in enumerate(ids):
+        try:
+            rows.append(spec.make(examples[int(example_id)], rng(index)))
+        except UserError:
+            raise
+        except Exception as error:
+            # Whatever a corrupt record makes a reader or decoder raise: the slot becomes invalid.
+            failed.append((index, f"{examples.description}[{int(example_id)}]: {error}"))
+            rows.append(spec.blank())
+    rows += [spec.blank()] * (size - len(rows))
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows), tuple(failed)
+
+
+class _Steps(Sequence[HostBatch]):
+    """The batches from `clock` on, by index; what Grain reads."""
+
+    def __init__(self, tasks: Mapping[str, Task], data: Mapping[str, Examples], clock: Clock, stop: int, seed: int,
+                 share: Callable[[int], tuple[int, int]]):
+        self._tasks, self._data, self._clock, self._stop, self._seed = tasks, data, clock, stop, seed
+        self._share = share
+        self._visits = clock.schedule.visits(clock.step)
+
+    def __len__(self) -> int:
+        return self._stop - self._clock.step
+
+    def __getitem__(self, index: Any) -> HostBatch:
+        step = self._clock.step + int(index)
+        task = self._tasks[self._clock.schedule.task(step)]
+        visit = self._clock.schedule.visit(step)
+        passed = visit - self._visits.get(task.name, 0)
+        position = self._clock.positions.get(task.name, 0) + passed * task.batch
+        first, last = self._share(task.batch)
+        examples = self._data[task.name]
+        ids = order.example_ids(self._seed, task.name, position + first, last - first, len(examples))
+
+        def rng(row: int) -> np.random.Generator:
+            return order.rng(self._seed, task.name, position + first + row)
+
+        rows, failed = make_batch(task.rows(), examples, list(ids), rng, last - first)
+        return HostBatch(step, first, rows, tuple((position + first + i, e) for i, e in failed))
+
+
+class Loader:
+    """Iterates over the `HostBatch`es of steps [clock.step, stop), made ahead in threads."""
+
+    def __init__(
+        self,
+        config: LoaderConfig,
+        tasks: Mapping[str, Task],
+        data: Mapping[str, Examples],
+        clock: Clock,
+        stop: int,
+        seed: int,
+        share: Callable[[int], tuple[int, int]],
+    ):
+        steps = _Steps(tasks, data, clock, stop, seed, share)
+        options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.ahead)
+        self._batches = iter(grain.MapDataset.source(steps).to_iter_dataset(options))
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        return self
+
+    def __next__(self) -> HostBatch:
+        return next(self._batches)
+
+    def close(self) -> None:
+        """Stop the threads."""
+        close = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
+
+
+def place(rows: Any, start: int, size: int, sharding: NamedSharding) -> Any:
+    """The global batch of `size` rows on the mesh, from this process's rows (which begin at `start`)."""
+
+    def put(local: np.ndarray) -> jax.Array:
+        def read(index: Rows) -> np.ndarray:
+            first, last, _ = index[0].indices(size) if index else (0, size, 1)
+            return local[first - start : last - start]
+
+        return jax.make_array_from_callback((size, *local.shape[1:]), sharding, read)
+
+    # The one place where data may go to the devices unasked: JAX counts this call as implicit.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(put, rows)

@@ -1,0 +1,124 @@
+"""Evaluation: every task's evaluators on held-out data.
+
+    python -m mmjax.evaluate --workdir=DIR [--step=N] [--config.KEY=VALUE ...]
+
+evaluates the newest checkpoint of a run (or that of step N) with the config it was trained with, and writes
+`DIR/results.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from mmjax import commandline, config as configs, errors
+from mmjax.data.loader import local_rows, make_batch, place
+from mmjax.evaluator import Outputs, Pass, Record, row_spec
+from mmjax.experiment import Experiment, make_experiment, pass_key, program_key
+from mmjax.loading import find_step, read_parameters
+from mmjax.monitor.tables import program_table, results_table
+from mmjax.program import Program, compile_all, ticks, use_cache
+from mmjax.sharding import batch_sharding, make_mesh
+from mmjax.source import Cached, Examples
+from mmjax.task import Task
+
+RESULTS = "results.json"
+
+
+class Evaluation:
+    """All evaluation passes of an experiment, with their programs compiled and their data opened."""
+
+    def __init__(self, experiment: Experiment, programs: Mapping[str, Program], mesh: Mesh):
+        self._experiment, self._programs, self._mesh = experiment, programs, mesh
+        self._data: dict[str, Examples] = {}
+        for task, each in experiment.passes():
+            self._open(task, each)
+
+    def _open(self, task: Task, each: Pass) -> None:
+        where = f"tasks.{task.name}.evaluators"
+        key = str(sorted(each.block.items()))
+        if key not in self._data:
+            opened = configs.component("sources", each.block, f"{where}.source").open()
+            self._data[key] = Cached(opened, self._experiment.run.loader.cache_mib * 2**20)
+        row_spec(task, each).check(self._data[key], where)
+
+    def __call__(self, parameters: Mapping[str, jax.Array]) -> list[Record]:
+        """The records of all evaluators, in the order of the config."""
+        outputs = {pass_key(t, p): self._run(t, p, parameters) for t, p in self._experiment.passes()}
+        records = []
+        for name, evaluators in self._experiment.evaluators.items():
+            task = self._experiment.tasks[name]
+            for evaluator in evaluators.values():
+                passes = evaluator.passes(task)
+                records += evaluator.score(task, {n: outputs[pass_key(task, p)] for n, p in passes.items()})
+        return records
+
+    def _run(self, task: Task, each: Pass, parameters: Mapping[str, jax.Array]) -> Outputs:
+        program = self._programs[program_key(task, each)]
+        size = self._experiment.run.evaluation.batch
+        examples = self._data[str(sorted(each.block.items()))]
+        found: list[Outputs] = []
+        for index, (rows, start) in enumerate(self._batches(task, each, examples, size)):
+            batch = place(rows, start, size, batch_sharding(self._mesh, size, "evaluation.batch"))
+            outputs = jax.device_get(program.call(parameters, batch, ticks(self._mesh, batch=index)))
+            found.append({name: value[outputs["valid"]] for name, value in outputs.items()})
+        return {name: np.concatenate([f[name] for f in found]) for name in found[0]}
+
+    def _batches(self, task: Task, each: Pass, examples: Examples, size: int) -> Iterable[tuple[Any, int]]:
+        """This process's rows of each batch, read ahead in threads; the last one padded with invalid rows."""
+        spec = row_spec(task, each)
+        first, last = local_rows(batch_sharding(self._mesh, size, "evaluation.batch"), size)
+
+        def make(index: int) -> tuple[Any, int]:
+            begin = int(index) * size
+            ids = range(min(begin + first, len(examples)), min(begin + last, len(examples)))
+            return make_batch(spec, examples, ids, lambda _: None, last - first)[0], first
+
+        count = math.ceil(len(examples) / size)
+        options = grain.ReadOptions(num_threads=self._experiment.run.loader.threads, prefetch_buffer_size=2)
+        return grain.MapDataset.range(count).map(make).to_iter_dataset(options)
+
+
+def write_results(workdir: epath.Path, records: Sequence[Record]) -> None:
+    """`results.json`, whole or not at all."""
+    partial = workdir / f"{RESULTS}.partial"
+    partial.write_text(json.dumps(list(records), indent=1))
+    partial.replace(workdir / RESULTS)
+
+
+def evaluate(workdir: epath.Path, step: int | None, overrides: Sequence[str]) -> list[Record]:
+    """Evaluate a checkpoint of `workdir`; overrides may change keys that leave the model alone."""
+    step, meta = find_step(workdir, step)
+    block = configs.override(meta["config"], overrides)
+    configs.check_compatible(meta["config"], block, allow_change=True)
+    experiment = make_experiment(block, str(workdir / "assets"))
+    mesh = make_mesh(experiment.run.mesh)
+    programs = compile_all(experiment.eval_requests(mesh), mesh, experiment.run.limits)
+    program_table([p.report for p in programs.values()])
+    evaluation = Evaluation(experiment, programs, mesh)
+    return evaluation(read_parameters(workdir, step, experiment, mesh))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = commandline.parser("Evaluate a run on its held-out data.")
+    made.add_argument("--workdir", required=True, help="the run's folder")
+    made.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
+    arguments, overrides = commandline.parse(made, argv)
+    use_cache()
+    workdir = epath.Path(arguments.workdir).expanduser()
+    records = evaluate(workdir, arguments.step, overrides)
+    results_table(records)
+    write_results(workdir, records)
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,103 @@
+"""What an evaluator is: passes over held-out data on the devices, and a score of their outputs on the host.
+
+An evaluator is one file in `mmjax/evaluators/`, whose class is a frozen dataclass. It runs no program of
+its own: a pass names one of the things that its task's objective can compute (`embed/MODALITY`, `loss`),
+so evaluators that want the same outputs share one program and one reading of the data.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax import config as configs
+from mmjax.model import Batch, Model
+from mmjax.source import Source
+from mmjax.task import RowSpec, Task
+
+Outputs = dict[str, np.ndarray]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """All examples of a source through one program.
+
+    Attributes:
+      what: `embed/MODALITY` or `loss`.
+      block: the source as a config block.
+      fields: integer fields of the examples that the score needs, kept beside the outputs.
+    """
+
+    what: str
+    block: Mapping[str, Any]
+    fields: tuple[str, ...]
+
+    @property
+    def source(self) -> Source:
+        source: Source = configs.component("sources", self.block, "source")
+        return source
+
+
+@dataclass(frozen=True)
+class Evaluator(abc.ABC):
+    """A measure of one task.
+
+    Attributes:
+      source: held-out data, as a config block.
+    """
+
+    source: dict[str, Any] = field(default_factory=dict)
+
+    @abc.abstractmethod
+    def passes(self, task: Task) -> dict[str, Pass]:
+        """The passes it needs, by a name of its own."""
+
+    @abc.abstractmethod
+    def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
+        """Records from the outputs of each pass: valid rows only, with the pass's fields among them."""
+
+    def record(self, task: Task, name: str, value: float, chance: float, count: int, **more: Any) -> Record:
+        """One line of `results.json`."""
+        split = configs.component("sources", self.source, f"tasks.{task.name}.evaluators").label
+        return {"name": name, "task": task.name, "split": split, "value": float(value), "chance": float(chance),
+                "count": int(count), **more}
+
+
+def row_spec(task: Task, each: Pass) -> RowSpec:
+    """What a row of a pass's batches holds: the inputs it needs and its fields."""
+    if each.what.startswith("embed/"):
+        modality = each.what.removeprefix("embed/")
+        return RowSpec({modality: task.inputs[modality]}, each.fields)
+    return RowSpec(task.inputs, tuple(dict.fromkeys(task.objective.fields() + each.fields)))
+
+
+def function(task: Task, what: str) -> Callable[[Model, Batch, jax.Array], dict[str, jax.Array]]:
+    """The function on the devices: outputs with a leading row axis."""
+    if what.startswith("embed/"):
+        modality = what.removeprefix("embed/")
+        return lambda model, batch, key: {
+            "vector": task.objective.embed(model, modality, batch["inputs"][modality])
+        }
+
+    def loss(model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        result = task.loss(model, batch, key)
+        rows = batch["valid"].shape
+        values = {"loss": result.value, **result.metrics}
+        return {name: jnp.broadcast_to(value, rows) for name, value in values.items()}
+
+    return loss
+
+
+def make_evaluators(task: Task) -> dict[str, Evaluator]:
+    """The task's evaluators by name; their source defaults to nothing, so each block gives one."""
+    return {
+        name: configs.component("evaluators", block, f"tasks.{task.name}.evaluators.{name}")
+        for name, block in task.config.evaluators.items()
+    }

@@ -1,0 +1,82 @@
+"""Retrieval between the two modalities of a contrastive task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import gammaln
+
+from mmjax.errors import UserError
+from mmjax.evaluator import Evaluator, Outputs, Pass, Record
+from mmjax.task import Task
+
+
+@dataclass(frozen=True)
+class Retrieval(Evaluator):
+    """Recall at k in both directions; any candidate of the query's concept counts as found.
+
+    Attributes:
+      concept: integer field that says which examples belong together.
+      unique: the modality of which only one example per concept is a candidate (texts that repeat).
+      at: the values of k.
+    """
+
+    concept: str = "concept"
+    unique: str = "text"
+    at: tuple[int, ...] = (1, 5, 10)
+
+    def passes(self, task: Task) -> dict[str, Pass]:
+        pair = task.objective.embeds()
+        if len(pair) != 2:
+            raise UserError(f"tasks.{task.name}: retrieval needs an objective that embeds two modalities.")
+        return {m: Pass(f"embed/{m}", self.source, (self.concept,)) for m in pair}
+
+    def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
+        one, two = task.objective.embeds()
+        sides = {m: self._side(m, outputs[m]) for m in (one, two)}
+        return self._direction(task, one, two, sides) + self._direction(task, two, one, sides)
+
+    def _side(self, modality: str, output: Outputs) -> tuple[np.ndarray, np.ndarray]:
+        vectors, concepts = output["vector"], output[self.concept]
+        if modality != self.unique:
+            return vectors, concepts
+        first = np.sort(np.unique(concepts, return_index=True)[1])
+        return vectors[first], concepts[first]
+
+    def _direction(
+        self, task: Task, query: str, candidate: str, sides: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    ) -> list[Record]:
+        (queries, wanted), (candidates, concepts) = sides[query], sides[candidate]
+        positive_QC = wanted[:, None] == concepts[None, :]
+        found = recall(queries @ candidates.T, positive_QC, self.at)
+        by_chance = chance(positive_QC.sum(axis=1), len(concepts), self.at)
+        return [
+            self.record(task, f"{query} to {candidate} R@{k}", value, luck, len(wanted))
+            for k, value, luck in zip(self.at, found, by_chance, strict=True)
+        ]
+
+
+def recall(similarity_QC: np.ndarray, positive_QC: np.ndarray, at: tuple[int, ...]) -> list[float]:
+    """Fraction of queries with a positive among the k most similar candidates.
+
+    Ties count against us: a negative as similar as the best positive stands before it, so that a model
+    which maps everything to one point has recall 0.
+    """
+    best_Q = np.where(positive_QC, similarity_QC, -np.inf).max(axis=1)
+    before_Q = ((similarity_QC >= best_Q[:, None]) & ~positive_QC).sum(axis=1)
+    has_Q = positive_QC.any(axis=1)
+    return [float((has_Q & (before_Q < k)).mean()) for k in at]
+
+
+def chance(positives_Q: np.ndarray, candidates: int, at: tuple[int, ...]) -> list[float]:
+    """Expected recall of a random order: `1 - C(n - p, k) / C(n, k)` for p positives among n, mean over queries."""
+    values = []
+    for k in at:
+        p, n = np.asarray(positives_Q, float), float(candidates)
+        certain = n - p < k
+        safe = np.where(certain, 0.0, p)
+        log_miss = gammaln(n - safe + 1) - gammaln(n - safe - min(k, n) + 1) - gammaln(n + 1) + gammaln(n - min(k, n) + 1)
+        values.append(float(np.where(certain & (p > 0), 1.0, np.where(p > 0, 1 - np.exp(log_miss), 0.0)).mean()))
+    return values

@@ -1,0 +1,192 @@
+"""An experiment: a checked config, and what it names, built. Shared by every main."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from jax.sharding import Mesh
+
+from mmjax import config as configs
+from mmjax.checkpoint import CheckpointConfig
+from mmjax.data.loader import LoaderConfig
+from mmjax.errors import UserError
+from mmjax.evaluator import Evaluator, Pass, make_evaluators
+from mmjax.modality import Modality
+from mmjax.model import ModelConfig, declare_model
+from mmjax.optimizer import Optimizer, OptimizerConfig
+from mmjax.parameters import Declaration
+from mmjax.program import LimitsConfig, Request, eval_request, train_request
+from mmjax.schedule import Schedule, from_config
+from mmjax.sharding import MeshConfig
+from mmjax.state import State, abstract_state, compute_dtype
+from mmjax.task import Task, make_task
+
+
+@dataclass(frozen=True)
+class DtypeConfig:
+    """Precision: of the parameters and their optimizer state, and of the model's arithmetic."""
+
+    parameters: str = "float32"
+    compute: str = "float32"
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Which task runs when.
+
+    Attributes:
+      rule: `shares`, `random` or `interval`; each task's `share` is its weight there.
+      phases: later stretches, `{start, weights, rule}`.
+    """
+
+    rule: str = "shares"
+    phases: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation during training.
+
+    Attributes:
+      every: steps between evaluations; 0 for only after the last step.
+      batch: examples per evaluation step, over all devices.
+    """
+
+    every: int = 0
+    batch: int = 128
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Attributes:
+    every: steps between lines of `metrics.jsonl` that reach the disk.
+    """
+
+    every: int = 20
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole config; every key is checked against this and against what the blocks name.
+
+    Attributes:
+      steps: length of the run.
+      seed: of parameters, order, augmentation and masks.
+    """
+
+    steps: int
+    modalities: dict[str, dict[str, Any]]
+    model: ModelConfig
+    tasks: dict[str, dict[str, Any]]
+    seed: int = 0
+    dtype: DtypeConfig = field(default_factory=DtypeConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a config names, built; nothing is opened or compiled yet.
+
+    Attributes:
+      block: the config as plain data.
+      run: the config, checked.
+      modalities, tasks, evaluators: by name; evaluators by task and name.
+      declaration: the model's parameters, declared.
+    """
+
+    block: dict[str, Any]
+    run: RunConfig
+    modalities: Mapping[str, Modality]
+    tasks: Mapping[str, Task]
+    evaluators: Mapping[str, Mapping[str, Evaluator]]
+    declaration: Declaration
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return Optimizer(self.run.optimizer, self.declaration.specs, self.run.steps)
+
+    def schedule(self) -> Schedule:
+        """The schedule from step 0 as the config describes it."""
+        weights = {name: task.config.share for name, task in self.tasks.items()}
+        return from_config(self.run.schedule.rule, weights, self.run.seed, self.run.schedule.phases)
+
+    def abstract_state(self, mesh: Mesh) -> State:
+        return abstract_state(self.declaration, self.optimizer, compute_dtype(self.run.dtype.parameters), mesh)
+
+    def train_requests(self, mesh: Mesh) -> dict[str, Request]:
+        """The training program of each task, by task name."""
+        compute, optimizer, state = compute_dtype(self.run.dtype.compute), self.optimizer, self.abstract_state(mesh)
+        return {
+            name: train_request(task, self.declaration, optimizer, compute, self.run.seed, state, mesh)
+            for name, task in self.tasks.items()
+        }
+
+    def passes(self) -> list[tuple[Task, Pass]]:
+        """All evaluation passes; those of one task, output and source are one, with the fields of all."""
+        found: dict[str, tuple[Task, Pass]] = {}
+        for name, evaluators in self.evaluators.items():
+            task = self.tasks[name]
+            for evaluator in evaluators.values():
+                for each in evaluator.passes(task).values():
+                    _, before = found.get(pass_key(task, each), (task, each))
+                    fields = tuple(sorted({*before.fields, *each.fields}))
+                    found[pass_key(task, each)] = (task, replace(each, fields=fields))
+        return list(found.values())
+
+    def eval_requests(self, mesh: Mesh) -> dict[str, Request]:
+        """The programs of the evaluation passes, by `program_key`."""
+        compute = compute_dtype(self.run.dtype.compute)
+        parameters = self.abstract_state(mesh).parameters
+        size = self.run.evaluation.batch
+        requests: dict[str, Request] = {}
+        for task, each in self.passes():
+            key = program_key(task, each)
+            if key not in requests:
+                requests[key] = eval_request(
+                    task, each, size, self.declaration, compute, self.run.seed, parameters, mesh
+                )
+        return requests
+
+
+def program_key(task: Task, each: Pass) -> str:
+    """Passes with one key run one program."""
+    return f"{task.name}/{each.what}/{','.join(each.fields)}"
+
+
+def pass_key(task: Task, each: Pass) -> str:
+    """Passes with one key read the same examples and compute the same."""
+    return f"{task.name}/{each.what}/{sorted(each.block.items())}"
+
+
+def make_experiment(block: Mapping[str, Any], folder: str = "") -> Experiment:
+    """Check a config and build what it names.
+
+    Args:
+      block: the config as plain data.
+      folder: where modalities find their files instead of the folder the config says (a run's assets).
+    """
+    run = configs.build(RunConfig, block, "config")
+    if run.steps < 1:
+        raise UserError(f"config.steps is {run.steps}; it must be at least 1.")
+    modalities: dict[str, Modality] = {}
+    for name, inner in run.modalities.items():
+        modality = configs.component("modalities", inner, f"modalities.{name}")
+        modalities[name] = replace(modality, folder=folder) if folder else modality
+    tasks = {name: make_task(name, inner, modalities) for name, inner in run.tasks.items()}
+    if not tasks:
+        raise UserError("config.tasks is empty; a run needs a task.")
+    heads = [(t.objective.head, t.objective.heads(run.model.width, t.inputs)) for t in tasks.values()]
+    declaration = declare_model(run.model, modalities, heads)
+    evaluators = {name: make_evaluators(task) for name, task in tasks.items()}
+    return Experiment(dict(block), run, modalities, tasks, evaluators, declaration)
+
+

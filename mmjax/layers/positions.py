@@ -1,0 +1,48 @@
+"""Positions by normalised coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+
+from mmjax.layers.dense import LayerNorm
+from mmjax.parameters import declare
+
+
+class Positions(nnx.Module):
+    """Learned embeddings per axis, summed, then normalised (IMP, Akbari et al. 2023).
+
+    A coordinate c in [0, 1) takes bucket `int(c * buckets)`, so another resolution, frame rate or length
+    reads the same parameters: the buckets of a coarse grid are among those of a fine one.
+
+    Args:
+      width: size of a token.
+      buckets: buckets per axis; at least the finest grid that any task uses.
+    """
+
+    def __init__(self, width: int, buckets: Mapping[str, int]):
+        self.buckets = dict(buckets)
+        table = initializers.normal(0.02)
+        self.tables = nnx.Dict(
+            {a: declare((n, width), ("positions", "embed"), table, decay=False) for a, n in buckets.items()}
+        )
+        self.norm = LayerNorm(width)
+
+    def __call__(self, coordinates: Mapping[str, jax.Array]) -> jax.Array:
+        """`dict[axis, float[..., S]] -> [..., S, width]`."""
+        parts = []
+        for axis, count in self.buckets.items():
+            bucket = (coordinates[axis] * count).astype(jnp.int32)
+            parts.append(jnp.take(self.tables[axis][...], bucket, axis=0, mode="clip"))
+        return self.norm(sum(parts[1:], parts[0]))
+
+
+def grid(**sizes: int) -> dict[str, jax.Array]:
+    """Coordinates of a row-major grid: `grid(y=2, x=3)` gives y and x, each float32 `[1, 6]`."""
+    ranges = [jnp.arange(n, dtype=jnp.float32) / n for n in sizes.values()]
+    mesh = jnp.meshgrid(*ranges, indexing="ij")
+    return {axis: m.reshape(1, -1) for axis, m in zip(sizes, mesh, strict=True)}

@@ -1,0 +1,101 @@
+"""The trunk: groups of layers, each a pattern of blocks repeated under one scan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmjax import config as configs
+from mmjax.layers.dense import LayerNorm
+from mmjax.layers.stream import Aux, Stream
+from mmjax.parameters import stack_layers
+from mmjax.sharding import constrain
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """`repeat` times the blocks of `pattern`; each block is `{name: a module of mmjax.layers, ...}`."""
+
+    repeat: int
+    pattern: tuple[dict[str, Any], ...]
+
+
+class Group(nnx.Module):
+    """A pattern of blocks, its parameters stacked over the repeats and run by `lax.scan`."""
+
+    def __init__(self, group: GroupConfig, width: int, first: int, remat: str, where: str):
+        self.blocks = nnx.List([_block(b, width, f"{where}.pattern[{i}]") for i, b in enumerate(group.pattern)])
+        self.repeat, self.remat = group.repeat, remat
+        for offset, block in enumerate(self.blocks):
+            stack_layers(block, first + offset, len(group.pattern), group.repeat)
+
+    def __call__(self, stream: Stream, key: jax.Array) -> tuple[Stream, Aux]:
+        graph, state = nnx.split(self.blocks)
+        layout = stream.layout
+
+        def body(stream: Stream, inputs: tuple[Any, jax.Array]) -> tuple[Stream, Aux]:
+            slices, index = inputs
+            blocks = nnx.merge(graph, slices)
+            auxes = []
+            for offset, block in enumerate(blocks):
+                stream, aux = block(stream, jax.random.fold_in(key, index * len(blocks) + offset))
+                auxes.append(aux)
+            x_BSD = constrain(stream.x_BSD, ("batch", None, None))
+            return stream.replace(x_BSD=x_BSD, layout=layout), add_up(auxes)
+
+        stream, auxes = jax.lax.scan(_remat(body, self.remat), stream, (state, jnp.arange(self.repeat)))
+        return stream, jax.tree.map(lambda x: x.sum(axis=0), auxes)
+
+
+def _block(block: dict[str, Any], width: int, where: str) -> Any:
+    name = block.get("name", "")
+    cls = configs.resolve("layers", name, where)
+    try:
+        return cls(width, **{k: v for k, v in block.items() if k != "name"})
+    except TypeError as error:
+        raise configs.UserError(f"{where} (layer '{name}'): {error}") from error
+
+
+def _remat(body: Any, policy: str) -> Any:
+    """`none` keeps all activations, `dots` those of matrix products, `full` only the layers' inputs."""
+    if policy == "none":
+        return body
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    if policy not in policies:
+        raise configs.UserError(f"model.remat is '{policy}'.{configs.nearest(policy, ['none', *policies])}")
+    return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
+
+
+def add_up(auxes: Sequence[Aux]) -> Aux:
+    """Losses and statistics added; buffers joined (their names differ)."""
+    total = Aux(loss=sum((a.loss for a in auxes[1:]), auxes[0].loss))
+    for aux in auxes:
+        for name, (value, count) in aux.statistics.items():
+            before = total.statistics.get(name, (0.0, 0.0))
+            total.statistics[name] = (before[0] + value, before[1] + count)
+        total.buffers.update(aux.buffers)
+    return total
+
+
+class Trunk(nnx.Module):
+    """All groups in order, then a norm: one trunk for every modality and task."""
+
+    def __init__(self, groups: Sequence[GroupConfig], width: int, remat: str = "none", where: str = "model.groups"):
+        self.groups = nnx.List([])
+        first = 0
+        for index, group in enumerate(groups):
+            self.groups.append(Group(group, width, first, remat, f"{where}[{index}]"))
+            first += group.repeat * len(group.pattern)
+        self.norm = LayerNorm(width)
+
+    def __call__(self, stream: Stream, key: jax.Array) -> tuple[Stream, Aux]:
+        auxes = []
+        for index, group in enumerate(self.groups):
+            stream, aux = group(stream, jax.random.fold_in(key, index))
+            auxes.append(aux)
+        return stream.replace(x_BSD=self.norm(stream.x_BSD)), add_up(auxes)

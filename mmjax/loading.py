@@ -1,0 +1,138 @@
+"""Load a trained run anywhere: on any device count, without the mesh that trained it.
+
+    import mmjax
+    model = mmjax.load("runs/quickstart")
+    vectors = model.embed(image=[picture, another])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from mmjax import checkpoint
+from mmjax.errors import UserError, nearest
+from mmjax.experiment import Experiment, make_experiment
+from mmjax.parameters import Arrays, from_canonical, to_canonical
+from mmjax.sharding import MeshConfig, make_mesh
+from mmjax.state import EMA, compute_dtype, shardings
+from mmjax.task import Task
+
+_LARGEST = 256  # rows of one call; more are cut into several
+
+
+def find_step(workdir: epath.Path, step: int | None) -> tuple[int, dict[str, Any]]:
+    """A checkpoint's step and meta data: the newest where `step` is None."""
+    found = checkpoint.steps(workdir)
+    if not found:
+        raise UserError(f"No checkpoint in '{workdir}'. Train first: python -m mmjax.train --workdir={workdir} ...")
+    if step is not None and step not in found:
+        raise UserError(f"No checkpoint of step {step} in '{workdir}'. There are: {', '.join(map(str, found))}.")
+    chosen = found[0] if step is None else step
+    try:
+        return chosen, checkpoint.read_meta(workdir, chosen)
+    except ValueError as error:
+        raise UserError(f"Checkpoint {chosen} in '{workdir}' is torn: {error}. Choose another step.") from error
+
+
+def read_parameters(workdir: epath.Path, step: int, experiment: Experiment, mesh: Mesh) -> Arrays:
+    """The parameters for evaluation (their average, where the run keeps one), on `mesh`."""
+    specs = experiment.declaration.specs
+    parameters = experiment.abstract_state(mesh).parameters
+    averaged = bool(experiment.run.optimizer.ema)
+    part, prefix = ("buffers", EMA) if averaged else ("parameters", "")
+    abstract = jax.eval_shape(lambda p: to_canonical(specs, p), parameters)
+    wanted = {part: {prefix + name: leaf for name, leaf in abstract.items()}}
+    where = str(workdir / checkpoint.FOLDER / str(step))
+    checkpoint.check_shapes(checkpoint.read_shapes(workdir, step), wanted, where)
+    read = checkpoint.read_state(workdir, step, wanted)[part]
+    flat = {name.removeprefix(prefix): np.asarray(value) for name, value in read.items()}
+    return jax.device_put(from_canonical(specs, flat), shardings(parameters))
+
+
+class Embedder:
+    """A trained run.
+
+    Attributes:
+      step: completed training steps.
+      config: the run's config, as plain data.
+      parameters: by name, on the default device.
+      tasks: the run's tasks by name.
+    """
+
+    def __init__(self, workdir: epath.Path, step: int | None):
+        self.step, meta = find_step(workdir, step)
+        self.config: dict[str, Any] = meta["config"]
+        self._experiment = make_experiment(self.config, str(workdir / "assets"))
+        mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+        self.parameters = read_parameters(workdir, self.step, self._experiment, mesh)
+        self.tasks: Mapping[str, Task] = self._experiment.tasks
+        self._calls: dict[tuple[str, str], Any] = {}
+
+    def embed(self, *, task: str | None = None, **values: Sequence[Any]) -> np.ndarray:
+        """Unit vectors of a list of values of one modality.
+
+        Args:
+          task: whose joint space; by default the first task that embeds the modality.
+          **values: one modality by its name in the config, with a list of what a person has:
+            `image=`: PIL images, encoded bytes, arrays uint8 or [0, 1] `[H, W]`, `[H, W, 3]`, `[H, W, 4]`;
+            `text=`: strings.
+
+        Returns:
+          float32 `[N, E]`, rows of length 1, E the task's joint size; `[0, E]` for an empty list.
+
+        Raises:
+          UserError: no such task or modality, or a value that the modality cannot take.
+        """
+        if len(values) != 1:
+            raise UserError(f"embed takes one modality at a time; given: {', '.join(values) or 'none'}.")
+        [(modality, items)] = values.items()
+        if isinstance(items, (str, bytes)):
+            raise UserError(f"embed takes a list: {modality}=[...].")
+        chosen = self._task(task, modality)
+        rows = [self._row(chosen, modality, item) for item in items]
+        chunks = [rows[i : i + _LARGEST] for i in range(0, len(rows), _LARGEST)] or [[]]
+        return np.concatenate([self._embed(chosen, modality, chunk) for chunk in chunks])
+
+    def _task(self, name: str | None, modality: str) -> Task:
+        if name is not None and name not in self.tasks:
+            raise UserError(f"The run has no task '{name}'.{nearest(name, self.tasks)}")
+        able = {n: t for n, t in self.tasks.items() if modality in t.objective.embeds() and name in (None, n)}
+        if not able:
+            known = {m for t in self.tasks.values() for m in t.objective.embeds()}
+            raise UserError(f"{f'Task {name!r}' if name else 'The run'} does not embed '{modality}'.{nearest(modality, known)}")
+        return next(iter(able.values()))
+
+    def _row(self, task: Task, modality: str, item: Any) -> dict[str, np.ndarray]:
+        given = task.inputs[modality]
+        return given.preprocess({given.field: given.modality.raw(item)}, None)
+
+    def _embed(self, task: Task, modality: str, rows: list[dict[str, np.ndarray]]) -> np.ndarray:
+        # Sizes are powers of two, so that few programs serve lists of any length.
+        size = 1 << (max(len(rows), 1) - 1).bit_length()
+        blank = {n: np.zeros(s.shape, s.dtype) for n, s in task.inputs[modality].arrays().items()}
+        padded = rows + [blank] * (size - len(rows))
+        arrays = {name: np.stack([row[name] for row in padded]) for name in blank}
+        vectors = self._call(task, modality)(self.parameters, arrays)
+        return np.asarray(vectors, np.float32)[: len(rows)]
+
+    def _call(self, task: Task, modality: str) -> Any:
+        key = (task.name, modality)
+        if key not in self._calls:
+            dtype = compute_dtype(self._experiment.run.dtype.compute)
+            merge = self._experiment.declaration.merge
+            self._calls[key] = jax.jit(lambda p, arrays: task.objective.embed(merge(p, dtype), modality, arrays))
+        return self._calls[key]
+
+
+def load(path: str, step: int | None = None) -> Embedder:
+    """Load the run in `path`: its newest checkpoint, or that of `step`.
+
+    Nothing from the checkpoint is executed: its config is data, and names only modules of mmjax.
+    """
+    return Embedder(epath.Path(path).expanduser(), step)

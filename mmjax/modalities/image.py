@@ -1,0 +1,136 @@
+"""Images: uint8 pixels cut into square patches."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mmjax.errors import UserError
+from mmjax.layers.dense import Dense
+from mmjax.layers.positions import Positions, grid
+from mmjax.layers.stream import Stream
+from mmjax.modality import ArraySpec, Modality
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """A task's view of an image.
+
+    Attributes:
+      field: field of the example.
+      size: height and width in pixels after preprocessing; a multiple of the patch.
+      crop: smallest area, as a fraction, of a random crop in training; 1.0 for none.
+      flip: mirror at random in training.
+      background: grey value behind transparent pixels, 0 to 255; at random in training where -1.
+    """
+
+    field: str = "image"
+    size: int = 64
+    crop: float = 1.0
+    flip: bool = False
+    background: int = 255
+
+
+@dataclass(frozen=True)
+class Image(Modality[ImageInput]):
+    """RGB images.
+
+    Attributes:
+      patch: side of a patch in pixels.
+      buckets: position buckets per axis.
+    """
+
+    Input = ImageInput
+    patch: int = 8
+    buckets: int = 64
+
+    def stem(self, width: int) -> nnx.Module:
+        return ImageStem(self.patch, self.buckets, width)
+
+    def arrays(self, settings: ImageInput) -> ArraySpec:
+        if settings.size % self.patch:
+            raise UserError(f"image size {settings.size} is not a multiple of the patch {self.patch}.")
+        return {"pixels": jax.ShapeDtypeStruct((settings.size, settings.size, 3), np.uint8)}
+
+    def preprocess(self, settings: ImageInput, value: Any, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+        """Crop, resize, mirror and flatten onto the background: `{"pixels": uint8[size, size, 3]}`."""
+        image = self.raw(value)
+        size = (settings.size, settings.size)
+        box = _crop(image.size, settings.crop, rng)
+        if image.size != size or box is not None:
+            image = image.resize(size, resample=2, box=box)  # 2: bilinear, with support for shrinking
+        pixels = np.asarray(image)
+        if settings.flip and rng is not None and rng.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        return {"pixels": _flatten(pixels, settings.background, rng)}
+
+    def raw(self, value: Any) -> Any:
+        """A PIL image (RGB or RGBA) from one, from encoded bytes, or from uint8 or [0, 1] `[H, W, 1, 3 or 4]`."""
+        from PIL import Image as Pil
+
+        if isinstance(value, bytes):
+            value = Pil.open(io.BytesIO(value))
+        if not isinstance(value, Pil.Image):
+            value = Pil.fromarray(_as_uint8(np.asarray(value)))
+        return value if value.mode in ("RGB", "RGBA") else value.convert("RGBA")
+
+
+def _as_uint8(array: np.ndarray) -> np.ndarray:
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
+        raise UserError(f"an image has shape [H, W] or [H, W, 1, 3 or 4], found {list(array.shape)}.")
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if not np.issubdtype(array.dtype, np.floating) or array.min() < 0 or array.max() > 1:
+        raise UserError(f"an image is uint8, or float in [0, 1]; found {array.dtype}, {array.min()} to {array.max()}.")
+    return np.round(array * 255).astype(np.uint8)
+
+
+def _crop(size: tuple[int, int], least: float, rng: np.random.Generator | None) -> tuple[float, ...] | None:
+    """A random box (left, top, right, bottom) of at least `least` of the area, sides scaled alike."""
+    if rng is None or least >= 1.0:
+        return None
+    scale = np.sqrt(rng.uniform(least, 1.0))
+    width, height = size[0] * scale, size[1] * scale
+    left, top = rng.uniform(0, size[0] - width), rng.uniform(0, size[1] - height)
+    return (left, top, left + width, top + height)
+
+
+def _flatten(pixels: np.ndarray, background: int, rng: np.random.Generator | None) -> np.ndarray:
+    if pixels.shape[-1] == 3:
+        return np.ascontiguousarray(pixels)
+    grey = background if background >= 0 else (255 if rng is None else int(rng.integers(256)))
+    alpha = pixels[..., 3:].astype(np.uint16)
+    mixed = pixels[..., :3] * alpha + grey * (255 - alpha)
+    return ((mixed + 127) // 255).astype(np.uint8)
+
+
+def patchify(images_BHWC: jax.Array, patch: int) -> jax.Array:
+    """`[B, H, W, C] -> [B, (H/p)(W/p), p p C]`, patches and their pixels in row-major order."""
+    b, h, w, c = images_BHWC.shape
+    x = images_BHWC.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, (h // patch) * (w // patch), patch * patch * c)
+
+
+class ImageStem(nnx.Module):
+    """`{"pixels": uint8[B, H, W, 3]} ->` a stream of `(H/p)(W/p)` tokens."""
+
+    def __init__(self, patch: int, buckets: int, width: int):
+        self.patch = patch
+        self.embed = Dense(patch * patch * 3, width, (None, "embed"))
+        self.positions = Positions(width, {"y": buckets, "x": buckets})
+
+    def __call__(self, arrays: dict[str, jax.Array]) -> Stream:
+        pixels = arrays["pixels"]
+        kernel_dtype = self.embed.kernel[...].dtype
+        patches_BSP = patchify(pixels.astype(kernel_dtype) / 127.5 - 1, self.patch)
+        coordinates = grid(y=pixels.shape[1] // self.patch, x=pixels.shape[2] // self.patch)
+        x_BSD = self.embed(patches_BSP) + self.positions(coordinates).astype(kernel_dtype)
+        return Stream(x_BSD, None, coordinates, (("image", x_BSD.shape[1]),))

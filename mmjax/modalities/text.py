@@ -1,0 +1,107 @@
+"""Text: subword tokens of a trained SentencePiece model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.nn import initializers
+
+from mmjax.data import data_dir
+from mmjax.data.tokenizer import Tokenizer
+from mmjax.errors import UserError
+from mmjax.layers.positions import Positions
+from mmjax.layers.stream import Stream
+from mmjax.modality import ArraySpec, Modality
+from mmjax.parameters import declare
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """A task's view of a text.
+
+    Attributes:
+      field: field of the example.
+      length: tokens, padded or cut to it (the end token stays).
+    """
+
+    field: str = "caption"
+    length: int = 16
+
+
+@dataclass(frozen=True)
+class Text(Modality[TextInput]):
+    """Texts in UTF-8.
+
+    Attributes:
+      tokenizer: path of the SentencePiece model, under `folder`.
+      vocabulary: rows of the embedding table; the tokenizer's size at least.
+      buckets: position buckets; the longest text of any task at least.
+    """
+
+    Input = TextInput
+    tokenizer: str = "emoji/tokenizer.model"
+    vocabulary: int = 2048
+    buckets: int = 128
+
+    def stem(self, width: int) -> nnx.Module:
+        return TextStem(self.vocabulary, self.buckets, width)
+
+    def arrays(self, settings: TextInput) -> ArraySpec:
+        if settings.length > self.buckets:
+            raise UserError(f"text length {settings.length} is over the {self.buckets} position buckets.")
+        shape = (settings.length,)
+        return {"ids": jax.ShapeDtypeStruct(shape, np.int32), "valid": jax.ShapeDtypeStruct(shape, np.bool_)}
+
+    def preprocess(self, settings: TextInput, value: Any, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+        """`{"ids": int32[length], "valid": bool[length]}`."""
+        ids, valid = self._tokenizer().encode(self.raw(value), settings.length)
+        return {"ids": ids, "valid": valid}
+
+    def raw(self, value: Any) -> str:
+        if isinstance(value, bytes):
+            return value.decode("utf-8")
+        if not isinstance(value, str):
+            raise UserError(f"a text is a string, found {type(value).__name__}.")
+        return value
+
+    def files(self) -> dict[str, epath.Path]:
+        return {self.tokenizer: self._path()}
+
+    def _path(self) -> epath.Path:
+        return (epath.Path(self.folder) if self.folder else data_dir()) / self.tokenizer
+
+    def _tokenizer(self) -> Tokenizer:
+        tokenizer = _tokenizer(str(self._path()))
+        if tokenizer.vocab_size > self.vocabulary:
+            raise UserError(
+                f"modalities.text.vocabulary is {self.vocabulary}; the tokenizer has {tokenizer.vocab_size} pieces."
+            )
+        return tokenizer
+
+
+_tokenizer = lru_cache(maxsize=8)(Tokenizer)
+
+
+class TextStem(nnx.Module):
+    """`{"ids": int32[B, S], "valid": bool[B, S]} ->` a stream of S tokens."""
+
+    def __init__(self, vocabulary: int, buckets: int, width: int):
+        init = initializers.normal(0.02)
+        self.embedding = declare((vocabulary, width), ("vocabulary", "embed"), init, decay=False)
+        self.positions = Positions(width, {"token": buckets})
+        self.buckets = buckets
+
+    def __call__(self, arrays: dict[str, jax.Array]) -> Stream:
+        ids_BS = arrays["ids"]
+        table_VD = self.embedding[...]
+        # A text's coordinate is its token's index: bucket i holds position i at every length.
+        coordinates = {"token": (jnp.arange(ids_BS.shape[1], dtype=jnp.float32)[None] + 0.5) / self.buckets}
+        x_BSD = jnp.take(table_VD, ids_BS, axis=0) + self.positions(coordinates).astype(table_VD.dtype)
+        return Stream(x_BSD, arrays["valid"], coordinates, (("text", ids_BS.shape[1]),))

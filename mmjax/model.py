@@ -1,0 +1,79 @@
+"""The model: stems, one trunk, heads. A pure function of parameters, batch and key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+
+from mmjax import config as configs
+from mmjax.errors import UserError
+from mmjax.layers.stream import Aux, Stream, concatenate
+from mmjax.layers.trunk import GroupConfig, Trunk
+from mmjax.modality import Modality
+from mmjax.parameters import Declaration
+from mmjax.sharding import constrain
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The encoder.
+
+    Attributes:
+      width: size of a token.
+      groups: the trunk's layers.
+      remat: what the backward pass computes again: `none`, `dots` or `full`.
+    """
+
+    width: int
+    groups: tuple[GroupConfig, ...]
+    remat: str = "none"
+
+
+class Model(nnx.Module):
+    """Stems by modality, the trunk they share, and the heads that objectives declare."""
+
+    def __init__(self, config: ModelConfig, modalities: Mapping[str, Modality], heads: Mapping[str, Any]):
+        self.stems = nnx.Dict({name: m.stem(config.width) for name, m in modalities.items()})
+        self.trunk = Trunk(config.groups, config.width, config.remat)
+        self.heads = nnx.Dict({name: nnx.Dict(parts) for name, parts in heads.items()})
+
+    def tokens(self, modality: str, arrays: Mapping[str, jax.Array]) -> Stream:
+        """The stem's stream for one modality's arrays (leading batch axis)."""
+        stream = self.stems[modality](arrays)
+        x_BSD = constrain(stream.x_BSD, ("batch", None, None))
+        return stream.replace(x_BSD=x_BSD, layout=((modality, x_BSD.shape[1]),))
+
+    def encode(self, streams: Iterable[Stream], key: jax.Array) -> tuple[Stream, Aux]:
+        """One pass of the trunk over the tokens of all `streams` together."""
+        return self.trunk(concatenate(list(streams)), key)
+
+
+def declare_model(
+    config: ModelConfig, modalities: Mapping[str, Modality], heads: Iterable[tuple[str, Mapping[str, Any]]]
+) -> Declaration:
+    """Declare the model; heads of one name are one head, whose parts must agree where they meet."""
+    joined: dict[str, dict[str, Any]] = {}
+    for name, parts in heads:
+        for part, module in parts.items():
+            known = joined.setdefault(name, {}).setdefault(part, module)
+            if known is not module and _shapes(known) != _shapes(module):
+                raise UserError(
+                    f"two tasks declare head '{name}', part '{part}', with different shapes: "
+                    f"{_shapes(known)} and {_shapes(module)}. Give one of the objectives another head name."
+                )
+    return Declaration(Model(config, modalities, joined))
+
+
+def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
+    _, state = nnx.split(nnx.Dict({"part": module}))
+    return {"/".join(map(str, path[1:])): v.shape for path, v in nnx.to_flat_state(state)}
+
+
+def model_config(block: Mapping[str, Any]) -> ModelConfig:
+    return configs.build(ModelConfig, block, "model")

@@ -1,0 +1,284 @@
+"""What a run measures, step by step: `metrics.jsonl` and TensorBoard events.
+
+One JSON object per line. A line about a training step S (counted from 0) is
+
+    {"kind": "train", "step": S, "task": "...", "loss": ..., ..., "timing": {...}}
+
+and a line about an evaluation taken after S steps are complete is
+
+    {"kind": "eval", "step": S, "count": ..., "name": "...", "task": "...", "value": ..., ...}
+
+Everything outside `timing` is deterministic: the same run gives the same bytes. Numbers are
+written so that reading gives the same float64, and so the same float32; what JSON cannot say is
+written as "nan", "inf" and "-inf".
+
+Restarting from a checkpoint of R complete steps keeps exactly the lines with `step < R`. For
+training this is plain: steps 0 to R-1 are in the checkpoint. An evaluation after R steps belongs
+to what follows the checkpoint of R: the loop evaluates at R *before* it trains step R, and a run
+that starts again from R takes that evaluation again. So each line is written once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from etils import epath
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from mmjax.errors import UserError
+from mmjax.monitor.lines import LineFile, is_local
+
+FILE = "metrics.jsonl"
+_WORDS = ("kind", "task", "name", "split", "unit")  # fields that are text, whatever they say
+_TAG = ("task", "split", "name")
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class MetricWriter:
+    """Writes the metrics of a run; one process of a run does.
+
+    Args:
+      workdir: where `metrics.jsonl` and `tensorboard/` are. On an object store TensorBoard events
+        are left out, with one warning.
+      resume_step: complete steps in the restored checkpoint, 0 for a fresh run. Lines of that
+        step and later are cut from the file, and hidden from TensorBoard.
+
+    Raises:
+      UserError: a line in the middle of the file is broken.
+
+    Call `flush` before a checkpoint is committed: a checkpoint must never know of a step whose
+    line can still be lost.
+    """
+
+    def __init__(self, workdir: epath.Path, resume_step: int) -> None:
+        workdir = epath.Path(workdir)
+        self._resume_step = resume_step
+        _cut(workdir / FILE, resume_step)
+        self._lines = LineFile(workdir / FILE)
+        self._events = _Events(workdir / "tensorboard", resume_step) if is_local(workdir) else None
+        if self._events is None:
+            logging.getLogger(__name__).warning(
+                "TensorBoard events are left out: %s is not a local directory. "
+                "%s has every number.",
+                workdir,
+                FILE,
+            )
+
+    def write(
+        self, step: int, task: str, values: Mapping[str, Any], timing: Mapping[str, Any]
+    ) -> None:
+        """One line for training step `step` (from 0) of `task`.
+
+        Args:
+          step: the step these numbers describe; at least `resume_step`.
+          task: the task that ran.
+          values: deterministic scalars: Python numbers, NumPy scalars or arrays without axes.
+          timing: scalars that differ from run to run, in seconds or per second.
+        """
+        self._check_step(step)
+        _check_names(values, ("kind", "step", "task", "timing"))
+        line = {"kind": "train", "step": step, "task": task, **_plain_fields(values)}
+        self._lines.append(_dumps(line | {"timing": _plain_fields(timing)}))
+        self._lines.push()
+        if self._events:
+            scalars = {f"{task}/{name}": value for name, value in values.items()}
+            scalars |= {f"timing/{task}/{name}": value for name, value in timing.items()}
+            self._events.add(step, scalars)
+
+    def write_eval(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """One line for each record of an evaluation taken after `step` complete steps.
+
+        Args:
+          step: complete steps; at least `resume_step`.
+          records: as in `results.json`: name, task, split, value, chance, count and more. Only a
+            field called `timing`, a mapping, may differ from run to run.
+        """
+        self._check_step(step)
+        for record in records:
+            _check_names(record, ("kind", "step"))
+        self._lines.append("".join(_dumps(_eval_line(step, record)) for record in records))
+        self._lines.push()
+        if self._events:
+            self._events.add(step, _eval_scalars(records))
+
+    def flush(self) -> None:
+        """Makes all that was written durable."""
+        self._lines.sync()
+        if self._events:
+            self._events.flush()
+
+    def close(self) -> None:
+        """`flush`, then lets go of the files. Calling it again does nothing."""
+        try:
+            self._lines.close()
+        finally:
+            if self._events:
+                self._events.close()
+                self._events = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _check_step(self, step: int) -> None:
+        if step < self._resume_step:
+            raise ValueError(f"step {step} is already written: resumed at {self._resume_step}")
+
+
+def read(workdir: epath.Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` in order; none if there is no file.
+
+    "nan", "inf" and "-inf" come back as floats. A last line that is still being written is left
+    out. Raises `UserError` if a line before the last is broken.
+    """
+    path = epath.Path(workdir) / FILE
+    content = path.read_bytes() if path.exists() else b""
+    return [_revived(record) for _, record in _records(content, path)]
+
+
+class _Events:
+    """TensorBoard events, written in this thread.
+
+    tensorboardX's SummaryWriter hands events to a queue that its `flush` does not drain, and two
+    of them in one second share a file name, so a quick restart would erase events.
+    """
+
+    def __init__(self, logdir: epath.Path, purge_step: int) -> None:
+        logdir.mkdir(parents=True, exist_ok=True)
+        attempt = len(list(logdir.glob("events.*")))
+        self._writer = EventsWriter(os.path.join(logdir, "events"), f".{attempt:05d}")
+        # TensorBoard drops what earlier files say of this step and later when it sees a start.
+        start = SessionLog(status=SessionLog.START)
+        self._write(Event(step=purge_step, session_log=start))
+
+    def add(self, step: int, scalars: Mapping[str, Any]) -> None:
+        values = [Summary.Value(tag=tag, simple_value=float(x)) for tag, x in scalars.items()]
+        self._write(Event(step=step, summary=Summary(value=values)))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
+
+
+def _cut(path: epath.Path, resume_step: int) -> None:
+    """Keeps the records with `step < resume_step`, in one atomic change."""
+    content = path.read_bytes() if path.exists() else b""
+    kept = b"".join(
+        line if line.endswith(b"\n") else line + b"\n"
+        for line, record in _records(content, path)
+        if record["step"] < resume_step
+    )
+    if kept == content:
+        return
+    if not is_local(path):
+        path.write_bytes(kept)  # an object store replaces the object as a whole
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _records(content: bytes, path: epath.Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Each whole line with its record. What a kill or a power cut tore off the end is left out."""
+    found: list[tuple[bytes, dict[str, Any]]] = []
+    torn = 0
+    for number, line in enumerate(content.split(b"\n"), 1):
+        record = _parsed(line)
+        if record is None:
+            torn = torn or (number if line else 0)
+        elif torn:
+            raise UserError(
+                f"{path}, line {torn}: not a metrics record, though records follow it. "
+                "Mend or delete that line, or move the file away, and run again."
+            )
+        else:
+            found.append((line + b"\n", record))
+    return found
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _revived(record: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _revived(value)
+        if isinstance(value, dict)
+        else _NOT_FINITE.get(value, value)
+        if isinstance(value, str) and key not in _WORDS
+        else value
+        for key, value in record.items()
+    }
+
+
+def _eval_line(step: int, record: Mapping[str, Any]) -> dict[str, Any]:
+    timing = {"timing": _plain_fields(record["timing"])} if "timing" in record else {}
+    fields = {key: value for key, value in record.items() if key != "timing"}
+    return {"kind": "eval", "step": step, **_plain_fields(fields), **timing}
+
+
+def _eval_scalars(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    tags = ("/".join(str(record.get(key, "")) for key in _TAG) for record in records)
+    pairs = zip(tags, (record.get("value") for record in records), strict=True)
+    return {f"eval/{tag}": value for tag, value in pairs if value is not None}
+
+
+def _dumps(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
+def _check_names(fields: Mapping[str, Any], reserved: Sequence[str]) -> None:
+    taken = [name for name in reserved if name in fields]
+    if taken:
+        raise ValueError(f"the metric name {taken[0]!r} is reserved")
+
+
+def _plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _plain(fields[name]) for name in sorted(fields)}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold and gives back unchanged; floats by their shortest exact form."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Mapping):
+        return _plain_fields(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    kind = getattr(value, "dtype", None)
+    if kind is not None and np.issubdtype(kind, np.bool_):
+        return bool(value)
+    if kind is not None and np.issubdtype(kind, np.integer):
+        return int(value)
+    number = float(value)
+    return number if math.isfinite(number) else str(number)

@@ -1,0 +1,220 @@
+"""Where the time of a run goes, over all its attempts: `goodput.jsonl`.
+
+The file only grows. Each attempt (each start of the process) writes
+
+    {"line": "start", "attempt": 0, "pid": 71, "time": 1e9, "seconds": 0.0}
+    {"line": "begin", "phase": "compile", "task": "image_text", ...}
+    {"line": "end", "phase": "compile", "elapsed": 3.1, "self": 3.1, ...}
+    {"line": "beat", "moved": {"wait_data": 0.4}, ...}
+    {"line": "event", "name": "sigterm", ...}
+
+and every line holds attempt, pid, `time` (the wall clock, for people) and `seconds` (since the
+attempt's start by the monotonic clock, for sums: a wall clock may jump, durations may not). A
+line is with the operating system before the call that wrote it returns, so an observer outside
+sees which phase the process is in and a kill loses nothing.
+
+Seconds are exclusive: a `save` inside `step` counts as save, not as step. Phases in use: restore,
+init, compile, step, save, eval, wait_data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from etils import epath
+
+from mmjax.monitor.lines import LineFile
+
+FILE = "goodput.jsonl"
+OTHER = "other"
+_SUMS = (OTHER, "total", "attempts", "unfinished")
+_STAMP = ("attempt", "pid", "time", "seconds")
+_OWN = (*_STAMP, "line", "phase", "name", "elapsed", "self", "moved", "error")
+
+
+@dataclass
+class _Open:
+    phase: str
+    began: float
+    inner: float = 0.0  # seconds of it that belong to phases inside, or were moved away
+
+
+class PhaseLog:
+    """Writes `goodput.jsonl` in `workdir`; a new attempt is noted at once.
+
+    Phases are opened by the thread that made the log; `event` may be called by any.
+
+    Args:
+      workdir: local or an object store (there the file is rewritten at most every two seconds).
+      clock: a monotonic clock in seconds.
+    """
+
+    def __init__(self, workdir: epath.Path, clock: Callable[[], float] = time.monotonic) -> None:
+        path = epath.Path(workdir) / FILE
+        self.attempt = sum(line["line"] == "start" for line in _read(path))
+        self._clock = clock
+        self._began = clock()
+        self._thread = threading.get_ident()
+        self._lock = threading.RLock()
+        self._open: list[_Open] = []
+        self._moved: dict[str, float] = defaultdict(float)
+        self._lines = LineFile(path)
+        self._write("start", {})
+
+    @contextmanager
+    def phase(self, phase: str, **fields: Any) -> Iterator[None]:
+        """Times a block: a begin line with `fields`, and an end line with its seconds.
+
+        `elapsed` is the whole block and `self` what of it belongs to no inner phase. A block
+        that raises ends too, with the name of the error in `error`.
+        """
+        self._check(phase, fields)
+        entry = _Open(phase, self._clock())
+        self._write("begin", {"phase": phase, **fields})
+        self._open.append(entry)
+        ending: dict[str, Any] = {}
+        try:
+            yield
+        except BaseException as error:
+            ending["error"] = type(error).__name__
+            raise
+        finally:
+            self._end(entry, fields | ending)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Counts `seconds` of the open phase as `phase` instead; writes no line by itself.
+
+        For what happens every step, such as waiting for data: it goes out with the next line.
+        """
+        self._moved[phase] += seconds
+        if self._open:
+            self._open[-1].inner += seconds
+
+    def beat(self, **fields: Any) -> None:
+        """A line that says the open phases are alive, so that a kill later loses less time."""
+        self._check("beat", fields)
+        self._write("beat", fields)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """A line for something that happened at one moment."""
+        self._check("event", fields, any_thread=True)
+        self._write("event", {"name": name, **fields})
+
+    def close(self) -> None:
+        """Lets go of the file. Calling it again does nothing."""
+        self._lines.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _end(self, entry: _Open, fields: Mapping[str, Any]) -> None:
+        elapsed = max(self._clock() - entry.began, 0.0)
+        own = max(elapsed - entry.inner, 0.0)
+        self._open.pop()
+        if self._open:
+            self._open[-1].inner += elapsed
+        seconds = {"elapsed": round(elapsed, 6), "self": round(own, 6)}
+        self._write("end", {"phase": entry.phase, **seconds, **fields})
+
+    def _write(self, line: str, fields: Mapping[str, Any]) -> None:
+        with self._lock:
+            record = {"line": line, **fields, **self._stamp()}
+            if self._moved and line != "event":  # an event may come from another thread
+                record["moved"] = dict(self._moved)
+                self._moved.clear()
+            self._lines.append(json.dumps(record) + "\n")
+            self._lines.push()
+
+    def _stamp(self) -> dict[str, int | float]:
+        seconds = round(self._clock() - self._began, 6)
+        wall = round(time.time(), 3)
+        return {"attempt": self.attempt, "pid": os.getpid(), "time": wall, "seconds": seconds}
+
+    def _check(self, phase: str, fields: Mapping[str, Any], any_thread: bool = False) -> None:
+        if phase in _SUMS:
+            raise ValueError(f"the phase name {phase!r} is reserved")
+        for name in _OWN:
+            if name in fields:
+                raise ValueError(f"the field name {name!r} is reserved")
+        if not any_thread and threading.get_ident() != self._thread:
+            raise RuntimeError("phases are opened by the thread that made the log")
+
+
+def summary(workdir: epath.Path) -> dict[str, float]:
+    """Seconds by phase over all attempts in `workdir`, each second counted once.
+
+    Besides the phases: `other` (inside no phase), `total` (their sum), `attempts` (a count) and
+    `unfinished` (the count of phases that were open when their attempt was killed). Time of a
+    killed attempt counts until its last line. Lines torn by a kill are passed over.
+    """
+    attempts: dict[tuple[int, int], _Attempt] = {}
+    for line in _read(epath.Path(workdir) / FILE):
+        attempts.setdefault((line["attempt"], line["pid"]), _Attempt()).take(line)
+    sums: dict[str, float] = defaultdict(float, {OTHER: 0.0})
+    for attempt in attempts.values():
+        for phase, seconds in attempt.sums.items():
+            sums[phase] += seconds
+    return {
+        **sums,
+        "total": sum(sums.values()),
+        "attempts": float(len(attempts)),
+        "unfinished": float(sum(len(attempt.open) for attempt in attempts.values())),
+    }
+
+
+@dataclass
+class _Attempt:
+    """Replays the lines of one attempt: time between two lines belongs to the innermost phase."""
+
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    open: list[str] = field(default_factory=list)
+    last: float = 0.0
+
+    def take(self, line: Mapping[str, Any]) -> None:
+        spent = max(line["seconds"] - self.last, 0.0)
+        self.last = max(self.last, line["seconds"])
+        self._charge(spent, line.get("moved", {}))
+        if line["line"] == "begin":
+            self.open.append(line["phase"])
+            self.sums[line["phase"]] += 0.0
+        elif line["line"] == "end" and line["phase"] in self.open:
+            while self.open.pop() != line["phase"]:
+                pass
+
+    def _charge(self, spent: float, moved: Mapping[str, float]) -> None:
+        phase = self.open[-1] if self.open else OTHER
+        self.sums[phase] += spent
+        for other, seconds in moved.items():
+            # Waits can overlap; what is moved never exceeds what the phase has.
+            seconds = min(max(seconds, 0.0), self.sums[phase])
+            self.sums[phase] -= seconds
+            self.sums[other] += seconds
+
+
+def _read(path: epath.Path) -> list[dict[str, Any]]:
+    found = []
+    for text in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and {"line", "attempt", "pid", "seconds"} <= line.keys():
+            found.append(line)
+    return found

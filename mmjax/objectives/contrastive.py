@@ -1,0 +1,119 @@
+"""Contrastive learning between two modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn import initializers
+
+from mmjax.layers.dense import Dense
+from mmjax.layers.stream import mean_pool
+from mmjax.modality import Input
+from mmjax.model import Batch, Model
+from mmjax.objective import Loss, Objective
+from mmjax.parameters import declare
+
+MAX_SCALE = 100.0  # bound of CLIP's learned scale
+
+
+class Scale(nnx.Module):
+    """A learned positive scale `min(exp(s), 100)`, stored as its logarithm."""
+
+    def __init__(self, initial: float):
+        self.log = declare((), (), initializers.constant(np.log(initial)), keep=True)
+
+    def __call__(self) -> jax.Array:
+        return jnp.exp(jnp.minimum(self.log[...], np.log(MAX_SCALE)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrastive(Objective):
+    """Both directions of cross-entropy over the global batch (CLIP, Radford et al. 2021).
+
+    Attributes:
+      between: the two modalities.
+      concept: integer field; rows that share its value are positives of each other. Empty: only the pair.
+      joint: size of the joint space.
+      temperature: initial temperature, learned as the logarithm of its inverse.
+    """
+
+    between: tuple[str, ...]
+    concept: str = ""
+    joint: int = 256
+    temperature: float = 0.07
+
+    def reads(self) -> tuple[str, ...]:
+        return self.between
+
+    def fields(self) -> tuple[str, ...]:
+        return (self.concept,) if self.concept else ()
+
+    def embeds(self) -> tuple[str, ...]:
+        return self.between
+
+    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        projections = {m: Dense(width, self.joint, ("embed", "joint"), bias=False) for m in self.between}
+        return {**projections, "scale": Scale(1 / self.temperature)}
+
+    def embed(self, model: Model, modality: str, arrays: Mapping[str, jax.Array]) -> jax.Array:
+        return self._embed(model, modality, arrays, jax.random.key(0))[0]
+
+    def _embed(self, model: Model, modality: str, arrays: Mapping[str, jax.Array], key: jax.Array) -> Any:
+        stream, aux = model.encode([model.tokens(modality, arrays)], key)
+        joint_BE = model.heads[self.head][modality](mean_pool(stream))
+        return unit(joint_BE.astype(jnp.promote_types(joint_BE.dtype, jnp.float32))), aux
+
+    def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
+        one, two = self.between
+        a_BE, aux_a = self._embed(model, one, batch["inputs"][one], jax.random.fold_in(key, 0))
+        b_BE, aux_b = self._embed(model, two, batch["inputs"][two], jax.random.fold_in(key, 1))
+        valid_B = batch["valid"]
+        concept_B = batch["fields"][self.concept] if self.concept else jnp.arange(valid_B.shape[0])
+        scale = model.heads[self.head].scale()
+        value, recall = info_nce(a_BE, b_BE, scale, concept_B, valid_B)
+        # What equal logits would cost.
+        baseline = jnp.log(jnp.maximum(valid_B.sum(), 1).astype(value.dtype))
+        metrics = {"scale": scale, "batch_recall": recall, "baseline": baseline}
+        return Loss(value + aux_a.loss + aux_b.loss, metrics, {**aux_a.buffers, **aux_b.buffers})
+
+
+def unit(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """`x / sqrt(|x|^2 + eps^2)`: unit vectors, with a gradient at zero."""
+    return x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + eps**2)
+
+
+def info_nce(
+    a_BE: jax.Array, b_BE: jax.Array, scale: jax.Array, concept_B: jax.Array, valid_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Symmetric InfoNCE with several positives per row, and recall at 1 within the batch.
+
+    For logits `l_ij = scale <a_i, b_j>` and the positives `P_i` (valid rows with i's concept, i among them):
+    `1/2 sum over both directions of mean_i [ logsumexp_j l_ij - mean_{j in P_i} l_ij ]`, the cross-entropy to
+    the uniform distribution over the positives. Invalid rows are neither anchors nor candidates. With one
+    positive each this is CLIP's loss (Radford et al. 2021, figure 3).
+    """
+    logits_BB = scale * (a_BE @ b_BE.T)
+    both_BB = valid_B[:, None] & valid_B[None, :]
+    positive_BB = (concept_B[:, None] == concept_B[None, :]) & both_BB
+    anchors = jnp.maximum(valid_B.sum(), 1)
+    forward = _cross_entropy(logits_BB, positive_BB, valid_B) / anchors
+    backward = _cross_entropy(logits_BB.T, positive_BB.T, valid_B) / anchors
+    best_B = jnp.where(valid_B[None, :], logits_BB, -jnp.inf).argmax(axis=1)
+    hit_B = jnp.take_along_axis(positive_BB, best_B[:, None], axis=1)[:, 0]
+    return (forward + backward) / 2, (hit_B & valid_B).sum() / anchors
+
+
+def _cross_entropy(logits_BB: jax.Array, positive_BB: jax.Array, valid_B: jax.Array) -> jax.Array:
+    """Sum over valid rows of the cross-entropy to the uniform distribution over positives."""
+    # Finite stand-in for -inf: a row without any candidate must give zero, not NaN, also backwards.
+    masked_BB = jnp.where(valid_B[None, :], logits_BB, jnp.finfo(logits_BB.dtype).min)
+    count_B = jnp.maximum(positive_BB.sum(axis=1), 1)
+    mean_B = jnp.where(positive_BB, logits_BB, 0).sum(axis=1) / count_B
+    loss_B = jax.nn.logsumexp(masked_BB, axis=1) - mean_B
+    return jnp.where(valid_B, loss_B, 0).sum()

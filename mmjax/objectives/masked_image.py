@@ -1,0 +1,115 @@
+"""Masked image modelling: encode a few patches, predict the pixels of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+
+from mmjax.errors import UserError
+from mmjax.layers.dense import Dense
+from mmjax.layers.positions import Positions
+from mmjax.layers.stream import Stream
+from mmjax.layers.trunk import GroupConfig, Trunk
+from mmjax.modalities.image import patchify
+from mmjax.modality import Input
+from mmjax.model import Batch, Model
+from mmjax.objective import Loss, Objective
+from mmjax.parameters import declare
+
+
+class Decoder(nnx.Module):
+    """A small trunk over the encoded tokens and mask tokens, then a linear map to pixels."""
+
+    def __init__(self, width: int, inner: int, depth: int, heads: int, buckets: int, patch_values: int):
+        block = {"name": "transformer", "heads": heads, "hidden": 4 * inner}
+        self.embed = Dense(width, inner, ("embed", None))
+        self.mask = declare((inner,), (None,), initializers.normal(0.02), decay=False)
+        self.positions = Positions(inner, {"y": buckets, "x": buckets})
+        self.trunk = Trunk([GroupConfig(depth, (block,))], inner, where="decoder")
+        self.pixels = Dense(inner, patch_values, ("embed", None))
+
+    def __call__(self, seen: Stream, index_BS: jax.Array, coordinates: Mapping[str, jax.Array], key: jax.Array) -> Any:
+        """Predictions `[B, S, patch_values]` in image order.
+
+        `index_BS` is a permutation of the patches whose first entries are those of `seen`.
+        """
+        x_BKD = self.embed(seen.x_BSD)
+        hidden = index_BS.shape[1] - x_BKD.shape[1]
+        masks = jnp.broadcast_to(self.mask[...], (x_BKD.shape[0], hidden, x_BKD.shape[2]))
+        x_BSD = jnp.concatenate([x_BKD, masks], axis=1)
+        back_BS = jnp.argsort(index_BS, axis=1)
+        x_BSD = jnp.take_along_axis(x_BSD, back_BS[..., None], axis=1)
+        x_BSD = x_BSD + self.positions(coordinates).astype(x_BSD.dtype)
+        stream, aux = self.trunk(Stream(x_BSD, layout=(("image", x_BSD.shape[1]),)), key)
+        return self.pixels(stream.x_BSD), aux
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedImage(Objective):
+    """Masked autoencoding (He et al. 2022): the trunk sees the unmasked patches only.
+
+    Attributes:
+      modality: the image modality's name.
+      ratio: fraction of the patches that is hidden.
+      inner, depth, heads_per_layer: size of the decoder.
+    """
+
+    modality: str = "image"
+    ratio: float = 0.75
+    inner: int = 128
+    depth: int = 2
+    heads_per_layer: int = 4
+
+    def reads(self) -> tuple[str, ...]:
+        return (self.modality,)
+
+    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        image: Any = inputs[self.modality].modality
+        values = image.patch**2 * 3
+        return {"decoder": Decoder(width, self.inner, self.depth, self.heads_per_layer, image.buckets, values)}
+
+    def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
+        pixels = batch["inputs"][self.modality]["pixels"]
+        stream = model.tokens(self.modality, batch["inputs"][self.modality])
+        key_order, key_encode, key_decode = jax.random.split(key, 3)
+        rows, tokens = stream.x_BSD.shape[:2]
+        keep = visible(tokens, self.ratio)
+        index_BS = jnp.argsort(jax.random.uniform(key_order, (rows, tokens)), axis=1)
+        seen, aux = model.encode([stream.take(index_BS[:, :keep])], key_encode)
+        decoder = model.heads[self.head].decoder
+        predicted_BSP, aux_decoder = decoder(seen, index_BS, stream.coordinates, key_decode)
+        patch = round((predicted_BSP.shape[-1] / 3) ** 0.5)
+        target_BSP = normalised_patches(pixels, patch, predicted_BSP.dtype)
+        hidden_BS = jnp.argsort(index_BS, axis=1) >= keep
+        hidden_BS = hidden_BS & batch["valid"][:, None]
+        value = masked_error(predicted_BSP, target_BSP, hidden_BS)
+        # What predicting each patch's mean would cost: below 1 where patches are blank.
+        metrics = {"baseline": masked_error(jnp.zeros_like(target_BSP), target_BSP, hidden_BS)}
+        return Loss(value + aux.loss + aux_decoder.loss, metrics, {**aux.buffers, **aux_decoder.buffers})
+
+
+def visible(tokens: int, ratio: float) -> int:
+    """Number of patches that stay: at least one stays and one is hidden."""
+    if not 0 < ratio < 1 or tokens < 2:
+        raise UserError(f"masked_image needs 0 < ratio < 1 and two patches; ratio {ratio}, patches {tokens}.")
+    return min(max(round(tokens * (1 - ratio)), 1), tokens - 1)
+
+
+def normalised_patches(pixels_BHWC: jax.Array, patch: int, dtype: Any, eps: float = 1e-6) -> jax.Array:
+    """Targets: each patch's values in [0, 1] less their mean, over `sqrt(variance + eps)`; `[B, S, P]`."""
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    x_BSP = patchify(pixels_BHWC.astype(dtype) / 255, patch)
+    centred = x_BSP - x_BSP.mean(axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
+
+
+def masked_error(predicted_BSP: jax.Array, target_BSP: jax.Array, hidden_BS: jax.Array) -> jax.Array:
+    """Squared error, mean over a patch's values, then over the hidden patches of valid rows."""
+    error_BS = jnp.square(predicted_BSP.astype(target_BSP.dtype) - target_BSP).mean(axis=-1)
+    return jnp.where(hidden_BS, error_BS, 0).sum() / jnp.maximum(hidden_BS.sum(), 1)

@@ -1,0 +1,269 @@
+"""Programs: one task at one shape, lowered against one pinned state and compiled before step 0."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from mmjax import flops
+from mmjax.errors import UserError
+from mmjax.evaluator import Pass, function, row_spec
+from mmjax.objective import Loss
+from mmjax.optimizer import Optimizer
+from mmjax.parameters import Arrays, Declaration
+from mmjax.sharding import batch_sharding, replicated
+from mmjax.state import EMA, State, shardings
+from mmjax.task import RowSpec, Task
+
+Metrics = dict[str, jax.Array]
+Ticks = Mapping[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class LimitsConfig:
+    """What a run may use.
+
+    Attributes:
+      memory_gib: bytes of one device that a program may need, in GiB; 0 for no limit.
+      programs: number of programs that a config may make.
+      invalid: examples of a task that may fail to be read before the run stops.
+      non_finite: steps of a task in a row with a non-finite loss or gradient before the run stops.
+    """
+
+    memory_gib: float = 0.0
+    programs: int = 64
+    invalid: int = 100
+    non_finite: int = 10
+
+
+@dataclass(frozen=True)
+class Request:
+    """A program to be compiled.
+
+    Attributes:
+      task: name of its task.
+      kind: `train`, or what it computes in evaluation.
+      function: traced under the mesh.
+      arguments: `jax.ShapeDtypeStruct`s with shardings.
+      out_shardings: pinned, so that a later call cannot compile again.
+      donate: positions of arguments that the call consumes.
+      shape: short words for the table.
+      model_flops: counts the floating-point operations of the model's dot products.
+    """
+
+    task: str
+    kind: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    out_shardings: Any
+    donate: tuple[int, ...]
+    shape: str
+    model_flops: Callable[[], int]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled request; `report` holds what the table shows (bytes are per device)."""
+
+    call: Callable[..., Any]
+    report: dict[str, Any]
+
+
+# --- the functions -----------------------------------------------------------------------------
+
+
+def train_function(
+    task: Task, declaration: Declaration, optimizer: Optimizer, compute: Any, seed: int
+) -> Callable[[State, Any, Ticks], tuple[State, Metrics]]:
+    """`(state, batch, {step, visit}) -> (state, metrics)`: loss, gradient, update."""
+
+    def loss_of(parameters: Arrays, batch: Any, visit: jax.Array) -> tuple[jax.Array, Loss]:
+        model = declaration.merge(parameters, compute)
+        loss = task.loss(model, batch, jax.random.fold_in(task.fold(seed), visit))
+        return loss.value, loss
+
+    def step(state: State, batch: Any, ticks: Ticks) -> tuple[State, Metrics]:
+        (value, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(state.parameters, batch, ticks["visit"])
+        updated = optimizer.update(grads, state.optimizer, state.parameters, ticks["step"])
+        buffers = {**state.buffers, **loss.buffers}
+        if optimizer.config.ema:
+            buffers = _averaged(buffers, updated.parameters, optimizer.config.ema)
+        after = State(updated.parameters, updated.optimizer, buffers)
+        # A non-finite loss or gradient leaves everything as it was; the host counts it.
+        finite = jnp.isfinite(value) & jnp.isfinite(updated.metrics["grad_norm"])
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+        metrics = {"loss": value, **updated.metrics, **loss.metrics, "finite": finite}
+        return after, {name: jnp.asarray(m, jnp.promote_types(m.dtype, jnp.float32)) for name, m in metrics.items()}
+
+    return step
+
+
+def _averaged(buffers: Arrays, parameters: Arrays, decay: float) -> Arrays:
+    averages = {EMA + n: decay * buffers[EMA + n] + (1 - decay) * p for n, p in parameters.items()}
+    return {**buffers, **averages}
+
+
+def train_request(
+    task: Task, declaration: Declaration, optimizer: Optimizer, compute: Any, seed: int, state: State, mesh: Mesh
+) -> Request:
+    """The training program of a task against the pinned abstract `state`."""
+    step = train_function(task, declaration, optimizer, compute, seed)
+    batch = abstract_batch(task.rows(), task.batch, mesh, f"tasks.{task.name}")
+    ticks = {name: _tick(mesh) for name in ("step", "visit")}
+
+    def loss_of(parameters: Arrays, batch: Any, visit: jax.Array) -> jax.Array:
+        return task.loss(declaration.merge(parameters, compute), batch, jax.random.fold_in(task.fold(seed), visit)).value
+
+    def count() -> int:
+        return flops.train_flops(loss_of, state.parameters, batch, ticks["visit"])
+
+    arguments = (state, batch, ticks)
+    outputs = (shardings(state), replicated(mesh))
+    return Request(task.name, "train", step, arguments, outputs, (0,), _shape(task.rows(), task.batch), count)
+
+
+def eval_request(
+    task: Task, each: Pass, size: int, declaration: Declaration, compute: Any, seed: int, parameters: Arrays, mesh: Mesh
+) -> Request:
+    """The program of an evaluation pass: `(parameters, batch, {batch}) -> outputs`, held whole by every process."""
+    outputs_of = function(task, each.what)
+
+    def run(parameters: Arrays, batch: Any, ticks: Ticks) -> dict[str, jax.Array]:
+        key = jax.random.fold_in(jax.random.fold_in(task.fold(seed), 2**31), ticks["batch"])
+        outputs = outputs_of(declaration.merge(parameters, compute), batch, key)
+        return {**outputs, **batch["fields"], "valid": batch["valid"]}
+
+    spec = row_spec(task, each)
+    batch = abstract_batch(spec, size, mesh, f"evaluation of tasks.{task.name}")
+    arguments = (parameters, batch, {"batch": _tick(mesh)})
+    return Request(
+        task.name, each.what, run, arguments, replicated(mesh), (), _shape(spec, size),
+        lambda: flops.model_flops(run, *arguments),
+    )  # fmt: skip
+
+
+def abstract_batch(spec: RowSpec, size: int, mesh: Mesh, where: str) -> Any:
+    """Shapes, dtypes and shardings of a batch of `size` rows."""
+    sharding = batch_sharding(mesh, size, where)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct((size, *s.shape), s.dtype, sharding=sharding), spec.shapes())
+
+
+def _tick(mesh: Mesh) -> Any:
+    return jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh))
+
+
+def ticks(mesh: Mesh, **values: int) -> Ticks:
+    """Integers as arguments of a program, on every device."""
+    return {name: jax.device_put(np.int32(v), replicated(mesh)) for name, v in values.items()}
+
+
+def _shape(spec: RowSpec, size: int) -> str:
+    parts = ["x".join(map(str, next(iter(i.arrays().values())).shape)) for i in spec.inputs.values()]
+    return f"{size} x ({' + '.join(parts)})" if len(parts) > 1 else f"{size} x {parts[0]}"
+
+
+# --- compilation -------------------------------------------------------------------------------
+
+
+def use_cache(folder: epath.PathLike | None = None) -> None:
+    """Keep compiled programs on disk: in `folder`, the folder JAX is already told, or the user's cache."""
+    if jax.config.jax_compilation_cache_dir is None:
+        default = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmjax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(folder or default))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class _CacheHits:
+    """Which threads met the persistent cache since they were last asked."""
+
+    def __init__(self) -> None:
+        self._threads: set[int] = set()
+        jax.monitoring.register_event_listener(self._listen)
+
+    def _listen(self, event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            self._threads.add(threading.get_ident())
+
+    def pop(self) -> bool:
+        hit = threading.get_ident() in self._threads
+        self._threads.discard(threading.get_ident())
+        return hit
+
+
+_hits = _CacheHits()
+
+
+def compile_all(requests: Mapping[str, Request], mesh: Mesh, limits: LimitsConfig) -> dict[str, Program]:
+    """Lower in order, compile in parallel, and refuse what does not fit, by name."""
+    if len(requests) > limits.programs:
+        raise UserError(
+            f"The config makes {len(requests)} programs, over limits.programs = {limits.programs}: "
+            f"{', '.join(requests)}. Use fewer shapes, or raise the limit."
+        )
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        futures = {name: pool.submit(_compile, _lower(r, mesh), r) for name, r in requests.items()}
+        programs = {name: future.result() for name, future in futures.items()}
+    _check_fit(programs, limits)
+    return programs
+
+
+def compile_silently(fun: Callable[..., Any], argument: Any, out_shardings: Any, mesh: Mesh) -> Callable[..., Any]:
+    """A small program of our own (no task's), compiled now so that nothing compiles later."""
+    with jax.set_mesh(mesh):
+        compiled: Callable[..., Any] = jax.jit(fun, out_shardings=out_shardings).lower(argument).compile()
+    return compiled
+
+
+def _lower(request: Request, mesh: Mesh) -> Any:
+    jitted = jax.jit(request.function, donate_argnums=request.donate, out_shardings=request.out_shardings)
+    with jax.set_mesh(mesh):
+        return jitted.lower(*request.arguments)
+
+
+def _compile(lowered: Any, request: Request) -> Program:
+    _hits.pop()
+    start = time.monotonic()
+    compiled = lowered.compile()
+    seconds = time.monotonic() - start
+    report = {
+        "name": request.task,
+        "kind": request.kind,
+        "shape": request.shape,
+        "bytes": device_bytes(compiled),
+        "flops": request.model_flops(),
+        "compile_seconds": seconds,
+        "cached": _hits.pop(),
+    }
+    return Program(compiled, report)
+
+
+def device_bytes(compiled: Any) -> int:
+    """Bytes of one device that a call needs: arguments, temporaries, outputs that are not arguments, code."""
+    m = compiled.memory_analysis()
+    if m is None:
+        return 0
+    out = m.output_size_in_bytes - m.alias_size_in_bytes
+    return int(m.argument_size_in_bytes + m.temp_size_in_bytes + out + m.generated_code_size_in_bytes)
+
+
+def _check_fit(programs: Mapping[str, Program], limits: LimitsConfig) -> None:
+    limit = limits.memory_gib * 2**30
+    over = {n: p.report["bytes"] for n, p in programs.items() if limit and p.report["bytes"] > limit}
+    if over:
+        lines = "\n  ".join(f"{n}: {b / 2**30:.2f} GiB" for n, b in over.items())
+        raise UserError(
+            f"These programs need more than limits.memory_gib = {limits.memory_gib} on a device:\n  {lines}\n"
+            "A smaller batch, shape or model.remat = 'full' would help."
+        )

@@ -1,0 +1,290 @@
+"""Beginning a run: fresh, or from the newest checkpoint of its workdir, after checking that both agree."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from mmjax import checkpoint
+from mmjax import config as configs
+from mmjax.checkpoint import Restored
+from mmjax.data import order
+from mmjax.errors import UserError
+from mmjax.evaluate import RESULTS
+from mmjax.experiment import Experiment
+from mmjax.parameters import Arrays
+from mmjax.program import compile_silently
+from mmjax.schedule import Schedule
+from mmjax.source import Cached, Examples
+from mmjax.state import EMA, Clock, State, init_state, shardings, state_from_canonical, state_to_canonical
+from mmjax.state import compute_dtype
+
+_VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run that is about to begin or go on.
+
+    Attributes:
+      clock: where it stands.
+      data: the opened source of each task.
+      identities: digests of the data and of the files that modalities name.
+      restored: the checkpoint it goes on from, if any.
+    """
+
+    experiment: Experiment
+    workdir: epath.Path
+    mesh: Mesh
+    clock: Clock
+    data: Mapping[str, Examples]
+    identities: Mapping[str, str]
+    restored: Restored | None
+
+    @property
+    def is_done(self) -> bool:
+        return self.clock.step >= self.experiment.run.steps and (self.workdir / RESULTS).exists()
+
+    def state(self) -> State:
+        """The state on the mesh: initial, with everything that the checkpoint holds in its place."""
+        abstract = self.experiment.abstract_state(self.mesh)
+        dtype = compute_dtype(self.experiment.run.dtype.parameters)
+        experiment = self.experiment
+
+        def fresh() -> State:
+            return init_state(experiment.declaration, experiment.optimizer, experiment.run.seed, dtype)
+
+        if self.restored is None:
+            return jax.jit(fresh, out_shardings=shardings(abstract))()
+        specs, held = experiment.declaration.specs, self.restored.state
+        if not _missing(self._canonical_shapes, held):
+            return jax.jit(lambda t: state_from_canonical(specs, t), out_shardings=shardings(abstract))(held)
+
+        def joined(held: Any) -> State:
+            tree = state_to_canonical(specs, fresh())
+            return state_from_canonical(specs, {part: {**tree[part], **held[part]} for part in tree})
+
+        return jax.jit(joined, out_shardings=shardings(abstract))(held)
+
+    @cached_property
+    def _canonical_shapes(self) -> Any:
+        return _abstract_canonical(self.experiment, self.mesh)
+
+    @cached_property
+    def _to_canonical(self) -> Callable[[State], Any]:
+        specs = self.experiment.declaration.specs
+        out = shardings(self._canonical_shapes)
+        abstract = self.experiment.abstract_state(self.mesh)
+        return compile_silently(lambda s: state_to_canonical(specs, s), abstract, out, self.mesh)
+
+    def canonical(self, state: State) -> Any:
+        """The state as a checkpoint holds it."""
+        return self._to_canonical(state)
+
+    def evaluated(self, state: State) -> Arrays:
+        """The parameters that evaluation uses."""
+        if not self.experiment.run.optimizer.ema:
+            return state.parameters
+        return {n.removeprefix(EMA): b for n, b in state.buffers.items() if n.startswith(EMA)}
+
+    def meta(self, clock: Clock) -> dict[str, Any]:
+        """What a checkpoint says beside its arrays."""
+        return {
+            "clock": clock.to_json(),
+            "config": self.experiment.block,
+            "identities": dict(self.identities),
+            "environment": environment(self.mesh),
+        }
+
+    def example_ids(self, task: str, visit: int) -> list[int]:
+        """The examples of one visit of a task in this session."""
+        done = self.clock.schedule.visits(self.clock.step).get(task, 0)
+        batch = self.experiment.tasks[task].batch
+        position = self.clock.positions.get(task, 0) + (visit - done) * batch
+        seed = self.experiment.run.seed
+        return [int(i) for i in order.example_ids(seed, task, position, batch, len(self.data[task]))]
+
+
+def begin(
+    experiment: Experiment, workdir: epath.Path, mesh: Mesh, allow_change: bool, say: Callable[[str], None]
+) -> Session:
+    """Open the data, find the newest good checkpoint, and settle where the run stands.
+
+    Raises:
+      UserError: data missing or other than the run's; a config that does not go with the run's.
+    """
+    data = _open_data(experiment)
+    identities = {f"tasks.{n}.source": e.identity for n, e in data.items()} | _file_identities(experiment)
+    changes: list[configs.Difference] = []
+
+    def accept(step: int, meta: dict[str, Any]) -> None:
+        changes[:] = configs.check_compatible(meta["config"], experiment.block, allow_change)
+        _check_identities(meta["identities"], identities, workdir)
+        _announce(meta["environment"], environment(mesh), say)
+
+    abstract = _abstract_canonical(experiment, mesh)
+    restored = checkpoint.restore_latest(workdir, abstract, accept, say, _may_be_new(experiment))
+    clock = _fresh_clock(experiment) if restored is None else _clock(experiment, restored, changes)
+    if restored is not None:
+        say(f"Going on from step {restored.step} in {workdir}.")
+        for change in changes:
+            say(f"Config changed: {change}")
+    _write_config(workdir, experiment)
+    _keep_files(workdir, experiment)
+    return Session(experiment, workdir, mesh, clock, data, identities, restored)
+
+
+def _open_data(experiment: Experiment) -> dict[str, Examples]:
+    limit = experiment.run.loader.cache_mib * 2**20
+    data: dict[str, Examples] = {}
+    shared: dict[str, Examples] = {}
+    for name, task in experiment.tasks.items():
+        key = json.dumps(task.config.source, sort_keys=True)
+        if key not in shared:
+            shared[key] = Cached(task.source.open(), limit)
+        data[name] = shared[key]
+        task.rows().check(data[name], f"tasks.{name}")
+    return data
+
+
+def _file_identities(experiment: Experiment) -> dict[str, str]:
+    found = {}
+    for name, modality in experiment.modalities.items():
+        for file, path in modality.files().items():
+            if not path.exists():
+                raise UserError(
+                    f"modalities.{name}: file '{path}' is missing. Build the data first: python -m mmjax.data.build emoji"
+                )
+            found[f"modalities.{name}/{file}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def _check_identities(saved: Mapping[str, str], now: Mapping[str, str], workdir: epath.Path) -> None:
+    changed = [key for key in saved.keys() & now.keys() if saved[key] != now[key]]
+    if changed:
+        raise UserError(
+            f"The data of the run in '{workdir}' has changed since: {', '.join(sorted(changed))}. "
+            "Restore the data it began with, or use another --workdir."
+        )
+
+
+def environment(mesh: Mesh) -> dict[str, Any]:
+    """What the bits of a run depend on besides its config."""
+    device = mesh.devices.flat[0]
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _VERSIONED},
+        "devices": int(mesh.devices.size),
+        "mesh": {axis: int(size) for axis, size in mesh.shape.items()},
+        "device_kind": device.device_kind,
+        "processes": jax.process_count(),
+        "cores": os.cpu_count(),
+        "processor": _processor(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = epath.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _announce(saved: Mapping[str, Any], now: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    changed = [f"{k} {saved.get(k)} -> {now[k]}" for k in now if saved.get(k) != now[k]]
+    if changed:
+        say(f"The run began elsewhere, so its bits may differ in rounding: {', '.join(changed)}.")
+
+
+def _abstract_canonical(experiment: Experiment, mesh: Mesh) -> Any:
+    """The canonical state's shapes, each lying on the mesh as its (stacked) parameter does."""
+    abstract = experiment.abstract_state(mesh)
+    specs = experiment.declaration.specs
+    shapes = jax.eval_shape(lambda s: state_to_canonical(specs, s), abstract)
+    placed = state_to_canonical(specs, jax.tree.map(_Placed, abstract))
+    return jax.tree.map(
+        lambda shape, p: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=p.of(len(shape.shape))), shapes, placed
+    )
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Stands in for an array when a stacked one is taken apart: its first dimension falls away."""
+
+    leaf: Any
+    taken: bool = False
+
+    def __getitem__(self, _: int) -> _Placed:
+        return _Placed(self.leaf, True)
+
+    def of(self, rank: int) -> Any:
+        sharding = self.leaf.sharding
+        if not self.taken or not len(sharding.spec):
+            return sharding
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1 : rank + 1]))
+
+
+def _missing(expected: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    return any(set(expected[part]) - set(found[part]) for part in expected)
+
+
+def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]:
+    """Whether a parameter may lack in a checkpoint: it is the head of a task that has been added since."""
+
+    def test(name: str, meta: dict[str, Any]) -> bool:
+        old = {(t["objective"].get("head") or n) for n, t in meta["config"]["tasks"].items()}
+        parts = name.removeprefix(EMA).split("/")
+        return parts[0] == "heads" and parts[1] not in old
+
+    return test
+
+
+def _fresh_clock(experiment: Experiment) -> Clock:
+    zeros = dict.fromkeys(experiment.tasks, 0)
+    return Clock(0, experiment.schedule(), zeros, zeros, zeros)
+
+
+def _clock(experiment: Experiment, restored: Restored, changes: list[configs.Difference]) -> Clock:
+    """The saved clock; with a new segment from here on where the config's schedule has changed."""
+    saved = Clock.from_json(restored.meta["clock"])
+    if not any(_moves_schedule(c, experiment, restored) for c in changes):
+        return saved
+    weights = {name: task.config.share for name, task in experiment.tasks.items()}
+    rule = experiment.run.schedule.rule
+    schedule: Schedule = saved.schedule.append(saved.step, weights, rule=rule, seed=experiment.run.seed, now=saved.step)
+    for phase in experiment.run.schedule.phases:
+        if phase["start"] > saved.step:
+            schedule = schedule.append(phase["start"], phase["weights"], rule=phase.get("rule"), now=saved.step)
+    return Clock(saved.step, schedule, saved.positions, saved.skipped, saved.invalid)
+
+
+def _moves_schedule(change: configs.Difference, experiment: Experiment, restored: Restored) -> bool:
+    tasks = set(experiment.tasks) ^ set(restored.meta["config"]["tasks"])
+    parts = change.key.split(".")
+    return parts[0] == "schedule" or (parts[0] == "tasks" and (parts[1] in tasks or parts[2] == "share"))
+
+
+def _write_config(workdir: epath.Path, experiment: Experiment) -> None:
+    (workdir / "config.json").write_text(json.dumps(experiment.block, indent=1, sort_keys=True))
+
+
+def _keep_files(workdir: epath.Path, experiment: Experiment) -> None:
+    """Copy the files that modalities name, so that the workdir can be loaded by itself."""
+    for modality in experiment.modalities.values():
+        for file, path in modality.files().items():
+            copy = workdir / "assets" / file
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())

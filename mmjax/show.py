@@ -1,0 +1,111 @@
+"""What a checkpoint or a config holds.
+
+    python -m mmjax.show DIR [--step=N] [--digest]
+    python -m mmjax.show --config=configs/NAME.py [--config.KEY=VALUE ...]
+
+The first prints step, visits, positions, parameters by part and bytes; with `--digest` its last line is a
+stable SHA-256 of the parameters. The second prints the parameter table of a config without a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from mmjax import checkpoint, commandline, errors
+from mmjax.errors import UserError
+from mmjax.experiment import make_experiment
+from mmjax.loading import find_step
+from mmjax.monitor.tables import human_bytes, parameter_table, table
+from mmjax.parameters import Spec, digest
+from mmjax.state import Clock
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to: `trunk`, `stems/NAME` or `heads/NAME`."""
+    parts = name.split("/")
+    return parts[0] if parts[0] == "trunk" else "/".join(parts[:2])
+
+
+def rows_of_config(specs: Mapping[str, Spec]) -> list[dict[str, Any]]:
+    """Rows of the parameter table: total, and what one token meets (of a lookup table, one row)."""
+    total: dict[str, int] = defaultdict(int)
+    active: dict[str, int] = defaultdict(int)
+    for spec in specs.values():
+        size = math.prod(spec.shape)
+        looked_up = [n for axis, n in zip(spec.axes, spec.shape, strict=True) if axis in ("vocabulary", "positions")]
+        total[part_of(spec.name)] += size
+        active[part_of(spec.name)] += size // math.prod(looked_up)
+    return [{"part": part, "total": total[part], "active_per_token": active[part]} for part in sorted(total)]
+
+
+def rows_of_checkpoint(shapes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the parameter table from the shapes that a checkpoint holds."""
+    total: dict[str, int] = defaultdict(int)
+    for name, leaf in shapes.items():
+        total[part_of(name)] += math.prod(leaf.shape)
+    return [{"part": part, "total": total[part]} for part in sorted(total)]
+
+
+def show_config(path: str, overrides: Sequence[str]) -> None:
+    experiment = make_experiment(commandline.read_config(path, overrides))
+    parameter_table(rows_of_config(experiment.declaration.specs))
+
+
+def show_run(workdir: epath.Path, step: int | None, with_digest: bool) -> None:
+    """Print what a checkpoint holds."""
+    step, meta = find_step(workdir, step)
+    shapes = checkpoint.read_shapes(workdir, step)
+    clock = Clock.from_json(meta["clock"])
+    visits = clock.schedule.visits(step)
+    print(f"{workdir}: checkpoint of step {step} of {meta['config']['steps']}, format {meta['format']}\n")
+    counts = [
+        (name, visits.get(name, 0), position, clock.skipped.get(name, 0), clock.invalid.get(name, 0))
+        for name, position in clock.positions.items()
+    ]
+    table("Tasks", ("task", "visits", "position", "skipped", "invalid"), counts)
+    segments = [(s.start, s.rule, ", ".join(f"{t} {w}" for t, w in s.weights.items())) for s in clock.schedule.segments]
+    table("Schedule", ("from step", "rule", "weights"), segments)
+    parameter_table(rows_of_checkpoint(shapes["parameters"]))
+    sizes = [(part, len(jax.tree.leaves(leaves)), human_bytes(_bytes(leaves))) for part, leaves in shapes.items()]
+    table("Bytes", ("held", "arrays", "bytes"), sizes)
+    if with_digest:
+        print(digest(read_arrays(workdir, step, shapes["parameters"])))
+
+
+def read_arrays(workdir: epath.Path, step: int, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The parameters of a checkpoint as NumPy arrays under their canonical names."""
+    wanted = {"parameters": {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in shapes.items()}}
+    state: dict[str, np.ndarray] = checkpoint.read_state(workdir, step, wanted)["parameters"]
+    return state
+
+
+def _bytes(leaves: Any) -> int:
+    each: Iterable[Any] = jax.tree.leaves(leaves)
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in each)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = commandline.parser("Show what a checkpoint or a config holds.")
+    made.add_argument("workdir", nargs="?", help="a run's folder")
+    made.add_argument("--config", help="a config, to show its parameters without a checkpoint")
+    made.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
+    made.add_argument("--digest", action="store_true", help="print a digest of the parameters as the last line")
+    arguments, overrides = commandline.parse(made, argv)
+    if (arguments.workdir is None) == (arguments.config is None):
+        raise UserError("Give a run's folder, or --config=FILE. " + made.format_usage().strip())
+    if arguments.config is not None:
+        show_config(arguments.config, overrides)
+    else:
+        show_run(epath.Path(arguments.workdir).expanduser(), arguments.step, arguments.digest)
+    return 0
+
+
+if __name__ == "__main__":
+    errors.run(main)

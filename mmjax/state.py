@@ -1,0 +1,131 @@
+"""The state of a run: parameters, optimizer state and buffers on the devices; the clock in integers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh
+
+from mmjax.errors import UserError
+from mmjax.optimizer import LeafState, Optimizer
+from mmjax.parameters import Arrays, Declaration, Spec, from_canonical, to_canonical
+from mmjax.schedule import Schedule
+from mmjax.sharding import named, replicated
+
+EMA = "ema/"
+
+
+@struct.dataclass
+class State:
+    """What is on the devices.
+
+    Attributes:
+      parameters: by name.
+      optimizer: parameter name -> its leaf state by field.
+      buffers: what changes without a gradient, by name; `ema/NAME` averages parameter NAME.
+    """
+
+    parameters: Arrays
+    optimizer: dict[str, LeafState]
+    buffers: Arrays
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where a run is, in integers.
+
+    Attributes:
+      step: completed steps.
+      schedule: which task runs at which step.
+      positions: examples consumed by each task.
+      skipped: steps of each task whose update was left out for a non-finite loss or gradient.
+      invalid: examples of each task that could not be read.
+    """
+
+    step: int
+    schedule: Schedule
+    positions: Mapping[str, int]
+    skipped: Mapping[str, int]
+    invalid: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "segments": self.schedule.to_json(),
+            "positions": dict(self.positions),
+            "skipped": dict(self.skipped),
+            "invalid": dict(self.invalid),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Clock:
+        schedule = Schedule.from_json(data["segments"])
+        return cls(data["step"], schedule, data["positions"], data["skipped"], data["invalid"])
+
+
+def init_state(declaration: Declaration, optimizer: Optimizer, seed: int, dtype: Any) -> State:
+    """The state at step 0. Meant to be jitted with `state_shardings` as its output's shardings."""
+    parameters = declaration.initialise(seed, dtype)
+    buffers = {EMA + n: p for n, p in parameters.items()} if optimizer.config.ema else {}
+    return State(parameters, optimizer.init(parameters), buffers)
+
+
+def abstract_state(declaration: Declaration, optimizer: Optimizer, dtype: Any, mesh: Mesh) -> State:
+    """Shapes, dtypes and shardings of the state on `mesh`.
+
+    Optimizer state and averages lie like their parameter; fields of another shape are replicated.
+    """
+    shapes = jax.eval_shape(lambda: init_state(declaration, optimizer, 0, dtype))
+
+    def place(name: str, leaf: Any) -> Any:
+        spec = declaration.specs[name]
+        sharding = named(spec.axes, spec.shape, mesh) if leaf.shape == spec.shape else replicated(mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return State(
+        {n: place(n, p) for n, p in shapes.parameters.items()},
+        {n: {k: place(n, v) for k, v in leaf.items()} for n, leaf in shapes.optimizer.items()},
+        {n: place(n.removeprefix(EMA), b) for n, b in shapes.buffers.items()},
+    )
+
+
+def shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda s: s.sharding, abstract)
+
+
+# --- the form in which checkpoints hold it -----------------------------------------------------
+
+
+def state_to_canonical(specs: Mapping[str, Spec], state: State) -> dict[str, Any]:
+    """`{"parameters": {canonical name: array}, "optimizer": {name: {field: array}}, "buffers": {...}}`."""
+    averages = {n.removeprefix(EMA): b for n, b in state.buffers.items()}
+    return {
+        "parameters": to_canonical(specs, state.parameters),
+        "optimizer": to_canonical(specs, state.optimizer),
+        "buffers": {EMA + n: b for n, b in to_canonical(specs, averages).items()},
+    }
+
+
+def state_from_canonical(specs: Mapping[str, Spec], tree: Mapping[str, Any]) -> State:
+    """The inverse of `state_to_canonical`."""
+    averages = {n.removeprefix(EMA): b for n, b in tree["buffers"].items()}
+    return State(
+        from_canonical(specs, tree["parameters"]),
+        from_canonical(specs, tree["optimizer"]),
+        {EMA + n: b for n, b in from_canonical(specs, averages).items()} if averages else {},
+    )
+
+
+def compute_dtype(name: str) -> Any:
+    """A dtype by its name in a config; float64 needs JAX to be set up for it."""
+    known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+    if name not in known:
+        raise UserError(f"dtype '{name}': expected one of {', '.join(known)}.")
+    if name == "float64" and not jax.config.jax_enable_x64:
+        raise UserError("dtype float64 needs JAX_ENABLE_X64=1 in the environment.")
+    return known[name]

@@ -1,0 +1,128 @@
+"""Tasks: a data source, the modalities it reads and their shapes, an objective, evaluators, a share."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from mmjax import config as configs
+from mmjax.errors import UserError, nearest
+from mmjax.modality import Input, Modality
+from mmjax.model import Batch, Model
+from mmjax.objective import Loss, Objective
+from mmjax.source import Example, Examples, Source
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """One block of `config.tasks`.
+
+    Attributes:
+      source: where examples come from.
+      inputs: modality name -> the task's settings of it (field, resolution, length).
+      objective: the loss.
+      batch: examples per visit, over all devices.
+      share: its weight in the schedule.
+      evaluators: by a name of one's own.
+    """
+
+    source: dict[str, Any]
+    inputs: dict[str, dict[str, Any]]
+    objective: dict[str, Any]
+    batch: int
+    share: int = 1
+    evaluators: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task as a run uses it; see `TaskConfig`."""
+
+    name: str
+    config: TaskConfig
+    inputs: Mapping[str, Input]
+    objective: Objective
+    source: Source
+
+    @property
+    def batch(self) -> int:
+        return self.config.batch
+
+    def fold(self, seed: int) -> jax.Array:
+        """The task's random key; visits and purposes are folded into it."""
+        return jax.random.fold_in(jax.random.key(seed), zlib.crc32(self.name.encode()))
+
+    def loss(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
+        return self.objective(model, batch, key)
+
+    def rows(self) -> RowSpec:
+        """What one row of a training batch holds."""
+        return RowSpec(self.inputs, self.objective.fields())
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """One row of a batch: `inputs` by modality, integer `fields`, and whether the row is `valid`."""
+
+    inputs: Mapping[str, Input]
+    fields: tuple[str, ...]
+
+    def shapes(self) -> Any:
+        """The tree of `jax.ShapeDtypeStruct`s of one row."""
+        return {
+            "inputs": {name: i.arrays() for name, i in self.inputs.items()},
+            "fields": {name: jax.ShapeDtypeStruct((), np.int32) for name in self.fields},
+            "valid": jax.ShapeDtypeStruct((), np.bool_),
+        }
+
+    def make(self, example: Example, rng: np.random.Generator | None) -> Any:
+        """The arrays of one example."""
+        return {
+            "inputs": {name: i.preprocess(example, rng) for name, i in self.inputs.items()},
+            "fields": {name: np.int32(example[name]) for name in self.fields},
+            "valid": np.True_,
+        }
+
+    def blank(self) -> Any:
+        """An invalid row: zeros."""
+        return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self.shapes())
+
+    def check(self, examples: Examples, where: str) -> None:
+        """Every field that the rows read must be there."""
+        wanted = [i.field for i in self.inputs.values()] + list(self.fields)
+        for name in wanted:
+            if name not in examples.fields:
+                raise UserError(
+                    f"{where} reads field '{name}', which {examples.description} lacks. "
+                    f"It has: {', '.join(examples.fields)}.{nearest(name, examples.fields)}"
+                )
+
+
+def make_task(name: str, block: Mapping[str, Any], modalities: Mapping[str, Modality]) -> Task:
+    """Build a task from its block, checking every key."""
+    where = f"tasks.{name}"
+    config = configs.build(TaskConfig, block, where)
+    if config.batch < 1:
+        raise UserError(f"{where}.batch is {config.batch}; it must be at least 1.")
+    inputs = {m: make_input(m, b, modalities, f"{where}.inputs.{m}") for m, b in config.inputs.items()}
+    objective = configs.component("objectives", config.objective, f"{where}.objective")
+    if not objective.head:
+        objective = replace(objective, head=name)
+    for modality in objective.reads():
+        if modality not in inputs:
+            raise UserError(f"{where}.objective reads modality '{modality}'; {where}.inputs has no such block.")
+    source = configs.component("sources", config.source, f"{where}.source")
+    return Task(name, config, inputs, objective, source)
+
+
+def make_input(name: str, block: Mapping[str, Any], modalities: Mapping[str, Modality], where: str) -> Input:
+    """A modality with a task's settings."""
+    if name not in modalities:
+        raise UserError(f"{where}: no modality '{name}' in config.modalities.{nearest(name, modalities)}")
+    modality = modalities[name]
+    return Input(name, modality, configs.build(type(modality).Input, block, where))

@@ -1,0 +1,113 @@
+"""The growing file: on a disk and in a store that cannot append."""
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+
+from mmjax.monitor.lines import LineFile, is_local
+from mmjax.monitor.metrics import MetricWriter, read
+from mmjax.monitor.phases import PhaseLog, summary
+
+_BUCKETS = itertools.count()
+
+
+class _Store(MemoryFileSystem):
+    """An object store: whole objects only, no appending."""
+
+    protocol = "az"
+    puts = 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + os.fspath(path).removeprefix("az://").strip("/")
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        if "a" in mode:
+            raise NotImplementedError("object stores do not append")
+        type(self).puts += "w" in mode
+        return super()._open(path, mode=mode, **kwargs)
+
+
+@pytest.fixture
+def remote() -> epath.Path:
+    fsspec.register_implementation("az", _Store, clobber=True)
+    return epath.Path(f"az://bucket{next(_BUCKETS)}/run")
+
+
+def test_knows_local_from_remote(tmp_path: Path, remote: epath.Path) -> None:
+    assert is_local(epath.Path(tmp_path))
+    assert not is_local(remote)
+
+
+def test_lines_are_with_the_system_after_push(tmp_path: Path) -> None:
+    path = epath.Path(tmp_path) / "deep" / "lines"
+    lines = LineFile(path)
+    lines.append("one\ntwo\n")
+    lines.push()
+    assert path.read_text() == "one\ntwo\n"
+    lines.close()
+    lines.close()
+
+
+def test_a_torn_line_does_not_swallow_the_next(tmp_path: Path) -> None:
+    path = epath.Path(tmp_path) / "lines"
+    path.write_text("whole\nto")
+    lines = LineFile(path)
+    lines.append("next\n")
+    lines.close()
+    assert path.read_text() == "whole\nto\nnext\n"
+
+
+@pytest.mark.parametrize("call", ["push", "sync"])
+def test_a_full_disk_names_the_file(call: str) -> None:
+    lines = LineFile(epath.Path("/dev/full"))
+    lines.append("x\n")
+    with pytest.raises(OSError, match="/dev/full"):
+        getattr(lines, call)()
+    with pytest.raises(OSError, match="/dev/full"):
+        lines.close()
+    lines.close()
+
+
+def test_remote_keeps_what_is_there_and_syncs(remote: epath.Path) -> None:
+    path = remote / "lines"
+    for text in ("one\n", "two\n"):
+        lines = LineFile(path)
+        lines.append(text)
+        lines.sync()
+    assert path.read_text() == "one\ntwo\n"
+
+
+def test_remote_pushes_are_few(remote: epath.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    lines = LineFile(remote / "lines")
+    before = _Store.puts
+    for _ in range(50):
+        lines.append("x\n")
+        lines.push()
+    assert _Store.puts - before == 1
+    now = 102.5
+    lines.push()
+    assert _Store.puts - before == 2
+    assert (remote / "lines").read_text() == "x\n" * 50
+
+
+def test_metrics_and_phases_in_a_store(
+    remote: epath.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for resume in (0, 3):
+        with PhaseLog(remote) as log, MetricWriter(remote, resume) as writer, log.phase("step"):
+            for step in range(resume, resume + 5):
+                writer.write(step, "a", {"loss": step / 3}, {"seconds": 0.1})
+    assert [record["step"] for record in read(remote)] == list(range(8))
+    assert [record["loss"] for record in read(remote)] == [step / 3 for step in range(8)]
+    assert summary(remote)["attempts"] == 2
+    assert not (remote / "tensorboard").exists()
+    assert sum("TensorBoard" in record.message for record in caplog.records) == 2
