@@ -1,7 +1,7 @@
 """Two tasks on one trunk: emoji drawings with their names, and masked drawings.
 
-    python -m mmjax.data.build emoji
-    python -m mmjax.train --config=configs/quickstart.py --workdir=runs/quickstart
+python -m mmjax.data.build emoji
+python -m mmjax.train --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
 from ml_collections import ConfigDict
@@ -9,22 +9,32 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     emoji = {"name": "tfds", "dataset": "emoji"}
-    train, drawings, concepts = ({**emoji, "split": s} for s in ("train", "test_drawing", "test_concept"))
+    train, drawings, concepts = (
+        {**emoji, "split": s} for s in ("train", "test_drawing", "test_concept")
+    )
     layer = {"name": "transformer", "heads": 4, "hidden": 768}
 
-    config = ConfigDict()
+    config = ConfigDict(sort_keys=False)
     config.steps = 600
     config.seed = 0
     config.modalities = {
         "image": {"name": "image", "patch": 8},
-        "text": {"name": "text", "tokenizer": "emoji/1.0.0/tokenizer.model", "vocabulary": 2048},
+        "text": {"name": "text"},
     }
     config.model = {"width": 192, "groups": [{"repeat": 6, "pattern": [layer]}]}
     config.tasks = {
         "image_text": {
             "source": train,
-            "inputs": {"image": {"size": 40, "crop": 0.7}, "text": {"field": "caption", "length": 16}},
-            "objective": {"name": "contrastive", "between": ["image", "text"], "concept": "concept", "joint": 128},
+            "inputs": {
+                "image": {"size": 40, "crop": 0.7},
+                "text": {"field": "caption", "length": 16},
+            },
+            "objective": {
+                "name": "contrastive",
+                "between": ["image", "text"],
+                "concept": "concept",
+                "joint": 128,
+            },
             "batch": 256,
             "share": 2,
             "evaluators": {
@@ -44,7 +54,13 @@ def get_config() -> ConfigDict:
         },
     }
     config.schedule = {"rule": "shares"}
-    config.optimizer = {"name": "adamw", "learning_rate": 1e-3, "warmup": 50, "weight_decay": 0.05, "clip": 1.0}
+    config.optimizer = {
+        "name": "adamw",
+        "learning_rate": 1e-3,
+        "warmup": 50,
+        "weight_decay": 0.05,
+        "clip": 1.0,
+    }
     config.checkpoint = {"every": 200, "keep": 2}
     config.evaluation = {"every": 0, "batch": 256}
     return config

@@ -1,8 +1,8 @@
 """mmjax: multimodal pretraining by alternating gradient descent in JAX.
 
-    import mmjax
-    model = mmjax.load("runs/quickstart")
-    vectors = model.embed(text=["a red apple"])
+import mmjax
+model = mmjax.load("runs/quickstart")
+vectors = model.embed(text=["a red apple"])
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,6 @@ from mmjax.errors import UserError
 
 FORMAT = 1
 FOLDER = "checkpoints"
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,15 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep, create=True, enable_async_checkpointing=True, step_prefix=None
         )
-        self._manager = ocp.CheckpointManager(workdir / FOLDER, options=options, item_names=("state", "meta"))
+        self._manager = ocp.CheckpointManager(
+            workdir / FOLDER, options=options, item_names=("state", "meta")
+        )
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Begin to save; the arrays are copied before it returns, the rest goes on in the background."""
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(_without_empty(state)), meta=ocp.args.JsonSave({"format": FORMAT, **meta})
+            state=ocp.args.StandardSave(_without_empty(state)),
+            meta=ocp.args.JsonSave({"format": FORMAT, **meta}),
         )
         self._manager.save(step, args=arguments, force=True)
 
@@ -101,7 +104,7 @@ def read_meta(workdir: epath.Path, step: int) -> dict[str, Any]:
 
 def read_shapes(workdir: epath.Path, step: int) -> dict[str, dict[str, Any]]:
     """Shapes and dtypes of what a checkpoint holds: `{"parameters": {canonical name: ...}, ...}`."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _quiet(), ocp.StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(workdir / FOLDER / str(step) / "state")
     tree = getattr(metadata, "item_metadata", metadata)
     tree = getattr(tree, "tree", tree)
@@ -112,10 +115,24 @@ def read_state(workdir: epath.Path, step: int, abstract: Mapping[str, Any]) -> A
     """Arrays of a checkpoint, as `abstract` asks (shardings included); parts that it leaves out are not read."""
     wanted = _without_empty(abstract)
     restore_args = jax.tree.map(_restore_args, wanted)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+    with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+        arguments = ocp.args.PyTreeRestore(
+            item=wanted, restore_args=restore_args, partial_restore=True
+        )
         state = checkpointer.restore(workdir / FOLDER / str(step) / "state", args=arguments)
     return {part: state.get(part, {}) for part in abstract}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's warnings about a folder that is one item of a checkpoint, as ours are."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _restore_args(leaf: Any) -> Any:
@@ -143,7 +160,9 @@ def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: s
     if wrong:
         more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         lines = "\n  ".join(wrong[:8])
-        raise UserError(f"Checkpoint {where} does not fit this config:\n  {lines}{more}\nUse another --workdir.")
+        raise UserError(
+            f"Checkpoint {where} does not fit this config:\n  {lines}{more}\nUse another --workdir."
+        )
 
 
 def _flat(tree: Any) -> dict[str, Any]:
@@ -186,7 +205,9 @@ def restore_latest(
             # Whatever Orbax and TensorStore raise for files that are cut or gone.
             aside = _set_aside(where)
             first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            say(f"Checkpoint {step} cannot be read ({first}). Moved to {aside}; trying the one before it.")
+            say(
+                f"Checkpoint {step} cannot be read ({first}). Moved to {aside}; trying the one before it."
+            )
     return None
 
 
@@ -194,7 +215,11 @@ def _without_new(
     abstract: Mapping[str, Any], found: Mapping[str, Any], meta: dict[str, Any], may_be_new: Any
 ) -> dict[str, Any]:
     return {
-        part: {n: leaf for n, leaf in leaves.items() if n in found.get(part, {}) or not may_be_new(n, meta)}
+        part: {
+            n: leaf
+            for n, leaf in leaves.items()
+            if n in found.get(part, {}) or not may_be_new(n, meta)
+        }
         for part, leaves in abstract.items()
     }
 

@@ -22,7 +22,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+def parse(
+    made: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
     """The arguments, and the `KEY=VALUE` of each `--config.KEY=VALUE`."""
     # Libraries report much that a person cannot act on; what matters reaches them as an error.
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -30,7 +32,9 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[ar
     overrides = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
     unknown = [a for a in rest if not a.startswith("--config.")]
     if unknown:
-        raise UserError(f"Unknown argument {unknown[0]}. {made.format_usage().strip()} [--config.KEY=VALUE ...]")
+        raise UserError(
+            f"Unknown argument {unknown[0]}. {made.format_usage().strip()} [--config.KEY=VALUE ...]"
+        )
     for folder in arguments.extra:
         configs.add_folder(folder)
     return arguments, overrides

@@ -27,7 +27,10 @@ Block = dict[str, Any]
 # The first pattern that matches a dotted key gives its class; see `compare`.
 KEY_CLASSES: tuple[tuple[str, str], ...] = (
     (r"(steps|log|checkpoint|mesh|loader|limits|evaluation)(\.|$)", "free"),
-    (r"model\.remat$|tasks\.\w+\.evaluators(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$", "free"),
+    (
+        r"model\.remat$|tasks\.\w+\.evaluators(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$",
+        "free",
+    ),
     (r"schedule(\.|$)|optimizer\.(?!name$)", "schedule"),
     (r"tasks\.\w+\.(share|batch|inputs|objective)(\.|$)", "schedule"),
     (r"", "structural"),
@@ -38,7 +41,9 @@ def read_file(path: str) -> Block:
     """The dict made by `get_config()` of a Python config file; `file.py:argument` passes a string."""
     file, _, argument = path.partition(":")
     if not Path(file).is_file():
-        raise UserError(f"No config file '{file}'. Give --config the path of a file with get_config().")
+        raise UserError(
+            f"No config file '{file}'. Give --config the path of a file with get_config()."
+        )
     spec = importlib.util.spec_from_file_location(f"mmjax_config_{Path(file).stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -57,7 +62,9 @@ def plain(value: Any, where: str) -> Any:
         return [plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise UserError(f"{where} is a {type(value).__name__}; config values are JSON data. Name it instead.")
+    raise UserError(
+        f"{where} is a {type(value).__name__}; config values are JSON data. Name it instead."
+    )
 
 
 def override(config: Block, assignments: Sequence[str]) -> Block:
@@ -75,7 +82,9 @@ def override(config: Block, assignments: Sequence[str]) -> Block:
         for depth, name in enumerate(parents):
             block = block.setdefault(name, {})
             if not isinstance(block, dict):
-                raise UserError(f"--config.{key}: '{'.'.join(parents[: depth + 1])}' is a value, not a block.")
+                raise UserError(
+                    f"--config.{key}: '{'.'.join(parents[: depth + 1])}' is a value, not a block."
+                )
         block[last] = plain(_literal(text), key)
     return config
 
@@ -161,13 +170,21 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         return tuple(_checked(v, arguments[0], f"{where}[{i}]") for i, v in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and (hint is not int or not isinstance(value, bool)):
+    if (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and (hint is not int or not isinstance(value, bool))
+    ):
         return value
     raise UserError(f"Config key '{where}' is {value!r}; expected {_type_name(hint)}.")
 
 
 def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+    return (
+        hint.__name__
+        if isinstance(hint, type) and not typing.get_args(hint)
+        else str(hint).replace("typing.", "")
+    )
 
 
 # --- comparing with a saved config -------------------------------------------------------------
@@ -212,7 +229,9 @@ def compare(saved: Block, new: Block) -> list[Difference]:
         before, after = old_leaves.get(key), new_leaves.get(key)
         if before != after:
             whole_task = key.startswith("tasks.") and key.split(".")[1] in moved
-            found.append(Difference(key, "schedule" if whole_task else key_class(key), before, after))
+            found.append(
+                Difference(key, "schedule" if whole_task else key_class(key), before, after)
+            )
     return found
 
 

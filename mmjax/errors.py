@@ -31,7 +31,9 @@ def report(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"No space left on the device: {error.filename or error}. Free some space and run again."
     if isinstance(error, PermissionError):
-        return f"No permission: {error.filename or error}. Choose another --workdir or mend its owner."
+        return (
+            f"No permission: {error.filename or error}. Choose another --workdir or mend its owner."
+        )
     return None
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mmjax import commandline, config as configs, errors
+from mmjax import commandline, errors
+from mmjax import config as configs
 from mmjax.data.loader import local_rows, make_batch, place
 from mmjax.evaluator import Outputs, Pass, Record, row_spec
 from mmjax.experiment import Experiment, make_experiment, pass_key, program_key
@@ -52,13 +53,17 @@ class Evaluation:
 
     def __call__(self, parameters: Mapping[str, jax.Array]) -> list[Record]:
         """The records of all evaluators, in the order of the config."""
-        outputs = {pass_key(t, p): self._run(t, p, parameters) for t, p in self._experiment.passes()}
+        outputs = {
+            pass_key(t, p): self._run(t, p, parameters) for t, p in self._experiment.passes()
+        }
         records = []
         for name, evaluators in self._experiment.evaluators.items():
             task = self._experiment.tasks[name]
             for evaluator in evaluators.values():
                 passes = evaluator.passes(task)
-                records += evaluator.score(task, {n: outputs[pass_key(task, p)] for n, p in passes.items()})
+                records += evaluator.score(
+                    task, {n: outputs[pass_key(task, p)] for n, p in passes.items()}
+                )
         return records
 
     def _run(self, task: Task, each: Pass, parameters: Mapping[str, jax.Array]) -> Outputs:
@@ -68,11 +73,15 @@ class Evaluation:
         found: list[Outputs] = []
         for index, (rows, start) in enumerate(self._batches(task, each, examples, size)):
             batch = place(rows, start, size, batch_sharding(self._mesh, size, "evaluation.batch"))
-            outputs = jax.device_get(program.call(parameters, batch, ticks(self._mesh, batch=index)))
+            outputs = jax.device_get(
+                program.call(parameters, batch, ticks(self._mesh, batch=index))
+            )
             found.append({name: value[outputs["valid"]] for name, value in outputs.items()})
         return {name: np.concatenate([f[name] for f in found]) for name in found[0]}
 
-    def _batches(self, task: Task, each: Pass, examples: Examples, size: int) -> Iterable[tuple[Any, int]]:
+    def _batches(
+        self, task: Task, each: Pass, examples: Examples, size: int
+    ) -> Iterable[tuple[Any, int]]:
         """This process's rows of each batch, read ahead in threads; the last one padded with invalid rows."""
         spec = row_spec(task, each)
         first, last = local_rows(batch_sharding(self._mesh, size, "evaluation.batch"), size)
@@ -83,7 +92,9 @@ class Evaluation:
             return make_batch(spec, examples, ids, lambda _: None, last - first)[0], first
 
         count = math.ceil(len(examples) / size)
-        options = grain.ReadOptions(num_threads=self._experiment.run.loader.threads, prefetch_buffer_size=2)
+        options = grain.ReadOptions(
+            num_threads=self._experiment.run.loader.threads, prefetch_buffer_size=2
+        )
         return grain.MapDataset.range(count).map(make).to_iter_dataset(options)
 
 

@@ -63,11 +63,20 @@ class Evaluator(abc.ABC):
     def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
         """Records from the outputs of each pass: valid rows only, with the pass's fields among them."""
 
-    def record(self, task: Task, name: str, value: float, chance: float, count: int, **more: Any) -> Record:
+    def record(
+        self, task: Task, name: str, value: float, chance: float, count: int, **more: Any
+    ) -> Record:
         """One line of `results.json`."""
         split = configs.component("sources", self.source, f"tasks.{task.name}.evaluators").label
-        return {"name": name, "task": task.name, "split": split, "value": float(value), "chance": float(chance),
-                "count": int(count), **more}
+        return {
+            "name": name,
+            "task": task.name,
+            "split": split,
+            "value": float(value),
+            "chance": float(chance),
+            "count": int(count),
+            **more,
+        }
 
 
 def row_spec(task: Task, each: Pass) -> RowSpec:

@@ -120,13 +120,21 @@ class Experiment:
         return from_config(self.run.schedule.rule, weights, self.run.seed, self.run.schedule.phases)
 
     def abstract_state(self, mesh: Mesh) -> State:
-        return abstract_state(self.declaration, self.optimizer, compute_dtype(self.run.dtype.parameters), mesh)
+        return abstract_state(
+            self.declaration, self.optimizer, compute_dtype(self.run.dtype.parameters), mesh
+        )
 
     def train_requests(self, mesh: Mesh) -> dict[str, Request]:
         """The training program of each task, by task name."""
-        compute, optimizer, state = compute_dtype(self.run.dtype.compute), self.optimizer, self.abstract_state(mesh)
+        compute, optimizer, state = (
+            compute_dtype(self.run.dtype.compute),
+            self.optimizer,
+            self.abstract_state(mesh),
+        )
         return {
-            name: train_request(task, self.declaration, optimizer, compute, self.run.seed, state, mesh)
+            name: train_request(
+                task, self.declaration, optimizer, compute, self.run.seed, state, mesh
+            )
             for name, task in self.tasks.items()
         }
 
@@ -184,9 +192,9 @@ def make_experiment(block: Mapping[str, Any], folder: str = "") -> Experiment:
     tasks = {name: make_task(name, inner, modalities) for name, inner in run.tasks.items()}
     if not tasks:
         raise UserError("config.tasks is empty; a run needs a task.")
-    heads = [(t.objective.head, t.objective.heads(run.model.width, t.inputs)) for t in tasks.values()]
+    heads = [
+        (t.objective.head, t.objective.heads(run.model.width, t.inputs)) for t in tasks.values()
+    ]
     declaration = declare_model(run.model, modalities, heads)
     evaluators = {name: make_evaluators(task) for name, task in tasks.items()}
     return Experiment(dict(block), run, modalities, tasks, evaluators, declaration)
-
-

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 from jax.sharding import PartitionSpec
@@ -177,7 +178,7 @@ class _Counter:
         saved = eqn.params["num_res"]
         name = getattr(eqn.params["bwd"], "__name__", "unnamed")
         residuals, tangents = eqn.invars[:saved], eqn.invars[saved:]
-        results = [v for v in eqn.outvars if np.issubdtype(_aval(v).dtype, np.inexact)]
+        results = [v for v in eqn.outvars if jnp.issubdtype(_aval(v).dtype, jnp.inexact)]
 
         def backward(residuals: list[Any], tangents: list[Any], cotangents: list[Any]) -> Any:
             def tangent(*tangents: Any) -> Any:
@@ -262,7 +263,7 @@ def _aval(atom: Any) -> Any:
 
 
 def _is_complex(eqn: JaxprEqn) -> bool:
-    return np.issubdtype(_aval(eqn.outvars[0]).dtype, np.complexfloating)
+    return jnp.issubdtype(_aval(eqn.outvars[0]).dtype, jnp.complexfloating)
 
 
 def _named_axes(specs: Sequence[Any]) -> set[Any]:
@@ -319,7 +320,7 @@ def _step(body: Jaxpr, of_body: int, carry: int) -> int | None:
 
 
 def _constant(atom: Any) -> int | None:
-    if not isinstance(atom, Literal) or not np.issubdtype(_aval(atom).dtype, np.integer):
+    if not isinstance(atom, Literal) or not jnp.issubdtype(_aval(atom).dtype, jnp.integer):
         return None
     return int(atom.val)
 

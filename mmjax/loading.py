@@ -1,8 +1,8 @@
 """Load a trained run anywhere: on any device count, without the mesh that trained it.
 
-    import mmjax
-    model = mmjax.load("runs/quickstart")
-    vectors = model.embed(image=[picture, another])
+import mmjax
+model = mmjax.load("runs/quickstart")
+vectors = model.embed(image=[picture, another])
 """
 
 from __future__ import annotations
@@ -30,14 +30,20 @@ def find_step(workdir: epath.Path, step: int | None) -> tuple[int, dict[str, Any
     """A checkpoint's step and meta data: the newest where `step` is None."""
     found = checkpoint.steps(workdir)
     if not found:
-        raise UserError(f"No checkpoint in '{workdir}'. Train first: python -m mmjax.train --workdir={workdir} ...")
+        raise UserError(
+            f"No checkpoint in '{workdir}'. Train first: python -m mmjax.train --workdir={workdir} ..."
+        )
     if step is not None and step not in found:
-        raise UserError(f"No checkpoint of step {step} in '{workdir}'. There are: {', '.join(map(str, found))}.")
+        raise UserError(
+            f"No checkpoint of step {step} in '{workdir}'. There are: {', '.join(map(str, found))}."
+        )
     chosen = found[0] if step is None else step
     try:
         return chosen, checkpoint.read_meta(workdir, chosen)
     except ValueError as error:
-        raise UserError(f"Checkpoint {chosen} in '{workdir}' is torn: {error}. Choose another step.") from error
+        raise UserError(
+            f"Checkpoint {chosen} in '{workdir}' is torn: {error}. Choose another step."
+        ) from error
 
 
 def read_parameters(workdir: epath.Path, step: int, experiment: Experiment, mesh: Mesh) -> Arrays:
@@ -90,7 +96,9 @@ class Embedder:
           UserError: no such task or modality, or a value that the modality cannot take.
         """
         if len(values) != 1:
-            raise UserError(f"embed takes one modality at a time; given: {', '.join(values) or 'none'}.")
+            raise UserError(
+                f"embed takes one modality at a time; given: {', '.join(values) or 'none'}."
+            )
         [(modality, items)] = values.items()
         if isinstance(items, (str, bytes)):
             raise UserError(f"embed takes a list: {modality}=[...].")
@@ -102,10 +110,16 @@ class Embedder:
     def _task(self, name: str | None, modality: str) -> Task:
         if name is not None and name not in self.tasks:
             raise UserError(f"The run has no task '{name}'.{nearest(name, self.tasks)}")
-        able = {n: t for n, t in self.tasks.items() if modality in t.objective.embeds() and name in (None, n)}
+        able = {
+            n: t
+            for n, t in self.tasks.items()
+            if modality in t.objective.embeds() and name in (None, n)
+        }
         if not able:
             known = {m for t in self.tasks.values() for m in t.objective.embeds()}
-            raise UserError(f"{f'Task {name!r}' if name else 'The run'} does not embed '{modality}'.{nearest(modality, known)}")
+            raise UserError(
+                f"{f'Task {name!r}' if name else 'The run'} does not embed '{modality}'.{nearest(modality, known)}"
+            )
         return next(iter(able.values()))
 
     def _row(self, task: Task, modality: str, item: Any) -> dict[str, np.ndarray]:
@@ -126,7 +140,9 @@ class Embedder:
         if key not in self._calls:
             dtype = compute_dtype(self._experiment.run.dtype.compute)
             merge = self._experiment.declaration.merge
-            self._calls[key] = jax.jit(lambda p, arrays: task.objective.embed(merge(p, dtype), modality, arrays))
+            self._calls[key] = jax.jit(
+                lambda p, arrays: task.objective.embed(merge(p, dtype), modality, arrays)
+            )
         return self._calls[key]
 
 

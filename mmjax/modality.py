@@ -48,7 +48,9 @@ class Modality(abc.ABC, Generic[I]):
         """Shapes and dtypes of one example's arrays."""
 
     @abc.abstractmethod
-    def preprocess(self, settings: I, value: Any, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+    def preprocess(
+        self, settings: I, value: Any, rng: np.random.Generator | None
+    ) -> dict[str, np.ndarray]:
         """One example's arrays; augmented with `rng`, deterministic where it is None."""
 
     def raw(self, value: Any) -> Any:
@@ -76,7 +78,9 @@ class Input:
     def arrays(self) -> ArraySpec:
         return self.modality.arrays(self.settings)
 
-    def preprocess(self, example: Mapping[str, Any], rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+    def preprocess(
+        self, example: Mapping[str, Any], rng: np.random.Generator | None
+    ) -> dict[str, np.ndarray]:
         """Arrays of this modality for one example, checked against `arrays()`."""
         made = self.modality.preprocess(self.settings, example[self.field], rng)
         for name, spec in self.arrays().items():

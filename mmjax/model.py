@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -38,16 +38,18 @@ class ModelConfig:
 class Model(nnx.Module):
     """Stems by modality, the trunk they share, and the heads that objectives declare."""
 
-    def __init__(self, config: ModelConfig, modalities: Mapping[str, Modality], heads: Mapping[str, Any]):
+    def __init__(
+        self, config: ModelConfig, modalities: Mapping[str, Modality], heads: Mapping[str, Any]
+    ):
         self.stems = nnx.Dict({name: m.stem(config.width) for name, m in modalities.items()})
         self.trunk = Trunk(config.groups, config.width, config.remat)
         self.heads = nnx.Dict({name: nnx.Dict(parts) for name, parts in heads.items()})
 
     def tokens(self, modality: str, arrays: Mapping[str, jax.Array]) -> Stream:
         """The stem's stream for one modality's arrays (leading batch axis)."""
-        stream = self.stems[modality](arrays)
+        stream: Stream = self.stems[modality](arrays)
         x_BSD = constrain(stream.x_BSD, ("batch", None, None))
-        return stream.replace(x_BSD=x_BSD, layout=((modality, x_BSD.shape[1]),))
+        return replace(stream, x_BSD=x_BSD, layout=((modality, x_BSD.shape[1]),))
 
     def encode(self, streams: Iterable[Stream], key: jax.Array) -> tuple[Stream, Aux]:
         """One pass of the trunk over the tokens of all `streams` together."""
@@ -55,7 +57,9 @@ class Model(nnx.Module):
 
 
 def declare_model(
-    config: ModelConfig, modalities: Mapping[str, Modality], heads: Iterable[tuple[str, Mapping[str, Any]]]
+    config: ModelConfig,
+    modalities: Mapping[str, Modality],
+    heads: Iterable[tuple[str, Mapping[str, Any]]],
 ) -> Declaration:
     """Declare the model; heads of one name are one head, whose parts must agree where they meet."""
     joined: dict[str, dict[str, Any]] = {}

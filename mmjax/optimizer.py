@@ -65,7 +65,9 @@ class Optimizer:
     def __init__(self, config: OptimizerConfig, specs: Mapping[str, Spec], steps: int):
         transforms = {"adamw": lambda: optax.scale_by_adam(config.b1, config.b2, config.eps)}
         if config.name not in transforms:
-            raise UserError(f"optimizer.name: no '{config.name}'.{nearest(config.name, transforms)}")
+            raise UserError(
+                f"optimizer.name: no '{config.name}'.{nearest(config.name, transforms)}"
+            )
         self.config, self.specs = config, specs
         self.learning_rate = learning_rate(config, steps)
         self._transform = transforms[config.name]()
@@ -74,18 +76,28 @@ class Optimizer:
         """The state of every leaf. Meant to be jitted."""
         return {name: self._init_leaf(self.specs[name], p) for name, p in parameters.items()}
 
-    def update(self, grads: Arrays, state: Mapping[str, LeafState], parameters: Arrays, step: jax.Array) -> Updated:
+    def update(
+        self, grads: Arrays, state: Mapping[str, LeafState], parameters: Arrays, step: jax.Array
+    ) -> Updated:
         """One update: clip over all leaves, then Adam and decoupled weight decay leaf by leaf."""
         norm = optax.global_norm(grads)
         clip = self.config.clip
         factor = jnp.where(norm > clip, clip / norm, 1.0) if clip else jnp.ones_like(norm)
         rate = self.learning_rate(step)
         updated = {
-            name: self._update_leaf(self.specs[name], grads[name] * factor.astype(grads[name].dtype), state[name], p, rate)
+            name: self._update_leaf(
+                self.specs[name],
+                grads[name] * factor.astype(grads[name].dtype),
+                state[name],
+                p,
+                rate,
+            )
             for name, p in parameters.items()
         }
         metrics = {"grad_norm": norm, "learning_rate": jnp.asarray(rate)}
-        return Updated({n: u[0] for n, u in updated.items()}, {n: u[1] for n, u in updated.items()}, metrics)
+        return Updated(
+            {n: u[0] for n, u in updated.items()}, {n: u[1] for n, u in updated.items()}, metrics
+        )
 
     def _init_leaf(self, spec: Spec, parameter: jax.Array) -> LeafState:
         def init(p: jax.Array) -> LeafState:
@@ -109,7 +121,9 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
     """The rate as a function of completed steps: linear warm-up, then the decay."""
     peak, tail = config.learning_rate, max(steps - config.warmup, 1)
     if config.decay not in ("cosine", "constant"):
-        raise UserError(f"optimizer.decay: no '{config.decay}'.{nearest(config.decay, ['cosine', 'constant'])}")
+        raise UserError(
+            f"optimizer.decay: no '{config.decay}'.{nearest(config.decay, ['cosine', 'constant'])}"
+        )
     if config.decay == "cosine":
         after = optax.cosine_decay_schedule(peak, tail, alpha=config.final)
     else:
@@ -126,7 +140,11 @@ def _named(state: Any) -> LeafState:
     return {jax.tree_util.keystr(path).strip("."): leaf for path, leaf in pairs}
 
 
-def _unnamed(transform: optax.GradientTransformation, state: LeafState, parameter: jax.Array) -> Any:
+def _unnamed(
+    transform: optax.GradientTransformation, state: LeafState, parameter: jax.Array
+) -> Any:
     template = jax.eval_shape(transform.init, parameter)
     pairs, tree = jax.tree_util.tree_flatten_with_path(template)
-    return jax.tree_util.tree_unflatten(tree, [state[jax.tree_util.keystr(p).strip(".")] for p, _ in pairs])
+    return jax.tree_util.tree_unflatten(
+        tree, [state[jax.tree_util.keystr(p).strip(".")] for p, _ in pairs]
+    )

@@ -44,7 +44,14 @@ def declare(
     """
     assert len(shape) == len(axes), (shape, axes)
     decay = len(shape) >= 2 if decay is None else decay
-    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes, init=init, keep=keep, decay=decay, stack=None)
+    return nnx.Param(
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+        axes=axes,
+        init=init,
+        keep=keep,
+        decay=decay,
+        stack=None,
+    )
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,10 @@ class Stack:
     inner: str
 
     def names(self) -> list[str]:
-        return [f"{self.prefix}/{self.first + r * self.stride:03d}/{self.inner}" for r in range(self.repeat)]
+        return [
+            f"{self.prefix}/{self.first + r * self.stride:03d}/{self.inner}"
+            for r in range(self.repeat)
+        ]
 
 
 @dataclass(frozen=True)
@@ -83,8 +93,12 @@ class Declaration:
 
     def __init__(self, model: nnx.Module):
         self._graph, state = nnx.split(model)
-        self._variables = {"/".join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(state)}
-        self.specs = {name: _spec(name, variable) for name, (_, variable) in self._variables.items()}
+        self._variables = {
+            "/".join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(state)
+        }
+        self.specs = {
+            name: _spec(name, variable) for name, (_, variable) in self._variables.items()
+        }
         _check_unique(self.specs)
 
     def merge(self, parameters: Mapping[str, jax.Array], compute_dtype: Any = None) -> Any:
@@ -109,8 +123,11 @@ def _spec(name: str, variable: Any) -> Spec:
     if stack is not None:
         # A trunk's names read `PREFIX/groups/G/blocks/B/INNER`.
         prefix, rest = name.split("/groups/", 1)
-        stack = Stack(*stack, prefix=f"{prefix}/layers", inner=rest.split("/", 3)[3])
-    return Spec(name, variable.shape, meta["axes"], meta["init"], meta["keep"], meta["decay"], stack)
+        first, stride, repeat = stack
+        stack = Stack(first, stride, repeat, f"{prefix}/layers", rest.split("/", 3)[3])
+    return Spec(
+        name, variable.shape, meta["axes"], meta["init"], meta["keep"], meta["decay"], stack
+    )
 
 
 def stack_layers(block: nnx.Module, first: int, stride: int, repeat: int) -> None:
@@ -121,7 +138,9 @@ def stack_layers(block: nnx.Module, first: int, stride: int, repeat: int) -> Non
         if isinstance(node, nnx.Param):
             value = node.get_raw_value()
             node.set_raw_value(jax.ShapeDtypeStruct((repeat, *value.shape), value.dtype))
-            node.set_metadata(axes=("layers", *node.get_metadata()["axes"]), stack=(first, stride, repeat))
+            node.set_metadata(
+                axes=("layers", *node.get_metadata()["axes"]), stack=(first, stride, repeat)
+            )
 
 
 def _check_unique(specs: Mapping[str, Spec]) -> None:
@@ -150,12 +169,16 @@ def to_canonical(specs: Mapping[str, Spec], tree: Mapping[str, Any]) -> dict[str
     return result
 
 
-def from_canonical(specs: Mapping[str, Spec], flat: Mapping[str, Any], names: Any = None) -> dict[str, Any]:
+def from_canonical(
+    specs: Mapping[str, Spec], flat: Mapping[str, Any], names: Any = None
+) -> dict[str, Any]:
     """The inverse of `to_canonical`, for the parameters in `names` (default all)."""
     result = {}
     for name in specs if names is None else names:
         values = [flat[c] for c in specs[name].canonical]
-        result[name] = jax.tree.map(lambda *x: jnp.stack(x), *values) if specs[name].stack else values[0]
+        result[name] = (
+            jax.tree.map(lambda *x: jnp.stack(x), *values) if specs[name].stack else values[0]
+        )
     return result
 
 

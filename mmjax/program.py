@@ -94,7 +94,9 @@ def train_function(
         return loss.value, loss
 
     def step(state: State, batch: Any, ticks: Ticks) -> tuple[State, Metrics]:
-        (value, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(state.parameters, batch, ticks["visit"])
+        (value, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(
+            state.parameters, batch, ticks["visit"]
+        )
         updated = optimizer.update(grads, state.optimizer, state.parameters, ticks["step"])
         buffers = {**state.buffers, **loss.buffers}
         if optimizer.config.ema:
@@ -104,7 +106,10 @@ def train_function(
         finite = jnp.isfinite(value) & jnp.isfinite(updated.metrics["grad_norm"])
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
         metrics = {"loss": value, **updated.metrics, **loss.metrics, "finite": finite}
-        return after, {name: jnp.asarray(m, jnp.promote_types(m.dtype, jnp.float32)) for name, m in metrics.items()}
+        return after, {
+            name: jnp.asarray(m, jnp.promote_types(m.dtype, jnp.float32))
+            for name, m in metrics.items()
+        }
 
     return step
 
@@ -115,7 +120,13 @@ def _averaged(buffers: Arrays, parameters: Arrays, decay: float) -> Arrays:
 
 
 def train_request(
-    task: Task, declaration: Declaration, optimizer: Optimizer, compute: Any, seed: int, state: State, mesh: Mesh
+    task: Task,
+    declaration: Declaration,
+    optimizer: Optimizer,
+    compute: Any,
+    seed: int,
+    state: State,
+    mesh: Mesh,
 ) -> Request:
     """The training program of a task against the pinned abstract `state`."""
     step = train_function(task, declaration, optimizer, compute, seed)
@@ -123,18 +134,31 @@ def train_request(
     ticks = {name: _tick(mesh) for name in ("step", "visit")}
 
     def loss_of(parameters: Arrays, batch: Any, visit: jax.Array) -> jax.Array:
-        return task.loss(declaration.merge(parameters, compute), batch, jax.random.fold_in(task.fold(seed), visit)).value
+        return task.loss(
+            declaration.merge(parameters, compute),
+            batch,
+            jax.random.fold_in(task.fold(seed), visit),
+        ).value
 
     def count() -> int:
         return flops.train_flops(loss_of, state.parameters, batch, ticks["visit"])
 
     arguments = (state, batch, ticks)
     outputs = (shardings(state), replicated(mesh))
-    return Request(task.name, "train", step, arguments, outputs, (0,), _shape(task.rows(), task.batch), count)
+    return Request(
+        task.name, "train", step, arguments, outputs, (0,), _shape(task.rows(), task.batch), count
+    )
 
 
 def eval_request(
-    task: Task, each: Pass, size: int, declaration: Declaration, compute: Any, seed: int, parameters: Arrays, mesh: Mesh
+    task: Task,
+    each: Pass,
+    size: int,
+    declaration: Declaration,
+    compute: Any,
+    seed: int,
+    parameters: Arrays,
+    mesh: Mesh,
 ) -> Request:
     """The program of an evaluation pass: `(parameters, batch, {batch}) -> outputs`, held whole by every process."""
     outputs_of = function(task, each.what)
@@ -156,7 +180,9 @@ def eval_request(
 def abstract_batch(spec: RowSpec, size: int, mesh: Mesh, where: str) -> Any:
     """Shapes, dtypes and shardings of a batch of `size` rows."""
     sharding = batch_sharding(mesh, size, where)
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct((size, *s.shape), s.dtype, sharding=sharding), spec.shapes())
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct((size, *s.shape), s.dtype, sharding=sharding), spec.shapes()
+    )
 
 
 def _tick(mesh: Mesh) -> Any:
@@ -169,7 +195,9 @@ def ticks(mesh: Mesh, **values: int) -> Ticks:
 
 
 def _shape(spec: RowSpec, size: int) -> str:
-    parts = ["x".join(map(str, next(iter(i.arrays().values())).shape)) for i in spec.inputs.values()]
+    parts = [
+        "x".join(map(str, next(iter(i.arrays().values())).shape)) for i in spec.inputs.values()
+    ]
     return f"{size} x ({' + '.join(parts)})" if len(parts) > 1 else f"{size} x {parts[0]}"
 
 
@@ -178,8 +206,12 @@ def _shape(spec: RowSpec, size: int) -> str:
 
 def use_cache(folder: epath.PathLike | None = None) -> None:
     """Keep compiled programs on disk: in `folder`, the folder JAX is already told, or the user's cache."""
-    if jax.config.jax_compilation_cache_dir is None:
-        default = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmjax" / "xla"
+    if jax.config.read("jax_compilation_cache_dir") is None:
+        default = (
+            epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+            / "mmjax"
+            / "xla"
+        )
         jax.config.update("jax_compilation_cache_dir", str(folder or default))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -205,7 +237,9 @@ class _CacheHits:
 _hits = _CacheHits()
 
 
-def compile_all(requests: Mapping[str, Request], mesh: Mesh, limits: LimitsConfig) -> dict[str, Program]:
+def compile_all(
+    requests: Mapping[str, Request], mesh: Mesh, limits: LimitsConfig
+) -> dict[str, Program]:
     """Lower in order, compile in parallel, and refuse what does not fit, by name."""
     if len(requests) > limits.programs:
         raise UserError(
@@ -213,26 +247,33 @@ def compile_all(requests: Mapping[str, Request], mesh: Mesh, limits: LimitsConfi
             f"{', '.join(requests)}. Use fewer shapes, or raise the limit."
         )
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        futures = {name: pool.submit(_compile, _lower(r, mesh), r) for name, r in requests.items()}
+        futures = {name: pool.submit(_compile, *_lower(r, mesh), r) for name, r in requests.items()}
         programs = {name: future.result() for name, future in futures.items()}
     _check_fit(programs, limits)
     return programs
 
 
-def compile_silently(fun: Callable[..., Any], argument: Any, out_shardings: Any, mesh: Mesh) -> Callable[..., Any]:
+def compile_silently(
+    fun: Callable[..., Any], argument: Any, out_shardings: Any, mesh: Mesh
+) -> Callable[..., Any]:
     """A small program of our own (no task's), compiled now so that nothing compiles later."""
     with jax.set_mesh(mesh):
-        compiled: Callable[..., Any] = jax.jit(fun, out_shardings=out_shardings).lower(argument).compile()
+        compiled: Callable[..., Any] = (
+            jax.jit(fun, out_shardings=out_shardings).lower(argument).compile()
+        )
     return compiled
 
 
-def _lower(request: Request, mesh: Mesh) -> Any:
-    jitted = jax.jit(request.function, donate_argnums=request.donate, out_shardings=request.out_shardings)
+def _lower(request: Request, mesh: Mesh) -> tuple[Any, int]:
+    """The lowered program and its model FLOPs: all that is traced, on this thread."""
+    jitted = jax.jit(
+        request.function, donate_argnums=request.donate, out_shardings=request.out_shardings
+    )
     with jax.set_mesh(mesh):
-        return jitted.lower(*request.arguments)
+        return jitted.lower(*request.arguments), request.model_flops()
 
 
-def _compile(lowered: Any, request: Request) -> Program:
+def _compile(lowered: Any, model_flops: int, request: Request) -> Program:
     _hits.pop()
     start = time.monotonic()
     compiled = lowered.compile()
@@ -242,7 +283,7 @@ def _compile(lowered: Any, request: Request) -> Program:
         "kind": request.kind,
         "shape": request.shape,
         "bytes": device_bytes(compiled),
-        "flops": request.model_flops(),
+        "flops": model_flops,
         "compile_seconds": seconds,
         "cached": _hits.pop(),
     }
@@ -255,12 +296,16 @@ def device_bytes(compiled: Any) -> int:
     if m is None:
         return 0
     out = m.output_size_in_bytes - m.alias_size_in_bytes
-    return int(m.argument_size_in_bytes + m.temp_size_in_bytes + out + m.generated_code_size_in_bytes)
+    return int(
+        m.argument_size_in_bytes + m.temp_size_in_bytes + out + m.generated_code_size_in_bytes
+    )
 
 
 def _check_fit(programs: Mapping[str, Program], limits: LimitsConfig) -> None:
     limit = limits.memory_gib * 2**30
-    over = {n: p.report["bytes"] for n, p in programs.items() if limit and p.report["bytes"] > limit}
+    over = {
+        n: p.report["bytes"] for n, p in programs.items() if limit and p.report["bytes"] > limit
+    }
     if over:
         lines = "\n  ".join(f"{n}: {b / 2**30:.2f} GiB" for n, b in over.items())
         raise UserError(

@@ -8,12 +8,11 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -26,10 +25,17 @@ from mmjax.evaluate import RESULTS
 from mmjax.experiment import Experiment
 from mmjax.parameters import Arrays
 from mmjax.program import compile_silently
-from mmjax.schedule import Schedule
 from mmjax.source import Cached, Examples
-from mmjax.state import EMA, Clock, State, init_state, shardings, state_from_canonical, state_to_canonical
-from mmjax.state import compute_dtype
+from mmjax.state import (
+    EMA,
+    Clock,
+    State,
+    compute_dtype,
+    init_state,
+    shardings,
+    state_from_canonical,
+    state_to_canonical,
+)
 
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -57,6 +63,17 @@ class Session:
     def is_done(self) -> bool:
         return self.clock.step >= self.experiment.run.steps and (self.workdir / RESULTS).exists()
 
+    @property
+    def was_evaluated(self) -> bool:
+        """Whether the run that this one goes on from evaluated at its last step, perhaps not to the end."""
+        if self.restored is None:
+            return False
+        saved = self.restored.meta["config"]
+        every = saved.get("evaluation", {}).get("every", 0)
+        return self.restored.step == saved["steps"] or bool(
+            every and self.restored.step % every == 0
+        )
+
     def state(self) -> State:
         """The state on the mesh: initial, with everything that the checkpoint holds in its place."""
         abstract = self.experiment.abstract_state(self.mesh)
@@ -64,17 +81,23 @@ class Session:
         experiment = self.experiment
 
         def fresh() -> State:
-            return init_state(experiment.declaration, experiment.optimizer, experiment.run.seed, dtype)
+            return init_state(
+                experiment.declaration, experiment.optimizer, experiment.run.seed, dtype
+            )
 
         if self.restored is None:
             return jax.jit(fresh, out_shardings=shardings(abstract))()
         specs, held = experiment.declaration.specs, self.restored.state
         if not _missing(self._canonical_shapes, held):
-            return jax.jit(lambda t: state_from_canonical(specs, t), out_shardings=shardings(abstract))(held)
+            return jax.jit(
+                lambda t: state_from_canonical(specs, t), out_shardings=shardings(abstract)
+            )(held)
 
         def joined(held: Any) -> State:
             tree = state_to_canonical(specs, fresh())
-            return state_from_canonical(specs, {part: {**tree[part], **held[part]} for part in tree})
+            return state_from_canonical(
+                specs, {part: {**tree[part], **held[part]} for part in tree}
+            )
 
         return jax.jit(joined, out_shardings=shardings(abstract))(held)
 
@@ -114,11 +137,17 @@ class Session:
         batch = self.experiment.tasks[task].batch
         position = self.clock.positions.get(task, 0) + (visit - done) * batch
         seed = self.experiment.run.seed
-        return [int(i) for i in order.example_ids(seed, task, position, batch, len(self.data[task]))]
+        return [
+            int(i) for i in order.example_ids(seed, task, position, batch, len(self.data[task]))
+        ]
 
 
 def begin(
-    experiment: Experiment, workdir: epath.Path, mesh: Mesh, allow_change: bool, say: Callable[[str], None]
+    experiment: Experiment,
+    workdir: epath.Path,
+    mesh: Mesh,
+    allow_change: bool,
+    say: Callable[[str], None],
 ) -> Session:
     """Open the data, find the newest good checkpoint, and settle where the run stands.
 
@@ -126,7 +155,9 @@ def begin(
       UserError: data missing or other than the run's; a config that does not go with the run's.
     """
     data = _open_data(experiment)
-    identities = {f"tasks.{n}.source": e.identity for n, e in data.items()} | _file_identities(experiment)
+    identities = {f"tasks.{n}.source": e.identity for n, e in data.items()} | _file_identities(
+        experiment
+    )
     changes: list[configs.Difference] = []
 
     def accept(step: int, meta: dict[str, Any]) -> None:
@@ -165,13 +196,16 @@ def _file_identities(experiment: Experiment) -> dict[str, str]:
         for file, path in modality.files().items():
             if not path.exists():
                 raise UserError(
-                    f"modalities.{name}: file '{path}' is missing. Build the data first: python -m mmjax.data.build emoji"
+                    f"modalities.{name}: file '{path}' is missing. "
+                    "Build the data first: python -m mmjax.data.build emoji"
                 )
             found[f"modalities.{name}/{file}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 
-def _check_identities(saved: Mapping[str, str], now: Mapping[str, str], workdir: epath.Path) -> None:
+def _check_identities(
+    saved: Mapping[str, str], now: Mapping[str, str], workdir: epath.Path
+) -> None:
     changed = [key for key in saved.keys() & now.keys() if saved[key] != now[key]]
     if changed:
         raise UserError(
@@ -198,7 +232,9 @@ def environment(mesh: Mesh) -> dict[str, Any]:
 def _processor() -> str:
     try:
         lines = epath.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -216,7 +252,11 @@ def _abstract_canonical(experiment: Experiment, mesh: Mesh) -> Any:
     shapes = jax.eval_shape(lambda s: state_to_canonical(specs, s), abstract)
     placed = state_to_canonical(specs, jax.tree.map(_Placed, abstract))
     return jax.tree.map(
-        lambda shape, p: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=p.of(len(shape.shape))), shapes, placed
+        lambda shape, p: jax.ShapeDtypeStruct(
+            shape.shape, shape.dtype, sharding=p.of(len(shape.shape))
+        ),
+        shapes,
+        placed,
     )
 
 
@@ -234,7 +274,9 @@ class _Placed:
         sharding = self.leaf.sharding
         if not self.taken or not len(sharding.spec):
             return sharding
-        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1 : rank + 1]))
+        return jax.sharding.NamedSharding(
+            sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1 : rank + 1])
+        )
 
 
 def _missing(expected: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
@@ -262,19 +304,24 @@ def _clock(experiment: Experiment, restored: Restored, changes: list[configs.Dif
     saved = Clock.from_json(restored.meta["clock"])
     if not any(_moves_schedule(c, experiment, restored) for c in changes):
         return saved
-    weights = {name: task.config.share for name, task in experiment.tasks.items()}
-    rule = experiment.run.schedule.rule
-    schedule: Schedule = saved.schedule.append(saved.step, weights, rule=rule, seed=experiment.run.seed, now=saved.step)
-    for phase in experiment.run.schedule.phases:
-        if phase["start"] > saved.step:
-            schedule = schedule.append(phase["start"], phase["weights"], rule=phase.get("rule"), now=saved.step)
+    planned, now = experiment.schedule(), saved.step
+    schedule = saved.schedule
+    for segment in (
+        replace(planned.segment(now), start=now),
+        *(s for s in planned.segments if s.start > now),
+    ):
+        schedule = schedule.append(
+            segment.start, segment.weights, rule=segment.rule, seed=segment.seed, now=now
+        )
     return Clock(saved.step, schedule, saved.positions, saved.skipped, saved.invalid)
 
 
 def _moves_schedule(change: configs.Difference, experiment: Experiment, restored: Restored) -> bool:
     tasks = set(experiment.tasks) ^ set(restored.meta["config"]["tasks"])
     parts = change.key.split(".")
-    return parts[0] == "schedule" or (parts[0] == "tasks" and (parts[1] in tasks or parts[2] == "share"))
+    return parts[0] == "schedule" or (
+        parts[0] == "tasks" and (parts[1] in tasks or parts[2] == "share")
+    )
 
 
 def _write_config(workdir: epath.Path, experiment: Experiment) -> None:

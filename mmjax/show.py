@@ -39,10 +39,17 @@ def rows_of_config(specs: Mapping[str, Spec]) -> list[dict[str, Any]]:
     active: dict[str, int] = defaultdict(int)
     for spec in specs.values():
         size = math.prod(spec.shape)
-        looked_up = [n for axis, n in zip(spec.axes, spec.shape, strict=True) if axis in ("vocabulary", "positions")]
+        looked_up = [
+            n
+            for axis, n in zip(spec.axes, spec.shape, strict=True)
+            if axis in ("vocabulary", "positions")
+        ]
         total[part_of(spec.name)] += size
         active[part_of(spec.name)] += size // math.prod(looked_up)
-    return [{"part": part, "total": total[part], "active_per_token": active[part]} for part in sorted(total)]
+    return [
+        {"part": part, "total": total[part], "active_per_token": active[part]}
+        for part in sorted(total)
+    ]
 
 
 def rows_of_checkpoint(shapes: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -64,16 +71,30 @@ def show_run(workdir: epath.Path, step: int | None, with_digest: bool) -> None:
     shapes = checkpoint.read_shapes(workdir, step)
     clock = Clock.from_json(meta["clock"])
     visits = clock.schedule.visits(step)
-    print(f"{workdir}: checkpoint of step {step} of {meta['config']['steps']}, format {meta['format']}\n")
+    print(
+        f"{workdir}: checkpoint of step {step} of {meta['config']['steps']}, format {meta['format']}\n"
+    )
     counts = [
-        (name, visits.get(name, 0), position, clock.skipped.get(name, 0), clock.invalid.get(name, 0))
+        (
+            name,
+            visits.get(name, 0),
+            position,
+            clock.skipped.get(name, 0),
+            clock.invalid.get(name, 0),
+        )
         for name, position in clock.positions.items()
     ]
     table("Tasks", ("task", "visits", "position", "skipped", "invalid"), counts)
-    segments = [(s.start, s.rule, ", ".join(f"{t} {w}" for t, w in s.weights.items())) for s in clock.schedule.segments]
+    segments = [
+        (s.start, s.rule, ", ".join(f"{t} {w}" for t, w in s.weights.items()))
+        for s in clock.schedule.segments
+    ]
     table("Schedule", ("from step", "rule", "weights"), segments)
     parameter_table(rows_of_checkpoint(shapes["parameters"]))
-    sizes = [(part, len(jax.tree.leaves(leaves)), human_bytes(_bytes(leaves))) for part, leaves in shapes.items()]
+    sizes = [
+        (part, len(jax.tree.leaves(leaves)), human_bytes(_bytes(leaves)))
+        for part, leaves in shapes.items()
+    ]
     table("Bytes", ("held", "arrays", "bytes"), sizes)
     if with_digest:
         print(digest(read_arrays(workdir, step, shapes["parameters"])))
@@ -96,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("workdir", nargs="?", help="a run's folder")
     made.add_argument("--config", help="a config, to show its parameters without a checkpoint")
     made.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
-    made.add_argument("--digest", action="store_true", help="print a digest of the parameters as the last line")
+    made.add_argument(
+        "--digest", action="store_true", help="print a digest of the parameters as the last line"
+    )
     arguments, overrides = commandline.parse(made, argv)
     if (arguments.workdir is None) == (arguments.config is None):
         raise UserError("Give a run's folder, or --config=FILE. " + made.format_usage().strip())

@@ -63,7 +63,11 @@ class Cached(Examples):
         self._inner, self._left = inner, limit
         self._kept: dict[int, Example] = {}
         self._lock = threading.Lock()
-        self.description, self.identity, self.fields = inner.description, inner.identity, inner.fields
+        self.description, self.identity, self.fields = (
+            inner.description,
+            inner.identity,
+            inner.fields,
+        )
 
     def __len__(self) -> int:
         return len(self._inner)
@@ -84,4 +88,10 @@ class Cached(Examples):
 
 
 def _size(value: Any) -> int:
-    return int(value.nbytes) if isinstance(value, np.ndarray) else len(value) if isinstance(value, (bytes, str)) else 32
+    return (
+        int(value.nbytes)
+        if isinstance(value, np.ndarray)
+        else len(value)
+        if isinstance(value, (bytes, str))
+        else 32
+    )

@@ -109,20 +109,28 @@ def make_task(name: str, block: Mapping[str, Any], modalities: Mapping[str, Moda
     config = configs.build(TaskConfig, block, where)
     if config.batch < 1:
         raise UserError(f"{where}.batch is {config.batch}; it must be at least 1.")
-    inputs = {m: make_input(m, b, modalities, f"{where}.inputs.{m}") for m, b in config.inputs.items()}
+    inputs = {
+        m: make_input(m, b, modalities, f"{where}.inputs.{m}") for m, b in config.inputs.items()
+    }
     objective = configs.component("objectives", config.objective, f"{where}.objective")
     if not objective.head:
         objective = replace(objective, head=name)
     for modality in objective.reads():
         if modality not in inputs:
-            raise UserError(f"{where}.objective reads modality '{modality}'; {where}.inputs has no such block.")
+            raise UserError(
+                f"{where}.objective reads modality '{modality}'; {where}.inputs has no such block."
+            )
     source = configs.component("sources", config.source, f"{where}.source")
     return Task(name, config, inputs, objective, source)
 
 
-def make_input(name: str, block: Mapping[str, Any], modalities: Mapping[str, Modality], where: str) -> Input:
+def make_input(
+    name: str, block: Mapping[str, Any], modalities: Mapping[str, Modality], where: str
+) -> Input:
     """A modality with a task's settings."""
     if name not in modalities:
-        raise UserError(f"{where}: no modality '{name}' in config.modalities.{nearest(name, modalities)}")
+        raise UserError(
+            f"{where}: no modality '{name}' in config.modalities.{nearest(name, modalities)}"
+        )
     modality = modalities[name]
     return Input(name, modality, configs.build(type(modality).Input, block, where))

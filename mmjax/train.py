@@ -9,30 +9,26 @@ error that its one line explains, 3 stopped by SIGTERM or SIGINT after saving.
 from __future__ import annotations
 
 import json
-import platform
 import signal
-import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
-from mmjax import checkpoint, commandline, errors
-from mmjax import config as configs
+from mmjax import commandline, errors
 from mmjax.checkpoint import Checkpoints
 from mmjax.config import Block
 from mmjax.data.loader import HostBatch, Loader, local_rows, place
 from mmjax.errors import UserError
 from mmjax.evaluate import RESULTS, Evaluation, write_results
 from mmjax.evaluator import Record
-from mmjax.experiment import Experiment, make_experiment
+from mmjax.experiment import make_experiment
 from mmjax.monitor.display import Progress
 from mmjax.monitor.metrics import MetricWriter
 from mmjax.monitor.phases import PhaseLog
@@ -40,7 +36,7 @@ from mmjax.monitor.tables import program_table, results_table
 from mmjax.program import Program, compile_all, ticks, use_cache
 from mmjax.resume import Session, begin
 from mmjax.sharding import batch_sharding, make_mesh
-from mmjax.state import Clock, State
+from mmjax.state import State
 
 STOPPED = 3
 _IN_FLIGHT = 2  # hundreds of steps in flight abort a run on many CPU devices
@@ -70,8 +66,12 @@ def train(block: Block, workdir: epath.Path, allow_change: bool = False,
             results_table(records)
             return list(records)
         with phases.phase("compile"):
-            programs = compile_all(session.experiment.train_requests(mesh), mesh, experiment.run.limits)
-            evaluation_programs = compile_all(session.experiment.eval_requests(mesh), mesh, experiment.run.limits)
+            programs = compile_all(
+                session.experiment.train_requests(mesh), mesh, experiment.run.limits
+            )
+            evaluation_programs = compile_all(
+                session.experiment.eval_requests(mesh), mesh, experiment.run.limits
+            )
             program_table([p.report for p in (*programs.values(), *evaluation_programs.values())])
         with phases.phase("restore"):
             state = session.state()
@@ -88,10 +88,8 @@ class _Signals:
 
     def __enter__(self) -> _Signals:
         for number in (signal.SIGTERM, signal.SIGINT):
-            try:
+            with suppress(ValueError):  # not the main thread: a notebook or a test's worker
                 self._before[number] = signal.signal(number, self._note)
-            except ValueError:  # not the main thread: a notebook or a test's worker
-                pass
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -122,14 +120,21 @@ class _Loop:
                  phases: PhaseLog, signals: _Signals):  # fmt: skip
         self._session, self._programs, self._evaluation = session, programs, evaluation
         self._phases, self._signals = phases, signals
-        self._experiment, self._run, self._mesh = session.experiment, session.experiment.run, session.mesh
+        self._experiment, self._run, self._mesh = (
+            session.experiment,
+            session.experiment.run,
+            session.mesh,
+        )
         self._clock = session.clock
         self._bad_in_a_row: Counter[str] = Counter()
         self._completed = time.monotonic()
 
     def run(self, state: State) -> list[Record] | None:
         """From the session's clock to the last step."""
-        visits, end = self._clock.schedule.visits(self._clock.step), self._clock.schedule.visits(self._run.steps)
+        visits, end = (
+            self._clock.schedule.visits(self._clock.step),
+            self._clock.schedule.visits(self._run.steps),
+        )
         left = {name: end.get(name, 0) - visits.get(name, 0) for name in self._experiment.tasks}
         with (
             MetricWriter(self._session.workdir, self._clock.step) as self._writer,
@@ -157,7 +162,7 @@ class _Loop:
 
         A checkpoint of step S comes before the evaluation at S, which a restart from S does again.
         """
-        if self._clock.step and self._is_due(self._run.evaluation.every):
+        if self._session.was_evaluated and self._clock.step < self._run.steps:
             self._evaluate(state)
         while self._clock.step < self._run.steps and not self._signals.received:
             before = self._clock.step
@@ -168,7 +173,9 @@ class _Loop:
         if self._signals.received and self._clock.step < self._run.steps:
             self._save(state)
             self._checkpoints.wait()
-            self._progress.message(f"Stopped by {self._signals.received}; saved step {self._clock.step}.")
+            self._progress.message(
+                f"Stopped by {self._signals.received}; saved step {self._clock.step}."
+            )
             return None
         records = self._evaluate(state)
         self._checkpoints.wait()
@@ -203,8 +210,12 @@ class _Loop:
                 waited = time.monotonic() - started
                 task, visit = self._clock.schedule.task(step), self._clock.schedule.visit(step)
                 size = self._experiment.tasks[task].batch
-                batch = place(host.rows, host.start, size, batch_sharding(self._mesh, size, f"tasks.{task}"))
-                state, metrics = self._programs[task].call(state, batch, ticks(self._mesh, step=step, visit=visit))
+                batch = place(
+                    host.rows, host.start, size, batch_sharding(self._mesh, size, f"tasks.{task}")
+                )
+                state, metrics = self._programs[task].call(
+                    state, batch, ticks(self._mesh, step=step, visit=visit)
+                )
                 under_way.append(_Dispatched(step, task, metrics, size, waited))
                 self._count(task, host)
                 if len(under_way) >= _IN_FLIGHT:
@@ -219,7 +230,9 @@ class _Loop:
         invalid = Counter(self._clock.invalid)
         positions[task] += self._experiment.tasks[task].batch
         invalid[task] += len(host.failed)
-        self._clock = replace(self._clock, step=host.step + 1, positions=dict(positions), invalid=dict(invalid))
+        self._clock = replace(
+            self._clock, step=host.step + 1, positions=dict(positions), invalid=dict(invalid)
+        )
         for position, error in host.failed:
             self._tell("invalid example", f"task {task}, position {position}: {error}")
         if invalid[task] > self._run.limits.invalid:
@@ -244,6 +257,7 @@ class _Loop:
         self._progress.update(done.step, done.task, float(values["loss"]), done.examples, seconds)
         if (done.step + 1) % self._run.log.every == 0:
             self._writer.flush()
+            self._phases.beat(step=done.step)
 
     def _non_finite(self, done: _Dispatched) -> None:
         skipped = Counter(self._clock.skipped)
@@ -265,7 +279,9 @@ class _Loop:
             # A checkpoint must not know of a step whose line could still be lost.
             self._writer.flush()
             self._checkpoints.wait()
-            self._checkpoints.save(self._clock.step, self._session.canonical(state), self._session.meta(self._clock))
+            self._checkpoints.save(
+                self._clock.step, self._session.canonical(state), self._session.meta(self._clock)
+            )
 
     def _evaluate(self, state: State) -> list[Record]:
         self._progress.status("evaluating")
@@ -284,7 +300,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = commandline.parser("Train a config.")
     made.add_argument("--config", required=True, help="a Python file with get_config()")
     made.add_argument("--workdir", required=True, help="folder of the run; made if it is not there")
-    made.add_argument("--allow_change", action="store_true", help="let keys of the schedule differ from the saved run's")
+    made.add_argument(
+        "--allow_change",
+        action="store_true",
+        help="let keys of the schedule differ from the saved run's",
+    )
     arguments, overrides = commandline.parse(made, argv)
     block = commandline.read_config(arguments.config, overrides)
     use_cache()

@@ -231,6 +231,25 @@ def test_a_custom_rule_counts_only_the_gradients_somebody_needs() -> None:
     assert unused == DENSE
 
 
+def test_a_custom_rule_in_bfloat16_that_saves_a_key() -> None:
+    @jax.custom_vjp
+    def noisy(x: Any, w: Any, key: Any) -> Any:
+        return x @ w + jax.random.normal(key, (), x.dtype)
+
+    noisy.defvjp(
+        lambda x, w, key: (noisy(x, w, key), (x, w, key)),
+        lambda saved, g: (g @ saved[1].T, saved[0].T @ g * jax.random.uniform(saved[2]), None),
+    )
+
+    def loss(params: Any, x: Any, key: Any) -> Any:
+        return jnp.sum(noisy(x * params["scale"], params["w"], key).astype(jnp.float32))
+
+    params = {"scale": sd(D, dtype=jnp.bfloat16), "w": sd(D, D, dtype=jnp.bfloat16)}
+    x, key = sd(TOKENS, D, dtype=jnp.bfloat16), jax.eval_shape(lambda: jax.random.key(0))
+    assert train_flops(loss, params, x, key) == 3 * DENSE
+    assert of_real_gradient(loss, params, x, key) == 3 * DENSE
+
+
 def test_a_custom_rule_within_scan_vmap_remat_and_beside_integers() -> None:
     @jax.custom_vjp
     def product(x: Any, w: Any) -> Any:

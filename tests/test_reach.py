@@ -155,7 +155,7 @@ def test_through_shard_map_a_collective_nobody_reads_does_not_reach() -> None:
     split, whole = PartitionSpec(None, "data"), PartitionSpec("data", None)
 
     def local(x: Any, a: Any, b: Any) -> Any:
-        return lax.psum(x @ a, "data"), lax.all_to_all(x @ b, "data", 1, 1)
+        return lax.psum(x @ a, "data"), lax.all_to_all(x @ b, "data", 1, 1, tiled=True)
 
     def loss(p: Any, x: Any) -> Any:
         specs: Any = {"in_specs": (split, whole, whole), "out_specs": (PartitionSpec(), split)}

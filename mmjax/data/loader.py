@@ -85,19 +85,32 @@ def make_batch(
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows), tuple(failed)
 
 
-class _Steps(Sequence[HostBatch]):
+class _Steps:
     """The batches from `clock` on, by index; what Grain reads."""
 
-    def __init__(self, tasks: Mapping[str, Task], data: Mapping[str, Examples], clock: Clock, stop: int, seed: int,
-                 share: Callable[[int], tuple[int, int]]):
-        self._tasks, self._data, self._clock, self._stop, self._seed = tasks, data, clock, stop, seed
+    def __init__(
+        self,
+        tasks: Mapping[str, Task],
+        data: Mapping[str, Examples],
+        clock: Clock,
+        stop: int,
+        seed: int,
+        share: Callable[[int], tuple[int, int]],
+    ):
+        self._tasks, self._data, self._clock, self._stop, self._seed = (
+            tasks,
+            data,
+            clock,
+            stop,
+            seed,
+        )
         self._share = share
         self._visits = clock.schedule.visits(clock.step)
 
     def __len__(self) -> int:
         return self._stop - self._clock.step
 
-    def __getitem__(self, index: Any) -> HostBatch:
+    def __getitem__(self, index: int) -> HostBatch:
         step = self._clock.step + int(index)
         task = self._tasks[self._clock.schedule.task(step)]
         visit = self._clock.schedule.visit(step)
@@ -105,7 +118,9 @@ class _Steps(Sequence[HostBatch]):
         position = self._clock.positions.get(task.name, 0) + passed * task.batch
         first, last = self._share(task.batch)
         examples = self._data[task.name]
-        ids = order.example_ids(self._seed, task.name, position + first, last - first, len(examples))
+        ids = order.example_ids(
+            self._seed, task.name, position + first, last - first, len(examples)
+        )
 
         def rng(row: int) -> np.random.Generator:
             return order.rng(self._seed, task.name, position + first + row)
@@ -148,7 +163,7 @@ def place(rows: Any, start: int, size: int, sharding: NamedSharding) -> Any:
     """The global batch of `size` rows on the mesh, from this process's rows (which begin at `start`)."""
 
     def put(local: np.ndarray) -> jax.Array:
-        def read(index: Rows) -> np.ndarray:
+        def read(index: Rows | None) -> np.ndarray:
             first, last, _ = index[0].indices(size) if index else (0, size, 1)
             return local[first - start : last - start]
 

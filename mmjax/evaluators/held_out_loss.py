@@ -20,6 +20,8 @@ class HeldOutLoss(Evaluator):
     def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
         rows = outputs["all"]
         if "baseline" not in rows:
-            raise UserError(f"tasks.{task.name}: objective {type(task.objective).__name__} reports no 'baseline'.")
+            raise UserError(
+                f"tasks.{task.name}: objective {type(task.objective).__name__} reports no 'baseline'."
+            )
         value, baseline = rows["loss"].mean(), rows["baseline"].mean()
         return [self.record(task, "held-out loss", value, baseline, len(rows["loss"]), unit="loss")]

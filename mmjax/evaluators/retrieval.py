@@ -30,7 +30,9 @@ class Retrieval(Evaluator):
     def passes(self, task: Task) -> dict[str, Pass]:
         pair = task.objective.embeds()
         if len(pair) != 2:
-            raise UserError(f"tasks.{task.name}: retrieval needs an objective that embeds two modalities.")
+            raise UserError(
+                f"tasks.{task.name}: retrieval needs an objective that embeds two modalities."
+            )
         return {m: Pass(f"embed/{m}", self.source, (self.concept,)) for m in pair}
 
     def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
@@ -46,7 +48,11 @@ class Retrieval(Evaluator):
         return vectors[first], concepts[first]
 
     def _direction(
-        self, task: Task, query: str, candidate: str, sides: Mapping[str, tuple[np.ndarray, np.ndarray]]
+        self,
+        task: Task,
+        query: str,
+        candidate: str,
+        sides: Mapping[str, tuple[np.ndarray, np.ndarray]],
     ) -> list[Record]:
         (queries, wanted), (candidates, concepts) = sides[query], sides[candidate]
         positive_QC = wanted[:, None] == concepts[None, :]
@@ -77,6 +83,15 @@ def chance(positives_Q: np.ndarray, candidates: int, at: tuple[int, ...]) -> lis
         p, n = np.asarray(positives_Q, float), float(candidates)
         certain = n - p < k
         safe = np.where(certain, 0.0, p)
-        log_miss = gammaln(n - safe + 1) - gammaln(n - safe - min(k, n) + 1) - gammaln(n + 1) + gammaln(n - min(k, n) + 1)
-        values.append(float(np.where(certain & (p > 0), 1.0, np.where(p > 0, 1 - np.exp(log_miss), 0.0)).mean()))
+        log_miss = (
+            gammaln(n - safe + 1)
+            - gammaln(n - safe - min(k, n) + 1)
+            - gammaln(n + 1)
+            + gammaln(n - min(k, n) + 1)
+        )
+        values.append(
+            float(
+                np.where(certain & (p > 0), 1.0, np.where(p > 0, 1 - np.exp(log_miss), 0.0)).mean()
+            )
+        )
     return values

@@ -41,7 +41,16 @@ class ZeroShot(Evaluator):
         guess = classes[(examples @ means.T).argmax(axis=1)]
         majority = np.unique(truth, return_counts=True)[1].max() / len(truth)
         name = f"zero-shot {self.label}"
-        return [self.record(task, name, (guess == truth).mean(), 1 / len(classes), len(truth), majority=float(majority))]
+        return [
+            self.record(
+                task,
+                name,
+                (guess == truth).mean(),
+                1 / len(classes),
+                len(truth),
+                majority=float(majority),
+            )
+        ]
 
 
 def class_means(vectors: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.layers.dense import LayerNorm, lecun
-from mmjax.parameters import declare
+from mmjax.parameters import Initializer, declare
 from mmjax.sharding import constrain
 
 
@@ -48,16 +52,12 @@ def _project(x_BSD: jax.Array, kernel_DHK: jax.Array) -> jax.Array:
     return constrain(y.reshape(*y.shape[:2], h, k), ("batch", None, "heads", None))
 
 
-def _flat_init(inputs: int) -> jax.nn.initializers.Initializer:
+def _flat_init(inputs: int) -> Initializer:
     """`lecun` with the fan-in of the matrix that the kernel is: its first `inputs` axes are inputs."""
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: object = None) -> jax.Array:
-        n_in = 1
-        for size in shape[:inputs]:
-            n_in *= size
-        n_out = 1
-        for size in shape[inputs:]:
-            n_out *= size
-        return lecun(key, (n_in, n_out), dtype).reshape(shape)
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return lecun(key, (math.prod(shape[:inputs]), math.prod(shape[inputs:])), dtype).reshape(
+            shape
+        )
 
     return init

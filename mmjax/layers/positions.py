@@ -28,7 +28,10 @@ class Positions(nnx.Module):
         self.buckets = dict(buckets)
         table = initializers.normal(0.02)
         self.tables = nnx.Dict(
-            {a: declare((n, width), ("positions", "embed"), table, decay=False) for a, n in buckets.items()}
+            {
+                a: declare((n, width), ("positions", "embed"), table, decay=False)
+                for a, n in buckets.items()
+            }
         )
         self.norm = LayerNorm(width)
 

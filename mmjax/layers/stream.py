@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,9 @@ class Stream:
 
         def pick(x: jax.Array) -> jax.Array:
             x = jnp.broadcast_to(x, (index_BK.shape[0], *x.shape[1:]))
-            return jnp.take_along_axis(x, index_BK.reshape(index_BK.shape + (1,) * (x.ndim - 2)), axis=1)
+            return jnp.take_along_axis(
+                x, index_BK.reshape(index_BK.shape + (1,) * (x.ndim - 2)), axis=1
+            )
 
         return replace(
             self,

@@ -23,7 +23,9 @@ class Transformer(nnx.Module):
       qk_norm: normalise queries and keys per head.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, bias: bool = False, qk_norm: bool = False):
+    def __init__(
+        self, width: int, heads: int, hidden: int, bias: bool = False, qk_norm: bool = False
+    ):
         self.attention_norm = LayerNorm(width, bias)
         self.attention = Attention(width, heads, qk_norm)
         self.mlp_norm = LayerNorm(width, bias)

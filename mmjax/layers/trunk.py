@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -29,8 +29,10 @@ class Group(nnx.Module):
     """A pattern of blocks, its parameters stacked over the repeats and run by `lax.scan`."""
 
     def __init__(self, group: GroupConfig, width: int, first: int, remat: str, where: str):
-        self.blocks = nnx.List([_block(b, width, f"{where}.pattern[{i}]") for i, b in enumerate(group.pattern)])
-        self.repeat, self.remat = group.repeat, remat
+        self.blocks = nnx.List(
+            [_block(b, width, f"{where}.pattern[{i}]") for i, b in enumerate(group.pattern)]
+        )
+        self.first, self.repeat, self.remat = first, group.repeat, remat
         for offset, block in enumerate(self.blocks):
             stack_layers(block, first + offset, len(group.pattern), group.repeat)
 
@@ -43,12 +45,16 @@ class Group(nnx.Module):
             blocks = nnx.merge(graph, slices)
             auxes = []
             for offset, block in enumerate(blocks):
-                stream, aux = block(stream, jax.random.fold_in(key, index * len(blocks) + offset))
+                # By the layer's own index, so that another grouping draws the same numbers.
+                layer = self.first + index * len(blocks) + offset
+                stream, aux = block(stream, jax.random.fold_in(key, layer))
                 auxes.append(aux)
             x_BSD = constrain(stream.x_BSD, ("batch", None, None))
-            return stream.replace(x_BSD=x_BSD, layout=layout), add_up(auxes)
+            return replace(stream, x_BSD=x_BSD, layout=layout), add_up(auxes)
 
-        stream, auxes = jax.lax.scan(_remat(body, self.remat), stream, (state, jnp.arange(self.repeat)))
+        stream, auxes = jax.lax.scan(
+            _remat(body, self.remat), stream, (state, jnp.arange(self.repeat))
+        )
         return stream, jax.tree.map(lambda x: x.sum(axis=0), auxes)
 
 
@@ -67,7 +73,9 @@ def _remat(body: Any, policy: str) -> Any:
         return body
     policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
     if policy not in policies:
-        raise configs.UserError(f"model.remat is '{policy}'.{configs.nearest(policy, ['none', *policies])}")
+        raise configs.UserError(
+            f"model.remat is '{policy}'.{configs.nearest(policy, ['none', *policies])}"
+        )
     return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
 
 
@@ -85,8 +93,14 @@ def add_up(auxes: Sequence[Aux]) -> Aux:
 class Trunk(nnx.Module):
     """All groups in order, then a norm: one trunk for every modality and task."""
 
-    def __init__(self, groups: Sequence[GroupConfig], width: int, remat: str = "none", where: str = "model.groups"):
-        self.groups = nnx.List([])
+    def __init__(
+        self,
+        groups: Sequence[GroupConfig],
+        width: int,
+        remat: str = "none",
+        where: str = "model.groups",
+    ):
+        self.groups: Any = nnx.List([])
         first = 0
         for index, group in enumerate(groups):
             self.groups.append(Group(group, width, first, remat, f"{where}[{index}]"))
@@ -95,7 +109,7 @@ class Trunk(nnx.Module):
 
     def __call__(self, stream: Stream, key: jax.Array) -> tuple[Stream, Aux]:
         auxes = []
-        for index, group in enumerate(self.groups):
-            stream, aux = group(stream, jax.random.fold_in(key, index))
+        for group in self.groups:
+            stream, aux = group(stream, key)
             auxes.append(aux)
-        return stream.replace(x_BSD=self.norm(stream.x_BSD)), add_up(auxes)
+        return replace(stream, x_BSD=self.norm(stream.x_BSD)), add_up(auxes)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -55,16 +54,22 @@ class Image(Modality[ImageInput]):
 
     def arrays(self, settings: ImageInput) -> ArraySpec:
         if settings.size % self.patch:
-            raise UserError(f"image size {settings.size} is not a multiple of the patch {self.patch}.")
+            raise UserError(
+                f"image size {settings.size} is not a multiple of the patch {self.patch}."
+            )
         return {"pixels": jax.ShapeDtypeStruct((settings.size, settings.size, 3), np.uint8)}
 
-    def preprocess(self, settings: ImageInput, value: Any, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+    def preprocess(
+        self, settings: ImageInput, value: Any, rng: np.random.Generator | None
+    ) -> dict[str, np.ndarray]:
         """Crop, resize, mirror and flatten onto the background: `{"pixels": uint8[size, size, 3]}`."""
         image = self.raw(value)
         size = (settings.size, settings.size)
         box = _crop(image.size, settings.crop, rng)
         if image.size != size or box is not None:
-            image = image.resize(size, resample=2, box=box)  # 2: bilinear, with support for shrinking
+            image = image.resize(
+                size, resample=2, box=box
+            )  # 2: bilinear, with support for shrinking
         pixels = np.asarray(image)
         if settings.flip and rng is not None and rng.random() < 0.5:
             pixels = pixels[:, ::-1]
@@ -85,15 +90,21 @@ def _as_uint8(array: np.ndarray) -> np.ndarray:
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
-        raise UserError(f"an image has shape [H, W] or [H, W, 1, 3 or 4], found {list(array.shape)}.")
+        raise UserError(
+            f"an image has shape [H, W] or [H, W, 1, 3 or 4], found {list(array.shape)}."
+        )
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     if not np.issubdtype(array.dtype, np.floating) or array.min() < 0 or array.max() > 1:
-        raise UserError(f"an image is uint8, or float in [0, 1]; found {array.dtype}, {array.min()} to {array.max()}.")
+        raise UserError(
+            f"an image is uint8, or float in [0, 1]; found {array.dtype}, {array.min()} to {array.max()}."
+        )
     return np.round(array * 255).astype(np.uint8)
 
 
-def _crop(size: tuple[int, int], least: float, rng: np.random.Generator | None) -> tuple[float, ...] | None:
+def _crop(
+    size: tuple[int, int], least: float, rng: np.random.Generator | None
+) -> tuple[float, ...] | None:
     """A random box (left, top, right, bottom) of at least `least` of the area, sides scaled alike."""
     if rng is None or least >= 1.0:
         return None

@@ -46,7 +46,7 @@ class Text(Modality[TextInput]):
     """
 
     Input = TextInput
-    tokenizer: str = "emoji/tokenizer.model"
+    tokenizer: str = "emoji/1.0.0/tokenizer.model"
     vocabulary: int = 2048
     buckets: int = 128
 
@@ -55,11 +55,18 @@ class Text(Modality[TextInput]):
 
     def arrays(self, settings: TextInput) -> ArraySpec:
         if settings.length > self.buckets:
-            raise UserError(f"text length {settings.length} is over the {self.buckets} position buckets.")
+            raise UserError(
+                f"text length {settings.length} is over the {self.buckets} position buckets."
+            )
         shape = (settings.length,)
-        return {"ids": jax.ShapeDtypeStruct(shape, np.int32), "valid": jax.ShapeDtypeStruct(shape, np.bool_)}
+        return {
+            "ids": jax.ShapeDtypeStruct(shape, np.int32),
+            "valid": jax.ShapeDtypeStruct(shape, np.bool_),
+        }
 
-    def preprocess(self, settings: TextInput, value: Any, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+    def preprocess(
+        self, settings: TextInput, value: Any, rng: np.random.Generator | None
+    ) -> dict[str, np.ndarray]:
         """`{"ids": int32[length], "valid": bool[length]}`."""
         ids, valid = self._tokenizer().encode(self.raw(value), settings.length)
         return {"ids": ids, "valid": valid}
@@ -102,6 +109,10 @@ class TextStem(nnx.Module):
         ids_BS = arrays["ids"]
         table_VD = self.embedding[...]
         # A text's coordinate is its token's index: bucket i holds position i at every length.
-        coordinates = {"token": (jnp.arange(ids_BS.shape[1], dtype=jnp.float32)[None] + 0.5) / self.buckets}
-        x_BSD = jnp.take(table_VD, ids_BS, axis=0) + self.positions(coordinates).astype(table_VD.dtype)
+        coordinates = {
+            "token": (jnp.arange(ids_BS.shape[1], dtype=jnp.float32)[None] + 0.5) / self.buckets
+        }
+        x_BSD = jnp.take(table_VD, ids_BS, axis=0) + self.positions(coordinates).astype(
+            table_VD.dtype
+        )
         return Stream(x_BSD, arrays["valid"], coordinates, (("text", ids_BS.shape[1]),))

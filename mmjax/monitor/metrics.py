@@ -48,8 +48,8 @@ class MetricWriter:
     """Writes the metrics of a run; one process of a run does.
 
     Args:
-      workdir: where `metrics.jsonl` and `tensorboard/` are. On an object store TensorBoard events
-        are left out, with one warning.
+      workdir: where `metrics.jsonl` and `tensorboard/` are. On an object store the file is
+        written by `flush` only, and TensorBoard events are left out, with one warning.
       resume_step: complete steps in the restored checkpoint, 0 for a fresh run. Lines of that
         step and later are cut from the file, and hidden from TensorBoard.
 
@@ -63,9 +63,10 @@ class MetricWriter:
     def __init__(self, workdir: epath.Path, resume_step: int) -> None:
         workdir = epath.Path(workdir)
         self._resume_step = resume_step
+        self._is_local = is_local(workdir)
         _cut(workdir / FILE, resume_step)
         self._lines = LineFile(workdir / FILE)
-        self._events = _Events(workdir / "tensorboard", resume_step) if is_local(workdir) else None
+        self._events = _Events(workdir / "tensorboard", resume_step) if self._is_local else None
         if self._events is None:
             logging.getLogger(__name__).warning(
                 "TensorBoard events are left out: %s is not a local directory. "
@@ -88,8 +89,7 @@ class MetricWriter:
         self._check_step(step)
         _check_names(values, ("kind", "step", "task", "timing"))
         line = {"kind": "train", "step": step, "task": task, **_plain_fields(values)}
-        self._lines.append(_dumps(line | {"timing": _plain_fields(timing)}))
-        self._lines.push()
+        self._append(_dumps(line | {"timing": _plain_fields(timing)}))
         if self._events:
             scalars = {f"{task}/{name}": value for name, value in values.items()}
             scalars |= {f"timing/{task}/{name}": value for name, value in timing.items()}
@@ -106,8 +106,7 @@ class MetricWriter:
         self._check_step(step)
         for record in records:
             _check_names(record, ("kind", "step"))
-        self._lines.append("".join(_dumps(_eval_line(step, record)) for record in records))
-        self._lines.push()
+        self._append("".join(_dumps(_eval_line(step, record)) for record in records))
         if self._events:
             self._events.add(step, _eval_scalars(records))
 
@@ -136,6 +135,11 @@ class MetricWriter:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _append(self, text: str) -> None:
+        self._lines.append(text)
+        if self._is_local:  # uploading a long file again and again would hold up the steps
+            self._lines.push()
 
     def _check_step(self, step: int) -> None:
         if step < self._resume_step:

@@ -58,13 +58,17 @@ class Contrastive(Objective):
         return self.between
 
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
-        projections = {m: Dense(width, self.joint, ("embed", "joint"), bias=False) for m in self.between}
+        projections = {
+            m: Dense(width, self.joint, ("embed", "joint"), bias=False) for m in self.between
+        }
         return {**projections, "scale": Scale(1 / self.temperature)}
 
     def embed(self, model: Model, modality: str, arrays: Mapping[str, jax.Array]) -> jax.Array:
         return self._embed(model, modality, arrays, jax.random.key(0))[0]
 
-    def _embed(self, model: Model, modality: str, arrays: Mapping[str, jax.Array], key: jax.Array) -> Any:
+    def _embed(
+        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], key: jax.Array
+    ) -> Any:
         stream, aux = model.encode([model.tokens(modality, arrays)], key)
         joint_BE = model.heads[self.head][modality](mean_pool(stream))
         return unit(joint_BE.astype(jnp.promote_types(joint_BE.dtype, jnp.float32))), aux

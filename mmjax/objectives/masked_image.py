@@ -26,7 +26,9 @@ from mmjax.parameters import declare
 class Decoder(nnx.Module):
     """A small trunk over the encoded tokens and mask tokens, then a linear map to pixels."""
 
-    def __init__(self, width: int, inner: int, depth: int, heads: int, buckets: int, patch_values: int):
+    def __init__(
+        self, width: int, inner: int, depth: int, heads: int, buckets: int, patch_values: int
+    ):
         block = {"name": "transformer", "heads": heads, "hidden": 4 * inner}
         self.embed = Dense(width, inner, ("embed", None))
         self.mask = declare((inner,), (None,), initializers.normal(0.02), decay=False)
@@ -34,7 +36,13 @@ class Decoder(nnx.Module):
         self.trunk = Trunk([GroupConfig(depth, (block,))], inner, where="decoder")
         self.pixels = Dense(inner, patch_values, ("embed", None))
 
-    def __call__(self, seen: Stream, index_BS: jax.Array, coordinates: Mapping[str, jax.Array], key: jax.Array) -> Any:
+    def __call__(
+        self,
+        seen: Stream,
+        index_BS: jax.Array,
+        coordinates: Mapping[str, jax.Array],
+        key: jax.Array,
+    ) -> Any:
         """Predictions `[B, S, patch_values]` in image order.
 
         `index_BS` is a permutation of the patches whose first entries are those of `seen`.
@@ -72,7 +80,11 @@ class MaskedImage(Objective):
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
         image: Any = inputs[self.modality].modality
         values = image.patch**2 * 3
-        return {"decoder": Decoder(width, self.inner, self.depth, self.heads_per_layer, image.buckets, values)}
+        return {
+            "decoder": Decoder(
+                width, self.inner, self.depth, self.heads_per_layer, image.buckets, values
+            )
+        }
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         pixels = batch["inputs"][self.modality]["pixels"]
@@ -91,17 +103,23 @@ class MaskedImage(Objective):
         value = masked_error(predicted_BSP, target_BSP, hidden_BS)
         # What predicting each patch's mean would cost: below 1 where patches are blank.
         metrics = {"baseline": masked_error(jnp.zeros_like(target_BSP), target_BSP, hidden_BS)}
-        return Loss(value + aux.loss + aux_decoder.loss, metrics, {**aux.buffers, **aux_decoder.buffers})
+        return Loss(
+            value + aux.loss + aux_decoder.loss, metrics, {**aux.buffers, **aux_decoder.buffers}
+        )
 
 
 def visible(tokens: int, ratio: float) -> int:
     """Number of patches that stay: at least one stays and one is hidden."""
     if not 0 < ratio < 1 or tokens < 2:
-        raise UserError(f"masked_image needs 0 < ratio < 1 and two patches; ratio {ratio}, patches {tokens}.")
+        raise UserError(
+            f"masked_image needs 0 < ratio < 1 and two patches; ratio {ratio}, patches {tokens}."
+        )
     return min(max(round(tokens * (1 - ratio)), 1), tokens - 1)
 
 
-def normalised_patches(pixels_BHWC: jax.Array, patch: int, dtype: Any, eps: float = 1e-6) -> jax.Array:
+def normalised_patches(
+    pixels_BHWC: jax.Array, patch: int, dtype: Any, eps: float = 1e-6
+) -> jax.Array:
     """Targets: each patch's values in [0, 1] less their mean, over `sqrt(variance + eps)`; `[B, S, P]`."""
     dtype = jnp.promote_types(dtype, jnp.float32)
     x_BSP = patchify(pixels_BHWC.astype(dtype) / 255, patch)
@@ -109,7 +127,9 @@ def normalised_patches(pixels_BHWC: jax.Array, patch: int, dtype: Any, eps: floa
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
 
 
-def masked_error(predicted_BSP: jax.Array, target_BSP: jax.Array, hidden_BS: jax.Array) -> jax.Array:
+def masked_error(
+    predicted_BSP: jax.Array, target_BSP: jax.Array, hidden_BS: jax.Array
+) -> jax.Array:
     """Squared error, mean over a patch's values, then over the hidden patches of valid rows."""
     error_BS = jnp.square(predicted_BSP.astype(target_BSP.dtype) - target_BSP).mean(axis=-1)
     return jnp.where(hidden_BS, error_BS, 0).sum() / jnp.maximum(hidden_BS.sum(), 1)

@@ -46,7 +46,9 @@ class ArrayRecordExamples(Examples):
             raise UserError(f"No ArrayRecord files '{source.glob}' in '{source.path}'.")
         self._data = ArrayRecordDataSource(files)
         if not len(self._data):
-            raise UserError(f"The ArrayRecord files '{source.glob}' in '{source.path}' hold no records.")
+            raise UserError(
+                f"The ArrayRecord files '{source.glob}' in '{source.path}' hold no records."
+            )
         self.description = f"{source.path}/{source.glob}"
         sizes = [[epath.Path(f).name, epath.Path(f).stat().length] for f in files]
         self.identity = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()

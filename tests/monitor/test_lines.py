@@ -111,3 +111,14 @@ def test_metrics_and_phases_in_a_store(
     assert summary(remote)["attempts"] == 2
     assert not (remote / "tensorboard").exists()
     assert sum("TensorBoard" in record.message for record in caplog.records) == 2
+
+
+def test_steps_upload_nothing(remote: epath.Path) -> None:
+    with MetricWriter(remote, 0) as writer:
+        before = _Store.puts
+        for step in range(50):
+            writer.write(step, "a", {"loss": 1.0}, {})
+        assert _Store.puts == before
+        writer.flush()
+        assert _Store.puts == before + 1
+        assert len(read(remote)) == 50

@@ -1,0 +1,50 @@
+"""The quickstart's tasks on real data, so small that a run takes seconds."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    emoji = {"name": "tfds", "dataset": "emoji"}
+    train, drawings, concepts = (
+        {**emoji, "split": s} for s in ("train", "test_drawing", "test_concept")
+    )
+    layer = {"name": "transformer", "heads": 2, "hidden": 64}
+
+    config = ConfigDict(sort_keys=False)
+    config.steps = 14
+    config.seed = 0
+    config.modalities = {"image": {"name": "image", "patch": 8}, "text": {"name": "text"}}
+    config.model = {"width": 32, "groups": [{"repeat": 2, "pattern": [layer]}]}
+    config.tasks = {
+        "image_text": {
+            "source": train,
+            "inputs": {
+                "image": {"size": 16, "crop": 0.7},
+                "text": {"field": "caption", "length": 8},
+            },
+            "objective": {
+                "name": "contrastive",
+                "between": ["image", "text"],
+                "concept": "concept",
+                "joint": 16,
+            },
+            "batch": 16,
+            "share": 2,
+            "evaluators": {
+                "drawings": {"name": "retrieval", "source": drawings},
+                "groups": {"name": "zero_shot", "source": drawings, "names": drawings},
+            },
+        },
+        "masked_image": {
+            "source": train,
+            "inputs": {"image": {"size": 32, "flip": True}},
+            "objective": {"name": "masked_image", "inner": 32, "depth": 1, "heads_per_layer": 2},
+            "batch": 8,
+            "share": 1,
+            "evaluators": {"drawings": {"name": "held_out_loss", "source": drawings}},
+        },
+    }
+    config.optimizer = {"name": "adamw", "learning_rate": 1e-3, "warmup": 4, "weight_decay": 0.05}
+    config.checkpoint = {"every": 4, "keep": 2}
+    config.evaluation = {"every": 5, "batch": 64}
+    return config

@@ -1,0 +1,85 @@
+"""Many devices on one machine, the data set built once, and a small run that several tests read."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+# Before JAX starts: eight CPU devices, and a compilation cache that outlives the test run.
+DEVICES = 8
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmjax"
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "xla-tests"))
+os.environ.setdefault("MMJAX_DATA_DIR", str(_CACHE / "data"))
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from etils import epath  # noqa: E402
+
+from mmjax.data import build, data_dir  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "tests" / "configs" / "tiny.py"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _devices() -> None:
+    assert len(jax.devices()) == DEVICES, (
+        f"tests need {DEVICES} forced CPU devices, found {jax.devices()}"
+    )
+
+
+@pytest.fixture(scope="session")
+def emoji_dir() -> epath.Path:
+    """The data folder with the emoji data set built in it."""
+    build.build("emoji")
+    return data_dir()
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def command(emoji_dir: epath.Path) -> Command:
+    """`command("train", "--workdir=...", devices=1)`: a main of mmjax in a process of its own."""
+
+    def run(
+        name: str,
+        *arguments: str,
+        devices: int = 1,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 300,
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command_line(name, *arguments), env=environment(devices, env), capture_output=True, text=True,
+            timeout=timeout, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+def command_line(name: str, *arguments: str) -> list[str]:
+    """The words of `python -m mmjax.NAME ARGUMENTS`."""
+    return [sys.executable, "-m", f"mmjax.{name}", *arguments]
+
+
+def environment(devices: int = 1, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a process with `devices` forced CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path, "COLUMNS": "80", **(more or {})}
+
+
+@pytest.fixture(scope="session")
+def tiny_run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> epath.Path:
+    """A finished run of the tiny config; read it, do not change it."""
+    workdir = tmp_path_factory.mktemp("tiny") / "run"
+    done = command("train", f"--config={TINY}", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    return epath.Path(workdir)
