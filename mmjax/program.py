@@ -206,7 +206,7 @@ def _shape(spec: RowSpec, size: int) -> str:
 
 def use_cache(folder: epath.PathLike | None = None) -> None:
     """Keep compiled programs on disk: in `folder`, the folder JAX is already told, or the user's cache."""
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:
         default = (
             epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
             / "mmjax"
