@@ -12,22 +12,22 @@ def get_config() -> ConfigDict:
     train, drawings, concepts = (
         {**emoji, "split": s} for s in ("train", "test_drawing", "test_concept")
     )
-    layer = {"name": "transformer", "heads": 4, "hidden": 768}
+    layer = {"name": "transformer", "heads": 4, "hidden": 512}
 
     config = ConfigDict(sort_keys=False)
-    config.steps = 600
+    config.steps = 800
     config.seed = 0
     config.modalities = {
         "image": {"name": "image", "patch": 8},
         "text": {"name": "text"},
     }
-    config.model = {"width": 192, "groups": [{"repeat": 6, "pattern": [layer]}]}
+    config.model = {"width": 128, "groups": [{"repeat": 4, "pattern": [layer]}]}
     config.tasks = {
         "image_text": {
             "source": train,
             "inputs": {
-                "image": {"size": 40, "crop": 0.7},
-                "text": {"field": "caption", "length": 16},
+                "image": {"size": 32, "crop": 0.7},
+                "text": {"field": "caption", "length": 12},
             },
             "objective": {
                 "name": "contrastive",
@@ -35,8 +35,8 @@ def get_config() -> ConfigDict:
                 "concept": "concept",
                 "joint": 128,
             },
-            "batch": 256,
-            "share": 2,
+            "batch": 128,
+            "share": 3,
             "evaluators": {
                 "drawings": {"name": "retrieval", "source": drawings},
                 "concepts": {"name": "retrieval", "source": concepts},
@@ -47,8 +47,8 @@ def get_config() -> ConfigDict:
         "masked_image": {
             "source": train,
             "inputs": {"image": {"size": 64, "crop": 0.7, "flip": True}},
-            "objective": {"name": "masked_image"},
-            "batch": 128,
+            "objective": {"name": "masked_image", "inner": 64, "depth": 1, "heads_per_layer": 2},
+            "batch": 64,
             "share": 1,
             "evaluators": {"concepts": {"name": "held_out_loss", "source": concepts}},
         },
@@ -56,9 +56,9 @@ def get_config() -> ConfigDict:
     config.schedule = {"rule": "shares"}
     config.optimizer = {
         "name": "adamw",
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
         "warmup": 50,
-        "weight_decay": 0.05,
+        "weight_decay": 0.1,
         "clip": 1.0,
     }
     config.checkpoint = {"every": 200, "keep": 2}

@@ -58,7 +58,12 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
-        """Begin to save; the arrays are copied before it returns, the rest goes on in the background."""
+        """Begin to save; the arrays are copied before it returns, the rest goes on in the background.
+
+        A step that is saved already is left as it is: a signal may ask for it again.
+        """
+        if step in self._manager.all_steps():
+            return
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(_without_empty(state)),
             meta=ocp.args.JsonSave({"format": FORMAT, **meta}),
@@ -149,7 +154,8 @@ def _without_empty(tree: Mapping[str, Any]) -> dict[str, Any]:
 def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
     """Compare shapes and dtypes by name; the error lists parameter path, expected and found."""
     wrong = []
-    for part in expected:
+    # Parameters first: what is wrong with them is wrong with what follows them.
+    for part in sorted(expected, key=lambda part: (part != "parameters", part)):
         have = _flat(found.get(part, {}))
         for name, leaf in _flat(expected[part]).items():
             stored = have.get(name)

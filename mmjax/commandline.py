@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Sequence
 
 from etils import epath
@@ -26,28 +27,46 @@ def parse(
     made: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, list[str]]:
     """The arguments, and the `KEY=VALUE` of each `--config.KEY=VALUE`."""
-    # Libraries report much that a person cannot act on; what matters reaches them as an error.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Libraries log much that a person cannot act on, whole tracebacks of an error that is raised
+    # besides among it; what matters reaches them as that error.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     arguments, rest = made.parse_known_args(argv)
     overrides = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
     unknown = [a for a in rest if not a.startswith("--config.")]
     if unknown:
-        raise UserError(
-            f"Unknown argument {unknown[0]}. {made.format_usage().strip()} [--config.KEY=VALUE ...]"
-        )
+        raise UserError(f"Unknown argument {unknown[0]}. {usage(made)}")
     for folder in arguments.extra:
         configs.add_folder(folder)
     return arguments, overrides
+
+
+def usage(made: argparse.ArgumentParser) -> str:
+    """The usage on one line."""
+    return f"{' '.join(made.format_usage().split())} [--config.KEY=VALUE ...]"
 
 
 def read_config(path: str, overrides: Sequence[str]) -> Block:
     return configs.override(configs.read_file(path), overrides)
 
 
+def folder(path: str) -> epath.Path:
+    """`path` as an absolute one, since Orbax takes no other; `~` and URIs (`gs://`) are understood."""
+    if "://" in path:
+        return epath.Path(path)
+    return epath.Path(os.path.abspath(os.path.expanduser(path)))
+
+
 def make_workdir(path: str) -> epath.Path:
-    """The workdir, made if it is not there; an error if it is a file."""
-    workdir = epath.Path(path).expanduser()
+    """The workdir, made if it is not there; an error if it is a file, or lies where no folder can be."""
+    if not path:
+        raise UserError("--workdir is empty. Give a folder.")
+    workdir = folder(path)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={path} is a file. Give a folder.")
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(
+            f"--workdir={path} cannot be made: {error.strerror}. Give another folder."
+        ) from error
     return workdir

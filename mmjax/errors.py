@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -28,13 +30,23 @@ def report(error: BaseException) -> str | None:
     """One line for errors that are the surroundings' or the person's; None for our own."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"No space left on the device: {error.filename or error}. Free some space and run again."
-    if isinstance(error, PermissionError):
-        return (
-            f"No permission: {error.filename or error}. Choose another --workdir or mend its owner."
-        )
+    number, where = _system_error(error)
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{os.strerror(number)}: {where}. Free some space and run again."
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"No permission: {where}. Choose another --workdir or mend its owner."
     return None
+
+
+def _system_error(error: BaseException) -> tuple[int | None, str]:
+    """The operating system's number for what went wrong, and the file: of an `OSError`, or out of
+    TensorStore's words, which come as a `ValueError` that quotes both."""
+    if isinstance(error, OSError):
+        return error.errno, str(error.filename or error)
+    words = str(error)
+    number = re.search(r"os_error_code='(\d+)'", words)
+    files = re.findall(r'"(/[^"]*)"', words)
+    return int(number[1]) if number else None, files[0] if files else words
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -47,4 +59,7 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         print(f"mmjax: error: {line}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("mmjax: interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(code or 0)

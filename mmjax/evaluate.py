@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from mmjax import commandline, errors
 from mmjax import config as configs
 from mmjax.data.loader import local_rows, make_batch, place
+from mmjax.errors import UserError
 from mmjax.evaluator import Outputs, Pass, Record, row_spec
 from mmjax.experiment import Experiment, make_experiment, pass_key, program_key
 from mmjax.loading import find_step, read_parameters
@@ -35,10 +36,10 @@ RESULTS = "results.json"
 
 
 class Evaluation:
-    """All evaluation passes of an experiment, with their programs compiled and their data opened."""
+    """All evaluation passes of an experiment, with their data opened."""
 
-    def __init__(self, experiment: Experiment, programs: Mapping[str, Program], mesh: Mesh):
-        self._experiment, self._programs, self._mesh = experiment, programs, mesh
+    def __init__(self, experiment: Experiment, mesh: Mesh):
+        self._experiment, self._mesh = experiment, mesh
         self._data: dict[str, Examples] = {}
         for task, each in experiment.passes():
             self._open(task, each)
@@ -51,10 +52,20 @@ class Evaluation:
             self._data[key] = Cached(opened, self._experiment.run.loader.cache_mib * 2**20)
         row_spec(task, each).check(self._data[key], where)
 
-    def __call__(self, parameters: Mapping[str, jax.Array]) -> list[Record]:
-        """The records of all evaluators, in the order of the config."""
+    def __call__(
+        self, programs: Mapping[str, Program], parameters: Mapping[str, jax.Array]
+    ) -> list[Record]:
+        """The records of all evaluators, in the order of the config.
+
+        Args:
+          programs: those of `Experiment.eval_requests`, compiled.
+          parameters: on the mesh.
+        """
         outputs = {
-            pass_key(t, p): self._run(t, p, parameters) for t, p in self._experiment.passes()
+            pass_key(task, each): self._run(
+                task, each, programs[program_key(task, each)], parameters
+            )
+            for task, each in self._experiment.passes()
         }
         records = []
         for name, evaluators in self._experiment.evaluators.items():
@@ -66,30 +77,40 @@ class Evaluation:
                 )
         return records
 
-    def _run(self, task: Task, each: Pass, parameters: Mapping[str, jax.Array]) -> Outputs:
-        program = self._programs[program_key(task, each)]
+    def _run(
+        self, task: Task, each: Pass, program: Program, parameters: Mapping[str, jax.Array]
+    ) -> Outputs:
         size = self._experiment.run.evaluation.batch
         examples = self._data[str(sorted(each.block.items()))]
         found: list[Outputs] = []
-        for index, (rows, start) in enumerate(self._batches(task, each, examples, size)):
+        for index, (rows, start, failed) in enumerate(self._batches(task, each, examples, size)):
+            for _, error in failed:
+                print(
+                    f"evaluation of {task.name}: left out an example that cannot be read: {error}"
+                )
             batch = place(rows, start, size, batch_sharding(self._mesh, size, "evaluation.batch"))
             outputs = jax.device_get(
                 program.call(parameters, batch, ticks(self._mesh, batch=index))
             )
             found.append({name: value[outputs["valid"]] for name, value in outputs.items()})
+        if not any(len(f["valid"]) for f in found):
+            raise UserError(
+                f"tasks.{task.name}.evaluators: no example of {examples.description} could be read."
+            )
         return {name: np.concatenate([f[name] for f in found]) for name in found[0]}
 
     def _batches(
         self, task: Task, each: Pass, examples: Examples, size: int
-    ) -> Iterable[tuple[Any, int]]:
+    ) -> Iterable[tuple[Any, int, Any]]:
         """This process's rows of each batch, read ahead in threads; the last one padded with invalid rows."""
         spec = row_spec(task, each)
         first, last = local_rows(batch_sharding(self._mesh, size, "evaluation.batch"), size)
 
-        def make(index: int) -> tuple[Any, int]:
+        def make(index: int) -> tuple[Any, int, Any]:
             begin = int(index) * size
             ids = range(min(begin + first, len(examples)), min(begin + last, len(examples)))
-            return make_batch(spec, examples, ids, lambda _: None, last - first)[0], first
+            rows, failed = make_batch(spec, examples, ids, lambda _: None, last - first)
+            return rows, first, failed
 
         count = math.ceil(len(examples) / size)
         options = grain.ReadOptions(
@@ -108,14 +129,15 @@ def write_results(workdir: epath.Path, records: Sequence[Record]) -> None:
 def evaluate(workdir: epath.Path, step: int | None, overrides: Sequence[str]) -> list[Record]:
     """Evaluate a checkpoint of `workdir`; overrides may change keys that leave the model alone."""
     step, meta = find_step(workdir, step)
+    print(f"The checkpoint of step {step} in {workdir}.\n")
     block = configs.override(meta["config"], overrides)
     configs.check_compatible(meta["config"], block, allow_change=True)
     experiment = make_experiment(block, str(workdir / "assets"))
     mesh = make_mesh(experiment.run.mesh)
+    evaluation = Evaluation(experiment, mesh)
     programs = compile_all(experiment.eval_requests(mesh), mesh, experiment.run.limits)
     program_table([p.report for p in programs.values()])
-    evaluation = Evaluation(experiment, programs, mesh)
-    return evaluation(read_parameters(workdir, step, experiment, mesh))
+    return evaluation(programs, read_parameters(workdir, step, experiment, mesh))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,10 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
     arguments, overrides = commandline.parse(made, argv)
     use_cache()
-    workdir = epath.Path(arguments.workdir).expanduser()
+    workdir = commandline.folder(arguments.workdir)
     records = evaluate(workdir, arguments.step, overrides)
     results_table(records)
     write_results(workdir, records)
+    print(f"Written to {workdir / RESULTS}.")
     return 0
 
 

@@ -7,7 +7,7 @@ vectors = model.embed(image=[picture, another])
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mmjax import checkpoint
+from mmjax import checkpoint, commandline
 from mmjax.errors import UserError, nearest
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.parameters import Arrays, from_canonical, to_canonical
@@ -100,10 +100,10 @@ class Embedder:
                 f"embed takes one modality at a time; given: {', '.join(values) or 'none'}."
             )
         [(modality, items)] = values.items()
-        if isinstance(items, (str, bytes)):
+        if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
             raise UserError(f"embed takes a list: {modality}=[...].")
         chosen = self._task(task, modality)
-        rows = [self._row(chosen, modality, item) for item in items]
+        rows = [self._row(chosen, modality, i, item) for i, item in enumerate(items)]
         chunks = [rows[i : i + _LARGEST] for i in range(0, len(rows), _LARGEST)] or [[]]
         return np.concatenate([self._embed(chosen, modality, chunk) for chunk in chunks])
 
@@ -122,9 +122,13 @@ class Embedder:
             )
         return next(iter(able.values()))
 
-    def _row(self, task: Task, modality: str, item: Any) -> dict[str, np.ndarray]:
+    def _row(self, task: Task, modality: str, index: int, item: Any) -> dict[str, np.ndarray]:
         given = task.inputs[modality]
-        return given.preprocess({given.field: given.modality.raw(item)}, None)
+        try:
+            return given.preprocess({given.field: given.modality.raw(item)}, None)
+        except Exception as error:
+            # A decoder may raise anything at bytes that are none of its own.
+            raise UserError(f"{modality}[{index}]: {error}") from error
 
     def _embed(self, task: Task, modality: str, rows: list[dict[str, np.ndarray]]) -> np.ndarray:
         # Sizes are powers of two, so that few programs serve lists of any length.
@@ -151,4 +155,4 @@ def load(path: str, step: int | None = None) -> Embedder:
 
     Nothing from the checkpoint is executed: its config is data, and names only modules of mmjax.
     """
-    return Embedder(epath.Path(path).expanduser(), step)
+    return Embedder(commandline.folder(path), step)

@@ -186,7 +186,7 @@ def digest(canonical: Mapping[str, np.ndarray]) -> str:
     """A stable SHA-256 of named arrays: name, dtype, shape and little-endian bytes, in order of name."""
     sha = hashlib.sha256()
     for name in sorted(canonical):
-        array = np.ascontiguousarray(canonical[name])
+        array = np.asarray(canonical[name])
         sha.update(f"{name} {array.dtype} {array.shape}\n".encode())
         sha.update(array.tobytes())
     return sha.hexdigest()

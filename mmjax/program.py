@@ -206,7 +206,7 @@ def _shape(spec: RowSpec, size: int) -> str:
 
 def use_cache(folder: epath.PathLike | None = None) -> None:
     """Keep compiled programs on disk: in `folder`, the folder JAX is already told, or the user's cache."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         default = (
             epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
             / "mmjax"
@@ -307,7 +307,7 @@ def _check_fit(programs: Mapping[str, Program], limits: LimitsConfig) -> None:
         n: p.report["bytes"] for n, p in programs.items() if limit and p.report["bytes"] > limit
     }
     if over:
-        lines = "\n  ".join(f"{n}: {b / 2**30:.2f} GiB" for n, b in over.items())
+        lines = "\n  ".join(f"{n}: {b / 2**30:.3g} GiB" for n, b in over.items())
         raise UserError(
             f"These programs need more than limits.memory_gib = {limits.memory_gib} on a device:\n  {lines}\n"
             "A smaller batch, shape or model.remat = 'full' would help."

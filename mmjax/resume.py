@@ -8,7 +8,8 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -70,12 +71,14 @@ class Session:
             return False
         saved = self.restored.meta["config"]
         every = saved.get("evaluation", {}).get("every", 0)
-        return self.restored.step == saved["steps"] or bool(
-            every and self.restored.step % every == 0
-        )
+        step = self.restored.step
+        return step == saved["steps"] or bool(every and step and step % every == 0)
 
     def state(self) -> State:
-        """The state on the mesh: initial, with everything that the checkpoint holds in its place."""
+        """The state on the mesh: initial, with everything that the checkpoint holds in its place.
+
+        To be called once: it lets go of the restored arrays, which would lie beside the state else.
+        """
         abstract = self.experiment.abstract_state(self.mesh)
         dtype = compute_dtype(self.experiment.run.dtype.parameters)
         experiment = self.experiment
@@ -87,7 +90,8 @@ class Session:
 
         if self.restored is None:
             return jax.jit(fresh, out_shardings=shardings(abstract))()
-        specs, held = experiment.declaration.specs, self.restored.state
+        specs, held = experiment.declaration.specs, dict(self.restored.state)
+        self.restored.state.clear()
         if not _missing(self._canonical_shapes, held):
             return jax.jit(
                 lambda t: state_from_canonical(specs, t), out_shardings=shardings(abstract)
@@ -111,6 +115,10 @@ class Session:
         out = shardings(self._canonical_shapes)
         abstract = self.experiment.abstract_state(self.mesh)
         return compile_silently(lambda s: state_to_canonical(specs, s), abstract, out, self.mesh)
+
+    def prepare(self) -> None:
+        """Compile what saving needs, so that nothing compiles once the run is under way."""
+        _ = self._to_canonical
 
     def canonical(self, state: State) -> Any:
         """The state as a checkpoint holds it."""
@@ -148,8 +156,11 @@ def begin(
     mesh: Mesh,
     allow_change: bool,
     say: Callable[[str], None],
+    phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> Session:
     """Open the data, find the newest good checkpoint, and settle where the run stands.
+
+    `phase("restore")` is held open while the checkpoint is read.
 
     Raises:
       UserError: data missing or other than the run's; a config that does not go with the run's.
@@ -166,7 +177,9 @@ def begin(
         _announce(meta["environment"], environment(mesh), say)
 
     abstract = _abstract_canonical(experiment, mesh)
-    restored = checkpoint.restore_latest(workdir, abstract, accept, say, _may_be_new(experiment))
+    may_be_new = _may_be_new(experiment)
+    with phase("restore"):
+        restored = checkpoint.restore_latest(workdir, abstract, accept, say, may_be_new)
     clock = _fresh_clock(experiment) if restored is None else _clock(experiment, restored, changes)
     if restored is not None:
         say(f"Going on from step {restored.step} in {workdir}.")
@@ -306,12 +319,10 @@ def _clock(experiment: Experiment, restored: Restored, changes: list[configs.Dif
         return saved
     planned, now = experiment.schedule(), saved.step
     schedule = saved.schedule
-    for segment in (
-        replace(planned.segment(now), start=now),
-        *(s for s in planned.segments if s.start > now),
-    ):
+    later = [s for s in planned.segments if s.start > now]
+    for start, segment in ((now, planned.segment(now)), *((s.start, s) for s in later)):
         schedule = schedule.append(
-            segment.start, segment.weights, rule=segment.rule, seed=segment.seed, now=now
+            start, segment.weights, rule=segment.rule, seed=segment.seed, now=now
         )
     return Clock(saved.step, schedule, saved.positions, saved.skipped, saved.invalid)
 

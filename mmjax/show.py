@@ -122,11 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments, overrides = commandline.parse(made, argv)
     if (arguments.workdir is None) == (arguments.config is None):
-        raise UserError("Give a run's folder, or --config=FILE. " + made.format_usage().strip())
+        raise UserError(f"Give a run's folder, or --config=FILE. {commandline.usage(made)}")
     if arguments.config is not None:
         show_config(arguments.config, overrides)
     else:
-        show_run(epath.Path(arguments.workdir).expanduser(), arguments.step, arguments.digest)
+        show_run(commandline.folder(arguments.workdir), arguments.step, arguments.digest)
     return 0
 
 

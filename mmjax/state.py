@@ -128,6 +128,6 @@ def compute_dtype(name: str) -> Any:
     known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
     if name not in known:
         raise UserError(f"dtype '{name}': expected one of {', '.join(known)}.")
-    if name == "float64" and not jax.config.jax_enable_x64:
+    if name == "float64" and not jax.config.values["jax_enable_x64"]:
         raise UserError("dtype float64 needs JAX_ENABLE_X64=1 in the environment.")
     return known[name]

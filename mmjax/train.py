@@ -56,31 +56,28 @@ def train(block: Block, workdir: epath.Path, allow_change: bool = False,
       The records of the last evaluation, or None if a signal stopped the run early.
     """
     experiment = make_experiment(block)
-    with PhaseLog(workdir) as phases, _Signals() as signals:
+    with PhaseLog(workdir) as phases:
         mesh = make_mesh(experiment.run.mesh, devices)
         with phases.phase("init"):
-            session = begin(experiment, workdir, mesh, allow_change, print)
+            session = begin(experiment, workdir, mesh, allow_change, print, phases.phase)
         if session.is_done:
             records = json.loads((workdir / RESULTS).read_text())
             print(f"Done: {workdir} holds all {experiment.run.steps} steps and their results.")
             results_table(records)
             return list(records)
+        evaluation = Evaluation(experiment, mesh)
         with phases.phase("compile"):
-            programs = compile_all(
-                session.experiment.train_requests(mesh), mesh, experiment.run.limits
-            )
-            evaluation_programs = compile_all(
-                session.experiment.eval_requests(mesh), mesh, experiment.run.limits
-            )
-            program_table([p.report for p in (*programs.values(), *evaluation_programs.values())])
+            requests = experiment.train_requests(mesh) | experiment.eval_requests(mesh)
+            programs = compile_all(requests, mesh, experiment.run.limits)
+            session.prepare()
+            program_table([p.report for p in programs.values()])
         with phases.phase("restore"):
             state = session.state()
-        evaluation = Evaluation(experiment, evaluation_programs, mesh)
-        return _Loop(session, programs, evaluation, phases, signals).run(state)
+        return _Loop(session, programs, evaluation, phases).run(state)
 
 
 class _Signals:
-    """Notes SIGTERM and SIGINT, so that the loop can save before it ends."""
+    """Notes SIGTERM and SIGINT, so that the loop can save before it ends; before it they just end it."""
 
     def __init__(self) -> None:
         self.received: str | None = None
@@ -116,33 +113,33 @@ class _Dispatched:
 class _Loop:
     """The loop, with one place for each side effect."""
 
-    def __init__(self, session: Session, programs: Mapping[str, Program], evaluation: Evaluation,
-                 phases: PhaseLog, signals: _Signals):  # fmt: skip
+    def __init__(
+        self,
+        session: Session,
+        programs: Mapping[str, Program],
+        evaluation: Evaluation,
+        phases: PhaseLog,
+    ):
         self._session, self._programs, self._evaluation = session, programs, evaluation
-        self._phases, self._signals = phases, signals
-        self._experiment, self._run, self._mesh = (
-            session.experiment,
-            session.experiment.run,
-            session.mesh,
-        )
-        self._clock = session.clock
+        self._experiment, self._run = session.experiment, session.experiment.run
+        self._mesh, self._clock, self._phases = session.mesh, session.clock, phases
         self._bad_in_a_row: Counter[str] = Counter()
         self._completed = time.monotonic()
 
     def run(self, state: State) -> list[Record] | None:
         """From the session's clock to the last step."""
-        visits, end = (
-            self._clock.schedule.visits(self._clock.step),
-            self._clock.schedule.visits(self._run.steps),
-        )
+        schedule, step = self._clock.schedule, self._clock.step
+        visits, end = schedule.visits(step), schedule.visits(self._run.steps)
         left = {name: end.get(name, 0) - visits.get(name, 0) for name in self._experiment.tasks}
+        tasks = list(self._experiment.tasks)
+        progress = Progress(self._run.steps, step, tasks, visits=visits, visits_left=left)
         with (
-            MetricWriter(self._session.workdir, self._clock.step) as self._writer,
+            _Signals() as self._signals,
+            MetricWriter(self._session.workdir, step) as self._writer,
             Checkpoints(self._session.workdir, self._run.checkpoint) as self._checkpoints,
-            Progress(self._run.steps, self._clock.step, list(self._experiment.tasks), visits=visits,
-                     visits_left=left) as self._progress,
+            progress as self._progress,
             self._open_loader() as loader,
-        ):  # fmt: skip
+        ):
             return self._stretches(state, loader)
 
     @contextmanager
@@ -246,15 +243,16 @@ class _Loop:
         values = {name: np.asarray(value) for name, value in jax.device_get(done.metrics).items()}
         now = time.monotonic()
         seconds, self._completed = now - self._completed, now
-        if not values.pop("finite"):
-            self._non_finite(done)
-        else:
-            self._bad_in_a_row[done.task] = 0
+        finite = bool(values.pop("finite"))
         visit = self._clock.schedule.visit(done.step)
         timing = {"seconds": seconds, "wait": done.waited}
         self._writer.write(done.step, done.task, {"visit": visit, **values}, timing)
         self._phases.add("wait_data", done.waited)
         self._progress.update(done.step, done.task, float(values["loss"]), done.examples, seconds)
+        if finite:
+            self._bad_in_a_row[done.task] = 0
+        else:
+            self._non_finite(done)
         if (done.step + 1) % self._run.log.every == 0:
             self._writer.flush()
             self._phases.beat(step=done.step)
@@ -286,7 +284,7 @@ class _Loop:
     def _evaluate(self, state: State) -> list[Record]:
         self._progress.status("evaluating")
         with self._phases.phase("eval", step=self._clock.step):
-            records = self._evaluation(self._session.evaluated(state))
+            records = self._evaluation(self._programs, self._session.evaluated(state))
             self._writer.write_eval(self._clock.step, records)
             self._writer.flush()
         return records

@@ -68,10 +68,10 @@ def recall(similarity_QC: np.ndarray, positive_QC: np.ndarray, at: tuple[int, ..
     """Fraction of queries with a positive among the k most similar candidates.
 
     Ties count against us: a negative as similar as the best positive stands before it, so that a model
-    which maps everything to one point has recall 0.
+    which maps everything to one point, or to NaN, has recall 0.
     """
     best_Q = np.where(positive_QC, similarity_QC, -np.inf).max(axis=1)
-    before_Q = ((similarity_QC >= best_Q[:, None]) & ~positive_QC).sum(axis=1)
+    before_Q = (~(similarity_QC < best_Q[:, None]) & ~positive_QC).sum(axis=1)
     has_Q = positive_QC.any(axis=1)
     return [float((has_Q & (before_Q < k)).mean()) for k in at]
 

@@ -34,8 +34,8 @@ class Dense(nnx.Module):
 class LayerNorm(nnx.Module):
     """`(x - mean) / sqrt(var + eps) * scale + bias` over the last axis, in float32 or wider."""
 
-    def __init__(self, width: int, bias: bool = True, eps: float = 1e-6):
-        self.scale = declare((width,), ("embed",), initializers.ones, keep=True)
+    def __init__(self, width: int, bias: bool = True, eps: float = 1e-6, scale: float = 1.0):
+        self.scale = declare((width,), ("embed",), initializers.constant(scale), keep=True)
         self.bias = declare((width,), ("embed",), initializers.zeros, keep=True) if bias else None
         self.eps = eps
 

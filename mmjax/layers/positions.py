@@ -22,9 +22,12 @@ class Positions(nnx.Module):
     Args:
       width: size of a token.
       buckets: buckets per axis; at least the finest grid that any task uses.
+      scale: initial size of the embeddings. Below a stem it is small: at the size of the content,
+        tokens of one position look alike whatever they hold, and contrastive learning stands still
+        for its first hundreds of steps.
     """
 
-    def __init__(self, width: int, buckets: Mapping[str, int]):
+    def __init__(self, width: int, buckets: Mapping[str, int], scale: float = 1.0):
         self.buckets = dict(buckets)
         table = initializers.normal(0.02)
         self.tables = nnx.Dict(
@@ -33,13 +36,14 @@ class Positions(nnx.Module):
                 for a, n in buckets.items()
             }
         )
-        self.norm = LayerNorm(width)
+        self.norm = LayerNorm(width, scale=scale)
 
     def __call__(self, coordinates: Mapping[str, jax.Array]) -> jax.Array:
         """`dict[axis, float[..., S]] -> [..., S, width]`."""
         parts = []
         for axis, count in self.buckets.items():
-            bucket = (coordinates[axis] * count).astype(jnp.int32)
+            # Nudged: 15 / 22 * 22 is below 15 in float32, and would read the bucket before its own.
+            bucket = (coordinates[axis] * count + 1e-3).astype(jnp.int32)
             parts.append(jnp.take(self.tables[axis][...], bucket, axis=0, mode="clip"))
         return self.norm(sum(parts[1:], parts[0]))
 

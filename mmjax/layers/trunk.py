@@ -29,6 +29,8 @@ class Group(nnx.Module):
     """A pattern of blocks, its parameters stacked over the repeats and run by `lax.scan`."""
 
     def __init__(self, group: GroupConfig, width: int, first: int, remat: str, where: str):
+        if group.repeat < 1 or not group.pattern:
+            raise configs.UserError(f"{where}: a group repeats a pattern of blocks at least once.")
         self.blocks = nnx.List(
             [_block(b, width, f"{where}.pattern[{i}]") for i, b in enumerate(group.pattern)]
         )
@@ -100,6 +102,8 @@ class Trunk(nnx.Module):
         remat: str = "none",
         where: str = "model.groups",
     ):
+        if not groups:
+            raise configs.UserError(f"{where} is empty; a trunk needs a group.")
         self.groups: Any = nnx.List([])
         first = 0
         for index, group in enumerate(groups):

@@ -53,9 +53,14 @@ class Image(Modality[ImageInput]):
         return ImageStem(self.patch, self.buckets, width)
 
     def arrays(self, settings: ImageInput) -> ArraySpec:
-        if settings.size % self.patch:
+        if settings.size < 1 or settings.size % self.patch:
             raise UserError(
                 f"image size {settings.size} is not a multiple of the patch {self.patch}."
+            )
+        if settings.size // self.patch > self.buckets:
+            raise UserError(
+                f"image size {settings.size} has {settings.size // self.patch} patches a side, over the "
+                f"{self.buckets} position buckets."
             )
         return {"pixels": jax.ShapeDtypeStruct((settings.size, settings.size, 3), np.uint8)}
 
@@ -89,13 +94,13 @@ class Image(Modality[ImageInput]):
 def _as_uint8(array: np.ndarray) -> np.ndarray:
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (3, 4)):
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))) or not array.size:
         raise UserError(
             f"an image has shape [H, W] or [H, W, 1, 3 or 4], found {list(array.shape)}."
         )
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
-    if not np.issubdtype(array.dtype, np.floating) or array.min() < 0 or array.max() > 1:
+    if not np.issubdtype(array.dtype, np.floating) or not (array.min() >= 0 and array.max() <= 1):
         raise UserError(
             f"an image is uint8, or float in [0, 1]; found {array.dtype}, {array.min()} to {array.max()}."
         )
@@ -136,7 +141,7 @@ class ImageStem(nnx.Module):
     def __init__(self, patch: int, buckets: int, width: int):
         self.patch = patch
         self.embed = Dense(patch * patch * 3, width, (None, "embed"))
-        self.positions = Positions(width, {"y": buckets, "x": buckets})
+        self.positions = Positions(width, {"y": buckets, "x": buckets}, scale=0.05)
 
     def __call__(self, arrays: dict[str, jax.Array]) -> Stream:
         pixels = arrays["pixels"]

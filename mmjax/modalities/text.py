@@ -100,9 +100,9 @@ class TextStem(nnx.Module):
     """`{"ids": int32[B, S], "valid": bool[B, S]} ->` a stream of S tokens."""
 
     def __init__(self, vocabulary: int, buckets: int, width: int):
-        init = initializers.normal(0.02)
+        init = initializers.normal(0.1)
         self.embedding = declare((vocabulary, width), ("vocabulary", "embed"), init, decay=False)
-        self.positions = Positions(width, {"token": buckets})
+        self.positions = Positions(width, {"token": buckets}, scale=0.05)
         self.buckets = buckets
 
     def __call__(self, arrays: dict[str, jax.Array]) -> Stream:

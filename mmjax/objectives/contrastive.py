@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
+from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
 from mmjax.layers.stream import mean_pool
 from mmjax.modality import Input
@@ -47,6 +48,13 @@ class Contrastive(Objective):
     concept: str = ""
     joint: int = 256
     temperature: float = 0.07
+
+    def __post_init__(self) -> None:
+        if len(self.between) != 2 or self.temperature <= 0:
+            raise UserError(
+                "contrastive needs two modalities in 'between' and a positive temperature; "
+                f"found {list(self.between)}, {self.temperature}."
+            )
 
     def reads(self) -> tuple[str, ...]:
         return self.between
