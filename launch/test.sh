@@ -80,6 +80,23 @@ smoke_on_newest() {
   stage "smoke on Python ${newest%% *}" "$venv-newest/bin/python" -m pytest tests/smoke || true
 }
 
+# The report is looked at in a real browser.
+# shellcheck disable=SC2329  # called through `stage`
+browser() {
+  local name
+  for name in ${MMJAX_BROWSER:+"$MMJAX_BROWSER"} chromium-headless-shell chromium chromium-browser google-chrome chrome; do
+    if command -v "$name" > /dev/null; then
+      say "browser: $name"
+      return
+    fi
+  done
+  if ! command -v apt-get > /dev/null || [ "$(id -u)" != 0 ]; then
+    fail "no Chromium, in which a test looks at the report. Install it (Debian: apt-get install chromium-headless-shell)."
+  fi
+  apt-get update -qq
+  apt-get install -y -qq --no-install-recommends chromium-headless-shell > /dev/null
+}
+
 cd "$ROOT"
 if [ $# -gt 0 ]; then
   ensure_environment "$venv" tests
@@ -92,6 +109,7 @@ stage "ruff check" in_venv ruff check --output-format concise . || true
 stage "ruff format" in_venv ruff format --check --output-format concise . || true
 stage mypy in_venv mypy mmjax || true
 stage shellcheck "$venv/bin/shellcheck" launch/*.sh .ci/run || true
+stage browser browser || true
 smoke_on_newest
 stage "pytest, all tests" suite || true
 finish

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Any
 
 from jax.sharding import Mesh
@@ -11,7 +13,7 @@ from jax.sharding import Mesh
 from mmjax import config as configs
 from mmjax.checkpoint import CheckpointConfig
 from mmjax.data.loader import LoaderConfig
-from mmjax.errors import UserError
+from mmjax.errors import UserError, nearest
 from mmjax.evaluator import Evaluator, Pass, make_evaluators
 from mmjax.modality import Modality
 from mmjax.model import ModelConfig, declare_model
@@ -60,11 +62,15 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Attributes:
-    every: steps between lines of `metrics.jsonl` that reach the disk.
+    """What a run leaves to read.
+
+    Attributes:
+      every: steps after which the lines of `metrics.jsonl` are sure to be on the disk.
+      report: write `report.html` at the end.
     """
 
     every: int = 20
+    report: bool = True
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,8 @@ class Experiment:
     def schedule(self) -> Schedule:
         """The schedule from step 0 as the config describes it."""
         weights = {name: task.config.share for name, task in self.tasks.items()}
+        for index, phase in enumerate(self.run.schedule.phases):
+            _check_weights(phase.get("weights", {}), weights, f"schedule.phases[{index}].weights")
         return from_config(self.run.schedule.rule, weights, self.run.seed, self.run.schedule.phases)
 
     def abstract_state(self, mesh: Mesh) -> State:
@@ -183,18 +191,48 @@ def make_experiment(block: Mapping[str, Any], folder: str = "") -> Experiment:
       folder: where modalities find their files instead of the folder the config says (a run's assets).
     """
     run = configs.build(RunConfig, block, "config")
-    if run.steps < 1:
-        raise UserError(f"config.steps is {run.steps}; it must be at least 1.")
+    _check_values(run)
     modalities: dict[str, Modality] = {}
     for name, inner in run.modalities.items():
         modality = configs.component("modalities", inner, f"modalities.{name}")
         modalities[name] = replace(modality, folder=folder) if folder else modality
     tasks = {name: make_task(name, inner, modalities) for name, inner in run.tasks.items()}
-    if not tasks:
-        raise UserError("config.tasks is empty; a run needs a task.")
     heads = [
         (t.objective.head, t.objective.heads(run.model.width, t.inputs)) for t in tasks.values()
     ]
     declaration = declare_model(run.model, modalities, heads)
     evaluators = {name: make_evaluators(task) for name, task in tasks.items()}
-    return Experiment(dict(block), run, modalities, tasks, evaluators, declaration)
+    made = Experiment(dict(block), run, modalities, tasks, evaluators, declaration)
+    made.schedule()  # what is wrong with it is said now, not when the run begins
+    return made
+
+
+# The least value of numbers without which nothing could run, or nothing would end.
+_LEAST = {
+    "steps": 1, "model.width": 1, "evaluation.every": 0, "evaluation.batch": 1, "checkpoint.every": 0,
+    "checkpoint.keep": 1, "log.every": 1, "loader.threads": 0, "loader.ahead": 0, "loader.cache_mib": 0,
+}  # fmt: skip
+
+
+def _check_values(run: RunConfig) -> None:
+    for key, least in _LEAST.items():
+        value = attrgetter(key)(run)
+        if value < least:
+            raise UserError(f"config.{key} is {value}; it must be at least {least}.")
+    if not run.tasks:
+        raise UserError("config.tasks is empty; a run needs a task.")
+    for kind, names in {"tasks": run.tasks, "modalities": run.modalities}.items():
+        for name in names:
+            # They become parts of parameter names, of dotted config keys and of file names.
+            if not re.fullmatch(r"\w+", name):
+                raise UserError(
+                    f"config.{kind}: '{name}' is no name; use letters, digits and underscores."
+                )
+
+
+def _check_weights(weights: Any, tasks: Mapping[str, int], where: str) -> None:
+    if not isinstance(weights, Mapping):
+        raise UserError(f"Config key '{where}' is {weights!r}; expected a share for each task.")
+    for name in weights:
+        if name not in tasks:
+            raise UserError(f"Config key '{where}': no task '{name}'.{nearest(name, tasks)}")

@@ -24,11 +24,13 @@ class Examples(abc.ABC):
       description: what errors and reports call it.
       identity: a digest of the data; another one under a run that exists is refused.
       fields: names of an example's fields.
+      credits: whom to name where examples are shown, as their licences ask.
     """
 
     description: str
     identity: str
     fields: tuple[str, ...]
+    credits: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -68,6 +70,7 @@ class Cached(Examples):
             inner.identity,
             inner.fields,
         )
+        self.credits = inner.credits
 
     def __len__(self) -> int:
         return len(self._inner)

@@ -32,6 +32,7 @@ from mmjax.experiment import make_experiment
 from mmjax.monitor.display import Progress
 from mmjax.monitor.metrics import MetricWriter
 from mmjax.monitor.phases import PhaseLog
+from mmjax.monitor.report import write_report
 from mmjax.monitor.tables import program_table, results_table
 from mmjax.program import Program, compile_all, ticks, use_cache
 from mmjax.resume import Session, begin
@@ -177,6 +178,10 @@ class _Loop:
         records = self._evaluate(state)
         self._checkpoints.wait()
         write_results(self._session.workdir, records)
+        if self._run.log.report and jax.process_index() == 0:
+            self._progress.status("writing report.html")
+            with self._phases.phase("report"):
+                write_report(self._session.workdir)
         return records
 
     def _pause(self, state: State) -> None:

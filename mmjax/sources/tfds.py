@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,17 +44,15 @@ class TfdsExamples(Examples):
 
     def __init__(self, source: Tfds):
         builder = _builder(source)
-        split = source.split.split("[")[0]
-        if split not in builder.info.splits:
-            splits = list(builder.info.splits)
-            raise UserError(
-                f"data set '{source.dataset}' has no split '{split}'.{nearest(split, splits)}"
-            )
+        split = _split(builder, source)
         self._texts = _text_fields(builder.info.features)
         self._data = builder.as_data_source(split=source.split)
         self.description = f"{builder.info.full_name}:{source.split}"
-        self.fields = tuple(builder.info.features)
-        self.identity = _identity(builder, source.split)
+        self.fields = tuple(sorted(builder.info.features))
+        manifest = _manifest(builder)
+        self.identity = _identity(builder, source.split, manifest)
+        self.credits = tuple(s["attribution"] for s in manifest.get("sources", ()))
+        _check_files(source, builder, split)
 
     def __len__(self) -> int:
         return len(self._data)
@@ -69,20 +68,79 @@ def _text_fields(features: Any) -> list[str]:
     return [n for n, f in features.items() if type(f).__name__ == "Text"]
 
 
+def _root(source: Tfds) -> epath.Path:
+    return epath.Path(source.folder).expanduser() if source.folder else data_dir()
+
+
+def _how_to_build(source: Tfds) -> str:
+    name = source.dataset.split("/")[0]
+    return f"Run: tfds build {name} --file_format=array_record --data_dir={_root(source)}"
+
+
 def _builder(source: Tfds) -> Any:
     import tensorflow_datasets as tfds
 
-    root = epath.Path(source.folder) if source.folder else data_dir()
+    root = _root(source)
     name = source.dataset.split("/")[0]
     if name in own_data_sets():
         return tfds.builder_from_directory(build.find(name, root).path)
     path = _version_folder(root / source.dataset)
     if path is None:
         raise UserError(
-            f"Data set '{source.dataset}' is not built under {root}. "
-            f"Run: tfds build {name} --file_format=array_record --data_dir={root}"
+            f"Data set '{source.dataset}' is not built under {root}.{_others(root / name, name)} "
+            f"{_how_to_build(source)}"
         )
-    return tfds.builder_from_directory(path)
+    try:
+        builder = tfds.builder_from_directory(path)
+    except Exception as error:
+        # Whatever TFDS raises for a folder whose descriptions are cut, gone or of another version.
+        raise UserError(
+            f"Data set '{source.dataset}' in {path} is half-built: {_first_line(error)}. {_how_to_build(source)}"
+        ) from error
+    if builder.info.file_format.value != "array_record":
+        raise UserError(
+            f"Data set '{source.dataset}' in {path} is built as {builder.info.file_format.value}; mmjax reads "
+            f"array_record, by which examples are read at random. {_how_to_build(source)}"
+        )
+    return builder
+
+
+def _others(path: epath.Path, name: str) -> str:
+    """Words about the configs or versions of a data set that are there."""
+    there = sorted(p.name for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+    return f" There is {', '.join(f'{name}/{t}' for t in there)}." if there else ""
+
+
+def _split(builder: Any, source: Tfds) -> Any:
+    """The split, a part of one, or a sum of several; `UserError` where there is no such, or it is empty."""
+    known = list(builder.info.splits)
+    for name in (part.split("[")[0] for part in source.split.split("+")):
+        if name not in known:
+            raise UserError(
+                f"data set '{source.dataset}' has no split '{name}'.{nearest(name, known)}"
+            )
+    try:
+        split = builder.info.splits[source.split]
+    except ValueError as error:
+        raise UserError(
+            f"data set '{source.dataset}': split '{source.split}': {_first_line(error)}."
+        ) from error
+    if not split.num_examples:
+        raise UserError(f"data set '{source.dataset}': split '{source.split}' has no examples.")
+    return split
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0].rstrip(".")
+
+
+def _check_files(source: Tfds, builder: Any, split: Any) -> None:
+    missing = [path for path in split.filepaths if not epath.Path(path).exists()]
+    if missing:
+        raise UserError(
+            f"Data set '{source.dataset}' in {builder.data_dir} is half-built: it lacks "
+            f"{epath.Path(missing[0]).name}. {_how_to_build(source)}"
+        )
 
 
 def own_data_sets() -> list[str]:
@@ -104,10 +162,15 @@ def _version_folder(path: epath.Path) -> epath.Path | None:
     )
 
 
-def _identity(builder: Any, split: str) -> str:
-    """Digest of name, version, split sizes and, where the builder wrote one, the manifest of contents."""
+def _manifest(builder: Any) -> dict[str, Any]:
+    """What mmjax's own builders say of a data set; empty for others."""
+    path = epath.Path(builder.data_dir) / build.MANIFEST
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _identity(builder: Any, split: str, manifest: Mapping[str, Any]) -> str:
+    """Digest of name, version, split sizes and, where there is a manifest, its digest of the contents."""
     infos = {name: [list(s.shard_lengths), s.num_bytes] for name, s in builder.info.splits.items()}
-    manifest = epath.Path(builder.data_dir) / "manifest.json"
-    content = json.loads(manifest.read_text()).get("digest") if manifest.exists() else None
-    whole = json.dumps([builder.info.full_name, split, infos, content], sort_keys=True)
+    parts = [builder.info.full_name, split, infos, manifest.get("digest")]
+    whole = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()

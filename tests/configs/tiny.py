@@ -47,4 +47,5 @@ def get_config() -> ConfigDict:
     config.optimizer = {"name": "adamw", "learning_rate": 1e-3, "warmup": 4, "weight_decay": 0.05}
     config.checkpoint = {"every": 4, "keep": 2}
     config.evaluation = {"every": 5, "batch": 64}
+    config.log = {"report": False}  # has tests of its own
     return config

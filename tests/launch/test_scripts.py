@@ -99,6 +99,12 @@ class Machine:
         return self.run("-c", f'set -euo pipefail; source "$0"; {code}', str(lib), **variables)
 
 
+def put(path: Path, lines: str) -> None:
+    """An executable of these lines of shell."""
+    path.write_text(f"#!{shutil.which('bash')}\n{lines}\n")
+    path.chmod(0o755)
+
+
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
     root = tmp_path / "some where" / "mm jax"
@@ -112,6 +118,7 @@ def machine(tmp_path: Path) -> Machine:
         found = shutil.which(tool)
         assert found, f"this machine has no {tool}"
         (tools / tool).symlink_to(found)
+    put(tools / "chromium", "")
     home = tmp_path / "home of me"
     home.mkdir()
     made = Machine(root, tools, home, tmp_path / "calls.txt", tmp_path / "fails.txt")
@@ -477,6 +484,24 @@ def test_a_newest_environment_that_fails_does_not_stop_the_suite(two_pythons: Ma
     assert verdicts["environment of Python 3.13.0"] == "FAILED"
     assert verdicts["smoke on Python 3.13.0"] == "not run"
     assert verdicts["pytest, all tests"] == "ok"
+
+
+def test_a_missing_browser_is_said_where_it_cannot_be_installed(two_pythons: Machine) -> None:
+    (two_pythons.bin / "chromium").unlink()
+    result = two_pythons.launch("test.sh")
+    assert result.returncode == 1
+    failed = [name for name, verdict in stages(result).items() if verdict == "FAILED"]
+    assert failed == ["browser"]
+    assert "apt-get install chromium-headless-shell" in result.stderr
+
+
+def test_a_missing_browser_is_installed_where_it_can_be(two_pythons: Machine) -> None:
+    (two_pythons.bin / "chromium").unlink()
+    put(two_pythons.bin / "id", "echo 0")
+    put(two_pythons.bin / "apt-get", f'echo "apt-get $*" >>"{two_pythons.calls_file}"')
+    assert two_pythons.launch("test.sh").returncode == 0
+    installs = [call for call in two_pythons.calls() if call.startswith("apt-get install")]
+    assert len(installs) == 1 and installs[0].endswith(" chromium-headless-shell")
 
 
 def test_one_python_only_is_said(machine: Machine) -> None:

@@ -1,0 +1,413 @@
+"""The sections of the report, each from what the run's files say."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from mmjax.monitor.report_data import Run, Visits, key_of, wanted_shares
+from mmjax.monitor.report_html import Child, Html, bar, grouped_table, join, number, table, tag
+from mmjax.monitor.report_svg import Line, chart, colour, smoothed, spark, strip
+from mmjax.monitor.tables import human_count, human_seconds, loss_text, percent
+
+LANE = 200  # steps of the strip
+_MOST_EVENTS = 50
+_SHOWN_APART = ("loss", "baseline", "grad_norm", "learning_rate", "seconds", "wait")
+_PHASES = {
+    "step": "training steps",
+    "wait_data": "waiting for data",
+    "compile": "compiling",
+    "eval": "evaluating",
+    "save": "saving",
+    "restore": "making or restoring the state",
+    "init": "opening data and checkpoint",
+    "report": "writing the report",
+    "other": "between phases",
+}
+
+
+def facts(run: Run, parameters: int) -> Iterator[Html]:
+    """Below the title: how far the run is, and what it is."""
+    wanted = run.config.get("steps")
+    ended = "finished" if run.is_done else "not finished when this page was written"
+    of = f" of {wanted:,}" if isinstance(wanted, int) else ""
+    yield tag(
+        "p", f"{run.step:,}{of} steps over {_count(run.tasks, 'task')}; {ended}.", class_="lead"
+    )
+    shown = {
+        "began (UTC)": _moment(run.log[0]["time"]) if run.log else None,
+        "last sign (UTC)": _moment(run.log[-1]["time"]) if run.log else None,
+        "time in all": human_seconds(run.seconds["total"]) if run.log else None,
+        "attempts": f"{run.seconds['attempts']:.0f}" if run.log else None,
+        "parameters": f"{parameters:,}" if parameters else None,
+        "seed": str(run.config["seed"]) if "seed" in run.config else None,
+        **_environment((run.meta or {}).get("environment", {})),
+    }
+    pairs = [(name, value) for name, value in shown.items() if value]
+    terms = (
+        tag("div", tag("dt", n), tag("dd", v), class_="whole" if len(v) > 60 else None)
+        for n, v in pairs
+    )
+    yield tag("section", tag("dl", *terms), aria_label="Facts")
+
+
+def results(run: Run) -> Iterator[Html]:
+    """A table for each task: values against chance and the largest class."""
+    if not run.records:
+        if run.step:
+            yield tag("p", "No evaluation yet.", class_="none")
+        return
+    when = "of results.json" if run.records_step is None else f"after {run.records_step:,} steps"
+    yield tag("p", f"On held-out data, {when}. In the bars, a full line is chance (for a loss, what"
+              " knows nothing of the input) and a dotted one the largest class.", class_="remark")  # fmt: skip
+    tasks: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for record in run.records:
+        tasks[str(record.get("task"))].append(record)
+    for task, records in tasks.items():
+        yield _results_of(task, records, run)
+
+
+def losses(run: Run) -> Html:
+    """A panel for each task: each loss light, their running mean dark, the baseline dashed."""
+    return _panels(_loss_panel(n, v, run.step, _colour(run, n)) for n, v in run.tasks.items())
+
+
+def schedule(run: Run) -> Iterator[Html]:
+    """The first steps as lanes, and the realised shares."""
+    if not run.order:
+        return
+    planned = run.schedule()
+    shown = min(LANE, len(run.order))
+    lanes = [part for i, (n, v) in enumerate(run.tasks.items()) for part in _lane(n, v, i, shown)]
+    ends = tag("span", tag("span", "step 0"), tag("span", f"step {shown - 1}"), class_="ends")
+    yield tag("h3", f"The first {shown} steps")
+    yield tag("div", *lanes, ends, class_="lanes")
+    wanted = wanted_shares(planned, len(run.order)) if planned else {}
+    yield _shares_table(run, wanted)
+    if planned:
+        rows = [
+            (f"{s.start:,}", s.rule, ", ".join(f"{t} {w}" for t, w in s.weights.items()))
+            for s in planned.segments
+        ]
+        yield table("Stretches of the schedule", ("from step", "rule", "weights"), rows)
+
+
+def optimisation(run: Run) -> Iterator[Html]:
+    """Learning rate, gradient norms, and whatever else the objectives measure."""
+    ran = {name: visits for name, visits in run.tasks.items() if len(visits.step)}
+    rates = _together(run, "learning rate", {n: v.of("learning_rate") for n, v in ran.items()}, 0)
+    norms = (
+        _measure(run, name, "grad_norm", "gradient norm", log=True)
+        for name, visits in ran.items()
+        if "grad_norm" in visits.values
+    )
+    if ran:
+        yield _panels([rates, *norms])
+    more = [
+        _measure(run, name, measure, measure)
+        for name, visits in ran.items()
+        for measure in visits.values
+        if measure not in _SHOWN_APART
+    ]
+    if more:
+        yield tag("details", tag("summary", "Other measures in training"), _panels(more))
+
+
+def time_spent(run: Run) -> Iterator[Html]:
+    """Seconds by phase and by task, and examples per second."""
+    if run.log:
+        yield _phase_table(run.seconds)
+    ran = {name: visits for name, visits in run.tasks.items() if len(visits.step)}
+    if ran:
+        yield _task_table(run, ran)
+        rates = {n: v.rates for n, v in ran.items()}
+        yield _panels([_together(run, "examples per second", rates, 1 / 30)])
+
+
+def parameters(rows: Sequence[Mapping[str, Any]]) -> Html:
+    """Parameters by part of the model, the largest first."""
+    total = sum(row["total"] for row in rows)
+    ordered = sorted(rows, key=lambda row: -row["total"])
+    cells: list[Sequence[Child]] = [
+        (
+            row["part"],
+            f"{row['total']:,}",
+            percent(row["total"] / total),
+            bar(row["total"] / total),
+            _maybe(row.get("active_per_token"), "{:,}"),
+        )
+        for row in ordered
+    ]
+    cells.append(("all", f"{total:,}", percent(1.0), None, None))
+    return table("By part", ("part", "#total", "#share", "", "#active per token"), cells)
+
+
+def events(run: Run) -> Iterator[Html]:
+    """Restarts, signals, steps without update, and errors."""
+    rows = [row for line in run.log if (row := _event(line)) is not None]
+    if len(rows) > _MOST_EVENTS:
+        yield tag("p", f"The last {_MOST_EVENTS} of {len(rows)}.", class_="remark")
+    if rows:
+        heads = ("when (UTC)", "#attempt", "what", "")
+        yield table("Noted by the run", heads, rows[-_MOST_EVENTS:])
+
+
+def _environment(known: Mapping[str, Any]) -> dict[str, str]:
+    """Mesh, machine and versions, as the checkpoint holds them."""
+    if not known:
+        return {}
+    mesh = {axis: size for axis, size in known.get("mesh", {}).items() if size != 1}
+    apart = ("device_kind", "processor")
+    versions = [f"{n} {v}" for n, v in known.items() if isinstance(v, str) and n not in apart]
+    return {
+        "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.items()) or "one device",
+        "devices": f"{known.get('devices')} x {known.get('device_kind')}",
+        "processes": str(known.get("processes")),
+        "processor": f"{known.get('processor')}, {known.get('cores')} cores",
+        "versions": ", ".join(versions),
+    }
+
+
+def _results_of(task: str, records: Sequence[Mapping[str, Any]], run: Run) -> Html:
+    """A task's table, its rows by split; columns that would be empty are left out."""
+    losses = all(record.get("unit") == "loss" for record in records)
+    against = ("#knowing nothing", "#share of it") if losses else ("#chance", "#times chance")
+    heads = ("measure", "#value", "", *against, "#majority", "#examples", "so far")
+    splits: dict[str, list[list[Child]]] = defaultdict(list)
+    for record in records:
+        splits[str(record.get("split", ""))].append(_result(record, run, _colour(run, task)))
+    every = [row for rows in splits.values() for row in rows]
+    kept = [i for i in range(len(heads)) if any(row[i] for row in every)]
+    groups = {s: [[row[i] for i in kept] for row in rows] for s, rows in splits.items()}
+    return grouped_table(task, [heads[i] for i in kept], groups)
+
+
+def _result(record: Mapping[str, Any], run: Run, style: str) -> list[Child]:
+    unit = record.get("unit") or "fraction"
+    value, chance, majority = (_float(record.get(n)) for n in ("value", "chance", "majority"))
+    name, picture, times = str(record.get("name")), None, None
+    if value is not None and unit in ("fraction", "loss"):
+        # The bar of a loss ends at the loss of what knows nothing.
+        scale = chance if unit == "loss" and chance else 1.0
+        against = {"chance": chance, "majority": majority}
+        ticks = {n: x / scale for n, x in against.items() if x is not None}
+        picture = bar(value / scale, style, ticks)
+    if value is not None and chance:
+        times = percent(value / chance) if unit == "loss" else f"{value / chance:.1f}"
+    return [
+        f"{name} (lower is better)" if unit == "loss" else name,
+        _amount(value, unit),
+        picture,
+        _amount(chance, unit),
+        times,
+        _amount(majority, unit),
+        _maybe(record.get("count"), "{:,}"),
+        spark(run.history.get(key_of(record), [])),
+    ]
+
+
+def _amount(value: float | None, unit: str) -> Html | None:
+    if value is None:
+        return None
+    shown = percent(value) if unit == "fraction" else loss_text(value)
+    return number(shown if unit in ("fraction", "loss") else f"{shown} {unit}", value)
+
+
+def _loss_panel(name: str, visits: Visits, end: int, style: str) -> Html:
+    loss, baseline = visits.of("loss"), visits.of("baseline")
+    count = len(visits.step)
+    if not count:
+        return _figure(name, style, "has not run yet", Html(""))
+    raw = Line(visits.step, loss, f"raw {style}")
+    flat = smoothed(Line(visits.step, baseline, ""), 3 * _span(count), "flat")
+    dark = smoothed(raw, _span(count), f"smooth {style}")
+    words = f"{loss_text(_first(loss))} at first, {loss_text(_last(dark.y))} now"
+    if np.isfinite(baseline).any():
+        words += f"; {loss_text(_last(flat.y))} knowing nothing (dashed)"
+    words += f"; {_count(visits.step, 'visit')}"
+    if visits.skipped:
+        words += f", {visits.skipped:,} without update (not finite)"
+    picture = chart([raw, flat, dark], f"Loss of {name} over steps: {words}", end, "loss")
+    return _figure(name, style, words, picture)
+
+
+def _measure(run: Run, task: str, key: str, words: str, log: bool | None = None) -> Html:
+    """A panel of one measure of one task."""
+    visits, style = run.tasks[task], _colour(run, task)
+    raw = Line(visits.step, visits.of(key), f"raw {style}")
+    dark = smoothed(raw, _span(len(raw.x)), f"smooth {style}")
+    said = f"{words}: {_short(_first(raw.y))} at first, {_short(_last(dark.y))} now"
+    picture = chart([raw, dark], f"{task}, {said}", run.step, words, log)
+    return _figure(task, style, said, picture)
+
+
+def _together(run: Run, words: str, values: Mapping[str, np.ndarray], part: float) -> Html:
+    """A panel of one measure of all tasks, smoothed over a `part` of each task's visits."""
+    lines, legend = [], []
+    for name, each in values.items():
+        raw = Line(run.tasks[name].step, each, "")
+        lines.append(smoothed(raw, part * len(each), f"smooth {_colour(run, name)}"))
+        legend.append(tag("li", _named(name, _colour(run, name)), f" {_short(_last(lines[-1].y))}"))
+    picture = chart(lines, f"{words} over steps, by task", run.step, words, log=False)
+    heads = (tag("h3", words.capitalize()), tag("ul", *legend, class_="legend"))
+    return tag("figure", tag("figcaption", *heads), picture)
+
+
+def _lane(name: str, visits: Visits, index: int, shown: int) -> tuple[Html, Html]:
+    places = [int(step) for step in visits.step if step < shown]
+    label = f"{name} runs at {len(places)} of the first {shown} steps"
+    return (
+        _named(name, colour(index)),
+        strip(places, shown, colour(index), label),
+    )
+
+
+def _shares_table(run: Run, wanted: Mapping[str, float]) -> Html:
+    total = len(run.order)
+    rows = []
+    for i, (name, visits) in enumerate(run.tasks.items()):
+        share = len(visits.step) / total
+        asked = wanted.get(name)
+        away = None if asked is None else f"{len(visits.step) - asked * total:+.2f}"
+        rows.append(
+            (
+                _named(name, colour(i)),
+                f"{len(visits.step):,}",
+                percent(share),
+                bar(share, colour(i), {} if asked is None else {"wanted": asked}),
+                None if asked is None else percent(asked),
+                away,
+            )
+        )
+    heads = ("task", "#visits", "#share", "", "#wanted", "#visits off")
+    return table("Shares of the steps, realised and wanted", heads, rows)
+
+
+def _phase_table(seconds: Mapping[str, float]) -> Html:
+    apart = ("total", "attempts", "unfinished")
+    total = max(seconds["total"], 1e-9)
+    phases = sorted((n for n in seconds if n not in apart), key=lambda n: -seconds[n])
+    rows: list[Sequence[Child]] = [
+        (
+            _PHASES.get(name, name),
+            number(human_seconds(seconds[name]), seconds[name]),
+            percent(seconds[name] / total),
+            bar(seconds[name] / total, "c2" if name == "step" else "c7"),
+        )
+        for name in phases
+    ]
+    rows.append(("all", number(human_seconds(total), total), percent(1.0), None))
+    caption = "Where the time went, over all attempts"
+    if seconds["unfinished"]:
+        caption += f" ({seconds['unfinished']:.0f} killed or still going)"
+    return table(caption, ("phase", "#time", "#share", ""), rows)
+
+
+def _task_table(run: Run, ran: Mapping[str, Visits]) -> Html:
+    clock = (run.meta or {}).get("clock", {})
+    invalid = clock.get("invalid", {})
+    whole = sum(visits.sum_of("seconds") for visits in ran.values())
+    rows: list[Sequence[Child]] = []
+    for name, visits in ran.items():
+        seconds = visits.sum_of("seconds")
+        rows.append(
+            (
+                _named(name, _colour(run, name)),
+                f"{len(visits.step):,}",
+                human_count(len(visits.step) * visits.batch),
+                human_seconds(_median(visits.of("seconds"))),
+                _rate(visits),
+                percent(seconds / whole) if whole else None,
+                percent(visits.sum_of("wait") / seconds) if seconds else None,
+                f"{visits.skipped:,}",
+                _maybe(invalid.get(name), "{:,}"),
+            )
+        )
+    heads = ("task", "#visits", "#examples", "#usual step", "#examples/s", "#share of time",
+             "#waiting", "#skipped", "#invalid")  # fmt: skip
+    said = (
+        "Skipped: steps whose loss or gradient was not finite, and which changed nothing. Invalid:"
+    )
+    said += f" examples that could not be read, up to the checkpoint of step {run.meta_step:,}."
+    return join([table("Tasks", heads, rows), tag("p", said, class_="remark")])
+
+
+def _rate(visits: Visits) -> Html | None:
+    rate = _median(visits.rates)
+    return number(human_count(rate), rate) if visits.batch and math.isfinite(rate) else None
+
+
+def _event(line: Mapping[str, Any]) -> Sequence[Child] | None:
+    """A row for what is worth telling: events, later attempts, phases that ended with an error."""
+    when, attempt = _moment(line["time"]), str(line.get("attempt", ""))
+    if line.get("line") == "event":
+        return when, attempt, str(line.get("name")), str(line.get("text", ""))
+    if line.get("line") == "start" and line.get("attempt"):
+        return when, attempt, "started again", ""
+    if line.get("line") == "end" and "error" in line:
+        return when, attempt, f"{line.get('phase')} ended with an error", str(line["error"])
+    return None
+
+
+def _panels(figures: Any) -> Html:
+    return tag("div", *figures, class_="grid")
+
+
+def _figure(name: str, style: str, words: str, picture: Html) -> Html:
+    caption = tag("figcaption", tag("h3", _named(name, style)), tag("p", words))
+    return tag("figure", caption, picture)
+
+
+def _named(task: str, style: str) -> Html:
+    """A task's name beside its colour."""
+    dot = tag("span", class_=f"dot {style}", aria_hidden="true")
+    return tag("span", dot, tag("span", task), class_="named")
+
+
+def _colour(run: Run, task: str) -> str:
+    names = list(run.tasks)
+    return colour(names.index(task)) if task in names else "c7"
+
+
+def _span(count: int) -> float:
+    """Visits over which a curve is smoothed: a thirtieth, but at least five."""
+    return max(5.0, count / 30)
+
+
+def _first(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known[0]) if len(known) else math.nan
+
+
+def _last(values: np.ndarray) -> float:
+    return _first(values[::-1])
+
+
+def _median(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else math.nan
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 or not math.isfinite(value) else human_count(value)
+
+
+def _float(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _maybe(value: Any, form: str) -> str | None:
+    return None if value is None else form.format(value)
+
+
+def _count(things: Any, name: str) -> str:
+    return f"{len(things):,} {name}{'' if len(things) == 1 else 's'}"
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")

@@ -1,0 +1,105 @@
+"""Values as people see or hear them."""
+
+import base64
+import io
+import wave
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmjax.config import component
+from mmjax.modality import Input
+from mmjax.monitor.report_preview import as_given, preview, shown, wav
+
+Parse = Callable[[str], Any]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Image.new("RGBA", (300, 150), (255, 0, 0, 128)),
+        Image.new("CMYK", (300, 150)),
+        np.zeros((150, 300), np.uint8),
+        np.ones((150, 300, 3), np.float32),
+        np.zeros((150, 300, 4), np.uint8),
+    ],
+)
+def test_pictures_become_small_png(parse: Parse, value: Any) -> None:
+    ((element, attributes),) = parse(preview(value, "a <label>")).elements
+    assert element == "img" and attributes["alt"] == "a <label>"
+    data = base64.b64decode(attributes["src"].removeprefix("data:image/png;base64,"))
+    assert Image.open(io.BytesIO(data)).size == (128, 64)
+
+
+@pytest.mark.parametrize(
+    "form", [lambda frames: frames, lambda frames: list(map(Image.fromarray, frames))]
+)
+def test_clips_move_unless_motion_is_unwanted(parse: Parse, form: Callable[[Any], Any]) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
+    page = parse(preview(form(frames), "a clip"))
+    (source,), (image,) = page.all("source"), page.all("img")
+    assert "prefers-reduced-motion" in source["media"]
+    still = Image.open(io.BytesIO(base64.b64decode(source["srcset"].partition(",")[2])))
+    assert (np.asarray(still.convert("RGB")) == frames[0]).all()
+    moving = Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2])))
+    assert getattr(moving, "n_frames", 1) == 5
+
+
+@pytest.mark.parametrize("rate", [8000, 16_000, 44_100])
+@pytest.mark.parametrize("kind", [np.int16, np.int64, np.float32])
+def test_sounds_become_wav(rate: int, kind: Any) -> None:
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    samples = (tone * 32768).astype(kind) if np.issubdtype(kind, np.integer) else tone.astype(kind)
+    with wave.open(io.BytesIO(wav(np.stack([samples, samples], 1), rate))) as file:
+        assert file.getnchannels() == 1 and file.getframerate() == min(rate, 16_000)
+        read = np.frombuffer(file.readframes(10**6), "<i2") / 32767
+    assert len(read) == pytest.approx(min(rate, 16_000), abs=1)
+    peak = np.argmax(np.abs(np.fft.rfft(read)))  # one second: bins are hertz
+    assert peak == 440 and np.abs(read[100:-100]).max() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("data", "element", "kind"),
+    [
+        (b"fLaC rest", "audio", "audio/flac"),
+        (b"RIFF1234WAVEfmt ", "audio", "audio/wav"),
+        (b"RIFF1234WEBPVP8 ", "img", "image/webp"),
+        (b"\x89PNG rest", "img", "image/png"),
+        (b"caf\xc3\xa9 <b>", "span", None),
+    ],
+)
+def test_files_are_known_by_how_they_begin(
+    parse: Parse, data: bytes, element: str, kind: str | None
+) -> None:
+    page = parse(preview(data, "label"))
+    assert page.elements[0][0] == element
+    if kind is None:
+        assert page.text == "caf\u00e9 <b>"
+    else:
+        assert page.elements[0][1]["src"].startswith(f"data:{kind};base64,")
+
+
+def test_a_modality_may_say_how_it_is_shown() -> None:
+    plain = SimpleNamespace(raw=lambda v: v, rate=11_025)
+    own = SimpleNamespace(raw=lambda v: v, preview=lambda v: f"seen: {v}")
+    samples = np.zeros(10)
+    assert shown(Input("own", own, None), "x") == "seen: x"
+    assert shown(Input("plain", plain, None), "x") == "x"
+    assert shown(Input("plain", plain, None), samples) == (samples, 11_025)
+
+
+@pytest.mark.parametrize("name", ["waveform", "spectrogram"])
+@pytest.mark.parametrize(("rate", "heard"), [(8000, 8000), (0, 16_000)])
+def test_sounds_of_a_field_keep_the_rate_that_the_task_states(
+    name: str, rate: int, heard: int
+) -> None:
+    sound = component("modalities", {"name": name}, "modalities.sound")
+    each = Input("sound", sound, SimpleNamespace(field="audio", rate=rate))
+    tone = np.sin(2 * np.pi * 440 * np.arange(heard) / heard).astype(np.float32)
+    samples, found = shown(each, as_given(each, tone))
+    assert found == 16_000 and len(samples) == 16_000
+    assert np.argmax(np.abs(np.fft.rfft(samples))) == 440
