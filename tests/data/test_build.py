@@ -268,6 +268,38 @@ def test_the_command_reports_what_is_there(copied):
     assert lines[4].startswith("already built") and lines[4].endswith(str(path))
 
 
+def test_the_command_builds_several_in_turn_and_each_once(monkeypatch, capsys):
+    asked = []
+
+    def remember(name, root, *, force):
+        asked.append((name, root, force))
+        return build.Built(epath.Path("/there"), {"name": name, "splits": {}}, reused=False)
+
+    monkeypatch.setattr(build, "build", remember)
+    monkeypatch.setattr(sys, "argv", ["build", "notes", "quickstart", "emoji", "--force"])
+    build.main()
+    names = ["notes", "emoji", "speech", "emoji_line"]
+    assert asked == [(name, None, True) for name in names]
+    printed = [line for line in capsys.readouterr().out.splitlines() if "examples" in line]
+    assert [line.split(":")[0] for line in printed] == names
+
+
+def test_bundles_are_of_data_sets_that_exist():
+    assert set(build.known()) >= {"emoji", "emoji_line", "emoji_noto", "notes", "speech"}
+    for bundle, names in build.BUNDLES.items():
+        assert bundle not in build.known() and set(names) <= set(build.known())
+
+
+def test_the_command_refuses_a_wrong_name_before_it_builds_the_others(root):
+    done = _command("emoji", "speach", f"--data_dir={root}")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "mmjax: error: No embedded data set is called 'speach'. Did you mean 'speech'?\n"
+    )
+    assert not root.exists()
+    assert "Did you mean 'quickstart'?" in _command("quikstart", f"--data_dir={root}").stderr
+
+
 def test_the_command_refuses_an_unknown_name(root):
     done = _command("emojy", f"--data_dir={root}")
     assert done.returncode == 2 and done.stdout == ""
