@@ -1,0 +1,260 @@
+"""Sound as samples, cut into patches; and reading sound, which other modalities of sound share."""
+
+from __future__ import annotations
+
+import io
+import math
+import wave
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mmjax.errors import UserError
+from mmjax.layers.dense import Dense
+from mmjax.layers.positions import Positions, grid
+from mmjax.layers.stream import Stream
+from mmjax.modality import ArraySpec, Modality
+
+Sound = tuple[np.ndarray, int]  # float32 samples [N], nominally in [-1, 1], and their rate in Hz
+
+_LOUDEST = 2.0  # a resampled or mixed sound may leave [-1, 1]; one in another unit goes far beyond
+_MOST_CHANNELS = 8
+_OTHER_FORMATS = {b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3": "MP3", b"\xff\xfb": "MP3"}
+
+
+@dataclass(frozen=True)
+class WaveformInput:
+    """A task's view of a sound.
+
+    Attributes:
+      field: field of the example.
+      samples: length at the modality's rate; a multiple of the patch. A longer sound is cut, at a random
+        place in training and in its middle otherwise; a shorter one is followed by zeros.
+      rate: samples per second of the field, where it does not say so itself; 0 for the modality's.
+      level: root mean square that every sound is scaled to; 0 leaves it as recorded.
+      gain: largest random change of loudness in training, up or down, in dB.
+    """
+
+    field: str = "audio"
+    samples: int = 16384
+    rate: int = 0
+    level: float = 0.0
+    gain: float = 0.0
+
+
+@dataclass(frozen=True)
+class Waveform(Modality[WaveformInput]):
+    """Sound as it is sampled (VATT, Akbari et al. 2021: patches of 128; IMP: 256).
+
+    Attributes:
+      patch: samples of a patch.
+      rate: samples per second; other sounds are resampled to it.
+      buckets: position buckets; the patches of the longest sound at least.
+    """
+
+    Input = WaveformInput
+    patch: int = 256
+    rate: int = 16000
+    buckets: int = 512
+
+    def stem(self, width: int) -> nnx.Module:
+        return WaveformStem(self.patch, self.buckets, width)
+
+    def arrays(self, settings: WaveformInput) -> ArraySpec:
+        count = patches("waveform samples", settings.samples, self.patch, self.buckets)
+        return {
+            "samples": jax.ShapeDtypeStruct((settings.samples,), np.float32),
+            "valid": jax.ShapeDtypeStruct((count,), np.bool_),
+        }
+
+    def preprocess(
+        self, settings: WaveformInput, value: Any, rng: np.random.Generator | None
+    ) -> dict[str, np.ndarray]:
+        """`{"samples": float32[samples], "valid": bool[samples / patch]}`.
+
+        A patch is valid where it holds at least one sample of the sound; the first one always is.
+        """
+        samples = at_rate(read(value, settings.rate or self.rate), self.rate)
+        samples, length = window(samples, settings.samples, rng)
+        samples *= loudness(samples[:length], settings.level, settings.gain, rng)
+        starts = np.arange(0, settings.samples, self.patch)
+        return {"samples": samples, "valid": starts < max(length, 1)}
+
+    def raw(self, value: Any) -> Sound:
+        """`(float32[N], rate)` at the modality's rate, from what `read` takes."""
+        return at_rate(read(value, self.rate), self.rate), self.rate
+
+
+def patches(what: str, size: int, patch: int, buckets: int) -> int:
+    """How many patches `size` makes; a `UserError` where it is no multiple, or outnumbers the buckets."""
+    if size < 1 or size % patch:
+        raise UserError(f"{what} {size}: not a positive multiple of the patch {patch}.")
+    if size // patch > buckets:
+        raise UserError(
+            f"{what} {size} make {size // patch} patches; there are {buckets} position buckets."
+        )
+    return size // patch
+
+
+class WaveformStem(nnx.Module):
+    """`{"samples": float32[B, N], "valid": bool[B, N/p]} ->` a stream of N/p tokens."""
+
+    def __init__(self, patch: int, buckets: int, width: int):
+        self.patch = patch
+        self.embed = Dense(patch, width, (None, "embed"))
+        self.positions = Positions(width, {"t": buckets}, scale=0.05)
+
+    def __call__(self, arrays: dict[str, jax.Array]) -> Stream:
+        samples_BN = arrays["samples"]
+        dtype = self.embed.kernel[...].dtype
+        patches_BSP = samples_BN.reshape(samples_BN.shape[0], -1, self.patch).astype(dtype)
+        coordinates = grid(t=patches_BSP.shape[1])
+        x_BSD = self.embed(patches_BSP) + self.positions(coordinates).astype(dtype)
+        return Stream(x_BSD, arrays["valid"], coordinates, (("waveform", x_BSD.shape[1]),))
+
+
+# --- reading sound -----------------------------------------------------------------------------
+
+
+def read(value: Any, rate: int) -> Sound:
+    """A sound from what a person or a data set has.
+
+    Args:
+      value: samples `[N]` or `[N, channels]` (at most 8, averaged), float in [-1, 1] or integers of 8
+        (unsigned), 16 or 32 bits; int64 as TFDS decodes sounds, in the range of 16 bits; or a tuple
+        (samples, rate); or the bytes of a WAV file of integer samples.
+      rate: samples per second, where `value` does not say so.
+
+    Raises:
+      UserError: a wrong type, shape, unit or format.
+      ValueError: damaged data: a WAV file that ends early, or samples that are not finite.
+    """
+    if isinstance(value, bytes):
+        value = _wav(value)
+    if isinstance(value, tuple):
+        if len(value) != 2 or not _is_rate(value[1]):
+            raise UserError("a sound as a tuple is (samples, rate), the rate a whole number of Hz.")
+        value, rate = value[0], int(value[1])
+    return _mono(_scaled(np.asarray(value))), rate
+
+
+def _is_rate(rate: Any) -> bool:
+    return isinstance(rate, (int, np.integer)) and not isinstance(rate, bool) and int(rate) > 0
+
+
+def _wav(data: bytes) -> tuple[np.ndarray, int]:
+    for start, name in _OTHER_FORMATS.items():
+        if data.startswith(start):
+            raise UserError(f"a sound is {name}; give WAV, or the decoded samples and their rate.")
+    try:
+        with wave.open(io.BytesIO(data)) as file:
+            frames, channels, width = file.getnframes(), file.getnchannels(), file.getsampwidth()
+            content, rate = file.readframes(frames), file.getframerate()
+    except (wave.Error, EOFError) as error:
+        raise ValueError(
+            f"a WAV file that cannot be read: {str(error) or 'it ends early'}"
+        ) from error
+    if len(content) != frames * channels * width:
+        raise ValueError(f"a WAV file of {frames} frames ends early")
+    return _integers(content, width).reshape(frames, channels), rate
+
+
+def _integers(content: bytes, width: int) -> np.ndarray:
+    """The samples of a WAV file, `width` bytes each."""
+    if width != 3:
+        return np.frombuffer(content, {1: "u1", 2: "<i2", 4: "<i4"}[width])
+    padded = np.zeros((len(content) // 3, 4), np.uint8)
+    padded[:, 1:] = np.frombuffer(content, np.uint8).reshape(-1, 3)
+    return padded.view("<i4")[:, 0]
+
+
+def _scaled(samples: np.ndarray) -> np.ndarray:
+    """float32, full scale 1."""
+    scaled: np.ndarray
+    if samples.dtype.kind == "f":
+        scaled = samples.astype(np.float32)
+    elif samples.dtype == np.uint8:
+        scaled = samples.astype(np.float32) / 128 - 1
+    elif samples.dtype == np.int32:
+        scaled = (samples / 2**31).astype(np.float32)
+    elif samples.dtype in (np.int16, np.int64):
+        scaled = samples.astype(np.float32) / 2**15
+    else:
+        raise UserError(f"a sound is float, uint8, int16 or int32, found {samples.dtype}.")
+    peak = float(np.abs(scaled).max(initial=0.0))
+    if not math.isfinite(peak):
+        raise ValueError("a sound has samples that are not finite")
+    if peak > _LOUDEST:
+        raise UserError(
+            f"a sound of {samples.dtype} reaches {peak:g} times full scale: floats lie in [-1, 1], "
+            "int64 in the range of 16 bits. Scale it."
+        )
+    return scaled
+
+
+def _mono(samples: np.ndarray) -> np.ndarray:
+    if samples.ndim == 1:
+        return samples
+    if samples.ndim != 2 or not 1 <= samples.shape[1] <= _MOST_CHANNELS:
+        raise UserError(
+            f"a sound has shape [N] or [N, channels] with at most {_MOST_CHANNELS} channels, "
+            f"found {list(samples.shape)}."
+        )
+    mean: np.ndarray = samples.mean(axis=1)
+    return mean
+
+
+def at_rate(sound: Sound, rate: int) -> np.ndarray:
+    """Samples float32 `[ceil(N rate / old rate)]`, by a polyphase low-pass filter."""
+    samples, old = sound
+    if old == rate or not len(samples):
+        return samples
+    from scipy.signal import resample_poly
+
+    common = math.gcd(rate, old)
+    up, down = rate // common, old // common
+    resampled: np.ndarray = resample_poly(samples, up, down, window=_low_pass(max(up, down)))
+    return resampled
+
+
+@lru_cache(maxsize=16)
+def _low_pass(factor: int) -> np.ndarray:
+    """The filter that `scipy.signal.resample_poly` would design anew, in most of its time, at every call."""
+    from scipy.signal import firwin
+
+    taps: np.ndarray = firwin(20 * factor + 1, 1 / factor, window=("kaiser", 5.0))
+    return taps.astype(np.float32)
+
+
+def window(
+    samples: np.ndarray, size: int, rng: np.random.Generator | None
+) -> tuple[np.ndarray, int]:
+    """A copy float32 `[size]` of the samples, and how many of it are the sound's.
+
+    Of a longer sound, a stretch that begins at a random place, or the middle one where `rng` is None;
+    a shorter one is followed by zeros.
+    """
+    over = len(samples) - size
+    if over > 0:
+        start = over // 2 if rng is None else int(rng.integers(over + 1))
+        return samples[start : start + size].copy(), size
+    whole = np.zeros(size, np.float32)
+    whole[: len(samples)] = samples
+    return whole, len(samples)
+
+
+def loudness(
+    samples: np.ndarray, level: float, gain: float, rng: np.random.Generator | None
+) -> np.float32:
+    """A factor that brings the samples' root mean square to `level` (if any), then a random gain."""
+    factor = 1.0
+    if level > 0 and len(samples):
+        # Silence stays silence: nothing is raised by more than 80 dB.
+        factor = level / max(float(np.sqrt(np.square(samples).mean())), level * 1e-4)
+    if gain > 0 and rng is not None:
+        factor *= 10 ** (rng.uniform(-gain, gain) / 20)
+    return np.float32(factor)
