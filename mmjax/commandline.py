@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from collections.abc import Sequence
 
 from etils import epath
@@ -30,9 +31,10 @@ def parse(
     # Libraries log much that a person cannot act on, whole tracebacks of an error that is raised
     # besides among it; what matters reaches them as that error.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    arguments, rest = made.parse_known_args(argv)
-    overrides = [a.removeprefix("--config.") for a in rest if a.startswith("--config.")]
-    unknown = [a for a in rest if not a.startswith("--config.")]
+    words = sys.argv[1:] if argv is None else argv
+    # Taken out first: one with a space in its value would pass for a positional argument.
+    overrides = [a.removeprefix("--config.") for a in words if a.startswith("--config.")]
+    arguments, unknown = made.parse_known_args([a for a in words if not a.startswith("--config.")])
     if unknown:
         raise UserError(f"Unknown argument {unknown[0]}. {usage(made)}")
     for folder in arguments.extra:

@@ -10,15 +10,18 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import json
+import math
 import pkgutil
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union
 
+import mmjax
 from mmjax.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -50,8 +53,26 @@ def read_file(path: str) -> Block:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"Config file '{file}' has no function get_config().")
-    config = module.get_config(argument) if argument else module.get_config()
-    return plain(config.to_dict() if hasattr(config, "to_dict") else config, "config")
+    arguments = [argument] if argument else []
+    _check_call(module.get_config, arguments, file)
+    config = module.get_config(*arguments)
+    block = plain(config.to_dict() if hasattr(config, "to_dict") else config, "config")
+    if not isinstance(block, dict):
+        raise UserError(
+            f"get_config() of '{file}' returns {type(config).__name__}, not a ConfigDict."
+        )
+    return block
+
+
+def _check_call(get_config: Callable[..., Any], arguments: list[str], file: str) -> None:
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError as error:
+        given = f"'{arguments[0]}' was given" if arguments else "none was given"
+        raise UserError(
+            f"Config file '{file}': get_config{inspect.signature(get_config)}, but as its argument "
+            f"{given}. Write --config={file} or --config={file}:ARGUMENT."
+        ) from error
 
 
 def plain(value: Any, where: str) -> Any:
@@ -60,6 +81,10 @@ def plain(value: Any, where: str) -> Any:
         return {str(k): plain(v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(
+            f"{where} is {value}; config values are JSON data, which has no such number."
+        )
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise UserError(
@@ -112,26 +137,50 @@ def add_folder(folder: str) -> None:
     """Let configs also name modules under `folder/<kind>/NAME.py` (code that a person passes by hand)."""
     if not Path(folder).is_dir():
         raise UserError(f"--extra={folder}: no such folder.")
-    for inner in sorted(p for p in Path(folder).iterdir() if p.is_dir()):
-        if importlib.util.find_spec(f"mmjax.{inner.name}") is not None:
-            package = importlib.import_module(f"mmjax.{inner.name}")
-            package.__path__.append(str(inner))
+    kinds = [m.name for m in pkgutil.iter_modules(mmjax.__path__) if m.ispkg]
+    found = [kind for kind in kinds if (Path(folder) / kind).is_dir()]
+    if not found:
+        raise UserError(
+            f"--extra={folder}: no folder in it has the name of a kind ({', '.join(kinds)}). "
+            "Put a module of your own in DIR/KIND/NAME.py, and give DIR."
+        )
+    for kind in found:
+        _add_path(kind, str((Path(folder) / kind).resolve()))
 
 
-def resolve(kind: str, name: str, where: str) -> Any:
+def _add_path(kind: str, path: str) -> None:
+    package = importlib.import_module(f"mmjax.{kind}")
+    if path in package.__path__:
+        return
+    for module in pkgutil.iter_modules([path]):
+        if module.name in names(kind):
+            raise UserError(
+                f"{path}/{module.name}.py: there is a '{module.name}' in mmjax/{kind} already. "
+                "Give your own another name."
+            )
+    package.__path__.append(path)
+
+
+def resolve(kind: str, name: Any, where: str) -> Any:
     """The object that module `mmjax/<kind>/<name>.py` defines under its own name, in CamelCase."""
-    if name not in names(kind):
-        raise UserError(f"{where}.name: no '{name}' in mmjax/{kind}.{nearest(name, names(kind))}")
+    if not isinstance(name, str) or name not in names(kind):
+        raise UserError(
+            f"{where}.name: no '{name}' in mmjax/{kind}.{nearest(str(name), names(kind))} "
+            "(Modules of your own: --extra=DIR.)"
+        )
     module = importlib.import_module(f"mmjax.{kind}.{name}")
-    return getattr(module, "".join(part.capitalize() for part in name.split("_")))
+    expected = "".join(part.capitalize() for part in name.split("_"))
+    if not hasattr(module, expected):
+        raise UserError(f"{where}.name: {module.__file__} does not define '{expected}'.")
+    return getattr(module, expected)
 
 
-def component(kind: str, block: Mapping[str, Any], where: str, **extra: Any) -> Any:
-    """Build the component that `block` names: `{name: ..., **fields}`; `extra` are fields set by code."""
+def component(kind: str, block: Mapping[str, Any], where: str) -> Any:
+    """Build the component that `block` names: `{name: ..., **fields}`."""
     if "name" not in block:
         raise UserError(f"{where}: 'name' is missing.{nearest('', names(kind))}")
     cls = resolve(kind, block["name"], where)
-    return build(cls, {k: v for k, v in block.items() if k != "name"} | extra, where)
+    return build(cls, {k: v for k, v in block.items() if k != "name"}, where)
 
 
 # --- schema ------------------------------------------------------------------------------------
@@ -180,11 +229,15 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
 
 
 def _type_name(hint: Any) -> str:
-    return (
-        hint.__name__
-        if isinstance(hint, type) and not typing.get_args(hint)
-        else str(hint).replace("typing.", "")
-    )
+    """The annotated type in a person's words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(a) for a in arguments)
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "a block of keys"
+    if origin is tuple:
+        return f"a list, each {_type_name(arguments[0])}"
+    return "None" if hint is type(None) else str(getattr(hint, "__name__", hint))
 
 
 # --- comparing with a saved config -------------------------------------------------------------

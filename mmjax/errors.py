@@ -6,6 +6,8 @@ import errno
 import os
 import re
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
@@ -52,14 +54,24 @@ def _system_error(error: BaseException) -> tuple[int | None, str]:
 def run(main: Callable[[], int | None]) -> None:
     """Run a main; turn a `UserError`, a full disk or a missing permission into one line."""
     try:
-        code = main()
+        code = main() or 0
     except Exception as error:
         line = report(error)
         if line is None:
-            raise
-        print(f"mmjax: error: {line}", file=sys.stderr)
-        sys.exit(2)
+            traceback.print_exc()
+        else:
+            print(f"mmjax: error: {line}", file=sys.stderr)
+        code = 1 if line is None else 2
     except KeyboardInterrupt:
         print("mmjax: interrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(code or 0)
+        code = 130
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+    """Exit; at once where a save has failed, since Orbax's threads wait ten minutes for the rest of it."""
+    if code and any(type(t).__module__.startswith("orbax.") for t in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

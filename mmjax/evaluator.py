@@ -1,8 +1,8 @@
 """What an evaluator is: passes over held-out data on the devices, and a score of their outputs on the host.
 
 An evaluator is one file in `mmjax/evaluators/`, whose class is a frozen dataclass. It runs no program of
-its own: a pass names one of the things that its task's objective can compute (`embed/MODALITY`, `loss`),
-so evaluators that want the same outputs share one program and one reading of the data.
+its own: a pass names one of the things that its task's objective can compute (`embed/MODALITY`,
+`predict/MODALITY`, `loss`), so evaluators that want the same outputs share one program and one reading of the data.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Pass:
     """All examples of a source through one program.
 
     Attributes:
-      what: `embed/MODALITY` or `loss`.
+      what: `embed/MODALITY` (output `vector` [E] of each row), `predict/MODALITY` or `predict/ONE+OTHER`
+        (`logits` [C]), or `loss` (the loss and its metrics, per batch).
       block: the source as a config block.
       fields: integer fields of the examples that the score needs, kept beside the outputs.
     """
@@ -84,6 +85,9 @@ def row_spec(task: Task, each: Pass) -> RowSpec:
     if each.what.startswith("embed/"):
         modality = each.what.removeprefix("embed/")
         return RowSpec({modality: task.inputs[modality]}, each.fields)
+    if each.what.startswith("predict/"):
+        modalities = each.what.removeprefix("predict/").split("+")
+        return RowSpec({m: task.inputs[m] for m in modalities}, each.fields)
     return RowSpec(task.inputs, tuple(dict.fromkeys(task.objective.fields() + each.fields)))
 
 
@@ -94,6 +98,8 @@ def function(task: Task, what: str) -> Callable[[Model, Batch, jax.Array], dict[
         return lambda model, batch, key: {
             "vector": task.objective.embed(model, modality, batch["inputs"][modality])
         }
+    if what.startswith("predict/"):
+        return lambda model, batch, key: {"logits": task.objective.predict(model, batch["inputs"])}
 
     def loss(model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         result = task.loss(model, batch, key)

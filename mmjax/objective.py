@@ -17,6 +17,7 @@ from flax import struct
 from mmjax.errors import UserError
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
+from mmjax.source import Example
 
 
 @struct.dataclass
@@ -61,10 +62,22 @@ class Objective(abc.ABC):
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         """The loss of a batch: `inputs` (modality -> arrays), `fields`, `valid` `[B]`."""
 
+    def check_example(self, example: Example) -> None:
+        """`UserError` for an example whose fields the loss cannot take, such as a label out of range."""
+        del example  # any will do
+
     def embed(self, model: Model, modality: str, arrays: Mapping[str, jax.Array]) -> jax.Array:
         """Unit vectors `[B, E]` of one modality's arrays, where the objective makes such."""
         raise UserError(f"objective {type(self).__name__} makes no embeddings of '{modality}'.")
 
     def embeds(self) -> tuple[str, ...]:
         """Modalities that `embed` takes."""
+        return ()
+
+    def predict(self, model: Model, inputs: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
+        """Logits `[B, C]` of the classes, from the arrays of some modalities, where it classifies."""
+        raise UserError(f"objective {type(self).__name__} predicts no classes.")
+
+    def predicts(self) -> tuple[str, ...]:
+        """Modalities that `predict` takes."""
         return ()

@@ -93,7 +93,7 @@ class RowSpec:
         return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self.shapes())
 
     def check(self, examples: Examples, where: str) -> None:
-        """Every field that the rows read must be there."""
+        """Every field that the rows read must be there, and be of the right kind in the first example."""
         wanted = [i.field for i in self.inputs.values()] + list(self.fields)
         for name in wanted:
             if name not in examples.fields:
@@ -101,6 +101,26 @@ class RowSpec:
                     f"{where} reads field '{name}', which {examples.description} lacks. "
                     f"It has: {', '.join(examples.fields)}.{nearest(name, examples.fields)}"
                 )
+        try:
+            self._check_kinds(examples[0], where)
+        except UserError:
+            raise
+        except Exception:
+            return  # an example that cannot be read is for the loader to count and to tell
+
+    def _check_kinds(self, example: Example, where: str) -> None:
+        for name in self.fields:
+            value = np.asarray(example[name])
+            if value.ndim or value.dtype.kind not in "iub":
+                kind = type(example[name]).__name__
+                raise UserError(f"{where} reads field '{name}' as an integer; it holds a {kind}.")
+        for each in self.inputs.values():
+            try:
+                each.preprocess(example, None)
+            except UserError as error:
+                raise UserError(
+                    f"{where} reads field '{each.field}' as modality '{each.name}': {error}"
+                ) from error
 
 
 def make_task(name: str, block: Mapping[str, Any], modalities: Mapping[str, Modality]) -> Task:
@@ -133,4 +153,12 @@ def make_input(
             f"{where}: no modality '{name}' in config.modalities.{nearest(name, modalities)}"
         )
     modality = modalities[name]
-    return Input(name, modality, configs.build(type(modality).Input, block, where))
+    made = Input(name, modality, configs.build(type(modality).Input, block, where))
+    try:
+        shapes = {array: spec.shape for array, spec in made.arrays().items()}
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    for array, shape in shapes.items():
+        if any(n < 1 for n in shape):
+            raise UserError(f"{where}: array '{array}' would have the shape {list(shape)}.")
+    return made

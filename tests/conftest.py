@@ -17,10 +17,13 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "xla-tests"))
 os.environ.setdefault("MMJAX_DATA_DIR", str(_CACHE / "data"))
+# Modules that several tests share: `toyrun`, `harness`.
+sys.path[:0] = [str(Path(__file__).resolve().parent / folder) for folder in ("extra", "pod")]
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from etils import epath  # noqa: E402
+from harness import Harness  # noqa: E402
 
 from mmjax.data import build, data_dir  # noqa: E402
 
@@ -83,3 +86,44 @@ def tiny_run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> epat
     done = command("train", f"--config={TINY}", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     return epath.Path(workdir)
+
+
+@pytest.fixture(scope="session")
+def toy_command() -> Callable[..., Harness]:
+    """`toy_command(workdir)`: starts, watches and kills runs of the toy config, in processes of their own."""
+
+    def make(workdir: Path, *overrides: str, env: Mapping[str, str] | None = None) -> Harness:
+        folder, config = ROOT / "tests" / "extra", ROOT / "tests" / "configs" / "toy.py"
+        words = [f"--extra={folder}", f"--config={config}", f"--workdir={workdir}", *overrides]
+        return Harness(command_line("train", *words), environment(1, env), workdir)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_command(emoji_dir: epath.Path) -> Callable[..., Harness]:
+    """As `toy_command`, of the tiny config."""
+
+    def make(workdir: Path, *overrides: str, env: Mapping[str, str] | None = None) -> Harness:
+        words = [f"--config={TINY}", f"--workdir={workdir}", *overrides]
+        return Harness(command_line("train", *words), environment(1, env), workdir)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def environment_of() -> Callable[..., dict[str, str]]:
+    """`environment_of(devices, more)`: for processes that are no main of mmjax."""
+    return environment
+
+
+@pytest.fixture(scope="session")
+def digest_of(command: Command) -> Callable[..., str]:
+    """`digest_of(workdir)`: the last line of `python -m mmjax.show WORKDIR --digest`."""
+
+    def last_line(workdir: Path, *arguments: str) -> str:
+        done = command("show", str(workdir), "--digest", *arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[-1]
+
+    return last_line

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
+import fnmatch
 import hashlib
+import itertools
 import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +17,10 @@ from etils import epath
 
 from mmjax.errors import UserError
 from mmjax.source import Example, Examples, Source
+
+MANIFEST = "manifest.json"
+_THREADS = 16
+_TRIES = 1000
 
 
 @dataclass(frozen=True)
@@ -35,30 +44,121 @@ class ArrayRecord(Source):
 
 
 class ArrayRecordExamples(Examples):
-    """Features of one value come as that value (bytes, float, int), longer ones as NumPy arrays or lists."""
+    """Features of one value come as that value (bytes, float, int), longer ones as NumPy arrays or lists.
+
+    A damaged record raises a `ValueError` that names its file and its place there; the others still read.
+    """
 
     def __init__(self, source: ArrayRecord):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-        folder = epath.Path(source.path)
-        files = sorted(str(f) for f in folder.glob(source.glob)) if folder.exists() else []
+        folder = epath.Path(source.path).expanduser()
+        files = sorted(folder.glob(source.glob)) if folder.is_dir() else []
         if not files:
-            raise UserError(f"No ArrayRecord files '{source.glob}' in '{source.path}'.")
-        self._data = ArrayRecordDataSource(files)
-        if not len(self._data):
+            raise UserError(
+                f"No ArrayRecord files '{source.glob}' in '{source.path}'.{_deeper(folder)}"
+            )
+        manifest = _manifest(folder)
+        _check_all_there(source, files, manifest)
+        counts = _counts(files)
+        if not sum(counts):
             raise UserError(
                 f"The ArrayRecord files '{source.glob}' in '{source.path}' hold no records."
             )
+        self._names = [file.name for file in files]
+        self._ends = list(itertools.accumulate(counts))
+        # Given its range, a file is not opened again to be counted.
+        ranges = [f"{file}[0:{count}]" for file, count in zip(files, counts, strict=True) if count]
+        self._data = ArrayRecordDataSource(ranges)
         self.description = f"{source.path}/{source.glob}"
-        sizes = [[epath.Path(f).name, epath.Path(f).stat().length] for f in files]
-        self.identity = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
-        self.fields = tuple(sorted(self[0]))
+        # Files grow by whole blocks, so a length alone does not tell a record more or less.
+        sizes = [[f.name, f.stat().length, n] for f, n in zip(files, counts, strict=True)]
+        self.identity = hashlib.sha256(
+            json.dumps([sizes, manifest.get("digest")]).encode()
+        ).hexdigest()
+        self.fields = tuple(sorted(manifest.get("fields") or self._first()))
 
     def __len__(self) -> int:
-        return len(self._data)
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> Example:
-        return _decode(self._data.__getitems__([index])[0])
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.description} has {len(self)} records; no record {index}.")
+        try:
+            return _decode(self._data[index])
+        except Exception as error:  # whatever a reader makes of damaged bytes
+            file = bisect.bisect_right(self._ends, index)
+            record = index - (self._ends[file - 1] if file else 0)
+            raise ValueError(f"{self._names[file]}, record {record}: {error}") from error
+
+    def _first(self) -> Example:
+        """The first example that can be read."""
+        for index in range(min(len(self), _TRIES)):
+            try:
+                return self[index]
+            except ValueError as error:
+                last = error
+        raise UserError(
+            f"None of the first {min(len(self), _TRIES)} records of {self.description} could be read. "
+            f"The last: {last}"
+        )
+
+
+def _counts(files: Sequence[epath.Path]) -> list[int]:
+    """Records of each file; `UserError` for a file that is cut off or not an ArrayRecord."""
+    with ThreadPoolExecutor(min(len(files), _THREADS)) as pool:
+        found = list(pool.map(_count, files))
+    broken = [(file, fault) for file, (_, fault) in zip(files, found, strict=True) if fault]
+    if broken:
+        file, fault = broken[0]
+        raise UserError(
+            f"{len(broken)} of {len(files)} ArrayRecord files cannot be opened, {file} among them "
+            f"({fault}): cut off, damaged at the end, of another format or not on a local disk. "
+            "Copy or convert again."
+        )
+    return [records for records, _ in found]
+
+
+def _count(file: epath.Path) -> tuple[int, str]:
+    """Records of a file, and why it cannot be opened."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(str(file))
+    records = int(reader.num_records())  # 0 where the file is damaged: only closing tells
+    try:
+        reader.close()
+    except RuntimeError as error:
+        return 0, str(error).split(";")[0] or "no reason given"
+    return records, ""
+
+
+def _manifest(folder: epath.Path) -> Mapping[str, Any]:
+    """The manifest that `mmjax.data.convert` wrote, or nothing."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) and "made_by" in manifest else {}
+
+
+def _check_all_there(
+    source: ArrayRecord, files: Sequence[epath.Path], manifest: Mapping[str, Any]
+) -> None:
+    there = {file.name for file in files}
+    wanted = [name for name in manifest.get("files", {}) if fnmatch.fnmatch(name, source.glob)]
+    missing = [name for name in wanted if name not in there]
+    if missing:
+        raise UserError(
+            f"'{source.path}' lacks {len(missing)} of the {len(wanted)} files that its {MANIFEST} names, "
+            f"{missing[0]} among them. Copy them again."
+        )
+
+
+def _deeper(folder: epath.Path) -> str:
+    """Words about folders inside that do hold such files."""
+    inner = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [f.name for f in inner if f.is_dir() and any(f.glob("*.array_record*"))]
+    return f" There are some in its folders {', '.join(found)}: give one as path." if found else ""
 
 
 def _decode(record: bytes) -> dict[str, Any]:

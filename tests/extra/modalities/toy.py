@@ -1,0 +1,56 @@
+"""Rows of numbers; each row is a token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mmjax.layers.dense import Dense
+from mmjax.layers.stream import Stream
+from mmjax.modality import ArraySpec, Modality
+
+
+@dataclass(frozen=True)
+class ToyInput:
+    """Attributes:
+    tokens: rows that are taken.
+    noise: standard deviation of what training adds on the host.
+    """
+
+    field: str = "values"
+    tokens: int = 2
+    noise: float = 0.01
+
+
+@dataclass(frozen=True)
+class Toy(Modality[ToyInput]):
+    Input = ToyInput
+    size: int = 6
+
+    def stem(self, width: int) -> nnx.Module:
+        return ToyStem(self.size, width)
+
+    def arrays(self, settings: ToyInput) -> ArraySpec:
+        return {"rows": jax.ShapeDtypeStruct((settings.tokens, self.size), np.float32)}
+
+    def preprocess(
+        self, settings: ToyInput, value: Any, rng: np.random.Generator | None
+    ) -> dict[str, np.ndarray]:
+        rows = value[: settings.tokens]
+        if rng is not None:
+            rows = rows + settings.noise * rng.normal(size=rows.shape)
+        return {"rows": rows.astype(np.float32)}
+
+
+class ToyStem(nnx.Module):
+    def __init__(self, size: int, width: int):
+        self.embed = Dense(size, width, (None, "embed"))
+
+    def __call__(self, arrays: dict[str, jax.Array]) -> Stream:
+        rows_BSI = arrays["rows"]
+        x_BSD = self.embed(rows_BSI.astype(self.embed.kernel[...].dtype))
+        return Stream(x_BSD, layout=(("toy", x_BSD.shape[1]),))

@@ -1,0 +1,214 @@
+"""Kills a run from outside in a chosen phase and starts it again, until it is finished.
+
+Nothing in the run knows of this: phases are read from `goodput.jsonl`, which a run writes as it goes, and
+the signal is SIGKILL. `phase_at_death` reads from the same file what the process was doing when it died.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ASYNC_SAVE = "asynchronous save"
+POLL = 0.001  # seconds between two looks at the run
+LIMIT = 300.0  # seconds after which a process is stuck
+
+# Seconds after the begin of a phase within which a kill falls.
+DELAYS: Mapping[str, float] = {
+    "init": 0.3,
+    "compile": 2.0,
+    "restore": 0.3,
+    "step": 0.03,
+    "save": 0.1,
+    "eval": 0.2,
+    ASYNC_SAVE: 0.01,
+}
+
+Lines = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Aim:
+    """Where a kill is to fall: in the `number`-th such phase of the process, or a later one."""
+
+    phase: str
+    number: int = 1
+    delay: float | None = None  # at most, in seconds; `DELAYS` if None
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A process that was killed.
+
+    Attributes:
+      phase: the innermost phase that its log says was open.
+      writing: steps of the checkpoints that it was writing in the background.
+      newest: step of the newest finished checkpoint in the workdir; -1 for none.
+    """
+
+    phase: str | None
+    writing: tuple[int, ...]
+    newest: int
+
+    @property
+    def hits(self) -> frozenset[str]:
+        """What the kill interrupted."""
+        behind = {ASYNC_SAVE} if self.writing and self.phase != "save" else set()
+        return frozenset(behind | ({self.phase} if self.phase else set()))
+
+
+@dataclass(frozen=True)
+class Harness:
+    """Starts, watches and kills the processes of one run.
+
+    Attributes:
+      command: what starts the run, or goes on with it.
+      environment: the whole environment of its processes.
+      workdir: its workdir.
+    """
+
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    workdir: Path
+
+    def finish(self) -> str:
+        """Run to the end without a kill; what it printed."""
+        with tempfile.TemporaryFile("w+") as output:
+            process = self._start(output)
+            status = process.wait(LIMIT)
+            output.seek(0)
+            text = output.read()
+        assert status == 0, f"exit status {status}:\n{text}"
+        return text
+
+    def ask(self, aim: Aim, number: signal.Signals) -> tuple[int, str]:
+        """Send a signal that the run answers; its exit status and what it printed."""
+        with tempfile.TemporaryFile("w+") as output:
+            process = self._start(output)
+            self._wait(process, lambda lines: _begun(lines, aim.phase) >= aim.number)
+            process.send_signal(number)
+            status = process.wait(LIMIT)
+            output.seek(0)
+            return status, output.read()
+
+    def kill(self, aim: Aim, rng: random.Random) -> Kill:
+        """Start the run and kill it, at a moment that `rng` draws.
+
+        The process is first stopped: if it has left the phase meanwhile, it goes on to the next such
+        phase, and nothing is lost.
+        """
+        most = DELAYS[aim.phase] if aim.delay is None else aim.delay
+        with tempfile.TemporaryFile("w+") as output:
+            process = self._start(output)
+            number = aim.number
+            while True:
+                self._wait(process, lambda lines, n=number: self._is_there(lines, aim.phase, n))
+                time.sleep(rng.uniform(0, most))
+                if _stop(process) and aim.phase in self._state(process.pid).hits:
+                    break
+                if process.poll() is not None:
+                    output.seek(0)
+                    raise AssertionError(f"{aim} was not met; the run said:\n{output.read()}")
+                process.send_signal(signal.SIGCONT)
+                number = _begun(log(self.workdir, process.pid), aim.phase) + 1
+            process.kill()
+            process.wait(LIMIT)
+        return self._state(process.pid)
+
+    def _is_there(self, lines: Lines, phase: str, number: int) -> bool:
+        if phase != ASYNC_SAVE:
+            return _begun(lines, phase) >= number
+        return bool(lines) and ASYNC_SAVE in self._state(lines[0]["pid"]).hits
+
+    def _state(self, pid: int) -> Kill:
+        lines = log(self.workdir, pid)
+        saved = {x["step"] for x in lines if x["line"] == "begin" and x["phase"] == "save"}
+        writing = tuple(s for s in unfinished_steps(self.workdir) if s in saved)
+        return Kill(phase_of(lines), writing, max(finished_steps(self.workdir), default=-1))
+
+    def _start(self, output: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command, env=dict(self.environment), stdout=output, stderr=output, text=True
+        )
+
+    def _wait(self, process: subprocess.Popen[str], is_there: Callable[[Lines], bool]) -> None:
+        """Until `is_there` of this process's lines of the log, or its end."""
+        limit = time.monotonic() + LIMIT
+        while process.poll() is None and not is_there(log(self.workdir, process.pid)):
+            if time.monotonic() > limit:
+                process.kill()
+                raise TimeoutError(f"{self.command} did not come so far in {LIMIT:.0f} seconds")
+            time.sleep(POLL)
+
+
+def survive(run: Harness, aims: Iterable[Aim], seed: int) -> list[Kill]:
+    """Kill the run once for each of `aims`, each time in another process, then let it finish."""
+    rng = random.Random(seed)
+    kills = [run.kill(aim, rng) for aim in aims]
+    run.finish()
+    return kills
+
+
+def log(workdir: Path, pid: int | None = None) -> Lines:
+    """The whole lines of `goodput.jsonl`, of all processes or of one."""
+    path = workdir / "goodput.jsonl"
+    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    lines = [json.loads(line) for line in whole if line]
+    return [line for line in lines if pid is None or line["pid"] == pid]
+
+
+def phase_of(lines: Lines) -> str | None:
+    """The innermost phase that these lines of one process begin and do not end."""
+    open_phases: list[str] = []
+    for line in lines:
+        if line["line"] == "begin":
+            open_phases.append(line["phase"])
+        elif line["line"] == "end":
+            open_phases.pop()
+    return open_phases[-1] if open_phases else None
+
+
+def finished_steps(workdir: Path) -> tuple[int, ...]:
+    """Steps of the checkpoints that have their final name."""
+    return tuple(sorted(int(name) for name in _checkpoints(workdir) if name.isdigit()))
+
+
+def unfinished_steps(workdir: Path) -> tuple[int, ...]:
+    """Steps of the checkpoints that are being written, or were when a process died."""
+    first = [name.split(".")[0] for name in _checkpoints(workdir) if not name.isdigit()]
+    return tuple(sorted(int(name) for name in first if name.isdigit()))
+
+
+def deterministic(workdir: Path) -> Lines:
+    """The lines of `metrics.jsonl` without the fields that are times."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "timing"} for line in lines]
+
+
+def _checkpoints(workdir: Path) -> list[str]:
+    folder = workdir / "checkpoints"
+    return os.listdir(folder) if folder.exists() else []
+
+
+def _begun(lines: Lines, phase: str) -> int:
+    return sum(line["line"] == "begin" and line["phase"] == phase for line in lines)
+
+
+def _stop(process: subprocess.Popen[str]) -> bool:
+    """Halt all threads of a process; False if it has ended."""
+    process.send_signal(signal.SIGSTOP)
+    stat = Path(f"/proc/{process.pid}/stat")
+    while process.poll() is None:
+        if stat.read_text().rsplit(")", 1)[1].split()[0] in "Tt":
+            return True
+        time.sleep(POLL)
+    return False

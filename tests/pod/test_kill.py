@@ -1,0 +1,87 @@
+"""Killed from outside at any moment and started again, a run ends in the same bits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from etils import epath
+from harness import ASYNC_SAVE, Aim, Harness, Kill, deterministic, finished_steps, log, survive
+
+SEED = 20
+PHASES = ("init", "compile", "restore", "step", "save", "eval", ASYNC_SAVE)
+
+# In this order, so that the later kills find a checkpoint to go on from: the fourth stretch of steps
+# begins only when the first checkpoint is whole.
+AIMS = (
+    Aim("save"),
+    Aim(ASYNC_SAVE),
+    Aim("step", 4),
+    Aim("init"),
+    Aim("restore"),
+    Aim("eval", 2),
+    Aim("save", 1),
+)
+
+
+@dataclass(frozen=True)
+class Survivor:
+    """A run that was killed in every phase, and then finished."""
+
+    workdir: Path
+    kills: list[Kill]
+
+
+@pytest.fixture(scope="module")
+def survivor(
+    tiny_command: Callable[..., Harness], tmp_path_factory: pytest.TempPathFactory
+) -> Survivor:
+    workdir = tmp_path_factory.mktemp("survivor") / "run"
+    cache = tmp_path_factory.mktemp("cache")
+    run: Harness = tiny_command(workdir)
+    # Once where XLA really compiles: with a cache of its own, which is empty.
+    cold = replace(run, environment={**run.environment, "JAX_COMPILATION_CACHE_DIR": str(cache)})
+    first = cold.kill(Aim("compile", delay=9.0), random.Random(SEED))
+    return Survivor(workdir, [first, *survive(run, AIMS, SEED)])
+
+
+def test_every_phase_was_hit(survivor: Survivor) -> None:
+    """By the log that each process left behind."""
+    kills = survivor.kills
+    assert {phase for kill in kills for phase in kill.hits} >= set(PHASES)
+    assert kills[0].phase == "compile"
+    attempts = {line["attempt"] for line in log(survivor.workdir)}
+    assert attempts == set(range(len(kills) + 1))
+    # Some died before the first checkpoint, some after; what is finished is never lost.
+    newest = [kill.newest for kill in kills]
+    assert newest[0] == -1 and newest[-1] >= 4 and newest == sorted(newest)
+
+
+def test_the_bits_are_those_of_a_run_that_was_not_killed(
+    survivor: Survivor, tiny_run: epath.Path, digest_of: Callable[[Path], str]
+) -> None:
+    assert digest_of(survivor.workdir) == digest_of(Path(tiny_run))
+    assert finished_steps(survivor.workdir)[-1] == finished_steps(Path(tiny_run))[-1] == 14
+
+
+def test_the_metrics_have_no_gap_and_no_repeat(survivor: Survivor, tiny_run: epath.Path) -> None:
+    found = deterministic(survivor.workdir)
+    assert found == deterministic(Path(tiny_run))
+    assert [x["step"] for x in found if x["kind"] == "train"] == list(range(14))
+
+
+def test_the_results_are_the_same(survivor: Survivor, tiny_run: epath.Path) -> None:
+    assert (survivor.workdir / "results.json").read_bytes() == (
+        tiny_run / "results.json"
+    ).read_bytes()
+
+
+def test_a_digest_is_one_of_the_parameters(
+    tiny_run: epath.Path, digest_of: Callable[..., str]
+) -> None:
+    """The control: another checkpoint of the same run has another digest."""
+    digests = {digest_of(Path(tiny_run), f"--step={s}") for s in finished_steps(Path(tiny_run))}
+    assert len(digests) == 2 and all(len(d) == 64 for d in digests)

@@ -1,0 +1,248 @@
+"""Checkpoints: what is written, read, kept, refused and set aside."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mmjax import checkpoint
+from mmjax.checkpoint import CheckpointConfig, Checkpoints, Restored
+from mmjax.errors import UserError
+from mmjax.sharding import MeshConfig, make_mesh
+
+META = {"clock": {"step": 3}, "config": {"tasks": {}}}
+Tree = dict[str, Any]
+
+
+def state(value: float = 0.0) -> Tree:
+    return {
+        "parameters": {"a/kernel": jnp.arange(12.0).reshape(3, 4) + value, "b": jnp.float32(value)},
+        "optimizer": {
+            "a/kernel": {"mu": jnp.full((3, 4), jnp.float32(value)), "count": jnp.int32(7)}
+        },
+        "buffers": {},
+    }
+
+
+def abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def save(workdir: Path, *steps: int, keep: int = 9, tree: Callable[[float], Tree] = state) -> None:
+    with Checkpoints(epath.Path(workdir), CheckpointConfig(keep=keep)) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, tree(float(step)), {**META, "clock": {"step": step}})
+            checkpoints.wait()
+
+
+def equal(one: Any, two: Any) -> bool:
+    same = jax.tree.map(
+        lambda a, b: np.asarray(a).dtype == np.asarray(b).dtype and np.array_equal(a, b), one, two
+    )
+    return all(jax.tree.leaves(same))
+
+
+def restore(workdir: Path, wanted: Any = None, **more: Any) -> Restored | None:
+    chosen: dict[str, Any] = {
+        "accept": lambda step, meta: None,
+        "say": lambda text: None,
+        "may_be_new": lambda name, meta: False,
+    }
+    return checkpoint.restore_latest(
+        epath.Path(workdir), abstract(state()) if wanted is None else wanted, **{**chosen, **more}
+    )
+
+
+def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    restored = restore(tmp_path)
+    assert restored is not None and restored.step == 5
+    assert equal(restored.state, state(5)) and restored.state["buffers"] == {}
+    assert restored.meta == {**META, "clock": {"step": 5}, "format": checkpoint.FORMAT}
+
+
+def test_the_newest_is_restored_and_the_oldest_go(tmp_path: Path) -> None:
+    """By number, not by name: 12 is newer than 9."""
+    save(tmp_path, 1, 9, 12, keep=2)
+    assert checkpoint.steps(epath.Path(tmp_path)) == [12, 9]
+    restored = restore(tmp_path)
+    assert restored is not None and restored.step == 12 and equal(restored.state, state(12))
+
+
+def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
+    assert restore(tmp_path) is None and checkpoint.steps(epath.Path(tmp_path)) == []
+    (tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert restore(tmp_path) is None
+
+
+def test_a_step_that_is_saved_already_is_left_as_it_is(tmp_path: Path) -> None:
+    with Checkpoints(epath.Path(tmp_path), CheckpointConfig()) as checkpoints:
+        for value in (1.0, 2.0):
+            checkpoints.save(4, state(value), META)
+            checkpoints.wait()
+    restored = restore(tmp_path)
+    assert restored is not None and equal(restored.state, state(1.0))
+
+
+def test_later_steps_do_not_reach_into_a_save_under_way(tmp_path: Path) -> None:
+    """The step after a save donates its state, whose memory is then written over."""
+    bump = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    draws = np.random.default_rng(0)
+    values = {f"p{i}": draws.normal(size=(512, 512)).astype(np.float32) for i in range(16)}
+    current = bump({"parameters": jax.tree.map(jnp.asarray, values)})
+    overtook = False
+    with Checkpoints(epath.Path(tmp_path), CheckpointConfig(keep=9)) as checkpoints:
+        expected = {}
+        for step in range(1, 6):
+            expected[step] = jax.tree.map(lambda x: np.array(x, copy=True), current)
+            checkpoints.save(step, current, META)
+            current = jax.block_until_ready(bump(current))
+            overtook = overtook or step not in checkpoint.steps(epath.Path(tmp_path))
+            checkpoints.wait()
+    assert overtook  # else no save was under way, and the test says nothing
+    for step, tree in expected.items():
+        assert equal(checkpoint.read_state(epath.Path(tmp_path), step, abstract(tree)), tree)
+
+
+def test_a_save_that_fails_in_the_background_is_an_error_and_the_last_good_one_stays(
+    tmp_path: Path,
+) -> None:
+    """No file may grow past 100 kB, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    large = {"parameters": {"p": np.random.default_rng(0).normal(size=(256, 256))}}
+    save(tmp_path, 1)
+    with pytest.raises(ValueError, match="os_error_code"):  # noqa: SIM117
+        with Checkpoints(epath.Path(tmp_path), CheckpointConfig(keep=1)) as checkpoints:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+            try:
+                checkpoints.save(2, large, META)
+                checkpoints.wait()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    restored = restore(tmp_path)
+    assert restored is not None and restored.step == 1 and equal(restored.state, state(1.0))
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_any_mesh_reads_what_any_mesh_wrote(tmp_path: Path, sizes: dict[str, int]) -> None:
+    mesh = make_mesh(MeshConfig(**sizes))
+    array = np.arange(64.0, dtype=np.float32).reshape(8, 8)
+    spec = PartitionSpec("data", tuple(a for a in ("fsdp", "tensor") if a in sizes) or None)
+    written = jax.device_put(array, NamedSharding(mesh, spec))
+    assert not written.sharding.is_fully_replicated
+    save(tmp_path, 1, tree=lambda _: {"parameters": {"w": written}})
+    other = NamedSharding(
+        make_mesh(MeshConfig(data=1, fsdp=4), jax.devices()[:4]), PartitionSpec(None, "fsdp")
+    )
+    wanted = {"parameters": {"w": jax.ShapeDtypeStruct((8, 8), np.float32, sharding=other)}}
+    restored = restore(tmp_path, wanted)
+    assert restored is not None
+    read = restored.state["parameters"]["w"]
+    assert read.sharding == other and np.array_equal(read, array)
+
+
+def test_parts_that_are_not_wanted_are_not_read(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    wanted = {"parameters": {"b": jax.ShapeDtypeStruct((), np.float32)}}
+    found = checkpoint.read_state(epath.Path(tmp_path), 2, wanted)
+    assert found.keys() == {"parameters"} and found["parameters"].keys() == {"b"}
+    assert found["parameters"]["b"] == 2.0
+
+
+def test_a_parameter_may_be_new_where_the_run_says_so(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    wanted = abstract(state())
+    wanted["parameters"]["new"] = jax.ShapeDtypeStruct((5,), np.float32)
+    with pytest.raises(UserError, match=r"parameters/new: expected float32\[5\], found nothing"):
+        restore(tmp_path, wanted)
+    restored = restore(tmp_path, wanted, may_be_new=lambda name, meta: name == "new")
+    assert restored is not None and equal(restored.state, state(2))
+
+
+def test_shapes_and_dtypes_that_do_not_fit_are_listed(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    wanted = abstract(state())
+    wanted["parameters"]["a/kernel"] = jax.ShapeDtypeStruct((4, 3), np.float32)
+    wanted["parameters"]["b"] = jax.ShapeDtypeStruct((), jnp.bfloat16)
+    wanted["optimizer"]["a/kernel"]["mu"] = jax.ShapeDtypeStruct((3,), np.float32)
+    with pytest.raises(UserError) as error:
+        restore(tmp_path, wanted)
+    assert str(error.value).splitlines()[1:4] == [
+        "  parameters/a/kernel: expected float32[4, 3], found float32[3, 4]",
+        "  parameters/b: expected bfloat16[], found float32[]",
+        "  optimizer/a/kernel/mu: expected float32[3], found float32[3, 4]",
+    ]
+    assert str(tmp_path / "checkpoints" / "2") in str(error.value)
+    # It is whole, so it stays where it is.
+    assert checkpoint.steps(epath.Path(tmp_path)) == [2] and not (tmp_path / "torn").exists()
+
+
+def test_a_long_list_is_cut_and_says_by_how_much() -> None:
+    expected = {
+        "parameters": {f"p{i:02d}": jax.ShapeDtypeStruct((i,), np.float32) for i in range(11)}
+    }
+    with pytest.raises(UserError, match="and 3 more"):
+        checkpoint.check_shapes({}, expected, "here")
+
+
+def test_a_refusal_leaves_a_good_checkpoint_alone(tmp_path: Path) -> None:
+    save(tmp_path, 2, 4)
+
+    def refuse(step: int, meta: dict[str, Any]) -> None:
+        assert (step, meta["clock"]["step"]) == (4, 4)
+        raise UserError("another run's")
+
+    with pytest.raises(UserError, match="another run's"):
+        restore(tmp_path, accept=refuse)
+    assert checkpoint.steps(epath.Path(tmp_path)) == [4, 2]
+
+
+def test_a_torn_one_is_set_aside_aloud(tmp_path: Path) -> None:
+    save(tmp_path, 2, 4)
+    shutil.rmtree(tmp_path / "checkpoints" / "4" / "state")
+    said: list[str] = []
+    restored = restore(tmp_path, say=said.append)
+    assert restored is not None and restored.step == 2
+    assert len(said) == 1 and said[0].startswith("Checkpoint 4 cannot be read (")
+    assert str(tmp_path / "torn" / "4") in said[0]
+    assert (tmp_path / "torn" / "4" / "meta" / "metadata").exists()
+    assert checkpoint.steps(epath.Path(tmp_path)) == [2]
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    path = tmp_path / "checkpoints" / "2" / "meta" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": checkpoint.FORMAT + 1}))
+    with pytest.raises(UserError, match=f"format {checkpoint.FORMAT + 1}.*reads up to"):
+        checkpoint.read_meta(epath.Path(tmp_path), 2)
+
+
+def test_missing_meta_data_is_a_torn_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    (tmp_path / "checkpoints" / "2" / "meta" / "metadata").unlink()
+    with pytest.raises(ValueError, match="no meta data"):
+        checkpoint.read_meta(epath.Path(tmp_path), 2)
+
+
+def test_nothing_in_a_checkpoint_is_code(tmp_path: Path) -> None:
+    """No pickle, under any name: its streams begin with byte 0x80 and a protocol number."""
+    save(tmp_path, 2)
+    files = [p for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()]
+    assert len(files) >= 5
+    for path in files:
+        content = path.read_bytes()
+        assert not (content[:1] == b"\x80" and content[1:2] in b"\x02\x03\x04\x05"), path
+    assert json.loads((tmp_path / "checkpoints" / "2" / "meta" / "metadata").read_text())[
+        "config"
+    ] == {"tasks": {}}

@@ -1,0 +1,381 @@
+"""Three lines anywhere: a run's vectors, without its data, its mesh, its place or any code in it."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import pickletools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+import mmjax
+from mmjax import checkpoint, evaluate
+from mmjax import config as configs
+from mmjax.checkpoint import CheckpointConfig, Checkpoints
+from mmjax.errors import UserError
+from mmjax.experiment import make_experiment
+from mmjax.loading import Embedder
+from mmjax.parameters import to_canonical
+from mmjax.sharding import make_mesh
+from mmjax.sources.tfds import Tfds
+from mmjax.state import shardings
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = 16  # of the tiny config's joint space
+
+THREE_LINES = """
+import mmjax
+model = mmjax.load("elsewhere/run")
+vectors = model.embed(text=["a red apple", "dog"])
+
+import sys
+import jax
+import numpy as np
+pixels = np.load("pixels.npy")
+np.savez("vectors.npz", text=vectors, image=model.embed(image=list(pixels)), devices=len(jax.devices()))
+assert not any(name.split(".")[0] == "tensorflow" for name in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run: epath.Path) -> Embedder:
+    return mmjax.load(str(tiny_run))
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    """`[5, 24, 20, 3]` uint8."""
+    return np.random.default_rng(0).integers(0, 256, (5, 24, 20, 3), np.uint8)
+
+
+@pytest.fixture
+def copy(tiny_run: epath.Path, tmp_path: Path) -> Path:
+    """A copy of the run to change."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+# --- three lines anywhere ----------------------------------------------------------------------
+
+
+def test_a_fresh_process_elsewhere_without_the_data(model, pictures, copy, tmp_path):
+    """One device there, eight here; the run moved, its data folder out of reach."""
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(copy, tmp_path / "elsewhere" / "run")
+    np.save(tmp_path / "pixels.npy", pictures)
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(tmp_path / "home"),
+        "MMJAX_DATA_DIR": str(tmp_path / "no_data"),
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", THREE_LINES],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    there = np.load(tmp_path / "vectors.npz")
+    assert (int(there["devices"]), len(jax.devices())) == (1, 8)
+    np.testing.assert_allclose(
+        there["text"], model.embed(text=["a red apple", "dog"]), atol=1e-6, rtol=0
+    )
+    np.testing.assert_allclose(there["image"], model.embed(image=list(pictures)), atol=1e-6, rtol=0)
+
+
+def test_what_lies_over_eight_devices_loads_on_one(tiny_run, model, tmp_path):
+    """The run's parameters, saved again in parts over a mesh of 2 x 4."""
+    block = configs.override(model.config, ["mesh.data=2", "mesh.fsdp=4"])
+    made = make_experiment(block, str(tiny_run / "assets"))
+    placed = shardings(made.abstract_state(make_mesh(made.run.mesh)).parameters)
+    parameters = {n: jax.device_put(np.asarray(p), placed[n]) for n, p in model.parameters.items()}
+    assert max(len({str(s.index) for s in p.addressable_shards}) for p in parameters.values()) == 4
+    with Checkpoints(epath.Path(tmp_path / "wide"), CheckpointConfig()) as checkpoints:
+        tree = {"parameters": to_canonical(made.declaration.specs, parameters)}
+        checkpoints.save(14, tree, {"config": block})
+        checkpoints.wait()
+    shutil.copytree(tiny_run / "assets", tmp_path / "wide" / "assets")
+    wide = mmjax.load(str(tmp_path / "wide"))
+    assert wide.config["mesh"] == {"data": 2, "fsdp": 4}
+    assert {len(p.sharding.device_set) for p in wide.parameters.values()} == {1}
+    assert wide.parameters.keys() == model.parameters.keys()
+    for name, value in wide.parameters.items():
+        np.testing.assert_array_equal(value, model.parameters[name])
+    np.testing.assert_array_equal(wide.embed(text=["dog"]), model.embed(text=["dog"]))
+
+
+# --- what embed takes and gives ----------------------------------------------------------------
+
+
+def test_vectors_are_float32_of_length_one(model, pictures):
+    for vectors in (model.embed(text=["a", "", "x" * 500]), model.embed(image=list(pictures[:3]))):
+        assert vectors.shape == (3, SIZE) and vectors.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+
+
+def test_vectors_tell_things_apart(model, pictures):
+    texts, images = model.embed(text=["dog", "a red apple"]), model.embed(image=list(pictures[:2]))
+    for one, two in (texts, images):
+        assert np.abs(one - two).max() > 1e-4
+
+
+def as_png(picture: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        Image.fromarray,
+        as_png,
+        lambda p: p.astype(np.float32) / 255,
+        lambda p: p.astype(np.float64) / 255,
+        lambda p: p.tolist() and np.asfortranarray(p),
+        lambda p: np.dstack([p, np.full(p.shape[:2], 255, np.uint8)]),
+        lambda p: Image.fromarray(p).convert("RGBA"),
+        jax.numpy.asarray,
+    ],
+    ids=["PIL", "PNG", "float32", "float64", "strided", "opaque", "PIL RGBA", "jax"],
+)
+def test_one_picture_in_every_form_is_one_vector(model, pictures, form):
+    expected = model.embed(image=[pictures[0]])
+    np.testing.assert_array_equal(model.embed(image=[form(pictures[0])]), expected)
+
+
+def test_grey_pictures_are_their_colour(model):
+    grey = np.random.default_rng(1).integers(0, 256, (20, 20), np.uint8)
+    expected = model.embed(image=[np.dstack([grey] * 3)])
+    for form in (grey, grey[..., None], Image.fromarray(grey)):
+        np.testing.assert_array_equal(model.embed(image=[form]), expected)
+
+
+def test_transparent_pixels_are_the_background(model, pictures):
+    clear = np.dstack([pictures[0], np.zeros(pictures[0].shape[:2], np.uint8)])
+    white = np.full_like(pictures[0], 255)
+    np.testing.assert_array_equal(model.embed(image=[clear]), model.embed(image=[white]))
+
+
+def test_texts_may_be_bytes(model):
+    np.testing.assert_array_equal(model.embed(text=["größe".encode()]), model.embed(text=["größe"]))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 300])
+def test_a_list_of_any_length_is_its_items(model, count):
+    texts = [f"number {i}" for i in range(count)]
+    together = model.embed(text=texts)
+    assert together.shape == (count, SIZE)
+    for index in {0, count // 2, count - 1}:
+        alone = model.embed(text=[texts[index]])
+        np.testing.assert_allclose(together[index : index + 1], alone, atol=1e-5, rtol=0)
+
+
+def test_an_empty_list_is_no_vectors(model):
+    for vectors in (model.embed(text=[]), model.embed(image=[])):
+        assert vectors.shape == (0, SIZE) and vectors.dtype == np.float32
+
+
+def test_lists_may_be_tuples_arrays_and_generators(model, pictures):
+    expected = model.embed(image=list(pictures))
+    np.testing.assert_array_equal(model.embed(image=tuple(pictures)), expected)
+    np.testing.assert_array_equal(model.embed(image=pictures), expected)
+    np.testing.assert_array_equal(model.embed(image=(p for p in pictures)), expected)
+
+
+def test_a_task_may_be_named(model):
+    named = model.embed(task="image_text", text=["dog"])
+    np.testing.assert_array_equal(named, model.embed(text=["dog"]))
+
+
+def test_the_vectors_are_those_of_evaluation(model, tiny_run, emoji_dir, monkeypatch):
+    seen = {}
+    run = evaluate.Evaluation._run
+
+    def noted(self: Any, task: Any, each: Any, *rest: Any) -> Any:
+        outputs = run(self, task, each, *rest)
+        seen[each.what] = outputs
+        return outputs
+
+    monkeypatch.setattr(evaluate.Evaluation, "_run", noted)
+    evaluate.evaluate(tiny_run, None, [])
+    examples = list(Tfds("emoji", "test_drawing").open())
+    for modality, field in (("image", "image"), ("text", "caption")):
+        expected = seen[f"embed/{modality}"]["vector"]
+        found = model.embed(**{modality: [e[field] for e in examples]})
+        np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
+
+
+# --- what it says of the run -------------------------------------------------------------------
+
+
+def test_a_model_knows_its_run(model, tiny_run):
+    assert model.step == 14 and list(model.tasks) == ["image_text", "masked_image"]
+    assert model.config == json.loads((tiny_run / "config.json").read_text())
+    total = sum(p.size for p in model.parameters.values())
+    shapes = checkpoint.read_shapes(tiny_run, 14)["parameters"]
+    assert total == sum(np.prod(s.shape, dtype=int) for s in shapes.values())
+
+
+def test_an_older_step_is_another_model(model, tiny_run):
+    older = mmjax.load(str(tiny_run), step=12)
+    assert older.step == 12
+    assert np.abs(older.embed(text=["dog"]) - model.embed(text=["dog"])).max() > 1e-6
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "one modality at a time; given: none"),
+        ({"image": [], "text": []}, "one modality at a time; given: image, text"),
+        ({"imge": []}, "does not embed 'imge'. Did you mean 'image'?"),
+        ({"sound": []}, "does not embed 'sound'. Known: image, text."),
+        ({"task": "image_txt", "text": ["a"]}, "no task 'image_txt'. Did you mean 'image_text'?"),
+        ({"task": "masked_image", "image": []}, "Task 'masked_image' does not embed 'image'"),
+        ({"text": "dog"}, "embed takes a list: text=[...]"),
+        ({"image": Image.new("RGB", (4, 4))}, "embed takes a list: image=[...]"),
+        ({"text": 3}, "embed takes a list: text=[...]"),
+        ({"text": ["a", 3]}, "text[1]: a text is a string, found int"),
+        ({"text": [b"\xff\xfe"]}, "text[0]: "),
+        ({"image": [np.zeros((4, 4, 2), np.uint8)]}, "image[0]: an image has shape"),
+        ({"image": [np.zeros((4, 4, 3), np.int64)]}, "image[0]: an image is uint8"),
+        ({"image": [np.full((4, 4), 7.0)]}, "image[0]: an image is uint8, or float in [0, 1]"),
+        ({"image": [np.zeros((4, 4), np.uint8), "cat.png"]}, "image[1]: "),
+        ({"image": [b"no image"]}, "image[0]: "),
+        ({"image": [None]}, "image[0]: "),
+        ({"image": [as_png(np.zeros((40, 40, 3), np.uint8))[:60]]}, "image[0]: "),
+    ],
+)
+def test_what_embed_cannot_take(model, arguments, words):
+    with pytest.raises(UserError) as raised:
+        model.embed(**arguments)
+    assert words in str(raised.value)
+
+
+def test_a_run_that_is_not_there(tmp_path, tiny_run):
+    with pytest.raises(UserError, match="No checkpoint in '.*nothing'. Train first"):
+        mmjax.load(str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="No checkpoint of step 5 .* There are: 14, 12."):
+        mmjax.load(str(tiny_run), step=5)
+
+
+def plant(run: Path, key: str, value: Any) -> None:
+    """Change a key of the config that the newest checkpoint holds."""
+    meta = run / "checkpoints" / "14" / "meta" / "metadata"
+    data = json.loads(meta.read_text())
+    *parents, last = key.split(".")
+    block = data["config"]
+    for parent in parents:
+        block = block[parent]
+    block[last] = value
+    meta.write_text(json.dumps(data))
+
+
+def test_a_missing_tokenizer_is_named(copy):
+    shutil.rmtree(copy / "assets")
+    with pytest.raises(UserError, match="tokenizer"):
+        mmjax.load(str(copy)).embed(text=["dog"])
+
+
+def test_a_checkpoint_of_other_shapes_names_parameter_expected_and_found(copy):
+    plant(copy, "tasks.image_text.objective.joint", 24)
+    with pytest.raises(UserError) as raised:
+        mmjax.load(str(copy))
+    assert (
+        "parameters/heads/image_text/image/kernel: expected float32[32, 24], found float32[32, 16]"
+        in str(raised.value)
+    )
+
+
+# --- nothing is run from a checkpoint ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tasks.image_text.objective.name", "planted"),
+        ("tasks.image_text.objective.name", "../planted"),
+        ("tasks.image_text.objective.name", "/tmp/planted"),
+        ("tasks.image_text.objective.name", "os.path"),
+        ("tasks.image_text.objective.name", "mmjax.train"),
+        ("modalities.text.name", "planted"),
+        ("modalities.text.name", "planted.Text"),
+        ("tasks.image_text.evaluators.groups.name", "planted"),
+        ("tasks.image_text.source.name", "planted"),
+        ("model.groups", [{"repeat": 2, "pattern": [{"name": "planted", "hidden": 1}]}]),
+        ("tasks.image_text.objective.__class__", "planted"),
+        ("extra", ["planted"]),
+    ],
+)
+def test_a_planted_config_runs_nothing(copy, monkeypatch, key, value):
+    """A module of that name lies in the run, in the current folder and on the path of Python."""
+    ran = copy / "ran"
+    for folder in (copy, copy / "objectives", copy / "assets"):
+        folder.mkdir(exist_ok=True)
+        (folder / "planted.py").write_text(f"open({str(ran)!r}, 'w').write('')\n")
+    monkeypatch.chdir(copy)
+    monkeypatch.syspath_prepend(str(copy))
+    plant(copy, key, value)
+    with pytest.raises(UserError, match="planted|no '|Unknown config key"):
+        mmjax.load(str(copy))
+    assert not ran.exists()
+
+
+def test_the_workdir_holds_no_pickle(tiny_run):
+    files = [f for f in Path(tiny_run).rglob("*") if f.is_file()]
+    assert len(files) > 10
+    assert not [f for f in files if f.suffix in (".pkl", ".pickle", ".pt", ".npy", ".joblib")]
+    assert not [f for f in files if is_pickle(f.read_bytes())]
+
+
+def is_pickle(content: bytes) -> bool:
+    if content[:1] != b"\x80" or content[1:2] not in (b"\2", b"\3", b"\4", b"\5"):
+        return False
+    try:
+        return any(op.name == "STOP" for op, *_ in pickletools.genops(content))
+    except ValueError:
+        return False
+
+
+def test_a_pickle_would_be_seen():
+    import pickle
+
+    assert is_pickle(pickle.dumps({"a": print})) and not is_pickle(b"\x80\x04 not one")
+
+
+def test_mmjax_neither_reads_pickles_nor_runs_text():
+    modules = {
+        "pickle",
+        "dill",
+        "cloudpickle",
+        "marshal",
+        "shelve",
+        "joblib",
+        "tensorflow",
+        "torch",
+    }
+    for path in (ROOT / "mmjax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name.split(".")[0] for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [(node.module or "").split(".")[0]]
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("eval", "exec", "__import__", "compile"), path
+            elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                assert isinstance(node.value, ast.Constant) and node.value.value is False, path
+            assert not modules & set(names), path

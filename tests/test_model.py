@@ -1,0 +1,176 @@
+"""The model: stems, one pass of the trunk over several streams, heads shared by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.errors import UserError
+from mmjax.layers.dense import Dense
+from mmjax.layers.stream import Stream
+from mmjax.layers.trunk import GroupConfig
+from mmjax.modalities.image import Image
+from mmjax.modalities.text import Text
+from mmjax.model import ModelConfig, declare_model, model_config
+from mmjax.parameters import Declaration
+from mmjax.sharding import MeshConfig, batch_sharding, make_mesh
+
+WIDTH = 4
+BLOCK = {"name": "transformer", "heads": 2, "hidden": 5}
+CONFIG = ModelConfig(WIDTH, (GroupConfig(2, (BLOCK,)),))
+MODALITIES: dict[str, Any] = {"image": Image(patch=2, buckets=4), "text": Text(vocabulary=16, buckets=8)}  # fmt: skip
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def head(n_out: int = 3) -> dict[str, Dense]:
+    return {"out": Dense(WIDTH, n_out, ("embed", "joint"))}
+
+
+def declared(*heads: tuple[str, dict[str, Any]]) -> Declaration:
+    return declare_model(CONFIG, MODALITIES, heads)
+
+
+def parameters(declaration: Declaration) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {n: rng.normal(size=s.shape) for n, s in declaration.specs.items()}
+
+
+def arrays(rows: int = 8) -> dict[str, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(1)
+    return {
+        "image": {"pixels": rng.integers(0, 256, (rows, 4, 4, 3)).astype(np.uint8)},
+        "text": {
+            "ids": rng.integers(0, 16, (rows, 3)).astype(np.int32),
+            "valid": rng.random((rows, 3)) < 0.7,
+        },
+    }
+
+
+def encode(declaration: Declaration, names: tuple[str, ...] = ("image", "text")) -> Any:
+    def call(p: Any, given: Any) -> Stream:
+        model = declaration.merge(p)
+        streams = [model.tokens(name, given[name]) for name in names]
+        stream, _ = model.encode(streams, jax.random.key(0))
+        return stream
+
+    return call
+
+
+def test_parameters_stand_under_stems_trunk_and_heads() -> None:
+    names = {c for s in declared(("a", head())).specs.values() for c in s.canonical}
+    assert {n.split("/")[0] for n in names} == {"stems", "trunk", "heads"}
+    assert {n for n in names if n.startswith("heads")} == {"heads/a/out/kernel", "heads/a/out/bias"}
+    assert {"stems/image/embed/kernel", "stems/text/embedding", "trunk/norm/scale"} <= names
+    assert {"trunk/layers/000/mlp/up/kernel", "trunk/layers/001/mlp/up/kernel"} <= names
+
+
+def test_adding_a_head_leaves_every_other_bit() -> None:
+    # All matrices of one shape, so that little is compiled.
+    config = ModelConfig(WIDTH, (GroupConfig(1, ({**BLOCK, "hidden": WIDTH},)),))
+    images = {"image": MODALITIES["image"]}
+    before, after = (
+        declare_model(config, images, [(name, head(WIDTH)) for name in names]).initialise(5)
+        for names in ("a", "0a")
+    )
+    assert set(after) - set(before) == {"heads/0/out/kernel", "heads/0/out/bias"}
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, err_msg=name)
+    assert np.all(after["heads/0/out/kernel"] != after["heads/a/out/kernel"])
+
+
+def test_heads_of_one_name_are_one() -> None:
+    both = declared(
+        ("shared", head()), ("shared", {**head(), "more": Dense(WIDTH, 2, (None, None))})
+    )
+    kernels = [n for n in both.specs if n.startswith("heads") and n.endswith("kernel")]
+    assert sorted(kernels) == ["heads/shared/more/kernel", "heads/shared/out/kernel"]
+
+
+def test_heads_of_one_name_that_do_not_agree() -> None:
+    with pytest.raises(UserError, match=r"head 'shared', part 'out', .*\(4, 3\).*\(4, 5\)"):
+        declared(("shared", head(3)), ("shared", head(5)))
+
+
+def test_one_modality_after_another_in_one_pass(x64: None) -> None:
+    declaration = declared()
+    p, given = parameters(declaration), arrays()
+    call = jax.jit(encode(declaration))
+    stream = call(p, given)
+    assert stream.x_BSD.shape == (8, 4 + 3, WIDTH)
+    assert stream.layout == (("image", 4), ("text", 3))
+    np.testing.assert_array_equal(stream.valid_BS[:, :4], True)
+    np.testing.assert_array_equal(stream.valid_BS[:, 4:], given["text"]["valid"])
+    # Another text reaches the image's tokens, and words that are not there reach none.
+    valid = given["text"]["valid"]
+    other = np.where(valid, given["text"]["ids"], (given["text"]["ids"] + 1) % 16)
+    same = call(p, {**given, "text": {"ids": other.astype(np.int32), "valid": valid}})
+    np.testing.assert_array_equal(same.x_BSD[:, :4], stream.x_BSD[:, :4])
+    other = (given["text"]["ids"] + 1) % 16
+    moved = call(p, {**given, "text": {"ids": other, "valid": valid}})
+    changed = np.abs(moved.x_BSD - stream.x_BSD)[:, :4].max(axis=(1, 2)) > 1e-6
+    np.testing.assert_array_equal(changed, valid.any(axis=1))
+
+
+def test_a_name_of_ones_own_is_the_segments_name() -> None:
+    declaration = declare_model(CONFIG, {"photo": MODALITIES["image"]}, [])
+    given = {"photo": arrays()["image"]}
+    shape = jax.eval_shape(encode(declaration, ("photo",)), parameters(declaration), given)
+    assert shape.layout == (("photo", 4),)
+
+
+def test_rows_do_not_see_each_other_and_many_devices_change_nothing(x64: None) -> None:
+    declaration = declared()
+    p, given = parameters(declaration), arrays()
+    call = jax.jit(encode(declaration))
+    whole = call(p, given).x_BSD
+    half = call(p, jax.tree.map(lambda x: x[:4], given)).x_BSD
+    np.testing.assert_allclose(half, whole[:4], rtol=1e-12)
+    mesh = make_mesh(MeshConfig())
+    placed = jax.device_put(given, batch_sharding(mesh, 8, "test"))
+    with jax.set_mesh(mesh):
+        spread = call(p, placed).x_BSD
+    assert spread.addressable_shards[0].data.shape[0] == 1, "one row on each of eight devices"
+    np.testing.assert_allclose(spread, whole, rtol=1e-10, atol=1e-14)
+
+
+def test_bfloat16_goes_through() -> None:
+    declaration = declared()
+    shapes = {n: jax.ShapeDtypeStruct(s.shape, jnp.float32) for n, s in declaration.specs.items()}
+
+    def call(p: Any, given: Any) -> Any:
+        model = declaration.merge(p, jnp.bfloat16)
+        streams = [model.tokens(name, given[name]) for name in ("image", "text")]
+        return model.encode(streams, jax.random.key(0))
+
+    stream, aux = jax.eval_shape(call, shapes, arrays())
+    assert stream.x_BSD.dtype == jnp.bfloat16 and aux.loss.dtype == jnp.float32
+
+
+def test_the_config_block() -> None:
+    block = {"width": 4, "groups": [{"repeat": 2, "pattern": [BLOCK]}], "remat": "full"}
+    assert model_config(block) == ModelConfig(4, (GroupConfig(2, (BLOCK,)),), "full")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"widht": 4}, "Unknown config key 'model.widht'. Did you mean 'width'"),
+        ({"width": "4"}, "'model.width' is '4'; expected int"),
+        ({"groups": [{"repeat": 2, "patern": []}]}, r"'model.groups\[0\].patern'. Did you mean 'pattern'"),
+        ({"groups": [{"repeat": 2}]}, r"'model.groups\[0\].pattern' is missing"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_config_block(change: dict[str, Any], message: str) -> None:
+    block = {"width": 4, "groups": [{"repeat": 2, "pattern": [BLOCK]}]}
+    with pytest.raises(UserError, match=message):
+        model_config({**block, **change})

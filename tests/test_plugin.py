@@ -1,0 +1,269 @@
+"""A modality, a layer, an objective, an evaluator, a source and a config of one's own: one file each.
+
+They lie in a folder that is given with `--extra`. If this test needs a change elsewhere in mmjax before
+they run, adding one touches more than its own file, and the design has failed there.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+FILES = {
+    "modalities/tone.py": '''
+"""Tones: a number of samples, a token for every four."""
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from mmjax.errors import UserError
+from mmjax.layers.dense import Dense
+from mmjax.layers.stream import Stream
+from mmjax.modality import Modality, Stem
+
+
+@dataclass(frozen=True)
+class ToneInput:
+    field: str = "samples"
+    length: int = 8
+
+
+class ToneStem(Stem):
+    def __init__(self, width):
+        self.embed = Dense(4, width, (None, "embed"))
+
+    def __call__(self, arrays):
+        samples_BN = arrays["samples"]
+        return Stream(self.embed(samples_BN.reshape(samples_BN.shape[0], -1, 4)))
+
+
+@dataclass(frozen=True)
+class Tone(Modality[ToneInput]):
+    Input = ToneInput
+
+    def stem(self, width):
+        return ToneStem(width)
+
+    def arrays(self, settings):
+        return {"samples": jax.ShapeDtypeStruct((settings.length,), np.float32)}
+
+    def preprocess(self, settings, value, rng):
+        if np.ndim(value) != 1:
+            raise UserError(f"a tone has shape [N], found {list(np.shape(value))}.")
+        return {"samples": np.resize(np.asarray(value, np.float32), settings.length)}
+''',
+    "layers/shift.py": '''
+"""x += x W, and nothing more."""
+from dataclasses import replace
+
+from flax import nnx
+
+from mmjax.layers.dense import Dense
+from mmjax.layers.stream import no_aux
+
+
+class Shift(nnx.Module):
+    def __init__(self, width):
+        self.dense = Dense(width, width, ("embed", "mlp"), bias=False)
+
+    def __call__(self, stream, key):
+        return replace(stream, x_BSD=stream.x_BSD + self.dense(stream.x_BSD)), no_aux()
+''',
+    "objectives/pitch.py": '''
+"""Regression of the pitch, a number from 0 up to `most`."""
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.layers.dense import Dense
+from mmjax.layers.stream import mean_pool
+from mmjax.objective import Loss, Objective
+from mmjax.objectives.contrastive import unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pitch(Objective):
+    most: int = 4
+
+    def reads(self):
+        return ("tone",)
+
+    def fields(self):
+        return ("pitch",)
+
+    def heads(self, width, inputs):
+        return {"out": Dense(width, 1, ("embed", None))}
+
+    def pooled(self, model, arrays, key):
+        stream, aux = model.encode([model.tokens("tone", arrays)], key)
+        return mean_pool(stream), aux
+
+    def __call__(self, model, batch, key):
+        pooled_BD, aux = self.pooled(model, batch["inputs"]["tone"], key)
+        guess_B = model.heads[self.head]["out"](pooled_BD)[:, 0] * self.most
+        error_B = jnp.where(batch["valid"], jnp.square(guess_B - batch["fields"]["pitch"]), 0)
+        return Loss(error_B.sum() / jnp.maximum(batch["valid"].sum(), 1) + aux.loss)
+
+    def embeds(self):
+        return ("tone",)
+
+    def embed(self, model, modality, arrays):
+        return unit(self.pooled(model, arrays, jax.random.key(0))[0])
+''',
+    "evaluators/mean_error.py": '''
+"""The mean loss beside that of the mean pitch."""
+from dataclasses import dataclass
+
+from mmjax.evaluator import Evaluator, Pass
+
+
+@dataclass(frozen=True)
+class MeanError(Evaluator):
+    unit: str = "squared semitones"
+
+    def passes(self, task):
+        return {"all": Pass("loss", self.source, ("pitch",))}
+
+    def score(self, task, outputs):
+        loss, pitch = outputs["all"]["loss"], outputs["all"]["pitch"]
+        return [self.record(task, "error", loss.mean(), pitch.var(), len(pitch), unit=self.unit)]
+''',
+    "sources/tones.py": '''
+"""Sines, made when they are read."""
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmjax.source import Examples, Source
+
+
+@dataclass(frozen=True)
+class Tones(Source):
+    count: int
+    pitches: int = 4
+
+    @property
+    def label(self):
+        return f"{self.count} tones"
+
+    def open(self):
+        return TonesExamples(self)
+
+
+class TonesExamples(Examples):
+    description, fields = "tones", ("samples", "pitch")
+
+    def __init__(self, source):
+        self.source, self.identity = source, str(source)
+
+    def __len__(self):
+        return self.source.count
+
+    def __getitem__(self, index):
+        pitch = index % self.source.pitches
+        return {"samples": np.sin(np.arange(8) * (pitch + 1) / 3 + index), "pitch": pitch}
+''',
+    "config.py": '''
+"""All of them together."""
+
+
+def get_config():
+    return {
+        "steps": 30,
+        "modalities": {"tone": {"name": "tone"}},
+        "model": {"width": 8, "groups": [{"repeat": 2, "pattern": [{"name": "shift"}]}]},
+        "tasks": {
+            "pitch": {
+                "source": {"name": "tones", "count": 64},
+                "inputs": {"tone": {}},
+                "objective": {"name": "pitch"},
+                "batch": 16,
+                "evaluators": {"error": {"name": "mean_error", "source": {"name": "tones", "count": 32}}},
+            }
+        },
+        "optimizer": {"learning_rate": 1e-2},
+    }
+''',
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def extra(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("extra")
+    for name, text in FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text.lstrip())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(extra: Path, command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("tones") / "run"
+    done = command(
+        "train", f"--extra={extra}", f"--config={extra}/config.py", f"--workdir={workdir}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "squared semitones" in done.stdout
+    return workdir
+
+
+def test_it_trains(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 30 and np.mean(losses[-5:]) < np.mean(losses[:5])
+    [record] = json.loads((run / "results.json").read_text())
+    assert record["name"] == "error" and record["task"] == "pitch"
+    assert record["split"] == "32 tones" and record["count"] == 32
+    assert record["chance"] == np.var(np.arange(32) % 4)
+
+
+def test_it_is_evaluated_and_shown(run, extra, command):
+    before = (run / "results.json").read_text()
+    (run / "results.json").unlink()
+    done = command("evaluate", f"--extra={extra}", f"--workdir={run}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (run / "results.json").read_text() == before
+    done = command("show", str(run))
+    assert (done.returncode, done.stderr) == (0, "")
+    trunk = next(line.split() for line in done.stdout.splitlines() if line.startswith("trunk"))
+    assert int(trunk[1]) == 2 * 8 * 8 + 2 * 8
+
+
+def test_it_embeds(run, extra, command):
+    code = f"""
+import numpy as np, mmjax
+from mmjax import config
+config.add_folder({str(extra)!r})
+model = mmjax.load({str(run)!r})
+vectors = model.embed(tone=[np.sin(np.arange(8)), [0.0] * 8])
+assert vectors.shape == (2, 8), vectors.shape
+assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+try:
+    model.embed(tone=[np.zeros((2, 2))])
+except mmjax.errors.UserError as error:
+    assert "tone[0]: a tone has shape [N], found [2, 2]" in str(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_the_folder_the_name_is_unknown(run, extra, command):
+    done = command("evaluate", f"--workdir={run}")
+    assert done.returncode == 2
+    assert "modalities.tone.name: no 'tone' in mmjax/modalities" in done.stderr
+    assert "--extra" in done.stderr
+
+
+def test_a_layers_block_is_checked_too(extra, command):
+    words = [f"--extra={extra}", f"--config={extra}/config.py"]
+    wrong = "--config.model.groups=[{'repeat': 1, 'pattern': [{'name': 'shift', 'hiden': 3}]}]"
+    done = command("show", *words, wrong)
+    assert done.returncode == 2 and "hiden" in done.stderr and "shift" in done.stderr

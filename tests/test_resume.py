@@ -1,0 +1,491 @@
+"""Going on with a run: from torn checkpoints, after signals, under changed configs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import toyrun
+from etils import epath
+from harness import Aim, Harness, deterministic, finished_steps
+from toyrun import block, run, watched
+
+from mmjax import checkpoint, train
+from mmjax.checkpoint import Checkpoints
+from mmjax.data import order
+from mmjax.errors import UserError
+from mmjax.evaluate import Evaluation
+from mmjax.schedule import Schedule
+
+BATCH = {"one": 8, "two": 16}
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 12 steps that nothing disturbed, with checkpoints 4, 8 and 12; copy it, do not change it."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    run(workdir)
+    assert finished_steps(workdir) == (4, 8, 12)
+    return workdir
+
+
+@pytest.fixture
+def copy(straight: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(straight, tmp_path / "run"))
+
+
+@pytest.fixture
+def half(copy: Path) -> Path:
+    """The run as it stood after 8 of its 12 steps."""
+    shutil.rmtree(copy / "checkpoints" / "12")
+    (copy / "results.json").unlink()
+    return copy
+
+
+def same(workdir: Path, other: Path) -> None:
+    """Both ended in the same bits, and their metrics tell the same."""
+    assert toyrun.bits(workdir) == toyrun.bits(other)
+    assert deterministic(workdir) == deterministic(other)
+    assert (workdir / "results.json").read_bytes() == (other / "results.json").read_bytes()
+
+
+def contents(workdir: Path) -> dict[str, bytes]:
+    """Every file but the log of attempts, which grows with each start, and TensorBoard's."""
+    files = [p for p in workdir.rglob("*") if p.is_file()]
+    return {
+        str(p.relative_to(workdir)): p.read_bytes()
+        for p in files
+        if p.name != "goodput.jsonl" and "tensorboard" not in p.parts
+    }
+
+
+def ids(task: str, first: int, count: int) -> list[int]:
+    """The examples at positions `first` to `first + count` of a task."""
+    return [int(i) for i in order.example_ids(toyrun.SEED, task, first, count, COUNT)]
+
+
+# --- torn and missing checkpoints --------------------------------------------------------------
+
+
+def _largest(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def _truncate(path: Path) -> None:
+    content = path.read_bytes()
+    assert len(content) > 20
+    path.write_bytes(content[: len(content) // 2])
+
+
+TEARS: dict[str, Callable[[Path], None]] = {
+    "data cut short": lambda step: _truncate(_largest(step / "state" / "d")),
+    "data gone": lambda step: _largest(step / "state" / "d").unlink(),
+    "metadata of the arrays gone": lambda step: (step / "state" / "_METADATA").unlink(),
+    "manifest gone": lambda step: (step / "state" / "manifest.ocdbt").unlink(),
+    "state gone": lambda step: shutil.rmtree(step / "state"),
+    "clock cut short": lambda step: _truncate(step / "meta" / "metadata"),
+    "clock gone": lambda step: (step / "meta" / "metadata").unlink(),
+    "clock of another shape": lambda step: (step / "meta" / "metadata").write_text("[1]"),
+    "all but the folder gone": lambda step: [p.unlink() for p in step.rglob("*") if p.is_file()][0],
+}
+
+
+@pytest.mark.parametrize("tear", TEARS)
+def test_a_torn_checkpoint_falls_back_to_the_one_before(
+    copy: Path, straight: Path, tear: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    TEARS[tear](copy / "checkpoints" / "12")
+    torn = contents(copy / "checkpoints" / "12")
+    run(copy)
+    said = capsys.readouterr().out
+    assert "Checkpoint 12 cannot be read" in said
+    assert f"Going on from step 8 in {copy}" in said
+    assert contents(copy / "torn" / "12") == torn  # set aside, not deleted
+    assert str(copy / "torn" / "12") in said.replace("\n", "")
+    same(copy, straight)
+
+
+def test_several_torn_checkpoints_fall_back_further(
+    copy: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in ("8", "12"):
+        TEARS["data cut short"](copy / "checkpoints" / step)
+    run(copy)
+    assert f"Going on from step 4 in {copy}" in capsys.readouterr().out
+    assert {p.name for p in (copy / "torn").iterdir()} == {"8", "12"}
+    same(copy, straight)
+
+
+@pytest.mark.parametrize("how", ["torn", "missing"])
+def test_without_a_good_checkpoint_the_run_starts_anew(
+    copy: Path, straight: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if how == "missing":
+        shutil.rmtree(copy / "checkpoints")
+    else:
+        for step in finished_steps(copy):
+            TEARS["clock gone"](copy / "checkpoints" / str(step))
+    with watched() as seen:
+        run(copy)
+    assert "Going on" not in capsys.readouterr().out
+    assert len(seen.ids) == 12
+    same(copy, straight)
+
+
+def test_the_same_step_torn_twice_is_set_aside_twice(copy: Path, straight: Path) -> None:
+    for _ in range(2):
+        TEARS["clock gone"](copy / "checkpoints" / "12")
+        run(copy)
+    assert {p.name for p in (copy / "torn").iterdir()} == {"12", "12.1"}
+    same(copy, straight)
+
+
+def test_a_folder_that_is_still_being_written_is_no_checkpoint(half: Path, straight: Path) -> None:
+    unfinished = half / "checkpoints" / "12.orbax-checkpoint-tmp"
+    shutil.copytree(half / "checkpoints" / "8", unfinished)
+    run(half)
+    same(half, straight)
+
+
+def test_a_newer_format_is_refused_and_left_alone(copy: Path) -> None:
+    path = copy / "checkpoints" / "12" / "meta" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    before = contents(copy)
+    with pytest.raises(UserError, match="format 99.*newer mmjax"):
+        run(copy)
+    assert contents(copy) == before
+
+
+# --- going on ----------------------------------------------------------------------------------
+
+
+def test_going_on_reads_what_comes_next_and_ends_in_the_same_bits(
+    half: Path, straight: Path
+) -> None:
+    with watched() as seen:
+        run(half)
+    tasks = Schedule.from_json(toyrun.meta(half)["clock"]["segments"]).strip(8, 12)
+    assert tasks == ["one", "one", "two", "one"] or set(tasks) == {"one", "two"}
+    before = toyrun.meta_of(half, 8)["clock"]["positions"]
+    for task in BATCH:
+        mine = [i for t, batch in zip(tasks, seen.ids, strict=True) if t == task for i in batch]
+        assert mine == ids(task, before[task], len(mine))
+    same(half, straight)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(copy)
+    with watched() as seen:
+        records = run(copy)
+    assert f"Done: {copy} holds all 12 steps" in capsys.readouterr().out
+    assert records == json.loads((copy / "results.json").read_text())
+    assert not seen.ids
+    assert contents(copy) == before
+
+
+def test_a_run_killed_before_its_results_evaluates_only(copy: Path, straight: Path) -> None:
+    (copy / "results.json").unlink()
+    with watched() as seen:
+        run(copy)
+    assert not seen.ids
+    same(copy, straight)
+
+
+def test_more_steps_go_on(straight: Path, tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    run(workdir, "steps=8")
+    with watched() as seen:
+        run(workdir, "steps=12")
+    assert len(seen.ids) == 4
+    assert toyrun.bits(workdir) == toyrun.bits(straight)
+    assert (workdir / "results.json").read_bytes() == (straight / "results.json").read_bytes()
+    # The shorter run evaluated at its end, the longer one had no reason to.
+    extra = [line for line in deterministic(workdir) if line not in deterministic(straight)]
+    assert {(line["kind"], line["step"]) for line in extra} == {("eval", 8)}
+    assert [line for line in deterministic(workdir) if line not in extra] == deterministic(straight)
+
+
+def test_another_mesh_is_announced_and_reads_the_same_examples(
+    half: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with watched() as seen:
+        run(half, devices=8)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "may differ in rounding" in said and "devices 1 -> 8" in said
+    with watched() as alone:
+        shutil.rmtree(half / "checkpoints" / "12")
+        run(half, devices=1)
+    assert seen.ids == alone.ids and seen.sums == alone.sums
+
+
+# --- signals -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def raised(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[int]]]:
+    """`raised(owner, name, number)`: SIGTERM comes when `owner.name` is called for the `number`-th time."""
+    # Handlers are for the main thread; elsewhere the signal would end the whole test run.
+    assert threading.current_thread() is threading.main_thread()
+
+    def arm(owner: Any, name: str, number: int, after: bool = False) -> list[int]:
+        calls, function = [0], getattr(owner, name)
+
+        def wrapped(*arguments: Any, **more: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == number and not after:
+                signal.raise_signal(signal.SIGTERM)
+            result = function(*arguments, **more)
+            if calls[0] == number and after:
+                signal.raise_signal(signal.SIGTERM)
+            return result
+
+        monkeypatch.setattr(owner, name, wrapped)
+        return calls
+
+    yield arm
+
+
+# Where the signal comes; the step at which the run must then stand.
+MOMENTS: dict[str, tuple[Any, str, int, bool, int]] = {
+    "before the first step": (train, "compile_all", 1, False, 0),
+    "in a step": (train, "place", 3, False, 3),
+    "in the last step before a checkpoint": (train, "place", 4, False, 4),
+    "in a save": (Checkpoints, "save", 1, False, 4),
+    "after a save": (Checkpoints, "save", 1, True, 4),
+    "in an evaluation": (Evaluation, "__call__", 1, False, 6),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_sigterm_saves_and_going_on_ends_in_the_same_bits(
+    tmp_path: Path,
+    straight: Path,
+    moment: str,
+    raised: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    owner, name, number, after, step = MOMENTS[moment]
+    with monkeypatch.context():
+        calls = raised(owner, name, number, after)
+        assert run(tmp_path / "run") is None
+        assert calls[0] >= number
+    monkeypatch.undo()
+    assert f"Stopped by SIGTERM; saved step {step}." in capsys.readouterr().out
+    assert finished_steps(tmp_path / "run")[-1] == step
+    assert not (tmp_path / "run" / "results.json").exists()
+    with watched() as seen:
+        run(tmp_path / "run")
+    assert len(seen.ids) == 12 - step
+    same(tmp_path / "run", straight)
+
+
+def test_sigterm_again_before_the_first_new_step(
+    half: Path, straight: Path, raised: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised(train, "compile_all", 1)
+    assert run(half) is None
+    monkeypatch.undo()
+    assert finished_steps(half)[-1] == 8
+    run(half)
+    same(half, straight)
+
+
+def test_sigterm_in_the_last_evaluation_lets_the_run_end(
+    half: Path, straight: Path, raised: Callable[..., list[int]]
+) -> None:
+    raised(Evaluation, "__call__", 1)
+    assert run(half) is not None
+    same(half, straight)
+
+
+def test_sigterm_ends_the_process_with_status_3(
+    tmp_path: Path, straight: Path, toy_command: Callable[..., Harness]
+) -> None:
+    harness = toy_command(tmp_path / "run")
+    status, said = harness.ask(Aim("step", 2), signal.SIGTERM)
+    assert status == train.STOPPED == 3, said
+    step = finished_steps(tmp_path / "run")[-1]
+    assert f"Stopped by SIGTERM; saved step {step}." in said and 4 <= step < 12
+    run(tmp_path / "run")
+    same(tmp_path / "run", straight)
+
+
+# --- changed configs ---------------------------------------------------------------------------
+
+
+def test_another_share_is_refused_with_words(half: Path) -> None:
+    before = contents(half)
+    with pytest.raises(UserError) as error:
+        run(half, "tasks.one.share=1")
+    assert "tasks.one.share (schedule): saved 2, now 1" in str(error.value)
+    assert "--allow_change" in str(error.value)
+    assert contents(half) == before
+
+
+def test_another_share_starts_a_segment_and_keeps_every_place(half: Path) -> None:
+    before = toyrun.meta(half)["clock"]
+    with watched() as seen:
+        run(half, "tasks.one.share=1", "tasks.two.share=3", "steps=20", allow_change=True)
+    clock = toyrun.meta(half)["clock"]
+    schedule = Schedule.from_json(clock["segments"])
+    assert [s.start for s in schedule.segments] == [0, 8]
+    assert schedule.segments[0] == Schedule.from_json(before["segments"]).segments[0]
+    assert schedule.between(8, 20) == {"one": 3, "two": 9}
+    for task, batch in BATCH.items():
+        mine = _of(task, schedule.strip(8, 20), seen.ids)
+        assert mine == ids(task, before["positions"][task], len(mine))
+        assert clock["positions"][task] == before["positions"][task] + len(mine)
+        assert len(mine) == batch * schedule.between(8, 20)[task]
+    lines = [x for x in deterministic(half) if (x["kind"], x["task"]) == ("train", "two")]
+    assert [line["visit"] for line in lines] == list(range(4 - 1 + 9))
+
+
+def test_a_batch_that_changes_keeps_the_place(half: Path) -> None:
+    """Positions count examples: visits times the batch would read others again."""
+    before = toyrun.meta(half)["clock"]
+    with watched() as seen:
+        run(half, "tasks.one.batch=4", allow_change=True)
+    clock = toyrun.meta(half)["clock"]
+    schedule = Schedule.from_json(clock["segments"])
+    mine = _of("one", schedule.strip(8, 12), seen.ids)
+    assert mine == ids("one", before["positions"]["one"], len(mine)) and mine
+    assert clock["positions"]["one"] == before["positions"]["one"] + len(mine)
+
+
+def test_a_second_change_starts_a_third_segment(half: Path) -> None:
+    run(half, "tasks.one.share=1", "steps=16", allow_change=True)
+    run(half, "tasks.one.share=5", "steps=22", allow_change=True)
+    clock = toyrun.meta(half)["clock"]
+    schedule = Schedule.from_json(clock["segments"])
+    assert [s.start for s in schedule.segments] == [0, 8, 16]
+    assert schedule.between(16, 22) == {"one": 5, "two": 1}
+    assert clock["positions"] == {t: n * BATCH[t] for t, n in schedule.visits(22).items()}
+
+
+def test_a_task_that_is_added_leaves_the_others_where_they_stood(half: Path) -> None:
+    before, held = toyrun.meta(half)["clock"], toyrun.parameters(half)
+    config = block()
+    config["tasks"]["three"] = {**config["tasks"]["one"], "share": 1}
+    with watched() as seen:
+        run(half, "steps=20", config=config, allow_change=True)
+    clock = toyrun.meta(half)["clock"]
+    schedule = Schedule.from_json(clock["segments"])
+    assert schedule.between(8, 20) == {"one": 6, "two": 3, "three": 3}
+    for task in ("one", "two"):
+        mine = _of(task, schedule.strip(8, 20), seen.ids)
+        assert mine == ids(task, before["positions"][task], len(mine))
+    new = _of("three", schedule.strip(8, 20), seen.ids)
+    assert new == ids("three", 0, 24) and clock["positions"]["three"] == 24
+    after = toyrun.parameters(half)
+    assert after.keys() - held.keys() == {"heads/three/out/bias", "heads/three/out/kernel"}
+
+
+def test_what_a_checkpoint_holds_survives_an_added_task(half: Path) -> None:
+    """A rate of zero leaves the parameters as they came: the saved ones, and fresh ones for the new head."""
+    held = toyrun.parameters(half)
+    config = block("optimizer.learning_rate=0.0")
+    config["tasks"]["three"] = config["tasks"]["one"]
+    run(half, config=config, allow_change=True)
+    after = toyrun.parameters(half)
+    assert held and all(np.array_equal(after[n], held[n]) for n in held)
+    assert np.abs(after["heads/three/out/kernel"]).min() > 0
+
+
+def test_a_task_that_is_removed_and_comes_back_goes_on_where_it_stood(half: Path) -> None:
+    before = toyrun.meta(half)["clock"]
+    less = block("steps=14")
+    del less["tasks"]["two"]
+    with watched() as seen:
+        run(half, config=less, allow_change=True)
+    alone = [i for batch in seen.ids for i in batch]
+    assert alone == ids("one", before["positions"]["one"], 6 * 8)
+    assert toyrun.meta(half)["clock"]["positions"]["two"] == before["positions"]["two"]
+    assert not any(n.startswith("heads/two") for n in toyrun.parameters(half))
+    with watched() as seen:
+        run(half, "steps=20", allow_change=True)
+    schedule = Schedule.from_json(toyrun.meta(half)["clock"]["segments"])
+    mine = _of("two", schedule.strip(14, 20), seen.ids)
+    assert mine == ids("two", before["positions"]["two"], 32)
+    more = _of("one", schedule.strip(14, 20), seen.ids)
+    assert more == ids("one", before["positions"]["one"] + 48, 32)
+
+
+def test_a_saved_phase_plan_goes_on_and_a_new_one_takes_over(half: Path) -> None:
+    config = block("steps=24")
+    config["schedule"] = {"phases": [{"start": 16, "weights": {"one": 0, "two": 1}}]}
+    run(half, config=config, allow_change=True)
+    schedule = Schedule.from_json(toyrun.meta(half)["clock"]["segments"])
+    assert schedule.strip(16, 24) == ["two"] * 8
+    assert schedule.between(0, 16)["one"] > 8
+
+
+def test_a_structural_change_is_refused_and_shown(half: Path) -> None:
+    before = contents(half)
+    with pytest.raises(UserError) as error:
+        run(half, "model.width=16", "steps=20", allow_change=True)
+    assert "model.width (structural): saved 8, now 16" in str(error.value)
+    assert "steps" not in str(error.value).split("\n", 1)[1]
+    assert "--workdir" in str(error.value)
+    assert contents(half) == before
+
+
+def test_other_data_under_the_same_config_is_refused(tmp_path: Path) -> None:
+    from mmjax.sources.toy import values  # found once toyrun.block has added the folder
+
+    file = tmp_path / "values.npy"
+    np.save(file, values(COUNT))
+    mine = (f"tasks.two.source.file={file}", "steps=4")
+    run(tmp_path / "run", *mine)
+    changed = values(COUNT)
+    changed[3, 0, 0] += 1
+    np.save(file, changed)
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError) as error:
+        run(tmp_path / "run", *mine, "steps=8", allow_change=True)
+    assert "data" in str(error.value) and "tasks.two.source" in str(error.value)
+    assert "tasks.one" not in str(error.value)
+    assert contents(tmp_path / "run") == before
+
+
+def test_shapes_that_do_not_fit_are_named(copy: Path) -> None:
+    """A checkpoint whose arrays are not what its own config makes, as after a change of the code."""
+    path = copy / "checkpoints" / "12" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["config"]["model"]["width"] = 16
+    path.write_text(json.dumps(meta))
+    before = contents(copy)
+    with pytest.raises(UserError) as error:
+        run(copy, "model.width=16")
+    said = str(error.value)
+    assert "parameters/heads/one/out/kernel: expected float32[16, 1], found float32[8, 1]" in said
+    assert str(copy / "checkpoints" / "12") in said
+    assert contents(copy) == before
+
+
+def _of(task: str, tasks: list[str], batches: list[list[int]]) -> list[int]:
+    """The examples of one task, in order."""
+    return [i for t, batch in zip(tasks, batches, strict=True) if t == task for i in batch]
+
+
+def test_a_checkpoint_names_everything_a_run_is(straight: Path) -> None:
+    meta = toyrun.meta(straight)
+    assert meta["config"] == block()
+    assert meta["clock"]["step"] == 12
+    assert meta["clock"]["positions"] == {"one": 64, "two": 64}
+    assert set(meta["identities"]) == {"tasks.one.source", "tasks.two.source"}
+    assert {"jax", "numpy", "mesh", "cores", "processor"} <= meta["environment"].keys()
+    assert meta["environment"]["python"] == sys.version.split()[0]
+    state = checkpoint.read_shapes(epath.Path(straight), 12)
+    assert set(state) == {"parameters", "optimizer"}

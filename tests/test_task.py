@@ -1,0 +1,185 @@
+"""Tasks: what a row holds, and what is said of fields and shapes before anything compiles."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from mmjax import config as configs
+from mmjax.errors import UserError
+from mmjax.modalities.image import Image
+from mmjax.modalities.text import Text
+from mmjax.source import Cached, Example, Examples
+from mmjax.task import RowSpec, Task, make_input, make_task
+
+TINY = Path(__file__).resolve().parent / "configs" / "tiny.py"
+MODALITIES = {"image": Image(), "text": Text()}
+
+
+class Listed(Examples):
+    """Examples of a list; an exception there is raised."""
+
+    description, identity = "listed", "0"
+
+    def __init__(self, *examples: Any):
+        self._examples = examples
+        self.fields = tuple(next(e for e in examples if isinstance(e, Mapping)))
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._examples[index]
+        if isinstance(example, Exception):
+            raise example
+        return example
+
+
+def example(**fields: Any) -> Example:
+    picture = np.full((20, 20, 4), 200, np.uint8)
+    return {"image": picture, "caption": "a cat", "concept": np.int64(7), **fields}
+
+
+def task(**overrides: Any) -> Task:
+    block = configs.read_file(str(TINY))["tasks"]["image_text"]
+    changes = [f"{k.replace('__', '.')}={v!r}" for k, v in overrides.items()]
+    return make_task("image_text", configs.override(block, changes), MODALITIES)
+
+
+def spec(*fields: str, **settings: Any) -> RowSpec:
+    return RowSpec({"image": make_input("image", settings, MODALITIES, "here")}, fields)
+
+
+# --- rows --------------------------------------------------------------------------------------
+
+
+def test_a_row_has_the_shapes_that_it_declares(emoji_dir):
+    rows = task().rows()
+    made = rows.make(example(), np.random.default_rng(0))
+    for each in (made, rows.blank()):
+        found = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), each)
+        assert found == rows.shapes()
+    assert made["fields"]["concept"] == 7 and made["valid"]
+    assert not rows.blank()["valid"]
+    assert made["inputs"]["image"]["pixels"].any()
+    assert made["inputs"]["text"]["valid"].sum() > 1
+
+
+def test_rows_hold_what_is_asked_and_no_more():
+    made = spec("concept", size=16).make(example(), None)
+    assert set(made) == {"inputs", "fields", "valid"}
+    assert set(made["inputs"]) == {"image"} and set(made["fields"]) == {"concept"}
+
+
+def test_evaluation_is_deterministic_and_training_is_not():
+    picture = np.random.default_rng(1).integers(0, 255, (40, 40, 3), np.uint8)
+    rows = spec(size=16, crop=0.3, flip=True)
+
+    def pixels(rng: Any) -> Any:
+        return rows.make(example(image=picture), rng)["inputs"]["image"]["pixels"]
+
+    np.testing.assert_array_equal(pixels(None), pixels(None))
+    np.testing.assert_array_equal(
+        pixels(np.random.default_rng(3)), pixels(np.random.default_rng(3))
+    )
+    assert (pixels(np.random.default_rng(3)) != pixels(np.random.default_rng(4))).any()
+
+
+# --- fields ------------------------------------------------------------------------------------
+
+
+def test_good_fields_pass():
+    spec("concept", size=16).check(Listed(example()), "tasks.a")
+    spec("concept", size=16).check(Cached(Listed(example(concept=3)), 0), "tasks.a")
+    spec("concept", size=16).check(Listed(example(concept=np.array(3, np.uint8))), "tasks.a")
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (spec("concpt", size=16), ["'concpt'", "'concept'", "caption, concept"]),
+        (spec(size=16, field="picture"), ["'picture'", "image, caption"]),
+    ],
+)
+def test_a_field_that_the_data_lacks_names_task_field_and_what_is_there(rows, words):
+    with pytest.raises(UserError) as raised:
+        rows.check(Listed(example()), "tasks.a")
+    for word in ("tasks.a reads field", "listed lacks", *words):
+        assert word in str(raised.value)
+
+
+@pytest.mark.parametrize("value", ["one", b"1", 1.0, np.float32(1), np.array([1, 2]), [1], None])
+def test_a_field_that_is_no_integer_names_task_and_field(value):
+    with pytest.raises(UserError, match="tasks.a reads field 'concept' as an integer"):
+        spec("concept", size=16).check(Listed(example(concept=value)), "tasks.a")
+
+
+def test_a_field_of_another_modality_names_task_field_and_what_was_found():
+    with pytest.raises(UserError) as raised:
+        spec(size=16, field="caption").check(Listed(example()), "tasks.a")
+    assert "tasks.a reads field 'caption' as modality 'image': an image has shape" in str(
+        raised.value
+    )
+    rows = RowSpec({"text": make_input("text", {"field": "image"}, MODALITIES, "here")}, ())
+    with pytest.raises(UserError, match="field 'image' as modality 'text': a text is a string"):
+        rows.check(Listed(example()), "tasks.a")
+
+
+def test_a_corrupt_first_example_is_left_to_the_loader():
+    spec("concept", size=16).check(Listed(ValueError("garbage"), example()), "tasks.a")
+    spec("concept", size=16).check(Listed(example(image=b"no image")), "tasks.a")
+
+
+# --- blocks ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"batch": 0}, "tasks.image_text.batch is 0"),
+        ({"batch": "many"}, "'tasks.image_text.batch' is 'many'"),
+        ({"bacth": 3}, "'tasks.image_text.bacth'. Did you mean 'batch'?"),
+        ({"inputs": {}}, "reads modality 'image'; tasks.image_text.inputs has no such block"),
+        ({"inputs__imge": {}}, "no modality 'imge' in config.modalities. Did you mean 'image'?"),
+        ({"inputs__image__sise": 8}, "'tasks.image_text.inputs.image.sise'. Did you mean 'size'?"),
+        ({"inputs__image__size": 17}, "tasks.image_text.inputs.image: image size 17"),
+        ({"inputs__image__size": 0}, "tasks.image_text.inputs.image: "),
+        ({"inputs__text__length": 0}, "tasks.image_text.inputs.text: "),
+        ({"inputs__text__length": 500}, "tasks.image_text.inputs.text: text length 500"),
+        ({"objective__between": ["image", "sound"]}, "modality 'sound'"),
+        ({"objective__name": "contrastif"}, "Did you mean 'contrastive'?"),
+        ({"objective__jont": 3}, "'tasks.image_text.objective.jont'. Did you mean 'joint'?"),
+        ({"objective": {"between": ["image", "text"]}}, "tasks.image_text.objective: 'name'"),
+        ({"source__name": "tfd"}, "tasks.image_text.source.name: no 'tfd'"),
+        ({"source__splt": "x"}, "'tasks.image_text.source.splt'. Did you mean 'split'?"),
+    ],
+)
+def test_wrong_blocks_are_refused_by_key(overrides, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        task(**overrides)
+
+
+def test_a_missing_key_is_named():
+    block = configs.read_file(str(TINY))["tasks"]["image_text"]
+    for key in ("source", "inputs", "objective", "batch"):
+        with pytest.raises(UserError, match=f"'tasks.a.{key}' is missing"):
+            make_task("a", {k: v for k, v in block.items() if k != key}, MODALITIES)
+
+
+def test_a_head_is_the_tasks_own_unless_it_is_named():
+    assert task().objective.head == "image_text"
+    assert task(objective__head="shared").objective.head == "shared"
+
+
+def test_every_task_draws_its_own_numbers():
+    block = configs.read_file(str(TINY))["tasks"]["image_text"]
+    one, two = (make_task(n, block, MODALITIES) for n in ("one", "two"))
+    keys = [jax.random.key_data(t.fold(s)).tolist() for t in (one, two) for s in (0, 1)]
+    assert len({tuple(k) for k in keys}) == 4
+    assert keys[0] == jax.random.key_data(one.fold(0)).tolist()
