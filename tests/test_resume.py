@@ -258,7 +258,7 @@ def raised(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[int]]
 
 # Where the signal comes; the step at which the run must then stand.
 MOMENTS: dict[str, tuple[Any, str, int, bool, int]] = {
-    "before the first step": (train, "compile_all", 1, False, 0),
+    "before the first step": (train, "Loader", 1, False, 0),
     "in a step": (train, "place", 3, False, 3),
     "in the last step before a checkpoint": (train, "place", 4, False, 4),
     "in a save": (Checkpoints, "save", 1, False, 4),
@@ -294,7 +294,7 @@ def test_sigterm_saves_and_going_on_ends_in_the_same_bits(
 def test_sigterm_again_before_the_first_new_step(
     half: Path, straight: Path, raised: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raised(train, "compile_all", 1)
+    raised(train, "Loader", 1)
     assert run(half) is None
     monkeypatch.undo()
     assert finished_steps(half)[-1] == 8

@@ -31,4 +31,5 @@ def get_config() -> ConfigDict:
     }
     config.checkpoint = {"every": 4, "keep": 3}
     config.evaluation = {"every": 6, "batch": 8}
+    config.log = {"report": False}
     return config
