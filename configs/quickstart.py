@@ -1,7 +1,11 @@
 """Two tasks on one trunk: emoji drawings with their names, and masked drawings.
 
-python -m mmjax.data.build emoji
-python -m mmjax.train --config=configs/quickstart.py --workdir=runs/quickstart
+    python -m mmjax.data.build emoji
+    python -m mmjax.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+Hardware: a CPU with 2 cores. 800 steps of about 20 GFLOP: 19 minutes beside other work on the same cores.
+Result (seed 0): recall at 10 of 52 % on drawings never seen (chance 4 %) and of 28 % on concepts never seen
+(chance 3.5 %), groups 43 % (majority 21 %), masked image error 0.50 (a patch's mean: 0.66).
 """
 
 from ml_collections import ConfigDict

@@ -87,7 +87,8 @@ class Embedder:
           task: whose joint space; by default the first task that embeds the modality.
           **values: one modality by its name in the config, with a list of what a person has:
             `image=`: PIL images, encoded bytes, arrays uint8 or [0, 1] `[H, W]`, `[H, W, 3]`, `[H, W, 4]`;
-            `text=`: strings.
+            `text=`: strings; `video=`: arrays `[T, H, W, 3]` or lists of pictures; sounds: arrays, or
+            `(samples, rate)` where the rate is not the modality's own.
 
         Returns:
           float32 `[N, E]`, rows of length 1, E the task's joint size; `[0, E]` for an empty list.
