@@ -153,17 +153,18 @@ def test_rows_are_what_the_task_says(toy: World, whole: list[HostBatch]) -> None
 
 
 def test_closing_stops_the_threads(toy: World) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     loader = Loader(
         LoaderConfig(threads=4, ahead=2), toy.tasks, toy.data, toy.clock(0), 10**6, 0, WHOLE
     )
     next(loader)
-    assert threading.active_count() > before
+    started = set(threading.enumerate()) - before
+    assert started
     loader.close()
     limit = time.monotonic() + 60
-    while threading.active_count() > before and time.monotonic() < limit:
+    while any(t.is_alive() for t in started) and time.monotonic() < limit:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert not [t for t in started if t.is_alive()]
 
 
 # --- rows and devices --------------------------------------------------------------------------
