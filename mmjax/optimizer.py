@@ -80,7 +80,7 @@ class Optimizer:
         self, grads: Arrays, state: Mapping[str, LeafState], parameters: Arrays, step: jax.Array
     ) -> Updated:
         """One update: clip over all leaves, then Adam and decoupled weight decay leaf by leaf."""
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         clip = self.config.clip
         factor = jnp.where(norm > clip, clip / norm, 1.0) if clip else jnp.ones_like(norm)
         rate = self.learning_rate(step)
