@@ -232,8 +232,11 @@ def test_names_are_the_modules_that_are_there():
 
 @pytest.mark.parametrize(
     "name",
-    ["os", "os.path", "../train", "image.Image", "mmjax.train", "/tmp/x", "", "__init__", 5, None, ["image"], {}],
-)  # fmt: skip
+    [
+        *("os", "os.path", "../train", "image.Image", "tfds.Tfds", "mmjax.train", "/tmp/x", ""),
+        *("__init__", 5, None, ["image"], {}),
+    ],
+)
 def test_only_a_listed_module_is_a_name(name):
     before = {*sys.modules, "mmjax.sources"}
     with pytest.raises(UserError, match=r"tasks\.a\.source\.name: no "):

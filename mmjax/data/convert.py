@@ -260,9 +260,11 @@ class _Files:
         return self
 
     def write(self, index: int, record: bytes) -> None:
-        self._writers[index].write(record)
-        if not self._writers[index].ok():  # a failed write says nothing, and closing says why
-            self._close(index)
+        """Written some records later; a failure may show only then, or at the end."""
+        try:
+            self._writers[index].write(record)
+        except RuntimeError as error:
+            raise UserError(f"Cannot write {self._files[index]}: {_reason(error)}") from error
 
     def __exit__(self, kind: Any, *_: object) -> None:
         for index in range(len(self._files)):

@@ -1,4 +1,4 @@
-"""Classification of one modality: softmax cross-entropy over integer labels."""
+"""Classification of one or several modalities: softmax cross-entropy over integer labels."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Classification(Objective):
 
     Attributes:
       classes: how many there are; labels are integers in [0, classes).
-      modality: what is classified.
+      modalities: what is classified; the trunk sees the tokens of all of them as one sequence.
       label: integer field with the class.
       smoothing: fraction of the target spread evenly over all classes in [0, 1).
       norm: `layer` for a LayerNorm between pooling and the linear map, or `none` (the trunk ends with one).
@@ -50,7 +50,7 @@ class Classification(Objective):
     """
 
     classes: int
-    modality: str = "image"
+    modalities: tuple[str, ...] = ("image",)
     label: str = "label"
     smoothing: float = 0.0
     norm: str = "none"
@@ -59,6 +59,8 @@ class Classification(Objective):
     def __post_init__(self) -> None:
         if self.classes < 2:
             raise UserError(f"classification: classes is {self.classes}; it must be at least 2.")
+        if not self.modalities:
+            raise UserError("classification: modalities is empty; name one at least.")
         if not 0 <= self.smoothing < 1:
             raise UserError(f"classification: smoothing is {self.smoothing}; expected [0, 1).")
         for key, value, known in (
@@ -69,7 +71,7 @@ class Classification(Objective):
                 raise UserError(f"classification: {key} is '{value}'.{nearest(value, known)}")
 
     def reads(self) -> tuple[str, ...]:
-        return (self.modality,)
+        return self.modalities
 
     def fields(self) -> tuple[str, ...]:
         return (self.label,)
@@ -87,7 +89,7 @@ class Classification(Objective):
         return self._predict(model, inputs, jax.random.key(0))[0]
 
     def _predict(self, model: Model, inputs: Mapping[str, Any], key: jax.Array) -> Any:
-        stream, aux = model.encode([model.tokens(self.modality, inputs[self.modality])], key)
+        stream, aux = model.encode([model.tokens(m, inputs[m]) for m in self.modalities], key)
         logits_BC = model.heads[self.head].classifier(mean_pool(stream))
         return logits_BC.astype(jnp.promote_types(logits_BC.dtype, jnp.float32)), aux
 

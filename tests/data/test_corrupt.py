@@ -29,9 +29,9 @@ from mmjax.state import Clock
 from mmjax.task import RowSpec, Task, make_task
 
 COUNT, SHARDS, BATCH = 40, 2, 8
-DAMAGED = (0, 7, 23)  # records 0 and 7 of the first file, 3 of the second
+DAMAGED = (0, 7, 20, 23)  # records 0 and 7 of the first file, 0 and 3 of the second
 NAME = "drawings-{:05d}-of-00002.array_record"
-PLACE = {0: (NAME.format(0), 0), 7: (NAME.format(0), 7), 23: (NAME.format(1), 3)}
+PLACE = {i: (NAME.format(i // 20), i % 20) for i in DAMAGED}
 
 
 def flip(file: Path, content: bytes) -> None:
@@ -104,6 +104,12 @@ def test_damaged_records_raise_with_file_and_place_and_the_others_read(data: Dat
                 damaged[index]
         else:
             assert damaged[index] == whole[index]
+
+
+@pytest.mark.parametrize("index", [-1, COUNT])
+def test_no_record_outside(data: Data, index: int) -> None:
+    with pytest.raises(IndexError, match=f"has {COUNT} records; no record {index}"):
+        open_(data.whole)[index]
 
 
 def test_threads_that_meet_damage_at_once(data: Data) -> None:
@@ -307,23 +313,23 @@ def test_a_run_counts_and_names_them_across_a_restart(
         place = f"task labels, position {ids.index(index)}: "
         assert said.count(f"invalid example: {place}") == 1
         assert f"[{index}]: {file}, record {record}: " in said
-    assert clock_of(tmp_path / "run").invalid == {"labels": 3}
+    assert clock_of(tmp_path / "run").invalid == {"labels": 4}
     shown = command("show", str(tmp_path / "run"))
-    assert re.search(r"labels\s+5\s+40\s+0\s+3\b", shown.stdout), shown.stdout
+    assert re.search(r"labels\s+5\s+40\s+0\s+4\b", shown.stdout), shown.stdout
     assert "23]" in (tmp_path / "run" / "goodput.jsonl").read_text()
     # The held-out pass leaves them out as well.
-    assert re.search(r"top-1 accuracy .*\s37\b", second.stdout), second.stdout
+    assert re.search(r"top-1 accuracy .*\s36\b", second.stdout), second.stdout
 
 
 def test_a_run_past_its_limit_stops_and_says_which(
     command: Any, data: Data, tmp_path: Path
 ) -> None:
-    done = command("train", *arguments(data.damaged, tmp_path, "--config.limits.invalid=2"))
+    done = command("train", *arguments(data.damaged, tmp_path, "--config.limits.invalid=3"))
     assert done.returncode == 2
     ids = list(example_ids(3, "labels", 0, COUNT, COUNT))
     last = max(DAMAGED, key=ids.index)
     said = re.sub(r"\s+", " ", done.stderr)
-    assert "Task 'labels': 3 examples could not be read, over limits.invalid = 2" in said
+    assert "Task 'labels': 4 examples could not be read, over limits.invalid = 3" in said
     assert f"[{last}]: {PLACE[last][0]}, record {PLACE[last][1]}: " in said
     assert "Traceback" not in done.stderr
 

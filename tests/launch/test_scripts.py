@@ -247,7 +247,7 @@ def test_quickstart_sets_up_builds_and_trains_in_the_root(machine: Machine) -> N
     assert venv == f"3.11.7 -m venv {machine.root}/.venv"
     assert pip_version == "3.11.7 -m pip --version"
     assert install.startswith("3.11.7 -m pip install") and install.endswith("--editable .[data]")
-    assert build == "3.11.7 -m mmjax.data.build emoji"
+    assert build == "3.11.7 -m mmjax.data.build quickstart"
     assert train == (
         "3.11.7 -m mmjax.train --config=configs/quickstart.py --workdir=runs/quickstart"
         " --config.steps=3 --config.note=a b"
@@ -261,7 +261,7 @@ def test_second_time_calls_no_pip(machine: Machine) -> None:
     machine.forget_calls()
     result = machine.launch("quickstart.sh", "--setup_only")
     assert result.returncode == 0, result.stderr
-    assert machine.calls() == ["3.11.7 -m mmjax.data.build emoji"]
+    assert machine.calls() == ["3.11.7 -m mmjax.data.build quickstart"]
 
 
 def test_second_time_keeps_the_environment_when_another_python3_comes_first(
@@ -272,7 +272,7 @@ def test_second_time_keeps_the_environment_when_another_python3_comes_first(
     machine.forget_calls()
     machine.add(machine.bin / "python3", "3.12.1")
     machine.launch("quickstart.sh", "--setup_only")
-    assert machine.calls() == ["3.11.7 -m mmjax.data.build emoji"]
+    assert machine.calls() == ["3.11.7 -m mmjax.data.build quickstart"]
 
 
 def test_a_chosen_python_of_another_version_rebuilds(machine: Machine) -> None:

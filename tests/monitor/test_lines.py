@@ -1,43 +1,19 @@
 """The growing file: on a disk and in a store that cannot append."""
 
-import itertools
-import os
 from pathlib import Path
-from typing import Any
 
-import fsspec
 import pytest
+from bucket import Store, bucket
 from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 
 from mmjax.monitor.lines import LineFile, is_local
 from mmjax.monitor.metrics import MetricWriter, read
 from mmjax.monitor.phases import PhaseLog, summary
 
-_BUCKETS = itertools.count()
-
-
-class _Store(MemoryFileSystem):
-    """An object store: whole objects only, no appending."""
-
-    protocol = "az"
-    puts = 0
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return "/" + os.fspath(path).removeprefix("az://").strip("/")
-
-    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
-        if "a" in mode:
-            raise NotImplementedError("object stores do not append")
-        type(self).puts += "w" in mode
-        return super()._open(path, mode=mode, **kwargs)
-
 
 @pytest.fixture
 def remote() -> epath.Path:
-    fsspec.register_implementation("az", _Store, clobber=True)
-    return epath.Path(f"az://bucket{next(_BUCKETS)}/run")
+    return bucket() / "run"
 
 
 def test_knows_local_from_remote(tmp_path: Path, remote: epath.Path) -> None:
@@ -88,14 +64,14 @@ def test_remote_pushes_are_few(remote: epath.Path, monkeypatch: pytest.MonkeyPat
     now = 100.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     lines = LineFile(remote / "lines")
-    before = _Store.puts
+    before = Store.puts
     for _ in range(50):
         lines.append("x\n")
         lines.push()
-    assert _Store.puts - before == 1
+    assert Store.puts - before == 1
     now = 102.5
     lines.push()
-    assert _Store.puts - before == 2
+    assert Store.puts - before == 2
     assert (remote / "lines").read_text() == "x\n" * 50
 
 
@@ -115,10 +91,10 @@ def test_metrics_and_phases_in_a_store(
 
 def test_steps_upload_nothing(remote: epath.Path) -> None:
     with MetricWriter(remote, 0) as writer:
-        before = _Store.puts
+        before = Store.puts
         for step in range(50):
             writer.write(step, "a", {"loss": 1.0}, {})
-        assert _Store.puts == before
+        assert Store.puts == before
         writer.flush()
-        assert _Store.puts == before + 1
+        assert Store.puts == before + 1
         assert len(read(remote)) == 50

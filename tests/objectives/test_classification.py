@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from mmjax import config as configs
 from mmjax.errors import UserError
+from mmjax.layers.stream import Aux
 from mmjax.layers.trunk import GroupConfig
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modality import Input
@@ -140,7 +142,7 @@ def objective(**more: Any) -> Classification:
 
 def batch(rows: int = 6, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
-    pixels = rng.integers(0, 256, (rows, SIZE, SIZE, 3)).astype(np.uint8)
+    pixels = jnp.asarray(rng.integers(0, 256, (rows, SIZE, SIZE, 3)), jnp.uint8)
     label = rng.integers(0, CLASSES, rows).astype(np.int32)
     valid = np.arange(rows) % 4 != 2
     return {"inputs": {"image": {"pixels": pixels}}, "fields": {"label": label}, "valid": valid}
@@ -170,17 +172,35 @@ def test_loss_and_accuracy_are_those_of_what_it_predicts(x64: None, norm: str) -
     np.testing.assert_allclose(loss.metrics["accuracy"], right.mean())
 
 
-def test_prediction_is_a_linear_map_of_the_mean_token(x64: None) -> None:
-    made = objective(init="lecun")
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_prediction_is_a_linear_map_of_the_mean_token(x64: None, norm: str) -> None:
+    made = objective(init="lecun", norm=norm)
     declaration = declared(made)
     parameters = declaration.initialise(1, jnp.float64)
     model = declaration.merge(parameters)
     arrays = batch()["inputs"]
     stream, _ = model.encode([model.tokens("image", arrays["image"])], jax.random.key(0))
+    x = np.asarray(stream.x_BSD).mean(axis=1)
+    if norm == "layer":
+        x = x - x.mean(axis=1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-6)
     kernel = parameters["heads/head/classifier/logits/kernel"]
     bias = parameters["heads/head/classifier/logits/bias"]
-    expected = np.asarray(stream.x_BSD).mean(axis=1) @ np.asarray(kernel) + np.asarray(bias)
-    np.testing.assert_allclose(made.predict(model, arrays), expected, rtol=1e-12)
+    expected = x @ np.asarray(kernel) + np.asarray(bias)
+    np.testing.assert_allclose(made.predict(model, arrays), expected, rtol=1e-10)
+
+
+def test_what_the_trunk_adds_is_passed_on() -> None:
+    """Auxiliary losses and proposed buffers of its layers."""
+    made = objective()
+    real = declared(made).merge(declared(made).initialise(0))
+    aux = Aux(jnp.float32(0.25), buffers={"average": jnp.ones(3)})
+    model: Any = SimpleNamespace(
+        tokens=real.tokens, heads=real.heads, encode=lambda s, key: (real.encode(s, key)[0], aux)
+    )
+    loss = made(model, batch(), jax.random.key(0))
+    np.testing.assert_allclose(loss.value, np.log(CLASSES) + 0.25, rtol=1e-6)
+    assert list(loss.buffers) == ["average"]
 
 
 def test_the_norm_is_a_parameter_of_its_own() -> None:
@@ -210,6 +230,9 @@ def test_low_precision_computes_its_loss_in_float32() -> None:
     made = objective(init="lecun")
     declaration = declared(made)
     model = declaration.merge(declaration.initialise(0), jnp.bfloat16)
+    stream = model.tokens("image", batch()["inputs"]["image"])
+    assert stream.x_BSD.dtype == jnp.bfloat16
+    assert made.predict(model, batch()["inputs"]).dtype == jnp.float32
     loss = made(model, batch(), jax.random.key(0))
     assert {v.dtype for v in (loss.value, *loss.metrics.values())} == {jnp.dtype(jnp.float32)}
 
@@ -293,7 +316,7 @@ def test_settings_that_make_no_sense(more: dict[str, Any], words: str) -> None:
 
 
 def test_a_config_block_names_it() -> None:
-    block = {"name": "classification", "classes": 9, "label": "group", "modality": "image"}
+    block = {"name": "classification", "classes": 9, "label": "group", "modalities": ["image"]}
     made = configs.component("objectives", block, "tasks.x.objective")
     assert made.fields() == ("group",) and made.reads() == made.predicts() == ("image",)
     with pytest.raises(UserError, match=r"'tasks.x.objective.classes' is missing"):
