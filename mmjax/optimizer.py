@@ -17,20 +17,26 @@ from flax import struct
 
 from mmjax.errors import UserError, nearest
 from mmjax.parameters import Arrays, Spec
-
-LeafState = dict[str, jax.Array]
+from mmjax.transforms import Axes, LeafState, leaf_transform
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a warm-up and a decay.
+    """An optimizer of Optax, with a warm-up and a decay.
 
     Attributes:
-      name: `adamw` (Loshchilov & Hutter 2019).
+      name: `adamw` (Loshchilov & Hutter 2019); `adafactor` (Shazeer & Stern 2018; the rate is relative
+        to a parameter's size); `lion` (Chen et al. 2023; its authors set b2 to 0.99 and the rate to a
+        third of Adam's or less); `muon` (Jordan 2024) for the matrices of a trunk's layers, at the size
+        of Adam's updates (Liu et al. 2025), and `adamw` for all else.
       learning_rate: the peak.
       warmup: steps of linear warm-up from 0.
       decay: `cosine` to `final` times the peak at the last step, or `constant`.
-      b1, b2, eps: Adam's.
+      b1, b2, eps: Adam's; the first two are Lion's as well.
+      momentum: Muon's.
+      factored: Adafactor keeps rows and columns apart in matrices with no side below this.
+      moments_dtype: of first moments, `bfloat16` or `float32`; empty for the parameters' own. Second
+        moments keep theirs: a bfloat16 average whose weight is 0.999 stands still.
       weight_decay: decoupled, times the learning rate; on matrices only.
       clip: bound of the global gradient norm; 0 for none.
       ema: decay of an exponential moving average of the parameters, kept in buffers and used by
@@ -45,6 +51,9 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    momentum: float = 0.95
+    factored: int = 128
+    moments_dtype: str = ""
     weight_decay: float = 0.0
     clip: float = 1.0
     ema: float = 0.0
@@ -63,30 +72,30 @@ class Optimizer:
     """See `OptimizerConfig`; `steps` is the length of the run, at which the decay ends."""
 
     def __init__(self, config: OptimizerConfig, specs: Mapping[str, Spec], steps: int):
-        transforms = {"adamw": lambda: optax.scale_by_adam(config.b1, config.b2, config.eps)}
-        if config.name not in transforms:
-            raise UserError(
-                f"optimizer.name: no '{config.name}'.{nearest(config.name, transforms)}"
-            )
         self.config, self.specs = config, specs
         self.learning_rate = learning_rate(config, steps)
-        self._transform = transforms[config.name]()
+        self._leaves = {name: leaf_transform(config, spec) for name, spec in specs.items()}
 
     def init(self, parameters: Arrays) -> dict[str, LeafState]:
         """The state of every leaf. Meant to be jitted."""
-        return {name: self._init_leaf(self.specs[name], p) for name, p in parameters.items()}
+        return {name: self._init_leaf(name, p) for name, p in parameters.items()}
+
+    def axes(self, name: str) -> dict[str, Axes]:
+        """Logical axes of the state of a leaf, by field."""
+        layers: Axes = ("layers",) if self.specs[name].stack else ()
+        return {field: layers + axes for field, axes in self._leaves[name].fields.items()}
 
     def update(
         self, grads: Arrays, state: Mapping[str, LeafState], parameters: Arrays, step: jax.Array
     ) -> Updated:
-        """One update: clip over all leaves, then Adam and decoupled weight decay leaf by leaf."""
+        """One update: clip over all leaves, then the transform and decoupled weight decay leaf by leaf."""
         norm = optax.tree.norm(grads)
         clip = self.config.clip
         factor = jnp.where(norm > clip, clip / norm, 1.0) if clip else jnp.ones_like(norm)
         rate = self.learning_rate(step)
         updated = {
             name: self._update_leaf(
-                self.specs[name],
+                name,
                 grads[name] * factor.astype(grads[name].dtype),
                 state[name],
                 p,
@@ -99,22 +108,21 @@ class Optimizer:
             {n: u[0] for n, u in updated.items()}, {n: u[1] for n, u in updated.items()}, metrics
         )
 
-    def _init_leaf(self, spec: Spec, parameter: jax.Array) -> LeafState:
-        def init(p: jax.Array) -> LeafState:
-            return _named(self._transform.init(p))
-
-        return jax.vmap(init)(parameter) if spec.stack else init(parameter)
+    def _init_leaf(self, name: str, parameter: jax.Array) -> LeafState:
+        init = self._leaves[name].init
+        return jax.vmap(init)(parameter) if self.specs[name].stack else init(parameter)
 
     def _update_leaf(
-        self, spec: Spec, grad: jax.Array, state: LeafState, parameter: jax.Array, rate: Any
+        self, name: str, grad: jax.Array, state: LeafState, parameter: jax.Array, rate: Any
     ) -> tuple[jax.Array, LeafState]:
-        def update(g: jax.Array, s: LeafState, p: jax.Array) -> tuple[jax.Array, LeafState]:
-            direction, after = self._transform.update(g, _unnamed(self._transform, s, p), p)
-            decay = self.config.weight_decay if spec.decay else 0.0
-            step = -rate * (direction + decay * p)
-            return p + step.astype(p.dtype), _named(after)
+        decay = self.config.weight_decay if self.specs[name].decay else 0.0
 
-        return (jax.vmap(update) if spec.stack else update)(grad, state, parameter)
+        def update(g: jax.Array, s: LeafState, p: jax.Array) -> tuple[jax.Array, LeafState]:
+            direction, after = self._leaves[name].update(g, s, p)
+            step = -rate * (direction + decay * p)
+            return p + step.astype(p.dtype), after
+
+        return (jax.vmap(update) if self.specs[name].stack else update)(grad, state, parameter)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
@@ -133,18 +141,3 @@ def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
     # The first step of the warm-up already moves: the rate at step t is (t + 1) / warmup of the peak.
     before = optax.linear_schedule(peak / config.warmup, peak, max(config.warmup - 1, 1))
     return optax.join_schedules([before, after], [config.warmup])
-
-
-def _named(state: Any) -> LeafState:
-    pairs, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(path).strip("."): leaf for path, leaf in pairs}
-
-
-def _unnamed(
-    transform: optax.GradientTransformation, state: LeafState, parameter: jax.Array
-) -> Any:
-    template = jax.eval_shape(transform.init, parameter)
-    pairs, tree = jax.tree_util.tree_flatten_with_path(template)
-    return jax.tree_util.tree_unflatten(
-        tree, [state[jax.tree_util.keystr(p).strip(".")] for p, _ in pairs]
-    )

@@ -12,10 +12,11 @@ from flax import struct
 from jax.sharding import Mesh
 
 from mmjax.errors import UserError
-from mmjax.optimizer import LeafState, Optimizer
+from mmjax.optimizer import Optimizer
 from mmjax.parameters import Arrays, Declaration, Spec, from_canonical, to_canonical
 from mmjax.schedule import Schedule
-from mmjax.sharding import named, replicated
+from mmjax.sharding import named
+from mmjax.transforms import Axes, LeafState
 
 EMA = "ema/"
 
@@ -78,21 +79,23 @@ def init_state(declaration: Declaration, optimizer: Optimizer, seed: int, dtype:
 def abstract_state(declaration: Declaration, optimizer: Optimizer, dtype: Any, mesh: Mesh) -> State:
     """Shapes, dtypes and shardings of the state on `mesh`.
 
-    Optimizer state and averages lie like their parameter; fields of another shape are replicated.
+    Averages lie like their parameter, and optimizer state by the axes that it shares with it.
     """
     shapes = jax.eval_shape(lambda: init_state(declaration, optimizer, 0, dtype))
 
-    def place(name: str, leaf: Any) -> Any:
-        spec = declaration.specs[name]
-        sharding = (
-            named(spec.axes, spec.shape, mesh) if leaf.shape == spec.shape else replicated(mesh)
-        )
+    def place(leaf: Any, axes: Axes) -> Any:
+        sharding = named(axes, leaf.shape, mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
+    def place_state(name: str, state: LeafState) -> LeafState:
+        axes = optimizer.axes(name)
+        return {field: place(leaf, axes[field]) for field, leaf in state.items()}
+
+    specs = declaration.specs
     return State(
-        {n: place(n, p) for n, p in shapes.parameters.items()},
-        {n: {k: place(n, v) for k, v in leaf.items()} for n, leaf in shapes.optimizer.items()},
-        {n: place(n.removeprefix(EMA), b) for n, b in shapes.buffers.items()},
+        {n: place(p, specs[n].axes) for n, p in shapes.parameters.items()},
+        {n: place_state(n, leaf) for n, leaf in shapes.optimizer.items()},
+        {n: place(b, specs[n.removeprefix(EMA)].axes) for n, b in shapes.buffers.items()},
     )
 
 

@@ -333,12 +333,15 @@ def test_every_changed_leaf_is_found(block, data):
     assert [(d.key, d.saved, d.new) for d in configs.compare(block, changed)] == [(key, value, new)]
 
 
+MADE_OF_STATE = (["name"], ["moments_dtype"], ["factored"])
+
+
 def expected_class(key: str) -> str:
     """What `design.md` says, by the words of the key."""
     first, *rest = key.split(".")
     if first in ("steps", "log", "checkpoint", "mesh", "loader", "limits", "evaluation"):
         return "free"
-    if first == "schedule" or first == "optimizer" and rest != ["name"]:
+    if first == "schedule" or first == "optimizer" and rest not in MADE_OF_STATE:
         return "schedule"
     if first == "tasks":
         inner = rest[1]
@@ -378,7 +381,10 @@ def test_every_key_has_its_class(path):
         ("tasks.a.objective.temperature", "schedule"),
         ("schedule.rule", "schedule"),
         ("optimizer.learning_rate", "schedule"),
+        ("optimizer.momentum", "schedule"),
         ("optimizer.name", "structural"),
+        ("optimizer.moments_dtype", "structural"),
+        ("optimizer.factored", "structural"),
         ("seed", "structural"),
         ("dtype.parameters", "structural"),
         ("model.width", "structural"),
