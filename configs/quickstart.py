@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-JOINT = 128  # one space for pictures, clips, speech and text
+JOINT = 96  # one space for pictures, clips, speech and text
 
 
 def data(dataset: str, split: str) -> dict[str, Any]:
@@ -17,7 +17,8 @@ def data(dataset: str, split: str) -> dict[str, Any]:
 
 def clips(split: str, count: int = 1) -> dict[str, Any]:
     return {
-        "name": "moving_emoji", "split": split, "actors": 1, "size": 32, "clips": count,
+        "name": "moving_emoji", "split": split, "actors": 1, "frames": 8, "size": 32,
+        "clips": count,
     }  # fmt: skip
 
 
@@ -39,25 +40,25 @@ def get_config() -> ConfigDict:
     layer = {"name": "transformer", "heads": 4, "hidden": 512}
 
     config = ConfigDict(sort_keys=False)
-    config.steps = 600
+    config.steps = 900
     config.seed = 0
     config.modalities = {
         "image": {"name": "image", "patch": 8, "buckets": 16},
-        "video": {"name": "video", "tube": 4, "patch": 8, "time_buckets": 4, "buckets": 16},
+        "video": {"name": "video", "tube": 2, "patch": 8, "time_buckets": 4, "buckets": 16},
         "spectrogram": {
             "name": "spectrogram", "patch_frames": 4, "patch_mels": 64, "rate": 11025, "window": 512,
             "high": 5500.0, "buckets": 16,
         },
-        "waveform": {"name": "waveform", "patch": 512, "rate": 11025, "buckets": 32},
+        "waveform": {"name": "waveform", "patch": 256, "rate": 11025, "buckets": 32},
         "text": {"name": "text"},
     }  # fmt: skip
-    config.model = {"width": 128, "groups": [{"repeat": 6, "pattern": [layer]}]}
+    config.model = {"width": 128, "groups": [{"repeat": 4, "pattern": [layer]}]}
     config.tasks = {
         "image_text": {
             "source": data("emoji", "train"),
             "inputs": {"image": picture, "text": text(12)},
             "objective": contrastive("image", "concept"),
-            "batch": 128,
+            "batch": 96,
             "share": 3,
             "evaluators": {
                 "drawings": {"name": "retrieval", "source": drawings},
@@ -68,9 +69,9 @@ def get_config() -> ConfigDict:
         },
         "video_text": {
             "source": clips("train", 4),
-            "inputs": {"video": {"size": 32, "frames": 8}, "text": text(16)},
+            "inputs": {"video": {"size": 32, "frames": 4, "stride": 2}, "text": text(12)},
             "objective": contrastive("video", "pair"),
-            "batch": 96,
+            "batch": 64,
             "share": 2,
             "evaluators": {
                 "drawings": {"name": "retrieval", "source": clips("test_drawing"), "concept": "pair"},
@@ -80,8 +81,8 @@ def get_config() -> ConfigDict:
             "source": data("speech", "train"),
             "inputs": {"spectrogram": {"frames": 64, "gain": 6.0}, "text": text(12)},
             "objective": contrastive("spectrogram", "concept"),
-            "batch": 128,
-            "share": 2,
+            "batch": 64,
+            "share": 3,
             "evaluators": {
                 "voices": {"name": "retrieval", "source": data("speech", "test_voice")},
             },
@@ -90,7 +91,7 @@ def get_config() -> ConfigDict:
             "source": data("emoji", "train"),
             "inputs": {"image": picture},
             "objective": {"name": "classification", "classes": 99, "label": "subgroup"},
-            "batch": 128,
+            "batch": 64,
             "share": 1,
             "evaluators": {
                 "drawings": {"name": "accuracy", "source": drawings},
@@ -101,14 +102,14 @@ def get_config() -> ConfigDict:
             "source": data("notes", "train"),
             "inputs": {
                 "spectrogram": {"frames": 40, "gain": 6.0},
-                "waveform": {"samples": 10752, "level": 0.1},
+                "waveform": {"samples": 5376, "level": 0.1},
             },
             "objective": {
                 "name": "classification", "classes": 128, "label": "program",
                 "modalities": ["spectrogram", "waveform"],
             },
             "batch": 64,
-            "share": 2,
+            "share": 1,
             "evaluators": {
                 "pitches": {"name": "accuracy", "source": data("notes", "test_pitch")},
             },
@@ -124,12 +125,12 @@ def get_config() -> ConfigDict:
     }  # fmt: skip
     config.schedule = {"rule": "shares"}
     config.optimizer = {
-        "name": "adamw",
+        "name": "muon",
         "learning_rate": 2e-3,
         "warmup": 50,
         "weight_decay": 0.1,
         "clip": 1.0,
     }
-    config.checkpoint = {"every": 200, "keep": 2}
+    config.checkpoint = {"every": 300, "keep": 2}
     config.evaluation = {"every": 0, "batch": 256}
     return config

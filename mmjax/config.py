@@ -47,10 +47,7 @@ def read_file(path: str) -> Block:
         raise UserError(
             f"No config file '{file}'. Give --config the path of a file with get_config()."
         )
-    spec = importlib.util.spec_from_file_location(f"mmjax_config_{Path(file).stem}", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_module(file)
     if not hasattr(module, "get_config"):
         raise UserError(f"Config file '{file}' has no function get_config().")
     arguments = [argument] if argument else []
@@ -62,6 +59,16 @@ def read_file(path: str) -> Block:
             f"get_config() of '{file}' returns {type(config).__name__}, not a ConfigDict."
         )
     return block
+
+
+def load_module(file: str | Path) -> types.ModuleType:
+    """A config file as a module; for configs that begin from another one:
+    `load_module(Path(__file__).with_name("quickstart.py")).get_config()`."""
+    spec = importlib.util.spec_from_file_location(f"mmjax_config_{Path(file).stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _check_call(get_config: Callable[..., Any], arguments: list[str], file: str) -> None:

@@ -1,0 +1,28 @@
+"""The quickstart's model and tasks, for longer.
+
+    python -m mmjax.data.build quickstart
+    python -m mmjax.train --config=configs/quickstart_30min.py --workdir=runs/quickstart_30min
+
+With `--config=configs/quickstart_30min.py:noto` it is evaluated on one more vendor's drawings, which need
+`pip install 'mmjax[noto]'` and `python -m mmjax.data.build emoji_noto`.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from mmjax.config import load_module
+
+quickstart = load_module(Path(__file__).with_name("quickstart.py"))
+
+
+def get_config(vendor: str = "") -> ConfigDict:
+    """The config; `vendor` is empty or `noto`."""
+    config = quickstart.get_config()
+    config.steps = 5000
+    config.checkpoint.every = 500
+    if vendor:
+        for split in ("test_vendor", "test_vendor_concept"):
+            source = quickstart.data(f"emoji_{vendor}", split)
+            config.tasks.image_text.evaluators[split] = {"name": "retrieval", "source": source}
+    return config
