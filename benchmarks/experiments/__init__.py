@@ -1,0 +1,1 @@
+"""Experiments: what a recipe reaches over several seeds, and what its parts give."""
