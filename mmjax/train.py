@@ -64,7 +64,8 @@ def train(block: Block, workdir: epath.PathLike, allow_change: bool = False,
       The records of the last evaluation, or None if a signal stopped the run early.
     """
     use_cache()
-    experiment, workdir = make_experiment(block), commandline.make_workdir(str(workdir))
+    workdir = commandline.make_workdir(str(workdir))
+    experiment = make_experiment(block)
     with PhaseLog(workdir) as phases:
         mesh = make_mesh(experiment.run.mesh, devices)
         with phases.phase("init"):
