@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATH = ROOT / "notebooks" / "quickstart.ipynb"
 CONFIG = ROOT / "tests" / "configs" / "quickstart_tiny.py"
 TASK, STEPS, BATCH = "masked_image", 20, 8
-LIMIT = 300  # seconds of a cell, after which it is stuck
+LIMIT = 600  # seconds of a process or a cell, after which it is stuck
 
 Environment = Callable[..., dict[str, str]]
 
@@ -42,7 +42,7 @@ def run(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in build.BUNDLES["quickstart"]:
         build.build(name)
     workdir = tmp_path_factory.mktemp("quickstart") / "run"
-    done = command("train", f"--config={CONFIG}", f"--workdir={workdir}")
+    done = command("train", f"--config={CONFIG}", f"--workdir={workdir}", timeout=LIMIT)
     assert done.returncode == 0, done.stderr
     return workdir
 
@@ -50,7 +50,11 @@ def run(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def execute(notebook: NotebookNode, environment: Mapping[str, str]) -> NotebookNode:
     """Every cell in turn, where the notebook lies; the first that raises raises here."""
     resources = {"metadata": {"path": str(PATH.parent)}}
-    client = NotebookClient(notebook, timeout=LIMIT, kernel_name="python3", resources=resources)
+    # Its own limits for a kernel to start and to answer are those of an idle machine.
+    client = NotebookClient(
+        notebook, timeout=LIMIT, startup_timeout=LIMIT, iopub_timeout=60, kernel_name="python3",
+        resources=resources,
+    )  # fmt: skip
     return client.execute(env=dict(environment))
 
 
@@ -179,7 +183,7 @@ def test_a_fault_would_be_seen(executed):
     shown = next(o for o in with_figure[1].outputs if "image/png" in o.get("data", {}))
     shown.data["image/png"] = base64.b64encode(blank.getvalue()).decode()
     with_figure[2].outputs = []
-    found = faults(spoilt)
+    found = [fault for fault in faults(spoilt) if fault not in faults(executed)]
     assert len(found) == 3 and "a warning" in found[0], found
     assert "blank" in found[1] and found[2] == "4 figures"
 
