@@ -56,6 +56,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             workdir / FOLDER, options=options, item_names=("state", "meta")
         )
+        self._hush = _quiet()
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Begin to save; the arrays are copied before it returns, the rest goes on in the background.
@@ -79,10 +80,14 @@ class Checkpoints:
         self._manager.check_for_errors()
 
     def __enter__(self) -> Checkpoints:
+        self._hush.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        try:
+            self._manager.close()
+        finally:
+            self._hush.__exit__(None, None, None)
 
 
 def steps(workdir: epath.Path) -> list[int]:
@@ -130,10 +135,10 @@ def read_state(workdir: epath.Path, step: int, abstract: Mapping[str, Any]) -> A
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Orbax's warnings about a folder that is one item of a checkpoint, as ours are."""
+    """Without Orbax's warnings: of a folder that is one item of a checkpoint, as ours are; of a slow disk."""
     logger = logging.getLogger("absl")
     before = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(max(before, logging.ERROR))
     try:
         yield
     finally:

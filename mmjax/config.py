@@ -277,22 +277,26 @@ class Difference:
     new: Any
 
     def __str__(self) -> str:
-        return f"{self.key} ({self.kind}): saved {self.saved!r}, now {self.new!r}"
+        saved, new = (
+            "{...}" if isinstance(v, Mapping) else repr(v) for v in (self.saved, self.new)
+        )
+        return f"{self.key} ({self.kind}): saved {saved}, now {new}"
 
 
 def compare(saved: Block, new: Block) -> list[Difference]:
-    """Differences by key; adding or removing a whole task counts as `schedule`."""
+    """Differences by key; a whole task that comes or goes is one, and counts as `schedule`."""
     old_leaves, new_leaves = dict(flat(saved)), dict(flat(new))
-    moved = set(saved.get("tasks", {})) ^ set(new.get("tasks", {}))
-    found = []
-    for key in sorted(old_leaves.keys() | new_leaves.keys()):
+    old_tasks, new_tasks = saved.get("tasks", {}), new.get("tasks", {})
+    moved = set(old_tasks) ^ set(new_tasks)
+    found = [
+        Difference(f"tasks.{t}", "schedule", old_tasks.get(t), new_tasks.get(t)) for t in moved
+    ]
+    for key in old_leaves.keys() | new_leaves.keys():
         before, after = old_leaves.get(key), new_leaves.get(key)
-        if before != after:
-            whole_task = key.startswith("tasks.") and key.split(".")[1] in moved
-            found.append(
-                Difference(key, "schedule" if whole_task else key_class(key), before, after)
-            )
-    return found
+        whole_task = key.startswith("tasks.") and key.split(".")[1] in moved
+        if before != after and not whole_task:
+            found.append(Difference(key, key_class(key), before, after))
+    return sorted(found, key=lambda difference: difference.key)
 
 
 def check_compatible(saved: Block, new: Block, allow_change: bool) -> list[Difference]:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from mmjax import checkpoint, commandline
 from mmjax.errors import UserError, nearest
 from mmjax.experiment import Experiment, make_experiment
+from mmjax.model import Model
 from mmjax.parameters import Arrays, from_canonical, to_canonical
 from mmjax.sharding import MeshConfig, make_mesh
 from mmjax.state import EMA, compute_dtype, shardings
@@ -67,6 +68,7 @@ class Embedder:
     Attributes:
       step: completed training steps.
       config: the run's config, as plain data.
+      positions: how many examples each task has consumed.
       parameters: by name, on the default device.
       tasks: the run's tasks by name.
     """
@@ -74,11 +76,18 @@ class Embedder:
     def __init__(self, workdir: epath.Path, step: int | None):
         self.step, meta = find_step(workdir, step)
         self.config: dict[str, Any] = meta["config"]
+        self.positions: dict[str, int] = meta["clock"]["positions"]
         self._experiment = make_experiment(self.config, str(workdir / "assets"))
         mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
         self.parameters = read_parameters(workdir, self.step, self._experiment, mesh)
         self.tasks: Mapping[str, Task] = self._experiment.tasks
         self._calls: dict[tuple[str, str], Any] = {}
+
+    @property
+    def module(self) -> Model:
+        """The Flax NNX module with these parameters, to look at or to call: stems, trunk, heads."""
+        merged: Model = self._experiment.declaration.merge(self.parameters)
+        return merged
 
     def embed(self, *, task: str | None = None, **values: Sequence[Any]) -> np.ndarray:
         """Unit vectors of a list of values of one modality.

@@ -43,12 +43,19 @@ STOPPED = 3
 _IN_FLIGHT = 2  # hundreds of steps in flight abort a run on many CPU devices
 
 
-def train(block: Block, workdir: epath.Path, allow_change: bool = False,
+def train(block: Block, workdir: epath.PathLike, allow_change: bool = False,
           devices: Sequence[jax.Device] | None = None) -> list[Record] | None:  # fmt: skip
     """Run the config in `workdir` to its last step.
 
+    To go on with a run for twenty more steps of one of its tasks, by a changed copy of its config:
+
+        model = mmjax.load(workdir)
+        block = configs.override(model.config, [f"steps={model.step + 20}"])
+        block["tasks"] = {"image_text": block["tasks"]["image_text"]}
+        train(block, workdir, allow_change=True)
+
     Args:
-      block: the config as plain data.
+      block: the config as plain data; it is not changed.
       workdir: made if it is not there; gone on with if it holds a run.
       allow_change: whether keys of class `schedule` may differ from the saved run's.
       devices: what to run on; all of JAX's if None.
@@ -56,6 +63,8 @@ def train(block: Block, workdir: epath.Path, allow_change: bool = False,
     Returns:
       The records of the last evaluation, or None if a signal stopped the run early.
     """
+    use_cache()
+    workdir = commandline.make_workdir(str(workdir))
     experiment = make_experiment(block)
     with PhaseLog(workdir) as phases:
         mesh = make_mesh(experiment.run.mesh, devices)
@@ -310,7 +319,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments, overrides = commandline.parse(made, argv)
     block = commandline.read_config(arguments.config, overrides)
-    use_cache()
     workdir = commandline.make_workdir(arguments.workdir)
     started = time.monotonic()
     records = train(block, workdir, arguments.allow_change)

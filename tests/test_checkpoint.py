@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import shutil
 from collections.abc import Callable
@@ -93,6 +94,19 @@ def test_a_step_that_is_saved_already_is_left_as_it_is(tmp_path: Path) -> None:
             checkpoints.wait()
     restored = restore(tmp_path)
     assert restored is not None and equal(restored.state, state(1.0))
+
+
+@pytest.mark.parametrize("level", [logging.WARNING, logging.CRITICAL])
+def test_orbax_warns_no_person_of_a_slow_disk(tmp_path: Path, level: int) -> None:
+    logger = logging.getLogger("absl")
+    before = logger.level
+    try:
+        logger.setLevel(level)
+        with Checkpoints(epath.Path(tmp_path), CheckpointConfig()):
+            assert logger.level == max(level, logging.ERROR)
+        assert logger.level == level
+    finally:
+        logger.setLevel(before)
 
 
 def test_later_steps_do_not_reach_into_a_save_under_way(tmp_path: Path) -> None:

@@ -439,8 +439,12 @@ def test_structural_changes_are_refused(allow_change):
 def test_a_whole_task_comes_and_goes_as_schedule():
     new = saved()
     new["tasks"]["b"] = {"share": 1, "source": {"name": "y"}}
-    assert {d.kind for d in configs.compare(saved(), new)} == {"schedule"}
-    assert {d.kind for d in configs.compare(new, saved())} == {"schedule"}
+    [came], [went] = configs.compare(saved(), new), configs.compare(new, saved())
+    assert (came.kind, went.kind) == ("schedule", "schedule")
+    assert (str(came), str(went)) == (
+        "tasks.b (schedule): saved None, now {...}",
+        "tasks.b (schedule): saved {...}, now None",
+    )
 
 
 def test_a_task_that_changes_its_data_is_structural_still():

@@ -55,7 +55,7 @@ _LOUDNESS = 0.9  # leaves room for what the filter adds to the engine's loudest 
 def prepare(root: epath.Path, limit: int | None = None) -> Made:
     """Write the data set under `root` (local); `limit` takes that many concepts, for tests."""
     packages.check((ESPEAK, *emoji.SOURCES), _TOOLS)
-    _check_voices()
+    _check_voices(VOICES)
     concepts = emoji.load_concepts()
     chosen = emoji.choose(concepts, limit)
     of = {
@@ -84,9 +84,16 @@ def prepare(root: epath.Path, limit: int | None = None) -> Made:
     return Made(path, {**facts, **packages.facts(_SOURCES, _TOOLS)})
 
 
-def _check_voices() -> None:
+def speak(text: str, voice: str = TEST_VOICES[0]) -> tuple[NDArray[np.int16], int]:
+    """A text of one's own as the data set would hold it: int16 `[N]`, and `RATE`."""
+    _check_voices([voice])
+    [[samples]] = espeak.say(ESPEAK.folder(), [voice], [text])
+    return resample(np.frombuffer(samples, "<i2")), RATE
+
+
+def _check_voices(voices: Sequence[str]) -> None:
     """`UserError` where the package lacks a voice: the engine takes another one without a word."""
-    for voice in VOICES:
+    for voice in voices:
         _, plus, variant = voice.partition("+")
         if plus:
             ESPEAK.path("espeak-ng-data", "voices", "!v", variant)

@@ -146,7 +146,7 @@ class MetricWriter:
             raise ValueError(f"step {step} is already written: resumed at {self._resume_step}")
 
 
-def read(workdir: epath.Path) -> list[dict[str, Any]]:
+def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` in order; none if there is no file.
 
     "nan", "inf" and "-inf" come back as floats. A last line that is still being written is left

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ def _how_to_build(source: Tfds) -> str:
 def _builder(source: Tfds) -> Any:
     import tensorflow_datasets as tfds
 
+    logging.getLogger("absl").addFilter(_is_asked_for)
     root = _root(source)
     name = source.dataset.split("/")[0]
     if name in own_data_sets():
@@ -103,6 +105,11 @@ def _builder(source: Tfds) -> Any:
             f"array_record, by which examples are read at random. {_how_to_build(source)}"
         )
     return builder
+
+
+def _is_asked_for(record: logging.LogRecord) -> bool:
+    """No advice to install OpenCV: a PNG has the same pixels by PIL, which mmjax asks for anyway."""
+    return not str(record.msg).startswith("OpenCV is not installed")
 
 
 def _others(path: epath.Path, name: str) -> str:
