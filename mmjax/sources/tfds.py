@@ -46,6 +46,7 @@ class TfdsExamples(Examples):
         builder = _builder(source)
         split = _split(builder, source)
         self._texts = _text_fields(builder.info.features)
+        self.labels = _class_names(builder.info.features)
         self._data = builder.as_data_source(split=source.split)
         self.description = f"{builder.info.full_name}:{source.split}"
         self.fields = tuple(sorted(builder.info.features))
@@ -66,6 +67,10 @@ class TfdsExamples(Examples):
 
 def _text_fields(features: Any) -> list[str]:
     return [n for n, f in features.items() if type(f).__name__ == "Text"]
+
+
+def _class_names(features: Any) -> dict[str, list[str]]:
+    return {n: f.names for n, f in features.items() if type(f).__name__ == "ClassLabel"}
 
 
 def _root(source: Tfds) -> epath.Path:
