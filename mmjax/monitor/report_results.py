@@ -72,7 +72,7 @@ def _line(split: str, record: Record) -> Html:
     against.append(_said(record, "majority", "largest class"))
     words = ", ".join(filter(None, [_measure(record), split, *against]))
     value = tag("span", _amount(number_of(record, "value"), unit), class_="value")
-    return tag("li", value, _chip(record), tag("span", words, class_="said"))
+    return tag("li", value, _chip(record, " chance"), tag("span", words, class_="said"))
 
 
 def _said(record: Record, name: str, words: str) -> str | None:
@@ -127,12 +127,12 @@ def _bar(record: Record, style: str) -> Html | None:
     return bar(value / scale, style, {n: x / scale for n, x in against.items() if x is not None})
 
 
-def _chip(record: Record) -> Html | None:
+def _chip(record: Record, than: str = "") -> Html | None:
     """How many times chance, or how far below the loss of what knows nothing; green where that is good."""
     value, chance = number_of(record, "value"), number_of(record, "chance")
     if value is None or not chance or not math.isfinite(value):
         return None
-    words = f"{value / chance:.1f} times"
+    words = f"{value / chance:.1f} times{than}"
     if _unit(record) == "loss":
         words = f"{percent(abs(value / chance - 1))} {'lower' if value < chance else 'higher'}"
     return tag("span", words, class_="chip good" if is_good(record) else "chip")

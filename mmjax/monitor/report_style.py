@@ -106,6 +106,8 @@ tbody th[scope=rowgroup] { color: var(--soft); font-size: .85rem; padding-top: .
 .found .player { flex: none; width: 2.9rem; overflow: hidden; border-radius: 1.1rem }
 .found .player audio { width: 8rem }
 .query .sound { width: 100%; display: block }
+.query .player { display: block; margin-bottom: .25rem }
+.cards + .scroll, .gallery + .remark { margin-top: 1rem }
 .gallery .spectrum { max-width: 7rem; height: 2rem; padding: 0; border-radius: .2rem }
 .gallery .query .spectrum { max-width: none; height: 3.2rem; min-width: 0; margin-bottom: .3rem }
 .query > .words { width: 100% }

@@ -70,7 +70,10 @@ def _text_fields(features: Any) -> list[str]:
 
 
 def _class_names(features: Any) -> dict[str, list[str]]:
-    return {n: f.names for n, f in features.items() if type(f).__name__ == "ClassLabel"}
+    """Of the fields that are classes; where a data set gives no names, TFDS has their numbers."""
+    found = {n: list(getattr(f, "names", None) or ()) for n, f in features.items()}
+    numbers = {n: [str(i) for i in range(len(names))] for n, names in found.items()}
+    return {n: names for n, names in found.items() if names != numbers[n]}
 
 
 def _root(source: Tfds) -> epath.Path:

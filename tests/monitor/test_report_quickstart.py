@@ -14,7 +14,6 @@ from etils import epath
 from PIL import Image
 
 from mmjax.monitor.report import write_report
-from mmjax.monitor.report_classes import mistakes
 from mmjax.sources.tfds import Tfds
 
 Parse = Callable[[str], Any]
@@ -137,15 +136,3 @@ def test_six_tasks_look_right_in_a_browser(
     browser.assert_looks_right(written, width, scheme)
     browser.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.ask("document.documentElement.scrollWidth") == width
-
-
-def test_mistakes_are_counted_by_pairs(parse: Parse) -> None:
-    from mmjax.monitor.report_classes import Guesses
-
-    label = np.array([0, 0, 0, 0, 1, 1, 2])
-    guess = np.array([1, 1, 1, 0, 0, 1, 5])
-    found = Guesses(np.arange(7), label, np.eye(6)[guess], 0)
-    cells = parse(mistakes(found, ["<b>zero", "one"]) or "").text.split()
-    assert cells[-4:] == ["<b>zero", "one", "3", "4"]
-    right = Guesses(np.arange(7), label, np.eye(6)[label], 0)
-    assert mistakes(right, []) is None
