@@ -7,7 +7,7 @@ vectors = model.embed(image=[picture, another])
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -146,18 +146,23 @@ class Embedder:
         blank = {n: np.zeros(s.shape, s.dtype) for n, s in task.inputs[modality].arrays().items()}
         padded = rows + [blank] * (size - len(rows))
         arrays = {name: np.stack([row[name] for row in padded]) for name in blank}
-        vectors = self._call(task, modality)(self.parameters, arrays)
+        vectors = self._call(task, modality)(arrays)
         return np.asarray(vectors, np.float32)[: len(rows)]
 
     def _call(self, task: Task, modality: str) -> Any:
         key = (task.name, modality)
         if key not in self._calls:
-            dtype = compute_dtype(self._experiment.run.dtype.compute)
-            merge = self._experiment.declaration.merge
-            self._calls[key] = jax.jit(
-                lambda p, arrays: task.objective.embed(merge(p, dtype), modality, arrays)
+            self._calls[key] = self.compiled(
+                lambda model, arrays: task.objective.embed(model, modality, arrays)
             )
         return self._calls[key]
+
+    def compiled(self, function: Callable[[Model, Any], Any]) -> Callable[[Any], Any]:
+        """`arrays -> function(model, arrays)` with the run's parameters, compiled for each shape it meets."""
+        dtype = compute_dtype(self._experiment.run.dtype.compute)
+        merge = self._experiment.declaration.merge
+        made = jax.jit(lambda parameters, arrays: function(merge(parameters, dtype), arrays))
+        return lambda arrays: made(self.parameters, arrays)
 
 
 def load(path: str, step: int | None = None) -> Embedder:

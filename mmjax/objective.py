@@ -81,3 +81,14 @@ class Objective(abc.ABC):
     def predicts(self) -> tuple[str, ...]:
         """Modalities that `predict` takes."""
         return ()
+
+    def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        """What it makes of a batch, for a person to look at: arrays with a leading axis `[B]`, by `shows`.
+
+        Each row is a picture, uint8 `[H, W, C]`, or a clip, uint8 `[T, H, W, C]`.
+        """
+        raise UserError(f"objective {type(self).__name__} has nothing to show.")
+
+    def shows(self) -> tuple[str, ...]:
+        """Names of what `show` gives, in the order to show them and in words of a caption."""
+        return ()

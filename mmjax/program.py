@@ -198,7 +198,7 @@ def _shape(spec: RowSpec, size: int) -> str:
     parts = [
         "x".join(map(str, next(iter(i.arrays().values())).shape)) for i in spec.inputs.values()
     ]
-    return f"{size} x ({' + '.join(parts)})" if len(parts) > 1 else f"{size} x {parts[0]}"
+    return f"{size} x ({'+'.join(parts)})" if len(parts) > 1 else f"{size} x {parts[0]}"
 
 
 # --- compilation -------------------------------------------------------------------------------

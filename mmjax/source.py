@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import abc
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,14 @@ class Examples(abc.ABC):
       identity: a digest of the data; another one under a run that exists is refused.
       fields: names of an example's fields.
       credits: whom to name where examples are shown, as their licences ask.
+      labels: names of the classes 0, 1, ... of integer fields, where the data has such.
     """
 
     description: str
     identity: str
     fields: tuple[str, ...]
     credits: tuple[str, ...] = ()
+    labels: Mapping[str, Sequence[str]] = MappingProxyType({})
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -70,7 +73,7 @@ class Cached(Examples):
             inner.identity,
             inner.fields,
         )
-        self.credits = inner.credits
+        self.credits, self.labels = inner.credits, inner.labels
 
     def __len__(self) -> int:
         return len(self._inner)

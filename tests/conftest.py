@@ -29,6 +29,7 @@ from mmjax.data import build, data_dir  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "configs" / "tiny.py"
+QUICKSTART_TINY = ROOT / "tests" / "configs" / "quickstart_tiny.py"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -84,6 +85,17 @@ def tiny_run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> epat
     """A finished run of the tiny config; read it, do not change it."""
     workdir = tmp_path_factory.mktemp("tiny") / "run"
     done = command("train", f"--config={TINY}", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    return epath.Path(workdir)
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> epath.Path:
+    """A finished run of the quickstart's six tasks, made tiny; read it, do not change it."""
+    for name in build.BUNDLES["quickstart"]:
+        build.build(name)
+    workdir = tmp_path_factory.mktemp("quickstart") / "run"
+    done = command("train", f"--config={QUICKSTART_TINY}", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     return epath.Path(workdir)
 

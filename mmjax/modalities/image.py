@@ -135,6 +135,13 @@ def patchify(images_BHWC: jax.Array, patch: int) -> jax.Array:
     return x.reshape(b, (h // patch) * (w // patch), patch * patch * c)
 
 
+def unpatchify(patches_BSP: jax.Array, height: int, width: int, patch: int) -> jax.Array:
+    """The images `[B, height, width, C]` of which `patchify` makes these patches."""
+    rows, columns = height // patch, width // patch
+    x = patches_BSP.reshape(-1, rows, columns, patch, patch, patches_BSP.shape[2] // patch**2)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, x.shape[-1])
+
+
 class ImageStem(nnx.Module):
     """`{"pixels": uint8[B, H, W, 3]} ->` a stream of `(H/p)(W/p)` tokens."""
 

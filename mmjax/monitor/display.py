@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mmjax.monitor.columns import Columns
 from mmjax.monitor.tables import (
     WIDTH,
     console_for,
@@ -79,8 +80,9 @@ class Progress:
 
     On a terminal: a bar with the task now running, examples per second and time left, and a line
     for each task, kept at the bottom. Elsewhere (a file, a pipe, a notebook): plain lines of at
-    most 80 columns without control codes, for the first and the last step and, between them,
-    each twentieth of the run and at least every `line_seconds`.
+    most 80 columns without control codes, the loss of each task in a column of its own where all
+    find room, for the first and the last step and, between them, each twentieth of the run and at
+    least every `line_seconds`.
 
     Args:
       total_steps: complete steps at the end of the run.
@@ -115,6 +117,7 @@ class Progress:
         self._console = console or console_for(stream or sys.stdout)
         self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._live: Live | None = None
+        self._columns = Columns([_clip(name) for name in tasks], total_steps)
         self._clock, self._line_seconds = clock, line_seconds
         self._now, self._stopped = "starting", False
         self._mark: float | None = None  # when the last step ended, None after a pause
@@ -213,8 +216,10 @@ class Progress:
         if self._live:
             self._live.stop()
             self._live = None
-        elif self._done != self._printed and self._printed >= 0:
-            self._line(self._clock())
+        elif self._printed >= 0:
+            if self._done != self._printed:
+                self._line(self._clock())
+            self._say("")  # what follows is another matter
 
     def _draw(self, now: float) -> None:
         is_last = self._done >= self._total
@@ -230,6 +235,18 @@ class Progress:
         return twentieth or now - self._drawn >= self._line_seconds
 
     def _line(self, now: float) -> None:
+        self._say(self._in_columns() if self._columns.fits else self._in_a_list())
+        self._drawn, self._printed = now, self._done
+
+    def _in_columns(self) -> str:
+        rate, left = self.examples_per_second(), self._left()
+        losses = [loss_text(task.loss) for task in self._tasks.values()]
+        told = "stopped" if self._stopped else left or ""
+        return self._columns.line(
+            self._done, losses, human_count(rate) if rate is not None else "", told
+        )
+
+    def _in_a_list(self) -> str:
         losses = [
             f" {_clip(name)} {loss_text(task.loss)}"
             for name, task in self._tasks.items()
@@ -238,8 +255,7 @@ class Progress:
         if losses:
             losses[0] = f"  loss{losses[0]}"
         facts = [f"  {_clip(self._now)}", *losses, *(f"  {fact}" for fact in self._facts())]
-        self._say("\n".join(_wrapped([f"step {self._done}/{self._total}", *facts])))
-        self._drawn, self._printed = now, self._done
+        return "\n".join(_wrapped([f"step {self._done}/{self._total}", *facts]))
 
     def _say(self, text: str) -> None:
         stream = self._console.file
@@ -248,11 +264,16 @@ class Progress:
         stream.flush()
 
     def _facts(self) -> list[str]:
-        rate, left = self.examples_per_second(), self.seconds_left()
+        rate, left = self.examples_per_second(), self._left()
         facts = [f"{human_count(rate)} ex/s"] if rate is not None else []
-        if left is not None and self._done < self._total and not self._stopped:
-            facts.append(f"left {human_seconds(left) if left >= 60 else f'{left:.0f}s'}")
-        return facts
+        return facts if left is None else [*facts, f"left {left}"]
+
+    def _left(self) -> str | None:
+        """The time left in words, while there is some to come."""
+        left = self.seconds_left()
+        if left is None or self._done >= self._total or self._stopped:
+            return None
+        return human_seconds(left) if left >= 60 else f"{left:.0f}s"
 
     def _picture(self) -> RenderableType:
         facts = [f"{self._done}/{self._total}", _clip(self._now), *self._facts()]

@@ -23,9 +23,13 @@ from mmjax.errors import UserError
 from mmjax.experiment import make_experiment
 from mmjax.loading import Embedder
 from mmjax.monitor import report_parts as parts
+from mmjax.monitor.report_classes import classified
 from mmjax.monitor.report_data import Run, read_run
-from mmjax.monitor.report_gallery import EXAMPLES, galleries
+from mmjax.monitor.report_gallery import retrieved
 from mmjax.monitor.report_html import Html, join, section, tag
+from mmjax.monitor.report_panel import EXAMPLES, Panel, framed, thanks
+from mmjax.monitor.report_pictures import pictured
+from mmjax.monitor.report_results import results
 from mmjax.monitor.report_style import STYLE
 from mmjax.monitor.tables import human_bytes
 from mmjax.program import use_cache
@@ -65,7 +69,7 @@ def page(run: Run, gallery: Html) -> Html:
     rows, note = _parameters(run)
     title = f"{run.name}: a run of mmjax"
     sections = (
-        section("Results", *parts.results(run)),
+        section("Results", *results(run)),
         section("Loss", parts.losses(run)),
         section("What it finds in held-out data", gallery),
         section("Schedule", *parts.schedule(run)),
@@ -130,13 +134,26 @@ def _gallery(run: Run, count: int) -> Html:
         model = _newest_model(run.workdir)
         if model is None:
             return _none("There is no checkpoint yet.")
-        said = tag("p", f"By the checkpoint of step {model.step}.", class_="lead")
-        found = list(galleries(model, count))
-        return join([said, *found]) if found else Html("")
     except Exception as error:
-        # The rest of the page is worth having whatever is wrong with the data or the device.
         _warn("The report shows no held-out examples", error)
         return _none(f"Not shown: {_words(error)}")
+    panels = {name: _panels(model, name, count) for name in run.tasks if name in model.tasks}
+    tasks = [framed(parts.named(run, name), found) for name, found in panels.items()]
+    if not any(tasks):
+        return Html("")
+    said = tag("p", f"By the checkpoint of step {model.step}.", class_="lead")
+    return join([said, *tasks, thanks(panel for found in panels.values() for panel in found)])
+
+
+def _panels(model: Embedder, task: str, count: int) -> list[Panel]:
+    """What a task shows of its held-out data, or why it cannot."""
+    try:
+        kinds = (retrieved, classified, pictured)
+        return [panel for kind in kinds for panel in kind(model, model.tasks[task], count)]
+    except Exception as error:
+        # The rest of the page is worth having whatever is wrong with the data or the device.
+        _warn(f"The report shows no held-out examples of {task}", error)
+        return [Panel("Held-out data", _none(f"Not shown: {_words(error)}"))]
 
 
 def _newest_model(workdir: epath.Path) -> Embedder | None:

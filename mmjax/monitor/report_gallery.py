@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +12,21 @@ from mmjax import config as configs
 from mmjax.errors import UserError
 from mmjax.evaluator import Evaluator, make_evaluators
 from mmjax.loading import Embedder
-from mmjax.monitor.report_html import Html, tag
-from mmjax.monitor.report_preview import as_given, preview, shown
+from mmjax.monitor.report_html import Html, join, tag
+from mmjax.monitor.report_panel import (
+    BATCH,
+    FOUND,
+    MOST_READ,
+    Panel,
+    first_of_each,
+    read_of,
+    right_mark,
+    spread,
+    within,
+)
+from mmjax.monitor.report_preview import as_given, is_sound, preview, shown, strip
 from mmjax.source import Examples
 from mmjax.task import Task
-
-EXAMPLES = 12  # of a panel
-FOUND = 5  # answers to each
-_MOST_READ = 2048  # examples of a split that are candidates
-_PANEL_BYTES = 2_000_000  # a panel of heavy examples (sounds) shows fewer
-_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -61,46 +66,46 @@ class Answer:
     place: int | None
 
 
-def galleries(model: Embedder, count: int) -> Iterator[Html]:
-    """The panels of each task whose evaluators retrieve between two modalities, by split.
+def retrieved(model: Embedder, task: Task, count: int) -> Iterator[Panel]:
+    """A panel for each split on which an evaluator of the task retrieves between two modalities.
 
     Args:
       model: a trained run.
-      count: queries of a panel.
+      task: of it.
+      count: queries of each direction.
 
     Raises:
       UserError: held-out data is not there.
     """
-    for task in model.tasks.values():
-        for name, evaluator in retrievals(task).items():
-            where = f"tasks.{task.name}.evaluators.{name}.source"
-            source = configs.component("sources", evaluator.source, where)
-            shelf = read_shelf(source.open(), task, getattr(evaluator, "concept"))  # noqa: B009
-            unique = getattr(evaluator, "unique", "")
-            yield gallery(model, task, shelf, f"{task.name}, {source.label}", unique, count)
+    for name, evaluator in retrievals(task).items():
+        where = f"tasks.{task.name}.evaluators.{name}.source"
+        source = configs.component("sources", evaluator.source, where)
+        shelf = read_shelf(source.open(), task, getattr(evaluator, "concept"))  # noqa: B009
+        yield gallery(model, task, shelf, source.label, getattr(evaluator, "unique", ""), count)
 
 
-def gallery(model: Embedder, task: Task, shelf: Shelf, title: str, unique: str, count: int) -> Html:
+def gallery(
+    model: Embedder, task: Task, shelf: Shelf, split: str, unique: str, count: int
+) -> Panel:
     """Both directions of one task on one split.
 
     Args:
       model: gives vectors, as `Embedder.embed` does.
       task: embeds two modalities.
       shelf: held-out examples, perhaps none.
-      title: the heading.
+      split: their name.
       unique: the modality of which only the first example of each concept is a candidate.
       count: queries of each direction.
     """
-    head = (tag("h3", title), tag("p", _remark(shelf), class_="remark"))
+    title = f"{split}: {read_of(shelf.total, len(shelf.concept), shelf.unreadable)}"
     if not len(shelf.concept):
-        return tag("div", *head, class_="gallery")
+        return Panel(title, Html(""))
     vectors = {m: _embedded(model, task.name, m, values) for m, values in shelf.values.items()}
     one, two = task.objective.embeds()
-    panels = (
-        _panel(task, shelf, vectors, q, c, unique, count) for q, c in ((one, two), (two, one))
+    sides = (
+        _direction(task, shelf, vectors, q, c, unique, count) for q, c in ((one, two), (two, one))
     )
-    said = tag("p", "Shown here: " + " ".join(shelf.credits), class_="remark")
-    return tag("div", *head, *panels, said if shelf.credits else None, class_="gallery")
+    return Panel(title, join(sides), shelf.credits)
 
 
 def retrievals(task: Task) -> dict[str, Evaluator]:
@@ -120,7 +125,7 @@ def read_shelf(examples: Examples, task: Task, concept: str) -> Shelf:
     pair = task.objective.embeds()
     values: dict[str, list[Any]] = {modality: [] for modality in pair}
     concepts, unreadable = [], 0
-    for index in spread(len(examples), _MOST_READ):
+    for index in spread(len(examples), MOST_READ):
         try:
             example = examples[index]
             for modality in pair:
@@ -136,13 +141,6 @@ def read_shelf(examples: Examples, task: Task, concept: str) -> Shelf:
             values[modality].append(as_given(each, example[each.field]))
     credits = tuple(getattr(examples, "credits", ()))
     return Shelf(values, np.array(concepts, np.int64), unreadable, len(examples), credits)
-
-
-def spread(count: int, most: int) -> list[int]:
-    """At most `most` of `count` indices, evenly spread, the first and the last among them."""
-    if count <= most:
-        return list(range(count))
-    return [round(i * (count - 1) / max(most - 1, 1)) for i in range(most)]
 
 
 def answers(
@@ -167,32 +165,17 @@ def answers(
     return made
 
 
-def first_of_each(concept: np.ndarray) -> list[int]:
-    """The first example of each concept."""
-    return sorted(np.unique(concept, return_index=True)[1].tolist())
-
-
 def _embedded(model: Embedder, task: str, modality: str, values: list[Any]) -> np.ndarray:
     """Vectors `[N, E]`, in batches of one size: one program, and little memory."""
     found = []
-    for start in range(0, len(values), _BATCH):
-        part = values[start : start + _BATCH]
-        padded = part + part[:1] * (_BATCH - len(part))
+    for start in range(0, len(values), BATCH):
+        part = values[start : start + BATCH]
+        padded = part + part[:1] * (BATCH - len(part))
         found.append(model.embed(task=task, **{modality: padded})[: len(part)])
     return np.concatenate(found)
 
 
-def _remark(shelf: Shelf) -> str:
-    read = len(shelf.concept)
-    parts = [f"{shelf.total} held-out examples"]
-    if read + shelf.unreadable < shelf.total:
-        parts.append(f"{read + shelf.unreadable} of them, evenly spread, are candidates here")
-    if shelf.unreadable:
-        parts.append(f"{shelf.unreadable} could not be read")
-    return "; ".join(parts) + "."
-
-
-def _panel(
+def _direction(
     task: Task,
     shelf: Shelf,
     vectors: Mapping[str, np.ndarray],
@@ -210,39 +193,47 @@ def _panel(
     )
     hits = sum(any(answer.right) for answer in found)
     said = (
-        f"{hits} of {len(found)} have a right one among the {FOUND} nearest of {len(candidates)}."
+        f"{hits} of {len(found)} have a right one among the {FOUND} nearest of {len(candidates):,}."
     )
-    cards = _within(found, lambda answer: _card(task, shelf, query, candidate, answer))
+    cards = within(found, lambda answer: _card(task, shelf, query, candidate, answer))
     head = tag("h4", f"{query} to {candidate}")
-    return tag("div", head, tag("p", said), tag("ul", *cards, class_="cards"))
+    style = _style(shown(task.inputs[candidate], shelf.values[candidate][0]))
+    return tag("div", head, tag("p", said), tag("ul", *cards, class_=f"cards {style}"))
 
 
-def _within(found: Sequence[Answer], card: Callable[[Answer], Html]) -> list[Html]:
-    """Cards of all answers, or of fewer, evenly spread, where they would make the page too heavy."""
-    cards = [card(answer) for answer in found]
-    for count in (len(cards), 6, 4, 2, 1):
-        chosen = [cards[i] for i in spread(len(cards), count)]
-        if sum(len(each) for each in chosen) <= _PANEL_BYTES:
-            return chosen
-    return chosen
+def _style(value: Any) -> str:
+    """The class of a list of such values."""
+    return "of-words" if isinstance(value, str) else "of-sounds" if is_sound(value) else "of-tiles"
 
 
 def _card(task: Task, shelf: Shelf, query: str, candidate: str, answer: Answer) -> Html:
+    """A query and what it retrieves."""
     items = []
     for i, right in zip(answer.found, answer.right, strict=True):
-        mark = tag("span", tag("span", "right"), class_="mark") if right else None
-        picture = _show(task, shelf, candidate, i)
+        value = shown(task.inputs[candidate], shelf.values[candidate][i])
         # A sound says nothing to the eye.
-        said = _words(task, shelf, candidate, i) if picture.startswith("<audio") else None
+        said = _words(task, shelf, candidate, i) if is_sound(value) else None
         said = tag("span", said, dir="auto", class_="said") if said else None
-        items.append(tag("li", picture, said, mark, class_="right" if right else None))
-    late = None
-    if answer.place and not any(answer.right):
-        wanted = shown(task.inputs[candidate], shelf.values[candidate][answer.query])
-        words = preview(wanted, "") if isinstance(wanted, str) else "the first right one"
-        late = tag("p", words, f" comes at place {answer.place}", class_="late")
-    asked = tag("div", _show(task, shelf, query, answer.query), class_="query")
+        mark = right_mark() if right else None
+        parts = (_show(task, shelf, candidate, i), said, mark)
+        items.append(tag("li", *parts, class_="right" if right else None))
+    asked = tag(
+        "div",
+        _show(task, shelf, query, answer.query),
+        strip(shown(task.inputs[query], shelf.values[query][answer.query])),
+        class_="query",
+    )
+    late = None if any(answer.right) else _late(task, shelf, candidate, answer)
     return tag("li", asked, tag("ol", *items, class_="found"), late)
+
+
+def _late(task: Task, shelf: Shelf, candidate: str, answer: Answer) -> Html | None:
+    """Where the first right answer comes that is not among those shown."""
+    if answer.place is None:
+        return None
+    wanted = shown(task.inputs[candidate], shelf.values[candidate][answer.query])
+    words = preview(wanted, "") if isinstance(wanted, str) else "The first right one"
+    return tag("p", words, f" comes at place {answer.place}", class_="late")
 
 
 def _show(task: Task, shelf: Shelf, modality: str, index: int) -> Html:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
-from mmjax.monitor.report_data import Run, Visits, key_of, wanted_shares
-from mmjax.monitor.report_html import Child, Html, bar, grouped_table, join, number, table, tag
-from mmjax.monitor.report_svg import Line, chart, colour, smoothed, spark, strip
+from mmjax.monitor.report_data import Run, Visits, wanted_shares
+from mmjax.monitor.report_html import Child, Html, bar, join, number, table, tag
+from mmjax.monitor.report_svg import Line, chart, colour, smoothed, strip
 from mmjax.monitor.tables import human_count, human_seconds, loss_text, percent
 
 LANE = 200  # steps of the strip
 _MOST_EVENTS = 50
-_SHOWN_APART = ("loss", "baseline", "grad_norm", "learning_rate", "seconds", "wait")
+_SHOWN_APART = ("loss", "baseline", "learning_rate", "seconds", "wait")
 _PHASES = {
     "step": "training steps",
     "wait_data": "waiting for data",
@@ -56,25 +55,21 @@ def facts(run: Run, parameters: int) -> Iterator[Html]:
     yield tag("section", tag("dl", *terms), aria_label="Facts")
 
 
-def results(run: Run) -> Iterator[Html]:
-    """A table for each task: values against chance and the largest class."""
-    if not run.records:
-        if run.step:
-            yield tag("p", "No evaluation yet.", class_="none")
-        return
-    when = "of results.json" if run.records_step is None else f"after {run.records_step:,} steps"
-    yield tag("p", f"On held-out data, {when}. In the bars, a full line is chance (for a loss, what"
-              " knows nothing of the input) and a dotted one the largest class.", class_="remark")  # fmt: skip
-    tasks: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for record in run.records:
-        tasks[str(record.get("task"))].append(record)
-    for task, records in tasks.items():
-        yield _results_of(task, records, run)
+def named(run: Run, task: str) -> Html:
+    """A task's name beside its colour."""
+    dot = tag("span", class_=f"dot {colour_of(run, task)}", aria_hidden="true")
+    return tag("span", dot, tag("span", task), class_="named")
+
+
+def colour_of(run: Run, task: str) -> str:
+    """The class of a task's colour, the same in every part of the page."""
+    names = list(run.tasks)
+    return colour(names.index(task)) if task in names else "c7"
 
 
 def losses(run: Run) -> Html:
     """A panel for each task: each loss light, their running mean dark, the baseline dashed."""
-    return _panels(_loss_panel(n, v, run.step, _colour(run, n)) for n, v in run.tasks.items())
+    return _panels(_loss_panel(run, name, visits) for name, visits in run.tasks.items())
 
 
 def schedule(run: Run) -> Iterator[Html]:
@@ -83,7 +78,7 @@ def schedule(run: Run) -> Iterator[Html]:
         return
     planned = run.schedule()
     shown = min(LANE, len(run.order))
-    lanes = [part for i, (n, v) in enumerate(run.tasks.items()) for part in _lane(n, v, i, shown)]
+    lanes = [part for name in run.tasks for part in _lane(run, name, shown)]
     ends = tag("span", tag("span", "step 0"), tag("span", f"step {shown - 1}"), class_="ends")
     yield tag("h3", f"The first {shown} steps")
     yield tag("div", *lanes, ends, class_="lanes")
@@ -100,22 +95,22 @@ def schedule(run: Run) -> Iterator[Html]:
 def optimisation(run: Run) -> Iterator[Html]:
     """Learning rate, gradient norms, and whatever else the objectives measure."""
     ran = {name: visits for name, visits in run.tasks.items() if len(visits.step)}
-    rates = _together(run, "learning rate", {n: v.of("learning_rate") for n, v in ran.items()}, 0)
-    norms = (
-        _measure(run, name, "grad_norm", "gradient norm", log=True)
-        for name, visits in ran.items()
-        if "grad_norm" in visits.values
-    )
-    if ran:
-        yield _panels([rates, *norms])
+    if not ran:
+        return
+    rates = {name: visits.of("learning_rate") for name, visits in ran.items()}
+    norms = {n: v.of("grad_norm") for n, v in ran.items() if "grad_norm" in v.values}
+    figures = [_together(run, "learning rate", rates, 0)]
+    if norms:
+        figures.append(_together(run, "gradient norm", norms, 1 / 30, log=True))
+    yield _panels(figures)
     more = [
-        _measure(run, name, measure, measure)
+        _measure(run, name, measure, measure.replace("_", " "))
         for name, visits in ran.items()
         for measure in visits.values
         if measure not in _SHOWN_APART
     ]
     if more:
-        yield tag("details", tag("summary", "Other measures in training"), _panels(more))
+        yield tag("details", tag("summary", "Measures of each task in training"), _panels(more))
 
 
 def time_spent(run: Run) -> Iterator[Html]:
@@ -173,56 +168,11 @@ def _environment(known: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _results_of(task: str, records: Sequence[Mapping[str, Any]], run: Run) -> Html:
-    """A task's table, its rows by split; columns that would be empty are left out."""
-    losses = all(record.get("unit") == "loss" for record in records)
-    against = ("#knowing nothing", "#share of it") if losses else ("#chance", "#times chance")
-    heads = ("measure", "#value", "", *against, "#majority", "#examples", "so far")
-    splits: dict[str, list[list[Child]]] = defaultdict(list)
-    for record in records:
-        splits[str(record.get("split", ""))].append(_result(record, run, _colour(run, task)))
-    every = [row for rows in splits.values() for row in rows]
-    kept = [i for i in range(len(heads)) if any(row[i] for row in every)]
-    groups = {s: [[row[i] for i in kept] for row in rows] for s, rows in splits.items()}
-    return grouped_table(task, [heads[i] for i in kept], groups)
-
-
-def _result(record: Mapping[str, Any], run: Run, style: str) -> list[Child]:
-    unit = record.get("unit") or "fraction"
-    value, chance, majority = (_float(record.get(n)) for n in ("value", "chance", "majority"))
-    name, picture, times = str(record.get("name")), None, None
-    if value is not None and unit in ("fraction", "loss"):
-        # The bar of a loss ends at the loss of what knows nothing.
-        scale = chance if unit == "loss" and chance else 1.0
-        against = {"chance": chance, "majority": majority}
-        ticks = {n: x / scale for n, x in against.items() if x is not None}
-        picture = bar(value / scale, style, ticks)
-    if value is not None and chance:
-        times = percent(value / chance) if unit == "loss" else f"{value / chance:.1f}"
-    return [
-        f"{name} (lower is better)" if unit == "loss" else name,
-        _amount(value, unit),
-        picture,
-        _amount(chance, unit),
-        times,
-        _amount(majority, unit),
-        _maybe(record.get("count"), "{:,}"),
-        spark(run.history.get(key_of(record), [])),
-    ]
-
-
-def _amount(value: float | None, unit: str) -> Html | None:
-    if value is None:
-        return None
-    shown = percent(value) if unit == "fraction" else loss_text(value)
-    return number(shown if unit in ("fraction", "loss") else f"{shown} {unit}", value)
-
-
-def _loss_panel(name: str, visits: Visits, end: int, style: str) -> Html:
-    loss, baseline = visits.of("loss"), visits.of("baseline")
+def _loss_panel(run: Run, name: str, visits: Visits) -> Html:
+    loss, baseline, style = visits.of("loss"), visits.of("baseline"), colour_of(run, name)
     count = len(visits.step)
     if not count:
-        return _figure(name, style, "has not run yet", Html(""))
+        return _figure(named(run, name), "has not run yet", Html(""))
     raw = Line(visits.step, loss, f"raw {style}")
     flat = smoothed(Line(visits.step, baseline, ""), 3 * _span(count), "flat")
     dark = smoothed(raw, _span(count), f"smooth {style}")
@@ -232,54 +182,53 @@ def _loss_panel(name: str, visits: Visits, end: int, style: str) -> Html:
     words += f"; {_count(visits.step, 'visit')}"
     if visits.skipped:
         words += f", {visits.skipped:,} without update (not finite)"
-    picture = chart([raw, flat, dark], f"Loss of {name} over steps: {words}", end, "loss")
-    return _figure(name, style, words, picture)
+    picture = chart([raw, flat, dark], f"Loss of {name} over steps: {words}", run.step, "loss")
+    return _figure(named(run, name), words, picture)
 
 
-def _measure(run: Run, task: str, key: str, words: str, log: bool | None = None) -> Html:
+def _measure(run: Run, task: str, key: str, words: str) -> Html:
     """A panel of one measure of one task."""
-    visits, style = run.tasks[task], _colour(run, task)
+    visits, style = run.tasks[task], colour_of(run, task)
     raw = Line(visits.step, visits.of(key), f"raw {style}")
     dark = smoothed(raw, _span(len(raw.x)), f"smooth {style}")
     said = f"{words}: {_short(_first(raw.y))} at first, {_short(_last(dark.y))} now"
-    picture = chart([raw, dark], f"{task}, {said}", run.step, words, log)
-    return _figure(task, style, said, picture)
+    picture = chart([raw, dark], f"{task}, {said}", run.step, words)
+    return _figure(named(run, task), said, picture)
 
 
-def _together(run: Run, words: str, values: Mapping[str, np.ndarray], part: float) -> Html:
+def _together(
+    run: Run, words: str, values: Mapping[str, np.ndarray], part: float, log: bool = False
+) -> Html:
     """A panel of one measure of all tasks, smoothed over a `part` of each task's visits."""
     lines, legend = [], []
     for name, each in values.items():
         raw = Line(run.tasks[name].step, each, "")
-        lines.append(smoothed(raw, part * len(each), f"smooth {_colour(run, name)}"))
-        legend.append(tag("li", _named(name, _colour(run, name)), f" {_short(_last(lines[-1].y))}"))
-    picture = chart(lines, f"{words} over steps, by task", run.step, words, log=False)
+        lines.append(smoothed(raw, part * len(each), f"smooth {colour_of(run, name)}"))
+        legend.append(tag("li", named(run, name), f" {_short(_last(lines[-1].y))}"))
+    picture = chart(lines, f"{words} over steps, by task", run.step, words, log)
     heads = (tag("h3", words.capitalize()), tag("ul", *legend, class_="legend"))
     return tag("figure", tag("figcaption", *heads), picture)
 
 
-def _lane(name: str, visits: Visits, index: int, shown: int) -> tuple[Html, Html]:
-    places = [int(step) for step in visits.step if step < shown]
+def _lane(run: Run, name: str, shown: int) -> tuple[Html, Html]:
+    places = [int(step) for step in run.tasks[name].step if step < shown]
     label = f"{name} runs at {len(places)} of the first {shown} steps"
-    return (
-        _named(name, colour(index)),
-        strip(places, shown, colour(index), label),
-    )
+    return named(run, name), strip(places, shown, colour_of(run, name), label)
 
 
 def _shares_table(run: Run, wanted: Mapping[str, float]) -> Html:
     total = len(run.order)
     rows = []
-    for i, (name, visits) in enumerate(run.tasks.items()):
+    for name, visits in run.tasks.items():
         share = len(visits.step) / total
         asked = wanted.get(name)
         away = None if asked is None else f"{len(visits.step) - asked * total:+.2f}"
         rows.append(
             (
-                _named(name, colour(i)),
+                named(run, name),
                 f"{len(visits.step):,}",
                 percent(share),
-                bar(share, colour(i), {} if asked is None else {"wanted": asked}),
+                bar(share, colour_of(run, name), {} if asked is None else {"wanted": asked}),
                 None if asked is None else percent(asked),
                 away,
             )
@@ -317,7 +266,7 @@ def _task_table(run: Run, ran: Mapping[str, Visits]) -> Html:
         seconds = visits.sum_of("seconds")
         rows.append(
             (
-                _named(name, _colour(run, name)),
+                named(run, name),
                 f"{len(visits.step):,}",
                 human_count(len(visits.step) * visits.batch),
                 human_seconds(_median(visits.of("seconds"))),
@@ -358,20 +307,9 @@ def _panels(figures: Any) -> Html:
     return tag("div", *figures, class_="grid")
 
 
-def _figure(name: str, style: str, words: str, picture: Html) -> Html:
-    caption = tag("figcaption", tag("h3", _named(name, style)), tag("p", words))
+def _figure(name: Html, words: str, picture: Html) -> Html:
+    caption = tag("figcaption", tag("h3", name), tag("p", words))
     return tag("figure", caption, picture)
-
-
-def _named(task: str, style: str) -> Html:
-    """A task's name beside its colour."""
-    dot = tag("span", class_=f"dot {style}", aria_hidden="true")
-    return tag("span", dot, tag("span", task), class_="named")
-
-
-def _colour(run: Run, task: str) -> str:
-    names = list(run.tasks)
-    return colour(names.index(task)) if task in names else "c7"
 
 
 def _span(count: int) -> float:
@@ -395,10 +333,6 @@ def _median(values: np.ndarray) -> float:
 
 def _short(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 or not math.isfinite(value) else human_count(value)
-
-
-def _float(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _maybe(value: Any, form: str) -> str | None:

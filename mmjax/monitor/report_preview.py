@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmjax.modalities.spectrogram import Spectrogram
 from mmjax.modality import Input
 from mmjax.monitor.report_html import Html, tag, text
 
@@ -18,6 +19,16 @@ _FRAME_MS = 125
 _RATE = 16_000  # samples per second at most, and where nothing says how many there are
 _SECONDS = 6.0
 _LONGEST = 400  # characters of a text
+_STRIP, _GAP = 4, 2  # frames of a film strip, and pixels between them
+_SPECTRUM = (96, 40)  # columns, about, and rows of the picture of a sound
+_SHADES = 16
+_COLOURS = np.stack(  # from night over violet and orange to light yellow
+    [
+        np.interp(np.linspace(0, 1, _SHADES), (0, 0.35, 0.7, 1), channel)
+        for channel in ((16, 96, 226, 252), (12, 38, 104, 246), (48, 128, 62, 176))
+    ],
+    axis=1,
+)
 _ENCODED = (  # how files of known kinds begin, from byte `at` on
     (b"\x89PNG", 0, "image/png"),
     (b"\xff\xd8\xff", 0, "image/jpeg"),
@@ -61,8 +72,10 @@ def preview(value: Any, label: str) -> Html:
         return _text(value)
     if isinstance(value, bytes):
         return _file(value, label)
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int | np.integer):
-        return _media("audio", "audio/wav", wav(value[0], int(value[1])), label)
+    if is_sound(value):
+        player = _media("audio", "audio/wav", wav(value[0], int(value[1])), label)
+        player = tag("span", player, class_="player")
+        return tag("span", player, _spectrum(value[0], int(value[1])), class_="sound")
     if isinstance(value, Image.Image):
         return _picture(value, label)
     array = _array(value)
@@ -73,6 +86,29 @@ def preview(value: Any, label: str) -> Html:
     return _text(f"{type(value).__name__} {list(array.shape)}")
 
 
+def is_sound(value: Any) -> bool:
+    """Whether `preview` makes a sound of it: samples and their rate."""
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int | np.integer)
+
+
+def strip(value: Any) -> Html | None:
+    """Some frames of a clip beside each other, as one picture for the eye; None of what is no clip."""
+    if isinstance(value, str | bytes | Image.Image) or is_sound(value):
+        return None
+    array = _array(value)
+    if array.ndim != 4 or len(array) < 2:
+        return None
+    chosen = np.linspace(0, len(array) - 1, min(len(array), _STRIP)).round().astype(int)
+    frames = [_image(array[i]).convert("RGB") for i in chosen]
+    for frame in frames:
+        frame.thumbnail((_LARGEST // 2, _LARGEST // 2))
+    width, height = frames[0].size
+    whole = Image.new("RGB", ((width + _GAP) * len(frames) - _GAP, height), (128, 128, 128))
+    for i, frame in enumerate(frames):
+        whole.paste(frame, ((width + _GAP) * i, 0))
+    return tag("img", src=data_uri("image/png", _encoded(whole)), alt="", class_="strip")
+
+
 def _array(value: Any) -> np.ndarray:
     if isinstance(value, list | tuple) and all(isinstance(frame, Image.Image) for frame in value):
         return np.stack([np.asarray(frame.convert("RGBA")) for frame in value])
@@ -81,11 +117,7 @@ def _array(value: Any) -> np.ndarray:
 
 def wav(samples: np.ndarray, rate: int) -> bytes:
     """A WAV file, 16 bits and one channel, of the first six seconds at 16 kHz or less."""
-    mono = _as_floats(np.asarray(samples))[: round(_SECONDS * rate)]
-    if rate > _RATE:
-        from scipy.signal import resample_poly
-
-        mono, rate = resample_poly(mono, _RATE, rate), _RATE
+    mono, rate = _heard(samples, rate)
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
         writer.setnchannels(1)
@@ -93,6 +125,32 @@ def wav(samples: np.ndarray, rate: int) -> bytes:
         writer.setframerate(rate)
         writer.writeframes(np.round(np.clip(mono, -1, 1) * 32767).astype("<i2").tobytes())
     return file.getvalue()
+
+
+def _heard(samples: np.ndarray, rate: int) -> tuple[np.ndarray, int]:
+    """What of a sound is played: floats `[S]`, at most six seconds at 16 kHz."""
+    mono = _as_floats(np.asarray(samples))[: round(_SECONDS * rate)]
+    if rate <= _RATE:
+        return mono, rate
+    from scipy.signal import resample_poly
+
+    return resample_poly(mono, _RATE, rate), _RATE
+
+
+def _spectrum(samples: np.ndarray, rate: int) -> Html:
+    """A small picture of a sound, for the eye only: time to the right, pitch upward, loud is light."""
+    mono, rate = _heard(samples, rate)
+    window = 512
+    hop = max((len(mono) - window) // _SPECTRUM[0], window // 8)
+    padded = np.pad(np.clip(mono, -1, 1), (0, max(window - len(mono), 0))).astype(np.float32)
+    mel = Spectrogram(
+        patch_mels=1, mels=_SPECTRUM[1], rate=rate, window=window, hop=hop, low=0.0, high=rate / 2
+    )
+    level_TM = mel.log_mel(padded)
+    level_MT = (level_TM.T[::-1] - level_TM.min()) / max(np.ptp(level_TM), 1e-6)
+    picture = Image.fromarray(np.round(level_MT * (_SHADES - 1)).astype(np.uint8), "P")
+    picture.putpalette(np.round(_COLOURS).astype(np.uint8).tobytes())
+    return tag("img", src=data_uri("image/png", _encoded(picture)), alt="", class_="spectrum")
 
 
 def _as_floats(samples: np.ndarray) -> np.ndarray:
@@ -136,6 +194,10 @@ def _png(image: Image.Image) -> bytes:
         image = image.convert("RGBA" if image.mode in ("RGBA", "LA", "P") else "RGB")
         image = image.copy()
         image.thumbnail((_LARGEST, _LARGEST))
+    return _encoded(image)
+
+
+def _encoded(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return file.getvalue()

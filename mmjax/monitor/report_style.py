@@ -81,32 +81,63 @@ tbody th[scope=rowgroup] { color: var(--soft); font-size: .85rem; padding-top: .
 .tick.majority { background: none; border-left: 2px dotted var(--ink) }
 .spark { width: 60px; height: 20px; fill: none; stroke: var(--soft); stroke-width: 1.5 }
 .spark circle { fill: var(--soft); stroke: none }
-.cards { list-style: none; padding: 0; margin: 0; display: grid; gap: .75rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)) }
-.cards:has(.found .words) { grid-template-columns: repeat(auto-fill, minmax(min(100%, 13rem), 1fr)) }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: .75rem;
+  margin-top: .75rem }
+.tile { border: 1px solid var(--edge); border-radius: .5rem; padding: .6rem .75rem }
+.tile ul { list-style: none; margin: 0; padding: 0 }
+.tile li { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 .6rem; margin-top: .35rem }
+.tile .value { font-size: 1.3rem; font-weight: 650; font-variant-numeric: tabular-nums }
+.tile .said { width: 100%; margin: 0 }
+.chip { border-radius: 1em; padding: .05em .6em; background: var(--track); font-size: .85rem; white-space: nowrap }
+.chip.good { background: var(--good-page); color: var(--good); font-weight: 700 }
+.cards { list-style: none; padding: 0; margin: 0; display: grid; gap: .75rem }
+.of-words { grid-template-columns: repeat(auto-fill, minmax(min(100%, 13rem), 1fr)) }
+.of-tiles, .of-sounds { grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)) }
 .cards > li { border: 1px solid var(--edge); border-radius: .5rem; padding: .6rem; min-width: 0 }
-.gallery + .gallery { margin-top: 2rem }
+.gallery + .gallery { margin-top: 1.5rem; border-top: 1px solid var(--edge); padding-top: 1rem }
 .gallery img { display: block; width: 100%; max-width: 64px; height: auto; background: var(--tile);
   border-radius: .3rem; padding: 2px }
-.gallery .query { font-weight: 600; margin-bottom: .4rem }
-.gallery .query img { max-width: 80px }
-.gallery audio { display: block; width: 100%; height: 2.2rem; min-width: 0 }
+.gallery .query { font-weight: 600; margin-bottom: .4rem; display: flex; flex-wrap: wrap; gap: .3rem .6rem;
+  align-items: center }
+.gallery .query picture img, .gallery .query > img { max-width: 80px; min-width: 64px }
+.gallery .query > .strip { flex: 1 1 5rem; max-width: 10rem; padding: 0; border-radius: 0; background: none }
+.sound { display: flex; align-items: center; gap: .4rem; min-width: 0 }
+.gallery audio { display: block; height: 2.2rem; width: 100% }
+.found .player { flex: none; width: 2.9rem; overflow: hidden; border-radius: 1.1rem }
+.found .player audio { width: 8rem }
+.query .sound { width: 100%; display: block }
+.query .player { display: block; margin-bottom: .25rem }
+.cards + .scroll, .gallery + .remark { margin-top: 1rem }
+.gallery .spectrum { max-width: 7rem; height: 2rem; padding: 0; border-radius: .2rem }
+.gallery .query .spectrum { max-width: none; height: 3.2rem; min-width: 0; margin-bottom: .3rem }
+.query > .words { width: 100% }
 .found { margin: 0; padding: 0; list-style: none; display: flex; flex-wrap: wrap; gap: .1rem .3rem }
 .found li { border: 2px solid transparent; border-radius: .4rem; padding: 0 .3rem; min-width: 0;
   max-width: 100%; font-size: .9rem; line-height: 1.4 }
-.found li:has(.words), .found li:has(audio) { width: 100% }
-.found li:has(img) { width: calc(20% - .25rem); max-width: 76px; padding: 1px }
+.of-words .found li, .of-sounds .found li { width: 100% }
+.of-sounds .found li { display: grid; grid-template-columns: max-content minmax(0, 1fr) max-content;
+  align-items: center; padding: .1rem .3rem }
+.of-sounds .found .sound { width: 9rem }
+.of-tiles .found li { width: calc(20% - .25rem); max-width: 76px; padding: 1px }
+.guesses li { display: flex; flex-wrap: wrap; align-items: baseline; justify-content: space-between; gap: 0 .4rem }
+.guesses .share { color: var(--soft); font-size: .85rem; margin-left: auto; font-variant-numeric: tabular-nums }
+.guesses .bar { width: 100%; height: .25rem; margin-bottom: .2rem }
+.guesses .right .fill { background: var(--good) }
 .said { color: var(--soft); font-size: .85rem; margin-left: .4rem }
 .found li.right .said { color: var(--ink) }
 .found li.right { border-color: var(--good); background: var(--good-page) }
+.pictures th { min-width: 0; width: 6rem }
+.pictures td { padding: .15rem }
+.pictures img { max-width: 96px; min-width: 56px; image-rendering: pixelated }
 .mark { color: var(--good); font-size: .8rem; font-weight: 700; margin-left: .4rem;
   white-space: nowrap }
 .mark::before { content: "\\2713  " }
-.found li:has(img) .mark { margin: 0; display: block; text-align: center; font-size: .9rem; line-height: 1.1 }
-.found li:has(img) .mark span { position: absolute; clip-path: inset(50%); width: 1px; height: 1px;
+.of-tiles .mark { margin: 0; display: block; text-align: center; font-size: .9rem; line-height: 1.1 }
+.of-tiles .mark span { position: absolute; clip-path: inset(50%); width: 1px; height: 1px;
   overflow: hidden }
 details { margin-top: .75rem }
 summary { cursor: pointer; font-weight: 600 }
+details > .grid, details > .scroll, details > p:first-of-type { margin-top: .5rem }
 pre { overflow-x: auto; font-size: .8rem; line-height: 1.4; margin: .5rem 0 0 }
 footer { color: var(--soft); font-size: .85rem }
 @media (max-width: 40rem) {
@@ -116,9 +147,9 @@ footer { color: var(--soft); font-size: .85rem }
   .ends { grid-column: 1 }
   table { font-size: .9rem }
   .bar { min-width: 3rem }
-  .cards:has(.found .words) > li { display: grid; grid-template-columns: minmax(0, 5rem) minmax(0, 1fr);
-    column-gap: .5rem; align-items: start }
-  .cards:has(.found .words) > li:has(audio) { display: block }
+  .of-words > li { display: grid; grid-template-columns: minmax(0, 6rem) minmax(0, 1fr); column-gap: .5rem;
+    align-items: start }
+  .of-words > li:has(.sound) { display: block }
   .cards .late { grid-column: 1 / -1 }
 }
 @media print {

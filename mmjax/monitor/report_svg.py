@@ -51,7 +51,9 @@ class _Axis:
         return np.log10(np.maximum(values, self.low)) if self.log else np.asarray(values, float)
 
     def ticks(self) -> list[float]:
-        return log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high)
+        if self.log and self.high / self.low > 10:
+            return log_ticks(self.low, self.high)
+        return ticks(self.low, self.high)
 
 
 def colour(index: int) -> str:

@@ -83,20 +83,20 @@ def program_table(rows: Sequence[Mapping[str, Any]], stream: TextIO | None = Non
     """The compiled programs.
 
     Args:
-      rows: name (the task), kind (train, eval), shape (a short text), bytes (at the peak), flops,
+      rows: name (the task), kind (train, embed/MODALITY), shape (a short text), bytes (at the peak), flops,
         compile_seconds, cached (a truth value). What is not known is None or missing.
       stream: standard output if None.
     """
-    heads = ("task", "for", "shape", "memory", "FLOPs", "compile", "cache")
+    heads = ("task", "for", "shape", "memory", "FLOPs", "compile")
     cells = [
         (
             row["name"],
-            row["kind"],
+            # Of several modalities, the shape tells.
+            row["kind"].split("/")[0] if "+" in row["kind"] else row["kind"],
             row.get("shape"),
             _known(human_bytes, row.get("bytes")),
             _known(human_flops, row.get("flops")),
-            _known(human_seconds, row.get("compile_seconds")),
-            "hit" if row.get("cached") else "new",
+            "cached" if row.get("cached") else _known(human_seconds, row.get("compile_seconds")),
         )
         for row in rows
     ]

@@ -16,11 +16,13 @@ from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions
 from mmjax.layers.stream import Stream
 from mmjax.layers.trunk import GroupConfig, Trunk
-from mmjax.modalities.image import patchify
+from mmjax.modalities.image import patchify, unpatchify
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
 from mmjax.objective import Loss, Objective
 from mmjax.parameters import declare
+
+HIDDEN = 0.6  # the grey of patches that a picture hides
 
 
 class Decoder(nnx.Module):
@@ -86,8 +88,8 @@ class MaskedImage(Objective):
             )
         }
 
-    def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
-        pixels = batch["inputs"][self.modality]["pixels"]
+    def _predict(self, model: Model, batch: Batch, key: jax.Array) -> Any:
+        """Predictions `[B, S, P]`, which patches `[B, S]` are hidden, and the `Aux` of trunk and decoder."""
         stream = model.tokens(self.modality, batch["inputs"][self.modality])
         key_order, key_encode, key_decode = jax.random.split(key, 3)
         rows, tokens = stream.x_BSD.shape[:2]
@@ -96,9 +98,13 @@ class MaskedImage(Objective):
         seen, aux = model.encode([stream.take(index_BS[:, :keep])], key_encode)
         decoder = model.heads[self.head].decoder
         predicted_BSP, aux_decoder = decoder(seen, index_BS, stream.coordinates, key_decode)
-        patch = round((predicted_BSP.shape[-1] / 3) ** 0.5)
-        target_BSP = normalised_patches(pixels, patch, predicted_BSP.dtype)
         hidden_BS = jnp.argsort(index_BS, axis=1) >= keep
+        return predicted_BSP, hidden_BS, (aux, aux_decoder)
+
+    def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
+        predicted_BSP, hidden_BS, (aux, aux_decoder) = self._predict(model, batch, key)
+        pixels = batch["inputs"][self.modality]["pixels"]
+        target_BSP = normalised_patches(pixels, patch_side(predicted_BSP), predicted_BSP.dtype)
         hidden_BS = hidden_BS & batch["valid"][:, None]
         value = masked_error(predicted_BSP, target_BSP, hidden_BS)
         # What predicting each patch's mean would cost: below 1 where patches are blank.
@@ -106,6 +112,32 @@ class MaskedImage(Objective):
         return Loss(
             value + aux.loss + aux_decoder.loss, metrics, {**aux.buffers, **aux_decoder.buffers}
         )
+
+    def shows(self) -> tuple[str, ...]:
+        return (
+            "picture",
+            "what it sees",
+            "what it predicts, given means and contrasts",
+            "the means alone",
+        )
+
+    def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        """Pictures uint8 `[B, H, W, 3]` whose hidden patches are filled in each of the ways of `shows`.
+
+        A prediction has neither mean nor contrast (see `normalised_patches`). Both are borrowed from the
+        picture, and beside the prediction stands what these means alone give.
+        """
+        predicted_BSP, hidden_BS, _ = self._predict(model, batch, key)
+        pixels = batch["inputs"][self.modality]["pixels"]
+        patch, (height, width) = patch_side(predicted_BSP), pixels.shape[1:3]
+        whole_BSP = patchify(pixels.astype(predicted_BSP.dtype) / 255, patch)
+        mean_BS1, variance_BS1 = moments(whole_BSP)
+        fillings = (whole_BSP, HIDDEN, mean_BS1 + jnp.sqrt(variance_BS1) * predicted_BSP, mean_BS1)
+        filled = (jnp.where(hidden_BS[..., None], each, whole_BSP) for each in fillings)
+        return {
+            name: as_pixels(unpatchify(x_BSP, height, width, patch))
+            for name, x_BSP in zip(self.shows(), filled, strict=True)
+        }
 
 
 def visible(tokens: int, ratio: float) -> int:
@@ -123,8 +155,24 @@ def normalised_patches(
     """Targets: each patch's values in [0, 1] less their mean, over `sqrt(variance + eps)`; `[B, S, P]`."""
     dtype = jnp.promote_types(dtype, jnp.float32)
     x_BSP = patchify(pixels_BHWC.astype(dtype) / 255, patch)
-    centred = x_BSP - x_BSP.mean(axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
+    mean_BS1, variance_BS1 = moments(x_BSP, eps)
+    return (x_BSP - mean_BS1) * jax.lax.rsqrt(variance_BS1)
+
+
+def moments(x_BSP: jax.Array, eps: float = 1e-6) -> tuple[jax.Array, jax.Array]:
+    """Each patch's mean, and its variance + eps; `[B, S, 1]`."""
+    mean_BS1 = x_BSP.mean(axis=-1, keepdims=True)
+    return mean_BS1, jnp.square(x_BSP - mean_BS1).mean(axis=-1, keepdims=True) + eps
+
+
+def as_pixels(images_BHWC: jax.Array) -> jax.Array:
+    """uint8 of values in [0, 1]; what lies outside is cut."""
+    return jnp.round(jnp.clip(images_BHWC, 0, 1) * 255).astype(jnp.uint8)
+
+
+def patch_side(patches_BSP: jax.Array) -> int:
+    """The side of square patches of three channels."""
+    return round((patches_BSP.shape[-1] / 3) ** 0.5)
 
 
 def masked_error(

@@ -91,6 +91,7 @@ class MovingEmojiExamples(Examples):
         self.fields = ("video", "caption", "concept", "direction", "pair")
         self.identity = _identity(source, inner)
         self.credits = inner.credits
+        self.labels = {"direction": DIRECTIONS}
         self._check(inner)
 
     def _check(self, inner: Examples) -> None:

@@ -47,6 +47,7 @@ class TfdsExamples(Examples):
         builder = _builder(source)
         split = _split(builder, source)
         self._texts = _text_fields(builder.info.features)
+        self.labels = _class_names(builder.info.features)
         self._data = builder.as_data_source(split=source.split)
         self.description = f"{builder.info.full_name}:{source.split}"
         self.fields = tuple(sorted(builder.info.features))
@@ -67,6 +68,13 @@ class TfdsExamples(Examples):
 
 def _text_fields(features: Any) -> list[str]:
     return [n for n, f in features.items() if type(f).__name__ == "Text"]
+
+
+def _class_names(features: Any) -> dict[str, list[str]]:
+    """Of the fields that are classes; where a data set gives no names, TFDS has their numbers."""
+    found = {n: list(getattr(f, "names", None) or ()) for n, f in features.items()}
+    numbers = {n: [str(i) for i in range(len(names))] for n, names in found.items()}
+    return {n: names for n, names in found.items() if names != numbers[n]}
 
 
 def _root(source: Tfds) -> epath.Path:

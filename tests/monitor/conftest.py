@@ -19,6 +19,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# The least contrast (WCAG 2.1) of any text with what lies behind it, and where.
+CONTRAST = """(() => {
+  const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
+  const rgba = c => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = c; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data] };
+  const light = c => c.slice(0, 3).map(v => v / 255)
+    .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = e => { for (; e; e = e.parentElement) {
+    const c = rgba(getComputedStyle(e).backgroundColor); if (c[3] == 255) return c }
+    return [255, 255, 255, 255] };
+  let least = [21, ""];
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const e = walk.currentNode.parentElement, style = getComputedStyle(e);
+    if (!walk.currentNode.data.trim()) continue;
+    const ink = light(rgba(e.namespaceURI.endsWith("svg") ? style.fill : style.color));
+    const page = light(behind(e));
+    const ratio = (Math.max(ink, page) + 0.05) / (Math.min(ink, page) + 0.05);
+    if (ratio < least[0]) least = [ratio, walk.currentNode.data.slice(0, 40)];
+  }
+  return least })()"""
+
 VOID = {"meta", "img", "source", "br", "link"}
 
 
@@ -156,6 +179,21 @@ class Browser:
         clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 16_000)}
         shot = self("Page.captureScreenshot", captureBeyondViewport=True, clip={**clip, "scale": 1})
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB"))
+
+    def assert_looks_right(self, path: os.PathLike[str], width: int, scheme: str) -> None:
+        """Quiet, no wider than the window, every picture there, text to be read, no stretch blank."""
+        self.open(path, width, scheme)
+        self.assert_is_quiet()
+        broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).length"
+        assert self.ask(broken) == 0
+        assert self.ask("document.documentElement.scrollWidth") == width
+        least, where = self.ask(CONTRAST)
+        assert least >= 4.5, where
+        picture = self.picture()
+        assert picture.shape[0] > 3000 and picture.shape[1] == width
+        assert (np.median(picture) > 200) == (scheme == "light")
+        for part in np.array_split(picture[100:-200], 8):
+            assert len(np.unique(part[::2] @ [1 << 16, 1 << 8, 1])) > 20
 
     def close(self) -> None:
         self._process.terminate()

@@ -103,11 +103,10 @@ def test_the_schedule_is_the_one_that_ran(page: Any, run_copy: epath.Path) -> No
 
 
 def test_gallery_shows_pictures_with_words_and_words_with_pictures(page: Any) -> None:
-    images = page.all("img")
+    images = [image for image in page.all("img") if re.fullmatch(r"image: \S.*", image["alt"])]
     # 12 queries of one image each, and 12 texts with 5 images each.
     assert len(images) == 12 + 12 * 5
     for image in images:
-        assert re.fullmatch(r"image: \S.*", image["alt"])
         picture = Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2])))
         assert picture.size == (64, 64) and np.asarray(picture.convert("RGB")).std() > 0
     assert len({image["src"] for image in images[:12]}) == 12
@@ -214,7 +213,8 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(
     newest, before = checkpoint.steps(copy)
     shutil.rmtree(copy / "checkpoints" / str(newest) / "state")
     page = parse(write_report(copy, examples=2).read_text())
-    assert f"By the checkpoint of step {before}." in page.text and len(page.all("img")) == 12
+    assert f"By the checkpoint of step {before}." in page.text
+    assert len(page.all("img")) == 2 + 2 * 5 + 2 * 4
     shutil.rmtree(copy / "checkpoints" / str(newest) / "meta")
     assert read_run(copy).meta_step == before
 
@@ -299,47 +299,13 @@ def test_losses_that_are_not_finite_are_counted_and_leave_a_gap(
 # --- in a browser -------------------------------------------------------------------------------
 
 
-# The least contrast (WCAG 2.1) of any text with what lies behind it, and where.
-_CONTRAST = """(() => {
-  const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
-  const rgba = c => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = c; canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data] };
-  const light = c => c.slice(0, 3).map(v => v / 255)
-    .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = e => { for (; e; e = e.parentElement) {
-    const c = rgba(getComputedStyle(e).backgroundColor); if (c[3] == 255) return c }
-    return [255, 255, 255, 255] };
-  let least = [21, ""];
-  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walk.nextNode()) {
-    const e = walk.currentNode.parentElement, style = getComputedStyle(e);
-    if (!walk.currentNode.data.trim()) continue;
-    const ink = light(rgba(e.namespaceURI.endsWith("svg") ? style.fill : style.color));
-    const page = light(behind(e));
-    const ratio = (Math.max(ink, page) + 0.05) / (Math.min(ink, page) + 0.05);
-    if (ratio < least[0]) least = [ratio, walk.currentNode.data.slice(0, 40)];
-  }
-  return least })()"""
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1000, 400])
 def test_looks_right_in_a_browser(
     browser: Any, written: epath.Path, width: int, scheme: str
 ) -> None:
-    browser.open(written, width, scheme)
-    browser.assert_is_quiet()
-    broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).length"
-    assert browser.ask("document.images.length") == 72 and browser.ask(broken) == 0
-    assert browser.ask("document.documentElement.scrollWidth") == width
-    least, where = browser.ask(_CONTRAST)
-    assert least >= 4.5, where
-    picture = browser.picture()
-    assert picture.shape[0] > 3000 and picture.shape[1] == width
-    assert (np.median(picture) > 200) == (scheme == "light")
-    for part in np.array_split(picture[100:-200], 8):  # no stretch of it is blank
-        assert len(np.unique(part.reshape(-1, 3), axis=0)) > 20
+    browser.assert_looks_right(written, width, scheme)
+    assert browser.ask("document.images.length") == 104
 
 
 def test_lines_are_drawn_where_the_numbers_say(browser: Any, written: epath.Path) -> None:

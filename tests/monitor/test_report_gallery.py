@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from mmjax.evaluators.retrieval import recall
 from mmjax.modality import Input
-from mmjax.monitor.report_gallery import Shelf, answers, gallery, read_shelf, spread
+from mmjax.monitor.report_gallery import Shelf, answers, gallery, read_shelf
+from mmjax.monitor.report_html import text
+from mmjax.monitor.report_panel import framed, spread, thanks
 
 Parse = Callable[[str], Any]
 EVIL = "<script>alert(1)</script>"
@@ -60,7 +62,8 @@ def test_sounds_with_hostile_words(parse: Parse) -> None:
     task = _task(("sound", "text"))
     shelf = read_shelf(examples, task, "concept")
     assert shelf.unreadable == 1 and len(shelf.concept) == 20
-    made = gallery(_one_hot_model(("sound", "text"), 256), task, shelf, EVIL, "text", 12)
+    panel = gallery(_one_hot_model(("sound", "text"), 256), task, shelf, EVIL, "text", 12)
+    made = framed(text(EVIL), [panel]) + (thanks([panel, panel]) or "")
     page = parse(made)
     page.assert_is_harmless()
     assert EVIL not in made
@@ -70,10 +73,12 @@ def test_sounds_with_hostile_words(parse: Parse) -> None:
     data = base64.b64decode(players[0]["src"].removeprefix("data:audio/wav;base64,"))
     with wave.open(io.BytesIO(data)) as file:
         assert file.getframerate() == 8000
+    spectra = [p for p in page.all("img") if p.get("class") == "spectrum"]
+    assert len(spectra) == len(players) and len({p["src"] for p in spectra}) > 10
     # Each finds itself, first.
     assert "12 of 12 have a right one among the 5 nearest of 20." in page.text
-    assert "21 held-out examples; 1 could not be read." in page.text
-    assert "Shown here: By <i>someone</i>." in page.text
+    assert f"{EVIL}: 21 held-out examples; 1 could not be read" in page.text
+    assert page.text.count("By <i>someone</i>.") == 1
 
 
 def test_heavy_panels_show_fewer(parse: Parse) -> None:
@@ -82,7 +87,7 @@ def test_heavy_panels_show_fewer(parse: Parse) -> None:
     shelf = Shelf(values, np.arange(12), 0, 12, ())
     made = gallery(
         _one_hot_model(("sound", "text"), 256), _task(("sound", "text")), shelf, "t", "", 12
-    )
+    ).body
     count = len(parse(made).all("audio"))
     # A sound is 128 kB in base64: 12 queries fit into 2 MB; of the texts with five sounds each, 2.
     assert count == 12 + 2 * 5 and len(made) < 4_500_000

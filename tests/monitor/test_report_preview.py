@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmjax.config import component
 from mmjax.modality import Input
-from mmjax.monitor.report_preview import as_given, preview, shown, wav
+from mmjax.monitor.report_preview import as_given, is_sound, preview, shown, strip, wav
 
 Parse = Callable[[str], Any]
 
@@ -103,3 +103,43 @@ def test_sounds_of_a_field_keep_the_rate_that_the_task_states(
     samples, found = shown(each, as_given(each, tone))
     assert found == 16_000 and len(samples) == 16_000
     assert np.argmax(np.abs(np.fft.rfft(samples))) == 440
+
+
+def _picture(attributes: dict[str, str]) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(attributes["src"].partition(",")[2])))
+
+
+@pytest.mark.parametrize("rate", [8000, 11_025, 44_100])
+def test_a_sound_has_a_picture_in_which_higher_is_higher(parse: Parse, rate: int) -> None:
+    """A low tone, then a high one, is light at the bottom left and the upper right."""
+    half = np.arange(rate) / rate
+    low, high = (0.5 * np.sin(2 * np.pi * f * half) for f in (rate / 40, min(rate, 16_000) / 4))
+    page = parse(preview((np.concatenate([low, high]), rate), "two tones"))
+    (image,) = page.all("img")
+    assert image["class"] == "spectrum" and image["alt"] == ""
+    light = np.asarray(_picture(image).convert("L")).astype(float)
+    assert light.shape[0] == 40
+    first, second = np.array_split(light, 2, axis=1)
+    below, above = first.mean(axis=1).argmax(), second.mean(axis=1).argmax()
+    assert below > above + 5
+    assert light[below].max() > light.mean() + 40
+
+
+@pytest.mark.parametrize("samples", [np.zeros(0), np.zeros(3), np.zeros(5000)])
+@pytest.mark.parametrize("rate", [50, 8000])
+def test_silence_and_hardly_anything_are_sounds_too(
+    parse: Parse, samples: np.ndarray, rate: int
+) -> None:
+    page = parse(preview((samples, rate), "silence"))
+    assert len(page.all("audio")) == len(page.all("img")) == 1
+    assert is_sound((samples, 8000)) and not is_sound(samples)
+
+
+def test_a_clip_has_a_film_strip_of_its_frames_in_order(parse: Parse) -> None:
+    frames = np.stack([np.full((16, 16, 3), 30 * i, np.uint8) for i in range(8)])
+    (image,) = parse(strip(frames) or "").all("img")
+    row = np.asarray(_picture(image))[8]
+    assert row.shape == (4 * 16 + 3 * 2, 3)
+    assert [int(row[i * 18 + 8, 0]) for i in range(4)] == [0, 60, 150, 210]
+    for still in (frames[0], frames[:1], "words", b"bytes", (np.zeros(9), 8000)):
+        assert strip(still) is None

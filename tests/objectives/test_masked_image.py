@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mmjax.errors import UserError
 from mmjax.layers.stream import Stream, no_aux
 from mmjax.layers.trunk import GroupConfig
-from mmjax.modalities.image import Image, ImageInput, patchify
+from mmjax.modalities.image import Image, ImageInput, patchify, unpatchify
 from mmjax.modality import Input
 from mmjax.model import ModelConfig, declare_model
 from mmjax.objectives.masked_image import (
@@ -83,6 +83,13 @@ def numeric(function: Any, x: np.ndarray, step: float) -> np.ndarray:
 def test_patchify_against_a_loop(patch: int, height: int, width: int) -> None:
     pixels = images(2, height, width)
     np.testing.assert_array_equal(patchify(jnp.asarray(pixels), patch), patches(pixels, patch))
+
+
+@pytest.mark.parametrize(("patch", "height", "width"), [(2, 4, 6), (3, 6, 3), (4, 4, 4)])
+def test_patches_go_back_where_they_came_from(patch: int, height: int, width: int) -> None:
+    pixels = images(2, height, width)
+    back = unpatchify(patchify(jnp.asarray(pixels), patch), height, width, patch)
+    np.testing.assert_array_equal(back, pixels)
 
 
 def test_targets_against_their_definition() -> None:
@@ -363,6 +370,35 @@ def test_blank_patches_cost_nothing_to_the_baseline() -> None:
 def test_every_parameter_learns() -> None:
     gradient = learn(parameters(declared()), VALID)[1]
     assert {n for n, g in gradient.items() if not np.any(g)} == set()
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_what_it_shows_fills_hidden_patches_only(is_right: bool) -> None:
+    """A prediction equal to the targets gives the picture back; one of zeros, each patch's mean."""
+    pixels = images()
+    _, kept = run(pixels)
+    plant = targets(pixels) if is_right else np.zeros((ROWS, TOKENS, PATCH**2 * 3))
+
+    @jax.jit
+    def show(p: Any, plant: Any) -> Any:
+        model: Any = Watched(declared().merge(p), plant)
+        batch = {"inputs": {"image": {"pixels": pixels}}, "valid": VALID, "fields": {}}
+        return objective().show(model, batch, jax.random.key(0))
+
+    made = show(parameters(declared()), plant)
+    assert tuple(made) != () and set(made) == set(objective().shows())
+    assert {(v.shape, v.dtype) for v in made.values()} == {(pixels.shape, np.dtype(np.uint8))}
+    whole, seen, predicted, means = (patches(np.asarray(made[n])) for n in objective().shows())
+    hidden = hidden_patches(np.asarray(kept.index))
+    np.testing.assert_array_equal(whole, patches(pixels))
+    mean = np.round(patches(pixels).mean(axis=-1, keepdims=True)) + 0 * whole
+    for filled, filling in (
+        (seen, 153 + 0 * whole),
+        (means, mean),
+        (predicted, whole if is_right else mean),
+    ):
+        np.testing.assert_array_equal(filled[~hidden], whole[~hidden])
+        assert np.abs(filled[hidden].astype(int) - filling[hidden]).max() <= 1
 
 
 def test_what_it_reads_and_makes() -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from mmjax import config as configs
 from mmjax.errors import UserError
+from mmjax.source import Cached
 from mmjax.sources.tfds import Tfds
 
 COUNTS = {"train": 24, "test": 8}
@@ -36,6 +37,7 @@ class Grey(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             ),
             "words": tfds.features.Text(),
             "kind": tfds.features.ClassLabel(num_classes=4),
+            "side": tfds.features.ClassLabel(names=["left", "right"]),
         }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
@@ -47,7 +49,7 @@ class Grey(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             png = io.BytesIO()
             Image.fromarray(np.full((16, 16, 3), 10 * i, np.uint8)).save(png, "PNG")
             png.seek(0)
-            yield i, {"picture": png, "words": f"grün {i}", "kind": i % 4}
+            yield i, {"picture": png, "words": f"grün {i}", "kind": i % 4, "side": "right"}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def opened(folder: Path, dataset: str = "grey", split: str = "train"):
 def test_examples_come_decoded(folder):
     examples = opened(folder)
     assert len(examples) == COUNTS["train"]
-    assert set(examples.fields) == {"picture", "words", "kind"}
+    assert set(examples.fields) == {"picture", "words", "kind", "side"}
     seen = set()
     for example in examples:
         number = int(example["words"].removeprefix("grün "))
@@ -81,6 +83,15 @@ def test_examples_come_decoded(folder):
         seen.add(number)
     assert seen == set(range(COUNTS["train"]))
     assert "tensorflow" not in sys.modules
+
+
+def test_classes_have_names_where_the_data_set_gives_them(folder):
+    examples = opened(folder)
+    assert {name: list(names) for name, names in examples.labels.items()} == {
+        "side": ["left", "right"]
+    }
+    assert examples.labels["side"][examples[0]["side"]] == "right"
+    assert Cached(examples, 0).labels == examples.labels
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""What an objective itself shows of held-out examples, such as pictures masked and filled in again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+
+from mmjax.data.loader import make_batch
+from mmjax.evaluator import make_evaluators
+from mmjax.loading import Embedder
+from mmjax.monitor.report_html import Html, tag
+from mmjax.monitor.report_panel import Panel, read_of, spread
+from mmjax.monitor.report_preview import preview
+from mmjax.source import Examples
+from mmjax.task import Task
+
+_MOST = 8  # examples side by side
+
+
+def pictured(model: Embedder, task: Task, count: int) -> Iterator[Panel]:
+    """A panel for each held-out split on which the loss of an objective that shows something is taken.
+
+    Args:
+      model: a trained run.
+      task: of it.
+      count: examples of a panel, of which there are at most 8.
+
+    Raises:
+      UserError: held-out data is not there.
+    """
+    if not task.objective.shows():
+        return
+    for evaluator in make_evaluators(task).values():
+        for each in evaluator.passes(task).values():
+            if each.what == "loss":
+                examples = each.source.open()
+                yield panel(model, task, examples, each.source.label, min(count, _MOST))
+
+
+def panel(model: Embedder, task: Task, examples: Examples, split: str, count: int) -> Panel:
+    """A row for each thing that the objective shows, a column for each example."""
+    ids = spread(len(examples), count)
+    batch, failed = make_batch(task.rows(), examples, ids, lambda _: None, len(ids))
+    title = f"{split}: {read_of(len(examples), len(ids) - len(failed), len(failed))}"
+    show = model.compiled(lambda m, rows: task.objective.show(m, rows, jax.random.key(0)))
+    made: Mapping[str, np.ndarray] = jax.device_get(show(batch))
+    kept = np.flatnonzero(batch["valid"]).tolist()
+    rows = [_row(name, made[name], kept) for name in task.objective.shows()]
+    caption = tag("caption", f"{len(kept)} held-out examples side by side")
+    frame = tag("table", caption, tag("tbody", *rows), class_="pictures")
+    return Panel(title, tag("div", frame, class_="scroll", tabindex="0"), examples.credits)
+
+
+def _row(name: str, values: np.ndarray, kept: list[int]) -> Html:
+    cells = (tag("td", preview(values[i], f"{name}, example {i + 1}")) for i in kept)
+    return tag("tr", tag("th", name, scope="row"), *cells)
