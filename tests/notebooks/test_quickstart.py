@@ -15,6 +15,7 @@ from typing import Any
 import nbformat
 import numpy as np
 import pytest
+from etils import epath
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
@@ -22,7 +23,6 @@ from PIL import Image
 
 import mmjax
 from mmjax import config as configs
-from mmjax.data import build
 from mmjax.data.speech import speak
 from mmjax.loading import Embedder
 from mmjax.sources.tfds import Tfds
@@ -31,20 +31,15 @@ ROOT = Path(__file__).resolve().parents[2]
 PATH = ROOT / "notebooks" / "quickstart.ipynb"
 CONFIG = ROOT / "tests" / "configs" / "quickstart_tiny.py"
 TASK, STEPS, BATCH = "masked_image", 20, 8
-LIMIT = 600  # seconds of a process or a cell, after which it is stuck
+LIMIT = 600  # seconds of a cell, after which it is stuck
 
 Environment = Callable[..., dict[str, str]]
 
 
 @pytest.fixture(scope="module")
-def run(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of all six tasks."""
-    for name in build.BUNDLES["quickstart"]:
-        build.build(name)
-    workdir = tmp_path_factory.mktemp("quickstart") / "run"
-    done = command("train", f"--config={CONFIG}", f"--workdir={workdir}", timeout=LIMIT)
-    assert done.returncode == 0, done.stderr
-    return workdir
+def run(quickstart_run: epath.Path) -> Path:
+    """A finished run of all six tasks, which other tests read too."""
+    return Path(quickstart_run)
 
 
 def execute(notebook: NotebookNode, environment: Mapping[str, str]) -> NotebookNode:
