@@ -22,6 +22,7 @@ import numpy as np
 from etils import epath
 
 from mmjax import commandline, errors
+from mmjax.budget import Budget
 from mmjax.checkpoint import Checkpoints
 from mmjax.config import Block
 from mmjax.data.loader import HostBatch, Loader, local_rows, place
@@ -102,13 +103,19 @@ class _Signals:
 
 @dataclass
 class _Dispatched:
-    """A step under way: its metrics are still on the devices."""
+    """A step under way: its metrics are still on the devices.
+
+    Attributes:
+      waited: seconds that the loop waited for its batch.
+      sent: when it was given to the devices.
+    """
 
     step: int
     task: str
     metrics: Mapping[str, jax.Array]
     examples: int
     waited: float
+    sent: float
 
 
 class _Loop:
@@ -124,50 +131,54 @@ class _Loop:
         self._session, self._programs, self._evaluation = session, programs, evaluation
         self._experiment, self._run = session.experiment, session.experiment.run
         self._mesh, self._clock, self._phases = session.mesh, session.clock, phases
+        self._budget = Budget(self._experiment, session.workdir)
         self._bad_in_a_row: Counter[str] = Counter()
         self._completed = time.monotonic()
 
     def run(self, state: State) -> list[Record] | None:
         """From the session's clock to the last step."""
-        schedule, step = self._clock.schedule, self._clock.step
-        visits, end = schedule.visits(step), schedule.visits(self._run.steps)
-        left = {name: end.get(name, 0) - visits.get(name, 0) for name in self._experiment.tasks}
         tasks = list(self._experiment.tasks)
-        progress = Progress(self._run.steps, step, tasks, visits=visits, visits_left=left)
+        visits = self._clock.schedule.visits(self._clock.step)
+        progress = Progress(self._run.steps, self._clock.step, tasks, visits=visits)
         with (
             _Signals() as self._signals,
-            MetricWriter(self._session.workdir, step) as self._writer,
+            MetricWriter(self._session.workdir, self._clock.step) as self._writer,
             Checkpoints(self._session.workdir, self._run.checkpoint) as self._checkpoints,
             progress as self._progress,
-            self._open_loader() as loader,
         ):
-            return self._stretches(state, loader)
+            self._plan()
+            return self._stretches(state)
+
+    def _plan(self) -> None:
+        left = self._clock.schedule.between(self._clock.step, self._run.steps)
+        self._progress.plan({name: left.get(name, 0) for name in self._experiment.tasks})
 
     @contextmanager
     def _open_loader(self) -> Iterator[Loader]:
+        """Batches up to the last step of which it is settled which task it runs."""
+
         def share(size: int) -> tuple[int, int]:
             return local_rows(batch_sharding(self._mesh, size, "batch"), size)
 
         tasks, data, seed = self._experiment.tasks, self._session.data, self._run.seed
-        loader = Loader(self._run.loader, tasks, data, self._clock, self._run.steps, seed, share)
+        loader = Loader(self._run.loader, tasks, data, self._clock, self._settled(), seed, share)
         try:
             yield loader
         finally:
             loader.close()
 
-    def _stretches(self, state: State, loader: Loader) -> list[Record] | None:
-        """Steps without a pause, then what is due: a checkpoint, an evaluation.
+    def _settled(self) -> int:
+        return self._budget.next(self._clock.step) or self._run.steps
+
+    def _stretches(self, state: State) -> list[Record] | None:
+        """Steps without a pause, then what is due: new shares, a checkpoint, an evaluation.
 
         A checkpoint of step S comes before the evaluation at S, which a restart from S does again.
         """
         if self._session.was_evaluated and self._clock.step < self._run.steps:
             self._evaluate(state)
         while self._clock.step < self._run.steps and not self._signals.received:
-            before = self._clock.step
-            with self._phases.phase("step", step=before):
-                state = self._steps(state, loader, self._next_pause())
-            if self._clock.step > before:
-                self._pause(state)
+            state = self._settled_steps(state)
         if self._signals.received and self._clock.step < self._run.steps:
             self._save(state)
             self._checkpoints.wait()
@@ -184,8 +195,21 @@ class _Loop:
                 write_report(self._session.workdir)
         return records
 
-    def _pause(self, state: State) -> None:
+    def _settled_steps(self, state: State) -> State:
+        stop = self._settled()
+        with self._open_loader() as loader:
+            while self._clock.step < stop and not self._signals.received:
+                before = self._clock.step
+                with self._phases.phase("step", step=before):
+                    state = self._steps(state, loader, self._next_pause())
+                if self._clock.step > before:
+                    self._pause(state, settle=self._clock.step == stop)
+        return state
+
+    def _pause(self, state: State, settle: bool) -> None:
         last = self._clock.step == self._run.steps
+        if settle and not last:
+            self._settle()
         if last or self._is_due(self._run.checkpoint.every):
             self._save(state)
         if not last and self._is_due(self._run.evaluation.every):
@@ -197,7 +221,7 @@ class _Loop:
     def _next_pause(self) -> int:
         step = self._clock.step
         paces = (self._run.checkpoint.every, self._run.evaluation.every)
-        return min([self._run.steps, *((step // every + 1) * every for every in paces if every)])
+        return min([self._settled(), *((step // every + 1) * every for every in paces if every)])
 
     def _steps(self, state: State, loader: Loader, stop: int) -> State:
         """Dispatch steps up to `stop`; nothing here may trace, compile or move data unasked."""
@@ -218,7 +242,8 @@ class _Loop:
                 state, metrics = self._programs[task].call(
                     state, batch, ticks(self._mesh, step=step, visit=visit)
                 )
-                under_way.append(_Dispatched(step, task, metrics, size, waited))
+                sent = time.monotonic()
+                under_way.append(_Dispatched(step, task, metrics, size, waited, sent))
                 self._count(task, host)
                 if len(under_way) >= _IN_FLIGHT:
                     self._complete(under_way.popleft())
@@ -245,12 +270,16 @@ class _Loop:
 
     def _complete(self, done: _Dispatched) -> None:
         """Fetch a step's metrics, the next one being under way, and report them."""
+        loss: Any = done.metrics["loss"]
+        is_late = loss.is_ready()  # it ended at an unknown time before
         values = {name: np.asarray(value) for name, value in jax.device_get(done.metrics).items()}
-        now = time.monotonic()
-        seconds, self._completed = now - self._completed, now
+        before, self._completed = self._completed, time.monotonic()
+        seconds = self._completed - before
         finite = bool(values.pop("finite"))
         visit = self._clock.schedule.visit(done.step)
         timing = {"seconds": seconds, "wait": done.waited}
+        if not is_late:
+            timing["busy"] = self._completed - max(done.sent, before)
         self._writer.write(done.step, done.task, {"visit": visit, **values}, timing)
         self._phases.add("wait_data", done.waited)
         self._progress.update(done.step, done.task, float(values["loss"]), done.examples, seconds)
@@ -275,6 +304,16 @@ class _Loop:
                 f"Task '{done.task}': {self._bad_in_a_row[done.task]} steps in a row with a non-finite loss or "
                 f"gradient, up to step {done.step}. Lower optimizer.learning_rate, or look at examples {words}."
             )
+
+    def _settle(self) -> None:
+        """Shares of steps anew, from the step times so far."""
+        self._writer.flush()
+        before, self._clock = self._clock, self._budget.settle(self._clock)
+        if self._clock is not before:
+            weights = self._clock.schedule.segment(self._clock.step).weights
+            words = ", ".join(f"{task} {weight}" for task, weight in weights.items())
+            self._tell("new shares", f"from step {self._clock.step} on: {words}")
+            self._plan()
 
     def _save(self, state: State) -> None:
         self._progress.status("saving")

@@ -17,7 +17,7 @@ from mmjax.monitor.tables import human_count, human_seconds, loss_text, percent
 
 LANE = 200  # steps of the strip
 _MOST_EVENTS = 50
-_SHOWN_APART = ("loss", "baseline", "grad_norm", "learning_rate", "seconds", "wait")
+_SHOWN_APART = ("loss", "baseline", "grad_norm", "learning_rate", "seconds", "wait", "busy")
 _PHASES = {
     "step": "training steps",
     "wait_data": "waiting for data",
