@@ -2,7 +2,8 @@
 
     python -m mmjax.train --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE ...]
 
-Run again, it goes on from the newest checkpoint in DIR, or says that it is done. Exit status: 0 done, 2 an
+Run again, it goes on from the newest checkpoint in DIR, or says that it is done. With --dry_run it prints what
+it would do: the coming steps, the share of each task, and the hours that these would take. Exit status: 0 done, 2 an
 error that its one line explains, 3 stopped by SIGTERM or SIGINT after saving.
 """
 
@@ -26,6 +27,7 @@ from mmjax.budget import Budget
 from mmjax.checkpoint import Checkpoints
 from mmjax.config import Block
 from mmjax.data.loader import HostBatch, Loader, local_rows, place
+from mmjax.dry_run import dry_run
 from mmjax.errors import UserError
 from mmjax.evaluate import RESULTS, Evaluation, write_results
 from mmjax.evaluator import Record
@@ -347,8 +349,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="let keys of the schedule differ from the saved run's",
     )
+    made.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print the coming steps and what they would take; write nothing",
+    )
     arguments, overrides = commandline.parse(made, argv)
     block = commandline.read_config(arguments.config, overrides)
+    if arguments.dry_run:
+        dry_run(block, commandline.folder(arguments.workdir), arguments.allow_change)
+        return 0
     use_cache()
     workdir = commandline.make_workdir(arguments.workdir)
     started = time.monotonic()
