@@ -37,7 +37,7 @@ from mmjax.monitor.metrics import MetricWriter
 from mmjax.monitor.phases import PhaseLog
 from mmjax.monitor.report import write_report
 from mmjax.monitor.tables import program_table, results_table
-from mmjax.program import Program, compile_all, ticks, use_cache
+from mmjax.program import Program, Request, compile_all, ticks, use_cache
 from mmjax.resume import Session, begin
 from mmjax.sharding import batch_sharding, make_mesh
 from mmjax.state import State
@@ -71,13 +71,20 @@ def train(block: Block, workdir: epath.Path, allow_change: bool = False,
             return list(records)
         evaluation = Evaluation(experiment, mesh)
         with phases.phase("compile"):
-            requests = experiment.train_requests(mesh) | experiment.eval_requests(mesh)
+            requests = _coming(session) | experiment.eval_requests(mesh)
             programs = compile_all(requests, mesh, experiment.run.limits)
             session.prepare()
             program_table([p.report for p in programs.values()])
         with phases.phase("restore"):
             state = session.state()
         return _Loop(session, programs, evaluation, phases).run(state)
+
+
+def _coming(session: Session) -> dict[str, Request]:
+    """Training programs of the tasks that run from here on, in this phase or a later one."""
+    visits = session.clock.schedule.between(session.clock.step, session.experiment.run.steps)
+    requests = session.experiment.train_requests(session.mesh)
+    return {task: request for task, request in requests.items() if visits.get(task)}
 
 
 class _Signals:
