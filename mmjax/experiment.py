@@ -73,10 +73,12 @@ class LogConfig:
     Attributes:
       every: steps after which the lines of `metrics.jsonl` are sure to be on the disk.
       report: write `report.html` at the end.
+      wandb: project of Weights & Biases that gets the numbers too; empty for none.
     """
 
     every: int = 20
     report: bool = True
+    wandb: str = ""
 
 
 @dataclass(frozen=True)

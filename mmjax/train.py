@@ -32,11 +32,14 @@ from mmjax.errors import UserError
 from mmjax.evaluate import RESULTS, Evaluation, write_results
 from mmjax.evaluator import Record
 from mmjax.experiment import make_experiment
+from mmjax.monitor import tally
 from mmjax.monitor.display import Progress
 from mmjax.monitor.metrics import MetricWriter
+from mmjax.monitor.peaks import peak_flops
 from mmjax.monitor.phases import PhaseLog
 from mmjax.monitor.report import write_report
-from mmjax.monitor.tables import program_table, results_table
+from mmjax.monitor.tables import program_table, results_table, summary_tables
+from mmjax.monitor.wandb_run import WandbRun
 from mmjax.program import Program, Request, compile_all, ticks, use_cache
 from mmjax.resume import Session, begin
 from mmjax.sharding import batch_sharding, make_mesh
@@ -141,6 +144,8 @@ class _Loop:
         self._experiment, self._run = session.experiment, session.experiment.run
         self._mesh, self._clock, self._phases = session.mesh, session.clock, phases
         self._budget = Budget(self._experiment, session.workdir)
+        chip = peak_flops(self._mesh.devices.flat[0].device_kind)
+        self._peak = None if chip is None else chip * self._mesh.devices.size
         self._bad_in_a_row: Counter[str] = Counter()
         self._completed = time.monotonic()
 
@@ -151,12 +156,17 @@ class _Loop:
         progress = Progress(self._run.steps, self._clock.step, tasks, visits=visits)
         with (
             _Signals() as self._signals,
-            MetricWriter(self._session.workdir, self._clock.step) as self._writer,
+            self._open_writer() as self._writer,
             Checkpoints(self._session.workdir, self._run.checkpoint) as self._checkpoints,
             progress as self._progress,
         ):
             self._plan()
             return self._stretches(state)
+
+    def _open_writer(self) -> MetricWriter:
+        workdir, project = self._session.workdir, self._run.log.wandb
+        sinks = [WandbRun(project, workdir, self._experiment.block)] if project else []
+        return MetricWriter(workdir, self._clock.step, sinks)
 
     def _plan(self) -> None:
         left = self._clock.schedule.between(self._clock.step, self._run.steps)
@@ -190,19 +200,29 @@ class _Loop:
             state = self._settled_steps(state)
         if self._signals.received and self._clock.step < self._run.steps:
             self._save(state)
-            self._checkpoints.wait()
+            self._wait_for_save()
             self._progress.message(
                 f"Stopped by {self._signals.received}; saved step {self._clock.step}."
             )
             return None
         records = self._evaluate(state)
-        self._checkpoints.wait()
+        self._wait_for_save()
         write_results(self._session.workdir, records)
+        self._sum_up()
         if self._run.log.report and jax.process_index() == 0:
             self._progress.status("writing report.html")
             with self._phases.phase("report"):
                 write_report(self._session.workdir)
         return records
+
+    def _sum_up(self) -> None:
+        """Write what the run did and cost, over all its attempts."""
+        self._writer.flush()
+        self._phases.beat(step=self._clock.step)
+        flops = {task: float(program.report["flops"]) for task, program in self._programs.items()}
+        found = tally.summary(self._session.workdir, flops, self._peak)
+        tally.write(self._session.workdir, found)
+        self._writer.add(self._clock.step, tally.scalars(found))
 
     def _settled_steps(self, state: State) -> State:
         stop = self._settled()
@@ -285,11 +305,14 @@ class _Loop:
         before, self._completed = self._completed, time.monotonic()
         seconds = self._completed - before
         finite = bool(values.pop("finite"))
-        visit = self._clock.schedule.visit(done.step)
+        report = self._programs[done.task].report
         timing = {"seconds": seconds, "wait": done.waited}
+        timing |= tally.rates(report["flops"], seconds, self._peak)
         if not is_late:
             timing["busy"] = self._completed - max(done.sent, before)
-        self._writer.write(done.step, done.task, {"visit": visit, **values}, timing)
+        visit = self._clock.schedule.visit(done.step)
+        counts = {"visit": visit, "examples": done.examples, "tokens": report["tokens"]}
+        self._writer.write(done.step, done.task, {**counts, **values}, timing)
         self._phases.add("wait_data", done.waited)
         self._progress.update(done.step, done.task, float(values["loss"]), done.examples, seconds)
         if finite:
@@ -334,6 +357,11 @@ class _Loop:
                 self._clock.step, self._session.canonical(state), self._session.meta(self._clock)
             )
 
+    def _wait_for_save(self) -> None:
+        self._progress.status("saving")
+        with self._phases.phase("save", step=self._clock.step):
+            self._checkpoints.wait()
+
     def _evaluate(self, state: State) -> list[Record]:
         self._progress.status("evaluating")
         with self._phases.phase("eval", step=self._clock.step):
@@ -373,6 +401,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if records is None:
         return STOPPED
     results_table(records)
+    if (workdir / tally.FILE).exists():
+        summary_tables(json.loads((workdir / tally.FILE).read_text()))
     print(f"Finished in {time.monotonic() - started:.0f} s. Everything is in {workdir}.")
     return 0
 
