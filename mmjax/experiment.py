@@ -21,6 +21,7 @@ from mmjax.modality import Modality
 from mmjax.model import ModelConfig, declare_model
 from mmjax.optimizer import Optimizer, OptimizerConfig
 from mmjax.parameters import Declaration
+from mmjax.profiling import ProfileConfig
 from mmjax.program import LimitsConfig, Request, eval_request, train_request
 from mmjax.schedule import BUDGET, Schedule, Stretch, from_config, stretches
 from mmjax.sharding import MeshConfig, make_mesh
@@ -104,6 +105,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from mmjax.monitor.phases import PhaseLog
 from mmjax.monitor.report import write_report
 from mmjax.monitor.tables import program_table, results_table, summary_tables
 from mmjax.monitor.wandb_run import WandbRun
+from mmjax.profiling import Profile, dump
 from mmjax.program import Program, Request, compile_all, ticks, use_cache
 from mmjax.resume import Session, begin
 from mmjax.sharding import batch_sharding, make_mesh
@@ -78,6 +79,8 @@ def train(block: Block, workdir: epath.Path, allow_change: bool = False,
             programs = compile_all(requests, mesh, experiment.run.limits)
             session.prepare()
             program_table([p.report for p in programs.values()])
+            if experiment.run.profile.dumps and jax.process_index() == 0:
+                dump(programs, workdir)
         with phases.phase("restore"):
             state = session.state()
         return _Loop(session, programs, evaluation, phases).run(state)
@@ -158,6 +161,7 @@ class _Loop:
             _Signals() as self._signals,
             self._open_writer() as self._writer,
             Checkpoints(self._session.workdir, self._run.checkpoint) as self._checkpoints,
+            Profile(self._run.profile, self._session.workdir) as self._profile,
             progress as self._progress,
         ):
             self._plan()
@@ -229,6 +233,7 @@ class _Loop:
         with self._open_loader() as loader:
             while self._clock.step < stop and not self._signals.received:
                 before = self._clock.step
+                self._profile.at(before)
                 with self._phases.phase("step", step=before):
                     state = self._steps(state, loader, self._next_pause())
                 if self._clock.step > before:
@@ -250,7 +255,8 @@ class _Loop:
     def _next_pause(self) -> int:
         step = self._clock.step
         paces = (self._run.checkpoint.every, self._run.evaluation.every)
-        return min([self._settled(), *((step // every + 1) * every for every in paces if every)])
+        due = [(step // every + 1) * every for every in paces if every]
+        return min([self._settled(), *due, *self._profile.next(step)])
 
     def _steps(self, state: State, loader: Loader, stop: int) -> State:
         """Dispatch steps up to `stop`; nothing here may trace, compile or move data unasked."""
@@ -268,9 +274,10 @@ class _Loop:
                 batch = place(
                     host.rows, host.start, size, batch_sharding(self._mesh, size, f"tasks.{task}")
                 )
-                state, metrics = self._programs[task].call(
-                    state, batch, ticks(self._mesh, step=step, visit=visit)
-                )
+                with jax.profiler.StepTraceAnnotation(task, step_num=step):
+                    state, metrics = self._programs[task].call(
+                        state, batch, ticks(self._mesh, step=step, visit=visit)
+                    )
                 sent = time.monotonic()
                 under_way.append(_Dispatched(step, task, metrics, size, waited, sent))
                 self._count(task, host)
