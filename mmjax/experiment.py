@@ -233,6 +233,11 @@ def make_experiment(block: Mapping[str, Any], folder: str = "") -> Experiment:
     for index, phase in enumerate(run.schedule.phases):
         _check_weights(phase.get("weights", {}), tasks, f"schedule.phases[{index}].weights")
     made.schedule(dict.fromkeys(tasks, 1.0))  # what is wrong is said now, not when the run begins
+    if run.schedule.measure and all(each.rule != BUDGET for each in made.stretches()):
+        raise UserError(
+            f"config.schedule.measure is {run.schedule.measure}, but no stretch has the rule '{BUDGET}'. "
+            "Set schedule.rule, or leave measure at 0."
+        )
     return made
 
 

@@ -39,7 +39,7 @@ from mmjax.monitor.peaks import peak_flops
 from mmjax.monitor.phases import PhaseLog
 from mmjax.monitor.report import write_report
 from mmjax.monitor.tables import program_table, results_table, summary_tables
-from mmjax.monitor.wandb_run import WandbRun
+from mmjax.monitor.wandb_run import WandbRun, require
 from mmjax.profiling import Profile, dump
 from mmjax.program import Program, Request, compile_all, ticks, use_cache
 from mmjax.resume import Session, begin
@@ -64,6 +64,8 @@ def train(block: Block, workdir: epath.Path, allow_change: bool = False,
       The records of the last evaluation, or None if a signal stopped the run early.
     """
     experiment = make_experiment(block)
+    if experiment.run.log.wandb:
+        require(experiment.run.log.wandb)  # said before minutes of compiling
     with PhaseLog(workdir) as phases:
         mesh = make_mesh(experiment.run.mesh, devices)
         with phases.phase("init"):
@@ -169,7 +171,8 @@ class _Loop:
 
     def _open_writer(self) -> MetricWriter:
         workdir, project = self._session.workdir, self._run.log.wandb
-        sinks = [WandbRun(project, workdir, self._experiment.block)] if project else []
+        asked = project and jax.process_index() == 0
+        sinks = [WandbRun(project, workdir, self._experiment.block)] if asked else []
         return MetricWriter(workdir, self._clock.step, sinks)
 
     def _plan(self) -> None:
@@ -211,8 +214,8 @@ class _Loop:
             return None
         records = self._evaluate(state)
         self._wait_for_save()
-        write_results(self._session.workdir, records)
         self._sum_up()
+        write_results(self._session.workdir, records)
         if self._run.log.report and jax.process_index() == 0:
             self._progress.status("writing report.html")
             with self._phases.phase("report"):

@@ -129,3 +129,5 @@ def test_what_a_person_gets_wrong() -> None:
         make_experiment(block("schedule.rule=budgte"))
     with pytest.raises(UserError, match="schedule.measure is -1"):
         make_experiment(block("schedule.measure=-1"))
+    with pytest.raises(UserError, match="schedule.measure is 5, but no stretch has the rule"):
+        make_experiment(block("schedule.measure=5"))

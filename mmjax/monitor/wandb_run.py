@@ -13,6 +13,21 @@ from etils import epath
 from mmjax.errors import UserError
 
 
+def require(project: str) -> Any:
+    """The package, as a config that names a project needs it.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise UserError(
+            f"log.wandb is '{project}', but the package wandb is not installed. "
+            "Install it (pip install wandb), or leave log.wandb empty."
+        ) from error
+
+
 class WandbRun:
     """A run of Weights & Biases that goes on when ours does; one process of a run makes it.
 
@@ -23,21 +38,11 @@ class WandbRun:
       project: its name there.
       workdir: the run's folder, which gives the run its identity.
       config: the config as plain data.
-
-    Raises:
-      UserError: the package is not installed.
     """
 
     def __init__(self, project: str, workdir: epath.Path, config: Mapping[str, Any]) -> None:
-        try:
-            wandb = importlib.import_module("wandb")
-        except ImportError as error:
-            raise UserError(
-                f"log.wandb is '{project}', but the package wandb is not installed. "
-                "Install it (pip install wandb), or leave log.wandb empty."
-            ) from error
         identity = hashlib.sha256(os.fspath(workdir).encode()).hexdigest()[:16]
-        self._run = wandb.init(
+        self._run = require(project).init(
             project=project, id=identity, name=workdir.name, resume="allow", config=dict(config)
         )
         # Our steps may go back after a kill, which W&B's own count of steps must not.

@@ -81,10 +81,10 @@ def test_it_is_not_asked_for_unasked(tmp_path: Path, runs: list[FakeRun]) -> Non
     assert not runs
 
 
-def test_a_missing_package_is_an_error_before_the_first_step(
+def test_a_missing_package_is_an_error_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="log.wandb is 'toys'.*not installed.*pip install wandb"):
         run(tmp_path / "run", "log.wandb=toys")
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not list((tmp_path / "run").iterdir())
