@@ -29,7 +29,7 @@ Block = dict[str, Any]
 
 # The first pattern that matches a dotted key gives its class; see `compare`.
 KEY_CLASSES: tuple[tuple[str, str], ...] = (
-    (r"(steps|log|checkpoint|mesh|loader|limits|evaluation)(\.|$)", "free"),
+    (r"(steps|log|checkpoint|mesh|loader|limits|evaluation|profile)(\.|$)", "free"),
     (
         r"model\.remat$|tasks\.\w+\.evaluators(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$",
         "free",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from mmjax import config as configs
@@ -19,9 +21,10 @@ from mmjax.modality import Modality
 from mmjax.model import ModelConfig, declare_model
 from mmjax.optimizer import Optimizer, OptimizerConfig
 from mmjax.parameters import Declaration
+from mmjax.profiling import ProfileConfig
 from mmjax.program import LimitsConfig, Request, eval_request, train_request
-from mmjax.schedule import Schedule, from_config
-from mmjax.sharding import MeshConfig
+from mmjax.schedule import BUDGET, Schedule, Stretch, from_config, stretches
+from mmjax.sharding import MeshConfig, make_mesh
 from mmjax.state import State, abstract_state, compute_dtype
 from mmjax.task import Task, make_task
 
@@ -39,12 +42,16 @@ class ScheduleConfig:
     """Which task runs when.
 
     Attributes:
-      rule: `shares`, `random` or `interval`; each task's `share` is its weight there.
+      rule: `shares`, `random`, `interval` or `budget`; each task's `share` is its weight there. Under
+        `budget` it is a share of the chips' time, first by model FLOPs.
       phases: later stretches, `{start, weights, rule}`.
+      measure: under `budget`, steps after which, and again after as many, the shares are set from
+        measured step times; 0 to stay with model FLOPs.
     """
 
     rule: str = "shares"
     phases: tuple[dict[str, Any], ...] = ()
+    measure: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,12 @@ class LogConfig:
     Attributes:
       every: steps after which the lines of `metrics.jsonl` are sure to be on the disk.
       report: write `report.html` at the end.
+      wandb: project of Weights & Biases that gets the numbers too; empty for none.
     """
 
     every: int = 20
     report: bool = True
+    wandb: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 @dataclass(frozen=True)
@@ -120,12 +130,29 @@ class Experiment:
     def optimizer(self) -> Optimizer:
         return Optimizer(self.run.optimizer, self.declaration.specs, self.run.steps)
 
-    def schedule(self) -> Schedule:
-        """The schedule from step 0 as the config describes it."""
-        weights = {name: task.config.share for name, task in self.tasks.items()}
-        for index, phase in enumerate(self.run.schedule.phases):
-            _check_weights(phase.get("weights", {}), weights, f"schedule.phases[{index}].weights")
-        return from_config(self.run.schedule.rule, weights, self.run.seed, self.run.schedule.phases)
+    def stretches(self) -> list[Stretch]:
+        """The schedule as the config describes it."""
+        return stretches(self.run.schedule.rule, self._shares(), self.run.schedule.phases)
+
+    def schedule(self, seconds: Mapping[str, float] | None = None) -> Schedule:
+        """The schedule from step 0 as the config describes it, in integers.
+
+        Args:
+          seconds: of a step of each task, for stretches under `budget`; model FLOPs if None.
+        """
+        config = self.run.schedule
+        if seconds is None and any(each.rule == BUDGET for each in self.stretches()):
+            seconds = self.flops
+        return from_config(config.rule, self._shares(), self.run.seed, config.phases, seconds)
+
+    def _shares(self) -> dict[str, int]:
+        return {name: task.config.share for name, task in self.tasks.items()}
+
+    @cached_property
+    def flops(self) -> Mapping[str, int]:
+        """Model FLOPs of a training step of each task, whatever the mesh; traced when first asked for."""
+        mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
+        return {name: r.model_flops() for name, r in self.train_requests(mesh).items()}
 
     def abstract_state(self, mesh: Mesh) -> State:
         return abstract_state(
@@ -203,14 +230,22 @@ def make_experiment(block: Mapping[str, Any], folder: str = "") -> Experiment:
     declaration = declare_model(run.model, modalities, heads)
     evaluators = {name: make_evaluators(task) for name, task in tasks.items()}
     made = Experiment(dict(block), run, modalities, tasks, evaluators, declaration)
-    made.schedule()  # what is wrong with it is said now, not when the run begins
+    for index, phase in enumerate(run.schedule.phases):
+        _check_weights(phase.get("weights", {}), tasks, f"schedule.phases[{index}].weights")
+    made.schedule(dict.fromkeys(tasks, 1.0))  # what is wrong is said now, not when the run begins
+    if run.schedule.measure and all(each.rule != BUDGET for each in made.stretches()):
+        raise UserError(
+            f"config.schedule.measure is {run.schedule.measure}, but no stretch has the rule '{BUDGET}'. "
+            "Set schedule.rule, or leave measure at 0."
+        )
     return made
 
 
 # The least value of numbers without which nothing could run, or nothing would end.
 _LEAST = {
     "steps": 1, "model.width": 1, "evaluation.every": 0, "evaluation.batch": 1, "checkpoint.every": 0,
-    "checkpoint.keep": 1, "log.every": 1, "loader.threads": 0, "loader.ahead": 0, "loader.cache_mib": 0,
+    "checkpoint.keep": 1, "log.every": 1, "schedule.measure": 0, "loader.threads": 0,
+    "loader.ahead": 0, "loader.cache_mib": 0,
 }  # fmt: skip
 
 
@@ -230,7 +265,7 @@ def _check_values(run: RunConfig) -> None:
                 )
 
 
-def _check_weights(weights: Any, tasks: Mapping[str, int], where: str) -> None:
+def _check_weights(weights: Any, tasks: Mapping[str, Any], where: str) -> None:
     if not isinstance(weights, Mapping):
         raise UserError(f"Config key '{where}' is {weights!r}; expected a share for each task.")
     for name in weights:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -60,6 +61,7 @@ class Request:
       donate: positions of arguments that the call consumes.
       shape: short words for the table.
       model_flops: counts the floating-point operations of the model's dot products.
+      facts: more for the table.
     """
 
     task: str
@@ -70,6 +72,7 @@ class Request:
     donate: tuple[int, ...]
     shape: str
     model_flops: Callable[[], int]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,20 @@ def train_request(
     arguments = (state, batch, ticks)
     outputs = (shardings(state), replicated(mesh))
     return Request(
-        task.name, "train", step, arguments, outputs, (0,), _shape(task.rows(), task.batch), count
-    )
+        task.name, "train", step, arguments, outputs, (0,), _shape(task.rows(), task.batch), count,
+        {"tokens": _tokens(task, declaration, state.parameters, batch)},
+    )  # fmt: skip
+
+
+def _tokens(task: Task, declaration: Declaration, parameters: Arrays, batch: Any) -> int:
+    """Tokens that the stems make of a batch: of what the objective reads, padding included."""
+
+    def streams(parameters: Arrays, inputs: Any) -> list[jax.Array]:
+        model = declaration.merge(parameters, jnp.float32)
+        return [model.tokens(name, inputs[name]).x_BSD for name in task.objective.reads()]
+
+    made = jax.eval_shape(streams, parameters, batch["inputs"])
+    return sum(math.prod(x.shape[:2]) for x in made)
 
 
 def eval_request(
@@ -286,6 +301,7 @@ def _compile(lowered: Any, model_flops: int, request: Request) -> Program:
         "flops": model_flops,
         "compile_seconds": seconds,
         "cached": _hits.pop(),
+        **request.facts,
     }
     return Program(compiled, report)
 

@@ -180,7 +180,7 @@ def begin(
     may_be_new = _may_be_new(experiment)
     with phase("restore"):
         restored = checkpoint.restore_latest(workdir, abstract, accept, say, may_be_new)
-    clock = _fresh_clock(experiment) if restored is None else _clock(experiment, restored, changes)
+    clock = fresh_clock(experiment) if restored is None else _clock(experiment, restored, changes)
     if restored is not None:
         say(f"Going on from step {restored.step} in {workdir}.")
         for change in changes:
@@ -307,7 +307,20 @@ def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]
     return test
 
 
-def _fresh_clock(experiment: Experiment) -> Clock:
+def clock_after(
+    experiment: Experiment, step: int, meta: Mapping[str, Any], allow_change: bool
+) -> Clock:
+    """Where a run of this config would go on from a checkpoint; nothing is opened or written.
+
+    Raises:
+      UserError: the config does not go with the checkpoint's.
+    """
+    changes = configs.check_compatible(meta["config"], experiment.block, allow_change)
+    return _clock(experiment, Restored(step, None, dict(meta)), changes)
+
+
+def fresh_clock(experiment: Experiment) -> Clock:
+    """The clock before step 0."""
     zeros = dict.fromkeys(experiment.tasks, 0)
     return Clock(0, experiment.schedule(), zeros, zeros, zeros)
 

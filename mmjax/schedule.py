@@ -25,6 +25,7 @@ from mmjax.data.order import fold, stream
 from mmjax.errors import UserError, nearest
 
 MAX_PERIOD = 1_000_000  # steps; a table of this many is built in seconds and held in megabytes
+BUDGET = "budget"  # a rule of configs only: it becomes `shares` when step times are known
 _PHASE_KEYS = ("start", "weights", "rule")
 
 
@@ -352,6 +353,16 @@ class Schedule:
         seed = last.seed if seed is None else seed
         return Schedule((*kept, Segment(start, rule, dict(weights), base, seed)))
 
+    def replace(
+        self, start: int, weights: Mapping[str, int], *, rule: str | None = None, now: int = 0
+    ) -> Schedule:
+        """As `append`, but up to the next segment only: those that begin after `start` stay."""
+        made = self.append(start, weights, rule=rule, now=now)
+        for later in self.segments:
+            if later.start > start:
+                made = made.append(later.start, later.weights, rule=later.rule, seed=later.seed)
+        return made
+
     def to_json(self) -> list[dict[str, Any]]:
         """Plain lists and dicts: all that a checkpoint needs to hold."""
         return [segment.to_json() for segment in self.segments]
@@ -365,27 +376,26 @@ class Schedule:
 # From a config.
 
 
-def from_config(
-    rule: str,
-    weights: Mapping[str, int],
-    seed: int,
-    phases: Sequence[Mapping[str, Any]] = (),
-) -> Schedule:
-    """The schedule that a config describes.
+@dataclass(frozen=True)
+class Stretch:
+    """A stretch as a config describes it; `budget` among the rules.
 
-    Args:
-      rule: a name in `RULES`.
-      weights: task name -> share of the steps (`shares`, `random`) or interval in passes
-        (`interval`), in the order in which tasks take turns. 0: the task does not run.
-      seed: for `random`.
-      phases: later stretches, each `{"start": step, "weights": {...}}` and, if it differs from
-        the one before, `"rule"`; by ascending start.
-
-    Raises:
-      UserError: an unknown rule or key; a weight that is not an integer from 0 up; no task with a
-        weight above 0; a period above `MAX_PERIOD`; phases out of order.
+    Attributes:
+      start: its first step.
+      rule: a name in `RULES`, or `budget`.
+      weights: per task, its share of the steps, its interval, or its share of the time.
     """
-    schedule = Schedule((Segment(0, rule, dict(weights), {}, seed),))
+
+    start: int
+    rule: str
+    weights: dict[str, int]
+
+
+def stretches(
+    rule: str, weights: Mapping[str, int], phases: Sequence[Mapping[str, Any]] = ()
+) -> list[Stretch]:
+    """What a config asks for, from step 0 on; the arguments and errors are those of `from_config`."""
+    found = [_stretch(0, rule, weights)]
     for number, phase in enumerate(phases, 1):
         for key in phase:
             if key not in _PHASE_KEYS:
@@ -394,13 +404,66 @@ def from_config(
             if key not in phase:
                 raise UserError(f"Phase {number} has no '{key}'. Give it one.")
         start = _integer(phase["start"], f"Phase {number}: start")
-        if start <= schedule.segments[-1].start:
+        if start <= found[-1].start:
             raise UserError(
                 f"Phase {number} starts at step {start}, not after the stretch before it "
-                f"(step {schedule.segments[-1].start}). Put phases in ascending order, above 0."
+                f"(step {found[-1].start}). Put phases in ascending order, above 0."
             )
-        schedule = schedule.append(start, phase["weights"], rule=phase.get("rule"))
-    return schedule
+        found.append(_stretch(start, phase.get("rule") or found[-1].rule, phase["weights"]))
+    return found
+
+
+def stretch_at(planned: Sequence[Stretch], step: int) -> Stretch:
+    """The stretch that `step` falls in."""
+    return planned[bisect.bisect_right([each.start for each in planned], step) - 1]
+
+
+def _stretch(start: int, rule: str, weights: Mapping[str, int]) -> Stretch:
+    known = (*RULES, BUDGET)
+    if rule not in known:
+        raise UserError(f"There is no schedule rule '{rule}'.{nearest(str(rule), known)}")
+    return Stretch(start, rule, _check_weights(rule, weights))
+
+
+def from_config(
+    rule: str,
+    weights: Mapping[str, int],
+    seed: int,
+    phases: Sequence[Mapping[str, Any]] = (),
+    seconds: Mapping[str, float] | None = None,
+) -> Schedule:
+    """The schedule that a config describes.
+
+    Args:
+      rule: a name in `RULES`, or `budget`.
+      weights: task name -> share of the steps (`shares`, `random`), interval in passes
+        (`interval`), or share of the time (`budget`), in the order in which tasks take turns.
+        0: the task does not run.
+      seed: for `random`.
+      phases: later stretches, each `{"start": step, "weights": {...}}` and, if it differs from
+        the one before, `"rule"`; by ascending start.
+      seconds: of a step of each task, or anything in proportion to them; for `budget`.
+
+    Raises:
+      UserError: an unknown rule or key; a weight that is not an integer from 0 up; no task with a
+        weight above 0; a period above `MAX_PERIOD`; phases out of order; `budget` and a task
+        without a step time.
+    """
+    segments: tuple[Segment, ...] = ()
+    for each in stretches(rule, weights, phases):
+        base = Schedule(segments).visits(each.start) if segments else {}
+        segments = (*segments, _frozen(each, seconds or {}, base, seed))
+    return Schedule(segments)
+
+
+def _frozen(
+    each: Stretch, seconds: Mapping[str, float], base: Mapping[str, int], seed: int
+) -> Segment:
+    """A stretch in integers."""
+    if each.rule != BUDGET:
+        return Segment(each.start, each.rule, each.weights, dict(base), seed)
+    shares = budget_weights(seconds, each.weights)
+    return Segment(each.start, "shares", shares, dict(base), seed)
 
 
 def _integer(value: Any, what: str, *, low: int | None = 0) -> int:
@@ -425,7 +488,7 @@ def _check_weights(rule: str, weights: Mapping[str, int]) -> dict[str, int]:
     if not running:
         names = ", ".join(f"'{task}'" for task in checked)
         raise UserError(f"No task would ever run: the {word} of each of {names} is 0.")
-    length = sum(RULES[rule].counts(tuple(running.values())))
+    length = sum(RULES[rule].counts(tuple(running.values()))) if rule in RULES else 0
     if length > MAX_PERIOD:
         raise UserError(
             f"The schedule {rule} {running} repeats only after {length} steps, more than "

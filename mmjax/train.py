@@ -2,7 +2,8 @@
 
     python -m mmjax.train --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE ...]
 
-Run again, it goes on from the newest checkpoint in DIR, or says that it is done. Exit status: 0 done, 2 an
+Run again, it goes on from the newest checkpoint in DIR, or says that it is done. With --dry_run it prints what
+it would do: the coming steps, the share of each task, and the hours that these would take. Exit status: 0 done, 2 an
 error that its one line explains, 3 stopped by SIGTERM or SIGINT after saving.
 """
 
@@ -22,19 +23,25 @@ import numpy as np
 from etils import epath
 
 from mmjax import commandline, errors
+from mmjax.budget import Budget
 from mmjax.checkpoint import Checkpoints
 from mmjax.config import Block
 from mmjax.data.loader import HostBatch, Loader, local_rows, place
+from mmjax.dry_run import dry_run
 from mmjax.errors import UserError
 from mmjax.evaluate import RESULTS, Evaluation, write_results
 from mmjax.evaluator import Record
 from mmjax.experiment import make_experiment
+from mmjax.monitor import tally
 from mmjax.monitor.display import Progress
 from mmjax.monitor.metrics import MetricWriter
+from mmjax.monitor.peaks import peak_flops
 from mmjax.monitor.phases import PhaseLog
 from mmjax.monitor.report import write_report
-from mmjax.monitor.tables import program_table, results_table
-from mmjax.program import Program, compile_all, ticks, use_cache
+from mmjax.monitor.tables import program_table, results_table, summary_tables
+from mmjax.monitor.wandb_run import WandbRun, require
+from mmjax.profiling import Profile, dump
+from mmjax.program import Program, Request, compile_all, ticks, use_cache
 from mmjax.resume import Session, begin
 from mmjax.sharding import batch_sharding, make_mesh
 from mmjax.state import State
@@ -66,6 +73,8 @@ def train(block: Block, workdir: epath.PathLike, allow_change: bool = False,
     use_cache()
     workdir = commandline.make_workdir(str(workdir))
     experiment = make_experiment(block)
+    if experiment.run.log.wandb:
+        require(experiment.run.log.wandb)  # said before minutes of compiling
     with PhaseLog(workdir) as phases:
         mesh = make_mesh(experiment.run.mesh, devices)
         with phases.phase("init"):
@@ -77,13 +86,22 @@ def train(block: Block, workdir: epath.PathLike, allow_change: bool = False,
             return list(records)
         evaluation = Evaluation(experiment, mesh)
         with phases.phase("compile"):
-            requests = experiment.train_requests(mesh) | experiment.eval_requests(mesh)
+            requests = _coming(session) | experiment.eval_requests(mesh)
             programs = compile_all(requests, mesh, experiment.run.limits)
             session.prepare()
             program_table([p.report for p in programs.values()])
+            if experiment.run.profile.dumps and jax.process_index() == 0:
+                dump(programs, workdir)
         with phases.phase("restore"):
             state = session.state()
         return _Loop(session, programs, evaluation, phases).run(state)
+
+
+def _coming(session: Session) -> dict[str, Request]:
+    """Training programs of the tasks that run from here on, in this phase or a later one."""
+    visits = session.clock.schedule.between(session.clock.step, session.experiment.run.steps)
+    requests = session.experiment.train_requests(session.mesh)
+    return {task: request for task, request in requests.items() if visits.get(task)}
 
 
 class _Signals:
@@ -111,13 +129,19 @@ class _Signals:
 
 @dataclass
 class _Dispatched:
-    """A step under way: its metrics are still on the devices."""
+    """A step under way: its metrics are still on the devices.
+
+    Attributes:
+      waited: seconds that the loop waited for its batch.
+      sent: when it was given to the devices.
+    """
 
     step: int
     task: str
     metrics: Mapping[str, jax.Array]
     examples: int
     waited: float
+    sent: float
 
 
 class _Loop:
@@ -133,59 +157,73 @@ class _Loop:
         self._session, self._programs, self._evaluation = session, programs, evaluation
         self._experiment, self._run = session.experiment, session.experiment.run
         self._mesh, self._clock, self._phases = session.mesh, session.clock, phases
+        self._budget = Budget(self._experiment, session.workdir)
+        chip = peak_flops(self._mesh.devices.flat[0].device_kind)
+        self._peak = None if chip is None else chip * self._mesh.devices.size
         self._bad_in_a_row: Counter[str] = Counter()
         self._completed = time.monotonic()
 
     def run(self, state: State) -> list[Record] | None:
         """From the session's clock to the last step."""
-        schedule, step = self._clock.schedule, self._clock.step
-        visits, end = schedule.visits(step), schedule.visits(self._run.steps)
-        left = {name: end.get(name, 0) - visits.get(name, 0) for name in self._experiment.tasks}
         tasks = list(self._experiment.tasks)
-        progress = Progress(self._run.steps, step, tasks, visits=visits, visits_left=left)
+        visits = self._clock.schedule.visits(self._clock.step)
+        progress = Progress(self._run.steps, self._clock.step, tasks, visits=visits)
         with (
             _Signals() as self._signals,
-            MetricWriter(self._session.workdir, step) as self._writer,
+            self._open_writer() as self._writer,
             Checkpoints(self._session.workdir, self._run.checkpoint) as self._checkpoints,
+            Profile(self._run.profile, self._session.workdir) as self._profile,
             progress as self._progress,
-            self._open_loader() as loader,
         ):
-            return self._stretches(state, loader)
+            self._plan()
+            return self._stretches(state)
+
+    def _open_writer(self) -> MetricWriter:
+        workdir, project = self._session.workdir, self._run.log.wandb
+        asked = project and jax.process_index() == 0
+        sinks = [WandbRun(project, workdir, self._experiment.block)] if asked else []
+        return MetricWriter(workdir, self._clock.step, sinks)
+
+    def _plan(self) -> None:
+        left = self._clock.schedule.between(self._clock.step, self._run.steps)
+        self._progress.plan({name: left.get(name, 0) for name in self._experiment.tasks})
 
     @contextmanager
     def _open_loader(self) -> Iterator[Loader]:
+        """Batches up to the last step of which it is settled which task it runs."""
+
         def share(size: int) -> tuple[int, int]:
             return local_rows(batch_sharding(self._mesh, size, "batch"), size)
 
         tasks, data, seed = self._experiment.tasks, self._session.data, self._run.seed
-        loader = Loader(self._run.loader, tasks, data, self._clock, self._run.steps, seed, share)
+        loader = Loader(self._run.loader, tasks, data, self._clock, self._settled(), seed, share)
         try:
             yield loader
         finally:
             loader.close()
 
-    def _stretches(self, state: State, loader: Loader) -> list[Record] | None:
-        """Steps without a pause, then what is due: a checkpoint, an evaluation.
+    def _settled(self) -> int:
+        return self._budget.next(self._clock.step) or self._run.steps
+
+    def _stretches(self, state: State) -> list[Record] | None:
+        """Steps without a pause, then what is due: new shares, a checkpoint, an evaluation.
 
         A checkpoint of step S comes before the evaluation at S, which a restart from S does again.
         """
         if self._session.was_evaluated and self._clock.step < self._run.steps:
             self._evaluate(state)
         while self._clock.step < self._run.steps and not self._signals.received:
-            before = self._clock.step
-            with self._phases.phase("step", step=before):
-                state = self._steps(state, loader, self._next_pause())
-            if self._clock.step > before:
-                self._pause(state)
+            state = self._settled_steps(state)
         if self._signals.received and self._clock.step < self._run.steps:
             self._save(state)
-            self._checkpoints.wait()
+            self._wait_for_save()
             self._progress.message(
                 f"Stopped by {self._signals.received}; saved step {self._clock.step}."
             )
             return None
         records = self._evaluate(state)
-        self._checkpoints.wait()
+        self._wait_for_save()
+        self._sum_up()
         write_results(self._session.workdir, records)
         if self._run.log.report and jax.process_index() == 0:
             self._progress.status("writing report.html")
@@ -193,8 +231,31 @@ class _Loop:
                 write_report(self._session.workdir)
         return records
 
-    def _pause(self, state: State) -> None:
+    def _sum_up(self) -> None:
+        """Write what the run did and cost, over all its attempts."""
+        self._writer.flush()
+        self._phases.beat(step=self._clock.step)
+        flops = {task: float(program.report["flops"]) for task, program in self._programs.items()}
+        found = tally.summary(self._session.workdir, flops, self._peak)
+        tally.write(self._session.workdir, found)
+        self._writer.add(self._clock.step, tally.scalars(found))
+
+    def _settled_steps(self, state: State) -> State:
+        stop = self._settled()
+        with self._open_loader() as loader:
+            while self._clock.step < stop and not self._signals.received:
+                before = self._clock.step
+                self._profile.at(before)
+                with self._phases.phase("step", step=before):
+                    state = self._steps(state, loader, self._next_pause())
+                if self._clock.step > before:
+                    self._pause(state, settle=self._clock.step == stop)
+        return state
+
+    def _pause(self, state: State, settle: bool) -> None:
         last = self._clock.step == self._run.steps
+        if settle and not last:
+            self._settle()
         if last or self._is_due(self._run.checkpoint.every):
             self._save(state)
         if not last and self._is_due(self._run.evaluation.every):
@@ -206,7 +267,8 @@ class _Loop:
     def _next_pause(self) -> int:
         step = self._clock.step
         paces = (self._run.checkpoint.every, self._run.evaluation.every)
-        return min([self._run.steps, *((step // every + 1) * every for every in paces if every)])
+        due = [(step // every + 1) * every for every in paces if every]
+        return min([self._settled(), *due, *self._profile.next(step)])
 
     def _steps(self, state: State, loader: Loader, stop: int) -> State:
         """Dispatch steps up to `stop`; nothing here may trace, compile or move data unasked."""
@@ -224,10 +286,12 @@ class _Loop:
                 batch = place(
                     host.rows, host.start, size, batch_sharding(self._mesh, size, f"tasks.{task}")
                 )
-                state, metrics = self._programs[task].call(
-                    state, batch, ticks(self._mesh, step=step, visit=visit)
-                )
-                under_way.append(_Dispatched(step, task, metrics, size, waited))
+                with jax.profiler.StepTraceAnnotation(task, step_num=step):
+                    state, metrics = self._programs[task].call(
+                        state, batch, ticks(self._mesh, step=step, visit=visit)
+                    )
+                sent = time.monotonic()
+                under_way.append(_Dispatched(step, task, metrics, size, waited, sent))
                 self._count(task, host)
                 if len(under_way) >= _IN_FLIGHT:
                     self._complete(under_way.popleft())
@@ -254,13 +318,20 @@ class _Loop:
 
     def _complete(self, done: _Dispatched) -> None:
         """Fetch a step's metrics, the next one being under way, and report them."""
+        loss: Any = done.metrics["loss"]
+        is_late = loss.is_ready()  # it ended at an unknown time before
         values = {name: np.asarray(value) for name, value in jax.device_get(done.metrics).items()}
-        now = time.monotonic()
-        seconds, self._completed = now - self._completed, now
+        before, self._completed = self._completed, time.monotonic()
+        seconds = self._completed - before
         finite = bool(values.pop("finite"))
-        visit = self._clock.schedule.visit(done.step)
+        report = self._programs[done.task].report
         timing = {"seconds": seconds, "wait": done.waited}
-        self._writer.write(done.step, done.task, {"visit": visit, **values}, timing)
+        timing |= tally.rates(report["flops"], seconds, self._peak)
+        if not is_late:
+            timing["busy"] = self._completed - max(done.sent, before)
+        visit = self._clock.schedule.visit(done.step)
+        counts = {"visit": visit, "examples": done.examples, "tokens": report["tokens"]}
+        self._writer.write(done.step, done.task, {**counts, **values}, timing)
         self._phases.add("wait_data", done.waited)
         self._progress.update(done.step, done.task, float(values["loss"]), done.examples, seconds)
         if finite:
@@ -285,6 +356,16 @@ class _Loop:
                 f"gradient, up to step {done.step}. Lower optimizer.learning_rate, or look at examples {words}."
             )
 
+    def _settle(self) -> None:
+        """Shares of steps anew, from the step times so far."""
+        self._writer.flush()
+        before, self._clock = self._clock, self._budget.settle(self._clock)
+        if self._clock is not before:
+            weights = self._clock.schedule.segment(self._clock.step).weights
+            words = ", ".join(f"{task} {weight}" for task, weight in weights.items())
+            self._tell("new shares", f"from step {self._clock.step} on: {words}")
+            self._plan()
+
     def _save(self, state: State) -> None:
         self._progress.status("saving")
         with self._phases.phase("save", step=self._clock.step):
@@ -294,6 +375,11 @@ class _Loop:
             self._checkpoints.save(
                 self._clock.step, self._session.canonical(state), self._session.meta(self._clock)
             )
+
+    def _wait_for_save(self) -> None:
+        self._progress.status("saving")
+        with self._phases.phase("save", step=self._clock.step):
+            self._checkpoints.wait()
 
     def _evaluate(self, state: State) -> list[Record]:
         self._progress.status("evaluating")
@@ -317,14 +403,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="let keys of the schedule differ from the saved run's",
     )
+    made.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print the coming steps and what they would take; write nothing",
+    )
     arguments, overrides = commandline.parse(made, argv)
     block = commandline.read_config(arguments.config, overrides)
+    if arguments.dry_run:
+        dry_run(block, commandline.folder(arguments.workdir), arguments.allow_change)
+        return 0
     workdir = commandline.make_workdir(arguments.workdir)
     started = time.monotonic()
     records = train(block, workdir, arguments.allow_change)
     if records is None:
         return STOPPED
     results_table(records)
+    if (workdir / tally.FILE).exists():
+        summary_tables(json.loads((workdir / tally.FILE).read_text()))
     print(f"Finished in {time.monotonic() - started:.0f} s. Everything is in {workdir}.")
     return 0
 

@@ -220,6 +220,42 @@ def test_a_config_of_too_many_programs_is_refused(tmp_path: Path) -> None:
     run(tmp_path / "run", "limits.programs=4", "steps=1")
 
 
+LATER = 'schedule.phases=({"start": 6, "weights": {"two": 1}},)'
+
+
+def test_a_program_of_a_later_phase_is_refused_at_the_start(
+    tmp_path: Path, programs: Mapping[str, Program]
+) -> None:
+    one, two = (programs[task].report["bytes"] for task in ("one", "two"))
+    limit = f"limits.memory_gib={(one + two) / 2 / 2**30}"
+    with watched() as seen, pytest.raises(UserError, match="limits.memory_gib") as error:
+        run(tmp_path / "run", "tasks.two.share=0", LATER, limit)
+    assert "two: " in str(error.value) and "one: " not in str(error.value)
+    assert not seen.ids
+    # The control: the same limit is kept by what runs before.
+    run(tmp_path / "run", "tasks.two.share=0", limit, "steps=6")
+
+
+def test_later_phases_compile_before_the_first_step(
+    tmp_path: Path, compiles: Counter[tuple[str, str]]
+) -> None:
+    run(tmp_path / "run", "tasks.two.share=0", LATER)
+    tasks = [x["task"] for x in deterministic(tmp_path / "run") if x["kind"] == "train"]
+    assert tasks == ["one"] * 6 + ["two"] * 6
+    assert (compiles["compile", COMPILED], compiles["step", COMPILED]) == (5, 0)
+
+
+def test_a_task_that_will_not_run_is_not_compiled(
+    tmp_path: Path, compiles: Counter[tuple[str, str]]
+) -> None:
+    """Neither one without a share, nor one whose last visit is over; their evaluators stay."""
+    run(tmp_path / "run", "tasks.two.share=0", "steps=2")
+    assert compiles["compile", COMPILED] == 4
+    later = 'schedule.phases=({"start": 2, "weights": {"two": 1}},)'
+    run(tmp_path / "run", "tasks.two.share=0", later, "steps=4", allow_change=True)
+    assert compiles["compile", COMPILED] == 8
+
+
 def test_the_second_compilation_is_a_hit(tmp_path: Path) -> None:
     with _cache(tmp_path / "cache"):
         cached = [_one_anew().report["cached"] for _ in range(2)]

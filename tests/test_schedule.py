@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from mmjax import schedule as scheduling
 from mmjax.errors import UserError
-from mmjax.schedule import Schedule, Segment, budget_weights, expected, from_config
+from mmjax.schedule import (
+    BUDGET,
+    Schedule,
+    Segment,
+    budget_weights,
+    expected,
+    from_config,
+    stretch_at,
+    stretches,
+)
 
 RULES = sorted(scheduling.RULES)
 NAMES = list("abcdefgh")
@@ -264,6 +273,44 @@ def test_appending_leaves_the_past_alone(schedule, data):
     assert longer.strip(start, start + 50) == longer.segments[-1].strip(start, start + 50)
 
 
+@settings(deadline=None, max_examples=50)
+@given(schedules(), st.data())
+def test_replacing_a_segment_leaves_past_and_plans_alone(schedule, data):
+    """Up to the next segment the new weights hold; before it and after it all is as it was."""
+    start = data.draw(st.integers(0, schedule.segments[-1].start + 50))
+    rule = data.draw(st.sampled_from(RULES))
+    new = data.draw(weights(rule))
+    changed = schedule.replace(start, new, rule=rule)
+    assert changed.strip(0, start) == schedule.strip(0, start)
+    later = [s for s in schedule.segments if s.start > start]
+    end = later[0].start if later else start + 100
+    alone = schedule.append(start, new, rule=rule)
+    assert changed.strip(start, end) == alone.strip(start, end)
+    for before, after in zip(later, changed.segments[-len(later) :] if later else [], strict=True):
+        assert (after.start, after.rule, after.weights, after.seed) == (
+            before.start, before.rule, before.weights, before.seed,
+        )  # fmt: skip
+    visits = Counter(changed.strip(0, end + 50))
+    assert changed.visits(end + 50) == {task: visits[task] for task in changed.tasks}
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_shares_in_phases_are_never_a_whole_visit_off(data):
+    """Segments compose: in each, what a task has run is within a visit of its share of the segment."""
+    phases, start = [], 0
+    for _ in range(3):
+        start += data.draw(st.integers(1, 200))
+        phases.append({"start": start, "weights": data.draw(weights("shares"))})
+    schedule = from_config("shares", data.draw(weights("shares")), 0, phases)
+    step = data.draw(st.integers(0, start + 200))
+    segment = schedule.segment(step)
+    total = sum(segment.weights.values())
+    for task, n in schedule.between(segment.start, step).items():
+        share = Fraction(segment.weights.get(task, 0), total)
+        assert abs(n - share * (step - segment.start)) < 1
+
+
 def test_append_replaces_what_has_not_begun():
     schedule = from_config(
         "shares",
@@ -363,7 +410,7 @@ def test_steps_below_zero_are_errors():
 # What a person gets wrong.
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, BUDGET])
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -377,10 +424,11 @@ def test_steps_below_zero_are_errors():
     ],
 )
 def test_bad_weights(rule, bad, message):
+    seconds = {"a": 1.0}
     with pytest.raises(UserError, match=message):
-        from_config(rule, bad, 0)
+        from_config(rule, bad, 0, seconds=seconds)
     with pytest.raises(UserError, match=message):
-        from_config(rule, {"a": 1}, 0, [{"start": 5, "weights": bad}])
+        from_config(rule, {"a": 1}, 0, [{"start": 5, "weights": bad}], seconds)
 
 
 def test_unknown_rule():
@@ -476,6 +524,41 @@ def test_budget(tasks, total):
 def test_bad_budgets(seconds, fractions, message):
     with pytest.raises(UserError, match=message):
         budget_weights(seconds, fractions, 5)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_a_budget_becomes_shares_of_steps(data):
+    """Its tasks' times over a period are as its weights, as near as integers come."""
+    wanted = data.draw(weights("shares"))
+    seconds = {task: data.draw(st.floats(0.1, 10)) for task in wanted}
+    start, plan = data.draw(st.integers(1, 99)), data.draw(weights("random"))
+    phase = {"start": start, "rule": BUDGET, "weights": wanted}
+    schedule = from_config("random", plan, 0, [phase], seconds)
+    [_, segment] = schedule.segments
+    assert segment == Segment(
+        start, "shares", budget_weights(seconds, wanted), schedule.visits(start)
+    )
+    counts = schedule.between(start, start + 1000)
+    times = {task: counts[task] * seconds[task] for task in wanted}
+    for task in wanted:
+        asked = wanted[task] / sum(wanted.values())
+        rounding = 2 * max(seconds.values()) * len(wanted)  # each task a visit or two
+        assert abs(times[task] - asked * sum(times.values())) <= rounding
+    assert schedule.strip(0, start) == from_config("random", plan, 0).strip(0, start)
+
+
+def test_stretches_keep_what_the_config_says():
+    planned = stretches(BUDGET, {"a": 1}, [{"start": 5, "weights": {"a": 2}}])
+    assert [(s.start, s.rule, s.weights) for s in planned] == [
+        (0, BUDGET, {"a": 1}), (5, BUDGET, {"a": 2}),
+    ]  # fmt: skip
+    assert [stretch_at(planned, step).start for step in (0, 4, 5, 10**9)] == [0, 0, 5, 5]
+
+
+def test_a_budget_without_step_times():
+    with pytest.raises(UserError, match="'a' has no step time"):
+        from_config(BUDGET, {"a": 1}, 0)
 
 
 def test_expected_hours():

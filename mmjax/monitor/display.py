@@ -112,8 +112,7 @@ class Progress:
     ) -> None:
         self._total, self._done = total_steps, start_step
         self._tasks = {name: _Task((visits or {}).get(name, 0)) for name in tasks}
-        for name, left in (visits_left or {}).items():
-            self._tasks[name].left = left
+        self.plan(visits_left or {})
         self._console = console or console_for(stream or sys.stdout)
         self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._live: Live | None = None
@@ -124,6 +123,11 @@ class Progress:
         self._drawn = -math.inf
         self._printed = -1  # complete steps at the last plain line
         self._recent: deque[tuple[int, float]] = deque(maxlen=64)
+
+    def plan(self, visits_left: Mapping[str, int]) -> None:
+        """The steps that tasks have still to do, where the schedule has changed."""
+        for name, left in visits_left.items():
+            self._tasks[name].left = left
 
     def update(
         self, step: int, task: str, loss: float | None, examples: int, seconds: float | None = None

@@ -26,8 +26,9 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from etils import epath
@@ -44,6 +45,19 @@ _TAG = ("task", "split", "name")
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
+class Sink(Protocol):
+    """A place besides `metrics.jsonl` where numbers go."""
+
+    def add(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Numbers of a step, by name."""
+
+    def flush(self) -> None:
+        """Make them durable."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
 class MetricWriter:
     """Writes the metrics of a run; one process of a run does.
 
@@ -52,6 +66,7 @@ class MetricWriter:
         written by `flush` only, and TensorBoard events are left out, with one warning.
       resume_step: complete steps in the restored checkpoint, 0 for a fresh run. Lines of that
         step and later are cut from the file, and hidden from TensorBoard.
+      sinks: where the numbers go besides; closed with the writer.
 
     Raises:
       UserError: a line in the middle of the file is broken.
@@ -60,14 +75,16 @@ class MetricWriter:
     line can still be lost.
     """
 
-    def __init__(self, workdir: epath.Path, resume_step: int) -> None:
+    def __init__(self, workdir: epath.Path, resume_step: int, sinks: Sequence[Sink] = ()) -> None:
         workdir = epath.Path(workdir)
         self._resume_step = resume_step
         self._is_local = is_local(workdir)
         _cut(workdir / FILE, resume_step)
         self._lines = LineFile(workdir / FILE)
-        self._events = _Events(workdir / "tensorboard", resume_step) if self._is_local else None
-        if self._events is None:
+        self._sinks = [*sinks]
+        if self._is_local:
+            self._sinks.append(_Events(workdir / "tensorboard", resume_step))
+        else:
             logging.getLogger(__name__).warning(
                 "TensorBoard events are left out: %s is not a local directory. "
                 "%s has every number.",
@@ -90,10 +107,9 @@ class MetricWriter:
         _check_names(values, ("kind", "step", "task", "timing"))
         line = {"kind": "train", "step": step, "task": task, **_plain_fields(values)}
         self._append(_dumps(line | {"timing": _plain_fields(timing)}))
-        if self._events:
-            scalars = {f"{task}/{name}": value for name, value in values.items()}
-            scalars |= {f"timing/{task}/{name}": value for name, value in timing.items()}
-            self._events.add(step, scalars)
+        scalars = {f"{task}/{name}": value for name, value in values.items()}
+        scalars |= {f"timing/{task}/{name}": value for name, value in timing.items()}
+        self.add(step, scalars)
 
     def write_eval(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """One line for each record of an evaluation taken after `step` complete steps.
@@ -107,23 +123,25 @@ class MetricWriter:
         for record in records:
             _check_names(record, ("kind", "step"))
         self._append("".join(_dumps(_eval_line(step, record)) for record in records))
-        if self._events:
-            self._events.add(step, _eval_scalars(records))
+        self.add(step, _eval_scalars(records))
+
+    def add(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Numbers for TensorBoard and the like, which `metrics.jsonl` does not hold."""
+        for sink in self._sinks:
+            sink.add(step, scalars)
 
     def flush(self) -> None:
         """Makes all that was written durable."""
         self._lines.sync()
-        if self._events:
-            self._events.flush()
+        for sink in self._sinks:
+            sink.flush()
 
     def close(self) -> None:
         """`flush`, then lets go of the files. Calling it again does nothing."""
-        try:
-            self._lines.close()
-        finally:
-            if self._events:
-                self._events.close()
-                self._events = None
+        with ExitStack() as stack:  # one that fails must not keep the others open
+            while self._sinks:
+                stack.callback(self._sinks.pop().close)
+            stack.callback(self._lines.close)
 
     def __enter__(self) -> Self:
         return self

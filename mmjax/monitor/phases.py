@@ -20,6 +20,7 @@ init, compile, step, save, eval, wait_data.
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
@@ -36,7 +37,9 @@ from mmjax.monitor.lines import LineFile
 
 FILE = "goodput.jsonl"
 OTHER = "other"
-_SUMS = (OTHER, "total", "attempts", "unfinished")
+STEP = "step"
+REPEATED = "repeated"
+_SUMS = (OTHER, REPEATED, "total", "attempts", "unfinished")
 _STAMP = ("attempt", "pid", "time", "seconds")
 _OWN = (*_STAMP, "line", "phase", "name", "elapsed", "self", "moved", "error")
 
@@ -160,7 +163,8 @@ class PhaseLog:
 def summary(workdir: epath.Path) -> dict[str, float]:
     """Seconds by phase over all attempts in `workdir`, each second counted once.
 
-    Besides the phases: `other` (inside no phase), `total` (their sum), `attempts` (a count) and
+    Besides the phases: `repeated` (steps that a later attempt did again, because it went on from an
+    earlier one), `other` (inside no phase), `total` (their sum), `attempts` (a count) and
     `unfinished` (the count of phases that were open when their attempt was killed). Time of a
     killed attempt counts until its last line. Lines torn by a kill are passed over.
     """
@@ -168,9 +172,12 @@ def summary(workdir: epath.Path) -> dict[str, float]:
     for line in _read(epath.Path(workdir) / FILE):
         attempts.setdefault((line["attempt"], line["pid"]), _Attempt()).take(line)
     sums: dict[str, float] = defaultdict(float, {OTHER: 0.0})
-    for attempt in attempts.values():
-        for phase, seconds in attempt.sums.items():
-            sums[phase] += seconds
+    again = math.inf  # the first step that a later attempt did
+    for attempt in reversed(attempts.values()):
+        for (phase, step), seconds in attempt.sums.items():
+            is_again = phase == STEP and again <= step < math.inf
+            sums[REPEATED if is_again else phase] += seconds
+        again = min(again, attempt.first_step)
     return {
         **sums,
         "total": sum(sums.values()),
@@ -179,33 +186,46 @@ def summary(workdir: epath.Path) -> dict[str, float]:
     }
 
 
+def goodput(seconds: Mapping[str, float]) -> float:
+    """The share of all time, as `summary` has it, that went into steps which count; 0 for no time."""
+    return seconds.get(STEP, 0.0) / seconds["total"] if seconds["total"] else 0.0
+
+
+_Begun = tuple[str, float]  # a phase, and the step at which it began; infinity where it says none
+
+
 @dataclass
 class _Attempt:
     """Replays the lines of one attempt: time between two lines belongs to the innermost phase."""
 
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    open: list[str] = field(default_factory=list)
+    sums: dict[_Begun, float] = field(default_factory=lambda: defaultdict(float))
+    open: list[_Begun] = field(default_factory=list)
     last: float = 0.0
+
+    @property
+    def first_step(self) -> float:
+        """The first step that the attempt did; infinity if none."""
+        return min((step for phase, step in self.sums if phase == STEP), default=math.inf)
 
     def take(self, line: Mapping[str, Any]) -> None:
         spent = max(line["seconds"] - self.last, 0.0)
         self.last = max(self.last, line["seconds"])
         self._charge(spent, line.get("moved", {}))
         if line["line"] == "begin":
-            self.open.append(line["phase"])
-            self.sums[line["phase"]] += 0.0
-        elif line["line"] == "end" and line["phase"] in self.open:
-            while self.open.pop() != line["phase"]:
+            self.open.append((line["phase"], line.get("step", math.inf)))
+            self.sums[self.open[-1]] += 0.0
+        elif line["line"] == "end" and line["phase"] in [phase for phase, _ in self.open]:
+            while self.open.pop()[0] != line["phase"]:
                 pass
 
     def _charge(self, spent: float, moved: Mapping[str, float]) -> None:
-        phase = self.open[-1] if self.open else OTHER
+        phase = self.open[-1] if self.open else (OTHER, math.inf)
         self.sums[phase] += spent
         for other, seconds in moved.items():
             # Waits can overlap; what is moved never exceeds what the phase has.
             seconds = min(max(seconds, 0.0), self.sums[phase])
             self.sums[phase] -= seconds
-            self.sums[other] += seconds
+            self.sums[other, math.inf] += seconds
 
 
 def _read(path: epath.Path) -> list[dict[str, Any]]:

@@ -123,7 +123,7 @@ def read_run(workdir: epath.Path) -> Run:
       UserError: the folder holds no run, or a file of it is broken in the middle.
     """
     lines = metrics.read(workdir)
-    meta_step, meta = _newest_meta(workdir)
+    meta_step, meta = newest_meta(workdir)
     config = _json(workdir / "config.json") or (meta or {}).get("config") or {}
     if not lines and not config:
         raise UserError(f"No run in '{workdir}': it has neither config.json nor {metrics.FILE}.")
@@ -215,7 +215,8 @@ def key_of(record: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(record.get(name, "")) for name in ("task", "split", "name"))
 
 
-def _newest_meta(workdir: epath.Path) -> tuple[int, dict[str, Any] | None]:
+def newest_meta(workdir: epath.Path) -> tuple[int, dict[str, Any] | None]:
+    """Step and meta data of the newest checkpoint whose meta data can be read; (0, None) for none."""
     for step in checkpoint.steps(workdir):
         try:
             return step, checkpoint.read_meta(workdir, step)

@@ -16,9 +16,11 @@ from mmjax.monitor.tables import human_count, human_seconds, loss_text, percent
 
 LANE = 200  # steps of the strip
 _MOST_EVENTS = 50
-_SHOWN_APART = ("loss", "baseline", "learning_rate", "seconds", "wait")
+_SHOWN_APART = ("loss", "baseline", "learning_rate", "seconds", "wait", "busy", "flops_per_second", "mfu",
+                "examples", "tokens")  # fmt: skip
 _PHASES = {
     "step": "training steps",
+    "repeated": "steps that were done again",
     "wait_data": "waiting for data",
     "compile": "compiling",
     "eval": "evaluating",

@@ -25,6 +25,19 @@ _CONTROL = re.compile(
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 )
 _RULED = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
+# Phases of a run, as `phases.summary` names them.
+_SPENT = {
+    "step": "steps that count (goodput)",
+    "repeated": "steps that were done again",
+    "wait_data": "waiting for data",
+    "compile": "compiling",
+    "eval": "evaluating",
+    "save": "saving",
+    "restore": "making or restoring the state",
+    "init": "opening data and checkpoint",
+    "report": "writing the report",
+    "other": "between these",
+}
 _TEXT_CELLS = 8  # a column of text is folded down to this before a table becomes a list
 
 
@@ -150,6 +163,57 @@ def parameter_table(rows: Sequence[Mapping[str, Any]], stream: TextIO | None = N
     active = [row["active_per_token"] for row in rows if row.get("active_per_token") is not None]
     cells.append(("all", total, sum(active) if active else None, percent(1.0)))
     table("Parameters", ("part", "total", "active per token", "share"), cells, stream)
+
+
+def summary_tables(found: Mapping[str, Any], stream: TextIO | None = None) -> None:
+    """What each task did, what its steps cost, and where the run's time went.
+
+    Args:
+      found: as `tally.summary` makes it.
+      stream: standard output if None.
+    """
+    done = [
+        (
+            row["task"],
+            row["visits"],
+            human_count(row["examples"]),
+            human_count(row["tokens"]),
+            loss_text(row["loss"]),
+            loss_text(row["grad_norm"]),
+            row["skipped"] or None,
+        )
+        for row in found["tasks"]
+    ]
+    heads = ("task", "visits", "examples", "tokens", "loss", "gradient", "skipped")
+    table("Tasks (loss and gradient norm: mean of the last 10 visits)", heads, done, stream)
+    cost = [
+        (
+            row["task"],
+            *(_known(human_seconds, row[name]) for name in ("step_seconds", "wait_seconds")),
+            _known(_signed_seconds, row.get("switch_seconds")),
+            *_rates(row),
+            percent(row["share"]),
+        )
+        for row in found["tasks"]
+    ]
+    heads = ("task", "a step", "wait", "switch", "FLOP/s", "MFU", "of time")
+    table("Steps (switch: longer after another task than after the same)", heads, cost, stream)
+    seconds, total = found["seconds"], found["seconds"]["total"]
+    spent = [
+        (words, human_seconds(seconds[name]), percent(seconds[name] / total))
+        for name, words in _SPENT.items()
+        if seconds.get(name)
+    ]
+    attempts = f"{seconds['attempts']:.0f} attempt{'s' if seconds['attempts'] != 1 else ''}"
+    table(f"Time ({human_seconds(total)} in {attempts})", ("spent on", "time", "share"), spent, stream)  # fmt: skip
+
+
+def _rates(row: Mapping[str, Any]) -> tuple[str, str]:
+    return _known(human_flops, row.get("flops_per_second")), _known(percent, row.get("mfu"))
+
+
+def _signed_seconds(seconds: float) -> str:
+    return f"-{human_seconds(-seconds)}" if seconds < 0 else human_seconds(seconds)
 
 
 def human_bytes(count: float) -> str:

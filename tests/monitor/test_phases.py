@@ -16,7 +16,7 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax.monitor.phases import FILE, PhaseLog, summary
+from mmjax.monitor.phases import FILE, PhaseLog, goodput, summary
 
 
 class _Clock:
@@ -151,6 +151,40 @@ def test_a_killed_attempt_counts_until_its_last_line(tmp_path: Path) -> None:
         clock.now += 5.0
     sums = summary(epath.Path(tmp_path))
     assert (sums["step"], sums["save"], sums["attempts"], sums["unfinished"]) == (13.0, 0.0, 2, 2)
+
+
+def _attempt(workdir: Path, clock: _Clock, stretches: list[tuple[int, float]]) -> None:
+    """An attempt with a step phase of so many seconds from each of these steps on."""
+    with PhaseLog(epath.Path(workdir), clock) as log:
+        for step, seconds in stretches:
+            with log.phase("step", step=step):
+                clock.now += seconds
+            with log.phase("save", step=step):
+                clock.now += 1
+
+
+def test_steps_that_a_later_attempt_does_again_are_not_useful(tmp_path: Path) -> None:
+    """Checkpoints at 4 and 8: the first attempt ends after 8 without it, the second after 4."""
+    clock = _Clock()
+    _attempt(tmp_path, clock, [(0, 10), (4, 20), (8, 40)])
+    with PhaseLog(epath.Path(tmp_path), clock) as log, log.phase("init"):
+        clock.now += 3  # dies before it does a step
+    _attempt(tmp_path, clock, [(8, 80), (12, 160)])
+    _attempt(tmp_path, clock, [(4, 320), (8, 640), (12, 1280)])
+    sums = summary(epath.Path(tmp_path))
+    assert sums["step"] == 10 + 320 + 640 + 1280
+    assert sums["repeated"] == 20 + 40 + 80 + 160
+    assert sums["total"] == sum(10 * 2**i for i in range(8)) + 3 + 8
+    assert goodput(sums) == pytest.approx(sums["step"] / sums["total"])
+
+
+def test_a_run_that_goes_on_repeats_nothing(tmp_path: Path) -> None:
+    clock = _Clock()
+    _attempt(tmp_path, clock, [(0, 10), (4, 20)])
+    _attempt(tmp_path, clock, [(8, 40)])
+    sums = summary(epath.Path(tmp_path))
+    assert sums["step"] == 70 and "repeated" not in sums
+    assert goodput(summary(epath.Path(tmp_path / "nothing"))) == 0
 
 
 def test_a_wall_clock_that_jumps_changes_no_duration(

@@ -1,0 +1,69 @@
+"""Cases' vocabulary: how much to measure, what comes out, and medians with their intervals."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mmjax.config import Block
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What to run and how often.
+
+    Attributes:
+      block: the config as plain data.
+      pairs: interleaved pairs.
+      steps: timed steps of a task, or periods of a schedule, in one half of a pair.
+    """
+
+    block: Block
+    pairs: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A median over pairs.
+
+    Attributes:
+      name: what it is.
+      unit: of the numbers; empty for a ratio.
+      wanted: in words, what the project claims of it; empty for nothing.
+      median, low, high: with its interval.
+      values: of each pair.
+    """
+
+    name: str
+    unit: str
+    wanted: str
+    median: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+
+
+def quantity(name: str, values: Sequence[float], unit: str = "", wanted: str = "") -> Quantity:
+    """The median of values with its 95 % interval."""
+    low, high = interval(values)
+    return Quantity(name, unit, wanted, statistics.median(values), low, high, tuple(values))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """An interval that holds the median of independent values with 95 % at least, whatever their law.
+
+    Between the k-th smallest and the k-th largest, by the binomial law of how many lie below the
+    median; all values where there are fewer than six, which is less than 95 %.
+    """
+    ordered, n = sorted(values), len(values)
+    k, outside = 1, 2 * 0.5**n  # P(median below the k-th smallest, or above the k-th largest)
+    while True:
+        more = outside + 2 * math.comb(n, k) * 0.5**n
+        if more > 1 - CONFIDENCE:
+            return ordered[k - 1], ordered[n - k]
+        k, outside = k + 1, more

@@ -1,0 +1,115 @@
+"""Training steps outside a run: the library's own programs, loader and two steps in flight."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from etils import epath
+
+from mmjax.config import Block
+from mmjax.data.loader import HostBatch, Loader, local_rows, place
+from mmjax.experiment import Experiment, make_experiment
+from mmjax.program import Program, compile_all, ticks
+from mmjax.resume import Session, begin
+from mmjax.schedule import RULES
+from mmjax.sharding import batch_sharding, make_mesh
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Some steps in a row.
+
+    Attributes:
+      seconds: from the end of the step before the first to the end of the last.
+      host: seconds of each that the host spent giving it to the devices, waiting for data left out.
+    """
+
+    seconds: float
+    host: tuple[float, ...]
+
+
+class Steps:
+    """Takes steps of a config, one after the other, on one state that it keeps."""
+
+    def __init__(self, block: Block) -> None:
+        self.experiment: Experiment = make_experiment(block)
+        self._mesh = make_mesh(self.experiment.run.mesh)
+        with tempfile.TemporaryDirectory() as workdir:
+            folder = epath.Path(workdir)
+            self._session: Session = begin(self.experiment, folder, self._mesh, False, print)
+        requests, limits = self.experiment.train_requests(self._mesh), self.experiment.run.limits
+        self._programs: dict[str, Program] = compile_all(requests, self._mesh, limits)
+        self._state: Any = self._session.state()
+
+    @property
+    def session(self) -> Session:
+        return self._session
+
+    @contextmanager
+    def loader(self, start: int, stop: int) -> Iterator[Loader]:
+        """The real loader of steps [start, stop), as it stands when a run goes on from `start`."""
+
+        def share(size: int) -> tuple[int, int]:
+            return local_rows(batch_sharding(self._mesh, size, "batch"), size)
+
+        run, tasks, schedule = (
+            self.experiment.run,
+            self.experiment.tasks,
+            self.session.clock.schedule,
+        )
+        visits = schedule.visits(start)
+        positions = {name: visits[name] * task.batch for name, task in tasks.items()}
+        clock = replace(self.session.clock, step=start, positions=positions)
+        made = Loader(run.loader, tasks, self.session.data, clock, stop, run.seed, share)
+        try:
+            yield made
+        finally:
+            made.close()
+
+    def batches(self, start: int, stop: int) -> list[HostBatch]:
+        """The batches of steps [start, stop), held in memory."""
+        with self.loader(start, stop) as loader:
+            return list(loader)
+
+    def run(self, batches: Iterable[tuple[str, HostBatch]], untimed: int) -> Timed:
+        """Train on batches (task, rows), two steps in flight as in a run; the first ones do not count."""
+        under_way: deque[Any] = deque()
+        ends: list[float] = []
+        host: list[float] = []
+        began = time.perf_counter()
+        for task, batch in batches:
+            started = time.perf_counter()
+            under_way.append(self._send(task, batch))
+            host.append(time.perf_counter() - started)
+            if len(under_way) == 2:
+                jax.device_get(under_way.popleft())
+                ends.append(time.perf_counter())
+        while under_way:
+            jax.device_get(under_way.popleft())
+            ends.append(time.perf_counter())
+        first = ends[untimed - 1] if untimed else began
+        return Timed(ends[-1] - first, tuple(host[untimed:]))
+
+    def _send(self, task: str, batch: HostBatch) -> Any:
+        size = self.experiment.tasks[task].batch
+        rows = place(batch.rows, batch.start, size, batch_sharding(self._mesh, size, task))
+        when = ticks(self._mesh, step=batch.step, visit=batch.step)
+        self._state, metrics = self._programs[task].call(self._state, rows, when)
+        return metrics
+
+    def order(self, start: int, stop: int) -> Sequence[str]:
+        """The tasks of steps [start, stop)."""
+        return self.session.clock.schedule.strip(start, stop)
+
+    @property
+    def period(self) -> int:
+        """Steps after which the schedule begins anew."""
+        segment = self.session.clock.schedule.segments[0]
+        return sum(RULES[segment.rule].counts([w for w in segment.weights.values() if w]))

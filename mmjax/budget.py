@@ -1,0 +1,111 @@
+"""Shares of time: the rule `budget`, whose measured step times enter a run as integers only.
+
+The shares of steps that give each task its share of the time follow first from model FLOPs; with
+`schedule.measure`, they are set anew every so many steps from measured step times. That is decided
+by process 0 and written to `WORKDIR/segments.jsonl` before a step runs under it. A run that was
+killed and comes to that step again takes what is written there, so that it ends in the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from mmjax import config as configs
+from mmjax.experiment import Experiment
+from mmjax.monitor import metrics
+from mmjax.monitor.lines import LineFile
+from mmjax.pace import measured, pace
+from mmjax.schedule import BUDGET, Stretch, budget_weights, stretch_at
+from mmjax.state import Clock
+
+FILE = "segments.jsonl"
+_SAME = 20  # shares are kept where none would change by more than a 20th of itself
+
+
+class Budget:
+    """Sets the shares of steps anew at the boundaries that `schedule.measure` makes."""
+
+    def __init__(self, experiment: Experiment, workdir: epath.Path) -> None:
+        self._experiment, self._path = experiment, workdir / FILE
+        self._planned = experiment.stretches()
+
+    def next(self, step: int) -> int | None:
+        """The first boundary after `step`, None if there is none to come."""
+        every, stop = self._experiment.run.schedule.measure, self._experiment.run.steps
+        if not every:
+            return None
+        boundaries = range((step // every + 1) * every, stop, every)
+        return next((b for b in boundaries if self._stretch(b).rule == BUDGET), None)
+
+    def settle(self, clock: Clock) -> Clock:
+        """The clock of a boundary, with a new segment from here on if the shares are to change.
+
+        The lines of all steps before must be in `metrics.jsonl`. Called by all processes.
+        """
+        wanted = self._stretch(clock.step).weights
+        running = [task for task, weight in wanted.items() if weight]
+        shares = np.zeros(len(running), np.int32)
+        if jax.process_index() == 0:
+            decided = self._decision(clock.step, wanted)
+            shares = np.array([decided[task] for task in running], np.int32)
+        shares = multihost_utils.broadcast_one_to_all(shares)
+        weights = {**dict.fromkeys(wanted, 0), **dict(zip(running, shares.tolist(), strict=True))}
+        if _is_near(clock.schedule.segment(clock.step).weights, weights):
+            return clock
+        schedule = clock.schedule.replace(clock.step, weights, rule="shares", now=clock.step)
+        return replace(clock, schedule=schedule)
+
+    def _stretch(self, step: int) -> Stretch:
+        return stretch_at(self._planned, step)
+
+    def _decision(self, step: int, wanted: Mapping[str, int]) -> dict[str, int]:
+        """What is written for this step and config; else measured, and written."""
+        key = _fingerprint(self._experiment.block)
+        for line in _read(self._path):
+            if (line["start"], line["config"]) == (step, key):
+                return dict(line["weights"])
+        lines = metrics.read(self._path.parent)
+        known = measured(line for line in lines if line["step"] < step)
+        seconds = pace(self._experiment.flops, known, 1.0).seconds
+        weights = budget_weights(seconds, wanted)
+        record = {"start": step, "config": key, "weights": weights, "seconds": seconds}
+        file = LineFile(self._path)
+        try:
+            file.append(json.dumps(record) + "\n")
+        finally:
+            file.close()
+        return weights
+
+
+def _fingerprint(block: configs.Block) -> str:
+    """A digest of the keys that fix a run's steps."""
+    leaves = {k: v for k, v in configs.flat(block) if configs.key_class(k) != "free"}
+    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_near(now: Mapping[str, int], then: Mapping[str, int]) -> bool:
+    """Whether two lists of shares are the same to a 20th of each."""
+    if now.keys() != then.keys():
+        return False
+    sums = sum(now.values()), sum(then.values())
+    pairs = [(now[task] * sums[1], then[task] * sums[0]) for task in now]
+    return all(_SAME * abs(b - a) <= a for a, b in pairs)
+
+
+def _read(path: epath.Path) -> list[dict[str, Any]]:
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            continue  # torn by a kill: no step has run under it
+    return found

@@ -1,0 +1,140 @@
+"""What a run would do, without doing it: `python -m mmjax.train --dry_run ...`.
+
+Nothing is compiled, no data is opened, and the workdir is only read: the clock of its newest checkpoint,
+and the step times of what has run there. The losses are traced where model FLOPs are needed: for the rule
+`budget`, and for tasks whose step time nobody has measured.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+from etils import epath
+
+from mmjax.config import Block
+from mmjax.experiment import Experiment, make_experiment
+from mmjax.monitor import metrics
+from mmjax.monitor.report_data import newest_meta
+from mmjax.monitor.tables import human_flops, human_seconds, percent, table
+from mmjax.pace import Pace, assumed_rate, measured, pace
+from mmjax.resume import clock_after, fresh_clock
+from mmjax.schedule import BUDGET, Schedule, expected, stretch_at
+from mmjax.state import Clock
+
+_ROW = 60  # steps of a line of the strip
+_ROWS = 5  # lines of it from the first step on
+_SEGMENTS = 8  # segments that begin later and get a line each
+
+
+def dry_run(block: Block, workdir: epath.Path, allow_change: bool) -> None:
+    """Print what a run of the config in `workdir` would do.
+
+    Raises:
+      UserError: as the run would: a bad config, or one that does not go with the run in `workdir`.
+    """
+    experiment = make_experiment(block)
+    step, meta = newest_meta(workdir)
+    clock = clock_after(experiment, step, meta, allow_change) if meta else fresh_clock(experiment)
+    steps = experiment.run.steps
+    verb = "go on from" if meta else "begin at"
+    print(f"Dry run: nothing is compiled or written. It would {verb} step {clock.step} of {steps}.\n")  # fmt: skip
+    _segments_table(experiment, clock.schedule)
+    if clock.step >= steps:
+        print(f"{workdir} holds all {steps} steps.")
+        return
+    print(f"The coming steps, {_ROW} to a line")
+    print("\n".join(strip_lines(clock.schedule, clock.step, steps)) + "\n")
+    _tasks_table(experiment, workdir, clock)
+
+
+def _segments_table(experiment: Experiment, schedule: Schedule) -> None:
+    planned, rows = experiment.stretches(), []
+    ends = [segment.start for segment in schedule.segments[1:]] + [experiment.run.steps]
+    for segment, end in zip(schedule.segments, ends, strict=True):
+        phase = stretch_at(planned, segment.start)
+        rule = f"{segment.rule} ({BUDGET})" if phase.rule == BUDGET else segment.rule
+        weights = ", ".join(f"{task} {weight}" for task, weight in segment.weights.items())
+        rows.append((segment.start, end, planned.index(phase), rule, weights))
+    table("Segments", ("from step", "to", "phase", "rule", "weights"), rows)
+
+
+def strip_lines(schedule: Schedule, start: int, stop: int) -> Iterator[str]:
+    """The sequence of steps [start, stop) in letters: its beginning, and where later segments begin.
+
+    First a line for each task with its letter; at most 80 columns.
+    """
+    letters = letters_of(task for task, n in schedule.between(start, stop).items() if n)
+    yield from (f"{letter:>10}  {task}"[:80] for task, letter in letters.items())
+    shown = min(start + _ROWS * _ROW, stop)
+    later = [s.start for s in schedule.segments if shown <= s.start < stop]
+    for first in [*range(start, shown, _ROW), *later[:_SEGMENTS]]:
+        tasks = schedule.strip(first, min(first + _ROW, stop))
+        line = "".join(letters[task] for task in tasks)
+        groups = (line[i : i + 10] for i in range(0, len(line), 10))
+        yield f"{first:>10}  {' '.join(groups)}"
+    if len(later) > _SEGMENTS:
+        yield f"{'':>10}  and {len(later) - _SEGMENTS} more segments"
+
+
+def letters_of(tasks: Iterable[str]) -> dict[str, str]:
+    """A character for each task, one of its name's where that is free; `?` when there are no more."""
+    letters: dict[str, str] = {}
+    for task in tasks:
+        initials = "".join(part[:1] for part in task.lower().split("_"))
+        order = initials + task.lower() + string.ascii_letters + string.digits
+        free = (
+            c for c in order if c not in letters.values() and c in string.printable and c != "_"
+        )
+        letters[task] = next(free, "?")
+    return letters
+
+
+def _tasks_table(experiment: Experiment, workdir: epath.Path, clock: Clock) -> None:
+    steps = experiment.run.steps
+    counts = clock.schedule.between(clock.step, steps)
+    tasks = [task for task, n in counts.items() if n]
+    found = _pace(experiment, workdir, tasks)
+    hours = expected(clock.schedule, clock.step, steps, found.seconds)
+    total = sum(hours.values())
+    rows: list[Sequence[object]] = [
+        (
+            task,
+            counts[task],
+            percent(counts[task] / (steps - clock.step)),
+            counts[task] * experiment.tasks[task].batch,
+            human_seconds(found.seconds[task]) + ("" if task in found.measured else " ?"),
+            f"{hours[task]:.4g} h",
+            percent(hours[task] / total),
+        )
+        for task in tasks
+    ]
+    examples = sum(counts[task] * experiment.tasks[task].batch for task in tasks)
+    rows.append(("all", steps - clock.step, percent(1.0), examples, "", f"{total:.4g} h", percent(1.0)))  # fmt: skip
+    heads = ("task", "steps", "of steps", "examples", "a step", "expected", "of time")
+    table("Tasks", heads, rows)
+    print("\n".join(_remarks(experiment, found, workdir)))
+
+
+def _pace(experiment: Experiment, workdir: epath.Path, tasks: Sequence[str]) -> Pace:
+    known = measured(metrics.read(workdir))
+    if all(task in known for task in tasks):
+        return Pace({task: known[task] for task in tasks}, tuple(tasks), 0.0)
+    flops = {task: experiment.flops[task] for task in tasks}
+    device = jax.devices()[0]
+    return pace(flops, known, assumed_rate(device.device_kind, jax.device_count()))
+
+
+def _remarks(experiment: Experiment, found: Pace, workdir: epath.Path) -> Iterator[str]:
+    """Where the numbers come from."""
+    if found.measured:
+        yield f"Step times are those measured in {workdir}."
+    if len(found.measured) < len(found.seconds):
+        how = "the rate of the measured tasks" if found.measured else "ASSUMED for this machine"
+        mark = " (?)" if found.measured else ""
+        yield f"Step times{mark} follow from model FLOPs at {human_flops(found.rate)}FLOP/s, {how}."
+    yield "Evaluation, checkpoints, compilation and waiting for data come on top."
+    every = experiment.run.schedule.measure
+    if every and any(each.rule == BUDGET for each in experiment.stretches()):
+        yield f"Under {BUDGET}, measured step times set the shares anew every {every} steps."

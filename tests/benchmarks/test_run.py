@@ -1,0 +1,63 @@
+"""The benchmarks run and write what they say. No time is asserted here."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import mains
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binom
+from toyrun import CONFIG, EXTRA
+
+from benchmarks import run
+from benchmarks._pairs import interval, quantity
+
+WORDS = (f"--extra={EXTRA}", f"--config={CONFIG}", "--config.mesh.data=8")
+
+
+@pytest.mark.parametrize("case", run.cases())
+def test_a_case_measures_and_writes(tmp_path: Path, case: str) -> None:
+    ended = mains.run(run.main, *WORDS, f"--only={case}", "--pairs=3", f"--out={tmp_path}")
+    assert (ended.status, ended.err) == (0, "")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{case}.json", f"{case}.md"]
+    found = json.loads((tmp_path / f"{case}.json").read_text())
+    assert found["case"] == case and f"--only={case}" in found["command"] and found["about"]
+    assert found["environment"].keys() >= {"jax", "python", "processor", "cores", "devices"}
+    for each in found["quantities"]:
+        assert len(each["values"]) == found["pairs"] == 3 and min(each["values"]) > 0
+        assert each["low"] <= each["median"] <= each["high"]
+    page = (tmp_path / f"{case}.md").read_text()
+    assert found["command"] in page
+    for each in found["quantities"]:
+        assert f"| {each['name']} | {each['median']:.4g}" in page
+    assert re.search(f"^{case}$", ended.out, re.M)
+
+
+def test_cases_are_found_by_listing() -> None:
+    assert {"switching", "loader"} <= set(run.cases())
+    assert not [name for name in run.cases() if name.startswith("_") or name == "run"]
+
+
+def test_what_a_person_gets_wrong() -> None:
+    assert "Did you mean 'switching'" in mains.refused(run.main, "--only=swiching", *WORDS)
+    assert "--pairs" in mains.refused(run.main, "--pairs=0", *WORDS)
+
+
+@settings(deadline=None)
+@given(st.integers(6, 200))
+def test_the_interval_is_the_binomial_one(n: int) -> None:
+    """The narrowest pair of order statistics that holds the median with 95 %, against SciPy's law."""
+    low, high = interval(range(n))
+    k = int(low)  # of the values 0 .. n - 1, this many lie below
+    assert high == n - 1 - k
+    assert 1 - 2 * binom.cdf(k, n, 0.5) >= 0.95 > 1 - 2 * binom.cdf(k + 1, n, 0.5)
+
+
+def test_quantities_by_hand() -> None:
+    assert interval([3.0, 1.0, 2.0]) == (1.0, 3.0)  # too few for more
+    found = quantity("x", [float(i) for i in range(30)])
+    assert (found.median, found.low, found.high) == (14.5, 9.0, 20.0)
