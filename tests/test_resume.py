@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import toyrun
 from etils import epath
-from harness import Aim, Harness, deterministic, finished_steps
+from harness import Aim, Harness, contents, deterministic, finished_steps
 from toyrun import block, run, watched
 
 from mmjax import checkpoint, train
@@ -56,16 +56,6 @@ def same(workdir: Path, other: Path) -> None:
     assert toyrun.bits(workdir) == toyrun.bits(other)
     assert deterministic(workdir) == deterministic(other)
     assert (workdir / "results.json").read_bytes() == (other / "results.json").read_bytes()
-
-
-def contents(workdir: Path) -> dict[str, bytes]:
-    """Every file but the log of attempts, which grows with each start, and TensorBoard's."""
-    files = [p for p in workdir.rglob("*") if p.is_file()]
-    return {
-        str(p.relative_to(workdir)): p.read_bytes()
-        for p in files
-        if p.name != "goodput.jsonl" and "tensorboard" not in p.parts
-    }
 
 
 def ids(task: str, first: int, count: int) -> list[int]:

@@ -100,8 +100,12 @@ def bits(workdir: epath.PathLike) -> str:
 
 def parameters(workdir: epath.PathLike) -> dict[str, np.ndarray[Any, Any]]:
     """The parameters of the newest checkpoint by canonical name."""
+    return parameters_of(workdir, checkpoint.steps(epath.Path(workdir))[0])
+
+
+def parameters_of(workdir: epath.PathLike, step: int) -> dict[str, np.ndarray[Any, Any]]:
+    """The parameters of the checkpoint of a step."""
     folder = epath.Path(workdir)
-    step = checkpoint.steps(folder)[0]
     return show.read_arrays(folder, step, checkpoint.read_shapes(folder, step)["parameters"])
 
 
