@@ -203,11 +203,12 @@ def _tick(mesh: Mesh) -> Any:
 def ticks(mesh: Mesh, **values: int) -> Ticks:
     """Integers as arguments of a program, on every device."""
     sharding = replicated(mesh)
-    mine = sharding.addressable_devices
 
     def put(value: int) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(np.int32(value), sharding)
         # Device by device: a `device_put` over several processes has them compare the values first.
-        parts = [jax.device_put(np.int32(value), device) for device in mine]
+        parts = [jax.device_put(np.int32(value), d) for d in sharding.addressable_devices]
         return jax.make_array_from_single_device_arrays((), sharding, parts)
 
     return {name: put(value) for name, value in values.items()}

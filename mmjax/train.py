@@ -78,14 +78,15 @@ def train(block: Block, workdir: epath.Path, allow_change: bool = False,
             session.prepare()
             program_table([p.report for p in programs.values()])
         processes.wait_for_all()  # the first collective waits for half a minute only
-        while True:
-            try:
-                with phases.phase("restore"):
-                    state = session.state()
-                return _Loop(session, programs, evaluation, phases).run(state)
-            except Diverged as diverged:
-                phases.event("diverged", text=str(diverged))
-                session = roll_back(session, diverged, allow_change, print, phases.phase)
+        with _Signals() as signals:
+            while True:
+                try:
+                    with phases.phase("restore"):
+                        state = session.state()
+                    return _Loop(session, programs, evaluation, phases, signals).run(state)
+                except Diverged as diverged:
+                    phases.event("diverged", text=str(diverged))
+                    session = roll_back(session, diverged, allow_change, print, phases.phase)
 
 
 def dispatch(
@@ -141,7 +142,9 @@ class _Loop:
         programs: Mapping[str, Program],
         evaluation: Evaluation,
         phases: PhaseLog,
+        signals: _Signals,
     ):
+        self._signals = signals
         self._session, self._programs, self._evaluation = session, programs, evaluation
         self._experiment, self._run = session.experiment, session.experiment.run
         self._mesh, self._clock, self._phases = session.mesh, session.clock, phases
@@ -159,7 +162,6 @@ class _Loop:
         tasks = list(self._experiment.tasks)
         progress = Progress(self._run.steps, step, tasks, visits=visits, visits_left=left)
         with (
-            _Signals() as self._signals,
             Watchdog(self._run.limits.stuck, self._stuck) as self._watchdog,
             self._open_writer(step) as self._writer,
             self._open_checkpoints() as self._checkpoints,
@@ -299,6 +301,8 @@ class _Loop:
         # Processes may share rows: each is counted once.
         found = {(t, p): e for part in processes.gather(self._unread) for t, p, e in part}
         self._unread = []
+        if not found:
+            return
         invalid = Counter(self._clock.invalid)
         for (task, position), error in sorted(found.items()):
             invalid[task] += 1

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import toyrun
+from etils import epath
 from harness import Aim, Harness, deterministic, finished_steps, log, survive
 from toyrun import run, watched
 
-from mmjax import train
+from mmjax import show, train
 from mmjax.data import order
 from mmjax.errors import UserError
 from mmjax.schedule import Schedule
@@ -80,7 +81,9 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- non-finite steps in a row -----------------------------------------------------------------
 
 
-def test_a_task_of_non_finite_steps_is_left_out(broken: Path) -> None:
+def test_a_task_of_non_finite_steps_is_left_out(
+    broken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two in a row at step 2; the steps then under way still run as they were to."""
     assert tasks(broken) == ["one", "two", "one", "one"] + ["two"] * 8
     assert segments(broken) == [(0, {"one": 2, "two": 1}), (4, {"one": 0, "two": 1})]
@@ -89,6 +92,8 @@ def test_a_task_of_non_finite_steps_is_left_out(broken: Path) -> None:
     assert held["positions"] == {"one": 24, "two": 9 * 16}
     [told] = events(broken, "quarantine")
     assert told.startswith("task one is left out from step 4 on: 2 steps in a row")
+    show.show_run(epath.Path(broken), None, False)
+    assert "In quarantine from step 4 on: one." in capsys.readouterr().out
 
 
 def test_the_others_keep_their_place(broken: Path) -> None:
