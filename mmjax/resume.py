@@ -238,7 +238,7 @@ def roll_back(
       UserError: no other task is left.
     """
     experiment, workdir = session.experiment, session.workdir
-    say(f"{diverged}. Going back.")
+    say(f"{diverged}. Going back; with limits.divergence = 0 a run never does.")
     for step in processes.gather(checkpoint.steps(workdir))[0]:
         if _was_well(workdir, step, experiment.run.limits.bounds):
             break

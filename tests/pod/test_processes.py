@@ -152,6 +152,8 @@ def same(one: Team, other: Team) -> None:
         floats = {k for k, v in x.items() if isinstance(v, float)}
         assert all(abs(x[k] - y[k]) <= CLOSE * max(1, abs(x[k])) for k in floats)
     clocks = [toyrun.meta(team.workdir)["clock"] for team in (one, other)]
+    for clock in clocks:
+        assert clock.pop("health").keys() == {"one", "two"}  # losses, compared above
     assert clocks[0] == clocks[1]
 
 
