@@ -51,7 +51,8 @@ class Budget:
 
         The lines of all steps before must be in `metrics.jsonl`. Called by all processes.
         """
-        wanted = self._stretch(clock.step).weights
+        planned = self._stretch(clock.step).weights
+        wanted = {t: 0 if t in clock.quarantined else weight for t, weight in planned.items()}
         running = [task for task, weight in wanted.items() if weight]
         shares = np.zeros(len(running), np.int32)
         if jax.process_index() == 0:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,24 +18,111 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
 
-from mmjax.errors import UserError
+from mmjax import processes
+from mmjax.errors import UserError, nearest
+from mmjax.monitor import metrics
 
 FORMAT = 1
 FOLDER = "checkpoints"
+# Orbax measures its patience by the clock on the wall, which may jump; a save that hangs is for the watchdog.
+# (For folders made in the background its patience cannot be set, so they are made at once.)
+_NO_TIMEOUT = 10**9
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save.
+    """When to save, and what stays: whatever any of these asks for, and always the newest one at which all
+    tasks were well.
 
     Attributes:
       every: steps between checkpoints; the last step is always saved.
       keep: how many of the newest stay.
+      keep_every: checkpoints at multiples of so many steps stay; 0: none.
+      keep_minutes: of each stretch of so many minutes the first stays; 0: none.
+      best: a measure of the evaluations, `TASK/NAME` or `TASK/NAME/SPLIT`, as in `results.json`. Only steps
+        that are both saved and evaluated have one.
+      best_is: whether `highest` or `lowest` is best.
+      keep_best: how many of the best stay.
     """
 
     every: int = 500
     keep: int = 2
+    keep_every: int = 0
+    keep_minutes: float = 0.0
+    best: str = ""
+    best_is: str = "highest"
+    keep_best: int = 1
+
+
+class _Retention(policies.PreservationPolicy):
+    """What stays, as Orbax asks before it deletes; all processes find the same."""
+
+    def __init__(
+        self, workdir: epath.Path, config: CheckpointConfig, is_well: Callable[[dict[str, Any]], bool]
+    ):  # fmt: skip
+        if config.best_is not in ("highest", "lowest"):
+            raise UserError(
+                f"config.checkpoint.best_is is '{config.best_is}'; it is 'highest' or 'lowest'."
+            )
+        self._workdir, self._config, self._is_well = workdir, config, is_well
+        self._well: dict[int, bool] = {}
+        self._values: dict[int, float] = {}
+        for line in metrics.read(workdir) if config.best else []:
+            if line["kind"] == "eval" and _is_measure(line, config.best):
+                self._values.setdefault(line["step"], line["value"])
+
+    def saved(self, step: int, meta: dict[str, Any]) -> None:
+        self._well[step] = self._is_well(meta)
+
+    def evaluated(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Take the measure of a step from the records of its evaluation."""
+        if not self._config.best:
+            return
+        found = [r["value"] for r in records if _is_measure(r, self._config.best)]
+        if not found:
+            known = [f"{r['task']}/{r['name']}/{r['split']}" for r in records]
+            raise UserError(
+                f"config.checkpoint.best: no measure '{self._config.best}'."
+                f"{nearest(self._config.best, known)}"
+            )
+        self._values[step] = found[0]
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[policies.PolicyCheckpointInfo],
+        *,
+        context: policies.PreservationContext,
+    ) -> Sequence[bool]:
+        config = self._config
+        wanted: list[policies.PreservationPolicy] = [policies.LatestN(config.keep)]
+        if config.keep_every:
+            wanted.append(policies.EveryNSteps(config.keep_every))
+        if config.keep_minutes:
+            wanted.append(policies.EveryNSeconds(int(60 * config.keep_minutes)))
+        well = [c.step for c in checkpoints if self._was_well(c.step)]
+        wanted.append(policies.CustomSteps(well[-1:] + self._best(c.step for c in checkpoints)))
+        return policies.AnyPreservationPolicy(wanted).should_preserve(checkpoints, context=context)
+
+    def _best(self, steps: Iterable[int]) -> list[int]:
+        sign = 1 if self._config.best_is == "highest" else -1
+        values = {s: self._values[s] for s in steps if math.isfinite(self._values.get(s, math.nan))}
+        ranked = sorted(values, key=lambda step: (sign * values[step], step), reverse=True)
+        return ranked[: self._config.keep_best]
+
+    def _was_well(self, step: int) -> bool:
+        if step not in self._well:
+            try:
+                self._well[step] = self._is_well(read_meta(self._workdir, step))
+            except ValueError:
+                self._well[step] = False
+        return self._well[step]
+
+
+def _is_measure(record: Mapping[str, Any], measure: str) -> bool:
+    name = f"{record['task']}/{record['name']}"
+    return measure in (name, f"{name}/{record.get('split')}")
 
 
 @dataclass(frozen=True)
@@ -49,10 +137,19 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one workdir, for writing; leaving the `with` block waits for what is under way."""
 
-    def __init__(self, workdir: epath.Path, config: CheckpointConfig):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        config: CheckpointConfig,
+        is_well: Callable[[dict[str, Any]], bool] = lambda meta: True,
+    ):
+        self._retention = _Retention(workdir, config, is_well)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep, create=True, enable_async_checkpointing=True, step_prefix=None
-        )
+            preservation_policy=self._retention, create=True, enable_async_checkpointing=True, step_prefix=None,
+            async_options=ocp.AsyncOptions(
+                timeout_secs=_NO_TIMEOUT, create_directories_asynchronously=False
+            ),
+        )  # fmt: skip
         self._manager = ocp.CheckpointManager(
             workdir / FOLDER, options=options, item_names=("state", "meta")
         )
@@ -65,11 +162,16 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        self._retention.saved(step, dict(meta))
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(_without_empty(state)),
             meta=ocp.args.JsonSave({"format": FORMAT, **meta}),
         )
         self._manager.save(step, args=arguments, force=True)
+
+    def evaluated(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """What an evaluation after `step` steps found, for `config.checkpoint.best`."""
+        self._retention.evaluated(step, records)
 
     def check(self) -> None:
         """Raise what went wrong in a save in the background."""
@@ -125,7 +227,11 @@ def read_state(workdir: epath.Path, step: int, abstract: Mapping[str, Any]) -> A
     """Arrays of a checkpoint, as `abstract` asks (shardings included); parts that it leaves out are not read."""
     wanted = _without_empty(abstract)
     restore_args = jax.tree.map(_restore_args, wanted)
-    with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+    # Each process reads for itself: one that fails must not leave the others at a barrier.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with _quiet(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         arguments = ocp.args.PyTreeRestore(
             item=wanted, restore_args=restore_args, partial_restore=True
         )
@@ -201,25 +307,43 @@ def restore_latest(
       say: tells the person.
       may_be_new: `may_be_new(name, meta)`: whether a parameter may be absent; it is left out of the result.
     """
-    for step in steps(workdir):
-        where = workdir / FOLDER / str(step)
+    # Which there are, process 0 says: it also moves what is torn.
+    for step in processes.gather(steps(workdir))[0]:
+        restored: Restored | None = None
+        words: str | None = None
         try:
-            meta = read_meta(workdir, step)
-            accept(step, meta)
-            found = read_shapes(workdir, step)
-            wanted = _without_new(abstract, found, meta, may_be_new)
-            check_shapes(found, wanted, str(where))
-            return Restored(step, read_state(workdir, step, wanted), meta)
+            restored = restore(workdir, step, abstract, accept, may_be_new)
         except UserError:
             raise
         except Exception as error:
             # Whatever Orbax and TensorStore raise for files that are cut or gone.
-            aside = _set_aside(where)
-            first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            words = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        # What one process cannot read, none takes.
+        torn = [w for w in processes.gather(words) if w is not None]
+        if not torn:
+            return restored
+        if processes.is_first():
+            aside = set_aside(workdir, step, "torn")
             say(
-                f"Checkpoint {step} cannot be read ({first}). Moved to {aside}; trying the one before it."
+                f"Checkpoint {step} cannot be read ({torn[0]}). Moved to {aside}; trying the one before it."
             )
     return None
+
+
+def restore(
+    workdir: epath.Path,
+    step: int,
+    abstract: Mapping[str, Any],
+    accept: Callable[[int, dict[str, Any]], None],
+    may_be_new: Callable[[str, dict[str, Any]], bool],
+) -> Restored:
+    """The checkpoint of a step; arguments as of `restore_latest`. One that is torn may raise anything."""
+    meta = read_meta(workdir, step)
+    accept(step, meta)
+    found = read_shapes(workdir, step)
+    wanted = _without_new(abstract, found, meta, may_be_new)
+    check_shapes(found, wanted, str(workdir / FOLDER / str(step)))
+    return Restored(step, read_state(workdir, step, wanted), meta)
 
 
 def _without_new(
@@ -235,12 +359,13 @@ def _without_new(
     }
 
 
-def _set_aside(where: epath.Path) -> epath.Path:
-    aside = where.parent.parent / "torn" / where.name
+def set_aside(workdir: epath.Path, step: int, folder: str) -> epath.Path:
+    """Move a checkpoint to `WORKDIR/folder/STEP`; where it lies now."""
+    aside = workdir / folder / str(step)
     aside.parent.mkdir(parents=True, exist_ok=True)
     number = 0
     while aside.exists():
         number += 1
-        aside = aside.parent / f"{where.name}.{number}"
-    where.rename(aside)
+        aside = aside.parent / f"{step}.{number}"
+    (workdir / FOLDER / str(step)).rename(aside)
     return aside

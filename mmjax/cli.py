@@ -1,4 +1,4 @@
-"""The console command: `mmjax train|evaluate|show|build ...` calls the mains of the modules."""
+"""The console command: `mmjax train|evaluate|show|replay|build ...` calls the mains of the modules."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "mmjax.train",
     "evaluate": "mmjax.evaluate",
     "show": "mmjax.show",
+    "replay": "mmjax.replay",
     "build": "mmjax.data.build",
 }
 

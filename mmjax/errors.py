@@ -11,6 +11,10 @@ import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
+_FAILED = (1, 2, 130)
+# What collectives and JAX's coordination service say of a process that is gone.
+_LOST_PEER = re.compile(r"Gloo .* failed|[Cc]onnection closed by peer|heartbeat timeout")
+
 
 class UserError(Exception):
     """Something the person can mend: the message names what, where, and what to do.
@@ -37,6 +41,9 @@ def report(error: BaseException) -> str | None:
         return f"{os.strerror(number)}: {where}. Free some space and run again."
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"No permission: {where}. Choose another --workdir or mend its owner."
+    if _LOST_PEER.search(str(error)):
+        first = str(error).splitlines()[0][:200]
+        return f"Another process of this run has ended ({first}). Start all of them again."
     return None
 
 
@@ -69,9 +76,17 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _leave(code: int) -> None:
-    """Exit; at once where a save has failed, since Orbax's threads wait ten minutes for the rest of it."""
-    if code and any(type(t).__module__.startswith("orbax.") for t in threading.enumerate()):
+    """Exit; at once where others would be waited for in vain: Orbax's threads wait ten minutes for the rest
+    of a save that has failed, and JAX five for the other processes of a run, which may be stuck or gone."""
+    saving = any(type(t).__module__.startswith("orbax.") for t in threading.enumerate())
+    if code in _FAILED and (saving or "jax" in sys.modules and _is_one_of_many()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _is_one_of_many() -> bool:
+    from jax._src.distributed import global_state  # kept out of a light import
+
+    return (global_state.num_processes or 1) > 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mmjax import commandline, errors
+from mmjax import commandline, errors, processes
 from mmjax import config as configs
 from mmjax.data.loader import local_rows, make_batch, place
 from mmjax.errors import UserError
@@ -53,17 +53,22 @@ class Evaluation:
         row_spec(task, each).check(self._data[key], where)
 
     def __call__(
-        self, programs: Mapping[str, Program], parameters: Mapping[str, jax.Array]
+        self,
+        programs: Mapping[str, Program],
+        parameters: Mapping[str, jax.Array],
+        beat: Callable[[str], None] = lambda task: None,
     ) -> list[Record]:
         """The records of all evaluators, in the order of the config.
 
         Args:
           programs: those of `Experiment.eval_requests`, compiled.
           parameters: on the mesh.
+          beat: called before each batch, with the name of its task.
         """
+        processes.wait_for_all()  # a collective waits for half a minute only
         outputs = {
             pass_key(task, each): self._run(
-                task, each, programs[program_key(task, each)], parameters
+                task, each, programs[program_key(task, each)], parameters, beat
             )
             for task, each in self._experiment.passes()
         }
@@ -78,21 +83,28 @@ class Evaluation:
         return records
 
     def _run(
-        self, task: Task, each: Pass, program: Program, parameters: Mapping[str, jax.Array]
+        self,
+        task: Task,
+        each: Pass,
+        program: Program,
+        parameters: Mapping[str, jax.Array],
+        beat: Callable[[str], None],
     ) -> Outputs:
+        beat(task.name)
         size = self._experiment.run.evaluation.batch
         examples = self._data[str(sorted(each.block.items()))]
         found: list[Outputs] = []
+        unread: list[str] = []
         for index, (rows, start, failed) in enumerate(self._batches(task, each, examples, size)):
-            for _, error in failed:
-                print(
-                    f"evaluation of {task.name}: left out an example that cannot be read: {error}"
-                )
+            beat(task.name)
+            unread += [error for _, error in failed]
             batch = place(rows, start, size, batch_sharding(self._mesh, size, "evaluation.batch"))
             outputs = jax.device_get(
                 program.call(parameters, batch, ticks(self._mesh, batch=index))
             )
             found.append({name: value[outputs["valid"]] for name, value in outputs.items()})
+        for error in dict.fromkeys(sum(processes.gather(unread), [])):
+            print(f"evaluation of {task.name}: left out an example that cannot be read: {error}")
         if not any(len(f["valid"]) for f in found):
             raise UserError(
                 f"tasks.{task.name}.evaluators: no example of {examples.description} could be read."
@@ -144,12 +156,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = commandline.parser("Evaluate a run on its held-out data.")
     made.add_argument("--workdir", required=True, help="the run's folder")
     made.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
+    processes.add_arguments(made)
     arguments, overrides = commandline.parse(made, argv)
+    processes.join(arguments)
     use_cache()
     workdir = commandline.folder(arguments.workdir)
     records = evaluate(workdir, arguments.step, overrides)
+    if processes.is_first():
+        write_results(workdir, records)
     results_table(records)
-    write_results(workdir, records)
     print(f"Written to {workdir / RESULTS}.")
     return 0
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from mmjax import flops
 from mmjax.errors import UserError
 from mmjax.evaluator import Pass, function, row_spec
+from mmjax.health import Bounds
 from mmjax.objective import Loss
 from mmjax.optimizer import Optimizer
 from mmjax.parameters import Arrays, Declaration
@@ -39,13 +40,23 @@ class LimitsConfig:
       memory_gib: bytes of one device that a program may need, in GiB; 0 for no limit.
       programs: number of programs that a config may make.
       invalid: examples of a task that may fail to be read before the run stops.
-      non_finite: steps of a task in a row with a non-finite loss or gradient before the run stops.
+      non_finite: steps of a task in a row with a non-finite loss or gradient before the run leaves it out.
+      divergence: a task has diverged when its loss is over this many times its first losses; 0: never.
+      divergence_visits: visits of a task whose median is compared, of its first and of its last ones.
+      stuck: seconds without a sign of life (a step, a batch, a save) before the run is ended; 0: never.
     """
 
     memory_gib: float = 0.0
     programs: int = 64
     invalid: int = 100
     non_finite: int = 10
+    divergence: float = 10.0
+    divergence_visits: int = 16
+    stuck: float = 1800.0
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(self.non_finite, self.divergence, self.divergence_visits)
 
 
 @dataclass(frozen=True)
@@ -206,7 +217,16 @@ def _tick(mesh: Mesh) -> Any:
 
 def ticks(mesh: Mesh, **values: int) -> Ticks:
     """Integers as arguments of a program, on every device."""
-    return {name: jax.device_put(np.int32(v), replicated(mesh)) for name, v in values.items()}
+    sharding = replicated(mesh)
+
+    def put(value: int) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(np.int32(value), sharding)
+        # Device by device: a `device_put` over several processes has them compare the values first.
+        parts = [jax.device_put(np.int32(value), d) for d in sharding.addressable_devices]
+        return jax.make_array_from_single_device_arrays((), sharding, parts)
+
+    return {name: put(value) for name, value in values.items()}
 
 
 def _shape(spec: RowSpec, size: int) -> str:

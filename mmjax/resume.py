@@ -9,7 +9,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,15 +17,17 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from mmjax import checkpoint
+from mmjax import checkpoint, processes
 from mmjax import config as configs
 from mmjax.checkpoint import Restored
 from mmjax.data import order
 from mmjax.errors import UserError
 from mmjax.evaluate import RESULTS
 from mmjax.experiment import Experiment
+from mmjax.health import Bounds, Diverged, quarantine
 from mmjax.parameters import Arrays
 from mmjax.program import compile_silently
+from mmjax.schedule import Schedule
 from mmjax.source import Cached, Examples
 from mmjax.state import (
     EMA,
@@ -185,9 +187,87 @@ def begin(
         say(f"Going on from step {restored.step} in {workdir}.")
         for change in changes:
             say(f"Config changed: {change}")
-    _write_config(workdir, experiment)
-    _keep_files(workdir, experiment)
+    if processes.is_first():
+        _write_config(workdir, experiment)
+        _keep_files(workdir, experiment)
     return Session(experiment, workdir, mesh, clock, data, identities, restored)
+
+
+def reopen(
+    experiment: Experiment, workdir: epath.Path, mesh: Mesh, step: int | None, schedule: Schedule
+) -> Session:
+    """A run as it stood at the checkpoint of `step` (at its beginning, if None), to look at: nothing is written.
+
+    Args:
+      experiment: the config that was in force after `step`.
+      step: of a checkpoint in `workdir`.
+      schedule: of the run, as known later.
+
+    Raises:
+      UserError: data other than the run's.
+    """
+    data = _open_data(experiment)
+    now = {f"tasks.{n}.source": e.identity for n, e in data.items()} | _file_identities(experiment)
+
+    def accept(_: int, meta: dict[str, Any]) -> None:
+        _check_identities(meta["identities"], now, workdir)
+        _announce(meta["environment"], environment(mesh), print)
+
+    if step is None:
+        clock = replace(fresh_clock(experiment), schedule=schedule)
+        return Session(experiment, workdir, mesh, clock, data, now, None)
+    abstract, may_be_new = _abstract_canonical(experiment, mesh), _may_be_new(experiment)
+    restored = checkpoint.restore(workdir, step, abstract, accept, may_be_new)
+    clock = replace(Clock.from_json(restored.meta["clock"]), schedule=schedule)
+    return Session(experiment, workdir, mesh, clock, data, now, restored)
+
+
+def roll_back(
+    session: Session,
+    diverged: Diverged,
+    allow_change: bool,
+    say: Callable[[str], None],
+    phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+) -> Session:
+    """Back to the newest checkpoint at which all tasks were well, and without the diverged one from there on.
+
+    Later checkpoints are moved to `WORKDIR/diverged`. Killed meanwhile, the run diverges at the same step
+    again, and comes to the same state.
+
+    Raises:
+      UserError: no other task is left.
+    """
+    experiment, workdir = session.experiment, session.workdir
+    say(f"{diverged}. Going back; with limits.divergence = 0 a run never does.")
+    for step in processes.gather(checkpoint.steps(workdir))[0]:
+        if _was_well(workdir, step, experiment.run.limits.bounds):
+            break
+        processes.wait_for_all()
+        if processes.is_first():
+            checkpoint.set_aside(workdir, step, "diverged")
+    processes.wait_for_all()
+    again = begin(experiment, workdir, session.mesh, allow_change, say, phase)
+    now = again.clock.step
+    tasks = {
+        **dict.fromkeys((*diverged.quarantined, diverged.task), now),
+        **again.clock.quarantined,
+    }
+    schedule = quarantine(again.clock.schedule, tasks, now, now)
+    if schedule is None:
+        raise UserError(
+            f"{diverged}, and no other task is left to go on with. Lower optimizer.learning_rate, or raise "
+            "limits.divergence (0: never) if this was no divergence."
+        )
+    say(f"From step {now} on without {', '.join(sorted(tasks))}.")
+    again.prepare()
+    return replace(again, clock=replace(again.clock, schedule=schedule, quarantined=tasks))
+
+
+def _was_well(workdir: epath.Path, step: int, bounds: Bounds) -> bool:
+    try:
+        return Clock.from_json(checkpoint.read_meta(workdir, step)["clock"]).is_well(bounds)
+    except ValueError:
+        return False  # torn
 
 
 def _open_data(experiment: Experiment) -> dict[str, Examples]:
@@ -327,7 +407,7 @@ def fresh_clock(experiment: Experiment) -> Clock:
 
 def _clock(experiment: Experiment, restored: Restored, changes: list[configs.Difference]) -> Clock:
     """The saved clock; with a new segment from here on where the config's schedule has changed."""
-    saved = Clock.from_json(restored.meta["clock"])
+    saved = _released(Clock.from_json(restored.meta["clock"]), changes)
     if not any(_moves_schedule(c, experiment, restored) for c in changes):
         return saved
     planned, now = experiment.schedule(), saved.step
@@ -337,11 +417,33 @@ def _clock(experiment: Experiment, restored: Restored, changes: list[configs.Dif
         schedule = schedule.append(
             start, segment.weights, rule=segment.rule, seed=segment.seed, now=now
         )
-    return Clock(saved.step, schedule, saved.positions, saved.skipped, saved.invalid)
+    if saved.quarantined:
+        left = quarantine(schedule, saved.quarantined, now, now)
+        if left is None:
+            raise UserError(
+                f"All tasks of the config are in quarantine: {', '.join(saved.quarantined)}. "
+                "Change what is wrong with one (any key of config.tasks.NAME), or add another."
+            )
+        schedule = left
+    return replace(saved, schedule=schedule)
+
+
+def _released(saved: Clock, changes: list[configs.Difference]) -> Clock:
+    """The clock without what it knew of tasks whose blocks have changed: they begin anew as healthy ones."""
+    changed = {
+        c.key.split(".")[1] for c in changes if c.kind == "schedule" and c.key.startswith("tasks.")
+    }
+    return replace(
+        saved,
+        health={t: h for t, h in saved.health.items() if t not in changed},
+        quarantined={t: s for t, s in saved.quarantined.items() if t not in changed},
+    )
 
 
 def _moves_schedule(change: configs.Difference, experiment: Experiment, restored: Restored) -> bool:
     tasks = set(experiment.tasks) ^ set(restored.meta["config"]["tasks"])
+    if change.kind == "schedule":  # a task in quarantine whose block has changed is tried again
+        tasks |= Clock.from_json(restored.meta["clock"]).quarantined.keys()
     parts = change.key.split(".")
     return parts[0] == "schedule" or (
         parts[0] == "tasks" and (parts[1] in tasks or parts[2] == "share")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from mmjax.errors import UserError
+from mmjax.health import Bounds, Health
 from mmjax.optimizer import Optimizer
 from mmjax.parameters import Arrays, Declaration, Spec, from_canonical, to_canonical
 from mmjax.schedule import Schedule
@@ -46,6 +47,8 @@ class Clock:
       positions: examples consumed by each task.
       skipped: steps of each task whose update was left out for a non-finite loss or gradient.
       invalid: examples of each task that could not be read.
+      health: what is remembered of each task's losses.
+      quarantined: tasks that the run has left out, and the step from which on.
     """
 
     step: int
@@ -53,6 +56,14 @@ class Clock:
     positions: Mapping[str, int]
     skipped: Mapping[str, int]
     invalid: Mapping[str, int]
+    health: Mapping[str, Health] = field(default_factory=dict)
+    quarantined: Mapping[str, int] = field(default_factory=dict)
+
+    def is_well(self, bounds: Bounds) -> bool:
+        """Whether no task but those left out shows signs of a divergence."""
+        return not any(
+            h.is_suspect(bounds) for t, h in self.health.items() if t not in self.quarantined
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -61,12 +72,24 @@ class Clock:
             "positions": dict(self.positions),
             "skipped": dict(self.skipped),
             "invalid": dict(self.invalid),
+            "health": {task: health.to_json() for task, health in self.health.items()},
+            "quarantined": dict(self.quarantined),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Clock:
         schedule = Schedule.from_json(data["segments"])
-        return cls(data["step"], schedule, data["positions"], data["skipped"], data["invalid"])
+        # The first checkpoints of format 1 have no health.
+        health = {t: Health.from_json(h) for t, h in data.get("health", {}).items()}
+        return cls(
+            data["step"],
+            schedule,
+            data["positions"],
+            data["skipped"],
+            data["invalid"],
+            health,
+            data.get("quarantined", {}),
+        )
 
 
 def init_state(declaration: Declaration, optimizer: Optimizer, seed: int, dtype: Any) -> State:

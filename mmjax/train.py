@@ -4,50 +4,37 @@
 
 Run again, it goes on from the newest checkpoint in DIR, or says that it is done. With --dry_run it prints what
 it would do: the coming steps, the share of each task, and the hours that these would take. Exit status: 0 done, 2 an
-error that its one line explains, 3 stopped by SIGTERM or SIGINT after saving.
+error that its one line explains, 3 stopped by SIGTERM or SIGINT after saving, 4 ended by its watchdog.
 """
 
 from __future__ import annotations
 
 import json
-import signal
 import time
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
-import numpy as np
 from etils import epath
 
-from mmjax import commandline, errors
-from mmjax.budget import Budget
-from mmjax.checkpoint import Checkpoints
+from mmjax import commandline, errors, processes
 from mmjax.config import Block
-from mmjax.data.loader import HostBatch, Loader, local_rows, place
 from mmjax.dry_run import dry_run
-from mmjax.errors import UserError
-from mmjax.evaluate import RESULTS, Evaluation, write_results
+from mmjax.evaluate import RESULTS, Evaluation
 from mmjax.evaluator import Record
 from mmjax.experiment import make_experiment
+from mmjax.health import Diverged
+from mmjax.loop import Loop, Signals
 from mmjax.monitor import tally
-from mmjax.monitor.display import Progress
-from mmjax.monitor.metrics import MetricWriter
-from mmjax.monitor.peaks import peak_flops
+from mmjax.monitor.muted import MutedPhases
 from mmjax.monitor.phases import PhaseLog
-from mmjax.monitor.report import write_report
 from mmjax.monitor.tables import program_table, results_table, summary_tables
-from mmjax.monitor.wandb_run import WandbRun, require
-from mmjax.profiling import Profile, dump
-from mmjax.program import Program, Request, compile_all, ticks, use_cache
-from mmjax.resume import Session, begin
-from mmjax.sharding import batch_sharding, make_mesh
-from mmjax.state import State
+from mmjax.monitor.wandb_run import require
+from mmjax.profiling import dump
+from mmjax.program import Program, Request, compile_all, use_cache
+from mmjax.resume import Session, begin, roll_back
+from mmjax.sharding import make_mesh
 
 STOPPED = 3
-_IN_FLIGHT = 2  # hundreds of steps in flight abort a run on many CPU devices
 
 
 def train(block: Block, workdir: epath.PathLike, allow_change: bool = False,
@@ -75,7 +62,7 @@ def train(block: Block, workdir: epath.PathLike, allow_change: bool = False,
     experiment = make_experiment(block)
     if experiment.run.log.wandb:
         require(experiment.run.log.wandb)  # said before minutes of compiling
-    with PhaseLog(workdir) as phases:
+    with PhaseLog(workdir) if processes.is_first() else MutedPhases() as phases:
         mesh = make_mesh(experiment.run.mesh, devices)
         with phases.phase("init"):
             session = begin(experiment, workdir, mesh, allow_change, print, phases.phase)
@@ -86,15 +73,21 @@ def train(block: Block, workdir: epath.PathLike, allow_change: bool = False,
             return list(records)
         evaluation = Evaluation(experiment, mesh)
         with phases.phase("compile"):
-            requests = _coming(session) | experiment.eval_requests(mesh)
-            programs = compile_all(requests, mesh, experiment.run.limits)
-            session.prepare()
-            program_table([p.report for p in programs.values()])
-            if experiment.run.profile.dumps and jax.process_index() == 0:
-                dump(programs, workdir)
-        with phases.phase("restore"):
-            state = session.state()
-        return _Loop(session, programs, evaluation, phases).run(state)
+            programs = _compile(session)
+        processes.wait_for_all()  # the first collective waits for half a minute only
+        return _run(session, programs, evaluation, phases, allow_change)
+
+
+def _compile(session: Session) -> dict[str, Program]:
+    """All programs that the rest of the run needs, with their table."""
+    experiment, mesh = session.experiment, session.mesh
+    requests = _coming(session) | experiment.eval_requests(mesh)
+    programs = compile_all(requests, mesh, experiment.run.limits)
+    session.prepare()
+    program_table([p.report for p in programs.values()])
+    if experiment.run.profile.dumps and processes.is_first():
+        dump(programs, session.workdir)
+    return programs
 
 
 def _coming(session: Session) -> dict[str, Request]:
@@ -104,294 +97,23 @@ def _coming(session: Session) -> dict[str, Request]:
     return {task: request for task, request in requests.items() if visits.get(task)}
 
 
-class _Signals:
-    """Notes SIGTERM and SIGINT, so that the loop can save before it ends; before it they just end it."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with suppress(ValueError):  # not the main thread: a notebook or a test's worker
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: Any) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt  # asked twice: at once
-        self.received = signal.Signals(number).name
-
-
-@dataclass
-class _Dispatched:
-    """A step under way: its metrics are still on the devices.
-
-    Attributes:
-      waited: seconds that the loop waited for its batch.
-      sent: when it was given to the devices.
-    """
-
-    step: int
-    task: str
-    metrics: Mapping[str, jax.Array]
-    examples: int
-    waited: float
-    sent: float
-
-
-class _Loop:
-    """The loop, with one place for each side effect."""
-
-    def __init__(
-        self,
-        session: Session,
-        programs: Mapping[str, Program],
-        evaluation: Evaluation,
-        phases: PhaseLog,
-    ):
-        self._session, self._programs, self._evaluation = session, programs, evaluation
-        self._experiment, self._run = session.experiment, session.experiment.run
-        self._mesh, self._clock, self._phases = session.mesh, session.clock, phases
-        self._budget = Budget(self._experiment, session.workdir)
-        chip = peak_flops(self._mesh.devices.flat[0].device_kind)
-        self._peak = None if chip is None else chip * self._mesh.devices.size
-        self._bad_in_a_row: Counter[str] = Counter()
-        self._completed = time.monotonic()
-
-    def run(self, state: State) -> list[Record] | None:
-        """From the session's clock to the last step."""
-        tasks = list(self._experiment.tasks)
-        visits = self._clock.schedule.visits(self._clock.step)
-        progress = Progress(self._run.steps, self._clock.step, tasks, visits=visits)
-        with (
-            _Signals() as self._signals,
-            self._open_writer() as self._writer,
-            Checkpoints(self._session.workdir, self._run.checkpoint) as self._checkpoints,
-            Profile(self._run.profile, self._session.workdir) as self._profile,
-            progress as self._progress,
-        ):
-            self._plan()
-            return self._stretches(state)
-
-    def _open_writer(self) -> MetricWriter:
-        workdir, project = self._session.workdir, self._run.log.wandb
-        asked = project and jax.process_index() == 0
-        sinks = [WandbRun(project, workdir, self._experiment.block)] if asked else []
-        return MetricWriter(workdir, self._clock.step, sinks)
-
-    def _plan(self) -> None:
-        left = self._clock.schedule.between(self._clock.step, self._run.steps)
-        self._progress.plan({name: left.get(name, 0) for name in self._experiment.tasks})
-
-    @contextmanager
-    def _open_loader(self) -> Iterator[Loader]:
-        """Batches up to the last step of which it is settled which task it runs."""
-
-        def share(size: int) -> tuple[int, int]:
-            return local_rows(batch_sharding(self._mesh, size, "batch"), size)
-
-        tasks, data, seed = self._experiment.tasks, self._session.data, self._run.seed
-        loader = Loader(self._run.loader, tasks, data, self._clock, self._settled(), seed, share)
-        try:
-            yield loader
-        finally:
-            loader.close()
-
-    def _settled(self) -> int:
-        return self._budget.next(self._clock.step) or self._run.steps
-
-    def _stretches(self, state: State) -> list[Record] | None:
-        """Steps without a pause, then what is due: new shares, a checkpoint, an evaluation.
-
-        A checkpoint of step S comes before the evaluation at S, which a restart from S does again.
-        """
-        if self._session.was_evaluated and self._clock.step < self._run.steps:
-            self._evaluate(state)
-        while self._clock.step < self._run.steps and not self._signals.received:
-            state = self._settled_steps(state)
-        if self._signals.received and self._clock.step < self._run.steps:
-            self._save(state)
-            self._wait_for_save()
-            self._progress.message(
-                f"Stopped by {self._signals.received}; saved step {self._clock.step}."
-            )
-            return None
-        records = self._evaluate(state)
-        self._wait_for_save()
-        self._sum_up()
-        write_results(self._session.workdir, records)
-        if self._run.log.report and jax.process_index() == 0:
-            self._progress.status("writing report.html")
-            with self._phases.phase("report"):
-                write_report(self._session.workdir)
-        return records
-
-    def _sum_up(self) -> None:
-        """Write what the run did and cost, over all its attempts."""
-        self._writer.flush()
-        self._phases.beat(step=self._clock.step)
-        flops = {task: float(program.report["flops"]) for task, program in self._programs.items()}
-        found = tally.summary(self._session.workdir, flops, self._peak)
-        tally.write(self._session.workdir, found)
-        self._writer.add(self._clock.step, tally.scalars(found))
-
-    def _settled_steps(self, state: State) -> State:
-        stop = self._settled()
-        with self._open_loader() as loader:
-            while self._clock.step < stop and not self._signals.received:
-                before = self._clock.step
-                self._profile.at(before)
-                with self._phases.phase("step", step=before):
-                    state = self._steps(state, loader, self._next_pause())
-                if self._clock.step > before:
-                    self._pause(state, settle=self._clock.step == stop)
-        return state
-
-    def _pause(self, state: State, settle: bool) -> None:
-        last = self._clock.step == self._run.steps
-        if settle and not last:
-            self._settle()
-        if last or self._is_due(self._run.checkpoint.every):
-            self._save(state)
-        if not last and self._is_due(self._run.evaluation.every):
-            self._evaluate(state)
-
-    def _is_due(self, every: int) -> bool:
-        return bool(every) and self._clock.step % every == 0
-
-    def _next_pause(self) -> int:
-        step = self._clock.step
-        paces = (self._run.checkpoint.every, self._run.evaluation.every)
-        due = [(step // every + 1) * every for every in paces if every]
-        return min([self._settled(), *due, *self._profile.next(step)])
-
-    def _steps(self, state: State, loader: Loader, stop: int) -> State:
-        """Dispatch steps up to `stop`; nothing here may trace, compile or move data unasked."""
-        under_way: deque[_Dispatched] = deque()
-        self._completed = time.monotonic()
-        with jax.no_tracing(True), jax.transfer_guard("disallow"):
-            for step in range(self._clock.step, stop):
-                if self._signals.received:
-                    break
-                started = time.monotonic()
-                host = next(loader)
-                waited = time.monotonic() - started
-                task, visit = self._clock.schedule.task(step), self._clock.schedule.visit(step)
-                size = self._experiment.tasks[task].batch
-                batch = place(
-                    host.rows, host.start, size, batch_sharding(self._mesh, size, f"tasks.{task}")
-                )
-                with jax.profiler.StepTraceAnnotation(task, step_num=step):
-                    state, metrics = self._programs[task].call(
-                        state, batch, ticks(self._mesh, step=step, visit=visit)
-                    )
-                sent = time.monotonic()
-                under_way.append(_Dispatched(step, task, metrics, size, waited, sent))
-                self._count(task, host)
-                if len(under_way) >= _IN_FLIGHT:
-                    self._complete(under_way.popleft())
-            while under_way:
-                self._complete(under_way.popleft())
-        return state
-
-    def _count(self, task: str, host: HostBatch) -> None:
-        """Move the clock past a dispatched step; name examples that could not be read."""
-        positions = Counter(self._clock.positions)
-        invalid = Counter(self._clock.invalid)
-        positions[task] += self._experiment.tasks[task].batch
-        invalid[task] += len(host.failed)
-        self._clock = replace(
-            self._clock, step=host.step + 1, positions=dict(positions), invalid=dict(invalid)
-        )
-        for position, error in host.failed:
-            self._tell("invalid example", f"task {task}, position {position}: {error}")
-        if invalid[task] > self._run.limits.invalid:
-            raise UserError(
-                f"Task '{task}': {invalid[task]} examples could not be read, over limits.invalid = "
-                f"{self._run.limits.invalid}. The last: {host.failed[-1][1] if host.failed else ''}"
-            )
-
-    def _complete(self, done: _Dispatched) -> None:
-        """Fetch a step's metrics, the next one being under way, and report them."""
-        loss: Any = done.metrics["loss"]
-        is_late = loss.is_ready()  # it ended at an unknown time before
-        values = {name: np.asarray(value) for name, value in jax.device_get(done.metrics).items()}
-        before, self._completed = self._completed, time.monotonic()
-        seconds = self._completed - before
-        finite = bool(values.pop("finite"))
-        report = self._programs[done.task].report
-        timing = {"seconds": seconds, "wait": done.waited}
-        timing |= tally.rates(report["flops"], seconds, self._peak)
-        if not is_late:
-            timing["busy"] = self._completed - max(done.sent, before)
-        visit = self._clock.schedule.visit(done.step)
-        counts = {"visit": visit, "examples": done.examples, "tokens": report["tokens"]}
-        self._writer.write(done.step, done.task, {**counts, **values}, timing)
-        self._phases.add("wait_data", done.waited)
-        self._progress.update(done.step, done.task, float(values["loss"]), done.examples, seconds)
-        if finite:
-            self._bad_in_a_row[done.task] = 0
-        else:
-            self._non_finite(done)
-        if (done.step + 1) % self._run.log.every == 0:
-            self._writer.flush()
-            self._phases.beat(step=done.step)
-
-    def _non_finite(self, done: _Dispatched) -> None:
-        skipped = Counter(self._clock.skipped)
-        skipped[done.task] += 1
-        self._clock = replace(self._clock, skipped=dict(skipped))
-        self._bad_in_a_row[done.task] += 1
-        ids = self._session.example_ids(done.task, self._clock.schedule.visit(done.step))
-        words = f"{', '.join(map(str, ids[:16]))}{', ...' if len(ids) > 16 else ''}"
-        self._tell("non-finite", f"step {done.step}, task {done.task}: no update; examples {words}")
-        if self._bad_in_a_row[done.task] >= self._run.limits.non_finite:
-            raise UserError(
-                f"Task '{done.task}': {self._bad_in_a_row[done.task]} steps in a row with a non-finite loss or "
-                f"gradient, up to step {done.step}. Lower optimizer.learning_rate, or look at examples {words}."
-            )
-
-    def _settle(self) -> None:
-        """Shares of steps anew, from the step times so far."""
-        self._writer.flush()
-        before, self._clock = self._clock, self._budget.settle(self._clock)
-        if self._clock is not before:
-            weights = self._clock.schedule.segment(self._clock.step).weights
-            words = ", ".join(f"{task} {weight}" for task, weight in weights.items())
-            self._tell("new shares", f"from step {self._clock.step} on: {words}")
-            self._plan()
-
-    def _save(self, state: State) -> None:
-        self._progress.status("saving")
-        with self._phases.phase("save", step=self._clock.step):
-            # A checkpoint must not know of a step whose line could still be lost.
-            self._writer.flush()
-            self._checkpoints.wait()
-            self._checkpoints.save(
-                self._clock.step, self._session.canonical(state), self._session.meta(self._clock)
-            )
-
-    def _wait_for_save(self) -> None:
-        self._progress.status("saving")
-        with self._phases.phase("save", step=self._clock.step):
-            self._checkpoints.wait()
-
-    def _evaluate(self, state: State) -> list[Record]:
-        self._progress.status("evaluating")
-        with self._phases.phase("eval", step=self._clock.step):
-            records = self._evaluation(self._programs, self._session.evaluated(state))
-            self._writer.write_eval(self._clock.step, records)
-            self._writer.flush()
-        return records
-
-    def _tell(self, name: str, text: str) -> None:
-        self._phases.event(name, text=text)
-        self._progress.message(f"{name}: {text}")
+def _run(
+    session: Session,
+    programs: Mapping[str, Program],
+    evaluation: Evaluation,
+    phases: PhaseLog,
+    allow_change: bool,
+) -> list[Record] | None:
+    """The loop; a run that diverges goes back, and on without the task that did."""
+    with Signals() as signals:
+        while True:
+            try:
+                with phases.phase("restore"):
+                    state = session.state()
+                return Loop(session, programs, evaluation, phases, signals).run(state)
+            except Diverged as diverged:
+                phases.event("diverged", text=str(diverged))
+                session = roll_back(session, diverged, allow_change, print, phases.phase)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -408,18 +130,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="print the coming steps and what they would take; write nothing",
     )
+    processes.add_arguments(made)
     arguments, overrides = commandline.parse(made, argv)
     block = commandline.read_config(arguments.config, overrides)
     if arguments.dry_run:
         dry_run(block, commandline.folder(arguments.workdir), arguments.allow_change)
         return 0
+    processes.join(arguments)
     workdir = commandline.make_workdir(arguments.workdir)
     started = time.monotonic()
     records = train(block, workdir, arguments.allow_change)
     if records is None:
         return STOPPED
     results_table(records)
-    if (workdir / tally.FILE).exists():
+    if processes.is_first() and (workdir / tally.FILE).exists():
         summary_tables(json.loads((workdir / tally.FILE).read_text()))
     print(f"Finished in {time.monotonic() - started:.0f} s. Everything is in {workdir}.")
     return 0

@@ -6,6 +6,7 @@ import json
 import logging
 import resource
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,76 @@ def test_the_newest_is_restored_and_the_oldest_go(tmp_path: Path) -> None:
     assert checkpoint.steps(epath.Path(tmp_path)) == [12, 9]
     restored = restore(tmp_path)
     assert restored is not None and restored.step == 12 and equal(restored.state, state(12))
+
+
+# --- what stays --------------------------------------------------------------------------------
+
+
+def kept(workdir: Path, config: CheckpointConfig, steps: int, **more: Any) -> list[int]:
+    """What is left after saves at steps 1 to `steps`; `values` and `well` by step, `seconds` between saves."""
+    values, well = more.get("values", {}), more.get("well", {})
+
+    def is_well(meta: dict[str, Any]) -> bool:
+        return bool(well.get(meta["clock"]["step"], True))
+
+    with Checkpoints(epath.Path(workdir), config, is_well) as checkpoints:
+        for step in range(1, steps + 1):
+            checkpoints.save(step, state(float(step)), {**META, "clock": {"step": step}})
+            checkpoints.wait()
+            if step in values:
+                record = {"task": "one", "name": "loss", "split": "toy", "value": values[step]}
+                checkpoints.evaluated(step, [{**record, "name": "other"}, record])
+            time.sleep(more.get("seconds", 0.0))
+    return sorted(checkpoint.steps(epath.Path(workdir)))
+
+
+VALUES = {2: 5.0, 3: 9.0, 4: 1.0, 5: 9.0, 6: float("nan"), 7: 2.0}
+RETENTION: dict[str, tuple[CheckpointConfig, dict[str, Any], list[int]]] = {
+    "the last": (CheckpointConfig(keep=2), {}, [7, 8]),
+    "every third": (CheckpointConfig(keep=1, keep_every=3), {}, [3, 6, 8]),
+    "the highest, the later of two": (
+        CheckpointConfig(keep=1, best="one/loss"),
+        {"values": VALUES},
+        [5, 8],
+    ),
+    "the two lowest": (
+        CheckpointConfig(keep=1, best="one/loss/toy", best_is="lowest", keep_best=2),
+        {"values": VALUES},
+        [4, 7, 8],
+    ),
+    "the newest good one": (
+        CheckpointConfig(keep=2),
+        {"well": {s: s <= 3 for s in range(1, 9)}},
+        [3, 7, 8],
+    ),
+    "all of it": (
+        CheckpointConfig(keep=1, keep_every=4, best="one/loss"),
+        {"values": VALUES, "well": {s: s != 8 for s in range(1, 9)}},
+        [4, 5, 7, 8],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", RETENTION)
+def test_what_stays(tmp_path: Path, what: str) -> None:
+    config, more, left = RETENTION[what]
+    assert kept(tmp_path, config, 8, **more) == left
+
+
+def test_one_of_each_stretch_of_time_stays(tmp_path: Path) -> None:
+    """A second and a half each, by the clock on the wall; saves lie half a second apart at least."""
+    left = kept(tmp_path, CheckpointConfig(keep=1, keep_minutes=1.5 / 60), 6, seconds=0.5)
+    assert left[0] == 1 and left[-1] == 6
+    assert len(left) >= 3
+    # The control: without it, only the last stays.
+    assert kept(tmp_path / "other", CheckpointConfig(keep=1), 3, seconds=0.0) == [3]
+
+
+def test_a_measure_that_is_not_there_is_an_error_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no measure 'one/los'.*Did you mean 'one/loss/toy'"):
+        kept(tmp_path, CheckpointConfig(best="one/los"), 2, values=VALUES)
+    with pytest.raises(UserError, match="best_is is 'biggest'"):
+        kept(tmp_path, CheckpointConfig(best_is="biggest"), 1)
 
 
 def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:

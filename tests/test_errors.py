@@ -50,6 +50,12 @@ def failing(error: BaseException):
             ),
             ["permission", "/runs/x/checkpoints/8/state/_sharding"],
         ),
+        (
+            ValueError(
+                "UNKNOWN: Gloo all-reduce failed: [tcp] Connection closed by peer [127.0.0.1]:1"
+            ),
+            ["another process of this run has ended", "Start all of them again"],
+        ),
     ],
 )
 def test_what_a_person_can_mend_is_one_line_and_status_2(error, words):

@@ -405,24 +405,22 @@ def test_a_non_finite_step_is_counted_and_names_its_examples(
     assert {s for s, x in lines.items() if x["loss"] == "nan"} == set(bad)
 
 
-def test_non_finite_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
+def test_non_finite_steps_of_the_only_task_end_the_run(tmp_path: Path) -> None:
+    """With others beside it, it is left out: see `test_quarantine.py`."""
     with pytest.raises(UserError) as error:
         run(
             tmp_path / "run",
             f"tasks.one.objective.bad_gradient={tuple(range(40))}",
+            "tasks.two.share=0",
             "limits.non_finite=3",
             "log.every=1",
         )
     said = str(error.value)
-    lines = [x for x in deterministic(tmp_path / "run") if x["kind"] == "train"]
-    bad = [x["step"] for x in lines if x["task"] == "one"]
-    assert "Task 'one': 3 steps in a row" in said and f"up to step {bad[2]}" in said
+    assert "Task 'one': 3 steps in a row" in said and "up to step 2" in said
     assert "optimizer.learning_rate" in said
-    # Nothing of the other task's was held up.
-    assert all(np.isfinite(x["loss"]) for x in lines if x["task"] == "two")
 
 
-def test_non_finite_steps_that_are_not_in_a_row_do_not_end_the_run(tmp_path: Path) -> None:
+def test_non_finite_steps_that_are_not_in_a_row_are_no_reason(tmp_path: Path) -> None:
     """Example 13 comes once in 5 visits: at most twice in a row, where two epochs meet."""
     run(tmp_path / "run", "steps=24", "tasks.one.objective.bad_loss=(13,)", "limits.non_finite=3")
     assert toyrun.meta(tmp_path / "run")["clock"]["skipped"]["one"] >= 3

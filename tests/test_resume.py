@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import toyrun
 from etils import epath
-from harness import Aim, Harness, deterministic, finished_steps
+from harness import Aim, Harness, contents, deterministic, finished_steps
 from toyrun import block, run, watched
 
-from mmjax import checkpoint, train
+from mmjax import checkpoint, loop, train
 from mmjax.checkpoint import Checkpoints
 from mmjax.data import order
 from mmjax.errors import UserError
@@ -56,16 +56,6 @@ def same(workdir: Path, other: Path) -> None:
     assert toyrun.bits(workdir) == toyrun.bits(other)
     assert deterministic(workdir) == deterministic(other)
     assert (workdir / "results.json").read_bytes() == (other / "results.json").read_bytes()
-
-
-def contents(workdir: Path) -> dict[str, bytes]:
-    """Every file but the log of attempts, which grows with each start, and TensorBoard's."""
-    files = [p for p in workdir.rglob("*") if p.is_file()]
-    return {
-        str(p.relative_to(workdir)): p.read_bytes()
-        for p in files
-        if p.name != "goodput.jsonl" and "tensorboard" not in p.parts
-    }
 
 
 def ids(task: str, first: int, count: int) -> list[int]:
@@ -258,9 +248,9 @@ def raised(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[int]]
 
 # Where the signal comes; the step at which the run must then stand.
 MOMENTS: dict[str, tuple[Any, str, int, bool, int]] = {
-    "before the first step": (train, "Loader", 1, False, 0),
-    "in a step": (train, "place", 3, False, 3),
-    "in the last step before a checkpoint": (train, "place", 4, False, 4),
+    "before the first step": (loop, "Loader", 1, False, 0),
+    "in a step": (loop, "place", 3, False, 3),
+    "in the last step before a checkpoint": (loop, "place", 4, False, 4),
     "in a save": (Checkpoints, "save", 1, False, 4),
     "after a save": (Checkpoints, "save", 1, True, 4),
     "in an evaluation": (Evaluation, "__call__", 1, False, 6),
@@ -294,7 +284,7 @@ def test_sigterm_saves_and_going_on_ends_in_the_same_bits(
 def test_sigterm_again_before_the_first_new_step(
     half: Path, straight: Path, raised: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raised(train, "Loader", 1)
+    raised(loop, "Loader", 1)
     assert run(half) is None
     monkeypatch.undo()
     assert finished_steps(half)[-1] == 8

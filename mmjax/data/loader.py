@@ -113,6 +113,19 @@ class _Steps:
     def __getitem__(self, index: int) -> HostBatch:
         step = self._clock.step + int(index)
         task = self._tasks[self._clock.schedule.task(step)]
+        try:
+            return self._batch(step, task)
+        except Exception:
+            raise
+        except BaseException as error:
+            # A library that calls `exit`, or a thread that is told to end: passed on as it is, it would
+            # end the run in silence.
+            raise UserError(
+                f"A thread of the loader died while it made step {step} of task '{task.name}': {error!r}. "
+                "Run again to go on; if it dies there again, look at the task's source."
+            ) from error
+
+    def _batch(self, step: int, task: Task) -> HostBatch:
         visit = self._clock.schedule.visit(step)
         passed = visit - self._visits.get(task.name, 0)
         position = self._clock.positions.get(task.name, 0) + passed * task.batch

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mmjax import checkpoint, show, train
+from mmjax import checkpoint, loop, show, train
 from mmjax import config as configs
 from mmjax.config import Block
 from mmjax.data.loader import make_batch, place
@@ -49,14 +49,14 @@ class Seen:
 @contextmanager
 def watched() -> Iterator[Seen]:
     """Notes what training places on the devices."""
-    seen, place = Seen(), train.place
+    seen, place = Seen(), loop.place
 
     def noted(rows: Any, *arguments: Any) -> Any:
         seen.ids.append([int(i) for i in rows["fields"]["id"]])
         seen.sums.append(float(rows["inputs"]["toy"]["rows"].astype(np.float64).sum()))
         return place(rows, *arguments)
 
-    with mock.patch.object(train, "place", noted):
+    with mock.patch.object(loop, "place", noted):
         yield seen
 
 
@@ -100,8 +100,12 @@ def bits(workdir: epath.PathLike) -> str:
 
 def parameters(workdir: epath.PathLike) -> dict[str, np.ndarray[Any, Any]]:
     """The parameters of the newest checkpoint by canonical name."""
+    return parameters_of(workdir, checkpoint.steps(epath.Path(workdir))[0])
+
+
+def parameters_of(workdir: epath.PathLike, step: int) -> dict[str, np.ndarray[Any, Any]]:
+    """The parameters of the checkpoint of a step."""
     folder = epath.Path(workdir)
-    step = checkpoint.steps(folder)[0]
     return show.read_arrays(folder, step, checkpoint.read_shapes(folder, step)["parameters"])
 
 

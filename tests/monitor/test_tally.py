@@ -15,7 +15,7 @@ from etils import epath
 from harness import deterministic
 from toyrun import run
 
-from mmjax import train
+from mmjax import loop
 from mmjax.monitor import metrics, phases, tally
 from mmjax.monitor.tables import summary_tables
 
@@ -90,7 +90,7 @@ def test_an_interrupted_run_sums_up_as_one_that_was_not(tmp_path: Path) -> None:
 
 
 def test_every_line_tells_its_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "peak_flops", lambda kind: 1e9)
+    monkeypatch.setattr(loop, "peak_flops", lambda kind: 1e9)
     run(tmp_path, "evaluation.every=0")
     lines = [x for x in metrics.read(epath.Path(tmp_path)) if x["kind"] == "train"]
     assert len(lines) == 12

@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from mmjax import config as configs
-from mmjax import train
+from mmjax import loop, train
 from mmjax.checkpoint import Checkpoints
 from mmjax.data.loader import place
 from mmjax.experiment import make_experiment
@@ -62,7 +62,7 @@ def run(block: configs.Block, mesh: dict[str, int], depends: bool, out: Path, na
         return loss(self, model, batch, jax.random.fold_in(key, jax.device_count()))
 
     with (
-        mock.patch.object(train, "place", notes.place),
+        mock.patch.object(loop, "place", notes.place),
         mock.patch.object(Checkpoints, "save", notes.save),
         mock.patch.object(Task, "loss", elsewhere if depends else loss),
     ):

@@ -194,6 +194,16 @@ def deterministic(workdir: Path) -> Lines:
     return [{k: v for k, v in line.items() if k != "timing"} for line in lines]
 
 
+def contents(workdir: Path) -> dict[str, bytes]:
+    """Every file but the log of attempts, which grows with each start, and TensorBoard's."""
+    files = [p for p in workdir.rglob("*") if p.is_file()]
+    return {
+        str(p.relative_to(workdir)): p.read_bytes()
+        for p in files
+        if p.name != "goodput.jsonl" and "tensorboard" not in p.parts
+    }
+
+
 def _checkpoints(workdir: Path) -> list[str]:
     folder = workdir / "checkpoints"
     return os.listdir(folder) if folder.exists() else []

@@ -1,0 +1,107 @@
+"""Whether each task is well, and what becomes of the schedule where one is not.
+
+All of it is a pure function of the losses that a run has seen, which its clock holds: a run that was
+killed and goes on finds the same at the same step.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmjax.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """When a task is not well.
+
+    Attributes:
+      non_finite: visits in a row with a non-finite loss or gradient.
+      divergence: how many times its first losses the last ones may be; 0: any.
+      visits: how many first and last losses are compared.
+    """
+
+    non_finite: int
+    divergence: float
+    visits: int
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a run remembers of a task.
+
+    Attributes:
+      bad: visits in a row, up to the last one, with a non-finite loss or gradient.
+      first: its first finite losses.
+      last: its last finite losses, in order.
+    """
+
+    bad: int = 0
+    first: tuple[float, ...] = ()
+    last: tuple[float, ...] = ()
+
+    def after(self, loss: float, finite: bool, bounds: Bounds) -> Health:
+        """After one more visit."""
+        if not finite:
+            return Health(self.bad + 1, self.first, self.last)
+        first = self.first if len(self.first) >= bounds.visits else (*self.first, loss)
+        return Health(0, first, (*self.last, loss)[-bounds.visits :])
+
+    def has_diverged(self, bounds: Bounds) -> bool:
+        """Whether the median of the last losses is above what its first ones allow."""
+        limit = self._limit(bounds)
+        full = len(self.last) >= bounds.visits
+        return limit is not None and full and statistics.median(self.last) > limit
+
+    def is_suspect(self, bounds: Bounds) -> bool:
+        """Whether any of the last losses is so high that a divergence may have begun."""
+        limit = self._limit(bounds)
+        return limit is not None and any(loss > limit for loss in self.last)
+
+    def _limit(self, bounds: Bounds) -> float | None:
+        if not bounds.divergence or len(self.first) < bounds.visits:
+            return None
+        first = statistics.median(self.first)
+        return bounds.divergence * first if first > 0 else None  # a ratio to nothing says nothing
+
+    def to_json(self) -> dict[str, Any]:
+        return {"bad": self.bad, "first": list(self.first), "last": list(self.last)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Health:
+        return cls(data["bad"], tuple(data["first"]), tuple(data["last"]))
+
+
+class Diverged(Exception):
+    """A task's losses have left all bounds; the run goes back to where it was well.
+
+    Attributes:
+      task: which.
+      quarantined: the tasks that were in quarantine before.
+    """
+
+    def __init__(self, task: str, step: int, quarantined: Collection[str], words: str):
+        super().__init__(f"Task '{task}' has diverged by step {step}: {words}")
+        self.task, self.quarantined = task, tuple(quarantined)
+
+
+def quarantine(schedule: Schedule, tasks: Collection[str], start: int, now: int) -> Schedule | None:
+    """The schedule with `tasks` at weight 0 from step `start` on; None where no task would be left.
+
+    Args:
+      schedule: its later segments keep their starts and rules.
+      tasks: whom to leave out.
+      start: the first step of the new segment.
+      now: the first step not yet run.
+    """
+    stretches = {start: schedule.segment(start)}
+    stretches |= {s.start: s for s in schedule.segments if s.start > start}
+    for at, segment in stretches.items():
+        weights = {task: 0 if task in tasks else w for task, w in segment.weights.items()}
+        if not any(weights.values()):
+            return None
+        schedule = schedule.append(at, weights, rule=segment.rule, seed=segment.seed, now=now)
+    return schedule

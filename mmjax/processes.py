@@ -1,0 +1,136 @@
+"""Several processes, one run: how one joins, and what they agree on outside of their programs.
+
+All processes run the same main and ask the same questions in the same order. Process 0 writes the files
+and speaks; every process writes its own shards of a checkpoint, and its errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from collections import deque
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src.distributed import global_state
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mmjax.errors import UserError
+from mmjax.program import compile_silently
+from mmjax.sharding import replicated
+
+_PATIENCE = 3600  # seconds that a process waits for the slowest; one that died ends all much sooner
+_questions = itertools.count()
+
+
+# --- joining -----------------------------------------------------------------------------------
+
+
+def add_arguments(made: argparse.ArgumentParser) -> None:
+    """`--coordinator`, `--processes` and `--process`, with defaults from the environment."""
+    made.add_argument(
+        "--coordinator", default=os.environ.get("MMJAX_COORDINATOR", ""), metavar="HOST:PORT",
+        help="where process 0 listens, or `auto` where JAX finds it (TPU, Slurm); MMJAX_COORDINATOR",
+    )  # fmt: skip
+    for name, words in (
+        ("processes", "how many processes make up the run"),
+        ("process", "which of them this is, from 0"),
+    ):
+        variable = f"MMJAX_{name.upper()}"
+        made.add_argument(
+            f"--{name}", default=os.environ.get(variable, ""), metavar="N",
+            help=f"{words}; {variable}",
+        )  # fmt: skip
+
+
+def join(arguments: argparse.Namespace) -> None:
+    """Join the other processes of the run, before anything asks for devices; alone, do nothing.
+
+    Raises:
+      UserError: numbers that name no process.
+    """
+    where, count, index = arguments.coordinator, arguments.processes, arguments.process
+    if where == "auto":
+        jax.distributed.initialize()
+    elif where or count or index:
+        jax.distributed.initialize(where, *_numbers(where, count, index))
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _numbers(where: str, count: str, index: str) -> tuple[int, int]:
+    words = f"--coordinator={where} --processes={count} --process={index}"
+    if not (where and count.isdecimal() and index.isdecimal()):
+        raise UserError(f"{words}: give HOST:PORT, a count and a number from 0, or none of them.")
+    if int(index) >= int(count):
+        raise UserError(f"{words}: the processes are 0 to {int(count) - 1}.")
+    return int(count), int(index)
+
+
+def is_first() -> bool:
+    """Whether this process writes the run's files and speaks to people."""
+    return jax.process_index() == 0
+
+
+# --- agreeing ----------------------------------------------------------------------------------
+
+
+def gather(value: Any) -> list[Any]:
+    """The JSON `value` of each process, in order, once all have asked; alone, `[value]`."""
+    count, client = jax.process_count(), global_state.client
+    if count == 1 or client is None:
+        return [value]
+    number = next(_questions)
+    mine = f"mmjax/{number}/{jax.process_index()}"
+    client.key_value_set(mine, json.dumps(value))
+    found = [
+        json.loads(client.blocking_key_value_get(f"mmjax/{number}/{i}", _PATIENCE * 1000))
+        for i in range(count)
+    ]
+    if number:  # all have asked again, so all have read the answers before
+        client.key_value_delete(f"mmjax/{number - 1}/{jax.process_index()}")
+    return found
+
+
+def wait_for_all() -> None:
+    """Until every process has come here."""
+    gather(None)
+
+
+class Vote:
+    """Whether any process says yes, counted by the devices while the steps go on.
+
+    Ballots are cast at the same places of the loop by all processes, and each is counted `lag` ballots
+    later, when its answer has long been there. So all stop before the same step, and none waits.
+    """
+
+    def __init__(self, mesh: Mesh, lag: int):
+        self._mesh, self._lag = mesh, lag
+        self._under_way: deque[jax.Array] = deque()
+        self._each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        if jax.process_count() > 1:
+            shape = jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=self._each)
+            self._sum = compile_silently(lambda x: x.sum(), shape, replicated(mesh), mesh)
+
+    def cast(self, yes: bool) -> bool:
+        """Cast a ballot; whether any said yes `lag` ballots ago. Alone, the answer is `yes`."""
+        if jax.process_count() == 1:
+            return yes
+        parts = [
+            jax.device_put(np.full(1, yes, np.int32), d) for d in self._mesh.local_mesh.devices.flat
+        ]
+        ballot = jax.make_array_from_single_device_arrays((self._mesh.size,), self._each, parts)
+        self._under_way.append(self._sum(ballot))
+        return len(self._under_way) > self._lag and self._count()
+
+    def settle(self, yes: bool) -> bool:
+        """Whether any says yes now, or did in a ballot that is not yet counted."""
+        answers = [self._count() for _ in range(len(self._under_way))]
+        return any([*answers, *gather(yes)])
+
+    def _count(self) -> bool:
+        return bool(jax.device_get(self._under_way.popleft()))

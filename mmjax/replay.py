@@ -1,0 +1,149 @@
+"""One visit of one task of a run, once more: does it give the loss that the run's metrics tell?
+
+    python -m mmjax.replay --workdir=DIR --task=NAME --visit=N [--extra=DIR]
+
+goes from the newest checkpoint before that visit (from the initial state, where there is none) to it, and
+prints its loss and gradient norm beside those in `metrics.jsonl`. The workdir stays as it is. Exit status:
+0 the same bits, 1 others, 2 an error that its one line explains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from mmjax import checkpoint, commandline, errors
+from mmjax.data.loader import Loader, local_rows
+from mmjax.errors import UserError, nearest
+from mmjax.experiment import make_experiment
+from mmjax.loading import find_step
+from mmjax.loop import dispatch
+from mmjax.monitor import metrics
+from mmjax.monitor.tables import table
+from mmjax.program import compile_all, use_cache
+from mmjax.resume import Session, reopen
+from mmjax.schedule import Schedule
+from mmjax.sharding import batch_sharding, make_mesh
+from mmjax.state import Clock
+
+_COMPARED = ("loss", "grad_norm")
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A visit, twice.
+
+    Attributes:
+      step: its step.
+      start: the step of the checkpoint that it was replayed from.
+      then, now: loss and gradient norm as the metrics tell them, and as replayed.
+    """
+
+    step: int
+    start: int
+    then: Mapping[str, float]
+    now: Mapping[str, float]
+
+    @property
+    def is_same(self) -> bool:
+        """Bit for bit; a number that is not finite is the same as its like."""
+        return all(np.array_equal(self.then[n], self.now[n], equal_nan=True) for n in _COMPARED)
+
+
+def replay(
+    workdir: epath.Path, task: str, visit: int, devices: Sequence[jax.Device] | None = None
+) -> Replayed:
+    """Replay one visit, counted from 0 as in `metrics.jsonl`, on `devices` (all, if None).
+
+    Raises:
+      UserError: no such task; a visit that the newest checkpoint does not know of.
+    """
+    newest, meta = find_step(workdir, None)
+    step = find_visit(Clock.from_json(meta["clock"]).schedule, task, visit, newest)
+    saved = checkpoint.steps(workdir)
+    # What was in force at the step, the next checkpoint says: a change takes effect after one.
+    meta = checkpoint.read_meta(workdir, min(s for s in saved if s > step))
+    experiment = make_experiment(meta["config"], str(workdir / "assets"))
+    mesh = make_mesh(experiment.run.mesh, devices)
+    start = max((s for s in saved if s <= step), default=None)
+    session = reopen(experiment, workdir, mesh, start, Clock.from_json(meta["clock"]).schedule)
+    return Replayed(step, start or 0, _told(workdir, step), _run(session, step))
+
+
+def find_visit(schedule: Schedule, task: str, visit: int, steps: int) -> int:
+    """The step below `steps` that is the task's visit number `visit`."""
+    if task not in schedule.tasks:
+        raise UserError(f"--task={task}: the run has no such task.{nearest(task, schedule.tasks)}")
+    count = schedule.visits(steps)[task]
+    if not 0 <= visit < count:
+        raise UserError(
+            f"--visit={visit}: in the {steps} steps of the newest checkpoint, task '{task}' has {count} "
+            "visits, from 0."
+        )
+    low, high = 0, steps - 1
+    while low < high:
+        middle = (low + high) // 2
+        if schedule.visits(middle + 1)[task] > visit:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _run(session: Session, last: int) -> dict[str, float]:
+    """The steps up to `last`; its metrics."""
+    experiment, mesh, clock = session.experiment, session.mesh, session.clock
+    schedule, run = clock.schedule, experiment.run
+    requests = experiment.train_requests(mesh)
+    needed = set(schedule.strip(clock.step, last + 1))
+    programs = compile_all({n: requests[n] for n in requests if n in needed}, mesh, run.limits)
+    state = session.state()
+    values: Mapping[str, jax.Array] = {}
+
+    def share(size: int) -> tuple[int, int]:
+        return local_rows(batch_sharding(mesh, size, "batch"), size)
+
+    loader = Loader(run.loader, experiment.tasks, session.data, clock, last + 1, run.seed, share)
+    for host in loader:
+        task, visit = schedule.task(host.step), schedule.visit(host.step)
+        state, values = dispatch(programs[task], experiment.tasks[task], mesh, state, host, visit)
+        jax.block_until_ready(values)
+    loader.close()
+    return {name: float(values[name]) for name in _COMPARED}
+
+
+def _told(workdir: epath.Path, step: int) -> dict[str, float]:
+    for line in metrics.read(workdir):
+        if (line["kind"], line["step"]) == ("train", step):
+            return {name: float(line[name]) for name in _COMPARED}
+    raise UserError(f"{workdir / metrics.FILE} has no line of step {step}.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = commandline.parser("Replay one visit of one task of a run.")
+    made.add_argument("--workdir", required=True, help="the run's folder")
+    made.add_argument("--task", required=True, help="name of the task")
+    made.add_argument("--visit", required=True, type=int, help="which of its visits, from 0")
+    arguments, overrides = commandline.parse(made, argv)
+    if overrides:
+        raise UserError(f"--config.{overrides[0]}: a replay takes the config of the run.")
+    use_cache()
+    workdir = commandline.folder(arguments.workdir)
+    found = replay(workdir, arguments.task, arguments.visit)
+    print(
+        f"Visit {arguments.visit} of task '{arguments.task}' is step {found.step}; "
+        f"replayed from step {found.start}.\n"
+    )
+    rows: list[Any] = [(n, repr(found.then[n]), repr(found.now[n])) for n in _COMPARED]
+    table("", ["measure", "metrics.jsonl", "replayed"], rows)
+    print("The same bits." if found.is_same else "NOT the same.")
+    return 0 if found.is_same else 1
+
+
+if __name__ == "__main__":
+    errors.run(main)

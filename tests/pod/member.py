@@ -1,0 +1,42 @@
+"""One process of a run that notes which examples it places on its devices.
+
+    python tests/pod/member.py OUT SECONDS --config=FILE --workdir=DIR --coordinator=... [...]
+
+takes the arguments of `mmjax.train` after its own, and writes OUT/PROCESS.ATTEMPT.jsonl: of each step a
+line [first row, ids]. SECONDS makes every step last that much longer, so that a signal finds one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+
+from mmjax import errors, loop, train
+from mmjax.data.loader import place
+
+
+def main() -> int:
+    out, seconds, *words = sys.argv[1:]
+    files: list[Any] = []
+
+    def noted(rows: Any, start: int, *more: Any) -> Any:
+        if not files:
+            name = f"{jax.process_index()}.{time.time_ns()}.jsonl"
+            files.append((Path(out) / name).open("w", buffering=1))
+        ids = [int(i) for i in rows["fields"]["id"]]
+        files[0].write(json.dumps([start, ids]) + "\n")
+        time.sleep(float(seconds))
+        return place(rows, start, *more)
+
+    with mock.patch.object(loop, "place", noted):
+        return train.main(words)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,138 @@
+"""Kills runs again and again, and counts how many kills they survived bit for bit.
+
+    python tests/pod/soak.py --kills=200 --seed=0 [--folder=DIR]
+
+Each run of the toy config is killed (SIGKILL) a few times at moments drawn over init, compile, restore,
+step, save, evaluation and the writing behind them, is then left to finish, and is compared with a run that
+nothing disturbed: arrays, clock and config of its last checkpoint, metrics and results. A quarter of the
+runs also lose the task that diverges and one whose steps are not finite. Exit status 1 if any differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "extra"), str(HERE.parent)]
+
+import toyrun  # noqa: E402
+from harness import ASYNC_SAVE, Aim, Harness, Kill, deterministic  # noqa: E402
+
+PHASES = ("init", "compile", "restore", "step", "save", "eval", ASYNC_SAVE)
+PER_RUN = 5  # kills
+PLAIN: tuple[str, ...] = ()
+# Task two diverges, task bad is never finite: the run rolls back and leaves both out.
+UNWELL = (
+    "--config.tasks.two.objective.climbs=true",
+    "--config.limits.divergence=1.5",
+    "--config.limits.divergence_visits=3",
+    "--config.limits.non_finite=2",
+    "--config.optimizer.learning_rate=0.03",
+    "--config.steps=20",
+    "--config.tasks.bad={'source': {'name': 'toy'}, 'inputs': {'toy': {}}, 'batch': 8, 'objective': "
+    f"{{'name': 'toy', 'bad_loss': {tuple(range(40))}}}}}",
+)
+
+
+@dataclass
+class Tally:
+    """What became of the kills so far."""
+
+    hits: Counter[str] = field(default_factory=Counter)
+    survived: int = 0
+    lost: int = 0
+    runs: int = 0
+
+    def add(self, kills: Sequence[Kill], is_same: bool) -> None:
+        self.runs += 1
+        self.survived += len(kills) if is_same else 0
+        self.lost += 0 if is_same else len(kills)
+        self.hits.update(hit for kill in kills for hit in kill.hits)
+
+    @property
+    def kills(self) -> int:
+        return self.survived + self.lost
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{phase} {self.hits[phase]}" for phase in PHASES)
+        return f"{self.survived} of {self.kills} kills survived bit for bit, in {self.runs} runs ({where})"
+
+
+def harness(workdir: Path, words: Sequence[str]) -> Harness:
+    extra, config = HERE.parent / "extra", HERE.parent / "configs" / "toy.py"
+    root = HERE.parent.parent
+    flags = "--xla_force_host_platform_device_count=1"
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": flags,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(root),
+    }
+    command = [sys.executable, "-m", "mmjax.train", f"--extra={extra}", f"--config={config}"]
+    return Harness([*command, f"--workdir={workdir}", *words], environment, workdir)
+
+
+def outcome(workdir: Path) -> tuple[str, object, bytes]:
+    """All that must not differ."""
+    results = (workdir / "results.json").read_bytes()
+    return toyrun.bits(workdir), deterministic(workdir), results
+
+
+def one(workdir: Path, words: Sequence[str], count: int, rng: random.Random) -> list[Kill]:
+    """A run that is killed up to `count` times and then finishes."""
+    run, kills = harness(workdir, words), []
+    for _ in range(count):
+        phase = rng.choice(PHASES)
+        if phase == "restore" and not kills:
+            phase = "compile"  # a first start has nothing to restore
+        try:
+            kills.append(run.kill(Aim(phase, rng.randint(1, 2)), rng))
+        except AssertionError:
+            break  # it came to its end before such a phase
+    run.finish()
+    return kills
+
+
+def soak(folder: Path, kills: int, seed: int) -> Tally:
+    """Runs until so many kills have been dealt."""
+    toyrun.block()
+    rng, tally = random.Random(seed), Tally()
+    expected = {}
+    while tally.kills < kills:
+        words = UNWELL if rng.random() < 0.25 else PLAIN
+        if words not in expected:
+            straight = folder / f"straight{len(expected)}"
+            harness(straight, words).finish()
+            expected[words] = outcome(straight)
+        workdir = folder / f"run{tally.runs}"
+        dealt = one(workdir, words, min(PER_RUN, kills - tally.kills), rng)
+        is_same = outcome(workdir) == expected[words]
+        tally.add(dealt, is_same)
+        print(f"{workdir}: {'the same' if is_same else 'DIFFERENT'}. {tally}", flush=True)
+    return tally
+
+
+def main() -> int:
+    made = argparse.ArgumentParser(description="Kill runs again and again.")
+    made.add_argument("--kills", type=int, default=200)
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument(
+        "--folder", default="", help="where the runs lie; a new temporary folder if empty"
+    )
+    given = made.parse_args()
+    folder = Path(given.folder or tempfile.mkdtemp(prefix="soak"))
+    tally = soak(folder, given.kills, given.seed)
+    print(tally)
+    return 0 if tally.lost == 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

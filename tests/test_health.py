@@ -1,0 +1,108 @@
+"""When a task is not well, by a statement of its own; and schedules without it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmjax.health import Bounds, Health, quarantine
+from mmjax.schedule import Schedule, Segment, from_config
+
+LOSSES = st.lists(st.one_of(st.floats(0.125, 100.0, width=32), st.none()), max_size=40)
+BOUNDS = st.builds(
+    Bounds,
+    non_finite=st.integers(1, 5),
+    divergence=st.sampled_from([0.0, 1.5, 3.0, 10.0]),
+    visits=st.integers(1, 6),
+)
+
+
+def seen(losses: list[float | None], bounds: Bounds) -> Health:
+    """None is a step whose loss or gradient was not finite."""
+    health = Health()
+    for loss in losses:
+        health = health.after(float("nan") if loss is None else loss, loss is not None, bounds)
+    return health
+
+
+@given(losses=LOSSES, bounds=BOUNDS)
+def test_it_is_what_the_whole_history_says(losses: list[float | None], bounds: Bounds) -> None:
+    health = seen(losses, bounds)
+    finite = np.array([x for x in losses if x is not None])
+    bad = next((i for i, x in enumerate(reversed(losses)) if x is not None), len(losses))
+    assert health.bad == bad
+    n, is_long = bounds.visits, len(finite) >= bounds.visits
+    limit = bounds.divergence * np.median(finite[:n]) if is_long and bounds.divergence else np.inf
+    assert health.has_diverged(bounds) == bool(is_long and np.median(finite[-n:]) > limit)
+    assert health.is_suspect(bounds) == bool((finite[-n:] > limit).any())
+    # A divergence shows signs first.
+    assert health.is_suspect(bounds) or not health.has_diverged(bounds)
+
+
+@given(losses=LOSSES, bounds=BOUNDS, cut=st.integers(0, 40))
+def test_it_goes_on_from_what_a_checkpoint_holds(
+    losses: list[float | None], bounds: Bounds, cut: int
+) -> None:
+    health = Health.from_json(json.loads(json.dumps(seen(losses[:cut], bounds).to_json())))
+    for loss in losses[cut:]:
+        health = health.after(float("nan") if loss is None else loss, loss is not None, bounds)
+    assert health == seen(losses, bounds)
+
+
+def test_losses_below_zero_have_no_ratio() -> None:
+    bounds = Bounds(3, 2.0, 2)
+    assert not seen([-1.0, -1.0, 50.0, 50.0], bounds).has_diverged(bounds)
+    assert seen([1.0, 1.0, 50.0, 50.0], bounds).has_diverged(bounds)
+
+
+WEIGHTS = st.dictionaries(st.sampled_from("abcd"), st.integers(0, 4), min_size=1).filter(
+    lambda w: any(w.values())
+)
+
+
+@given(
+    rule=st.sampled_from(["shares", "random", "interval"]),
+    weights=WEIGHTS,
+    later=st.lists(WEIGHTS, max_size=2),
+    out=st.sets(st.sampled_from("abcd"), min_size=1),
+    start=st.integers(0, 60),
+)
+@settings(deadline=None)
+def test_a_schedule_without_some_tasks(
+    rule: str, weights: dict[str, int], later: list[dict[str, int]], out: set[str], start: int
+) -> None:
+    phases = [{"start": 20 * (i + 1), "weights": w} for i, w in enumerate(later)]
+    before = from_config(rule, weights, 3, phases)
+    after = quarantine(before, out, start, start)
+    in_force = [s for i, s in enumerate(before.segments) if _ends(before, i) > start]
+    if any(not {t for t, w in s.weights.items() if w} - out for s in in_force):
+        assert after is None
+        return
+    assert after is not None
+    strip, rest = before.strip(0, start), after.strip(start, start + 60)
+    assert after.strip(0, start) == strip and not set(rest) & out
+    assert [s.start for s in after.segments if s.start > start] == [
+        s.start for s in before.segments if s.start > start
+    ]
+    # Integers, and nothing else, tell it.
+    assert Schedule.from_json(json.loads(json.dumps(after.to_json()))) == after
+    assert after.visits(start + 60) == {
+        t: (strip + rest).count(t) for t in after.visits(start + 60)
+    }
+
+
+def _ends(schedule: Schedule, index: int) -> float:
+    starts = [s.start for s in schedule.segments[index + 1 :]]
+    return starts[0] if starts else float("inf")
+
+
+def test_a_segment_of_one_task_cannot_lose_it() -> None:
+    schedule = Schedule((Segment(0, "shares", {"a": 1, "b": 0}, {}),))
+    assert quarantine(schedule, ["a"], 5, 5) is None
+    assert quarantine(schedule, ["b"], 5, 5) is not None
+    with pytest.raises(Exception, match="steps before 5 have run"):
+        quarantine(schedule, ["b"], 4, 5)
