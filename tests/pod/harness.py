@@ -45,6 +45,10 @@ class Aim:
     delay: float | None = None  # at most, in seconds; `DELAYS` if None
 
 
+class NotMetError(AssertionError):
+    """The run ended before the aim was met: on a busy machine a kill may fall late."""
+
+
 @dataclass(frozen=True)
 class Kill:
     """A process that was killed.
@@ -117,7 +121,7 @@ class Harness:
                     break
                 if process.poll() is not None:
                     output.seek(0)
-                    raise AssertionError(f"{aim} was not met; the run said:\n{output.read()}")
+                    raise NotMetError(f"{aim} was not met; the run said:\n{output.read()}")
                 process.send_signal(signal.SIGCONT)
                 number = _begun(log(self.workdir, process.pid), aim.phase) + 1
             process.kill()
