@@ -35,7 +35,7 @@ KEY_CLASSES: tuple[tuple[str, str], ...] = (
         "free",
     ),
     (r"schedule(\.|$)|optimizer\.(?!(name|moments_dtype|factored)$)", "schedule"),
-    (r"tasks\.\w+\.(share|batch|inputs|objective)(\.|$)", "schedule"),
+    (r"tasks\.\w+\.(share|batch|inputs|objective|view)(\.|$)", "schedule"),
     (r"", "structural"),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
@@ -17,13 +18,16 @@ from mmjax.errors import UserError, nearest
 from mmjax.evaluator import Evaluator, Pass, make_evaluators
 from mmjax.modality import Modality
 from mmjax.model import ModelConfig, declare_model
-from mmjax.optimizer import Optimizer, OptimizerConfig
+from mmjax.optimizer import PARTS, Optimizer, OptimizerConfig
 from mmjax.parameters import Declaration
-from mmjax.program import LimitsConfig, Request, eval_request, train_request
+from mmjax.program import LimitsConfig, Request, eval_request, reach_of, train_request
+from mmjax.reach import Reach
+from mmjax.rules import apply_rules, trained
 from mmjax.schedule import Schedule, from_config
 from mmjax.sharding import MeshConfig
 from mmjax.state import State, abstract_state, compute_dtype
 from mmjax.task import Task, make_task
+from mmjax.views import SHARED, View, check_kind, make_view
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,53 @@ class Experiment:
 
     @property
     def optimizer(self) -> Optimizer:
-        return Optimizer(self.run.optimizer, self.declaration.specs, self.run.steps)
+        return Optimizer(self.run.optimizer, self.declaration.specs, self._length, self.views)
+
+    @cached_property
+    def views(self) -> Mapping[str, View]:
+        """How each task sees the optimizer. Where not all is shared, the losses are traced."""
+        moving = trained(self.run.optimizer.rules, self.declaration.specs)
+        return {
+            name: make_view(kind, moving, None if kind == SHARED else self._reach(self.tasks[name]))
+            for name, kind in self._kinds().items()
+        }
+
+    def _kinds(self) -> dict[str, str]:
+        default = self.run.optimizer.view
+        return {
+            name: check_kind(task.config.view, f"tasks.{name}.view")
+            if task.config.view
+            else check_kind(default, "optimizer.view")
+            for name, task in self.tasks.items()
+        }
+
+    def check(self) -> None:
+        """Raise what is wrong with the config as a whole: now, and not when the run begins."""
+        self.schedule()
+        self._kinds()
+        apply_rules(self.run.optimizer.rules, self.declaration.specs)
+
+    def _reach(self, task: Task) -> Reach:
+        dtype, compute = map(compute_dtype, (self.run.dtype.parameters, self.run.dtype.compute))
+        return reach_of(task, self.declaration, dtype, compute, self.run.seed)
+
+    def _length(self, task: str) -> int:
+        """The run's length for a task in `optimizer.unit`: as its schedule has it from step 0."""
+        if self.run.optimizer.unit == "steps":
+            return self.run.steps
+        visits = self.schedule().visits(self.run.steps)
+        return self._examples if self.run.optimizer.unit == "examples" else visits.get(task, 0)
+
+    @cached_property
+    def _examples(self) -> int:
+        visits = self.schedule().visits(self.run.steps)
+        return sum(n * self.tasks[name].batch for name, n in visits.items())
+
+    def progress(self, positions: Mapping[str, int]) -> dict[str, int]:
+        """What the learning rate asks of the clock besides step and visit, as ticks of a program."""
+        if self.run.optimizer.unit != "examples":
+            return {}
+        return {"part": sum(positions.values()) * PARTS // self._examples}
 
     def schedule(self) -> Schedule:
         """The schedule from step 0 as the config describes it."""
@@ -203,7 +253,7 @@ def make_experiment(block: Mapping[str, Any], folder: str = "") -> Experiment:
     declaration = declare_model(run.model, modalities, heads)
     evaluators = {name: make_evaluators(task) for name, task in tasks.items()}
     made = Experiment(dict(block), run, modalities, tasks, evaluators, declaration)
-    made.schedule()  # what is wrong with it is said now, not when the run begins
+    made.check()
     return made
 
 

@@ -182,6 +182,7 @@ def begin(
         restored = checkpoint.restore_latest(workdir, abstract, accept, say, may_be_new)
     clock = _fresh_clock(experiment) if restored is None else _clock(experiment, restored, changes)
     if restored is not None:
+        _check_parameters(experiment, restored)
         say(f"Going on from step {restored.step} in {workdir}.")
         for change in changes:
             say(f"Config changed: {change}")
@@ -297,14 +298,38 @@ def _missing(expected: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
 
 
 def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]:
-    """Whether a parameter may lack in a checkpoint: it is the head of a task that has been added since."""
+    """Whether a name may lack in a checkpoint.
+
+    It is of the head of a task that has been added since, or the config has changed in what tasks
+    move, and so in what has optimizer state (`_check_parameters` then looks for the parameters).
+    """
 
     def test(name: str, meta: dict[str, Any]) -> bool:
-        old = {(t["objective"].get("head") or n) for n, t in meta["config"]["tasks"].items()}
-        parts = name.removeprefix(EMA).split("/")
-        return parts[0] == "heads" and parts[1] not in old
+        changed = _movers(meta["config"]) != _movers(experiment.block)
+        return changed or _is_new_head(name, meta)
 
     return test
+
+
+def _is_new_head(name: str, meta: dict[str, Any]) -> bool:
+    old = {(t["objective"].get("head") or n) for n, t in meta["config"]["tasks"].items()}
+    parts = name.removeprefix(EMA).split("/")
+    return parts[0] == "heads" and parts[1] not in old
+
+
+def _movers(config: Mapping[str, Any]) -> Any:
+    """What decides which parameters have optimizer state: the rules, and the view of each task."""
+    optimizer = config.get("optimizer", {})
+    views = {n: t.get("view") or optimizer.get("view") for n, t in config["tasks"].items()}
+    return optimizer.get("rules"), views
+
+
+def _check_parameters(experiment: Experiment, restored: Restored) -> None:
+    held = restored.state["parameters"]
+    for spec in experiment.declaration.specs.values():
+        for name in spec.canonical:
+            if name not in held and not _is_new_head(name, restored.meta):
+                raise UserError(f"Checkpoint {restored.step} holds no parameter '{name}'.")
 
 
 def _fresh_clock(experiment: Experiment) -> Clock:

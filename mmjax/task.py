@@ -29,6 +29,7 @@ class TaskConfig:
       batch: examples per visit, over all devices.
       share: its weight in the schedule.
       evaluators: by a name of one's own.
+      view: how its steps see the optimizer (see `mmjax.views.View`); `optimizer.view` if empty.
     """
 
     source: dict[str, Any]
@@ -37,6 +38,7 @@ class TaskConfig:
     batch: int
     share: int = 1
     evaluators: dict[str, dict[str, Any]] = field(default_factory=dict)
+    view: str = ""
 
 
 @dataclass(frozen=True)

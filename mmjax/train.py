@@ -215,8 +215,9 @@ class _Loop:
                 batch = place(
                     host.rows, host.start, size, batch_sharding(self._mesh, size, f"tasks.{task}")
                 )
+                progress = self._experiment.progress(self._clock.positions)
                 state, metrics = self._programs[task].call(
-                    state, batch, ticks(self._mesh, step=step, visit=visit)
+                    state, batch, ticks(self._mesh, step=step, visit=visit, **progress)
                 )
                 under_way.append(_Dispatched(step, task, metrics, size, waited))
                 self._count(task, host)

@@ -345,7 +345,7 @@ def expected_class(key: str) -> str:
         return "schedule"
     if first == "tasks":
         inner = rest[1]
-        if inner in ("share", "batch", "inputs", "objective"):
+        if inner in ("share", "batch", "inputs", "objective", "view"):
             return "schedule"
         if inner == "evaluators" or rest[1:] == ["source", "folder"]:
             return "free"
@@ -379,6 +379,9 @@ def test_every_key_has_its_class(path):
         ("tasks.a.batch", "schedule"),
         ("tasks.a.inputs.image.size", "schedule"),
         ("tasks.a.objective.temperature", "schedule"),
+        ("tasks.a.view", "schedule"),
+        ("optimizer.view", "schedule"),
+        ("optimizer.rules.0.freeze", "schedule"),
         ("schedule.rule", "schedule"),
         ("optimizer.learning_rate", "schedule"),
         ("optimizer.momentum", "schedule"),
