@@ -31,7 +31,7 @@ Block = dict[str, Any]
 KEY_CLASSES: tuple[tuple[str, str], ...] = (
     (r"(steps|log|checkpoint|mesh|loader|limits|evaluation)(\.|$)", "free"),
     (
-        r"model\.remat$|tasks\.\w+\.evaluators(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$",
+        r"model\.remat$|tasks\.\w+\.(evaluators|microbatches)(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$",
         "free",
     ),
     (r"schedule(\.|$)|optimizer\.(?!(name|moments_dtype|factored)$)", "schedule"),

@@ -28,6 +28,7 @@ from mmjax.sharding import MeshConfig
 from mmjax.state import State, abstract_state, compute_dtype
 from mmjax.task import Task, make_task
 from mmjax.views import SHARED, View, check_kind, make_view
+from mmjax.warm_start import WarmStartConfig
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class RunConfig:
     Attributes:
       steps: length of the run.
       seed: of parameters, order, augmentation and masks.
+      init_from: parameters of another run or a file, to begin with.
     """
 
     steps: int
@@ -94,6 +96,7 @@ class RunConfig:
     dtype: DtypeConfig = field(default_factory=DtypeConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    init_from: WarmStartConfig = field(default_factory=WarmStartConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from mmjax import flops
 from mmjax.errors import UserError
 from mmjax.evaluator import Pass, function, row_spec
+from mmjax.gradient import loss_and_gradient
 from mmjax.objective import Loss
 from mmjax.optimizer import UNITS, Optimizer
 from mmjax.parameters import Arrays, Declaration
@@ -104,23 +105,22 @@ def train_function(
     task: Task, declaration: Declaration, optimizer: Optimizer, compute: Any, seed: int
 ) -> Callable[[State, Any, Ticks], tuple[State, Metrics]]:
     """`(state, batch, {step, visit}) -> (state, metrics)`: loss, gradient, update."""
-    loss_of = loss_function(task, declaration, compute, seed)
     view = optimizer.views[task.name]
 
-    def value_of(*arguments: Any) -> tuple[jax.Array, Loss]:
-        loss = loss_of(*arguments)
-        return loss.value, loss
-
     def step(state: State, batch: Any, ticks: Ticks) -> tuple[State, Metrics]:
-        (value, loss), grads = jax.value_and_grad(value_of, has_aux=True)(
-            *_parted(state.parameters, view), batch, ticks["visit"]
-        )
+        moved, others = _parted(state.parameters, view)
+
+        def model_of(moved: Arrays) -> Any:
+            return declaration.merge({**others, **moved}, compute)
+
+        key = jax.random.fold_in(task.fold(seed), ticks["visit"])
+        loss, grads = loss_and_gradient(task, model_of, moved, batch, key)
         after, told = _updated(state, grads, optimizer, task.name, ticks)
         after = replace(after, buffers={**after.buffers, **loss.buffers})
         # A non-finite loss or gradient leaves everything as it was; the host counts it.
-        finite = jnp.isfinite(value) & jnp.isfinite(told["grad_norm"])
+        finite = jnp.isfinite(loss.value) & jnp.isfinite(told["grad_norm"])
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
-        metrics = {"loss": value, **told, **loss.metrics, "finite": finite}
+        metrics = {"loss": loss.value, **told, **loss.metrics, "finite": finite}
         return after, {
             name: jnp.asarray(m, jnp.promote_types(m.dtype, jnp.float32))
             for name, m in metrics.items()
@@ -178,6 +178,9 @@ def train_request(
     loss_of = loss_function(task, declaration, compute, seed)
     view = optimizer.views[task.name]
     batch = abstract_batch(task.rows(), task.batch, mesh, f"tasks.{task.name}")
+    batch_sharding(
+        mesh, task.batch // task.config.microbatches, f"tasks.{task.name}, a micro-batch"
+    )
     ticks = {name: _tick(mesh) for name in {"step", "visit", UNITS[optimizer.config.unit]}}
 
     def count() -> int:

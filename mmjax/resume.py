@@ -9,7 +9,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -37,6 +37,7 @@ from mmjax.state import (
     state_from_canonical,
     state_to_canonical,
 )
+from mmjax.warm_start import warm_start
 
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -50,6 +51,7 @@ class Session:
       data: the opened source of each task.
       identities: digests of the data and of the files that modalities name.
       restored: the checkpoint it goes on from, if any.
+      given: parameters that a fresh run begins with, by canonical name.
     """
 
     experiment: Experiment
@@ -59,6 +61,7 @@ class Session:
     data: Mapping[str, Examples]
     identities: Mapping[str, str]
     restored: Restored | None
+    given: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_done(self) -> bool:
@@ -77,19 +80,21 @@ class Session:
     def state(self) -> State:
         """The state on the mesh: initial, with everything that the checkpoint holds in its place.
 
-        To be called once: it lets go of the restored arrays, which would lie beside the state else.
+        To be called once: it lets go of the arrays it was given, which would lie beside the state else.
         """
         abstract = self.experiment.abstract_state(self.mesh)
         dtype = compute_dtype(self.experiment.run.dtype.parameters)
         experiment = self.experiment
 
-        def fresh() -> State:
+        def fresh(given: Any = None) -> State:
             return init_state(
-                experiment.declaration, experiment.optimizer, experiment.run.seed, dtype
+                experiment.declaration, experiment.optimizer, experiment.run.seed, dtype, given
             )
 
         if self.restored is None:
-            return jax.jit(fresh, out_shardings=shardings(abstract))()
+            given = dict(self.given)
+            self.given.clear()
+            return jax.jit(fresh, out_shardings=shardings(abstract))(given)
         specs, held = experiment.declaration.specs, dict(self.restored.state)
         self.restored.state.clear()
         if not _missing(self._canonical_shapes, held):
@@ -186,9 +191,12 @@ def begin(
         say(f"Going on from step {restored.step} in {workdir}.")
         for change in changes:
             say(f"Config changed: {change}")
+    given = {}
+    if restored is None:
+        given = warm_start(experiment.run.init_from, experiment.declaration.specs, say)
     _write_config(workdir, experiment)
     _keep_files(workdir, experiment)
-    return Session(experiment, workdir, mesh, clock, data, identities, restored)
+    return Session(experiment, workdir, mesh, clock, data, identities, restored, given)
 
 
 def _open_data(experiment: Experiment) -> dict[str, Examples]:

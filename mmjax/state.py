@@ -72,9 +72,22 @@ class Clock:
         return cls(data["step"], schedule, data["positions"], data["skipped"], data["invalid"])
 
 
-def init_state(declaration: Declaration, optimizer: Optimizer, seed: int, dtype: Any) -> State:
-    """The state at step 0. Meant to be jitted with `state_shardings` as its output's shardings."""
+def init_state(
+    declaration: Declaration,
+    optimizer: Optimizer,
+    seed: int,
+    dtype: Any,
+    given: Mapping[str, Any] | None = None,
+) -> State:
+    """The state at step 0. Meant to be jitted with `state_shardings` as its output's shardings.
+
+    `given` are parameters to begin with, by canonical name; the others begin at random.
+    """
     parameters = declaration.initialise(seed, dtype)
+    if given:
+        cast = {name: jnp.asarray(value, dtype) for name, value in given.items()}
+        flat = {**to_canonical(declaration.specs, parameters), **cast}
+        parameters = from_canonical(declaration.specs, flat)
     buffers = {EMA + n: p for n, p in parameters.items()} if optimizer.config.ema else {}
     return State(parameters, optimizer.init(parameters), buffers, optimizer.init_own(parameters))
 

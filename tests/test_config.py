@@ -347,7 +347,7 @@ def expected_class(key: str) -> str:
         inner = rest[1]
         if inner in ("share", "batch", "inputs", "objective", "view"):
             return "schedule"
-        if inner == "evaluators" or rest[1:] == ["source", "folder"]:
+        if inner in ("evaluators", "microbatches") or rest[1:] == ["source", "folder"]:
             return "free"
     if key == "model.remat" or first == "modalities" and rest[1:] == ["folder"]:
         return "free"
@@ -380,6 +380,8 @@ def test_every_key_has_its_class(path):
         ("tasks.a.inputs.image.size", "schedule"),
         ("tasks.a.objective.temperature", "schedule"),
         ("tasks.a.view", "schedule"),
+        ("tasks.a.microbatches", "free"),
+        ("init_from.path", "structural"),
         ("optimizer.view", "schedule"),
         ("optimizer.rules.0.freeze", "schedule"),
         ("schedule.rule", "schedule"),
