@@ -31,11 +31,11 @@ Block = dict[str, Any]
 KEY_CLASSES: tuple[tuple[str, str], ...] = (
     (r"(steps|log|checkpoint|mesh|loader|limits|evaluation|profile)(\.|$)", "free"),
     (
-        r"model\.remat$|tasks\.\w+\.evaluators(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$",
+        r"model\.remat$|tasks\.\w+\.(evaluators|microbatches)(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$",
         "free",
     ),
     (r"schedule(\.|$)|optimizer\.(?!(name|moments_dtype|factored)$)", "schedule"),
-    (r"tasks\.\w+\.(share|batch|inputs|objective)(\.|$)", "schedule"),
+    (r"tasks\.\w+\.(share|batch|inputs|objective|view)(\.|$)", "schedule"),
     (r"", "structural"),
 )
 

@@ -19,14 +19,18 @@ from mmjax.errors import UserError, nearest
 from mmjax.evaluator import Evaluator, Pass, make_evaluators
 from mmjax.modality import Modality
 from mmjax.model import ModelConfig, declare_model
-from mmjax.optimizer import Optimizer, OptimizerConfig
+from mmjax.optimizer import PARTS, Optimizer, OptimizerConfig
 from mmjax.parameters import Declaration
 from mmjax.profiling import ProfileConfig
-from mmjax.program import LimitsConfig, Request, eval_request, train_request
+from mmjax.program import LimitsConfig, Request, eval_request, reach_of, train_request
+from mmjax.reach import Reach
+from mmjax.rules import apply_rules, trained
 from mmjax.schedule import BUDGET, Schedule, Stretch, from_config, stretches
 from mmjax.sharding import MeshConfig, make_mesh
 from mmjax.state import State, abstract_state, compute_dtype
 from mmjax.task import Task, make_task
+from mmjax.views import SHARED, View, check_kind, make_view
+from mmjax.warm_start import WarmStartConfig
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class RunConfig:
     Attributes:
       steps: length of the run.
       seed: of parameters, order, augmentation and masks.
+      init_from: parameters of another run or a file, to begin with.
     """
 
     steps: int
@@ -99,6 +104,7 @@ class RunConfig:
     dtype: DtypeConfig = field(default_factory=DtypeConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    init_from: WarmStartConfig = field(default_factory=WarmStartConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -128,7 +134,65 @@ class Experiment:
 
     @property
     def optimizer(self) -> Optimizer:
-        return Optimizer(self.run.optimizer, self.declaration.specs, self.run.steps)
+        return Optimizer(self.run.optimizer, self.declaration.specs, self._length, self.views)
+
+    @cached_property
+    def views(self) -> Mapping[str, View]:
+        """How each task sees the optimizer. Where not all is shared, the losses are traced."""
+        moving = trained(self.run.optimizer.rules, self.declaration.specs)
+        return {
+            name: make_view(kind, moving, None if kind == SHARED else self._reach(self.tasks[name]))
+            for name, kind in self._kinds().items()
+        }
+
+    def _kinds(self) -> dict[str, str]:
+        default = self.run.optimizer.view
+        return {
+            name: check_kind(task.config.view, f"tasks.{name}.view")
+            if task.config.view
+            else check_kind(default, "optimizer.view")
+            for name, task in self.tasks.items()
+        }
+
+    def check(self) -> None:
+        """Raise what is wrong with the config as a whole: now, and not when the run begins."""
+        self._check_schedule()
+        self._kinds()
+        apply_rules(self.run.optimizer.rules, self.declaration.specs)
+
+    def _check_schedule(self) -> None:
+        config = self.run.schedule
+        for index, phase in enumerate(config.phases):
+            where = f"schedule.phases[{index}].weights"
+            _check_weights(phase.get("weights", {}), self.tasks, where)
+        self.schedule(dict.fromkeys(self.tasks, 1.0))
+        if config.measure and all(each.rule != BUDGET for each in self.stretches()):
+            raise UserError(
+                f"config.schedule.measure is {config.measure}, but no stretch has the rule '{BUDGET}'. "
+                "Set schedule.rule, or leave measure at 0."
+            )
+
+    def _reach(self, task: Task) -> Reach:
+        dtype, compute = map(compute_dtype, (self.run.dtype.parameters, self.run.dtype.compute))
+        return reach_of(task, self.declaration, dtype, compute, self.run.seed)
+
+    def _length(self, task: str) -> int:
+        """The run's length for a task in `optimizer.unit`: as its schedule has it from step 0."""
+        if self.run.optimizer.unit == "steps":
+            return self.run.steps
+        visits = self.schedule().visits(self.run.steps)
+        return self._examples if self.run.optimizer.unit == "examples" else visits.get(task, 0)
+
+    @cached_property
+    def _examples(self) -> int:
+        visits = self.schedule().visits(self.run.steps)
+        return sum(n * self.tasks[name].batch for name, n in visits.items())
+
+    def progress(self, positions: Mapping[str, int]) -> dict[str, int]:
+        """What the learning rate asks of the clock besides step and visit, as ticks of a program."""
+        if self.run.optimizer.unit != "examples":
+            return {}
+        return {"part": sum(positions.values()) * PARTS // self._examples}
 
     def stretches(self) -> list[Stretch]:
         """The schedule as the config describes it."""
@@ -230,14 +294,7 @@ def make_experiment(block: Mapping[str, Any], folder: str = "") -> Experiment:
     declaration = declare_model(run.model, modalities, heads)
     evaluators = {name: make_evaluators(task) for name, task in tasks.items()}
     made = Experiment(dict(block), run, modalities, tasks, evaluators, declaration)
-    for index, phase in enumerate(run.schedule.phases):
-        _check_weights(phase.get("weights", {}), tasks, f"schedule.phases[{index}].weights")
-    made.schedule(dict.fromkeys(tasks, 1.0))  # what is wrong is said now, not when the run begins
-    if run.schedule.measure and all(each.rule != BUDGET for each in made.stretches()):
-        raise UserError(
-            f"config.schedule.measure is {run.schedule.measure}, but no stretch has the rule '{BUDGET}'. "
-            "Set schedule.rule, or leave measure at 0."
-        )
+    made.check()
     return made
 
 

@@ -42,13 +42,21 @@ _IN_FLIGHT = 2  # hundreds of steps in flight abort a run on many CPU devices
 
 
 def dispatch(
-    program: Program, task: Task, mesh: Mesh, state: State, host: HostBatch, visit: int
+    program: Program,
+    task: Task,
+    mesh: Mesh,
+    state: State,
+    host: HostBatch,
+    clock: Mapping[str, int],
 ) -> tuple[State, Mapping[str, jax.Array]]:
-    """Begin one step of a task: its batch to the mesh, then its program. `state` is consumed."""
+    """Begin one step of a task: its batch to the mesh, then its program. `state` is consumed.
+
+    `clock` holds the ticks besides the step: the visit, and what the learning rate asks for.
+    """
     sharding = batch_sharding(mesh, task.batch, f"tasks.{task.name}")
     batch = place(host.rows, host.start, task.batch, sharding)
     with jax.profiler.StepTraceAnnotation(task.name, step_num=host.step):
-        after, metrics = program.call(state, batch, ticks(mesh, step=host.step, visit=visit))
+        after, metrics = program.call(state, batch, ticks(mesh, step=host.step, **clock))
     return after, metrics
 
 
@@ -263,7 +271,7 @@ class Loop:
                 self._stopping = self._vote.cast(bool(self._signals.received))
                 if self._stopping or step in self._boundaries - {before}:
                     break
-                task, visit = self._clock.schedule.task(step), self._clock.schedule.visit(step)
+                task, ticks_now = self._clock.schedule.task(step), self._ticks(step)
                 self._watchdog.at("waiting for data", task, step)
                 started = time.monotonic()
                 host = next(self._loader)
@@ -271,7 +279,7 @@ class Loop:
                 self._watchdog.at("in a step", task, step)
                 chosen = self._experiment.tasks[task]
                 state, metrics = dispatch(
-                    self._programs[task], chosen, self._mesh, state, host, visit
+                    self._programs[task], chosen, self._mesh, state, host, ticks_now
                 )
                 sent = time.monotonic()
                 under_way.append(_Dispatched(step, task, metrics, chosen.batch, waited, sent))
@@ -281,6 +289,10 @@ class Loop:
             while under_way:
                 self._complete(under_way.popleft())
         return state
+
+    def _ticks(self, step: int) -> dict[str, int]:
+        progress = self._experiment.progress(self._clock.positions)
+        return {"visit": self._clock.schedule.visit(step), **progress}
 
     def _count(self, task: str, host: HostBatch) -> None:
         """Move the clock past a dispatched step."""

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 from mmjax.errors import UserError
+from mmjax.layers.stream import Aux
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
 from mmjax.source import Example
+
+_ROWS = 2**31 - 1  # keeps the keys of rows apart from what objectives fold into a key
 
 
 @struct.dataclass
@@ -28,11 +32,19 @@ class Loss:
       value: the loss, a float32 scalar (auxiliary losses added).
       metrics: further scalars to report, float32.
       buffers: proposed new values of buffers.
+      count: how many terms `value` is a mean of, a scalar; None for the valid rows. It weights
+        micro-batches: a mean over valid tokens gives their number.
     """
 
     value: jax.Array
     metrics: dict[str, jax.Array] = field(default_factory=dict)
     buffers: dict[str, jax.Array] = field(default_factory=dict)
+    count: jax.Array | None = None
+
+    def terms(self, valid_B: jax.Array) -> jax.Array:
+        """`count`, made explicit, in the dtype of the value."""
+        count = valid_B.sum() if self.count is None else self.count
+        return jax.lax.stop_gradient(count).astype(self.value.dtype)
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,11 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
-        """The loss of a batch: `inputs` (modality -> arrays), `fields`, `valid` `[B]`."""
+        """The loss of a batch: `inputs` (modality -> arrays), `fields`, `valid` `[B]`.
+
+        A mean over rows; draw by `row_keys`, so that it is the same in micro-batches. A loss between rows
+        derives from `Coupled`.
+        """
 
     def check_example(self, example: Example) -> None:
         """`UserError` for an example whose fields the loss cannot take, such as a label out of range."""
@@ -92,3 +108,42 @@ class Objective(abc.ABC):
     def shows(self) -> tuple[str, ...]:
         """Names of what `show` gives, in the order to show them and in words of a caption."""
         return ()
+
+
+@struct.dataclass
+class Represented:
+    """What a coupled loss compares: `rows`, a tree of arrays `[B, ...]`, and the trunk's `aux`."""
+
+    rows: Any
+    aux: Aux
+
+
+@dataclass(frozen=True)
+class Coupled(Objective):
+    """An objective whose loss couples the rows of a batch: each row is represented alone, then all compared.
+
+    Micro-batches then keep its value: the comparison sees the whole batch always.
+    """
+
+    @abc.abstractmethod
+    def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
+        """What is compared, row by row."""
+
+    @abc.abstractmethod
+    def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
+        """The loss of the whole batch's `rows`; of `batch` it reads `fields` and `valid` only."""
+
+    def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
+        made = self.represent(model, batch, key)
+        loss = self.compare(model, made.rows, batch)
+        buffers = {**made.aux.buffers, **loss.buffers}
+        return replace(loss, value=loss.value + made.aux.loss, buffers=buffers)
+
+
+def row_keys(batch: Batch, key: jax.Array) -> jax.Array:
+    """A random key for each row, `[B]`: the same for a row whatever part of a batch it comes in."""
+    if "keys" in batch:
+        return batch["keys"]
+    of_rows = jax.random.fold_in(key, _ROWS)
+    rows = jnp.arange(batch["valid"].shape[0])
+    return jax.vmap(lambda row: jax.random.fold_in(of_rows, row))(rows)

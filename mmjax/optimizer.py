@@ -7,7 +7,7 @@ if its layers stood apart.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -17,7 +17,9 @@ from flax import struct
 
 from mmjax.errors import UserError, nearest
 from mmjax.parameters import Arrays, Spec
+from mmjax.rules import RuleConfig, apply_rules
 from mmjax.transforms import Axes, LeafState, leaf_transform
+from mmjax.views import OWN_MOMENTS, SHARED, View, in_common, own_name
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,19 @@ class OptimizerConfig:
         third of Adam's or less); `muon` (Jordan 2024) for the matrices of a trunk's layers, at the size
         of Adam's updates (Liu et al. 2025), and `adamw` for all else.
       learning_rate: the peak.
-      warmup: steps of linear warm-up from 0.
-      decay: `cosine` to `final` times the peak at the last step, or `constant`.
+      warmup: units of linear warm-up from 0.
+      decay: `cosine` to `final` times the peak at the end of the run, or `constant`.
       b1, b2, eps: Adam's; the first two are Lion's as well.
       momentum: Muon's.
       factored: Adafactor keeps rows and columns apart in matrices with no side below this.
       moments_dtype: of first moments, `bfloat16` or `float32`; empty for the parameters' own. Second
         moments keep theirs: a bfloat16 average whose weight is 0.999 stands still.
-      weight_decay: decoupled, times the learning rate; on matrices only.
-      clip: bound of the global gradient norm; 0 for none.
+      weight_decay: decoupled, times the learning rate; on matrices only, unless a rule says otherwise.
+      clip: bound of the norm of the gradient of all that a step moves; 0 for none.
+      unit: what `warmup` and the decay count: `steps` of the run, `examples` of all tasks, or `visits`
+        (each task its own: its rate falls to `final` by its last visit).
+      view: of tasks that name none (see `mmjax.views.View`).
+      rules: by parameter path.
       ema: decay of an exponential moving average of the parameters, kept in buffers and used by
         evaluation; 0 for none.
     """
@@ -56,7 +62,16 @@ class OptimizerConfig:
     moments_dtype: str = ""
     weight_decay: float = 0.0
     clip: float = 1.0
+    unit: str = "steps"
+    view: str = SHARED
+    rules: tuple[RuleConfig, ...] = ()
     ema: float = 0.0
+
+
+# The tick of a step that each unit counts by. Examples come as parts of the run's, since there may be
+# more of them than 32 bits hold.
+UNITS = {"steps": "step", "examples": "part", "visits": "visit"}
+PARTS = 2**30
 
 
 @struct.dataclass
@@ -69,43 +84,76 @@ class Updated:
 
 
 class Optimizer:
-    """See `OptimizerConfig`; `steps` is the length of the run, at which the decay ends."""
+    """See `OptimizerConfig`."""
 
-    def __init__(self, config: OptimizerConfig, specs: Mapping[str, Spec], steps: int):
-        self.config, self.specs = config, specs
-        self.learning_rate = learning_rate(config, steps)
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        specs: Mapping[str, Spec],
+        length: Callable[[str], int],
+        views: Mapping[str, View],
+    ):
+        """An optimizer of the parameters in `specs`.
+
+        Args:
+          length: of the run for a task, in `config.unit`; asked when a step is traced.
+          views: of the tasks.
+        """
+        if config.unit not in UNITS:
+            raise UserError(f"optimizer.unit: no '{config.unit}'.{nearest(config.unit, UNITS)}")
+        learning_rate(config, 1)  # what is wrong with it is said now
+        self.config, self.specs, self.views = config, specs, views
+        self._length = length
+        self._rules = apply_rules(config.rules, specs)
         self._leaves = {name: leaf_transform(config, spec) for name, spec in specs.items()}
+        self._common = in_common(views)
 
     def init(self, parameters: Arrays) -> dict[str, LeafState]:
-        """The state of every leaf. Meant to be jitted."""
-        return {name: self._init_leaf(name, p) for name, p in parameters.items()}
+        """The state that tasks have in common, of every leaf that has such. Meant to be jitted."""
+        return {n: self._init_leaf(n, p) for n, p in parameters.items() if n in self._common}
+
+    def init_own(self, parameters: Arrays) -> dict[str, LeafState]:
+        """The tasks' own state, by `own_name`. Meant to be jitted."""
+        return {
+            own_name(task, n): self._init_leaf(n, parameters[n])
+            for task, view in self.views.items()
+            if view.kind == OWN_MOMENTS
+            for n in sorted(view.moves)
+        }
 
     def axes(self, name: str) -> dict[str, Axes]:
         """Logical axes of the state of a leaf, by field."""
         layers: Axes = ("layers",) if self.specs[name].stack else ()
         return {field: layers + axes for field, axes in self._leaves[name].fields.items()}
 
+    def rate(self, task: str, ticks: Mapping[str, jax.Array]) -> jax.Array:
+        """The learning rate of a task's step, from integers alone."""
+        config, length = self.config, self._length(task)
+        if config.unit == "examples":
+            config, length = replace(config, warmup=config.warmup * PARTS // length), PARTS
+        return jnp.asarray(learning_rate(config, length)(ticks[UNITS[config.unit]]))
+
     def update(
-        self, grads: Arrays, state: Mapping[str, LeafState], parameters: Arrays, step: jax.Array
+        self, grads: Arrays, state: Mapping[str, LeafState], parameters: Arrays, rate: jax.Array
     ) -> Updated:
-        """One update: clip over all leaves, then the transform and decoupled weight decay leaf by leaf."""
+        """One update of the parameters that have a gradient; all else stays as it is, its state too.
+
+        Clip over all of them, then the transform and decoupled weight decay leaf by leaf.
+        """
         norm = optax.tree.norm(grads)
         clip = self.config.clip
         factor = jnp.where(norm > clip, clip / norm, 1.0) if clip else jnp.ones_like(norm)
-        rate = self.learning_rate(step)
         updated = {
             name: self._update_leaf(
-                name,
-                grads[name] * factor.astype(grads[name].dtype),
-                state[name],
-                p,
-                rate,
+                name, g * factor.astype(g.dtype), state[name], parameters[name], rate
             )
-            for name, p in parameters.items()
+            for name, g in grads.items()
         }
-        metrics = {"grad_norm": norm, "learning_rate": jnp.asarray(rate)}
+        metrics = {"grad_norm": norm, "learning_rate": rate}
         return Updated(
-            {n: u[0] for n, u in updated.items()}, {n: u[1] for n, u in updated.items()}, metrics
+            {**parameters, **{n: u[0] for n, u in updated.items()}},
+            {**state, **{n: u[1] for n, u in updated.items()}},
+            metrics,
         )
 
     def _init_leaf(self, name: str, parameter: jax.Array) -> LeafState:
@@ -115,19 +163,24 @@ class Optimizer:
     def _update_leaf(
         self, name: str, grad: jax.Array, state: LeafState, parameter: jax.Array, rate: Any
     ) -> tuple[jax.Array, LeafState]:
-        decay = self.config.weight_decay if self.specs[name].decay else 0.0
+        rule = self._rules[name]
+        rates = rate * jnp.asarray(rule.scale, rate.dtype)
+        decays = jnp.asarray(self.config.weight_decay * rule.decays, parameter.dtype)
 
-        def update(g: jax.Array, s: LeafState, p: jax.Array) -> tuple[jax.Array, LeafState]:
+        def update(
+            g: jax.Array, s: LeafState, p: jax.Array, rate: jax.Array, decay: jax.Array
+        ) -> tuple[jax.Array, LeafState]:
             direction, after = self._leaves[name].update(g, s, p)
             step = -rate * (direction + decay * p)
             return p + step.astype(p.dtype), after
 
-        return (jax.vmap(update) if self.specs[name].stack else update)(grad, state, parameter)
+        each = jax.vmap(update) if self.specs[name].stack else update
+        return each(grad, state, parameter, rates, decays)
 
 
-def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
-    """The rate as a function of completed steps: linear warm-up, then the decay."""
-    peak, tail = config.learning_rate, max(steps - config.warmup, 1)
+def learning_rate(config: OptimizerConfig, length: int) -> Callable[[Any], Any]:
+    """The rate as a function of completed units: linear warm-up, then the decay up to `length`."""
+    peak, tail = config.learning_rate, max(length - config.warmup, 1)
     if config.decay not in ("cosine", "constant"):
         raise UserError(
             f"optimizer.decay: no '{config.decay}'.{nearest(config.decay, ['cosine', 'constant'])}"

@@ -6,9 +6,9 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -20,13 +20,16 @@ from jax.sharding import Mesh
 from mmjax import flops
 from mmjax.errors import UserError
 from mmjax.evaluator import Pass, function, row_spec
+from mmjax.gradient import loss_and_gradient
 from mmjax.health import Bounds
 from mmjax.objective import Loss
-from mmjax.optimizer import Optimizer
+from mmjax.optimizer import UNITS, Optimizer
 from mmjax.parameters import Arrays, Declaration
+from mmjax.reach import Reach, reach
 from mmjax.sharding import batch_sharding, replicated
 from mmjax.state import EMA, State, shardings
 from mmjax.task import RowSpec, Task
+from mmjax.views import OWN_MOMENTS, View, own_name, split_name
 
 Metrics = dict[str, jax.Array]
 Ticks = Mapping[str, jax.Array]
@@ -97,29 +100,38 @@ class Program:
 # --- the functions -----------------------------------------------------------------------------
 
 
+def loss_function(
+    task: Task, declaration: Declaration, compute: Any, seed: int
+) -> Callable[[Arrays, Arrays, Any, jax.Array], Loss]:
+    """`(moved parameters, the others, batch, visit) -> loss` of a task."""
+
+    def loss_of(moved: Arrays, others: Arrays, batch: Any, visit: jax.Array) -> Loss:
+        model = declaration.merge({**others, **moved}, compute)
+        return task.loss(model, batch, jax.random.fold_in(task.fold(seed), visit))
+
+    return loss_of
+
+
 def train_function(
     task: Task, declaration: Declaration, optimizer: Optimizer, compute: Any, seed: int
 ) -> Callable[[State, Any, Ticks], tuple[State, Metrics]]:
     """`(state, batch, {step, visit}) -> (state, metrics)`: loss, gradient, update."""
-
-    def loss_of(parameters: Arrays, batch: Any, visit: jax.Array) -> tuple[jax.Array, Loss]:
-        model = declaration.merge(parameters, compute)
-        loss = task.loss(model, batch, jax.random.fold_in(task.fold(seed), visit))
-        return loss.value, loss
+    view = optimizer.views[task.name]
 
     def step(state: State, batch: Any, ticks: Ticks) -> tuple[State, Metrics]:
-        (value, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(
-            state.parameters, batch, ticks["visit"]
-        )
-        updated = optimizer.update(grads, state.optimizer, state.parameters, ticks["step"])
-        buffers = {**state.buffers, **loss.buffers}
-        if optimizer.config.ema:
-            buffers = _averaged(buffers, updated.parameters, optimizer.config.ema)
-        after = State(updated.parameters, updated.optimizer, buffers)
+        moved, others = _parted(state.parameters, view)
+
+        def model_of(moved: Arrays) -> Any:
+            return declaration.merge({**others, **moved}, compute)
+
+        key = jax.random.fold_in(task.fold(seed), ticks["visit"])
+        loss, grads = loss_and_gradient(task, model_of, moved, batch, key)
+        after, told = _updated(state, grads, optimizer, task.name, ticks)
+        after = replace(after, buffers={**after.buffers, **loss.buffers})
         # A non-finite loss or gradient leaves everything as it was; the host counts it.
-        finite = jnp.isfinite(value) & jnp.isfinite(updated.metrics["grad_norm"])
+        finite = jnp.isfinite(loss.value) & jnp.isfinite(told["grad_norm"])
         after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
-        metrics = {"loss": value, **updated.metrics, **loss.metrics, "finite": finite}
+        metrics = {"loss": loss.value, **told, **loss.metrics, "finite": finite}
         return after, {
             name: jnp.asarray(m, jnp.promote_types(m.dtype, jnp.float32))
             for name, m in metrics.items()
@@ -128,8 +140,38 @@ def train_function(
     return step
 
 
-def _averaged(buffers: Arrays, parameters: Arrays, decay: float) -> Arrays:
-    averages = {EMA + n: decay * buffers[EMA + n] + (1 - decay) * p for n, p in parameters.items()}
+def _parted(parameters: Arrays, view: View) -> tuple[Arrays, Arrays]:
+    """The parameters that a step moves, and the others."""
+    return (
+        {n: p for n, p in parameters.items() if n in view.moves},
+        {n: p for n, p in parameters.items() if n not in view.moves},
+    )
+
+
+def _updated(
+    state: State, grads: Arrays, optimizer: Optimizer, task: str, ticks: Ticks
+) -> tuple[State, Metrics]:
+    """The state after an update with a task's gradient, under the task's view, and what to report."""
+    rate = optimizer.rate(task, ticks)
+    if optimizer.views[task].kind == OWN_MOMENTS:
+        own = {n: state.moments[own_name(task, n)] for n in grads}
+        updated = optimizer.update(grads, own, state.parameters, rate)
+        moments = {own_name(task, n): leaf for n, leaf in updated.optimizer.items()}
+        after = replace(state, moments={**state.moments, **moments})
+    else:
+        updated = optimizer.update(grads, state.optimizer, state.parameters, rate)
+        after = replace(state, optimizer=updated.optimizer)
+    buffers = state.buffers
+    if optimizer.config.ema:
+        buffers = _averaged(buffers, updated.parameters, grads, optimizer.config.ema)
+    return replace(after, parameters=updated.parameters, buffers=buffers), updated.metrics
+
+
+def _averaged(buffers: Arrays, parameters: Arrays, moved: Iterable[str], decay: float) -> Arrays:
+    """Averages of the parameters that moved: like them, they keep to their own clock."""
+    averages = {
+        EMA + n: decay * buffers[EMA + n] + (1 - decay) * parameters[n] for n in sorted(moved)
+    }
     return {**buffers, **averages}
 
 
@@ -144,24 +186,29 @@ def train_request(
 ) -> Request:
     """The training program of a task against the pinned abstract `state`."""
     step = train_function(task, declaration, optimizer, compute, seed)
+    loss_of = loss_function(task, declaration, compute, seed)
+    view = optimizer.views[task.name]
     batch = abstract_batch(task.rows(), task.batch, mesh, f"tasks.{task.name}")
-    ticks = {name: _tick(mesh) for name in ("step", "visit")}
-
-    def loss_of(parameters: Arrays, batch: Any, visit: jax.Array) -> jax.Array:
-        return task.loss(
-            declaration.merge(parameters, compute),
-            batch,
-            jax.random.fold_in(task.fold(seed), visit),
-        ).value
+    batch_sharding(
+        mesh, task.batch // task.config.microbatches, f"tasks.{task.name}, a micro-batch"
+    )
+    ticks = {name: _tick(mesh) for name in {"step", "visit", UNITS[optimizer.config.unit]}}
 
     def count() -> int:
-        return flops.train_flops(loss_of, state.parameters, batch, ticks["visit"])
+        moved, others = _parted(state.parameters, view)
+        return flops.train_flops(
+            lambda *arguments: loss_of(*arguments).value, moved, others, batch, ticks["visit"]
+        )
 
     arguments = (state, batch, ticks)
     outputs = (shardings(state), replicated(mesh))
     return Request(
         task.name, "train", step, arguments, outputs, (0,), _shape(task.rows(), task.batch), count,
-        {"tokens": _tokens(task, declaration, state.parameters, batch)},
+        {
+            "tokens": _tokens(task, declaration, state.parameters, batch),
+            "view": view.kind,
+            "optimizer_bytes": optimizer_bytes(state, view.kind, task.name),
+        },
     )  # fmt: skip
 
 
@@ -174,6 +221,29 @@ def _tokens(task: Task, declaration: Declaration, parameters: Arrays, batch: Any
 
     made = jax.eval_shape(streams, parameters, batch["inputs"])
     return sum(math.prod(x.shape[:2]) for x in made)
+
+
+def optimizer_bytes(state: State, kind: str, task: str) -> int:
+    """Bytes of one device that hold the optimizer state which a task's steps read."""
+    own = {n: leaf for n, leaf in state.moments.items() if split_name(n)[0] == task}
+    held = own if kind == OWN_MOMENTS else state.optimizer
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(held)
+    )
+
+
+def reach_of(task: Task, declaration: Declaration, dtype: Any, compute: Any, seed: int) -> Reach:
+    """What the gradient of a task's loss reaches."""
+    loss_of = loss_function(task, declaration, compute, seed)
+    parameters = {
+        n: jax.ShapeDtypeStruct(spec.shape, dtype) for n, spec in declaration.specs.items()
+    }
+    batch = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct((task.batch, *s.shape), s.dtype), task.rows().shapes()
+    )
+    visit = jax.ShapeDtypeStruct((), np.int32)
+    return reach(lambda p, *rest: loss_of(p, {}, *rest).value, parameters, batch, visit)
 
 
 def eval_request(

@@ -9,6 +9,7 @@ prints its loss and gradient norm beside those in `metrics.jsonl`. The workdir s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,9 +110,12 @@ def _run(session: Session, last: int) -> dict[str, float]:
         return local_rows(batch_sharding(mesh, size, "batch"), size)
 
     loader = Loader(run.loader, experiment.tasks, session.data, clock, last + 1, run.seed, share)
+    positions = Counter(clock.positions)
     for host in loader:
-        task, visit = schedule.task(host.step), schedule.visit(host.step)
-        state, values = dispatch(programs[task], experiment.tasks[task], mesh, state, host, visit)
+        task = experiment.tasks[schedule.task(host.step)]
+        now = {"visit": schedule.visit(host.step), **experiment.progress(positions)}
+        state, values = dispatch(programs[task.name], task, mesh, state, host, now)
+        positions[task.name] += task.batch
         jax.block_until_ready(values)
     loader.close()
     return {name: float(values[name]) for name in _COMPARED}

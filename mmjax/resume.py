@@ -9,7 +9,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -39,6 +39,7 @@ from mmjax.state import (
     state_from_canonical,
     state_to_canonical,
 )
+from mmjax.warm_start import warm_start
 
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -52,6 +53,7 @@ class Session:
       data: the opened source of each task.
       identities: digests of the data and of the files that modalities name.
       restored: the checkpoint it goes on from, if any.
+      given: parameters that a fresh run begins with, by canonical name.
     """
 
     experiment: Experiment
@@ -61,6 +63,7 @@ class Session:
     data: Mapping[str, Examples]
     identities: Mapping[str, str]
     restored: Restored | None
+    given: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_done(self) -> bool:
@@ -79,19 +82,21 @@ class Session:
     def state(self) -> State:
         """The state on the mesh: initial, with everything that the checkpoint holds in its place.
 
-        To be called once: it lets go of the restored arrays, which would lie beside the state else.
+        To be called once: it lets go of the arrays it was given, which would lie beside the state else.
         """
         abstract = self.experiment.abstract_state(self.mesh)
         dtype = compute_dtype(self.experiment.run.dtype.parameters)
         experiment = self.experiment
 
-        def fresh() -> State:
+        def fresh(given: Any = None) -> State:
             return init_state(
-                experiment.declaration, experiment.optimizer, experiment.run.seed, dtype
+                experiment.declaration, experiment.optimizer, experiment.run.seed, dtype, given
             )
 
         if self.restored is None:
-            return jax.jit(fresh, out_shardings=shardings(abstract))()
+            given = dict(self.given)
+            self.given.clear()
+            return jax.jit(fresh, out_shardings=shardings(abstract))(given)
         specs, held = experiment.declaration.specs, dict(self.restored.state)
         self.restored.state.clear()
         if not _missing(self._canonical_shapes, held):
@@ -184,13 +189,17 @@ def begin(
         restored = checkpoint.restore_latest(workdir, abstract, accept, say, may_be_new)
     clock = fresh_clock(experiment) if restored is None else _clock(experiment, restored, changes)
     if restored is not None:
+        _check_parameters(experiment, restored)
         say(f"Going on from step {restored.step} in {workdir}.")
         for change in changes:
             say(f"Config changed: {change}")
+    given = {}
+    if restored is None:
+        given = warm_start(experiment.run.init_from, experiment.declaration.specs, say)
     if processes.is_first():
         _write_config(workdir, experiment)
         _keep_files(workdir, experiment)
-    return Session(experiment, workdir, mesh, clock, data, identities, restored)
+    return Session(experiment, workdir, mesh, clock, data, identities, restored, given)
 
 
 def reopen(
@@ -215,7 +224,8 @@ def reopen(
 
     if step is None:
         clock = replace(fresh_clock(experiment), schedule=schedule)
-        return Session(experiment, workdir, mesh, clock, data, now, None)
+        given = warm_start(experiment.run.init_from, experiment.declaration.specs, lambda _: None)
+        return Session(experiment, workdir, mesh, clock, data, now, None, given)
     abstract, may_be_new = _abstract_canonical(experiment, mesh), _may_be_new(experiment)
     restored = checkpoint.restore(workdir, step, abstract, accept, may_be_new)
     clock = replace(Clock.from_json(restored.meta["clock"]), schedule=schedule)
@@ -377,14 +387,38 @@ def _missing(expected: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
 
 
 def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]:
-    """Whether a parameter may lack in a checkpoint: it is the head of a task that has been added since."""
+    """Whether a name may lack in a checkpoint.
+
+    It is of the head of a task that has been added since, or the config has changed in what tasks
+    move, and so in what has optimizer state (`_check_parameters` then looks for the parameters).
+    """
 
     def test(name: str, meta: dict[str, Any]) -> bool:
-        old = {(t["objective"].get("head") or n) for n, t in meta["config"]["tasks"].items()}
-        parts = name.removeprefix(EMA).split("/")
-        return parts[0] == "heads" and parts[1] not in old
+        changed = _movers(meta["config"]) != _movers(experiment.block)
+        return changed or _is_new_head(name, meta)
 
     return test
+
+
+def _is_new_head(name: str, meta: dict[str, Any]) -> bool:
+    old = {(t["objective"].get("head") or n) for n, t in meta["config"]["tasks"].items()}
+    parts = name.removeprefix(EMA).split("/")
+    return parts[0] == "heads" and parts[1] not in old
+
+
+def _movers(config: Mapping[str, Any]) -> Any:
+    """What decides which parameters have optimizer state: the rules, and the view of each task."""
+    optimizer = config.get("optimizer", {})
+    views = {n: t.get("view") or optimizer.get("view") for n, t in config["tasks"].items()}
+    return optimizer.get("rules"), views
+
+
+def _check_parameters(experiment: Experiment, restored: Restored) -> None:
+    held = restored.state["parameters"]
+    for spec in experiment.declaration.specs.values():
+        for name in spec.canonical:
+            if name not in held and not _is_new_head(name, restored.meta):
+                raise UserError(f"Checkpoint {restored.step} holds no parameter '{name}'.")
 
 
 def clock_after(

@@ -18,6 +18,7 @@ from mmjax.parameters import Arrays, Declaration, Spec, from_canonical, to_canon
 from mmjax.schedule import Schedule
 from mmjax.sharding import named
 from mmjax.transforms import Axes, LeafState
+from mmjax.views import own_name, split_name
 
 EMA = "ema/"
 
@@ -28,13 +29,15 @@ class State:
 
     Attributes:
       parameters: by name.
-      optimizer: parameter name -> its leaf state by field.
+      optimizer: parameter name -> its leaf state by field, of what tasks have in common.
       buffers: what changes without a gradient, by name; `ema/NAME` averages parameter NAME.
+      moments: as `optimizer`, of tasks that have their own: `TASK:NAME` -> leaf state.
     """
 
     parameters: Arrays
     optimizer: dict[str, LeafState]
     buffers: Arrays
+    moments: dict[str, LeafState] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,24 @@ class Clock:
         )
 
 
-def init_state(declaration: Declaration, optimizer: Optimizer, seed: int, dtype: Any) -> State:
-    """The state at step 0. Meant to be jitted with `state_shardings` as its output's shardings."""
+def init_state(
+    declaration: Declaration,
+    optimizer: Optimizer,
+    seed: int,
+    dtype: Any,
+    given: Mapping[str, Any] | None = None,
+) -> State:
+    """The state at step 0. Meant to be jitted with `state_shardings` as its output's shardings.
+
+    `given` are parameters to begin with, by canonical name; the others begin at random.
+    """
     parameters = declaration.initialise(seed, dtype)
+    if given:
+        cast = {name: jnp.asarray(value, dtype) for name, value in given.items()}
+        flat = {**to_canonical(declaration.specs, parameters), **cast}
+        parameters = from_canonical(declaration.specs, flat)
     buffers = {EMA + n: p for n, p in parameters.items()} if optimizer.config.ema else {}
-    return State(parameters, optimizer.init(parameters), buffers)
+    return State(parameters, optimizer.init(parameters), buffers, optimizer.init_own(parameters))
 
 
 def abstract_state(declaration: Declaration, optimizer: Optimizer, dtype: Any, mesh: Mesh) -> State:
@@ -119,6 +135,7 @@ def abstract_state(declaration: Declaration, optimizer: Optimizer, dtype: Any, m
         {n: place(p, specs[n].axes) for n, p in shapes.parameters.items()},
         {n: place_state(n, leaf) for n, leaf in shapes.optimizer.items()},
         {n: place(b, specs[n.removeprefix(EMA)].axes) for n, b in shapes.buffers.items()},
+        {n: place_state(split_name(n)[1], leaf) for n, leaf in shapes.moments.items()},
     )
 
 
@@ -130,23 +147,48 @@ def shardings(abstract: Any) -> Any:
 
 
 def state_to_canonical(specs: Mapping[str, Spec], state: State) -> dict[str, Any]:
-    """`{"parameters": {canonical name: array}, "optimizer": {name: {field: array}}, "buffers": {...}}`."""
+    """`{"parameters": {canonical name: array}, "optimizer": {name: {field: array}}, "buffers": {...}}`.
+
+    Beside them `"moments": {TASK:name: {field: array}}`.
+    """
     averages = {n.removeprefix(EMA): b for n, b in state.buffers.items()}
+    moments: dict[str, Any] = {}
+    for task, own in _by_task(state.moments).items():
+        moments |= {own_name(task, n): leaf for n, leaf in to_canonical(specs, own).items()}
     return {
         "parameters": to_canonical(specs, state.parameters),
         "optimizer": to_canonical(specs, state.optimizer),
         "buffers": {EMA + n: b for n, b in to_canonical(specs, averages).items()},
+        "moments": moments,
     }
 
 
 def state_from_canonical(specs: Mapping[str, Spec], tree: Mapping[str, Any]) -> State:
     """The inverse of `state_to_canonical`."""
     averages = {n.removeprefix(EMA): b for n, b in tree["buffers"].items()}
+    moments: dict[str, Any] = {}
+    for task, own in _by_task(tree["moments"]).items():
+        moments |= {own_name(task, n): leaf for n, leaf in _held(specs, own).items()}
     return State(
         from_canonical(specs, tree["parameters"]),
-        from_canonical(specs, tree["optimizer"]),
-        {EMA + n: b for n, b in from_canonical(specs, averages).items()} if averages else {},
+        _held(specs, tree["optimizer"]),
+        {EMA + n: b for n, b in _held(specs, averages).items()},
+        moments,
     )
+
+
+def _by_task(moments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Task -> name -> leaf state."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, leaf in moments.items():
+        task, parameter = split_name(name)
+        found.setdefault(task, {})[parameter] = leaf
+    return found
+
+
+def _held(specs: Mapping[str, Spec], flat: Mapping[str, Any]) -> dict[str, Any]:
+    """As the state holds what `flat` has by canonical names; not every parameter need be there."""
+    return from_canonical(specs, flat, [n for n, s in specs.items() if s.canonical[0] in flat])
 
 
 def compute_dtype(name: str) -> Any:

@@ -29,6 +29,8 @@ class TaskConfig:
       batch: examples per visit, over all devices.
       share: its weight in the schedule.
       evaluators: by a name of one's own.
+      microbatches: parts in which a batch is done, one after another, to save memory.
+      view: how its steps see the optimizer (see `mmjax.views.View`); `optimizer.view` if empty.
     """
 
     source: dict[str, Any]
@@ -37,6 +39,8 @@ class TaskConfig:
     batch: int
     share: int = 1
     evaluators: dict[str, dict[str, Any]] = field(default_factory=dict)
+    microbatches: int = 1
+    view: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,10 @@ def make_task(name: str, block: Mapping[str, Any], modalities: Mapping[str, Moda
     config = configs.build(TaskConfig, block, where)
     if config.batch < 1:
         raise UserError(f"{where}.batch is {config.batch}; it must be at least 1.")
+    if config.microbatches < 1 or config.batch % config.microbatches:
+        raise UserError(
+            f"{where}.microbatches is {config.microbatches}; it must divide the batch of {config.batch}."
+        )
     inputs = {
         m: make_input(m, b, modalities, f"{where}.inputs.{m}") for m, b in config.inputs.items()
     }

@@ -58,7 +58,7 @@ def command(emoji_dir: epath.Path) -> Command:
         *arguments: str,
         devices: int = 1,
         env: Mapping[str, str] | None = None,
-        timeout: float = 300,
+        timeout: float = 900,
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command_line(name, *arguments), env=environment(devices, env), capture_output=True, text=True,

@@ -345,9 +345,9 @@ def expected_class(key: str) -> str:
         return "schedule"
     if first == "tasks":
         inner = rest[1]
-        if inner in ("share", "batch", "inputs", "objective"):
+        if inner in ("share", "batch", "inputs", "objective", "view"):
             return "schedule"
-        if inner == "evaluators" or rest[1:] == ["source", "folder"]:
+        if inner in ("evaluators", "microbatches") or rest[1:] == ["source", "folder"]:
             return "free"
     if key == "model.remat" or first == "modalities" and rest[1:] == ["folder"]:
         return "free"
@@ -379,6 +379,11 @@ def test_every_key_has_its_class(path):
         ("tasks.a.batch", "schedule"),
         ("tasks.a.inputs.image.size", "schedule"),
         ("tasks.a.objective.temperature", "schedule"),
+        ("tasks.a.view", "schedule"),
+        ("tasks.a.microbatches", "free"),
+        ("init_from.path", "structural"),
+        ("optimizer.view", "schedule"),
+        ("optimizer.rules.0.freeze", "schedule"),
         ("schedule.rule", "schedule"),
         ("optimizer.learning_rate", "schedule"),
         ("optimizer.momentum", "schedule"),

@@ -18,6 +18,7 @@ from jax.nn import initializers
 from mmjax.errors import UserError
 from mmjax.optimizer import Optimizer, OptimizerConfig, learning_rate
 from mmjax.parameters import Spec, Stack, to_canonical
+from mmjax.views import View
 
 STEPS = 20
 Values = dict[str, np.ndarray]
@@ -57,15 +58,28 @@ def gradients(step: int) -> Values:
     return {n: g * (3.0 if step % 3 else 0.5) / norm for n, g in grads.items()}
 
 
+def made(config: OptimizerConfig, specs: Mapping[str, Spec] = SPECS) -> Optimizer:
+    """An optimizer for one task that moves everything."""
+    return Optimizer(config, specs, lambda _: STEPS, {"task": View("shared", frozenset(specs))})
+
+
+def stepper(optimizer: Optimizer) -> Any:
+    """`(grads, state, parameters, step) -> Updated`, compiled."""
+
+    def update(grads: Any, state: Any, parameters: Any, step: Any) -> Any:
+        return optimizer.update(grads, state, parameters, optimizer.rate("task", {"step": step}))
+
+    return jax.jit(update)
+
+
 def run(
     config: OptimizerConfig, steps: int = STEPS, specs: Mapping[str, Spec] = SPECS,
     grads: Any = gradients, start: Values | None = None,
 ) -> tuple[list[Values], dict[str, Any], list[dict[str, float]]]:  # fmt: skip
     """Parameters after each step, the last state, and the metrics of each step."""
-    optimizer = Optimizer(config, specs, STEPS)
+    optimizer = made(config, specs)
     parameters = {n: jnp.asarray(p) for n, p in (draws(0) if start is None else start).items()}
-    state = optimizer.init(parameters)
-    update = jax.jit(optimizer.update)
+    state, update = optimizer.init(parameters), stepper(optimizer)
     path, metrics = [], []
     for step in range(steps):
         given = {n: jnp.asarray(g) for n, g in grads(step).items()}
@@ -205,12 +219,12 @@ def test_adding_a_leaf_leaves_the_state_of_the_others_as_it_is() -> None:
 def test_a_state_that_is_put_away_and_taken_out_goes_on_in_the_same_bits() -> None:
     whole, state, _ = run(CONFIG)
     half, held, _ = run(CONFIG, 9)
-    optimizer = Optimizer(CONFIG, SPECS, STEPS)
+    update = stepper(made(CONFIG))
     parameters = {n: jnp.asarray(p) for n, p in half[-1].items()}
     held = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), held)
     for step in range(9, STEPS):
         grads = {n: jnp.asarray(g) for n, g in gradients(step).items()}
-        updated = jax.jit(optimizer.update)(grads, held, parameters, jnp.int32(step))
+        updated = update(grads, held, parameters, jnp.int32(step))
         parameters, held = updated.parameters, updated.optimizer
     assert all(np.array_equal(parameters[n], whole[-1][n]) for n in SPECS)
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, held, state)))
@@ -218,11 +232,11 @@ def test_a_state_that_is_put_away_and_taken_out_goes_on_in_the_same_bits() -> No
 
 def test_parameters_and_state_keep_their_dtype() -> None:
     """The rate is float64 here; float32 parameters must not become it."""
-    optimizer = Optimizer(CONFIG, SPECS, STEPS)
+    optimizer = made(CONFIG)
     parameters = {n: jnp.asarray(p, jnp.float32) for n, p in draws(0).items()}
     state = jax.jit(optimizer.init)(parameters)
     grads = {n: jnp.asarray(g, jnp.float32) for n, g in gradients(0).items()}
-    updated = jax.jit(optimizer.update)(grads, state, parameters, jnp.int32(0))
+    updated = stepper(optimizer)(grads, state, parameters, jnp.int32(0))
     assert {p.dtype for p in updated.parameters.values()} == {jnp.dtype(jnp.float32)}
     before, after = (jax.tree.map(lambda x: x.dtype, s) for s in (state, updated.optimizer))
     assert before == after
@@ -263,8 +277,9 @@ def test_the_rate_meets_its_corners() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "near"), [("name", "adamx", "adamw"), ("decay", "cosin", "cosine")]
+    ("key", "value", "near"),
+    [("name", "adamx", "adamw"), ("decay", "cosin", "cosine"), ("unit", "step", "steps")],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(key: str, value: str, near: str) -> None:
     with pytest.raises(UserError, match=f"optimizer.{key}: no '{value}'. Did you mean '{near}'"):
-        Optimizer(OptimizerConfig(**{key: value}), SPECS, STEPS)
+        made(OptimizerConfig(**{key: value}))

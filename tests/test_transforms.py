@@ -18,6 +18,7 @@ from mmjax.errors import UserError
 from mmjax.optimizer import Optimizer, OptimizerConfig
 from mmjax.parameters import Spec, Stack
 from mmjax.transforms import as_matrix
+from mmjax.views import View
 
 STEPS, RATE, DECAY = 7, 0.05, 0.3
 Values = dict[str, np.ndarray]
@@ -59,18 +60,21 @@ def draws(seed: int) -> Values:
     return {name: rng.normal(size=s.shape) for name, s in SPECS.items()}
 
 
+def made(config: OptimizerConfig) -> Optimizer:
+    """An optimizer for one task that moves everything."""
+    return Optimizer(config, SPECS, lambda _: STEPS, {"task": View("shared", frozenset(SPECS))})
+
+
 def found(**settings: Any) -> tuple[Values, dict[str, Any]]:
     """Parameters and state after `STEPS` steps."""
-    config = OptimizerConfig(
-        learning_rate=RATE, decay="constant", weight_decay=DECAY, clip=0.0, **settings
-    )
-    optimizer = Optimizer(config, SPECS, STEPS)
+    config = OptimizerConfig(weight_decay=DECAY, clip=0.0, **settings)
+    optimizer = made(config)
     parameters = {n: jnp.asarray(p) for n, p in draws(0).items()}
     state = optimizer.init(parameters)
     update = jax.jit(optimizer.update)
     for step in range(STEPS):
         grads = {n: jnp.asarray(g) for n, g in draws(100 + step).items()}
-        updated = update(grads, state, parameters, jnp.int32(step))
+        updated = update(grads, state, parameters, jnp.float64(RATE))
         parameters, state = updated.parameters, updated.optimizer
     return {n: np.asarray(p) for n, p in parameters.items()}, state
 
@@ -149,11 +153,10 @@ def test_muon_is_the_published_one_and_adamw_elsewhere() -> None:
 
 def test_muons_update_has_the_size_of_adams() -> None:
     """Singular values near 1, so a root mean square near 0.2, whatever the matrix's shape."""
-    config = OptimizerConfig(name="muon", learning_rate=1.0, decay="constant", clip=0.0)
-    optimizer = Optimizer(config, SPECS, STEPS)
+    optimizer = made(OptimizerConfig(name="muon", clip=0.0))
     before = {n: jnp.asarray(p) for n, p in draws(0).items()}
     grads = {n: jnp.asarray(g) for n, g in draws(1).items()}
-    updated = optimizer.update(grads, optimizer.init(before), before, jnp.int32(0))
+    updated = optimizer.update(grads, optimizer.init(before), before, jnp.float64(1))
     for name in MATRICES:
         assert 0.1 < rms(np.asarray(updated.parameters[name] - before[name])) < 0.3, name
 

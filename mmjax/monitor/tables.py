@@ -97,7 +97,8 @@ def program_table(rows: Sequence[Mapping[str, Any]], stream: TextIO | None = Non
 
     Args:
       rows: name (the task), kind (train, embed/MODALITY), shape (a short text), bytes (at the peak), flops,
-        compile_seconds, cached (a truth value). What is not known is None or missing.
+        compile_seconds, cached (a truth value). What is not known is None or missing. Where a task's
+        `view` of the optimizer is not shared, a second table tells views and `optimizer_bytes`.
       stream: standard output if None.
     """
     heads = ("task", "for", "shape", "memory", "FLOPs", "compile")
@@ -114,6 +115,13 @@ def program_table(rows: Sequence[Mapping[str, Any]], stream: TextIO | None = Non
         for row in rows
     ]
     table(f"Programs ({len(rows)})", heads, cells, stream)
+    if any(row.get("view", "shared") != "shared" for row in rows):
+        views = [
+            (row["name"], row["view"], _known(human_bytes, row.get("optimizer_bytes")))
+            for row in rows
+            if "view" in row
+        ]
+        table("Optimizer", ("task", "view", "memory"), views, stream)
 
 
 def results_table(records: Sequence[Mapping[str, Any]], stream: TextIO | None = None) -> None:

@@ -15,9 +15,10 @@ from jax.nn import initializers
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
 from mmjax.layers.stream import mean_pool
+from mmjax.layers.trunk import add_up
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Loss, Objective
+from mmjax.objective import Coupled, Loss, Represented
 from mmjax.parameters import declare
 
 MAX_SCALE = 100.0  # bound of CLIP's learned scale
@@ -34,7 +35,7 @@ class Scale(nnx.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contrastive(Objective):
+class Contrastive(Coupled):
     """Both directions of cross-entropy over the global batch (CLIP, Radford et al. 2021).
 
     Attributes:
@@ -81,18 +82,23 @@ class Contrastive(Objective):
         joint_BE = model.heads[self.head][modality](mean_pool(stream))
         return unit(joint_BE.astype(jnp.promote_types(joint_BE.dtype, jnp.float32))), aux
 
-    def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
-        one, two = self.between
-        a_BE, aux_a = self._embed(model, one, batch["inputs"][one], jax.random.fold_in(key, 0))
-        b_BE, aux_b = self._embed(model, two, batch["inputs"][two], jax.random.fold_in(key, 1))
+    def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
+        made = [
+            self._embed(model, m, batch["inputs"][m], jax.random.fold_in(key, i))
+            for i, m in enumerate(self.between)
+        ]
+        (a_BE, aux_a), (b_BE, aux_b) = made
+        return Represented((a_BE, b_BE), add_up([aux_a, aux_b]))
+
+    def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
+        a_BE, b_BE = rows
         valid_B = batch["valid"]
         concept_B = batch["fields"][self.concept] if self.concept else jnp.arange(valid_B.shape[0])
         scale = model.heads[self.head].scale()
         value, recall = info_nce(a_BE, b_BE, scale, concept_B, valid_B)
         # What equal logits would cost.
         baseline = jnp.log(jnp.maximum(valid_B.sum(), 1).astype(value.dtype))
-        metrics = {"scale": scale, "batch_recall": recall, "baseline": baseline}
-        return Loss(value + aux_a.loss + aux_b.loss, metrics, {**aux_a.buffers, **aux_b.buffers})
+        return Loss(value, {"scale": scale, "batch_recall": recall, "baseline": baseline})
 
 
 def unit(x: jax.Array, eps: float = 1e-6) -> jax.Array:

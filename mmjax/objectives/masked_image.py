@@ -19,7 +19,7 @@ from mmjax.layers.trunk import GroupConfig, Trunk
 from mmjax.modalities.image import patchify, unpatchify
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Loss, Objective
+from mmjax.objective import Loss, Objective, row_keys
 from mmjax.parameters import declare
 
 HIDDEN = 0.6  # the grey of patches that a picture hides
@@ -91,10 +91,11 @@ class MaskedImage(Objective):
     def _predict(self, model: Model, batch: Batch, key: jax.Array) -> Any:
         """Predictions `[B, S, P]`, which patches `[B, S]` are hidden, and the `Aux` of trunk and decoder."""
         stream = model.tokens(self.modality, batch["inputs"][self.modality])
-        key_order, key_encode, key_decode = jax.random.split(key, 3)
-        rows, tokens = stream.x_BSD.shape[:2]
+        key_encode, key_decode = jax.random.split(key)
+        tokens = stream.x_BSD.shape[1]
         keep = visible(tokens, self.ratio)
-        index_BS = jnp.argsort(jax.random.uniform(key_order, (rows, tokens)), axis=1)
+        draw_BS = jax.vmap(lambda row: jax.random.uniform(row, (tokens,)))(row_keys(batch, key))
+        index_BS = jnp.argsort(draw_BS, axis=1)
         seen, aux = model.encode([stream.take(index_BS[:, :keep])], key_encode)
         decoder = model.heads[self.head].decoder
         predicted_BSP, aux_decoder = decoder(seen, index_BS, stream.coordinates, key_decode)

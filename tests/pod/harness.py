@@ -20,7 +20,7 @@ from typing import Any
 
 ASYNC_SAVE = "asynchronous save"
 POLL = 0.001  # seconds between two looks at the run
-LIMIT = 300.0  # seconds after which a process is stuck
+LIMIT = 900.0  # seconds after which a process is stuck
 
 # Seconds after the begin of a phase within which a kill falls.
 DELAYS: Mapping[str, float] = {

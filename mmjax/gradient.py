@@ -1,0 +1,144 @@
+"""Loss and gradient of a task's batch: at once, or over micro-batches that come to the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.errors import UserError
+from mmjax.model import Model
+from mmjax.objective import Coupled, Loss, row_keys
+from mmjax.parameters import Arrays
+from mmjax.sharding import constrain
+from mmjax.task import Task
+
+ModelOf = Callable[[Arrays], Model]
+
+
+def loss_and_gradient(
+    task: Task, model_of: ModelOf, parameters: Arrays, batch: Any, key: jax.Array
+) -> tuple[Loss, Arrays]:
+    """The loss of a batch and its gradient with respect to `parameters`.
+
+    With micro-batches, one after another, memory is that of one of them. A loss that is a mean stays
+    the mean over the whole batch, parts being weighted by `Loss.count`; a `Coupled` objective keeps
+    its value over the whole batch as well. Auxiliary losses become the mean over the parts.
+
+    Args:
+      model_of: makes the model from `parameters`.
+      key: of the visit; each row has a key of its own, whatever part it is in (see `row_keys`).
+    """
+    if task.config.microbatches == 1:
+
+        def value_of(parameters: Arrays) -> tuple[jax.Array, Loss]:
+            loss = task.loss(model_of(parameters), batch, key)
+            return loss.value, loss
+
+        (_, loss), grads = jax.value_and_grad(value_of, has_aux=True)(parameters)
+        return loss, grads
+    of = _coupled if isinstance(task.objective, Coupled) else _separate
+    return of(task, model_of, parameters, batch, key)
+
+
+def _separate(
+    task: Task, model_of: ModelOf, parameters: Arrays, batch: Any, key: jax.Array
+) -> tuple[Loss, Arrays]:
+    """A mean over rows or tokens: the weighted sum over parts, over the sum of weights."""
+
+    def weighted(parameters: Arrays, part: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+        loss = task.loss(model_of(parameters), part, key)
+        _refuse_buffers(loss.buffers, task)
+        count = loss.terms(part["valid"])
+        told = {name: count * metric for name, metric in loss.metrics.items()}
+        return count * loss.value, (count, told)
+
+    def each(part: Any, key: jax.Array) -> Any:
+        return jax.value_and_grad(weighted, has_aux=True)(parameters, part, key)
+
+    (value, (count, metrics)), grads = _total(each, *_parts(task, batch, key))
+    whole = jnp.where(count > 0, count, 1)
+    value, metrics, grads = jax.tree.map(
+        lambda x: x / whole.astype(x.dtype), (value, metrics, grads)
+    )
+    return Loss(value, metrics), grads
+
+
+def _coupled(
+    task: Task, model_of: ModelOf, parameters: Arrays, batch: Any, key: jax.Array
+) -> tuple[Loss, Arrays]:
+    """A loss between rows, in two passes (Gao et al. 2021, GradCache).
+
+    First what the loss compares, of all parts, without keeping what a gradient needs; then the loss
+    and its gradient with respect to that; then each part again, to pull that gradient back.
+    """
+    objective: Any = task.objective
+    parts, keys = _parts(task, batch, key)
+
+    def represent(parameters: Arrays, part: Any, key: jax.Array) -> Any:
+        made = objective.represent(model_of(parameters), part, key)
+        _refuse_buffers(made.aux.buffers, task)
+        return made.rows, made.aux.loss
+
+    rows, aux = jax.lax.map(lambda each: represent(parameters, *each), (parts, keys))
+
+    def value_of(parameters: Arrays, rows: Any) -> tuple[jax.Array, Loss]:
+        loss = objective.compare(model_of(parameters), rows, batch)
+        return loss.value, loss
+
+    gradient = jax.value_and_grad(value_of, argnums=(0, 1), has_aux=True)
+    (_, loss), (direct, back) = gradient(parameters, jax.tree.map(_joined, rows))
+    share = parts["valid"].sum(axis=1) / jnp.maximum(batch["valid"].sum(), 1)
+    share = share.astype(aux.dtype)
+
+    def pulled(part: Any, key: jax.Array, back: Any, share: jax.Array) -> Arrays:
+        _, pull = jax.vjp(lambda p: represent(p, part, key), parameters)
+        grads: Arrays = pull((back, share))[0]
+        return grads
+
+    back = jax.tree.map(lambda x: _split(x, task.config.microbatches), back)
+    grads = _total(pulled, parts, keys, back, share)
+    value = loss.value + (share * aux).sum()
+    return replace(loss, value=value), jax.tree.map(jnp.add, direct, grads)
+
+
+def _parts(task: Task, batch: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+    """The batch in parts, its rows with their keys, and a key for each part: leading axis [n]."""
+    count = task.config.microbatches
+    whole = {**batch, "keys": row_keys(batch, key)}
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+    return jax.tree.map(lambda x: _split(x, count), whole), keys
+
+
+def _split(x: jax.Array, count: int) -> jax.Array:
+    """`[B, ...]` to `[count, B / count, ...]`: every count-th row, so that no row changes its device."""
+    x = jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
+    return constrain(x, (None, "batch", *(None,) * (x.ndim - 2)))
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """The inverse of `_split`."""
+    x = jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+    return constrain(x, ("batch", *(None,) * (x.ndim - 1)))
+
+
+def _total(fun: Callable[..., Any], *stacked: Any) -> Any:
+    """The sum of `fun` over the leading axis, one after another."""
+    first = jax.tree.map(lambda x: x[0], stacked)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fun, *first))
+
+    def add(total: Any, each: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, fun(*each)), None
+
+    return jax.lax.scan(add, zeros, stacked)[0]
+
+
+def _refuse_buffers(buffers: Any, task: Task) -> None:
+    if buffers:
+        raise UserError(
+            f"tasks.{task.name}.microbatches: its loss changes buffers ({', '.join(buffers)}), which "
+            "need the whole batch. Leave microbatches out."
+        )

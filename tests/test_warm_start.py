@@ -1,0 +1,247 @@
+"""Parameters to begin with: what matches, what is adapted, what is refused, and that it happens once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toyrun
+from etils import epath
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.nn import initializers
+from toyrun import parts, run
+
+from mmjax import checkpoint
+from mmjax.errors import UserError
+from mmjax.parameters import Spec, Stack
+from mmjax.resume import begin
+from mmjax.state import EMA
+from mmjax.warm_start import NameConfig, WarmStartConfig, resample, warm_start
+
+Values = dict[str, np.ndarray]
+LAYERS = Stack(first=0, stride=1, repeat=2, prefix="trunk/layers", inner="query")
+
+
+def spec(name: str, shape: tuple[int, ...], axes: Any, stack: Stack | None = None) -> Spec:
+    return Spec(name, shape, axes, initializers.zeros, False, True, stack)
+
+
+SPECS = {
+    s.name: s
+    for s in (
+        spec("trunk/groups/0/query", (2, 4, 2, 3), ("layers", "embed", "heads", None), LAYERS),
+        spec("stems/image/table", (6, 4), ("positions", "embed")),
+        spec("stems/image/kernel", (5, 4), (None, "embed")),
+        spec("heads/one/out", (4, 3), ("embed", None)),
+    )
+}
+NAMES = ["trunk/layers/000/query", "trunk/layers/001/query", *list(SPECS)[1:]]
+SHAPES = [(4, 2, 3), (4, 2, 3), (6, 4), (5, 4), (4, 3)]
+
+
+def whole() -> Values:
+    rng = np.random.default_rng(0)
+    return {n: rng.normal(size=s).astype(np.float32) for n, s in zip(NAMES, SHAPES, strict=True)}
+
+
+def npz(folder: Path, values: Values) -> str:
+    np.savez(folder / "weights.npz", **values)
+    return str(folder / "weights.npz")
+
+
+def safetensors(folder: Path, values: Values) -> str:
+    """Written by the format's own words: length, header, bytes."""
+    names = {"float32": "F32", "bfloat16": "BF16", "float64": "F64"}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    body = b""
+    for name, value in values.items():
+        raw = value.tobytes()
+        offsets = [len(body), len(body) + len(raw)]
+        header[name] = {
+            "dtype": names[value.dtype.name], "shape": list(value.shape), "data_offsets": offsets
+        }  # fmt: skip
+        body += raw
+    text = json.dumps(header).encode()
+    path = folder / "weights.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+    return str(path)
+
+
+def start(path: str, **settings: Any) -> tuple[Values, str]:
+    said: list[str] = []
+    return warm_start(WarmStartConfig(path, **settings), SPECS, said.append), "\n".join(said)
+
+
+def test_without_a_path_nothing_is_read_or_said() -> None:
+    assert start("") == ({}, "")
+
+
+@pytest.mark.parametrize("write", [npz, safetensors])
+def test_a_file_of_arrays(tmp_path: Path, write: Any) -> None:
+    values = whole()
+    found, said = start(write(tmp_path, values))
+    assert found.keys() == values.keys()
+    assert all(np.array_equal(found[n], values[n]) for n in values)
+    assert said.startswith("Begins with 5 of 5 parameters from ") and "random" not in said
+
+
+def test_bfloat16_is_read(tmp_path: Path) -> None:
+    values = {n: v.astype(jnp.bfloat16) for n, v in whole().items()}
+    found, _ = start(safetensors(tmp_path, values))
+    assert found[NAMES[0]].dtype == jnp.bfloat16
+    assert all(np.array_equal(found[n], values[n]) for n in values)
+
+
+def test_names_by_pattern_and_matrices_the_other_way_round(tmp_path: Path) -> None:
+    values = whole()
+    theirs = {
+        "blocks.0.q": values[NAMES[0]].reshape(4, 6).T,
+        "blocks.1.q": values[NAMES[1]].reshape(4, 6).T,
+        "patch": values["stems/image/kernel"],
+        "classifier": np.zeros((9, 9), np.float32),
+    }
+    names = (
+        NameConfig(r"trunk/layers/00(\d)/query", r"blocks.\1.q", transpose=True),
+        NameConfig("stems/image/kernel", "patch"),
+        NameConfig("stems/.*", "lost"),  # the first that matches counts
+    )
+    found, said = start(npz(tmp_path, theirs), names=names)
+    assert found.keys() == {NAMES[0], NAMES[1], "stems/image/kernel"}
+    assert all(np.array_equal(found[n], values[n]) for n in found)
+    assert f"adapted (2): {NAMES[0]} [4, 6] -> [4, 2, 3]" in said
+    assert "at random (2): stems/image/table, heads/one/out" in said
+    assert "not used of it (1): classifier" in said
+
+
+def test_a_head_of_another_shape_begins_at_random_and_a_stem_is_refused(tmp_path: Path) -> None:
+    values = {**whole(), "heads/one/out": np.zeros((4, 7), np.float32)}
+    found, said = start(npz(tmp_path, values))
+    assert "heads/one/out" not in found and len(found) == 4
+    assert "at random (1): heads/one/out (there [4, 7])" in said
+    values["stems/image/kernel"] = np.zeros((8, 4), np.float32)
+    with pytest.raises(UserError, match=r"stems/image/kernel: expected \[5, 4\], found \[8, 4\]"):
+        start(npz(tmp_path, values))
+    found, _ = start(npz(tmp_path, values), skip=("stems/image/kernel",))
+    assert "stems/image/kernel" not in found and len(found) == 3
+
+
+def test_position_tables_are_resampled(tmp_path: Path) -> None:
+    values = {**whole(), "stems/image/table": np.arange(12, dtype=np.float32).reshape(3, 4)}
+    found, said = start(npz(tmp_path, values))
+    expected = [0, 2, 4, 6, 8, 8]  # the first column: 0, 4, 8, and half way between
+    assert found["stems/image/table"][:, 0].tolist() == expected
+    assert "stems/image/table [3, 4] -> [6, 4]" in said
+
+
+@given(old=st.integers(1, 40), factor=st.integers(1, 5))
+def test_what_stands_in_both_tables_stays(old: int, factor: int) -> None:
+    table = np.random.default_rng(old).normal(size=(old, 3)).astype(np.float32)
+    fine = resample(table, old * factor)
+    assert np.array_equal(fine[::factor], table)
+    assert np.array_equal(resample(fine, old), table)
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+def test_what_is_not_there_or_no_arrays_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no"):
+        start(str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        start(str(tmp_path))
+    (tmp_path / "model.pt").write_bytes(b"x")
+    with pytest.raises(UserError, match="may hold code"):
+        start(str(tmp_path / "model.pt"))
+
+
+def test_a_pickle_in_a_file_is_not_run(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "sprung",))
+
+    np.savez(tmp_path / "trap.npz", **{NAMES[0]: np.array([Trap()], dtype=object)})
+    with pytest.raises(UserError, match="cannot be read"):
+        start(str(tmp_path / "trap.npz"))
+    assert not (tmp_path / "sprung").exists()
+    np.load(tmp_path / "trap.npz", allow_pickle=True)[NAMES[0]]  # the control
+    assert (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("size", [3, 20, -5])
+def test_a_torn_file_is_refused(tmp_path: Path, size: int) -> None:
+    path = Path(safetensors(tmp_path, whole()))
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(UserError, match=r"weights.safetensors' cannot be read"):
+        start(str(path))
+
+
+def test_a_file_of_other_names_is_refused(tmp_path: Path) -> None:
+    path = npz(tmp_path, {"w": np.zeros(3, np.float32)})
+    with pytest.raises(UserError, match=r"none of the 5 parameters is in .* which holds w\."):
+        start(path)
+
+
+def test_a_pattern_that_matches_nothing_here_is_refused(tmp_path: Path) -> None:
+    path = npz(tmp_path, whole())
+    with pytest.raises(UserError, match=r"init_from\.skip\[0\].*The nearest: .*stems/image/kernel"):
+        start(path, skip=("stems/image/kernl",))
+    with pytest.raises(UserError, match=r"init_from\.names\[0\]\.match"):
+        start(path, names=(NameConfig("stem/.*", "x"),))
+
+
+# --- runs --------------------------------------------------------------------------------------
+
+
+def test_a_run_begins_where_another_ended_and_never_looks_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "first", "steps=2", "optimizer.ema=0.5", "evaluation.every=0")
+    first = toyrun.parameters(tmp_path / "first")
+    warm = [
+        f"init_from.path={tmp_path / 'first'}", "init_from.skip=['heads/two/.*']", "seed=1",
+        "optimizer.ema=0.9", "evaluation.every=0",
+    ]  # fmt: skip
+    toy = parts(*warm)
+    session = begin(toy.experiment, epath.Path(_folder(tmp_path / "look")), toy.mesh, False, print)
+    held = session.canonical(session.state())
+    for name, value in first.items():
+        if name.startswith("heads/two/out/kernel"):
+            assert not np.array_equal(held["parameters"][name], value)
+        elif not name.startswith("heads/two"):
+            assert np.array_equal(held["parameters"][name], value)
+            assert np.array_equal(held["buffers"][EMA + name], value)
+            assert not np.any(held["optimizer"][name]["mu"])
+    assert "Begins with" in capsys.readouterr().out
+    # Straight, and stopped after it has begun, with nothing there to look at any more.
+    run(tmp_path / "straight", *warm, "steps=4")
+    run(tmp_path / "halved", *warm, "steps=2")
+    shutil.rmtree(tmp_path / "first")
+    capsys.readouterr()
+    run(tmp_path / "halved", *warm, "steps=4")
+    assert "Begins with" not in capsys.readouterr().out
+    assert toyrun.bits(tmp_path / "halved") == toyrun.bits(tmp_path / "straight")
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def test_averages_to_begin_with(tmp_path: Path) -> None:
+    run(tmp_path, "steps=2", "optimizer.ema=0.9", "evaluation.every=0")
+    toy = parts()
+    specs = toy.experiment.declaration.specs
+    found = warm_start(WarmStartConfig(str(tmp_path), average=True), specs, print)
+    shapes = checkpoint.read_shapes(epath.Path(tmp_path), 2)
+    assert found.keys() == shapes["parameters"].keys()
+    last = toyrun.parameters(tmp_path)
+    assert any(not np.array_equal(found[n], last[n]) for n in found)
+    with pytest.raises(UserError, match="none of the"):
+        warm_start(WarmStartConfig(str(tmp_path)), SPECS, print)
