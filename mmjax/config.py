@@ -34,7 +34,7 @@ KEY_CLASSES: tuple[tuple[str, str], ...] = (
         r"model\.remat$|tasks\.\w+\.(evaluators|microbatches)(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$",
         "free",
     ),
-    (r"schedule(\.|$)|optimizer\.(?!(name|moments_dtype|factored)$)", "schedule"),
+    (r"schedule(\.|$)|optimizer\.(?!(name|moments_dtype|factored|accumulate)$)", "schedule"),
     (r"tasks\.\w+\.(share|batch|inputs|objective|view)(\.|$)", "schedule"),
     (r"", "structural"),
 )

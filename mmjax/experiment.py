@@ -157,7 +157,7 @@ class Experiment:
     def check(self) -> None:
         """Raise what is wrong with the config as a whole: now, and not when the run begins."""
         self._check_schedule()
-        self._kinds()
+        self._check_accumulation(self._kinds())
         apply_rules(self.run.optimizer.rules, self.declaration.specs)
 
     def _check_schedule(self) -> None:
@@ -170,6 +170,15 @@ class Experiment:
             raise UserError(
                 f"config.schedule.measure is {config.measure}, but no stretch has the rule '{BUDGET}'. "
                 "Set schedule.rule, or leave measure at 0."
+            )
+
+    def _check_accumulation(self, kinds: Mapping[str, str]) -> None:
+        every = self.run.optimizer.accumulate
+        own = [task for task, kind in kinds.items() if kind != SHARED]
+        if every > 1 and own:
+            raise UserError(
+                f"optimizer.accumulate is {every}, which makes one update of several tasks' steps; task "
+                f"'{own[0]}' has the view '{kinds[own[0]]}'. Set its view to '{SHARED}', or accumulate to 1."
             )
 
     def _reach(self, task: Task) -> Reach:
@@ -300,8 +309,8 @@ def make_experiment(block: Mapping[str, Any], folder: str = "") -> Experiment:
 
 # The least value of numbers without which nothing could run, or nothing would end.
 _LEAST = {
-    "steps": 1, "model.width": 1, "evaluation.every": 0, "evaluation.batch": 1, "checkpoint.every": 0,
-    "checkpoint.keep": 1, "checkpoint.keep_every": 0, "checkpoint.keep_minutes": 0, "checkpoint.keep_best": 0,
+    "steps": 1, "model.width": 1, "optimizer.accumulate": 1, "evaluation.every": 0, "evaluation.batch": 1,
+    "checkpoint.every": 0, "checkpoint.keep": 1, "checkpoint.keep_every": 0, "checkpoint.keep_minutes": 0, "checkpoint.keep_best": 0,
     "limits.stuck": 0, "limits.divergence": 0, "limits.divergence_visits": 1, "log.every": 1, "schedule.measure": 0,
     "loader.threads": 0, "loader.ahead": 0, "loader.cache_mib": 0,
 }  # fmt: skip

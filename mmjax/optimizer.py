@@ -47,6 +47,9 @@ class OptimizerConfig:
       rules: by parameter path.
       ema: decay of an exponential moving average of the parameters, kept in buffers and used by
         evaluation; 0 for none.
+      accumulate: steps whose gradients make one update, of their mean, whatever their tasks. At the
+        length of the schedule's period this is the gradient of the tasks' losses summed by their
+        shares, the baseline of AGD; every view must be `shared` then.
     """
 
     name: str = "adamw"
@@ -66,6 +69,7 @@ class OptimizerConfig:
     view: str = SHARED
     rules: tuple[RuleConfig, ...] = ()
     ema: float = 0.0
+    accumulate: int = 1
 
 
 # The tick of a step that each unit counts by. Examples come as parts of the run's, since there may be
@@ -120,6 +124,11 @@ class Optimizer:
             if view.kind == OWN_MOMENTS
             for n in sorted(view.moves)
         }
+
+    @property
+    def accumulates(self) -> frozenset[str]:
+        """The parameters whose gradients are summed over several steps, if any are."""
+        return self._common if self.config.accumulate > 1 else frozenset()
 
     def axes(self, name: str) -> dict[str, Axes]:
         """Logical axes of the state of a leaf, by field."""

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -27,7 +28,7 @@ from mmjax.optimizer import UNITS, Optimizer
 from mmjax.parameters import Arrays, Declaration
 from mmjax.reach import Reach, reach
 from mmjax.sharding import batch_sharding, replicated
-from mmjax.state import EMA, State, shardings
+from mmjax.state import EMA, SUM, State, shardings
 from mmjax.task import RowSpec, Task
 from mmjax.views import OWN_MOMENTS, View, own_name, split_name
 
@@ -126,11 +127,16 @@ def train_function(
 
         key = jax.random.fold_in(task.fold(seed), ticks["visit"])
         loss, grads = loss_and_gradient(task, model_of, moved, batch, key)
-        after, told = _updated(state, grads, optimizer, task.name, ticks)
+        if optimizer.accumulates:
+            after, told = _accumulated(state, loss, grads, optimizer, task.name, ticks)
+            without = after  # of the loss's proposals; a bad gradient is not in the sums
+        else:
+            after, told = _updated(state, grads, optimizer, task.name, ticks)
+            without = state
         after = replace(after, buffers={**after.buffers, **loss.buffers})
         # A non-finite loss or gradient leaves everything as it was; the host counts it.
         finite = jnp.isfinite(loss.value) & jnp.isfinite(told["grad_norm"])
-        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, without)
         metrics = {"loss": loss.value, **told, **loss.metrics, "finite": finite}
         return after, {
             name: jnp.asarray(m, jnp.promote_types(m.dtype, jnp.float32))
@@ -165,6 +171,31 @@ def _updated(
     if optimizer.config.ema:
         buffers = _averaged(buffers, updated.parameters, grads, optimizer.config.ema)
     return replace(after, parameters=updated.parameters, buffers=buffers), updated.metrics
+
+
+def _accumulated(
+    state: State, loss: Loss, grads: Arrays, optimizer: Optimizer, task: str, ticks: Ticks
+) -> tuple[State, Metrics]:
+    """The gradient added to the sums; in the last step of a round, an update with their mean.
+
+    A non-finite loss or gradient is left out of its round.
+    """
+    every, norm = optimizer.config.accumulate, optax.tree.norm(grads)
+    finite = jnp.isfinite(loss.value) & jnp.isfinite(norm)
+    sums = {n: state.buffers[SUM + n] + jnp.where(finite, g, 0) for n, g in grads.items()}
+    sums = {n: state.buffers[SUM + n] for n in optimizer.accumulates} | sums
+
+    def holding(after: State, sums: Arrays) -> State:
+        return replace(after, buffers={**after.buffers, **{SUM + n: s for n, s in sums.items()}})
+
+    def update() -> State:
+        means = {n: s / every for n, s in sums.items()}
+        after, _ = _updated(state, means, optimizer, task, ticks)
+        return holding(after, jax.tree.map(jnp.zeros_like, sums))
+
+    is_last = (ticks["step"] + 1) % every == 0
+    after: State = jax.lax.cond(is_last, update, lambda: holding(state, sums))
+    return after, {"grad_norm": norm, "learning_rate": optimizer.rate(task, ticks)}
 
 
 def _averaged(buffers: Arrays, parameters: Arrays, moved: Iterable[str], decay: float) -> Arrays:

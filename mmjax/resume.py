@@ -35,6 +35,7 @@ from mmjax.state import (
     State,
     compute_dtype,
     init_state,
+    parameter_of,
     shardings,
     state_from_canonical,
     state_to_canonical,
@@ -402,7 +403,7 @@ def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]
 
 def _is_new_head(name: str, meta: dict[str, Any]) -> bool:
     old = {(t["objective"].get("head") or n) for n, t in meta["config"]["tasks"].items()}
-    parts = name.removeprefix(EMA).split("/")
+    parts = parameter_of(name).split("/")
     return parts[0] == "heads" and parts[1] not in old
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from mmjax.transforms import Axes, LeafState
 from mmjax.views import own_name, split_name
 
 EMA = "ema/"
+SUM = "sum/"
 
 
 @struct.dataclass
@@ -30,7 +31,8 @@ class State:
     Attributes:
       parameters: by name.
       optimizer: parameter name -> its leaf state by field, of what tasks have in common.
-      buffers: what changes without a gradient, by name; `ema/NAME` averages parameter NAME.
+      buffers: what changes without an update, by name: `ema/NAME` averages parameter NAME, `sum/NAME`
+        adds up its gradients where several steps make one update.
       moments: as `optimizer`, of tasks that have their own: `TASK:NAME` -> leaf state.
     """
 
@@ -112,13 +114,14 @@ def init_state(
         flat = {**to_canonical(declaration.specs, parameters), **cast}
         parameters = from_canonical(declaration.specs, flat)
     buffers = {EMA + n: p for n, p in parameters.items()} if optimizer.config.ema else {}
+    buffers |= {SUM + n: jnp.zeros_like(parameters[n]) for n in sorted(optimizer.accumulates)}
     return State(parameters, optimizer.init(parameters), buffers, optimizer.init_own(parameters))
 
 
 def abstract_state(declaration: Declaration, optimizer: Optimizer, dtype: Any, mesh: Mesh) -> State:
     """Shapes, dtypes and shardings of the state on `mesh`.
 
-    Averages lie like their parameter, and optimizer state by the axes that it shares with it.
+    Averages and sums lie like their parameter, and optimizer state by the axes that it shares with it.
     """
     shapes = jax.eval_shape(lambda: init_state(declaration, optimizer, 0, dtype))
 
@@ -134,9 +137,14 @@ def abstract_state(declaration: Declaration, optimizer: Optimizer, dtype: Any, m
     return State(
         {n: place(p, specs[n].axes) for n, p in shapes.parameters.items()},
         {n: place_state(n, leaf) for n, leaf in shapes.optimizer.items()},
-        {n: place(b, specs[n.removeprefix(EMA)].axes) for n, b in shapes.buffers.items()},
+        {n: place(b, specs[parameter_of(n)].axes) for n, b in shapes.buffers.items()},
         {n: place_state(split_name(n)[1], leaf) for n, leaf in shapes.moments.items()},
     )
+
+
+def parameter_of(buffer: str) -> str:
+    """The parameter that a buffer belongs to, by its name or canonical name."""
+    return buffer.removeprefix(EMA).removeprefix(SUM)
 
 
 def shardings(abstract: Any) -> Any:
@@ -151,30 +159,39 @@ def state_to_canonical(specs: Mapping[str, Spec], state: State) -> dict[str, Any
 
     Beside them `"moments": {TASK:name: {field: array}}`.
     """
-    averages = {n.removeprefix(EMA): b for n, b in state.buffers.items()}
     moments: dict[str, Any] = {}
     for task, own in _by_task(state.moments).items():
         moments |= {own_name(task, n): leaf for n, leaf in to_canonical(specs, own).items()}
     return {
         "parameters": to_canonical(specs, state.parameters),
         "optimizer": to_canonical(specs, state.optimizer),
-        "buffers": {EMA + n: b for n, b in to_canonical(specs, averages).items()},
+        "buffers": _by_prefix(state.buffers, lambda part: to_canonical(specs, part)),
         "moments": moments,
     }
 
 
 def state_from_canonical(specs: Mapping[str, Spec], tree: Mapping[str, Any]) -> State:
     """The inverse of `state_to_canonical`."""
-    averages = {n.removeprefix(EMA): b for n, b in tree["buffers"].items()}
     moments: dict[str, Any] = {}
     for task, own in _by_task(tree["moments"]).items():
         moments |= {own_name(task, n): leaf for n, leaf in _held(specs, own).items()}
     return State(
         from_canonical(specs, tree["parameters"]),
         _held(specs, tree["optimizer"]),
-        {EMA + n: b for n, b in _held(specs, averages).items()},
+        _by_prefix(tree["buffers"], lambda part: _held(specs, part)),
         moments,
     )
+
+
+def _by_prefix(
+    buffers: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """`buffers` with `change` made to those of each prefix, which stand without it meanwhile."""
+    changed: dict[str, Any] = {}
+    for prefix in (EMA, SUM):
+        part = {n.removeprefix(prefix): b for n, b in buffers.items() if n.startswith(prefix)}
+        changed |= {prefix + n: b for n, b in change(part).items()}
+    return changed
 
 
 def _by_task(moments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
