@@ -310,9 +310,9 @@ def make_experiment(block: Mapping[str, Any], folder: str = "") -> Experiment:
 # The least value of numbers without which nothing could run, or nothing would end.
 _LEAST = {
     "steps": 1, "model.width": 1, "optimizer.accumulate": 1, "evaluation.every": 0, "evaluation.batch": 1,
-    "checkpoint.every": 0, "checkpoint.keep": 1, "checkpoint.keep_every": 0, "checkpoint.keep_minutes": 0, "checkpoint.keep_best": 0,
-    "limits.stuck": 0, "limits.divergence": 0, "limits.divergence_visits": 1, "log.every": 1, "schedule.measure": 0,
-    "loader.threads": 0, "loader.ahead": 0, "loader.cache_mib": 0,
+    "checkpoint.every": 0, "checkpoint.keep": 1, "checkpoint.keep_every": 0, "checkpoint.keep_minutes": 0,
+    "checkpoint.keep_best": 0, "limits.stuck": 0, "limits.divergence": 0, "limits.divergence_visits": 1, "log.every": 1,
+    "schedule.measure": 0, "loader.threads": 0, "loader.ahead": 0, "loader.cache_mib": 0,
 }  # fmt: skip
 
 
