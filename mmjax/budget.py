@@ -62,7 +62,14 @@ class Budget:
         weights = {**dict.fromkeys(wanted, 0), **dict(zip(running, shares.tolist(), strict=True))}
         if _is_near(clock.schedule.segment(clock.step).weights, weights):
             return clock
-        schedule = clock.schedule.replace(clock.step, weights, rule="shares", now=clock.step)
+        schedule = clock.schedule.append(clock.step, weights, rule="shares", now=clock.step)
+        # Later phases stay. A quarantine that was to begin after this step has begun with it.
+        phases = {stretch.start for stretch in self._planned}
+        for later in clock.schedule.segments:
+            if later.start > clock.step and later.start in phases:
+                schedule = schedule.append(
+                    later.start, later.weights, rule=later.rule, seed=later.seed, now=clock.step
+                )
         return replace(clock, schedule=schedule)
 
     def _stretch(self, step: int) -> Stretch:
@@ -72,13 +79,15 @@ class Budget:
         """What is written for this step and config; else measured, and written."""
         key = _fingerprint(self._experiment.block)
         for line in _read(self._path):
-            if (line["start"], line["config"]) == (step, key):
+            if (line["start"], line["config"], line["wanted"]) == (step, key, dict(wanted)):
                 return dict(line["weights"])
         lines = metrics.read(self._path.parent)
         known = measured(line for line in lines if line["step"] < step)
         seconds = pace(self._experiment.flops, known, 1.0).seconds
         weights = budget_weights(seconds, wanted)
-        record = {"start": step, "config": key, "weights": weights, "seconds": seconds}
+        record = {
+            "start": step, "config": key, "wanted": dict(wanted), "weights": weights, "seconds": seconds,
+        }  # fmt: skip
         file = LineFile(self._path)
         try:
             file.append(json.dumps(record) + "\n")

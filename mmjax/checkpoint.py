@@ -173,10 +173,6 @@ class Checkpoints:
         """What an evaluation after `step` steps found, for `config.checkpoint.best`."""
         self._retention.evaluated(step, records)
 
-    def check(self) -> None:
-        """Raise what went wrong in a save in the background."""
-        self._manager.check_for_errors()
-
     def wait(self) -> None:
         self._manager.wait_until_finished()
         self._manager.check_for_errors()

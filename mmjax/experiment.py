@@ -201,7 +201,7 @@ class Experiment:
         """What the learning rate asks of the clock besides step and visit, as ticks of a program."""
         if self.run.optimizer.unit != "examples":
             return {}
-        return {"part": sum(positions.values()) * PARTS // self._examples}
+        return {"part": min(sum(positions.values()) * PARTS // self._examples, PARTS)}
 
     def stretches(self) -> list[Stretch]:
         """The schedule as the config describes it."""
@@ -311,8 +311,9 @@ def make_experiment(block: Mapping[str, Any], folder: str = "") -> Experiment:
 _LEAST = {
     "steps": 1, "model.width": 1, "optimizer.accumulate": 1, "evaluation.every": 0, "evaluation.batch": 1,
     "checkpoint.every": 0, "checkpoint.keep": 1, "checkpoint.keep_every": 0, "checkpoint.keep_minutes": 0,
-    "checkpoint.keep_best": 0, "limits.stuck": 0, "limits.divergence": 0, "limits.divergence_visits": 1, "log.every": 1,
-    "schedule.measure": 0, "loader.threads": 0, "loader.ahead": 0, "loader.cache_mib": 0,
+    "checkpoint.keep_best": 0, "limits.non_finite": 1, "limits.stuck": 0, "limits.divergence": 0,
+    "limits.divergence_visits": 1, "log.every": 1, "schedule.measure": 0, "loader.threads": 0,
+    "loader.ahead": 0, "loader.cache_mib": 0,
 }  # fmt: skip
 
 

@@ -162,7 +162,8 @@ class Loop:
         return Checkpoints(self._session.workdir, self._run.checkpoint, is_well)
 
     def _plan(self) -> None:
-        left = self._clock.schedule.between(self._clock.step, self._run.steps)
+        step = self._clock.step
+        left = self._clock.schedule.between(step, max(step, self._run.steps))
         self._progress.plan({name: left.get(name, 0) for name in self._experiment.tasks})
 
     @contextmanager
@@ -249,7 +250,8 @@ class Loop:
             self._settle()
         if last or self._is_due(self._run.checkpoint.every):
             self._save(state)
-        if not last and self._is_due(self._run.evaluation.every):
+        # A run that is to stop leaves the evaluation to its restart.
+        if not last and not self._stopping and self._is_due(self._run.evaluation.every):
             self._evaluate(state)
 
     def _is_due(self, every: int) -> bool:

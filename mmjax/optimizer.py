@@ -42,7 +42,8 @@ class OptimizerConfig:
       weight_decay: decoupled, times the learning rate; on matrices only, unless a rule says otherwise.
       clip: bound of the norm of the gradient of all that a step moves; 0 for none.
       unit: what `warmup` and the decay count: `steps` of the run, `examples` of all tasks, or `visits`
-        (each task its own: its rate falls to `final` by its last visit).
+        (each task its own: its rate falls to `final` by its last visit in the config's schedule, also
+        where measured times or a quarantine give it more).
       view: of tasks that name none (see `mmjax.views.View`).
       rules: by parameter path.
       ema: decay of an exponential moving average of the parameters, kept in buffers and used by
@@ -139,7 +140,9 @@ class Optimizer:
         """The learning rate of a task's step, from integers alone."""
         config, length = self.config, self._length(task)
         if config.unit == "examples":
-            config, length = replace(config, warmup=config.warmup * PARTS // length), PARTS
+            # No warm-up is longer than the run.
+            config = replace(config, warmup=min(config.warmup * PARTS // length, PARTS))
+            length = PARTS
         return jnp.asarray(learning_rate(config, length)(ticks[UNITS[config.unit]]))
 
     def update(

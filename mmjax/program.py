@@ -116,7 +116,7 @@ def loss_function(
 def train_function(
     task: Task, declaration: Declaration, optimizer: Optimizer, compute: Any, seed: int
 ) -> Callable[[State, Any, Ticks], tuple[State, Metrics]]:
-    """`(state, batch, {step, visit}) -> (state, metrics)`: loss, gradient, update."""
+    """`(state, batch, {step, visit, perhaps part}) -> (state, metrics)`: loss, gradient, update."""
     view = optimizer.views[task.name]
 
     def step(state: State, batch: Any, ticks: Ticks) -> tuple[State, Metrics]:

@@ -70,6 +70,11 @@ class Session:
     def is_done(self) -> bool:
         return self.clock.step >= self.experiment.run.steps and (self.workdir / RESULTS).exists()
 
+    def drop_results(self) -> None:
+        """Remove results of an earlier end of the run: they are not those of the steps to come."""
+        if processes.is_first():
+            (self.workdir / RESULTS).unlink(missing_ok=True)
+
     @property
     def was_evaluated(self) -> bool:
         """Whether the run that this one goes on from evaluated at its last step, perhaps not to the end."""
@@ -107,9 +112,12 @@ class Session:
 
         def joined(held: Any) -> State:
             tree = state_to_canonical(specs, fresh())
-            return state_from_canonical(
-                specs, {part: {**tree[part], **held[part]} for part in tree}
-            )
+            whole = {part: {**tree[part], **held.get(part, {})} for part in tree}
+            # An average that is new begins at what it averages.
+            for name in whole["buffers"].keys() - held.get("buffers", {}).keys():
+                if name.startswith(EMA):
+                    whole["buffers"][name] = whole["parameters"][name.removeprefix(EMA)]
+            return state_from_canonical(specs, whole)
 
         return jax.jit(joined, out_shardings=shardings(abstract))(held)
 
@@ -236,7 +244,6 @@ def reopen(
 def roll_back(
     session: Session,
     diverged: Diverged,
-    allow_change: bool,
     say: Callable[[str], None],
     phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> Session:
@@ -257,7 +264,8 @@ def roll_back(
         if processes.is_first():
             checkpoint.set_aside(workdir, step, "diverged")
     processes.wait_for_all()
-    again = begin(experiment, workdir, session.mesh, allow_change, say, phase)
+    # The config was accepted when the run began, also against an older checkpoint's.
+    again = begin(experiment, workdir, session.mesh, True, say, phase)
     now = again.clock.step
     tasks = {
         **dict.fromkeys((*diverged.quarantined, diverged.task), now),
@@ -390,13 +398,15 @@ def _missing(expected: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
 def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]:
     """Whether a name may lack in a checkpoint.
 
-    It is of the head of a task that has been added since, or the config has changed in what tasks
-    move, and so in what has optimizer state (`_check_parameters` then looks for the parameters).
+    It is of the head of a task that has been added since, or an average that the run did not keep, or
+    the config has changed in what tasks move, and so in what has optimizer state
+    (`_check_parameters` then looks for the parameters).
     """
 
     def test(name: str, meta: dict[str, Any]) -> bool:
         changed = _movers(meta["config"]) != _movers(experiment.block)
-        return changed or _is_new_head(name, meta)
+        is_new_average = name.startswith(EMA) and not meta["config"].get("optimizer", {}).get("ema")
+        return changed or is_new_average or _is_new_head(name, meta)
 
     return test
 
@@ -408,10 +418,13 @@ def _is_new_head(name: str, meta: dict[str, Any]) -> bool:
 
 
 def _movers(config: Mapping[str, Any]) -> Any:
-    """What decides which parameters have optimizer state: the rules, and the view of each task."""
+    """What decides which parameters have optimizer state: rules, views, and what the losses reach."""
     optimizer = config.get("optimizer", {})
-    views = {n: t.get("view") or optimizer.get("view") for n, t in config["tasks"].items()}
-    return optimizer.get("rules"), views
+    tasks = {
+        name: (task.get("view") or optimizer.get("view"), task["objective"], task["inputs"])
+        for name, task in config["tasks"].items()
+    }
+    return optimizer.get("rules"), tasks
 
 
 def _check_parameters(experiment: Experiment, restored: Restored) -> None:

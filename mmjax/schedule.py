@@ -299,6 +299,17 @@ class Schedule:
         before, after = self.visits(start), self.visits(stop)
         return {task: after[task] - before[task] for task in self.tasks}
 
+    def running(self, start: int, stop: int) -> set[str]:
+        """The tasks with a weight above zero in any segment that has steps in [start, stop)."""
+        ends = [segment.start for segment in self.segments[1:]] + [stop]
+        return {
+            task
+            for segment, end in zip(self.segments, ends, strict=True)
+            if segment.start < stop and end > start
+            for task, weight in segment.weights.items()
+            if weight
+        }
+
     def shares(self, start: int, stop: int) -> dict[str, float]:
         """The realised share of steps [start, stop) of each task; they sum to 1."""
         if stop <= start:

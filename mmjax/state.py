@@ -104,7 +104,7 @@ def init_state(
     dtype: Any,
     given: Mapping[str, Any] | None = None,
 ) -> State:
-    """The state at step 0. Meant to be jitted with `state_shardings` as its output's shardings.
+    """The state at step 0. Meant to be jitted, with the `shardings` of `abstract_state` as its output's.
 
     `given` are parameters to begin with, by canonical name; the others begin at random.
     """

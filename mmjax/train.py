@@ -69,32 +69,38 @@ def train(block: Block, workdir: epath.PathLike, allow_change: bool = False,
         if session.is_done:
             records = json.loads((workdir / RESULTS).read_text())
             print(f"Done: {workdir} holds all {experiment.run.steps} steps and their results.")
-            results_table(records)
             return list(records)
         evaluation = Evaluation(experiment, mesh)
+        session.drop_results()
         with phases.phase("compile"):
-            programs = _compile(session)
+            programs = _compile(session, {})
         processes.wait_for_all()  # the first collective waits for half a minute only
-        return _run(session, programs, evaluation, phases, allow_change)
+        return _run(session, programs, evaluation, phases)
 
 
-def _compile(session: Session) -> dict[str, Program]:
-    """All programs that the rest of the run needs, with their table."""
+def _compile(session: Session, there: Mapping[str, Program]) -> dict[str, Program]:
+    """All programs that the rest of the run needs, those that are `there` already among them."""
     experiment, mesh = session.experiment, session.mesh
     requests = _coming(session) | experiment.eval_requests(mesh)
-    programs = compile_all(requests, mesh, experiment.run.limits)
+    missing = {name: request for name, request in requests.items() if name not in there}
+    programs = {**there, **compile_all(missing, mesh, experiment.run.limits)}
     session.prepare()
-    program_table([p.report for p in programs.values()])
+    if missing:
+        program_table([programs[name].report for name in missing])
     if experiment.run.profile.dumps and processes.is_first():
         dump(programs, session.workdir)
     return programs
 
 
 def _coming(session: Session) -> dict[str, Request]:
-    """Training programs of the tasks that run from here on, in this phase or a later one."""
-    visits = session.clock.schedule.between(session.clock.step, session.experiment.run.steps)
+    """Training programs of the tasks that may run from here on, in this phase or a later one.
+
+    Also of those whose few visits all lie behind: other tasks may be left out, or shares set anew.
+    """
+    step, stop = session.clock.step, session.experiment.run.steps
+    tasks = session.clock.schedule.running(step, stop) if step < stop else ()
     requests = session.experiment.train_requests(session.mesh)
-    return {task: request for task, request in requests.items() if visits.get(task)}
+    return {task: request for task, request in requests.items() if task in tasks}
 
 
 def _run(
@@ -102,7 +108,6 @@ def _run(
     programs: Mapping[str, Program],
     evaluation: Evaluation,
     phases: PhaseLog,
-    allow_change: bool,
 ) -> list[Record] | None:
     """The loop; a run that diverges goes back, and on without the task that did."""
     with Signals() as signals:
@@ -111,9 +116,14 @@ def _run(
                 with phases.phase("restore"):
                     state = session.state()
                 return Loop(session, programs, evaluation, phases, signals).run(state)
-            except Diverged as diverged:
-                phases.event("diverged", text=str(diverged))
-                session = roll_back(session, diverged, allow_change, print, phases.phase)
+            except Diverged as error:
+                # Its traceback holds the state, beside which another is about to be made.
+                diverged = error.with_traceback(None)
+                del state
+            phases.event("diverged", text=str(diverged))
+            session = roll_back(session, diverged, print, phases.phase)
+            with phases.phase("compile"):
+                programs = _compile(session, programs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,12 +28,10 @@ class View:
         of its task's loss reaches; the rest neither moves nor decays, and its count stands still.
         `own_moments`: as `own_clock`, with optimizer state of the task's own.
       moves: the parameters that its steps update; frozen ones are not among them.
-      conservative: those of `moves` whose gradient may be zero always (see `mmjax.reach.Reach`).
     """
 
     kind: str
     moves: frozenset[str]
-    conservative: frozenset[str] = frozenset()
 
 
 def check_kind(kind: str, where: str) -> str:
@@ -53,7 +51,7 @@ def make_view(kind: str, trained: frozenset[str], reach: Reach | None) -> View:
     """
     if reach is None:
         return View(kind, trained)
-    return View(kind, trained & reach.names, trained & reach.conservative)
+    return View(kind, trained & reach.names)
 
 
 def in_common(views: Mapping[str, View]) -> frozenset[str]:

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import struct
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -194,7 +195,7 @@ def read(config: WarmStartConfig) -> Values:
         )
     try:
         return readers[path.suffix](path)
-    except (ValueError, KeyError, struct.error, OSError) as error:
+    except (ValueError, KeyError, struct.error, OSError, zipfile.BadZipFile) as error:
         raise UserError(f"init_from.path '{config.path}' cannot be read: {error}") from error
 
 

@@ -6,10 +6,12 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import toyrun
+from etils import epath
 from harness import Aim, Harness, deterministic, finished_steps
 from toyrun import block, run
 
@@ -17,6 +19,8 @@ from mmjax import budget
 from mmjax.budget import FILE, Budget
 from mmjax.errors import UserError
 from mmjax.experiment import make_experiment
+from mmjax.health import quarantine
+from mmjax.resume import fresh_clock
 from mmjax.schedule import Schedule, budget_weights
 
 RULE = ("schedule.rule=budget", "schedule.measure=4", "checkpoint.every=3", "evaluation.every=0")
@@ -131,3 +135,31 @@ def test_what_a_person_gets_wrong() -> None:
         make_experiment(block("schedule.measure=-1"))
     with pytest.raises(UserError, match="schedule.measure is 5, but no stretch has the rule"):
         make_experiment(block("schedule.measure=5"))
+
+
+def test_a_quarantine_about_to_begin_begins_at_the_boundary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No segment with the shares of before comes after the new one."""
+    words = (*RULE, 'schedule.phases=({"start": 10, "weights": {"one": 1, "two": 5}},)', "steps=12")
+    made = make_experiment(block(*words, 'tasks.three={"source": {"name": "toy"}, '
+        '"inputs": {"toy": {}}, "batch": 8, "objective": {"name": "toy"}}'))  # fmt: skip
+    clock = replace(fresh_clock(made), step=4)
+    schedule = quarantine(clock.schedule, ["three"], 5, 4)
+    assert schedule is not None
+    clock = replace(clock, schedule=schedule, quarantined={"three": 5})
+    monkeypatch.setattr(budget, "measured", lambda lines: {"one": 1.0, "two": 7.0, "three": 1.0})
+    settled = Budget(made, epath.Path(tmp_path)).settle(clock).schedule.segments
+    assert [s.start for s in settled] == [0, 4, 10]
+    assert [s.weights.get("three", 0) for s in settled[1:]] == [0, 0]
+    assert settled[1].weights["one"] > settled[1].weights["two"]
+
+
+def test_a_decision_for_other_tasks_is_not_taken(tmp_path: Path, slow_two: None) -> None:
+    made = make_experiment(block(*RULE))
+    clock = replace(fresh_clock(made), step=4)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 0}) + "\n")
+    Budget(made, epath.Path(tmp_path)).settle(replace(clock, quarantined={"two": 2}))
+    after = Budget(made, epath.Path(tmp_path)).settle(clock).schedule.segments[-1].weights
+    assert after["two"] > 0
+    assert [d["wanted"]["two"] for d in decisions(tmp_path)] == [0, 1]

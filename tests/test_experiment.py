@@ -12,6 +12,7 @@ import pytest
 from mmjax import config as configs
 from mmjax.errors import UserError
 from mmjax.experiment import Experiment, make_experiment, pass_key, program_key
+from mmjax.optimizer import PARTS
 from mmjax.sharding import MeshConfig, make_mesh
 
 TINY = Path(__file__).resolve().parent / "configs" / "tiny.py"
@@ -34,6 +35,7 @@ def experiment(*overrides: str, **more: Any) -> Experiment:
         ("tasks.image_text.evaluators.groups.lable='x'", "evaluators.groups.lable'. Did you mean"),
         ("tasks.image_text.evaluators.groups.name='zero'", "no 'zero' in mmjax/evaluators"),
         ("steps=0", "config.steps is 0; it must be at least 1"),
+        ("limits.non_finite=0", "config.limits.non_finite is 0; it must be at least 1"),
         ("steps=-3", "config.steps is -3"),
         ("steps=1.5", "'config.steps' is 1.5; expected int"),
         ("model.width=0", "config.model.width is 0"),
@@ -133,3 +135,16 @@ def test_modalities_find_their_files_in_a_runs_assets(tmp_path):
     [path] = made.modalities["text"].files().values()
     assert str(path).startswith(str(tmp_path))
     assert made.tasks["image_text"].inputs["text"].modality is made.modalities["text"]
+
+
+def test_progress_by_examples_ends_where_the_run_would() -> None:
+    """More examples than planned (a task left out, a copy of a run with fewer tasks) leave the rate at its end."""
+    made = experiment("optimizer.unit=examples")
+    assert made.progress({"image_text": 0}) == {"part": 0}
+    assert made.progress({"image_text": 10**9}) == {"part": PARTS}
+
+
+def test_a_warm_up_longer_than_the_run_never_ends() -> None:
+    made = experiment("optimizer.unit=examples", "optimizer.warmup=100000", "steps=2")
+    rate = made.optimizer.rate("image_text", {"part": jax.numpy.int32(PARTS // 2)})
+    assert 0 < rate < made.run.optimizer.learning_rate

@@ -217,3 +217,35 @@ def test_killed_before_and_after_it_ends_in_the_same_bits(
         same(workdir, both)
         return
     pytest.fail("no kill fell where it was aimed")
+
+
+def test_a_task_without_visits_left_takes_over(tmp_path: Path) -> None:
+    """Its program is there, though nothing said at the start that it would run again."""
+    workdir, shares = tmp_path / "run", ("tasks.one.share=9", "tasks.two.share=1")
+    run(workdir, *shares, "steps=10")
+    assert tasks(workdir).count("two") == 1
+    run(workdir, *shares, *BROKEN, "steps=18", allow_change=True)
+    assert tasks(workdir)[10:].count("two") > 1
+    assert clock(workdir)["quarantined"].keys() == {"one"}
+
+
+def test_a_shorter_run_than_was_done_only_evaluates(tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    run(workdir, "steps=8")
+    (workdir / "results.json").unlink()
+    assert run(workdir, "steps=4")
+    assert (workdir / "results.json").exists() and finished_steps(workdir)[-1] == 8
+
+
+def test_results_of_an_earlier_end_do_not_stand_for_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workdir = tmp_path / "run"
+    run(workdir, "steps=4")
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "write_results", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        with pytest.raises(OSError, match="gone"):
+            run(workdir, "steps=8")
+    assert not (workdir / "results.json").exists()
+    whole = run(tmp_path / "whole", "steps=8")
+    assert run(workdir, "steps=8") == whole

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import toyrun
@@ -479,3 +480,19 @@ def test_a_checkpoint_names_everything_a_run_is(straight: Path) -> None:
     assert meta["environment"]["python"] == sys.version.split()[0]
     state = checkpoint.read_shapes(epath.Path(straight), 12)
     assert set(state) == {"parameters", "optimizer"}
+
+
+def test_averages_may_begin_later(tmp_path: Path) -> None:
+    """At the parameters as they stand, not at new random ones."""
+    workdir = tmp_path / "run"
+    run(workdir, "steps=4")
+    before = toyrun.parameters(workdir)
+    run(workdir, "steps=5", "optimizer.ema=0.5", allow_change=True)
+    after, folder = toyrun.parameters(workdir), epath.Path(workdir)
+    shapes = checkpoint.read_shapes(folder, 5)["buffers"]
+    abstract = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in shapes.items()}
+    averages = checkpoint.read_state(folder, 5, {"buffers": abstract})["buffers"]
+    assert {name.removeprefix("ema/") for name in averages} == set(after)
+    for name, value in after.items():
+        expected = (before[name] + value) / 2
+        np.testing.assert_allclose(averages[f"ema/{name}"], expected, rtol=1e-6)

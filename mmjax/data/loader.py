@@ -108,7 +108,7 @@ class _Steps:
         self._visits = clock.schedule.visits(clock.step)
 
     def __len__(self) -> int:
-        return self._stop - self._clock.step
+        return max(self._stop - self._clock.step, 0)
 
     def __getitem__(self, index: int) -> HostBatch:
         step = self._clock.step + int(index)

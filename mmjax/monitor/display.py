@@ -90,8 +90,6 @@ class Progress:
       tasks: their names, in the order to show them.
       stream: where to print; standard output if None.
       visits: steps each task has done before `start_step`; 0 where missing.
-      visits_left: steps each task has still to do. With it the time left is right for a schedule
-        that changes; without it, the shares seen so far are taken to go on.
       line_seconds: the longest time between two plain lines.
       console: takes the place of `stream`.
       clock: a monotonic clock in seconds.
@@ -105,14 +103,12 @@ class Progress:
         stream: TextIO | None = None,
         *,
         visits: Mapping[str, int] | None = None,
-        visits_left: Mapping[str, int] | None = None,
         line_seconds: float = 60.0,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total, self._done = total_steps, start_step
         self._tasks = {name: _Task((visits or {}).get(name, 0)) for name in tasks}
-        self.plan(visits_left or {})
         self._console = console or console_for(stream or sys.stdout)
         self._is_live = self._console.is_terminal and not self._console.is_dumb_terminal
         self._live: Live | None = None

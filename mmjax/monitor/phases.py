@@ -14,7 +14,7 @@ line is with the operating system before the call that wrote it returns, so an o
 sees which phase the process is in and a kill loses nothing.
 
 Seconds are exclusive: a `save` inside `step` counts as save, not as step. Phases in use: restore,
-init, compile, step, save, eval, wait_data.
+init, compile, step, save, eval, report, wait_data.
 """
 
 from __future__ import annotations
@@ -168,12 +168,16 @@ def summary(workdir: epath.Path) -> dict[str, float]:
     `unfinished` (the count of phases that were open when their attempt was killed). Time of a
     killed attempt counts until its last line. Lines torn by a kill are passed over.
     """
-    attempts: dict[tuple[int, int], _Attempt] = {}
+    attempts: dict[tuple[int, int], list[_Attempt]] = {}
     for line in _read(epath.Path(workdir) / FILE):
-        attempts.setdefault((line["attempt"], line["pid"]), _Attempt()).take(line)
+        parts = attempts.setdefault((line["attempt"], line["pid"]), [_Attempt()])
+        parts[-1].take(line)
+        if line["line"] == "event" and line["name"] == "diverged":
+            parts.append(_Attempt(last=parts[-1].last))  # it goes on from an earlier step
+    stretches = [part for parts in attempts.values() for part in parts]
     sums: dict[str, float] = defaultdict(float, {OTHER: 0.0})
     again = math.inf  # the first step that a later attempt did
-    for attempt in reversed(attempts.values()):
+    for attempt in reversed(stretches):
         for (phase, step), seconds in attempt.sums.items():
             is_again = phase == STEP and again <= step < math.inf
             sums[REPEATED if is_again else phase] += seconds
@@ -182,7 +186,7 @@ def summary(workdir: epath.Path) -> dict[str, float]:
         **sums,
         "total": sum(sums.values()),
         "attempts": float(len(attempts)),
-        "unfinished": float(sum(len(attempt.open) for attempt in attempts.values())),
+        "unfinished": float(sum(len(attempt.open) for attempt in stretches)),
     }
 
 

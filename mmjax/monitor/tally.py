@@ -33,7 +33,7 @@ def summary(
 
     Args:
       workdir: with `metrics.jsonl` and `goodput.jsonl`.
-      flops: model FLOPs of a step, per task.
+      flops: model FLOPs of a step, per task; those of a task that no longer runs may be missing.
       peak: FLOP/s of all the run's devices together, where it is known.
 
     Returns:
@@ -43,7 +43,7 @@ def summary(
     seconds = phases.summary(workdir)
     rows = task_rows(metrics.read(workdir), flops, seconds["total"], peak)
     done = sum(row["flops"] * row["steps"] for row in rows)
-    spent = sum(row["seconds_in_all"] for row in rows)
+    spent = sum(row["seconds_in_all"] for row in rows if row["flops"])
     return {
         "goodput": phases.goodput(seconds),
         **rates(done, spent, peak),
@@ -96,7 +96,10 @@ def _row(
         "task": task,
         "steps": len(lines),
         "visits": lines[-1].get("visit", len(lines) - 1) + 1,
-        "skipped": sum(not math.isfinite(line.get("loss", 0.0)) for line in lines),
+        "skipped": sum(
+            not all(math.isfinite(line.get(name, 0.0)) for name in ("loss", "grad_norm"))
+            for line in lines
+        ),
         "examples": sum(line.get("examples", 0) for line in lines),
         "tokens": sum(line.get("tokens", 0) for line in lines),
         **{name: _latest(line.get(name) for line in lines) for name in ("loss", "grad_norm")},

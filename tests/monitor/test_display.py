@@ -246,7 +246,8 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_time_left_knows_that_tasks_differ() -> None:
     left = {"quick": 10, "slow": 90}
-    progress = Progress(300, 100, ["quick", "slow"], StringIO(), visits_left=left)
+    progress = Progress(300, 100, ["quick", "slow"], StringIO())
+    progress.plan(left)
     assert progress.seconds_left() is None
     for step in range(100, 108):
         slow = step % 4 == 0

@@ -187,6 +187,22 @@ def test_a_run_that_goes_on_repeats_nothing(tmp_path: Path) -> None:
     assert goodput(summary(epath.Path(tmp_path / "nothing"))) == 0
 
 
+def test_steps_that_a_divergence_gave_up_are_repeated(tmp_path: Path) -> None:
+    """Within one process: from step 4 it goes back to 0, and does steps 0 to 4 again."""
+    clock = _Clock()
+    log = PhaseLog(epath.Path(tmp_path), clock=clock)
+    for start, seconds in ((0, 10), (4, 20)):
+        with log.phase("step", step=start):
+            clock.now += seconds
+    log.event("diverged", text="task a")
+    for start, seconds in ((0, 40), (4, 80)):
+        with log.phase("step", step=start):
+            clock.now += seconds
+    log.close()
+    sums = summary(epath.Path(tmp_path))
+    assert sums["step"] == 120 and sums["repeated"] == 30 and sums["attempts"] == 1
+
+
 def test_a_wall_clock_that_jumps_changes_no_duration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,11 @@ def test_a_row_by_hand() -> None:
     assert "mfu" not in tally.task_rows(lines, FLOPS, wall=12.0)[0]
 
 
+def test_a_gradient_that_is_not_finite_is_a_step_without_update() -> None:
+    [row] = tally.task_rows([line(0, "a", 1.0, grad_norm=math.inf), line(1, "a", 1.0)], FLOPS, 1.0)
+    assert row["skipped"] == 1
+
+
 def test_the_loss_of_a_task_is_that_of_its_latest_visits() -> None:
     lines = [line(i, "a", 1.0, loss=100.0 if i < 15 else float(i)) for i in range(25)]
     assert tally.task_rows(lines, FLOPS, 1.0)[0]["loss"] == sum(range(15, 25)) / 10
