@@ -124,9 +124,9 @@ def test_averages_are_saved_restored_and_evaluated(
     evaluated: list[Any] = []
     call = Evaluation.__call__
 
-    def noted(self: Evaluation, programs: Any, parameters: Any) -> Any:
+    def noted(self: Evaluation, programs: Any, parameters: Any, *more: Any) -> Any:
         evaluated.append(host(parameters))
-        return call(self, programs, parameters)
+        return call(self, programs, parameters, *more)
 
     monkeypatch.setattr(Evaluation, "__call__", noted)
     run(tmp_path / "straight", *WIDE)
