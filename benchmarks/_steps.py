@@ -14,9 +14,10 @@ import jax
 from etils import epath
 
 from mmjax.config import Block
-from mmjax.data.loader import HostBatch, Loader, local_rows, place
+from mmjax.data.loader import HostBatch, Loader, local_rows
 from mmjax.experiment import Experiment, make_experiment
-from mmjax.program import Program, compile_all, ticks
+from mmjax.loop import dispatch
+from mmjax.program import Program, compile_all
 from mmjax.resume import Session, begin
 from mmjax.schedule import RULES
 from mmjax.sharding import batch_sharding, make_mesh
@@ -98,10 +99,9 @@ class Steps:
         return Timed(ends[-1] - first, tuple(host[untimed:]))
 
     def _send(self, task: str, batch: HostBatch) -> Any:
-        size = self.experiment.tasks[task].batch
-        rows = place(batch.rows, batch.start, size, batch_sharding(self._mesh, size, task))
-        when = ticks(self._mesh, step=batch.step, visit=batch.step)
-        self._state, metrics = self._programs[task].call(self._state, rows, when)
+        chosen, program = self.experiment.tasks[task], self._programs[task]
+        now = {"visit": batch.step, **self.experiment.progress({})}
+        self._state, metrics = dispatch(program, chosen, self._mesh, self._state, batch, now)
         return metrics
 
     def order(self, start: int, stop: int) -> Sequence[str]:
