@@ -6,9 +6,9 @@
 With `--config=configs/quickstart_30min.py:noto` it is evaluated on one more vendor's drawings, which need
 `pip install 'mmjax[noto]'` and `python -m mmjax.data.build emoji_noto`.
 
-Hardware: a CPU with 2 cores: 5,000 steps, 21 minutes beside other work. Results (three seeds): recall at 10 of 73 %
-on drawings never seen (chance 4 %), 45 % on another vendor's (chance 0.6 %) and 37 % on concepts never seen (chance
-3.5 %); groups 54 % (majority 21 %); speech in voices never heard, recall at 1 of 41 % (chance 0.06 %); 128
+Hardware: a CPU with 2 cores: 5,000 steps, 21 to 26 minutes beside other work. Results (three seeds): recall at 10 of
+74 % on drawings never seen (chance 4 %), 46 % on another vendor's (chance 0.6 %) and 37 % on concepts never seen
+(chance 3.5 %); groups 55 % (majority 21 %); speech in voices never heard, recall at 1 of 44 % (chance 0.06 %); 128
 instruments at pitches never heard 99 %.
 """
 
