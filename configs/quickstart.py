@@ -3,10 +3,10 @@
 python -m mmjax.data.build quickstart
 python -m mmjax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-Hardware: a CPU with 2 cores: 900 steps of 5 to 14 GFLOP, 4 minutes with all evaluation, up to a minute more where
-nothing is compiled yet. Results (three seeds): recall at 10 of 50 % on drawings never seen (chance 4 %) and 57 % on
+Hardware: a CPU with 2 cores: 900 steps of 5 to 14 GFLOP, 3 to 4 minutes with all evaluation, up to a minute more where
+nothing is compiled yet. Results (three seeds): recall at 10 of 51 % on drawings never seen (chance 4 %) and 52 % on
 clips of them; speech in voices never heard, recall at 1 of 7 % among 1,614 names (chance 0.06 %); 128 instruments
-at pitches never heard 31 % (chance 0.8 %); 99 classes of drawings 32 % (majority 14 %); masked image error 0.53 (a
+at pitches never heard 31 % (chance 0.8 %); 99 classes of drawings 31 % (majority 14 %); masked image error 0.53 (a
 patch's mean: 0.66).
 """
 
