@@ -62,14 +62,11 @@ class Budget:
         weights = {**dict.fromkeys(wanted, 0), **dict(zip(running, shares.tolist(), strict=True))}
         if _is_near(clock.schedule.segment(clock.step).weights, weights):
             return clock
-        schedule = clock.schedule.append(clock.step, weights, rule="shares", now=clock.step)
         # Later phases stay. A quarantine that was to begin after this step has begun with it.
         phases = {stretch.start for stretch in self._planned}
-        for later in clock.schedule.segments:
-            if later.start > clock.step and later.start in phases:
-                schedule = schedule.append(
-                    later.start, later.weights, rule=later.rule, seed=later.seed, now=clock.step
-                )
+        schedule = clock.schedule.replace(
+            clock.step, weights, rule="shares", now=clock.step, keep=phases
+        )
         return replace(clock, schedule=schedule)
 
     def _stretch(self, step: int) -> Stretch:

@@ -12,7 +12,7 @@ import bisect
 import functools
 import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral
@@ -365,12 +365,18 @@ class Schedule:
         return Schedule((*kept, Segment(start, rule, dict(weights), base, seed)))
 
     def replace(
-        self, start: int, weights: Mapping[str, int], *, rule: str | None = None, now: int = 0
+        self,
+        start: int,
+        weights: Mapping[str, int],
+        *,
+        rule: str | None = None,
+        now: int = 0,
+        keep: Collection[int] | None = None,
     ) -> Schedule:
-        """As `append`, but up to the next segment only: those that begin after `start` stay."""
+        """As `append`, but segments that begin after `start` stay: those that begin in `keep`, all if None."""
         made = self.append(start, weights, rule=rule, now=now)
         for later in self.segments:
-            if later.start > start:
+            if later.start > start and (keep is None or later.start in keep):
                 made = made.append(later.start, later.weights, rule=later.rule, seed=later.seed)
         return made
 

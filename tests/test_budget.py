@@ -118,8 +118,9 @@ def test_a_kill_from_outside(
     """Whatever times the runs measure, a killed one ends as a run that freezes the same shares."""
     overrides = [f"--config.{word}" for word in (*RULE, "log.report=False")]
     killed = toy_command(tmp_path / "killed", *overrides)
-    killed.kill(Aim("save", 2), random.Random(0))  # of step 6: the shares from 4 on are decided
-    assert [d["start"] for d in decisions(killed.workdir)] == [4]
+    # In the save of step 6, or where that was too quick, of 9: the shares from 4 on are decided.
+    kill = killed.kill(Aim("save", 2, delay=0.0), random.Random(0))
+    assert [d["start"] for d in decisions(killed.workdir)] in ([4], [4, 8]) and kill.newest < 12
     killed.finish()
     (tmp_path / "straight").mkdir()
     shutil.copy(killed.workdir / FILE, tmp_path / "straight" / FILE)
