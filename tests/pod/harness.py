@@ -20,13 +20,14 @@ from typing import Any
 
 ASYNC_SAVE = "asynchronous save"
 POLL = 0.001  # seconds between two looks at the run
+SLICE = 0.001  # seconds that a run that is to be killed goes on between two looks at it
 LIMIT = 900.0  # seconds after which a process is stuck
 
-# Seconds after the begin of a phase within which a kill falls.
+# Seconds within a phase after which a kill falls, at most: a phase that comes once must last longer.
 DELAYS: Mapping[str, float] = {
-    "init": 0.3,
+    "init": 0.2,
     "compile": 2.0,
-    "restore": 0.3,
+    "restore": 0.08,
     "step": 0.03,
     "save": 0.1,
     "eval": 0.2,
@@ -46,7 +47,7 @@ class Aim:
 
 
 class NotMetError(AssertionError):
-    """The run ended before the aim was met: on a busy machine a kill may fall late."""
+    """The run ended before the aim was met: its phase was shorter than the drawn moment, each time."""
 
 
 @dataclass(frozen=True)
@@ -107,31 +108,34 @@ class Harness:
     def kill(self, aim: Aim, rng: random.Random) -> Kill:
         """Start the run and kill it, at a moment that `rng` draws.
 
-        The process is first stopped: if it has left the phase meanwhile, it goes on to the next such
-        phase, and nothing is lost.
+        The run goes in slices and stands still while it is looked at, so that a phase of a few
+        milliseconds is hit on an idle machine and on a busy one alike. Where the phase ends before
+        the drawn moment, the kill falls into the next such phase, earlier.
         """
         most = DELAYS[aim.phase] if aim.delay is None else aim.delay
         with tempfile.TemporaryFile("w+") as output:
             process = self._start(output)
-            number = aim.number
-            while True:
-                self._wait(process, lambda lines, n=number: self._is_there(lines, aim.phase, n))
-                time.sleep(rng.uniform(0, most))
-                if _stop(process) and aim.phase in self._state(process.pid).hits:
-                    break
-                if process.poll() is not None:
+            begun, delay = aim.number, rng.uniform(0, most)
+            inside = 0.0  # seconds that the process went on since the phase began
+            while not (self._is_there(process.pid, aim.phase, begun) and inside >= delay):
+                is_in = self._is_there(process.pid, aim.phase, begun)
+                since = time.monotonic()
+                if not is_in and inside:
+                    begun = _begun(log(self.workdir, process.pid), aim.phase) + 1
+                    delay, inside = delay / 2, 0.0
+                if not _go_on(process):
                     output.seek(0)
                     raise NotMetError(f"{aim} was not met; the run said:\n{output.read()}")
-                process.send_signal(signal.SIGCONT)
-                number = _begun(log(self.workdir, process.pid), aim.phase) + 1
+                inside += time.monotonic() - since if is_in else 0.0
             process.kill()
             process.wait(LIMIT)
         return self._state(process.pid)
 
-    def _is_there(self, lines: Lines, phase: str, number: int) -> bool:
-        if phase != ASYNC_SAVE:
-            return _begun(lines, phase) >= number
-        return bool(lines) and ASYNC_SAVE in self._state(lines[0]["pid"]).hits
+    def _is_there(self, pid: int, phase: str, number: int) -> bool:
+        """Whether the process is in such a phase, and it is the `number`-th or a later one."""
+        if phase not in self._state(pid).hits:
+            return False
+        return phase == ASYNC_SAVE or _begun(log(self.workdir, pid), phase) >= number
 
     def _state(self, pid: int) -> Kill:
         lines = log(self.workdir, pid)
@@ -217,12 +221,14 @@ def _begun(lines: Lines, phase: str) -> int:
     return sum(line["line"] == "begin" and line["phase"] == phase for line in lines)
 
 
-def _stop(process: subprocess.Popen[str]) -> bool:
-    """Halt all threads of a process; False if it has ended."""
+def _go_on(process: subprocess.Popen[str]) -> bool:
+    """Let a process go on for a slice, and halt all its threads again; False if it has ended."""
+    process.send_signal(signal.SIGCONT)
+    time.sleep(SLICE)
     process.send_signal(signal.SIGSTOP)
     stat = Path(f"/proc/{process.pid}/stat")
     while process.poll() is None:
         if stat.read_text().rsplit(")", 1)[1].split()[0] in "Tt":
             return True
-        time.sleep(POLL)
+        time.sleep(POLL / 10)
     return False
