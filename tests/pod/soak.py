@@ -24,11 +24,11 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "extra"), str(HERE.parent)]
 
 import toyrun  # noqa: E402
-from harness import ASYNC_SAVE, Aim, Harness, Kill, deterministic  # noqa: E402
+from harness import ASYNC_SAVE, DELAYS, Aim, Harness, Kill, deterministic  # noqa: E402
 
 PHASES = ("init", "compile", "restore", "step", "save", "eval", ASYNC_SAVE)
 PER_RUN = 5  # kills
-PLAIN: tuple[str, ...] = ()
+PLAIN: tuple[str, ...] = ("--config.steps=40",)
 # Task two diverges, task bad is never finite: the run rolls back and leaves both out.
 UNWELL = (
     "--config.tasks.two.objective.climbs=true",
@@ -93,8 +93,9 @@ def one(workdir: Path, words: Sequence[str], count: int, rng: random.Random) -> 
         phase = rng.choice(PHASES)
         if phase == "restore" and not kills:
             phase = "compile"  # a first start has nothing to restore
+        delay = DELAYS[phase] * rng.choice((0.0, 0.1, 0.5))  # the toy's phases are short
         try:
-            kills.append(run.kill(Aim(phase, rng.randint(1, 2)), rng))
+            kills.append(run.kill(Aim(phase, rng.randint(1, 2), delay), rng))
         except AssertionError:
             break  # it came to its end before such a phase
     run.finish()
