@@ -31,7 +31,7 @@ Block = dict[str, Any]
 KEY_CLASSES: tuple[tuple[str, str], ...] = (
     (r"(steps|log|checkpoint|mesh|loader|limits|evaluation|profile)(\.|$)", "free"),
     (
-        r"model\.remat$|tasks\.\w+\.(evaluators|microbatches)(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$",
+        r"model\.(remat|groups\.\d+\.pattern\.\d+\.kernel)$|tasks\.\w+\.(evaluators|microbatches)(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$",
         "free",
     ),
     (r"schedule(\.|$)|optimizer\.(?!(name|moments_dtype|factored|accumulate)$)", "schedule"),

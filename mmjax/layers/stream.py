@@ -6,7 +6,10 @@ from dataclasses import field, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+
+from mmjax.layers.masks import FULL, Mask, Pairs, code
 
 
 @struct.dataclass
@@ -18,17 +21,34 @@ class Stream:
       valid_BS: which tokens exist (bool); None means all.
       coordinates: per-axis positions in [0, 1) of each token, `dict[axis, float[B or 1, S]]`.
       layout: static segments (modality, length) in the order of the tokens.
+      attributes: what a mask reads of each token besides the layout, `dict[name, int[B or 1, S]]`.
+      mask: which tokens may attend to which.
     """
 
     x_BSD: jax.Array
     valid_BS: jax.Array | None = None
     coordinates: dict[str, jax.Array] = field(default_factory=dict)
     layout: tuple[tuple[str, int], ...] = struct.field(pytree_node=False, default=())
+    attributes: dict[str, jax.Array] = field(default_factory=dict)
+    mask: Mask = struct.field(pytree_node=False, default=FULL)
 
     def mask_BS(self) -> jax.Array:
         """`valid_BS`, made explicit."""
         shape = self.x_BSD.shape[:2]
         return jnp.ones(shape, bool) if self.valid_BS is None else self.valid_BS
+
+    def pairs(self) -> Pairs:
+        """Which tokens may attend to which, for `attend`.
+
+        Static attributes are `position` (the index), `segment` (of the layout) and `modality`.
+        """
+        static = {"position": np.arange(self.x_BSD.shape[1])[None]}
+        if self.layout:
+            names, lengths = zip(*self.layout, strict=True)
+            static["segment"] = np.repeat(np.arange(len(names)), lengths)[None]
+            static["modality"] = np.repeat([code(name) for name in names], lengths)[None]
+        attributes = {**static, **self.attributes}
+        return Pairs(self.mask, attributes, attributes, self.valid_BS)
 
     def take(self, index_BK: jax.Array) -> Stream:
         """The tokens at `index_BK` of a stream of one modality, in that order."""
@@ -44,19 +64,39 @@ class Stream:
             x_BSD=pick(self.x_BSD),
             valid_BS=None if self.valid_BS is None else pick(self.valid_BS),
             coordinates={axis: pick(c) for axis, c in self.coordinates.items()},
+            attributes={name: pick(a) for name, a in self.attributes.items()},
             layout=((self.layout[0][0], index_BK.shape[1]),),
         )
 
 
 def concatenate(streams: list[Stream]) -> Stream:
-    """One stream of all tokens, in order. Coordinates end here: trunks do not read them."""
+    """One stream of all tokens, in order. Coordinates end here: trunks do not read them.
+
+    Raises:
+      ValueError: streams of different attributes or masks.
+    """
     if len(streams) == 1:
         return streams[0]
+    names, masks = {tuple(sorted(s.attributes)) for s in streams}, {s.mask for s in streams}
+    if len(names) > 1 or len(masks) > 1:
+        raise ValueError(f"streams of different attributes or masks: {names}, {masks}")
+    rows = streams[0].x_BSD.shape[0]
     whole = all(s.valid_BS is None for s in streams)
     return Stream(
         jnp.concatenate([s.x_BSD for s in streams], axis=1),
         None if whole else jnp.concatenate([s.mask_BS() for s in streams], axis=1),
         layout=tuple(segment for s in streams for segment in s.layout),
+        attributes={
+            name: jnp.concatenate(
+                [
+                    jnp.broadcast_to(a, (rows, a.shape[1]))
+                    for a in (s.attributes[name] for s in streams)
+                ],
+                axis=1,
+            )
+            for name in streams[0].attributes
+        },
+        mask=streams[0].mask,
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from mmjax.errors import UserError
 from mmjax.layers.attention import Attention
+from mmjax.layers.masks import Pairs
 from mmjax.parameters import Declaration
 
 WIDTH, HEADS = 6, 2
@@ -29,7 +30,7 @@ def built(qk_norm: bool = False) -> tuple[Any, dict[str, np.ndarray]]:
     declaration = Declaration(Attention(WIDTH, HEADS, qk_norm))
     rng = np.random.default_rng(0)
     p = {name: rng.normal(size=spec.shape) for name, spec in declaration.specs.items()}
-    call = jax.jit(lambda p, x, valid: declaration.merge(p)(x, valid))
+    call = jax.jit(lambda p, x, valid: declaration.merge(p)(x, Pairs(valid_BT=valid)))
     return lambda x, valid=None: call(p, x, valid), p
 
 
@@ -102,7 +103,7 @@ def test_bfloat16_keeps_its_dtype_and_its_softmax_is_wider() -> None:
     x = np.zeros((1, 2, 8), np.float32)
     # Logits 16 * 16 and 16 * 16.125 over sqrt(8): 0.7 apart, where bfloat16 counts in halves.
     x[0, :, 0], x[0, 1, 1] = (16.0, 16.125), 1.0
-    out = jax.jit(lambda p, x: declaration.merge(p, x.dtype)(x, None))(p, x.astype(jnp.bfloat16))
+    out = jax.jit(lambda p, x: declaration.merge(p, x.dtype)(x, Pairs()))(p, x.astype(jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
     weight = 1 / (1 + np.exp(-16 * 0.125 / np.sqrt(8)))
     np.testing.assert_allclose(np.asarray(out, np.float32)[0, 0, 1], weight, rtol=2**-8)
@@ -128,3 +129,8 @@ def test_a_width_that_the_heads_do_not_divide() -> None:
         Attention(6, 4)
     with pytest.raises(UserError, match="0 heads"):
         Attention(6, 0)
+
+
+def test_an_unknown_kernel() -> None:
+    with pytest.raises(UserError, match="no attention kernel 'chunkd'.*'chunked'"):
+        Attention(6, 2, kernel="chunkd")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from mmjax.layers.masks import Causal, Same, code
 from mmjax.layers.stream import Stream, concatenate, mean_pool, no_aux
 
 
@@ -95,3 +100,39 @@ def test_no_aux_is_zero() -> None:
     aux = no_aux()
     assert aux.loss.dtype == jnp.float32 and aux.loss.shape == () and float(aux.loss) == 0
     assert aux.statistics == {} and aux.buffers == {}
+
+
+def test_a_masks_attributes_are_those_of_the_layout_and_its_own() -> None:
+    image = Stream(tokens(2, 3), layout=(("image", 3),))
+    text = Stream(tokens(2, 2), jnp.array([[True, False], [True, True]]), layout=(("text", 2),))
+    pairs = concatenate([image, text]).pairs()
+    assert pairs.queries is pairs.keys and pairs.queries is not None
+    found = {name: np.asarray(a).tolist() for name, a in pairs.queries.items()}
+    names = [[code("image")] * 3 + [code("text")] * 2]
+    assert found == {
+        "position": [[0, 1, 2, 3, 4]],
+        "segment": [[0, 0, 0, 1, 1]],
+        "modality": names,
+    }
+    assert all(
+        isinstance(a, np.ndarray) for a in pairs.queries.values()
+    )  # known before compilation
+    np.testing.assert_array_equal(pairs.valid_BT, [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+
+
+def test_attributes_are_taken_and_joined_with_their_tokens() -> None:
+    item = jnp.array([[0, 0, 1]])
+    one = Stream(tokens(), layout=(("text", 3),), attributes={"item": item}, mask=Same("item"))
+    taken = one.take(jnp.array([[2, 0], [1, 1]]))
+    np.testing.assert_array_equal(taken.attributes["item"], [[1, 0], [0, 0]])
+    both = concatenate([one, taken])
+    np.testing.assert_array_equal(both.attributes["item"], [[0, 0, 1, 1, 0], [0, 0, 1, 0, 0]])
+    assert both.mask == taken.mask == Same("item")
+    assert both.pairs().queries["item"] is both.attributes["item"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("change", [{"attributes": {}}, {"mask": Causal()}])
+def test_streams_of_other_attributes_or_masks_are_not_joined(change: dict[str, Any]) -> None:
+    one = Stream(tokens(), attributes={"item": jnp.zeros((1, 3), int)})
+    with pytest.raises(ValueError, match="different attributes or masks"):
+        concatenate([one, replace(one, **change)])

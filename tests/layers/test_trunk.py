@@ -15,6 +15,7 @@ from flax import nnx
 
 import mmjax.layers
 from mmjax.errors import UserError
+from mmjax.layers.masks import Causal, KeyIs, Same
 from mmjax.layers.stream import Aux, Stream
 from mmjax.layers.transformer import Transformer
 from mmjax.layers.trunk import GroupConfig, Trunk, add_up
@@ -257,3 +258,24 @@ def test_mistakes_in_the_config_say_where(groups: Groups, remat: str, message: s
     with pytest.raises(UserError, match=message):
         trunk = declared(groups, remat)
         run(trunk, random_canonical(trunk))
+
+
+@pytest.mark.parametrize("kernel", ["plain", "chunked"])
+def test_a_mask_holds_through_all_layers(x64: None, kernel: str) -> None:
+    """Causal text after a picture that all see: gradients of every output by every input token."""
+    block = {**BLOCK, "kernel": kernel}
+    declaration = declared([GroupConfig(2, (block,))])
+    p = {
+        n: jax.random.normal(jax.random.key(i), s.shape)
+        for i, (n, s) in enumerate(declaration.specs.items())
+    }
+    mask = (Causal() & Same("modality")) | KeyIs("modality", "image")
+
+    def outputs(x_SD: jax.Array) -> jax.Array:
+        stream = Stream(x_SD[None], layout=(("image", 2), ("text", 3)), mask=mask)
+        return declaration.merge(p)["trunk"](stream, jax.random.key(0))[0].x_BSD[0]
+
+    x = jax.random.normal(jax.random.key(9), (5, WIDTH))
+    reached = np.abs(jax.jit(jax.jacrev(outputs))(x)).sum((1, 3)) > 0
+    expected = [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    np.testing.assert_array_equal(reached, expected)
