@@ -43,7 +43,7 @@ def attend(
     """
     pairs = pairs or Pairs()
     check(pairs.mask, pairs.queries or {}, pairs.keys or {})
-    chosen = choose(kernel, _platform(), q_BSHK, k_BTHK, pairs)
+    chosen = choose(kernel, platform(), q_BSHK, k_BTHK, pairs)
     return KERNELS[chosen](q_BSHK, k_BTHK, v_BTHK, pairs)
 
 
@@ -54,26 +54,27 @@ def check_kernel(kernel: str) -> None:
         raise UserError(f"There is no attention kernel '{kernel}'.{nearest(kernel, names)}")
 
 
-def choose(kernel: str, platform: str, q_BSHK: jax.Array, k_BTHK: jax.Array, pairs: Pairs) -> str:
+def choose(kernel: str, on: str, q_BSHK: jax.Array, k_BTHK: jax.Array, pairs: Pairs) -> str:
     """The kernel that does it: the one asked for, or what stands in for it, saying so once."""
     is_large = q_BSHK.shape[1] * k_BTHK.shape[1] > _LARGE
     xla = "chunked" if is_large else "plain"
-    native = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform)
+    native = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(on)
     wanted = (native if native and is_large else xla) if kernel == "auto" else kernel
-    why = kernels.REFUSALS[wanted](platform, q_BSHK, pairs) if wanted in kernels.REFUSALS else ""
+    why = kernels.REFUSALS[wanted](on, q_BSHK, pairs) if wanted in kernels.REFUSALS else ""
     if why:
-        _say(f"attention kernel '{wanted}' gives way to '{xla}': {why}.")
+        say_once(f"attention kernel '{wanted}' gives way to '{xla}': {why}.")
         return xla
     return wanted
 
 
-def _say(text: str) -> None:
+def say_once(text: str) -> None:
+    """Tell people, once in a process."""
     if text not in _said:
         _said.add(text)
         logging.getLogger(__name__).warning("%s", text)
 
 
-def _platform() -> str:
+def platform() -> str:
     """What is compiled for: the platform of the mesh in force, which need not be this machine's."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else str(device.platform)
