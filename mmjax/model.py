@@ -11,6 +11,7 @@ from flax import nnx
 
 from mmjax import config as configs
 from mmjax.errors import UserError
+from mmjax.layers.masks import FULL, Mask
 from mmjax.layers.stream import Aux, Stream, concatenate
 from mmjax.layers.trunk import GroupConfig, Trunk
 from mmjax.modality import Modality
@@ -51,9 +52,11 @@ class Model(nnx.Module):
         x_BSD = constrain(stream.x_BSD, ("batch", None, None))
         return replace(stream, x_BSD=x_BSD, layout=((modality, x_BSD.shape[1]),))
 
-    def encode(self, streams: Iterable[Stream], key: jax.Array) -> tuple[Stream, Aux]:
-        """One pass of the trunk over the tokens of all `streams` together."""
-        return self.trunk(concatenate(list(streams)), key)
+    def encode(
+        self, streams: Iterable[Stream], key: jax.Array, mask: Mask = FULL
+    ) -> tuple[Stream, Aux]:
+        """One pass of the trunk over the tokens of all `streams` together, under a mask."""
+        return self.trunk(replace(concatenate(list(streams)), mask=mask), key)
 
 
 def declare_model(

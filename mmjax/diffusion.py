@@ -1,0 +1,114 @@
+"""Diffusion: how data are noised, what a model predicts, and how that is turned back into data.
+
+Time t runs from 0 (data) to 1 (noise): `x_t = alpha(t) x + sigma(t) e` with e ~ N(0, 1).
+
+    epsilon  predicts e                      cosine schedule (Nichol and Dhariwal 2021, eq. 17)
+    v        predicts alpha e - sigma x      cosine schedule (Salimans and Ho 2022, appendix D)
+    flow     predicts e - x                  alpha = 1 - t, sigma = t (Lipman et al. 2023; Liu et al. 2023)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.errors import UserError, nearest
+
+TARGETS = ("epsilon", "v", "flow")
+_OFFSET = 0.008  # s of the cosine schedule
+_LEAST = 1e-3  # of alpha: at t = 1 the data would be divided by it
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """A noise schedule and what is predicted, named by `target`.
+
+    Raises:
+      UserError: an unknown target.
+    """
+
+    target: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise UserError(
+                f"There is no diffusion target '{self.target}'.{nearest(self.target, TARGETS)}"
+            )
+
+    def levels(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`alpha(t)` and `sigma(t)`."""
+        if self.target == "flow":
+            return 1 - t, t
+        start = math.cos(_OFFSET / (1 + _OFFSET) * math.pi / 2)
+        alpha = jnp.cos((t + _OFFSET) / (1 + _OFFSET) * (math.pi / 2)) / start
+        alpha = jnp.clip(alpha, _LEAST, 1.0)
+        return alpha, jnp.sqrt(1 - jnp.square(alpha))
+
+    def noised(self, x: jax.Array, e: jax.Array, t: jax.Array) -> jax.Array:
+        """`x_t`; `t` has an axis for each of `x`, or as many leading ones."""
+        alpha, sigma = self.levels(_spread(t, x))
+        return alpha * x + sigma * e
+
+    def wanted(self, x: jax.Array, e: jax.Array, t: jax.Array) -> jax.Array:
+        """What the model should predict from `x_t` and t."""
+        if self.target == "epsilon":
+            return e
+        if self.target == "flow":
+            return e - x
+        alpha, sigma = self.levels(_spread(t, x))
+        return alpha * e - sigma * x
+
+    def resolved(
+        self, predicted: jax.Array, x_t: jax.Array, t: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The data and the noise that a prediction says `x_t` is made of."""
+        alpha, sigma = self.levels(_spread(t, x_t))
+        if self.target == "epsilon":
+            return (x_t - sigma * predicted) / alpha, predicted
+        if self.target == "flow":
+            return x_t - sigma * predicted, x_t + alpha * predicted
+        return alpha * x_t - sigma * predicted, sigma * x_t + alpha * predicted
+
+    def sample(
+        self,
+        predict: Callable[[jax.Array, jax.Array], jax.Array],
+        noise: jax.Array,
+        steps: int,
+        bound: float | None = None,
+    ) -> jax.Array:
+        """Data from noise, by the deterministic sampler (Song et al. 2021, DDIM; for `flow`, Euler's method).
+
+        Args:
+          predict: `(x_t, t) -> prediction`, t a scalar.
+          noise: `x_1`.
+          bound: data lie in [-bound, bound], and what a prediction says of them is cut to that.
+        """
+        times = jnp.linspace(1.0, 0.0, steps + 1, dtype=noise.dtype)
+
+        def step(x_t: jax.Array, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            t, after = ends
+            x, e = self.resolved(predict(x_t, t), x_t, t)
+            if bound is not None:
+                x = jnp.clip(x, -bound, bound)
+                alpha, sigma = self.levels(t)
+                e = (x_t - alpha * x) / jnp.maximum(sigma, _LEAST)
+            return self.noised(x, e, after), None
+
+        return jax.lax.scan(step, noise, (times[:-1], times[1:]))[0]
+
+
+def _spread(t: jax.Array, x: jax.Array) -> jax.Array:
+    """`t` with trailing axes, so that it broadcasts over `x`."""
+    t = jnp.asarray(t)
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
+
+
+def time_features(t_B: jax.Array, size: int) -> jax.Array:
+    """Sines and cosines of 1000 t at frequencies from 1 to 1e-4, `[B, size]` (Ho et al. 2020)."""
+    rates = jnp.exp(-math.log(1e4) * jnp.arange(size // 2, dtype=t_B.dtype) / (size // 2))
+    angles = 1000 * t_B[:, None] * rates
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
