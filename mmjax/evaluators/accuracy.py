@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmjax.errors import UserError
+from mmjax.errors import UserError, nearest
 from mmjax.evaluator import Evaluator, Outputs, Pass, Record
 from mmjax.task import Task
 
@@ -23,9 +23,11 @@ class Accuracy(Evaluator):
 
     Attributes:
       label: integer field with the class; the objective's own if empty.
+      modalities: those that the model is given; all that the objective predicts from if empty.
     """
 
     label: str = ""
+    modalities: tuple[str, ...] = ()
 
     def passes(self, task: Task) -> dict[str, Pass]:
         modalities = task.objective.predicts()
@@ -34,7 +36,14 @@ class Accuracy(Evaluator):
                 f"tasks.{task.name}: accuracy needs an objective that predicts classes, "
                 f"such as classification; {type(task.objective).__name__} does not."
             )
-        return {"all": Pass(f"predict/{'+'.join(modalities)}", self.source, (self._label(task),))}
+        for name in self.modalities:
+            if name not in modalities:
+                raise UserError(
+                    f"tasks.{task.name}: accuracy of '{name}', from which the objective predicts nothing."
+                    f"{nearest(name, modalities)}"
+                )
+        given = "+".join(self.modalities or modalities)
+        return {"all": Pass(f"predict/{given}", self.source, (self._label(task),))}
 
     def _label(self, task: Task) -> str:
         known = task.objective.fields()
@@ -44,6 +53,9 @@ class Accuracy(Evaluator):
                 "say which is the class by the evaluator's 'label'."
             )
         return self.label or known[0]
+
+    def _given(self) -> str:
+        return f" of {'+'.join(self.modalities)}" if self.modalities else ""
 
     def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
         label = self._label(task)
@@ -62,7 +74,7 @@ class Accuracy(Evaluator):
         largest = np.sort(np.bincount(label_N))[::-1]
         return [
             self.record(
-                task, f"top-{k} accuracy", (rank(logits_NC, label_N) < k).mean(), k / classes,
+                task, f"top-{k} accuracy{self._given()}", (rank(logits_NC, label_N) < k).mean(), k / classes,
                 count, majority=float(largest[:k].sum() / count),
             )
             for k in ((1, 5) if classes > MANY else (1,))

@@ -172,3 +172,19 @@ def test_the_experiment_compiles_one_program_for_it(emoji_dir: epath.Path, tmp_p
     block = commandline.read_config(config(tmp_path, classes=9, steps=2), [])
     passes = make_experiment(block).passes()
     assert sorted(each.what for _, each in passes) == ["loss", "predict/image"]
+
+
+def test_of_some_modalities_only() -> None:
+    objective = {
+        "name": "classification",
+        "classes": 9,
+        "label": "group",
+        "modalities": ["image", "text"],
+    }
+    made = task(objective=objective)
+    one = Accuracy(source=SOURCE, modalities=("text",))
+    assert one.passes(made)["all"].what == "predict/text"
+    (record,) = one.score(made, {"all": {"logits": np.eye(9), "group": np.arange(9)}})
+    assert record["name"] == "top-1 accuracy of text"
+    with pytest.raises(UserError, match="accuracy of 'txt'.*'text'"):
+        Accuracy(source=SOURCE, modalities=("txt",)).passes(made)

@@ -1,0 +1,142 @@
+"""Classification of several modalities through fusion tokens: Zorro, MBT, and full fusion beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+
+from mmjax.errors import UserError, nearest
+from mmjax.layers.bottleneck import FUSION, segments
+from mmjax.layers.dense import Dense
+from mmjax.layers.masks import FULL, Mask, QueryIs, Same
+from mmjax.layers.stream import Aux, Stream, mean_pool
+from mmjax.modality import Input
+from mmjax.model import Batch, Model
+from mmjax.objective import Loss, Objective
+from mmjax.objectives.classification import check_label, cross_entropy
+from mmjax.parameters import declare
+from mmjax.source import Example
+
+MASKS: Mapping[str, Mask] = {
+    "full": FULL,
+    "zorro": Same("modality") | QueryIs("modality", FUSION),
+}
+READINGS = ("each", "mean")
+
+
+class Fused(nnx.Module):
+    """The fusion tokens, and a linear map to classes of each output's own."""
+
+    def __init__(self, width: int, tokens: int, classes: int, outputs: tuple[str, ...]):
+        self.tokens = declare(
+            (tokens, width), (None, "embed"), initializers.normal(0.02), decay=False
+        )
+        self.logits = nnx.Dict(
+            {
+                name: Dense(width, classes, ("embed", None), init=initializers.zeros)
+                for name in outputs
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fusion(Objective):
+    """Softmax cross-entropy of the classes, read from each modality's tokens and from fusion tokens.
+
+    Zorro (Recasens et al. 2023): `mask` is `zorro` (a modality's tokens see their own kind only, the fusion tokens see
+    all) and `reading` is `each` (the loss is the mean of those of each modality's output and of the fusion output), so
+    that one modality alone is classified as if the others had never been there. MBT (Nagrani et al. 2021): layers are
+    `bottleneck`s, and `reading` is `mean` (the loss is that of the modalities' mean logits).
+
+    Attributes:
+      classes: how many there are; labels are integers in [0, classes).
+      modalities: what is classified.
+      label: integer field with the class.
+      tokens: number of fusion tokens.
+      mask: `zorro`, or `full`.
+      reading: `each` or `mean`.
+    """
+
+    classes: int
+    modalities: tuple[str, ...]
+    label: str = "label"
+    tokens: int = 4
+    mask: str = "zorro"
+    reading: str = "each"
+
+    def __post_init__(self) -> None:
+        if self.classes < 2:
+            raise UserError(f"fusion: classes is {self.classes}; it must be at least 2.")
+        if not self.modalities or FUSION in self.modalities:
+            raise UserError(
+                f"fusion: modalities is {list(self.modalities)}; name some, none '{FUSION}'."
+            )
+        if self.tokens < 1:
+            raise UserError(f"fusion: tokens is {self.tokens}; it must be at least 1.")
+        for key, known in (("mask", tuple(MASKS)), ("reading", READINGS)):
+            if getattr(self, key) not in known:
+                value = getattr(self, key)
+                raise UserError(f"fusion: {key} is '{value}'.{nearest(value, known)}")
+
+    def reads(self) -> tuple[str, ...]:
+        return self.modalities
+
+    def fields(self) -> tuple[str, ...]:
+        return (self.label,)
+
+    def check_example(self, example: Example) -> None:
+        check_label(self.label, example[self.label], self.classes)
+
+    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        outputs = (*self.modalities, *([FUSION] if self.reading == "each" else []))
+        return {"fused": Fused(width, self.tokens, self.classes, outputs)}
+
+    def outputs(
+        self, model: Model, inputs: Mapping[str, Any], key: jax.Array
+    ) -> tuple[dict[str, jax.Array], Aux]:
+        """Logits `[B, C]` of each modality in `inputs`, and of the fusion tokens where these are read."""
+        fused = model.heads[self.head].fused
+        streams = [model.tokens(name, inputs[name]) for name in self.modalities if name in inputs]
+        first = streams[0].x_BSD
+        tokens = jnp.broadcast_to(
+            fused.tokens[...].astype(first.dtype), (first.shape[0], self.tokens, first.shape[2])
+        )
+        streams.append(Stream(tokens, layout=((FUSION, self.tokens),)))
+        out, aux = model.encode(
+            [replace(s, coordinates={}) for s in streams], key, MASKS[self.mask]
+        )
+        pooled = {part.layout[0][0]: mean_pool(part) for part in segments(out)}
+        wide = jnp.promote_types(first.dtype, jnp.float32)
+        read = {name: x for name, x in pooled.items() if name in fused.logits}
+        return {name: fused.logits[name](x).astype(wide) for name, x in read.items()}, aux
+
+    def predicts(self) -> tuple[str, ...]:
+        return self.modalities
+
+    def predict(self, model: Model, inputs: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
+        """Of one modality, its own output's; of several, the fusion output's or the mean of theirs."""
+        logits, _ = self.outputs(model, inputs, jax.random.key(0))
+        if self.reading == "mean":
+            return mean(logits)
+        return logits[FUSION] if len(inputs) > 1 else logits[next(iter(inputs))]
+
+    def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
+        logits, aux = self.outputs(model, batch["inputs"], key)
+        label_B, valid_B = batch["fields"][self.label], batch["valid"]
+        told = {"all": mean(logits)} if self.reading == "mean" else logits
+        losses = {name: cross_entropy(x, label_B, valid_B) for name, x in told.items()}
+        value = sum(losses.values()) / len(losses)
+        return Loss(
+            value + aux.loss, {f"loss_{name}": x for name, x in losses.items()}, aux.buffers
+        )
+
+
+def mean(logits: Mapping[str, jax.Array]) -> jax.Array:
+    """The mean over outputs."""
+    return jnp.stack(list(logits.values())).mean(axis=0)

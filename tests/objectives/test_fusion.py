@@ -1,0 +1,137 @@
+"""Fusion: what each output may see, and what the loss is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.errors import UserError
+from mmjax.layers.trunk import GroupConfig
+from mmjax.modalities.image import Image, ImageInput
+from mmjax.modalities.text import Text, TextInput
+from mmjax.modality import Input
+from mmjax.model import ModelConfig, declare_model
+from mmjax.objectives.fusion import Fusion
+from mmjax.parameters import Declaration
+
+ROWS, WIDTH, CLASSES = 4, 8, 3
+ZORRO = Fusion(head="head", classes=CLASSES, modalities=("image", "text"))
+FULL = replace(ZORRO, mask="full")
+MBT = replace(FULL, reading="mean")
+PLAIN = {"name": "transformer", "heads": 2, "hidden": 8}
+BOTTLENECK = {"name": "bottleneck", "modalities": ["image", "text"], "heads": 2, "hidden": 8}
+
+
+@pytest.fixture(autouse=True)
+def _x64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def built(objective: Fusion, block: dict[str, Any]) -> Any:
+    """A function of inputs to logits by output, jitted, and the model."""
+    modalities = {"image": Image(patch=2, buckets=2), "text": Text(vocabulary=9, buckets=8)}
+    inputs = {
+        "image": Input("image", modalities["image"], ImageInput(size=4)),
+        "text": Input("text", modalities["text"], TextInput(length=5)),
+    }
+    config = ModelConfig(WIDTH, (GroupConfig(2, (block,)),))
+    declaration: Declaration = declare_model(
+        config, modalities, [("head", objective.heads(WIDTH, inputs))]
+    )
+    rng = np.random.default_rng(0)
+    p = {n: jnp.asarray(rng.normal(size=s.shape)) for n, s in declaration.specs.items()}
+    call = jax.jit(
+        lambda given: objective.outputs(declaration.merge(p), given, jax.random.key(0))[0]
+    )
+    return call, declaration.merge(p)
+
+
+def batch(seed: int = 1) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {
+        "inputs": {
+            "image": {"pixels": jnp.asarray(rng.integers(0, 256, (ROWS, 4, 4, 3)), jnp.uint8)},
+            "text": {
+                "ids": jnp.asarray(rng.integers(0, 9, (ROWS, 5))),
+                "valid": jnp.asarray(np.arange(5) < rng.integers(1, 6, (ROWS, 1))),
+            },
+        },
+        "fields": {"label": jnp.asarray(rng.integers(0, CLASSES, ROWS))},
+        "valid": jnp.array([True, True, False, True]),
+    }
+
+
+def test_zorros_unimodal_outputs_are_the_same_to_the_bit_whatever_the_other_modality_holds() -> (
+    None
+):
+    call, _ = built(ZORRO, PLAIN)
+    one, other = batch(1)["inputs"], batch(2)["inputs"]
+    before, after = call(one), call({**one, "image": other["image"]})
+    np.testing.assert_array_equal(before["text"], after["text"])
+    assert not np.allclose(before["image"], after["image"])
+    assert not np.allclose(before["fusion"], after["fusion"])
+    # Nor when it is missing: no valid token of it, or no token at all.
+    missing = {**one, "text": {**one["text"], "valid": jnp.zeros((ROWS, 5), bool)}}
+    np.testing.assert_array_equal(before["image"], call(missing)["image"])
+    alone = call({"image": one["image"]})
+    np.testing.assert_allclose(before["image"], alone["image"], rtol=1e-11)
+    assert set(alone) == {"image", "fusion"}
+
+
+def test_under_full_fusion_they_are_not() -> None:
+    call, _ = built(FULL, PLAIN)
+    one, other = batch(1)["inputs"], batch(2)["inputs"]
+    before, after = call(one), call({**one, "image": other["image"]})
+    assert not np.allclose(before["text"], after["text"])
+
+
+@pytest.mark.parametrize(("objective", "block"), [(ZORRO, PLAIN), (MBT, BOTTLENECK)])
+def test_the_loss_is_that_of_what_is_read(objective: Fusion, block: dict[str, Any]) -> None:
+    call, model = built(objective, block)
+    b = batch()
+    logits = {name: np.asarray(x) for name, x in call(b["inputs"]).items()}
+    label = np.asarray(b["fields"]["label"])
+    rows = [0, 1, 3]
+
+    def entropy(x: np.ndarray) -> float:
+        return float(np.mean([np.log(np.exp(x[r]).sum()) - x[r, label[r]] for r in rows]))
+
+    if objective.reading == "each":
+        assert set(logits) == {"image", "text", "fusion"}
+        expected = np.mean([entropy(x) for x in logits.values()])
+    else:
+        assert set(logits) == {"image", "text"}
+        expected = entropy((logits["image"] + logits["text"]) / 2)
+    loss = objective(model, b, jax.random.key(0))
+    np.testing.assert_allclose(loss.value, expected, rtol=1e-10)
+
+
+def test_one_modality_is_classified_by_its_own_output_and_several_by_fusion() -> None:
+    call, model = built(ZORRO, PLAIN)
+    inputs = batch()["inputs"]
+    outputs = call(inputs)
+    np.testing.assert_allclose(ZORRO.predict(model, inputs), outputs["fusion"], rtol=1e-10)
+    alone = ZORRO.predict(model, {"text": inputs["text"]})
+    np.testing.assert_allclose(alone, outputs["text"], rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mask": "zoro"}, "mask is 'zoro'.*'zorro'"),
+        ({"reading": "all"}, "reading is 'all'"),
+        ({"tokens": 0}, "tokens is 0"),
+        ({"modalities": ()}, "name some"),
+        ({"classes": 1}, "classes is 1"),
+    ],
+)
+def test_settings_that_say_nothing(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        replace(ZORRO, **change)
