@@ -60,15 +60,14 @@ class Steps:
         def share(size: int) -> tuple[int, int]:
             return local_rows(batch_sharding(self._mesh, size, "batch"), size)
 
-        run, tasks, schedule = (
+        run, settings, schedule = (
             self.experiment.run,
-            self.experiment.tasks,
+            self.experiment.settings,
             self.session.clock.schedule,
         )
-        visits = schedule.visits(start)
-        positions = {name: visits[name] * task.batch for name, task in tasks.items()}
+        positions = {t: settings.consumed(schedule, t, 0, start) for t in self.experiment.tasks}
         clock = replace(self.session.clock, step=start, positions=positions)
-        made = Loader(run.loader, tasks, self.session.data, clock, stop, run.seed, share)
+        made = Loader(run.loader, settings, self.session.data, clock, stop, run.seed, share)
         try:
             yield made
         finally:
@@ -100,7 +99,7 @@ class Steps:
 
     def _send(self, task: str, batch: HostBatch) -> Any:
         chosen, program = self.experiment.tasks[task], self._programs[task]
-        now = {"visit": batch.step, **self.experiment.progress({})}
+        now = {"visit": batch.step, **self.experiment.progress(batch.step, {})}
         self._state, metrics = dispatch(program, chosen, self._mesh, self._state, batch, now)
         return metrics
 

@@ -72,6 +72,11 @@ class Budget:
     def _stretch(self, step: int) -> Stretch:
         return stretch_at(self._planned, step)
 
+    def _tells_of(self, line: Mapping[str, Any], step: int) -> bool:
+        """Whether a line is of a step before, of a task in the shapes that it has at `step`."""
+        program, task = self._experiment.settings.program, str(line.get("task"))
+        return line["step"] < step and program(task, line["step"]) == program(task, step)
+
     def _decision(self, step: int, wanted: Mapping[str, int]) -> dict[str, int]:
         """What is written for this step and config; else measured, and written."""
         key = _fingerprint(self._experiment.block)
@@ -79,8 +84,8 @@ class Budget:
             if (line["start"], line["config"], line["wanted"]) == (step, key, dict(wanted)):
                 return dict(line["weights"])
         lines = metrics.read(self._path.parent)
-        known = measured(line for line in lines if line["step"] < step)
-        seconds = pace(self._experiment.flops, known, 1.0).seconds
+        known = measured(line for line in lines if self._tells_of(line, step))
+        seconds = pace(self._experiment.flops_at(step), known, 1.0).seconds
         weights = budget_weights(seconds, wanted)
         record = {
             "start": step, "config": key, "wanted": dict(wanted), "weights": weights, "seconds": seconds,

@@ -20,7 +20,7 @@ from mmjax.monitor.report_data import newest_meta
 from mmjax.monitor.tables import human_flops, human_seconds, percent, table
 from mmjax.pace import Pace, assumed_rate, measured, pace
 from mmjax.resume import clock_after, fresh_clock
-from mmjax.schedule import BUDGET, Schedule, expected, stretch_at
+from mmjax.schedule import BUDGET, Schedule, stretch_at
 from mmjax.state import Clock
 
 _ROW = 60  # steps of a line of the strip
@@ -92,36 +92,44 @@ def letters_of(tasks: Iterable[str]) -> dict[str, str]:
 
 
 def _tasks_table(experiment: Experiment, workdir: epath.Path, clock: Clock) -> None:
-    steps = experiment.run.steps
-    counts = clock.schedule.between(clock.step, steps)
-    tasks = [task for task, n in counts.items() if n]
-    found = _pace(experiment, workdir, tasks)
-    hours = expected(clock.schedule, clock.step, steps, found.seconds)
+    """A row for each task, and for each program of it where phases give it several."""
+    steps, settings = experiment.run.steps, experiment.settings
+    counts = settings.visits(clock.schedule, clock.step, steps)
+    found = _pace(experiment, workdir, list(counts))
+    batches = {
+        name: setting.tasks[task].batch for name, (task, setting) in settings.programs.items()
+    }
+    hours = {name: n * found.seconds[name] / 3600 for name, n in counts.items()}
     total = sum(hours.values())
     rows: list[Sequence[object]] = [
         (
-            task,
-            counts[task],
-            percent(counts[task] / (steps - clock.step)),
-            counts[task] * experiment.tasks[task].batch,
-            human_seconds(found.seconds[task]) + ("" if task in found.measured else " ?"),
-            f"{hours[task]:.4g} h",
-            percent(hours[task] / total),
+            name,
+            n,
+            percent(n / (steps - clock.step)),
+            n * batches[name],
+            human_seconds(found.seconds[name]) + ("" if name in found.measured else " ?"),
+            f"{hours[name]:.4g} h",
+            percent(hours[name] / total),
         )
-        for task in tasks
+        for name, n in counts.items()
     ]
-    examples = sum(counts[task] * experiment.tasks[task].batch for task in tasks)
+    examples = sum(n * batches[name] for name, n in counts.items())
     rows.append(("all", steps - clock.step, percent(1.0), examples, "", f"{total:.4g} h", percent(1.0)))  # fmt: skip
     heads = ("task", "steps", "of steps", "examples", "a step", "expected", "of time")
     table("Tasks", heads, rows)
     print("\n".join(_remarks(experiment, found, workdir)))
 
 
-def _pace(experiment: Experiment, workdir: epath.Path, tasks: Sequence[str]) -> Pace:
-    known = measured(metrics.read(workdir))
-    if all(task in known for task in tasks):
-        return Pace({task: known[task] for task in tasks}, tuple(tasks), 0.0)
-    flops = {task: experiment.flops[task] for task in tasks}
+def _pace(experiment: Experiment, workdir: epath.Path, programs: Sequence[str]) -> Pace:
+    lines = [
+        {**line, "task": experiment.settings.program(line["task"], line["step"])}
+        for line in metrics.read(workdir)
+        if line.get("kind") == "train"
+    ]
+    known = measured(lines)
+    if all(name in known for name in programs):
+        return Pace({name: known[name] for name in programs}, tuple(programs), 0.0)
+    flops = {name: experiment.flops[name] for name in programs}
     device = jax.devices()[0]
     return pace(flops, known, assumed_rate(device.device_kind, jax.device_count()))
 

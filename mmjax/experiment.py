@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import attrgetter
@@ -26,10 +26,11 @@ from mmjax.program import LimitsConfig, Request, eval_request, reach_of, train_r
 from mmjax.reach import Reach
 from mmjax.rules import apply_rules, trained
 from mmjax.schedule import BUDGET, Schedule, Stretch, from_config, stretches
+from mmjax.settings import Setting, Settings, make_settings
 from mmjax.sharding import MeshConfig, make_mesh
 from mmjax.state import State, abstract_state, compute_dtype
 from mmjax.task import Task, make_task
-from mmjax.views import SHARED, View, check_kind, make_view
+from mmjax.views import SHARED, View, check_kind, in_common, make_view
 from mmjax.warm_start import WarmStartConfig
 
 
@@ -48,7 +49,10 @@ class ScheduleConfig:
     Attributes:
       rule: `shares`, `random`, `interval` or `budget`; each task's `share` is its weight there. Under
         `budget` it is a share of the chips' time, first by model FLOPs.
-      phases: later stretches, `{start, weights, rule}`.
+      phases: later stretches. Each says its `start` and what changes there: `weights`, `rule`, `tasks` (`{NAME:
+        {inputs, batch, microbatches}}`: other resolutions, lengths, batches), `rules` of the optimizer besides
+        `optimizer.rules` (to freeze parts, say), `learning_rate` (a factor). The rest stays as before.
+        Evaluation has the shapes of `tasks` at step 0.
       measure: under `budget`, steps after which, and again after as many, the shares are set from
         measured step times; 0 to stay with model FLOPs.
     """
@@ -132,18 +136,50 @@ class Experiment:
     evaluators: Mapping[str, Mapping[str, Evaluator]]
     declaration: Declaration
 
+    @cached_property
+    def settings(self) -> Settings:
+        """What holds from which step on."""
+        rules, phases = self.run.optimizer.rules, self.run.schedule.phases
+        return make_settings(self.tasks, phases, rules, self.modalities)
+
     @property
     def optimizer(self) -> Optimizer:
+        """Of the whole run: its state is of all that any phase moves."""
         return Optimizer(self.run.optimizer, self.declaration.specs, self._length, self.views)
+
+    def optimizer_of(self, setting: Setting) -> Optimizer:
+        """As it is under a setting, over the same state."""
+        config = replace(self.run.optimizer, rules=setting.rules)
+        return Optimizer(
+            config,
+            self.declaration.specs,
+            self._length,
+            self._views(setting),
+            self.settings.scales,
+            in_common(self.views),
+        )
 
     @cached_property
     def views(self) -> Mapping[str, View]:
-        """How each task sees the optimizer. Where not all is shared, the losses are traced."""
-        moving = trained(self.run.optimizer.rules, self.declaration.specs)
+        """How each task sees the optimizer, all phases taken together."""
+        each = [self._views(setting) for setting in self.settings.each]
         return {
-            name: make_view(kind, moving, None if kind == SHARED else self._reach(self.tasks[name]))
+            name: View(view.kind, frozenset[str]().union(*(views[name].moves for views in each)))
+            for name, view in each[0].items()
+        }
+
+    def _views(self, setting: Setting) -> dict[str, View]:
+        moving = trained(setting.rules, self.declaration.specs)
+        return {
+            name: make_view(kind, moving, None if kind == SHARED else self._reaches[name])
             for name, kind in self._kinds().items()
         }
+
+    @cached_property
+    def _reaches(self) -> Mapping[str, Reach]:
+        """What is traced of the losses of tasks that do not share all."""
+        kinds = self._kinds()
+        return {n: self._reach(task) for n, task in self.tasks.items() if kinds[n] != SHARED}
 
     def _kinds(self) -> dict[str, str]:
         default = self.run.optimizer.view
@@ -158,19 +194,36 @@ class Experiment:
         """Raise what is wrong with the config as a whole: now, and not when the run begins."""
         self._check_schedule()
         self._check_accumulation(self._kinds())
-        apply_rules(self.run.optimizer.rules, self.declaration.specs)
+        for setting in self.settings.each:
+            apply_rules(setting.rules, self.declaration.specs)
+        self._check_shapes()
 
     def _check_schedule(self) -> None:
         config = self.run.schedule
         for index, phase in enumerate(config.phases):
             where = f"schedule.phases[{index}].weights"
             _check_weights(phase.get("weights", {}), self.tasks, where)
-        self.schedule(dict.fromkeys(self.tasks, 1.0))
+        self.schedule(lambda start: dict.fromkeys(self.tasks, 1.0))
         if config.measure and all(each.rule != BUDGET for each in self.stretches()):
             raise UserError(
                 f"config.schedule.measure is {config.measure}, but no stretch has the rule '{BUDGET}'. "
                 "Set schedule.rule, or leave measure at 0."
             )
+
+    def _check_shapes(self) -> None:
+        """Phases may change the shapes of data, and of no parameter."""
+        changed = {
+            id(task): task
+            for setting in self.settings.each[1:]
+            for name, task in setting.tasks.items()
+            if task is not self.tasks[name]
+        }.values()
+        for task in changed:
+            both = [(t.objective.head, self._heads(t)) for t in (self.tasks[task.name], task)]
+            declare_model(self.run.model, self.modalities, both)
+
+    def _heads(self, task: Task) -> dict[str, Any]:
+        return task.objective.heads(self.run.model.width, task.inputs)
 
     def _check_accumulation(self, kinds: Mapping[str, str]) -> None:
         every = self.run.optimizer.accumulate
@@ -194,36 +247,40 @@ class Experiment:
 
     @cached_property
     def _examples(self) -> int:
-        visits = self.schedule().visits(self.run.steps)
-        return sum(n * self.tasks[name].batch for name, n in visits.items())
+        schedule, steps = self.schedule(), self.run.steps
+        return sum(self.settings.consumed(schedule, name, 0, steps) for name in self.tasks)
 
-    def progress(self, positions: Mapping[str, int]) -> dict[str, int]:
+    def progress(self, step: int, positions: Mapping[str, int]) -> dict[str, int]:
         """What the learning rate asks of the clock besides step and visit, as ticks of a program."""
-        if self.run.optimizer.unit != "examples":
-            return {}
-        return {"part": min(sum(positions.values()) * PARTS // self._examples, PARTS)}
+        found = {"phase": self.settings.index(step)} if self.settings.scales else {}
+        if self.run.optimizer.unit == "examples":
+            found["part"] = min(sum(positions.values()) * PARTS // self._examples, PARTS)
+        return found
 
     def stretches(self) -> list[Stretch]:
         """The schedule as the config describes it."""
         return stretches(self.run.schedule.rule, self._shares(), self.run.schedule.phases)
 
-    def schedule(self, seconds: Mapping[str, float] | None = None) -> Schedule:
+    def schedule(self, seconds: Callable[[int], Mapping[str, float]] | None = None) -> Schedule:
         """The schedule from step 0 as the config describes it, in integers.
 
         Args:
-          seconds: of a step of each task, for stretches under `budget`; model FLOPs if None.
+          seconds: step -> seconds of a step of each task then, for stretches under `budget`; model FLOPs if None.
         """
         config = self.run.schedule
-        if seconds is None and any(each.rule == BUDGET for each in self.stretches()):
-            seconds = self.flops
+        seconds = seconds or self.flops_at
         return from_config(config.rule, self._shares(), self.run.seed, config.phases, seconds)
+
+    def flops_at(self, step: int) -> dict[str, int]:
+        """Model FLOPs of a training step of each task, as it is at a step."""
+        return {t: self.flops[program] for t, program in self.settings.at(step).programs.items()}
 
     def _shares(self) -> dict[str, int]:
         return {name: task.config.share for name, task in self.tasks.items()}
 
     @cached_property
     def flops(self) -> Mapping[str, int]:
-        """Model FLOPs of a training step of each task, whatever the mesh; traced when first asked for."""
+        """Model FLOPs of each training program, whatever the mesh; traced when first asked for."""
         mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
         return {name: r.model_flops() for name, r in self.train_requests(mesh).items()}
 
@@ -233,17 +290,19 @@ class Experiment:
         )
 
     def train_requests(self, mesh: Mesh) -> dict[str, Request]:
-        """The training program of each task, by task name."""
-        compute, optimizer, state = (
-            compute_dtype(self.run.dtype.compute),
-            self.optimizer,
-            self.abstract_state(mesh),
-        )
-        return {
-            name: train_request(
+        """The training programs of all tasks in all phases, by name (see `Setting.programs`)."""
+        compute, state = compute_dtype(self.run.dtype.compute), self.abstract_state(mesh)
+
+        def request(name: str, task: Task, setting: Setting) -> Request:
+            optimizer = self.optimizer_of(setting)
+            made = train_request(
                 task, self.declaration, optimizer, compute, self.run.seed, state, mesh
             )
-            for name, task in self.tasks.items()
+            return replace(made, task=name)
+
+        return {
+            name: request(name, setting.tasks[task], setting)
+            for name, (task, setting) in self.settings.programs.items()
         }
 
     def passes(self) -> list[tuple[Task, Pass]]:

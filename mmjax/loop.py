@@ -88,12 +88,14 @@ class _Dispatched:
     """A step under way: its metrics are still on the devices.
 
     Attributes:
+      program: name of what ran.
       waited: seconds that the loop waited for its batch.
       sent: when it was given to the devices.
     """
 
     step: int
     task: str
+    program: str
     metrics: Mapping[str, jax.Array]
     examples: int
     waited: float
@@ -180,8 +182,8 @@ class Loop:
         def share(size: int) -> tuple[int, int]:
             return local_rows(batch_sharding(self._mesh, size, "batch"), size)
 
-        tasks, data, seed = self._experiment.tasks, self._session.data, self._run.seed
-        return Loader(self._run.loader, tasks, data, self._clock, self._settled(), seed, share)
+        settings, data, seed = self._experiment.settings, self._session.data, self._run.seed
+        return Loader(self._run.loader, settings, data, self._clock, self._settled(), seed, share)
 
     def _settled(self) -> int:
         return self._budget.next(self._clock.step) or self._run.steps
@@ -234,7 +236,7 @@ class Loop:
         """Write what the run did and cost, over all its attempts."""
         self._writer.flush()
         self._phases.beat(step=self._clock.step)
-        flops = {task: float(program.report["flops"]) for task, program in self._programs.items()}
+        flops = {name: float(program.report["flops"]) for name, program in self._programs.items()}
         found = tally.summary(self._session.workdir, flops, self._peak)
         tally.write(self._session.workdir, found)
         self._writer.add(self._clock.step, tally.scalars(found))
@@ -279,13 +281,14 @@ class Loop:
                 host = next(self._loader)
                 waited = time.monotonic() - started
                 self._watchdog.at("in a step", task, step)
-                chosen = self._experiment.tasks[task]
+                setting = self._experiment.settings.at(step)
+                chosen, name = setting.tasks[task], setting.programs[task]
                 state, metrics = dispatch(
-                    self._programs[task], chosen, self._mesh, state, host, ticks_now
+                    self._programs[name], chosen, self._mesh, state, host, ticks_now
                 )
                 sent = time.monotonic()
-                under_way.append(_Dispatched(step, task, metrics, chosen.batch, waited, sent))
-                self._count(task, host)
+                under_way.append(_Dispatched(step, task, name, metrics, chosen.batch, waited, sent))
+                self._count(chosen, host)
                 if len(under_way) >= _IN_FLIGHT:
                     self._complete(under_way.popleft())
             while under_way:
@@ -293,15 +296,15 @@ class Loop:
         return state
 
     def _ticks(self, step: int) -> dict[str, int]:
-        progress = self._experiment.progress(self._clock.positions)
+        progress = self._experiment.progress(step, self._clock.positions)
         return {"visit": self._clock.schedule.visit(step), **progress}
 
-    def _count(self, task: str, host: HostBatch) -> None:
+    def _count(self, task: Task, host: HostBatch) -> None:
         """Move the clock past a dispatched step."""
         positions = Counter(self._clock.positions)
-        positions[task] += self._experiment.tasks[task].batch
+        positions[task.name] += task.batch
         self._clock = replace(self._clock, step=host.step + 1, positions=dict(positions))
-        self._unread += [(task, position, error) for position, error in host.failed]
+        self._unread += [(task.name, position, error) for position, error in host.failed]
         if jax.process_count() == 1:
             self._tell_unread()
 
@@ -332,7 +335,7 @@ class Loop:
         before, self._completed = self._completed, time.monotonic()
         seconds = self._completed - before
         finite = bool(values.pop("finite"))
-        report = self._programs[done.task].report
+        report = self._programs[done.program].report
         timing = {"seconds": seconds, "wait": done.waited}
         timing |= tally.rates(report["flops"], seconds, self._peak)
         if not is_late:
@@ -373,7 +376,7 @@ class Loop:
         self._tell("non-finite", f"step {done.step}, task {done.task}: no update; examples {words}")
 
     def _examples(self, done: _Dispatched) -> str:
-        ids = self._session.example_ids(done.task, self._clock.schedule.visit(done.step))
+        ids = self._session.example_ids(done.task, done.step)
         return f"{', '.join(map(str, ids[:16]))}{', ...' if len(ids) > 16 else ''}"
 
     def _quarantine(self, done: _Dispatched, bad: int) -> None:

@@ -6,7 +6,7 @@ if its layers stood apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,12 +97,16 @@ class Optimizer:
         specs: Mapping[str, Spec],
         length: Callable[[str], int],
         views: Mapping[str, View],
+        scales: Sequence[float] = (),
+        common: frozenset[str] | None = None,
     ):
         """An optimizer of the parameters in `specs`.
 
         Args:
           length: of the run for a task, in `config.unit`; asked when a step is traced.
           views: of the tasks.
+          scales: factors of the rate by the tick `phase`; none for 1.
+          common: the parameters of whose state tasks have one in common; those that a view moves, if None.
         """
         if config.unit not in UNITS:
             raise UserError(f"optimizer.unit: no '{config.unit}'.{nearest(config.unit, UNITS)}")
@@ -111,7 +115,8 @@ class Optimizer:
         self._length = length
         self._rules = apply_rules(config.rules, specs)
         self._leaves = {name: leaf_transform(config, spec) for name, spec in specs.items()}
-        self._common = in_common(views)
+        self.scales = tuple(scales)
+        self._common = in_common(views) if common is None else common
 
     def init(self, parameters: Arrays) -> dict[str, LeafState]:
         """The state that tasks have in common, of every leaf that has such. Meant to be jitted."""
@@ -136,6 +141,11 @@ class Optimizer:
         layers: Axes = ("layers",) if self.specs[name].stack else ()
         return {field: layers + axes for field, axes in self._leaves[name].fields.items()}
 
+    @property
+    def ticks(self) -> frozenset[str]:
+        """Names of the ticks that `rate` reads."""
+        return frozenset({UNITS[self.config.unit], *(["phase"] if self.scales else [])})
+
     def rate(self, task: str, ticks: Mapping[str, jax.Array]) -> jax.Array:
         """The learning rate of a task's step, from integers alone."""
         config, length = self.config, self._length(task)
@@ -143,7 +153,8 @@ class Optimizer:
             # No warm-up is longer than the run.
             config = replace(config, warmup=min(config.warmup * PARTS // length, PARTS))
             length = PARTS
-        return jnp.asarray(learning_rate(config, length)(ticks[UNITS[config.unit]]))
+        rate = jnp.asarray(learning_rate(config, length)(ticks[UNITS[config.unit]]))
+        return rate * jnp.asarray(self.scales, rate.dtype)[ticks["phase"]] if self.scales else rate
 
     def update(
         self, grads: Arrays, state: Mapping[str, LeafState], parameters: Arrays, rate: jax.Array

@@ -24,7 +24,7 @@ from mmjax.evaluator import Pass, function, row_spec
 from mmjax.gradient import loss_and_gradient
 from mmjax.health import Bounds
 from mmjax.objective import Loss
-from mmjax.optimizer import UNITS, Optimizer
+from mmjax.optimizer import Optimizer
 from mmjax.parameters import Arrays, Declaration
 from mmjax.reach import Reach, reach
 from mmjax.sharding import batch_sharding, replicated
@@ -189,7 +189,7 @@ def _accumulated(
         return replace(after, buffers={**after.buffers, **{SUM + n: s for n, s in sums.items()}})
 
     def update() -> State:
-        means = {n: s / every for n, s in sums.items()}
+        means = {n: s / every for n, s in sums.items() if n in grads}
         after, _ = _updated(state, means, optimizer, task, ticks)
         return holding(after, jax.tree.map(jnp.zeros_like, sums))
 
@@ -223,7 +223,7 @@ def train_request(
     batch_sharding(
         mesh, task.batch // task.config.microbatches, f"tasks.{task.name}, a micro-batch"
     )
-    ticks = {name: _tick(mesh) for name in {"step", "visit", UNITS[optimizer.config.unit]}}
+    ticks = {name: _tick(mesh) for name in {"step", "visit", *optimizer.ticks}}
 
     def count() -> int:
         moved, others = _parted(state.parameters, view)

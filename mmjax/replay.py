@@ -101,7 +101,7 @@ def _run(session: Session, last: int) -> dict[str, float]:
     experiment, mesh, clock = session.experiment, session.mesh, session.clock
     schedule, run = clock.schedule, experiment.run
     requests = experiment.train_requests(mesh)
-    needed = set(schedule.strip(clock.step, last + 1))
+    needed = experiment.settings.visits(schedule, clock.step, last + 1)
     programs = compile_all({n: requests[n] for n in requests if n in needed}, mesh, run.limits)
     state = session.state()
     values: Mapping[str, jax.Array] = {}
@@ -109,12 +109,13 @@ def _run(session: Session, last: int) -> dict[str, float]:
     def share(size: int) -> tuple[int, int]:
         return local_rows(batch_sharding(mesh, size, "batch"), size)
 
-    loader = Loader(run.loader, experiment.tasks, session.data, clock, last + 1, run.seed, share)
+    loader = Loader(run.loader, experiment.settings, session.data, clock, last + 1, run.seed, share)
     positions = Counter(clock.positions)
     for host in loader:
-        task = experiment.tasks[schedule.task(host.step)]
-        now = {"visit": schedule.visit(host.step), **experiment.progress(positions)}
-        state, values = dispatch(programs[task.name], task, mesh, state, host, now)
+        name, setting = schedule.task(host.step), experiment.settings.at(host.step)
+        task, program = setting.tasks[name], programs[setting.programs[name]]
+        now = {"visit": schedule.visit(host.step), **experiment.progress(host.step, positions)}
+        state, values = dispatch(program, task, mesh, state, host, now)
         positions[task.name] += task.batch
         jax.block_until_ready(values)
     loader.close()

@@ -155,12 +155,12 @@ class Session:
             "environment": environment(self.mesh),
         }
 
-    def example_ids(self, task: str, visit: int) -> list[int]:
-        """The examples of one visit of a task in this session."""
-        done = self.clock.schedule.visits(self.clock.step).get(task, 0)
-        batch = self.experiment.tasks[task].batch
-        position = self.clock.positions.get(task, 0) + (visit - done) * batch
-        seed = self.experiment.run.seed
+    def example_ids(self, task: str, step: int) -> list[int]:
+        """The examples that a task reads at a step of this session, under the clock's schedule."""
+        settings, clock = self.experiment.settings, self.clock
+        read = settings.consumed(clock.schedule, task, clock.step, step)
+        position = clock.positions.get(task, 0) + read
+        batch, seed = settings.at(step).tasks[task].batch, self.experiment.run.seed
         return [
             int(i) for i in order.example_ids(seed, task, position, batch, len(self.data[task]))
         ]
@@ -424,7 +424,8 @@ def _movers(config: Mapping[str, Any]) -> Any:
         name: (task.get("view") or optimizer.get("view"), task["objective"], task["inputs"])
         for name, task in config["tasks"].items()
     }
-    return optimizer.get("rules"), tasks
+    phases = config.get("schedule", {}).get("phases", ())
+    return optimizer.get("rules"), [phase.get("rules") for phase in phases], tasks
 
 
 def _check_parameters(experiment: Experiment, restored: Restored) -> None:

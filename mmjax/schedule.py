@@ -26,7 +26,14 @@ from mmjax.errors import UserError, nearest
 
 MAX_PERIOD = 1_000_000  # steps; a table of this many is built in seconds and held in megabytes
 BUDGET = "budget"  # a rule of configs only: it becomes `shares` when step times are known
-_PHASE_KEYS = ("start", "weights", "rule")
+_PHASE_KEYS = (
+    "start",
+    "weights",
+    "rule",
+    "tasks",
+    "rules",
+    "learning_rate",
+)  # the last three: mmjax.settings
 
 
 # Rules: how often each task runs in a period, and in what order. A rule sees the weights above
@@ -417,16 +424,18 @@ def stretches(
         for key in phase:
             if key not in _PHASE_KEYS:
                 raise UserError(f"Phase {number}: no key '{key}'.{nearest(key, _PHASE_KEYS)}")
-        for key in ("start", "weights"):
-            if key not in phase:
-                raise UserError(f"Phase {number} has no '{key}'. Give it one.")
+        if "start" not in phase:
+            raise UserError(f"Phase {number} has no 'start'. Give it the step at which it begins.")
         start = _integer(phase["start"], f"Phase {number}: start")
         if start <= found[-1].start:
             raise UserError(
                 f"Phase {number} starts at step {start}, not after the stretch before it "
                 f"(step {found[-1].start}). Put phases in ascending order, above 0."
             )
-        found.append(_stretch(start, phase.get("rule") or found[-1].rule, phase["weights"]))
+        before = found[-1]
+        found.append(
+            _stretch(start, phase.get("rule") or before.rule, phase.get("weights", before.weights))
+        )
     return found
 
 
@@ -447,7 +456,7 @@ def from_config(
     weights: Mapping[str, int],
     seed: int,
     phases: Sequence[Mapping[str, Any]] = (),
-    seconds: Mapping[str, float] | None = None,
+    seconds: Callable[[int], Mapping[str, float]] = lambda start: {},
 ) -> Schedule:
     """The schedule that a config describes.
 
@@ -457,9 +466,10 @@ def from_config(
         (`interval`), or share of the time (`budget`), in the order in which tasks take turns.
         0: the task does not run.
       seed: for `random`.
-      phases: later stretches, each `{"start": step, "weights": {...}}` and, if it differs from
-        the one before, `"rule"`; by ascending start.
-      seconds: of a step of each task, or anything in proportion to them; for `budget`.
+      phases: later stretches, each `{"start": step}` with `"weights"` and `"rule"` where they differ
+        from those before; by ascending start.
+      seconds: start of a stretch -> seconds of a step of each task then, or anything in proportion
+        to them; for `budget`.
 
     Raises:
       UserError: an unknown rule or key; a weight that is not an integer from 0 up; no task with a
@@ -469,17 +479,20 @@ def from_config(
     segments: tuple[Segment, ...] = ()
     for each in stretches(rule, weights, phases):
         base = Schedule(segments).visits(each.start) if segments else {}
-        segments = (*segments, _frozen(each, seconds or {}, base, seed))
+        segments = (*segments, _frozen(each, seconds, base, seed))
     return Schedule(segments)
 
 
 def _frozen(
-    each: Stretch, seconds: Mapping[str, float], base: Mapping[str, int], seed: int
+    each: Stretch,
+    seconds: Callable[[int], Mapping[str, float]],
+    base: Mapping[str, int],
+    seed: int,
 ) -> Segment:
     """A stretch in integers."""
     if each.rule != BUDGET:
         return Segment(each.start, each.rule, each.weights, dict(base), seed)
-    shares = budget_weights(seconds, each.weights)
+    shares = budget_weights(seconds(each.start), each.weights)
     return Segment(each.start, "shares", shares, dict(base), seed)
 
 
@@ -570,15 +583,3 @@ def _apportion(rates: Mapping[str, Fraction], total: int) -> dict[str, int]:
     for task in by_remainder[: total - sum(shares.values())]:
         shares[task] += 1
     return shares
-
-
-def expected(
-    schedule: Schedule, start: int, stop: int, seconds: Mapping[str, float]
-) -> dict[str, float]:
-    """Hours that each task will take in steps [start, stop), at `seconds` per step of each.
-
-    Raises:
-      UserError: a task that runs there has no step time.
-    """
-    counts = schedule.between(start, stop)
-    return {t: n * float(_seconds(seconds, t)) / 3600 if n else 0.0 for t, n in counts.items()}

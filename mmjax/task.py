@@ -127,9 +127,11 @@ class RowSpec:
                 ) from error
 
 
-def make_task(name: str, block: Mapping[str, Any], modalities: Mapping[str, Modality]) -> Task:
-    """Build a task from its block, checking every key."""
-    where = f"tasks.{name}"
+def make_task(
+    name: str, block: Mapping[str, Any], modalities: Mapping[str, Modality], where: str = ""
+) -> Task:
+    """Build a task from its block, checking every key; `where` is the block's place, if not in `tasks`."""
+    where = where or f"tasks.{name}"
     config = configs.build(TaskConfig, block, where)
     if config.batch < 1:
         raise UserError(f"{where}.batch is {config.batch}; it must be at least 1.")

@@ -97,10 +97,17 @@ def _coming(session: Session) -> dict[str, Request]:
 
     Also of those whose few visits all lie behind: other tasks may be left out, or shares set anew.
     """
-    step, stop = session.clock.step, session.experiment.run.steps
-    tasks = session.clock.schedule.running(step, stop) if step < stop else ()
+    schedule, settings = session.clock.schedule, session.experiment.settings
+    needed = {
+        program
+        for start, stop, setting in settings.pieces(
+            session.clock.step, session.experiment.run.steps
+        )
+        for task, program in setting.programs.items()
+        if task in schedule.running(start, stop)
+    }
     requests = session.experiment.train_requests(session.mesh)
-    return {task: request for task, request in requests.items() if task in tasks}
+    return {name: request for name, request in requests.items() if name in needed}
 
 
 def _run(

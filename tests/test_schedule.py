@@ -17,7 +17,6 @@ from mmjax.schedule import (
     Schedule,
     Segment,
     budget_weights,
-    expected,
     from_config,
     stretch_at,
     stretches,
@@ -426,9 +425,9 @@ def test_steps_below_zero_are_errors():
 def test_bad_weights(rule, bad, message):
     seconds = {"a": 1.0}
     with pytest.raises(UserError, match=message):
-        from_config(rule, bad, 0, seconds=seconds)
+        from_config(rule, bad, 0, seconds=lambda _: seconds)
     with pytest.raises(UserError, match=message):
-        from_config(rule, {"a": 1}, 0, [{"start": 5, "weights": bad}], seconds)
+        from_config(rule, {"a": 1}, 0, [{"start": 5, "weights": bad}], lambda _: seconds)
 
 
 def test_unknown_rule():
@@ -453,13 +452,24 @@ def test_a_period_too_long():
         ({"start": -3, "weights": {"a": 1}}, "Phase 1: start must be 0 or more"),
         ({"start": 2.0, "weights": {"a": 1}}, "Phase 1: start must be an integer"),
         ({"weights": {"a": 1}}, "Phase 1 has no 'start'"),
-        ({"start": 5}, "Phase 1 has no 'weights'"),
         ({"start": 5, "weigths": {"a": 1}}, "no key 'weigths'.*'weights'"),
     ],
 )
 def test_bad_phases(phase, message):
     with pytest.raises(UserError, match=message):
         from_config("shares", {"a": 1}, 0, [phase])
+
+
+def test_a_phase_keeps_the_weights_and_the_rule_that_it_does_not_name():
+    phases = [
+        {"start": 4, "weights": {"a": 1, "b": 3}},
+        {"start": 8},
+        {"start": 12, "rule": "interval"},
+    ]
+    segments = from_config("shares", {"a": 1, "b": 1}, 0, phases).segments
+    assert [(s.start, s.rule, s.weights["b"]) for s in segments] == [
+        (0, "shares", 1), (4, "shares", 3), (8, "shares", 3), (12, "interval", 3),
+    ]  # fmt: skip
 
 
 def test_phases_out_of_order():
@@ -534,7 +544,7 @@ def test_a_budget_becomes_shares_of_steps(data):
     seconds = {task: data.draw(st.floats(0.1, 10)) for task in wanted}
     start, plan = data.draw(st.integers(1, 99)), data.draw(weights("random"))
     phase = {"start": start, "rule": BUDGET, "weights": wanted}
-    schedule = from_config("random", plan, 0, [phase], seconds)
+    schedule = from_config("random", plan, 0, [phase], lambda _: seconds)
     [_, segment] = schedule.segments
     assert segment == Segment(
         start, "shares", budget_weights(seconds, wanted), schedule.visits(start)
@@ -559,15 +569,6 @@ def test_stretches_keep_what_the_config_says():
 def test_a_budget_without_step_times():
     with pytest.raises(UserError, match="'a' has no step time"):
         from_config(BUDGET, {"a": 1}, 0)
-
-
-def test_expected_hours():
-    schedule = from_config("shares", {"a": 3, "b": 1, "c": 0}, 0)
-    hours = expected(schedule, 0, 400, {"a": 12.0, "b": 36.0})
-    assert hours == {"a": pytest.approx(1.0), "b": pytest.approx(1.0), "c": 0.0}
-    assert expected(schedule, 400, 400, {}) == {"a": 0.0, "b": 0.0, "c": 0.0}
-    with pytest.raises(UserError, match="'b' has no step time"):
-        expected(schedule, 0, 400, {"a": 12.0})
 
 
 def test_light_to_import():

@@ -276,7 +276,11 @@ def rates(unit: str, warmup: int, tasks: Sequence[str]) -> list[float]:
     )  # fmt: skip
     found, positions = [], dict.fromkeys(TASKS, 0)
     for step, task in enumerate(tasks):
-        when = {"step": step, "visit": tasks[:step].count(task), **experiment.progress(positions)}
+        when = {
+            "step": step,
+            "visit": tasks[:step].count(task),
+            **experiment.progress(step, positions),
+        }
         ticks = {name: jnp.int32(n) for name, n in when.items()}
         found.append(float(experiment.optimizer.rate(task, ticks)))
         positions[task] += experiment.tasks[task].batch

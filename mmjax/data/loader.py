@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 
 from mmjax.data import order
 from mmjax.errors import UserError
+from mmjax.settings import Settings
 from mmjax.source import Examples
 from mmjax.state import Clock
 from mmjax.task import RowSpec, Task
@@ -90,29 +91,28 @@ class _Steps:
 
     def __init__(
         self,
-        tasks: Mapping[str, Task],
+        settings: Settings,
         data: Mapping[str, Examples],
         clock: Clock,
         stop: int,
         seed: int,
         share: Callable[[int], tuple[int, int]],
     ):
-        self._tasks, self._data, self._clock, self._stop, self._seed = (
-            tasks,
+        self._settings, self._data, self._clock, self._stop, self._seed = (
+            settings,
             data,
             clock,
             stop,
             seed,
         )
         self._share = share
-        self._visits = clock.schedule.visits(clock.step)
 
     def __len__(self) -> int:
         return max(self._stop - self._clock.step, 0)
 
     def __getitem__(self, index: int) -> HostBatch:
         step = self._clock.step + int(index)
-        task = self._tasks[self._clock.schedule.task(step)]
+        task = self._settings.at(step).tasks[self._clock.schedule.task(step)]
         try:
             return self._batch(step, task)
         except Exception:
@@ -126,9 +126,9 @@ class _Steps:
             ) from error
 
     def _batch(self, step: int, task: Task) -> HostBatch:
-        visit = self._clock.schedule.visit(step)
-        passed = visit - self._visits.get(task.name, 0)
-        position = self._clock.positions.get(task.name, 0) + passed * task.batch
+        clock = self._clock
+        passed = self._settings.consumed(clock.schedule, task.name, clock.step, step)
+        position = clock.positions.get(task.name, 0) + passed
         first, last = self._share(task.batch)
         examples = self._data[task.name]
         ids = order.example_ids(
@@ -148,14 +148,14 @@ class Loader:
     def __init__(
         self,
         config: LoaderConfig,
-        tasks: Mapping[str, Task],
+        settings: Settings,
         data: Mapping[str, Examples],
         clock: Clock,
         stop: int,
         seed: int,
         share: Callable[[int], tuple[int, int]],
     ):
-        steps = _Steps(tasks, data, clock, stop, seed, share)
+        steps = _Steps(settings, data, clock, stop, seed, share)
         options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.ahead)
         self._batches = iter(grain.MapDataset.source(steps).to_iter_dataset(options))
 

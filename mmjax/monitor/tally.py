@@ -33,7 +33,7 @@ def summary(
 
     Args:
       workdir: with `metrics.jsonl` and `goodput.jsonl`.
-      flops: model FLOPs of a step, per task; those of a task that no longer runs may be missing.
+      flops: model FLOPs of a step, per task, for steps that do not tell their own.
       peak: FLOP/s of all the run's devices together, where it is known.
 
     Returns:
@@ -62,7 +62,7 @@ def task_rows(
 
     Keys: `task`, `steps`, `visits`, `skipped` (without update), `examples`, `tokens`, `loss` and
     `grad_norm` (means of the latest visits), `step_seconds` (median), `wait_seconds` (mean, for the
-    loader), `switch_seconds` (see `switch_cost`), `flops` (of a step), `flops_per_second`, `mfu`,
+    loader), `switch_seconds` (see `switch_cost`), `flops` (of a step, mean), `flops_per_second`, `mfu`,
     `seconds_in_all`, `share` of the `wall` seconds. What is not known is missing.
     """
     tasks: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
@@ -90,7 +90,11 @@ def _row(
     wall: float,
     peak: float | None,
 ) -> dict[str, Any]:
-    seconds = [line.get("timing", {}).get("seconds", 0.0) for line in lines]
+    timings = [line.get("timing", {}) for line in lines]
+    seconds = [timing.get("seconds", 0.0) for timing in timings]
+    # A phase may give a task other shapes: each step tells its own.
+    told = [t["flops_per_second"] * t["seconds"] for t in timings if "flops_per_second" in t]
+    flops = statistics.fmean(told) if told else flops
     switch = switch_cost(seconds, after_other)
     return {
         "task": task,

@@ -22,6 +22,7 @@ from mmjax.errors import UserError
 from mmjax.loading import find_step
 from mmjax.modalities.image import Image
 from mmjax.schedule import from_config
+from mmjax.settings import Settings
 from mmjax.source import Examples
 from mmjax.sources.array_record import ArrayRecord
 from mmjax.sources.tfds import Tfds
@@ -223,10 +224,9 @@ def epoch(path: Path, threads: int = 2) -> Iterator[Any]:
     schedule = from_config("shares", {"labels": 1}, 0, ())
     clock = Clock(0, schedule, {}, {}, {})
     steps = COUNT // BATCH
-    loader = Loader(
-        LoaderConfig(threads=threads), {"labels": make(path)}, {"labels": open_(path)}, clock, steps, 3,
-        lambda size: (0, size),
-    )  # fmt: skip
+    settings, data = Settings.steady({"labels": make(path)}), {"labels": open_(path)}
+    config = LoaderConfig(threads=threads)
+    loader = Loader(config, settings, data, clock, steps, 3, lambda size: (0, size))
     yield from loader
     loader.close()
 

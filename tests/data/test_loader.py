@@ -23,6 +23,7 @@ from mmjax.data.loader import HostBatch, Loader, LoaderConfig, local_rows, make_
 from mmjax.errors import UserError
 from mmjax.experiment import make_experiment
 from mmjax.schedule import Schedule
+from mmjax.settings import Settings
 from mmjax.sharding import MeshConfig, batch_sharding, make_mesh
 from mmjax.source import Examples
 from mmjax.state import Clock
@@ -36,6 +37,7 @@ class World:
     """The tasks of a config, their data, and the clock at step 0."""
 
     tasks: Mapping[str, Any]
+    settings: Settings
     data: Mapping[str, Examples]
     schedule: Schedule
 
@@ -51,7 +53,7 @@ class World:
         share: Callable[[int], tuple[int, int]] = WHOLE,
         config: LoaderConfig = LoaderConfig(),  # noqa: B008
     ) -> list[HostBatch]:
-        loader = Loader(config, self.tasks, self.data, clock, stop, toyrun.SEED, share)
+        loader = Loader(config, self.settings, self.data, clock, stop, toyrun.SEED, share)
         try:
             return list(loader)
         finally:
@@ -61,7 +63,7 @@ class World:
 def world(*overrides: str) -> World:
     experiment = make_experiment(block(*overrides))
     data = {name: task.source.open() for name, task in experiment.tasks.items()}
-    return World(experiment.tasks, data, experiment.schedule())
+    return World(experiment.tasks, experiment.settings, data, experiment.schedule())
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +157,7 @@ def test_rows_are_what_the_task_says(toy: World, whole: list[HostBatch]) -> None
 def test_closing_stops_the_threads(toy: World) -> None:
     before = set(threading.enumerate())
     loader = Loader(
-        LoaderConfig(threads=4, ahead=2), toy.tasks, toy.data, toy.clock(0), 10**6, 0, WHOLE
+        LoaderConfig(threads=4, ahead=2), toy.settings, toy.data, toy.clock(0), 10**6, 0, WHOLE
     )
     next(loader)
     started = set(threading.enumerate()) - before
@@ -294,7 +296,7 @@ def test_a_mistake_of_the_persons_is_no_corrupt_record(toy: World) -> None:
     with pytest.raises(UserError, match="not built"):
         make_batch(spec, wrong, [1], lambda _: None, 4)
     loader = Loader(
-        LoaderConfig(), toy.tasks, {**toy.data, "one": wrong}, toy.clock(0), 5, 0, WHOLE
+        LoaderConfig(), toy.settings, {**toy.data, "one": wrong}, toy.clock(0), 5, 0, WHOLE
     )
     with pytest.raises(UserError, match="not built"):
         list(loader)

@@ -1,0 +1,197 @@
+"""What holds from which step on: what the phases of a schedule change besides weights and rule.
+
+A phase may give tasks other shapes (resolution, context length, batch), freeze parameters or move them at another
+rate. A task under other settings is another program; two phases with the same settings share theirs. Everything here is
+a function of the step, so that a run that was interrupted finds the same.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from mmjax import config as configs
+from mmjax.errors import UserError, nearest
+from mmjax.modality import Modality
+from mmjax.rules import RuleConfig
+from mmjax.schedule import Schedule
+from mmjax.task import Task, make_task
+
+_TASK_KEYS = ("inputs", "batch", "microbatches")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What holds from a step on.
+
+    Attributes:
+      start: that step.
+      tasks: by name, with the shapes that they have then.
+      programs: task -> name of its training program: the task's, with `@START` where it is not its first.
+      rules: of the optimizer, by parameter path, those of the phase last.
+      scale: factor of the learning rate.
+    """
+
+    start: int
+    tasks: Mapping[str, Task]
+    programs: Mapping[str, str]
+    rules: tuple[RuleConfig, ...] = ()
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Those of a whole run, by ascending start, the first at step 0."""
+
+    each: tuple[Setting, ...]
+
+    @classmethod
+    def steady(cls, tasks: Mapping[str, Task]) -> Settings:
+        """Tasks that stay as they are."""
+        return cls((Setting(0, tasks, {name: name for name in tasks}),))
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [setting.start for setting in self.each]
+
+    def index(self, step: int) -> int:
+        """Which of `each` holds at a step."""
+        return bisect.bisect_right(self._starts, step) - 1
+
+    def at(self, step: int) -> Setting:
+        return self.each[self.index(step)]
+
+    def program(self, task: str, step: int) -> str:
+        """Name of the program that a task runs at a step; the task's own for one that the config lacks."""
+        return self.at(step).programs.get(task, task)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """The factors of the learning rate by index; none where all are 1."""
+        found = tuple(setting.scale for setting in self.each)
+        return found if set(found) != {1.0} else ()
+
+    @property
+    def programs(self) -> dict[str, tuple[str, Setting]]:
+        """The training programs: name -> task and a setting that it is for."""
+        found: dict[str, tuple[str, Setting]] = {}
+        for setting in self.each:
+            for task, program in setting.programs.items():
+                found.setdefault(program, (task, setting))
+        return found
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, Setting]]:
+        """Steps [start, stop), cut where the settings change."""
+        while start < stop:
+            index = self.index(start)
+            end = min([stop, *self._starts[index + 1 : index + 2]])
+            yield start, end, self.each[index]
+            start = end
+
+    def consumed(self, schedule: Schedule, task: str, start: int, stop: int) -> int:
+        """Examples that a task reads in steps [start, stop)."""
+        return sum(
+            schedule.between(a, b).get(task, 0) * setting.tasks[task].batch
+            for a, b, setting in self.pieces(start, stop)
+        )
+
+    def visits(self, schedule: Schedule, start: int, stop: int) -> dict[str, int]:
+        """How often each program runs in steps [start, stop); those that do not are missing."""
+        found: Counter[str] = Counter()
+        for a, b, setting in self.pieces(start, stop):
+            for task, count in schedule.between(a, b).items():
+                if count and task in setting.programs:
+                    found[setting.programs[task]] += count
+        return dict(found)
+
+
+def make_settings(
+    tasks: Mapping[str, Task],
+    phases: Sequence[Mapping[str, Any]],
+    rules: Sequence[RuleConfig],
+    modalities: Mapping[str, Modality],
+) -> Settings:
+    """The settings of a config whose stretches are sound (see `schedule.stretches`).
+
+    Args:
+      tasks: as they are at step 0.
+      phases: `schedule.phases`, each with perhaps `tasks`, `rules` and `learning_rate`; what a phase does not say
+        stays as it was before.
+      rules: of the optimizer at step 0.
+
+    Raises:
+      UserError: an unknown task or key; a key that would change more than shapes.
+    """
+    names = {_key(task, ()): name for name, task in tasks.items()}
+    each = [Setting(0, dict(tasks), {task: task for task in tasks}, tuple(rules))]
+    own: tuple[RuleConfig, ...] = ()
+    for index, phase in enumerate(phases):
+        where, before = f"schedule.phases[{index}]", each[-1]
+        changed = phase.get("tasks", {})
+        _check_tasks(changed, tasks, f"{where}.tasks")
+        if "rules" in phase:
+            own = configs.build(_Rules, {"rules": phase["rules"]}, where).rules
+        now = dict(before.tasks)
+        for task, block in changed.items():
+            whole = _merged(_block(now[task]), block)
+            now[task] = make_task(task, whole, modalities, f"{where}.tasks.{task}")
+        programs = {
+            task: names.setdefault(_key(made, own), f"{task}@{phase['start']}")
+            for task, made in now.items()
+        }
+        scale = configs.build(
+            _Scale, {k: v for k, v in phase.items() if k == "learning_rate"}, where
+        )
+        rate = scale.learning_rate if "learning_rate" in phase else before.scale
+        each.append(Setting(phase["start"], now, programs, (*rules, *own), rate))
+    return Settings(tuple(each))
+
+
+@dataclass(frozen=True)
+class _Rules:
+    rules: tuple[RuleConfig, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Scale:
+    learning_rate: float = 1.0
+
+
+def _check_tasks(changed: Any, tasks: Mapping[str, Task], where: str) -> None:
+    if not isinstance(changed, Mapping):
+        raise UserError(f"Config key '{where}' is {changed!r}; expected a block for each task.")
+    for task, block in changed.items():
+        if task not in tasks:
+            raise UserError(f"Config key '{where}': no task '{task}'.{nearest(task, tasks)}")
+        for key in block:
+            if key not in _TASK_KEYS:
+                raise UserError(
+                    f"Config key '{where}.{task}.{key}': a phase changes only a task's "
+                    f"{', '.join(_TASK_KEYS)}.{nearest(key, _TASK_KEYS)}"
+                )
+
+
+def _merged(block: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`block` with the leaves of `changes` in it."""
+    made = dict(block)
+    for key, value in changes.items():
+        inner = made.get(key)
+        both = isinstance(value, Mapping) and isinstance(inner, Mapping)
+        made[key] = _merged(inner, value) if both else value  # type: ignore[arg-type]
+    return made
+
+
+def _key(task: Task, rules: Sequence[RuleConfig]) -> str:
+    """What distinguishes a task's programs."""
+    said = [task.name, _block(task), [vars(rule) for rule in rules]]
+    return json.dumps(said, sort_keys=True)
+
+
+def _block(task: Task) -> dict[str, Any]:
+    block: dict[str, Any] = configs.plain(asdict(task.config), task.name)
+    return block
