@@ -230,3 +230,18 @@ ensure_environment() {
   fi
   say "environment: ready, Python $version in $dir ($(seconds_since "$start"))"
 }
+
+# job_python: the interpreter that starts a job: of PYTHON, of the environment in the checkout (MMJAX_VENV), or any that will do.
+job_python() {
+  local venv=${MMJAX_VENV:-$ROOT/.venv} line
+  if [ -z "${PYTHON:-}" ] && [ -x "$venv/bin/python" ]; then
+    printf '%s\n' "$venv/bin/python"
+    return
+  fi
+  if [ -n "${PYTHON:-}" ]; then
+    printf '%s\n' "$PYTHON"
+    return
+  fi
+  line=$(pick_python) || exit
+  printf '%s\n' "${line##* }"
+}

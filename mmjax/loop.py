@@ -38,6 +38,7 @@ from mmjax.state import Clock, State
 from mmjax.task import Task
 from mmjax.watchdog import Watchdog
 
+_NOTICED = 0.1  # share of a step that a process waits for data, from which on it may be called slow
 _IN_FLIGHT = 2  # hundreds of steps in flight abort a run on many CPU devices
 
 
@@ -124,6 +125,7 @@ class Loop:
         self._unread: list[tuple[str, int, str]] = []  # task, position, error; not yet told
         self._boundaries: set[int] = set()  # where segments begin that the loader does not know
         self._completed = time.monotonic()
+        self._waits: list[float] = []  # seconds for the batch of each step of this stretch
 
     def run(self, state: State) -> list[Record] | None:
         """To the last step: the records of the last evaluation, or None if a signal came first.
@@ -216,9 +218,11 @@ class Loop:
             self._loader.close()
             self._loader = self._open_loader()
         self._profile.at(before)
+        started = time.monotonic()
         with self._phases.phase("step", step=before):
             state = self._steps(state, self._next_pause())
         self._tell_unread()
+        self._tell_slow(time.monotonic() - started)
         if self._clock.step > before:
             self._pause(state, settle=self._clock.step == settled)
         return state
@@ -268,7 +272,7 @@ class Loop:
     def _steps(self, state: State, stop: int) -> State:
         """Dispatch steps up to `stop`, or to a new segment; nothing here may trace, compile or move data unasked."""
         under_way: deque[_Dispatched] = deque()
-        before = self._clock.step
+        before, self._waits = self._clock.step, []
         self._completed = time.monotonic()
         with jax.no_tracing(True), jax.transfer_guard("disallow"):
             for step in range(before, stop):
@@ -280,6 +284,7 @@ class Loop:
                 started = time.monotonic()
                 host = next(self._loader)
                 waited = time.monotonic() - started
+                self._waits.append(waited)
                 self._watchdog.at("in a step", task, step)
                 setting = self._experiment.settings.at(step)
                 chosen, name = setting.tasks[task], setting.programs[task]
@@ -325,6 +330,21 @@ class Loop:
                     f"{self._run.limits.invalid}. The last: {error}"
                 )
         self._clock = replace(self._clock, invalid=dict(invalid))
+
+    def _tell_slow(self, seconds: float) -> None:
+        """Name the process that the others waited for in this stretch of `seconds`, if one stands out."""
+        waits = self._waits[1:]  # the first one may be of a loader that has just begun
+        if jax.process_count() == 1:
+            return
+        mean = sum(waits) / max(len(waits), 1)
+        found = processes.slowest(mean, _NOTICED * seconds / max(len(self._waits), 1))
+        if found:
+            index, own, usual = found
+            self._tell(
+                "slow process",
+                f"process {index} waits {own:.3g} s for the data of a step, the others {usual:.3g} s; "
+                "all wait for it. Look at its disk, its network and its other work.",
+            )
 
     def _complete(self, done: _Dispatched) -> None:
         """Fetch a step's metrics, the next one being under way, and report them."""

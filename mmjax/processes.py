@@ -10,8 +10,10 @@ import argparse
 import itertools
 import json
 import os
+import statistics
 import sys
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,6 +26,7 @@ from mmjax.program import compile_silently
 from mmjax.sharding import replicated
 
 _PATIENCE = 3600  # seconds that a process waits for the slowest; one that died ends all much sooner
+_SLOW = 3  # times the median of the others, from which on a process is named
 _questions = itertools.count()
 
 
@@ -94,6 +97,40 @@ def gather(value: Any) -> list[Any]:
     if number:  # all have asked again, so all have read the answers before
         client.key_value_delete(f"mmjax/{number - 1}/{jax.process_index()}")
     return found
+
+
+def check_agreement(facts: Mapping[str, Any]) -> None:
+    """That all processes were started alike: the same `facts` (of config, devices, versions) by key.
+
+    Raises:
+      UserError: in every process, where one differs from process 0.
+    """
+    first, *others = gather(dict(facts))
+    for index, other in enumerate(others, 1):
+        keys = sorted(k for k in first.keys() | other.keys() if first.get(k) != other.get(k))
+        if keys:
+            words = "; ".join(f"{k}: {first.get(k)} there, {other.get(k)} here" for k in keys[:5])
+            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            raise UserError(
+                f"Process {index} was started otherwise than process 0: {words}{more}. Start all with the "
+                "same config, flags and versions."
+            )
+
+
+def slowest(seconds: float, least: float) -> tuple[int, float, float] | None:
+    """The process that its own work on the host holds up: its number, its seconds and the others' median.
+
+    Args:
+      seconds: of this process, for a step's batch.
+      least: what counts; a process is slow above this, and above three times the others' median.
+    """
+    each = gather(seconds)
+    index = max(range(len(each)), key=each.__getitem__)
+    rest = each[:index] + each[index + 1 :]
+    if not rest:
+        return None
+    usual = statistics.median(rest)
+    return (index, each[index], usual) if each[index] > max(least, _SLOW * usual) else None
 
 
 def wait_for_all() -> None:

@@ -31,7 +31,7 @@ from mmjax.monitor.tables import program_table, results_table, summary_tables
 from mmjax.monitor.wandb_run import require
 from mmjax.profiling import dump
 from mmjax.program import Program, Request, compile_all, use_cache
-from mmjax.resume import Session, begin, roll_back
+from mmjax.resume import Session, begin, roll_back, started_with
 from mmjax.sharding import make_mesh
 
 STOPPED = 3
@@ -64,6 +64,7 @@ def train(block: Block, workdir: epath.PathLike, allow_change: bool = False,
         require(experiment.run.log.wandb)  # said before minutes of compiling
     with PhaseLog(workdir) if processes.is_first() else MutedPhases() as phases:
         mesh = make_mesh(experiment.run.mesh, devices)
+        processes.check_agreement(started_with(block, mesh))
         with phases.phase("init"):
             session = begin(experiment, workdir, mesh, allow_change, print, phases.phase)
         if session.is_done:

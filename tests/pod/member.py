@@ -3,12 +3,14 @@
     python tests/pod/member.py OUT SECONDS --config=FILE --workdir=DIR --coordinator=... [...]
 
 takes the arguments of `mmjax.train` after its own, and writes OUT/PROCESS.ATTEMPT.jsonl: of each step a
-line [first row, ids]. SECONDS makes every step last that much longer, so that a signal finds one.
+line [first row, ids]. SECONDS makes every step last that much longer, so that a signal finds one. With MEMBER_SLOW =
+PROCESS:SECONDS in the environment, the loader of that process takes so much longer for each batch.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -18,7 +20,8 @@ from unittest import mock
 import jax
 
 from mmjax import errors, loop, train
-from mmjax.data.loader import place
+from mmjax.data import loader
+from mmjax.data.loader import make_batch, place
 
 
 def main() -> int:
@@ -34,7 +37,13 @@ def main() -> int:
         time.sleep(float(seconds))
         return place(rows, start, *more)
 
-    with mock.patch.object(loop, "place", noted):
+    def slowly(*arguments: Any) -> Any:
+        index, _, more = os.environ.get("MEMBER_SLOW", "").partition(":")
+        if index == str(jax.process_index()):
+            time.sleep(float(more))
+        return make_batch(*arguments)
+
+    with mock.patch.object(loop, "place", noted), mock.patch.object(loader, "make_batch", slowly):
         return train.main(words)
 
 

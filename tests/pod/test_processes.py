@@ -239,3 +239,41 @@ def test_numbers_that_name_no_process_are_refused(words: list[str]) -> None:
 def test_alone_a_process_agrees_with_itself() -> None:
     assert processes.gather({"a": [1]}) == [{"a": [1]}]
     assert processes.is_first()
+
+
+def test_processes_that_were_started_otherwise_are_told_which_keys_differ(
+    team: Callable[[str], Team],
+) -> None:
+    run = team("otherwise")
+    started = run.start(2, 1, "first", 0.0, ["--config.steps=4"])
+    started[1].kill()
+    port = next(w for w in started[0].args if str(w).startswith("--coordinator="))  # type: ignore[union-attr]
+    words = [w for w in started[0].args if not str(w).startswith("--process=")]  # type: ignore[union-attr]
+    with (run.folder / "first" / "other.said").open("wb") as said:
+        other = subprocess.Popen(
+            [*words, "--process=1", "--config.tasks.one.batch=16"],
+            env=run.environment_of(1, {"JAX_ENABLE_X64": "1"}), stdout=said, stderr=said,
+        )  # fmt: skip
+    assert port and [started[0].wait(LIMIT), other.wait(LIMIT)] == [2, 2]
+    for name in ("0.said", "other.said"):
+        text = (run.folder / "first" / name).read_text()
+        assert (
+            "Process 1 was started otherwise than process 0: config.tasks.one.batch: 8 there, 16"
+            in text
+        )
+    assert not finished_steps(run.workdir)
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_a_process_that_all_wait_for_is_named(
+    team: Callable[[str], Team], monkeypatch: pytest.MonkeyPatch, slow: bool
+) -> None:
+    run = team("slow")
+    if slow:
+        monkeypatch.setenv("MEMBER_SLOW", "1:0.4")  # seconds for each batch of process 1
+    words = ["--config.loader.threads=1", "--config.loader.ahead=1", "--config.steps=8"]
+    ended = run.run(2, 1, "first", *words)
+    assert ended.statuses == [0, 0], ended.said
+    assert ("slow process: process 1 waits" in ended.said[0]) == slow
+    events = [x for x in map(json.loads, (run.workdir / "goodput.jsonl").open()) if "text" in x]
+    assert any("process 1 waits" in x["text"] for x in events) == slow

@@ -1,0 +1,518 @@
+"""Starts one training job: as a pod of processes on this machine, on a Cloud TPU slice, on GKE, on Slurm.
+
+The shell scripts beside this file call it; it needs Python's standard library only. What runs on each machine is the
+same everywhere: `python -m mmjax.train` with the config, the workdir and whatever `--config.KEY=VALUE` follows. Run
+again, a job goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+STOPPED = 3  # how a run ends that was told to stop, and has saved
+GRACE = 15.0  # seconds that the other processes have to end when one has failed
+POLL = 0.1
+
+# Chips of a host, and GKE's name of the accelerator, by the generation as a topology names it.
+TPU_HOSTS = {"v4": 4, "v5e": 4, "v5p": 4, "v6e": 4, "tpu7x": 4}
+GKE_ACCELERATORS = {
+    "v4": "tpu-v4-podslice",
+    "v5e": "tpu-v5-lite-podslice",
+    "v5p": "tpu-v5p-slice",
+    "v6e": "tpu-v6e-slice",
+    "tpu7x": "tpu7x",
+}
+
+
+class JobError(Exception):
+    """What a person can put right, in one line."""
+
+
+# --- arguments ---------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong; flags are not abbreviated."""
+
+    def __init__(self, **more: Any):
+        super().__init__(allow_abbrev=False, **more)
+
+    def error(self, message: str) -> Any:
+        raise JobError(message)
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """The flags, and the words for `mmjax.train` among them.
+
+    Raises:
+      JobError: an unknown flag; a config that is not there; a workdir that the machines cannot share.
+    """
+    given, rest = parser.parse_known_args(argv)
+    known = [s for action in parser._actions for s in action.option_strings]
+    for word in rest:
+        if not word.startswith(("--config.", "--allow_change", "--extra=")):
+            near = difflib.get_close_matches(word.split("=")[0], known, 1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise JobError(f"unknown argument '{word}'.{hint}")
+    if not (ROOT / given.config.partition(":")[0]).is_file():
+        raise JobError(f"--config={given.config}: no such file in {ROOT}.")
+    return given, rest
+
+
+def shared(flags: argparse.ArgumentParser) -> None:
+    """The flags of every kind of job."""
+    flags.add_argument("--config", required=True, help="of the run, from the root of the checkout")
+    flags.add_argument("--workdir", required=True, help="of the run; gs:// where machines are many")
+    flags.add_argument("--dry_run", action="store_true", help="print what would run, and end")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number above 0")
+    return int(text)
+
+
+def name(text: str) -> str:
+    """A name as Cloud and Kubernetes take it."""
+    if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", text):
+        raise argparse.ArgumentTypeError(
+            f"'{text}': small letters, digits and dashes, a letter first, at most 40"
+        )
+    return text
+
+
+def train_words(given: argparse.Namespace, rest: Sequence[str]) -> list[str]:
+    return ["-m", "mmjax.train", f"--config={given.config}", f"--workdir={given.workdir}", *rest]
+
+
+def worker_command(given: argparse.Namespace, rest: Sequence[str], python: str) -> str:
+    """What each machine runs, for a shell: JAX finds the others, unless MMJAX_COORDINATOR says where."""
+    words = " ".join(shlex.quote(word) for word in train_words(given, rest))
+    where = 'export MMJAX_COORDINATOR="${MMJAX_COORDINATOR:-auto}"'
+    return f"{where} && exec {python} {words}"
+
+
+def need_bucket(given: argparse.Namespace) -> None:
+    if "://" not in given.workdir:
+        raise JobError(
+            f"--workdir={given.workdir}: every machine must see it. Give a bucket, such as gs://BUCKET/RUN."
+        )
+
+
+# --- a pod on this machine ---------------------------------------------------------------------
+
+
+def local_pod(argv: Sequence[str]) -> int:
+    """Several processes over loopback, each with its own devices."""
+    flags = Parser(prog="local_pod.sh", description="A pod of processes on this machine.")
+    shared(flags)
+    flags.add_argument("--processes", type=positive, default=2, help="how many")
+    flags.add_argument("--devices", type=positive, default=1, help="CPU devices of each")
+    given, rest = parse(flags, argv)
+    words = [sys.executable, *train_words(given, rest)]
+    if given.dry_run:
+        for index in range(given.processes):
+            variables = member(given, index, "127.0.0.1:PORT")
+            shown = " ".join(f"{k}={shlex.quote(v)}" for k, v in variables.items())
+            print(f"{shown} {shlex.join(words)}")
+        return 0
+    where = f"127.0.0.1:{free_port()}"
+    return Pod([{**os.environ, **member(given, i, where)} for i in range(given.processes)]).run(
+        words
+    )
+
+
+def member(given: argparse.Namespace, index: int, where: str) -> dict[str, str]:
+    """The environment variables that make a process one of the pod."""
+    before = os.environ.get("XLA_FLAGS", "")
+    devices = f"--xla_force_host_platform_device_count={given.devices}"
+    alone = given.processes == 1
+    together = {
+        "MMJAX_COORDINATOR": where,
+        "MMJAX_PROCESSES": str(given.processes),
+        "MMJAX_PROCESS": str(index),
+    }
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"{before} {devices}".strip(),
+        **({} if alone else together),
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+class Pod:
+    """The processes of a job on this machine: started together, told together, ended together."""
+
+    def __init__(self, environments: Sequence[dict[str, str]]):
+        self._environments = environments
+        self._started: list[subprocess.Popen[str]] = []
+
+    def run(self, words: Sequence[str]) -> int:
+        """Until all have ended: 0, or how the first that failed ended."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._tell)
+        for index, environment in enumerate(self._environments):
+            self._start(index, environment, words)
+        try:
+            return self._wait()
+        finally:
+            for each in self._started:
+                each.kill()
+
+    def _start(self, index: int, environment: dict[str, str], words: Sequence[str]) -> None:
+        # Process 0 speaks for all; what the others say on standard error is marked as theirs.
+        pipe = None if index == 0 else subprocess.PIPE
+        # A signal of the terminal reaches this process only, which passes it on once.
+        each = subprocess.Popen(
+            words, cwd=ROOT, env=environment, stderr=pipe, text=True, start_new_session=True
+        )
+        self._started.append(each)
+        if each.stderr is not None:
+            threading.Thread(target=marked, args=(index, each.stderr), daemon=True).start()
+
+    def _tell(self, number: int, _: Any) -> None:
+        for each in self._started:
+            if each.poll() is None:
+                each.send_signal(number)
+
+    def _wait(self) -> int:
+        while True:
+            ended = {i: each.poll() for i, each in enumerate(self._started)}
+            failed = {i: status for i, status in ended.items() if status not in (None, 0, STOPPED)}
+            if failed:
+                return self._end(*next(iter(failed.items())))
+            if None not in ended.values():
+                return max(status or 0 for status in ended.values())
+            time.sleep(POLL)
+
+    def _end(self, index: int, status: int | None) -> int:
+        """One has failed: the others cannot go on without it."""
+        assert status is not None
+        print(
+            f"pod: process {index} {how(status)}; ending the others.", file=sys.stderr, flush=True
+        )
+        limit = time.monotonic() + GRACE
+        while time.monotonic() < limit and any(each.poll() is None for each in self._started):
+            time.sleep(POLL)
+        for each in self._started:
+            each.kill()
+            each.wait()
+        if status != 2:  # 2: an error that its line explains
+            print(
+                "pod: run the same command again to go on from the newest checkpoint.",
+                file=sys.stderr,
+            )
+        return status if status > 0 else 128 - status
+
+
+def how(status: int) -> str:
+    """How a process ended, in words."""
+    return (
+        f"was ended by {signal.Signals(-status).name}"
+        if status < 0
+        else f"ended with status {status}"
+    )
+
+
+def marked(index: int, lines: IO[str]) -> None:
+    """Standard error of a process, each line with its number before it."""
+    for line in lines:
+        print(f"[{index}] {line}", end="", file=sys.stderr, flush=True)
+
+
+# --- a Cloud TPU slice -------------------------------------------------------------------------
+
+
+def tpu(argv: Sequence[str]) -> int:
+    """A queued resource; the job on all its workers; again after each preemption."""
+    flags = Parser(prog="tpu.sh", description="A job on a Cloud TPU slice.")
+    shared(flags)
+    flags.add_argument("--name", type=name, required=True, help="of the slice")
+    flags.add_argument("--zone", required=True)
+    flags.add_argument("--accelerator", required=True, help="its type, such as v5litepod-16")
+    flags.add_argument("--runtime", required=True, help="its software, such as v2-alpha-tpuv5-lite")
+    flags.add_argument("--project", default="", help="gcloud's own if empty")
+    flags.add_argument("--spot", action="store_true", help="may be taken away at any time")
+    flags.add_argument(
+        "--restarts", type=positive, default=100, help="preemptions that it survives"
+    )
+    flags.add_argument("--poll", type=positive, default=30, help="seconds between two looks")
+    given, rest = parse(flags, argv)
+    need_bucket(given)
+    return Slice(given, rest).run()
+
+
+class Slice:
+    """A slice by its name, and the job on it."""
+
+    def __init__(self, given: argparse.Namespace, rest: Sequence[str]):
+        self._given, self._rest = given, rest
+        self._call = dry if given.dry_run else call
+
+    def run(self) -> int:
+        for _ in range(self._given.restarts + 1):
+            self._acquire()
+            status = self._work()
+            if status in (0, STOPPED) or self._state() == "ACTIVE" or self._given.dry_run:
+                return status
+            print(
+                f"tpu: the slice was taken away (status {status}); asking for another.", flush=True
+            )
+        raise JobError(
+            f"the slice was taken away {self._given.restarts + 1} times. Run again to go on."
+        )
+
+    def _gcloud(self, *words: str) -> list[str]:
+        project = [f"--project={self._given.project}"] if self._given.project else []
+        return ["gcloud", "compute", "tpus", *words, f"--zone={self._given.zone}", *project]
+
+    def _state(self) -> str:
+        """ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED and so on; nothing where there is no such slice."""
+        words = self._gcloud(
+            "queued-resources", "describe", self._given.name, "--format=value(state.state)"
+        )
+        if self._given.dry_run:
+            dry(words)
+            return ""
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode and "NOT_FOUND" not in done.stderr:
+            raise JobError(f"gcloud could not look for '{self._given.name}': {done.stderr.strip()}")
+        return done.stdout.strip()
+
+    def _acquire(self) -> None:
+        """Have the slice, asking for it where it is not there."""
+        given, state = self._given, self._state()
+        if state in ("SUSPENDED", "SUSPENDING", "FAILED"):
+            must(
+                self._call(
+                    self._gcloud("queued-resources", "delete", given.name, "--force", "--quiet")
+                )
+            )
+            state = ""
+        if not state:
+            spot = ["--spot"] if given.spot else []
+            made = self._gcloud(
+                "queued-resources", "create", given.name, f"--node-id={given.name}",
+                f"--accelerator-type={given.accelerator}", f"--runtime-version={given.runtime}", *spot,
+            )  # fmt: skip
+            must(self._call(made))
+        while not given.dry_run and (state := self._state()) != "ACTIVE":
+            if state == "FAILED":
+                raise JobError(f"the slice '{given.name}' could not be had; gcloud says why.")
+            time.sleep(given.poll)
+
+    def _work(self) -> int:
+        """The checkout to all workers, and the job on them."""
+        given, archive = self._given, ROOT / ".mmjax-job.tar.gz"
+        pack = ["git", "-C", str(ROOT), "archive", "--format=tar.gz", f"--output={archive}", "HEAD"]
+        copy = self._gcloud(
+            "tpu-vm", "scp", str(archive), f"{given.name}:mmjax.tar.gz", "--worker=all"
+        )
+        ssh = self._gcloud(
+            "tpu-vm", "ssh", given.name, "--worker=all", f"--command={self._worker()}"
+        )
+        try:
+            must(self._call(pack))
+            return self._call(copy) or self._call(ssh)
+        finally:
+            archive.unlink(missing_ok=True)
+
+    def _worker(self) -> str:
+        parts = [
+            "mkdir -p mmjax && tar -xzf mmjax.tar.gz -C mmjax && cd mmjax",
+            "{ [ -x .venv/bin/python ] || python3 -m venv .venv; }",
+            ".venv/bin/python -m pip install -q -e '.[tpu]'",
+            worker_command(self._given, self._rest, ".venv/bin/python"),
+        ]
+        return " && ".join(parts)
+
+
+# --- GKE ---------------------------------------------------------------------------------------
+
+
+def gke(argv: Sequence[str]) -> int:
+    """A JobSet: a job for each slice, a pod for each of its hosts."""
+    flags = Parser(prog="gke.sh", description="A job on TPU slices of a GKE cluster.")
+    shared(flags)
+    flags.add_argument("--name", type=name, required=True, help="of the job")
+    flags.add_argument(
+        "--image", required=True, help="with the checkout in it, and mmjax[tpu] installed"
+    )
+    flags.add_argument("--topology", required=True, help="of a slice, such as v5e:4x4")
+    flags.add_argument("--slices", type=positive, default=1)
+    flags.add_argument("--restarts", type=positive, default=100, help="failures that it survives")
+    flags.add_argument("--namespace", default="default")
+    given, rest = parse(flags, argv)
+    need_bucket(given)
+    manifest = json.dumps(jobset(given, rest), indent=2)
+    where = f"--namespace={given.namespace}"
+    # A JobSet cannot be changed: one that has ended, or runs an older command, makes room.
+    remove = ["kubectl", "delete", "jobset", given.name, "--ignore-not-found", where]
+    apply = ["kubectl", "apply", "-f", "-", where]
+    if given.dry_run:
+        dry(remove)
+        dry(apply)
+        print(manifest)
+        return 0
+    must(call(remove))
+    return call(apply, manifest)
+
+
+def jobset(given: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
+    """The manifest (jobset.x-k8s.io/v1alpha2)."""
+    generation, _, grid = given.topology.partition(":")
+    if generation not in TPU_HOSTS or not re.fullmatch(r"\d+x\d+(x\d+)?", grid):
+        kinds = ", ".join(TPU_HOSTS)
+        raise JobError(
+            f"--topology={given.topology}: give GENERATION:GRID, such as v5e:4x4 ({kinds})."
+        )
+    chips = 1
+    for side in grid.split("x"):
+        chips *= int(side)
+    of_host = min(TPU_HOSTS[generation], chips)
+    hosts = chips // of_host
+    container = {
+        "name": "train",
+        "image": given.image,
+        "command": ["bash", "-c", worker_command(given, rest, "python")],
+        "resources": {"limits": {"google.com/tpu": of_host}},
+    }
+    pod = {
+        "restartPolicy": "Never",
+        "nodeSelector": {
+            "cloud.google.com/gke-tpu-accelerator": GKE_ACCELERATORS[generation],
+            "cloud.google.com/gke-tpu-topology": grid,
+        },
+        "terminationGracePeriodSeconds": 120,
+        "containers": [container],
+    }
+    job = {"parallelism": hosts, "completions": hosts, "backoffLimit": 0, "template": {"spec": pod}}
+    slices = {"name": "slice", "replicas": given.slices, "template": {"spec": job}}
+    exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": given.name, "annotations": exclusive},
+        "spec": {
+            "failurePolicy": {"maxRestarts": given.restarts},
+            "replicatedJobs": [slices],
+        },
+    }
+
+
+# --- Slurm -------------------------------------------------------------------------------------
+
+
+def slurm(argv: Sequence[str]) -> int:
+    """A batch job: a process for each GPU, queued again when it is preempted or runs out of time."""
+    flags = Parser(prog="slurm.sh", description="A job on GPU nodes of a Slurm cluster.")
+    shared(flags)
+    flags.add_argument("--name", type=name, required=True, help="of the job")
+    flags.add_argument("--nodes", type=positive, default=1)
+    flags.add_argument("--gpus", type=positive, default=8, help="of each node")
+    flags.add_argument("--cpus", type=positive, default=8, help="of each process")
+    flags.add_argument("--time", default="1-00:00:00", help="limit, in Slurm's form")
+    flags.add_argument("--partition", default="")
+    flags.add_argument("--account", default="")
+    flags.add_argument(
+        "--python", default=".venv/bin/python", help="with mmjax installed, on every node"
+    )
+    given, rest = parse(flags, argv)
+    script = batch_script(given, rest)
+    if given.dry_run:
+        dry(["sbatch"])
+        print(script)
+        return 0
+    return call(["sbatch"], script)
+
+
+def batch_script(given: argparse.Namespace, rest: Sequence[str]) -> str:
+    """What `sbatch` is given."""
+    options = {
+        "job-name": given.name,
+        "nodes": given.nodes,
+        "ntasks-per-node": given.gpus,
+        "gpus-per-node": given.gpus,
+        "cpus-per-task": given.cpus,
+        "time": given.time,
+        "partition": given.partition,
+        "account": given.account,
+        "signal": "TERM@180",  # to the steps: they save, and end with status 3
+        "output": f"{given.name}-%j.log",
+        "open-mode": "append",
+    }
+    lines = ["#!/usr/bin/env bash"]
+    lines += [f"#SBATCH --{key}={value}" for key, value in options.items() if value != ""]
+    lines += [
+        "#SBATCH --requeue",
+        f"cd {shlex.quote(str(ROOT))} || exit 2",
+        f"srun --kill-on-bad-exit=1 bash -c {shlex.quote(worker_command(given, rest, given.python))}",
+        "status=$?",
+        f'if [ "$status" = {STOPPED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        'exit "$status"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# --- running -----------------------------------------------------------------------------------
+
+
+def call(words: Sequence[str], given: str | None = None) -> int:
+    """Run a tool; its exit status."""
+    try:
+        return subprocess.run(words, input=given, text=True).returncode
+    except FileNotFoundError as error:
+        raise JobError(f"'{words[0]}' is not installed, or not on PATH.") from error
+
+
+def dry(words: Sequence[str], given: str | None = None) -> int:
+    """Print what would be run."""
+    print(shlex.join(words))
+    return 0
+
+
+def must(status: int) -> None:
+    if status:
+        raise JobError(f"what it called failed with status {status}; the reason stands above.")
+
+
+KINDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "local_pod": local_pod,
+    "tpu": tpu,
+    "gke": gke,
+    "slurm": slurm,
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    try:
+        return KINDS[argv[0]](argv[1:])
+    except JobError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,360 @@
+"""The launchers, under stand-ins for gcloud, kubectl and sbatch that record what they are asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import toyrun
+from harness import finished_steps
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = json.loads((Path(__file__).parent / "jobset.schema.json").read_text())
+TOY = f"--extra={ROOT / 'tests' / 'extra'}"
+CONFIG = "--config=tests/configs/toy.py"
+
+# Notes its arguments and its standard input; answers `describe` with the next line of `states`, of which the
+# last stays, and `ssh` with the next of `statuses`.
+STAND_IN = """#!{python}
+import json, sys
+from pathlib import Path
+here = Path({folder!r})
+words = sys.argv[1:]
+given = sys.stdin.read() if words[:1] != ["compute"] else ""
+with (here / "calls.jsonl").open("a") as calls:
+    calls.write(json.dumps([Path(sys.argv[0]).name, *words, given]) + "\\n")
+def next_of(name):
+    lines = (here / name).read_text().split("\\n")
+    if len(lines) > 1:
+        (here / name).write_text("\\n".join(lines[1:]))
+    return lines[0]
+if "describe" in words:
+    state = next_of("states")
+    if not state:
+        sys.exit("NOT_FOUND: there is no such thing")
+    print(state)
+if "ssh" in words:
+    sys.exit(int(next_of("statuses")))
+"""
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """A PATH on which the tools are stand-ins."""
+
+    folder: Path
+
+    def launch(self, kind: str, *words: str) -> subprocess.CompletedProcess[str]:
+        path = f"{self.folder}:{os.environ['PATH']}"
+        return subprocess.run(
+            ["bash", str(ROOT / "launch" / f"{kind}.sh"), *words],
+            env={**os.environ, "PATH": path, "PYTHON": sys.executable},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+
+    def say(self, states: list[str], statuses: list[int]) -> None:
+        (self.folder / "states").write_text("\n".join(states))
+        (self.folder / "statuses").write_text("\n".join(map(str, statuses)))
+
+    def calls(self) -> list[list[str]]:
+        path = self.folder / "calls.jsonl"
+        return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> Cloud:
+    for tool in ("gcloud", "kubectl", "sbatch"):
+        path = tmp_path / tool
+        path.write_text(STAND_IN.format(python=sys.executable, folder=str(tmp_path)))
+        path.chmod(0o755)
+    return Cloud(tmp_path)
+
+
+TPU = (
+    "--name=slice", "--zone=us-west4-a", "--accelerator=v5litepod-16",
+    "--runtime=v2-alpha-tpuv5-lite", CONFIG, "--workdir=gs://bucket/run", "--poll=1",
+)  # fmt: skip
+GKE = ("--name=job", "--image=image:1", "--topology=v5e:4x4", CONFIG, "--workdir=gs://bucket/run")
+SLURM = ("--name=job", "--nodes=2", "--gpus=4", CONFIG, f"--python={sys.executable}")
+
+
+# --- Cloud TPU ---------------------------------------------------------------------------------
+
+
+def verbs(calls: list[list[str]]) -> list[str]:
+    return [
+        next(w for w in call if w in ("describe", "create", "delete", "scp", "ssh"))
+        for call in calls
+    ]
+
+
+def test_a_slice_is_asked_for_waited_for_and_used(cloud: Cloud) -> None:
+    cloud.say(["", "WAITING_FOR_RESOURCES", "ACTIVE"], [0])
+    done = cloud.launch("tpu", *TPU, "--spot", "--config.steps=7")
+    assert done.returncode == 0, done.stderr
+    calls = cloud.calls()
+    assert verbs(calls) == ["describe", "create", "describe", "describe", "scp", "ssh"]
+    assert all(call[:3] == ["gcloud", "compute", "tpus"] for call in calls)
+    assert all("--zone=us-west4-a" in call for call in calls)
+    create, ssh = calls[1], calls[-1]
+    wanted = {"queued-resources", "slice", "--node-id=slice", "--accelerator-type=v5litepod-16"}
+    assert wanted | {"--runtime-version=v2-alpha-tpuv5-lite", "--spot"} <= set(create)
+    assert "--worker=all" in ssh
+    command = next(w for w in ssh if w.startswith("--command="))
+    assert "--workdir=gs://bucket/run --config.steps=7" in command and ".[tpu]" in command
+
+
+def test_a_slice_that_is_taken_away_is_asked_for_again(cloud: Cloud) -> None:
+    # There; the job ends badly and the slice is suspended; deleted, made again, and used to the end.
+    cloud.say(["ACTIVE", "ACTIVE", "SUSPENDED", "SUSPENDED", "ACTIVE"], [255, 0])
+    done = cloud.launch("tpu", *TPU)
+    assert done.returncode == 0, done.stderr
+    assert [v for v in verbs(cloud.calls()) if v != "describe"] == [
+        "scp", "ssh", "delete", "create", "scp", "ssh",
+    ]  # fmt: skip
+    assert "taken away" in done.stdout
+
+
+def test_a_job_that_fails_on_a_slice_that_is_there_is_not_tried_again(cloud: Cloud) -> None:
+    cloud.say(["ACTIVE"], [2])
+    assert cloud.launch("tpu", *TPU).returncode == 2
+    assert verbs(cloud.calls()).count("ssh") == 1
+
+
+def test_a_run_that_was_told_to_stop_has_not_failed(cloud: Cloud) -> None:
+    cloud.say(["ACTIVE"], [3])
+    assert cloud.launch("tpu", *TPU).returncode == 3
+    assert verbs(cloud.calls()).count("ssh") == 1
+
+
+# --- GKE ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("topology", "slices", "hosts", "chips"),
+    [("v5e:4x4", 1, 4, 4), ("v5p:2x2x2", 2, 2, 4), ("v6e:1x1", 1, 1, 1), ("v5e:16x16", 4, 64, 4)],
+)
+def test_a_jobset_is_valid_and_has_a_pod_for_each_host(
+    cloud: Cloud, topology: str, slices: int, hosts: int, chips: int
+) -> None:
+    words = [w for w in GKE if not w.startswith("--topology")]
+    done = cloud.launch("gke", *words, f"--topology={topology}", f"--slices={slices}")
+    assert done.returncode == 0, done.stderr
+    delete, apply = cloud.calls()
+    assert delete[:5] == ["kubectl", "delete", "jobset", "job", "--ignore-not-found"]
+    assert apply[:4] == ["kubectl", "apply", "-f", "-"]
+    manifest = json.loads(apply[-1])
+    jsonschema.validate(manifest, SCHEMA)
+    (job,) = manifest["spec"]["replicatedJobs"]
+    assert job["replicas"] == slices
+    inner = job["template"]["spec"]
+    assert inner["parallelism"] == inner["completions"] == hosts
+    pod = inner["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": chips}
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == topology.split(":")[1]
+
+
+def test_a_manifest_with_a_wrong_key_is_not_valid(cloud: Cloud) -> None:
+    """The control of the schema."""
+    cloud.launch("gke", *GKE)
+    manifest = json.loads(cloud.calls()[-1][-1])
+    manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["paralelism"] = 2
+    with pytest.raises(jsonschema.ValidationError, match="paralelism"):
+        jsonschema.validate(manifest, SCHEMA)
+
+
+# --- Slurm -------------------------------------------------------------------------------------
+
+
+def test_a_batch_script_asks_for_a_process_per_gpu_and_is_queued_again(
+    cloud: Cloud, tmp_path: Path
+) -> None:
+    done = cloud.launch("slurm", *SLURM, f"--workdir={tmp_path}/run", "--partition=gpu")
+    assert done.returncode == 0, done.stderr
+    ((tool, script),) = cloud.calls()
+    assert tool == "sbatch"
+    options = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    for wanted in ("nodes=2", "ntasks-per-node=4", "gpus-per-node=4", "partition=gpu", "requeue"):
+        assert f"#SBATCH --{wanted}" in options
+    assert not any("account" in option for option in options)
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+@pytest.mark.parametrize(("status", "queued"), [(0, False), (3, True), (1, False)])
+def test_only_a_run_that_saved_and_stopped_is_queued_again(
+    cloud: Cloud, tmp_path: Path, status: int, queued: bool
+) -> None:
+    cloud.launch("slurm", *SLURM, f"--workdir={tmp_path}/run")
+    script = cloud.calls()[0][-1]
+    for tool, body in (("srun", f"exit {status}"), ("scontrol", f'echo "$@" >{tmp_path}/queued')):
+        (tmp_path / tool).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / tool).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    done = subprocess.run(["bash"], input=script, text=True, env=environment)
+    assert done.returncode == status
+    assert (tmp_path / "queued").exists() == queued
+    if queued:
+        assert (tmp_path / "queued").read_text() == "requeue 77\n"
+
+
+# --- the recorded command really runs ----------------------------------------------------------
+
+
+def slurm_command(cloud: Cloud, workdir: Path) -> str:
+    done = cloud.launch("slurm", *SLURM, f"--workdir={workdir}", TOY)
+    assert done.returncode == 0, done.stderr
+    line = next(x for x in cloud.calls()[-1][-1].splitlines() if x.startswith("srun"))
+    return shlex.split(line)[-1]
+
+
+def test_the_workers_command_runs_over_loopback(
+    cloud: Cloud, tmp_path: Path, environment_of: Callable[..., dict[str, str]]
+) -> None:
+    """What a node of a cluster is given, by two processes here."""
+    workdir = tmp_path / "run"
+    command = slurm_command(cloud, workdir)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    where = {"MMJAX_COORDINATOR": f"127.0.0.1:{port}", "MMJAX_PROCESSES": "2"}
+    started = [
+        subprocess.Popen(
+            ["bash", "-c", command], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            env=environment_of(1, {**where, "MMJAX_PROCESS": str(index)}),
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    said = [each.communicate(timeout=300)[1] for each in started]
+    assert [each.returncode for each in started] == [0, 0], said
+    assert finished_steps(workdir)[-1] == 12
+    toyrun.block()
+    assert toyrun.meta(workdir)["environment"]["processes"] == 2
+
+
+# --- a pod on this machine ---------------------------------------------------------------------
+
+
+def pod(workdir: Path, *words: str, environment: dict[str, str]) -> subprocess.Popen[str]:
+    common = [CONFIG, f"--workdir={workdir}", TOY, *words]
+    return subprocess.Popen(
+        ["bash", str(ROOT / "launch" / "local_pod.sh"), *common],
+        env={**environment, "PYTHON": sys.executable}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for_checkpoint(workdir: Path, started: subprocess.Popen[str]) -> None:
+    limit = time.monotonic() + 300
+    while started.poll() is None and not finished_steps(workdir):
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def children(of: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(of)], capture_output=True, text=True)
+    return sorted(int(x) for x in found.stdout.split())
+
+
+@pytest.fixture
+def machine(environment_of: Callable[..., dict[str, str]]) -> dict[str, str]:
+    made = environment_of(1)
+    return {k: v for k, v in made.items() if k != "XLA_FLAGS"}
+
+
+def test_a_pod_is_told_to_stop_loses_a_process_and_comes_to_its_end(
+    tmp_path: Path, machine: dict[str, str]
+) -> None:
+    """SIGTERM: all save one step, status 3. SIGKILL of one: the others are ended, and that is said. Then the rest."""
+    workdir = tmp_path / "run"
+    long = ("--processes=2", "--devices=2", "--config.steps=100000", "--config.checkpoint.every=20")
+    started = pod(workdir, *long, environment=machine)
+    wait_for_checkpoint(workdir, started)
+    started.send_signal(signal.SIGTERM)
+    out, said = started.communicate(timeout=300)
+    assert started.returncode == 3, said
+    step = finished_steps(workdir)[-1]
+    assert f"saved step {step}" in out
+
+    started = pod(workdir, *long, environment=machine)
+    while finished_steps(workdir)[-1] == step:
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.02)
+    began = time.monotonic()
+    os.kill(children(started.pid)[-1], signal.SIGKILL)
+    _, said = started.communicate(timeout=300)
+    assert time.monotonic() - began < 30
+    assert "process 1 was ended by SIGKILL; ending the others" in said
+    assert "run the same command again to go on" in said
+    assert started.returncode not in (0, 3)
+
+    last = finished_steps(workdir)[-1]
+    end = ("--processes=2", "--devices=2", f"--config.steps={last + 2}")
+    started = pod(workdir, *end, environment=machine)
+    out, said = started.communicate(timeout=300)
+    assert started.returncode == 0, said
+    assert finished_steps(workdir)[-1] == last + 2 and f"Going on from step {last}" in out
+
+
+def test_an_error_of_a_pod_is_said_by_its_processes(
+    tmp_path: Path, machine: dict[str, str]
+) -> None:
+    started = pod(tmp_path / "run", "--processes=2", "--config.stepz=3", environment=machine)
+    _, said = started.communicate(timeout=120)
+    assert started.returncode == 2
+    assert "'config.stepz'" in said
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "message"),
+    [
+        ("tpu", [*TPU[:-2], "--workdir=/home/me/run"], "every machine must see it"),
+        ("tpu", [*TPU, "--zon=a"], "unknown argument '--zon=a'. Did you mean '--zone'?"),
+        ("tpu", TPU[1:], "required: --name"),
+        ("tpu", [*TPU, "--name=My_Slice"], "small letters"),
+        ("gke", [*GKE, "--topology=v5:4x4"], "GENERATION:GRID"),
+        ("gke", [*GKE, "--slices=0"], "not a whole number above 0"),
+        ("slurm", [*SLURM, "--workdir=/r", "--config=configs/none.py"], "no such file"),
+        ("local_pod", [CONFIG, "--workdir=r", "--proceses=2"], "Did you mean '--processes'?"),
+    ],
+)
+def test_arguments_that_cannot_be(cloud: Cloud, kind: str, words: list[str], message: str) -> None:
+    done = cloud.launch(kind, *words)
+    assert done.returncode == 2 and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not cloud.calls()
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "said"),
+    [
+        ("tpu", TPU, "queued-resources create slice"),
+        ("gke", GKE, '"kind": "JobSet"'),
+        ("slurm", [*SLURM, "--workdir=/r"], "#SBATCH --nodes=2"),
+        ("local_pod", [CONFIG, "--workdir=r", "--processes=3"], "MMJAX_PROCESS=2"),
+    ],
+)
+def test_a_dry_run_prints_and_calls_nothing(cloud: Cloud, kind: str, words: Any, said: str) -> None:
+    done = cloud.launch(kind, *words, "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout and "mmjax.train" in done.stdout
+    assert not cloud.calls()
+
+
+def test_a_tool_that_is_not_installed(tmp_path: Path) -> None:
+    done = Cloud(tmp_path).launch("slurm", *SLURM, "--workdir=/r")
+    assert done.returncode == 2 and "'sbatch' is not installed" in done.stderr
