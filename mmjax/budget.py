@@ -46,6 +46,10 @@ class Budget:
         boundaries = range((step // every + 1) * every, stop, every)
         return next((b for b in boundaries if self._stretch(b).rule == BUDGET), None)
 
+    def is_boundary(self, step: int) -> bool:
+        """Whether shares are set anew at `step`."""
+        return step > 0 and self.next(step - 1) == step
+
     def settle(self, clock: Clock) -> Clock:
         """The clock of a boundary, with a new segment from here on if the shares are to change.
 

@@ -29,6 +29,10 @@ Block = dict[str, Any]
 
 # The first pattern that matches a dotted key gives its class; see `compare`.
 KEY_CLASSES: tuple[tuple[str, str], ...] = (
+    (
+        r"limits\.(non_finite|divergence|divergence_visits)$",
+        "schedule",
+    ),  # who is left out, and when
     (r"(steps|log|checkpoint|mesh|loader|limits|evaluation|profile)(\.|$)", "free"),
     (
         r"model\.(remat|groups\.\d+\.pattern\.\d+\.kernel)$|tasks\.\w+\.(evaluators|microbatches)(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$",

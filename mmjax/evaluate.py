@@ -23,7 +23,7 @@ from mmjax import commandline, errors, processes
 from mmjax import config as configs
 from mmjax.data.loader import local_rows, make_batch, place
 from mmjax.errors import UserError
-from mmjax.evaluator import Outputs, Pass, Record, row_spec
+from mmjax.evaluator import Outputs, Pass, Record, device_spec, row_spec
 from mmjax.experiment import Experiment, make_experiment, pass_key, program_key
 from mmjax.loading import find_step, read_parameters
 from mmjax.monitor.tables import program_table, results_table
@@ -94,22 +94,28 @@ class Evaluation:
         size = self._experiment.run.evaluation.batch
         examples = self._data[str(sorted(each.block.items()))]
         found: list[Outputs] = []
-        unread: list[str] = []
-        for index, (rows, start, failed) in enumerate(self._batches(task, each, examples, size)):
+        kept: list[Outputs] = []
+        first, unread = 0, list[str]()
+        wanted = device_spec(task, each.what).fields
+        for index, (rows, first, failed) in enumerate(self._batches(task, each, examples, size)):
             beat(task.name)
             unread += [error for _, error in failed]
-            batch = place(rows, start, size, batch_sharding(self._mesh, size, "evaluation.batch"))
-            outputs = jax.device_get(
-                program.call(parameters, batch, ticks(self._mesh, batch=index))
+            kept.append({name: rows["fields"][name] for name in each.fields})
+            rows = {**rows, "fields": {name: rows["fields"][name] for name in wanted}}
+            batch = place(rows, first, size, batch_sharding(self._mesh, size, "evaluation.batch"))
+            found.append(
+                jax.device_get(program.call(parameters, batch, ticks(self._mesh, batch=index)))
             )
-            found.append({name: value[outputs["valid"]] for name, value in outputs.items()})
         for error in dict.fromkeys(sum(processes.gather(unread), [])):
             print(f"evaluation of {task.name}: left out an example that cannot be read: {error}")
-        if not any(len(f["valid"]) for f in found):
+        valid = np.concatenate([f["valid"] for f in found])
+        if not valid.any():
             raise UserError(
                 f"tasks.{task.name}.evaluators: no example of {examples.description} could be read."
             )
-        return {name: np.concatenate([f[name] for f in found]) for name in found[0]}
+        outputs = {name: np.concatenate([f[name] for f in found]) for name in found[0]}
+        outputs |= _whole(kept, first, size)
+        return {name: value[valid] for name, value in outputs.items()}
 
     def _batches(
         self, task: Task, each: Pass, examples: Examples, size: int
@@ -129,6 +135,16 @@ class Evaluation:
             num_threads=self._experiment.run.loader.threads, prefetch_buffer_size=2
         )
         return grain.MapDataset.range(count).map(make).to_iter_dataset(options)
+
+
+def _whole(kept: Sequence[Outputs], first: int, size: int) -> Outputs:
+    """Fields of all batches of `size` rows, of which this process read those from `first` on: each `[N]`."""
+    mine = {name: np.stack([batch[name] for batch in kept]).tolist() for name in kept[0]}
+    whole = {name: np.zeros((len(kept), size), np.int32) for name in mine}
+    for begin, part in processes.gather([first, mine]):
+        for name, values in part.items():
+            whole[name][:, begin : begin + len(values[0])] = values
+    return {name: values.reshape(-1) for name, values in whole.items()}
 
 
 def write_results(workdir: epath.Path, records: Sequence[Record]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -81,14 +81,20 @@ class Evaluator(abc.ABC):
 
 
 def row_spec(task: Task, each: Pass) -> RowSpec:
-    """What a row of a pass's batches holds: the inputs it needs and its fields."""
-    if each.what.startswith("embed/"):
-        modality = each.what.removeprefix("embed/")
-        return RowSpec({modality: task.inputs[modality]}, each.fields)
-    if each.what.startswith("predict/"):
-        modalities = each.what.removeprefix("predict/").split("+")
-        return RowSpec({m: task.inputs[m] for m in modalities}, each.fields)
-    return RowSpec(task.inputs, tuple(dict.fromkeys(task.objective.fields() + each.fields)))
+    """What a pass reads of each example: what its program takes, and its own fields."""
+    spec = device_spec(task, each.what)
+    return replace(spec, fields=tuple(dict.fromkeys(spec.fields + each.fields)))
+
+
+def device_spec(task: Task, what: str) -> RowSpec:
+    """What a row of the program's batches holds. The fields of a pass stay on the host."""
+    if what.startswith("embed/"):
+        modality = what.removeprefix("embed/")
+        return RowSpec({modality: task.inputs[modality]}, ())
+    if what.startswith("predict/"):
+        modalities = what.removeprefix("predict/").split("+")
+        return RowSpec({m: task.inputs[m] for m in modalities}, ())
+    return RowSpec(task.inputs, task.objective.fields())
 
 
 def function(task: Task, what: str) -> Callable[[Model, Batch, jax.Array], dict[str, jax.Array]]:

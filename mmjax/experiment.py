@@ -327,14 +327,21 @@ class Experiment:
             key = program_key(task, each)
             if key not in requests:
                 requests[key] = eval_request(
-                    task, each, size, self.declaration, compute, self.run.seed, parameters, mesh
+                    task,
+                    each.what,
+                    size,
+                    self.declaration,
+                    compute,
+                    self.run.seed,
+                    parameters,
+                    mesh,
                 )
         return requests
 
 
 def program_key(task: Task, each: Pass) -> str:
     """Passes with one key run one program."""
-    return f"{task.name}/{each.what}/{','.join(each.fields)}"
+    return f"{task.name}/{each.what}"
 
 
 def pass_key(task: Task, each: Pass) -> str:

@@ -89,7 +89,9 @@ class Diverged(Exception):
 
 
 def quarantine(schedule: Schedule, tasks: Collection[str], start: int, now: int) -> Schedule | None:
-    """The schedule with `tasks` at weight 0 from step `start` on; None where no task would be left.
+    """The schedule with `tasks` at weight 0 from step `start` on; None where no task would be left there.
+
+    A later segment that would have no task left falls away: the shares before it go on in its place.
 
     Args:
       schedule: its later segments keep their starts and rules.
@@ -101,7 +103,8 @@ def quarantine(schedule: Schedule, tasks: Collection[str], start: int, now: int)
     stretches |= {s.start: s for s in schedule.segments if s.start > start}
     for at, segment in stretches.items():
         weights = {task: 0 if task in tasks else w for task, w in segment.weights.items()}
-        if not any(weights.values()):
+        if any(weights.values()):
+            schedule = schedule.append(at, weights, rule=segment.rule, seed=segment.seed, now=now)
+        elif at == start:
             return None
-        schedule = schedule.append(at, weights, rule=segment.rule, seed=segment.seed, now=now)
     return schedule

@@ -195,6 +195,8 @@ class Loop:
 
         A checkpoint of step S comes before the evaluation at S, which a restart from S does again.
         """
+        if self._budget.is_boundary(self._clock.step):
+            self._settle()  # not yet done where a shorter run ended; else this changes nothing
         if self._session.was_evaluated and self._clock.step < self._run.steps:
             self._evaluate(state)
         while self._clock.step < self._run.steps and not self._must_stop():
@@ -202,6 +204,8 @@ class Loop:
         if self._stopping and self._clock.step < self._run.steps:
             self._save(state)
             self._wait_for_save()
+            if processes.is_first():
+                self._sum_up()
             self._progress.message(
                 f"Stopped by {self._signals.received or 'another process'}; saved step {self._clock.step}."
             )

@@ -42,8 +42,9 @@ class OptimizerConfig:
       weight_decay: decoupled, times the learning rate; on matrices only, unless a rule says otherwise.
       clip: bound of the norm of the gradient of all that a step moves; 0 for none.
       unit: what `warmup` and the decay count: `steps` of the run, `examples` of all tasks, or `visits`
-        (each task its own: its rate falls to `final` by its last visit in the config's schedule, also
-        where measured times or a quarantine give it more).
+        (each task its own: its rate falls to `final` by its last visit in the config's schedule, under
+        `budget` that by model FLOPs. Where measured times or a quarantine give it more visits, the rate
+        stays at `final` for these; where fewer, it ends above).
       view: of tasks that name none (see `mmjax.views.View`).
       rules: by parameter path.
       ema: decay of an exponential moving average of the parameters, kept in buffers and used by

@@ -28,9 +28,11 @@ class ProfileConfig:
     Attributes:
       start: the first step of the trace.
       steps: steps to trace into `WORKDIR/profile`, for TensorBoard or Perfetto; 0 for none.
+        Where there are several processes, each into a folder of its own there: `process_0`, ...
       dumps: whether each program's compiled HLO and memory are written to `WORKDIR/dumps`, and there
-        also the arrays on the devices when the first step begins (`memory.prof`, for pprof).
-      port: where a profiler can connect while the run goes on; 0 for none.
+        also the arrays on the devices when the first step begins (`memory.prof`, for pprof; of several
+        processes `memory_0.prof`, ...).
+      port: where a profiler can connect while the run goes on; 0 for none. Process i is at `port` + i.
     """
 
     start: int = 10
@@ -66,7 +68,7 @@ class Profile:
         """Called when `step` is about to begin and no step is under way."""
         first, last = self._config.start, self._config.start + self._config.steps
         if first <= step < last and not self._is_tracing:
-            jax.profiler.start_trace(os.fspath(self._workdir / TRACES))
+            jax.profiler.start_trace(os.fspath(self._workdir / TRACES / _own("process_")))
             self._is_tracing = True
         elif step >= last:
             self._stop()
@@ -75,13 +77,14 @@ class Profile:
         if self._config.dumps:
             folder = self._workdir / DUMPS
             folder.mkdir(parents=True, exist_ok=True)
-            jax.profiler.save_device_memory_profile(os.fspath(folder / "memory.prof"))
+            jax.profiler.save_device_memory_profile(os.fspath(folder / f"memory{_own('_')}.prof"))
         if self._config.port:
+            port = self._config.port + jax.process_index()
             try:
-                jax.profiler.start_server(self._config.port)
+                jax.profiler.start_server(port)
             except Exception as error:
                 raise UserError(
-                    f"config.profile.port: no profiler on port {self._config.port}: {error}. "
+                    f"config.profile.port: no profiler on port {port}: {error}. "
                     "Choose another port."
                 ) from error
         return self
@@ -95,6 +98,11 @@ class Profile:
         if self._is_tracing:
             self._is_tracing = False
             jax.profiler.stop_trace()
+
+
+def _own(prefix: str) -> str:
+    """What tells the files of this process from those of others: nothing where it is alone."""
+    return f"{prefix}{jax.process_index()}" if jax.process_count() > 1 else ""
 
 
 def dump(programs: Mapping[str, Program], workdir: epath.Path) -> None:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from mmjax import flops
 from mmjax.errors import UserError
-from mmjax.evaluator import Pass, function, row_spec
+from mmjax.evaluator import device_spec, function
 from mmjax.gradient import loss_and_gradient
 from mmjax.health import Bounds
 from mmjax.objective import Loss
@@ -279,7 +279,7 @@ def reach_of(task: Task, declaration: Declaration, dtype: Any, compute: Any, see
 
 def eval_request(
     task: Task,
-    each: Pass,
+    what: str,
     size: int,
     declaration: Declaration,
     compute: Any,
@@ -287,19 +287,19 @@ def eval_request(
     parameters: Arrays,
     mesh: Mesh,
 ) -> Request:
-    """The program of an evaluation pass: `(parameters, batch, {batch}) -> outputs`, held whole by every process."""
-    outputs_of = function(task, each.what)
+    """The program of evaluation passes: `(parameters, batch, {batch}) -> outputs`, held whole by every process."""
+    outputs_of = function(task, what)
 
     def run(parameters: Arrays, batch: Any, ticks: Ticks) -> dict[str, jax.Array]:
         key = jax.random.fold_in(jax.random.fold_in(task.fold(seed), 2**31), ticks["batch"])
         outputs = outputs_of(declaration.merge(parameters, compute), batch, key)
-        return {**outputs, **batch["fields"], "valid": batch["valid"]}
+        return {**outputs, "valid": batch["valid"]}
 
-    spec = row_spec(task, each)
+    spec = device_spec(task, what)
     batch = abstract_batch(spec, size, mesh, f"evaluation of tasks.{task.name}")
     arguments = (parameters, batch, {"batch": _tick(mesh)})
     return Request(
-        task.name, each.what, run, arguments, replicated(mesh), (), _shape(spec, size),
+        task.name, what, run, arguments, replicated(mesh), (), _shape(spec, size),
         lambda: flops.model_flops(run, *arguments),
     )  # fmt: skip
 

@@ -25,6 +25,7 @@ from mmjax.errors import UserError
 from mmjax.evaluate import RESULTS
 from mmjax.experiment import Experiment
 from mmjax.health import Bounds, Diverged, quarantine
+from mmjax.monitor.report import FILE as REPORT
 from mmjax.parameters import Arrays
 from mmjax.program import compile_silently
 from mmjax.schedule import Schedule
@@ -40,7 +41,7 @@ from mmjax.state import (
     state_from_canonical,
     state_to_canonical,
 )
-from mmjax.warm_start import warm_start
+from mmjax.warm_start import pin, pinned, warm_start
 
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -71,9 +72,10 @@ class Session:
         return self.clock.step >= self.experiment.run.steps and (self.workdir / RESULTS).exists()
 
     def drop_results(self) -> None:
-        """Remove results of an earlier end of the run: they are not those of the steps to come."""
+        """Remove results and report of an earlier end of the run: they are not those of the steps to come."""
         if processes.is_first():
             (self.workdir / RESULTS).unlink(missing_ok=True)
+            (self.workdir / REPORT).unlink(missing_ok=True)
 
     @property
     def was_evaluated(self) -> bool:
@@ -204,7 +206,9 @@ def begin(
             say(f"Config changed: {change}")
     given = {}
     if restored is None:
-        given = warm_start(experiment.run.init_from, experiment.declaration.specs, say)
+        config = experiment.run.init_from
+        step = pin(config, workdir, say)
+        given = warm_start(config, experiment.declaration.specs, say, step)
     if processes.is_first():
         _write_config(workdir, experiment)
         _keep_files(workdir, experiment)
@@ -233,7 +237,8 @@ def reopen(
 
     if step is None:
         clock = replace(fresh_clock(experiment), schedule=schedule)
-        given = warm_start(experiment.run.init_from, experiment.declaration.specs, lambda _: None)
+        config, specs = experiment.run.init_from, experiment.declaration.specs
+        given = warm_start(config, specs, lambda _: None, pinned(workdir).get("step"))
         return Session(experiment, workdir, mesh, clock, data, now, None, given)
     abstract, may_be_new = _abstract_canonical(experiment, mesh), _may_be_new(experiment)
     restored = checkpoint.restore(workdir, step, abstract, accept, may_be_new)
@@ -249,8 +254,8 @@ def roll_back(
 ) -> Session:
     """Back to the newest checkpoint at which all tasks were well, and without the diverged one from there on.
 
-    Later checkpoints are moved to `WORKDIR/diverged`. Killed meanwhile, the run diverges at the same step
-    again, and comes to the same state.
+    Later checkpoints are moved to `WORKDIR/diverged`. Killed or stopped before its next checkpoint, the
+    run diverges at the same step again, and comes to the same state.
 
     Raises:
       UserError: no other task is left.

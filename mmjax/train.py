@@ -24,7 +24,7 @@ from mmjax.evaluator import Record
 from mmjax.experiment import make_experiment
 from mmjax.health import Diverged
 from mmjax.loop import Loop, Signals
-from mmjax.monitor import tally
+from mmjax.monitor import report, tally
 from mmjax.monitor.muted import MutedPhases
 from mmjax.monitor.phases import PhaseLog
 from mmjax.monitor.tables import program_table, results_table, summary_tables
@@ -69,6 +69,7 @@ def train(block: Block, workdir: epath.PathLike, allow_change: bool = False,
             session = begin(experiment, workdir, mesh, allow_change, print, phases.phase)
         if session.is_done:
             records = json.loads((workdir / RESULTS).read_text())
+            _report_if_missing(session, phases)
             print(f"Done: {workdir} holds all {experiment.run.steps} steps and their results.")
             return list(records)
         evaluation = Evaluation(experiment, mesh)
@@ -77,6 +78,14 @@ def train(block: Block, workdir: epath.PathLike, allow_change: bool = False,
             programs = _compile(session, {})
         processes.wait_for_all()  # the first collective waits for half a minute only
         return _run(session, programs, evaluation, phases)
+
+
+def _report_if_missing(session: Session, phases: PhaseLog) -> None:
+    """The report of a run that was killed between its results and its report."""
+    wanted = session.experiment.run.log.report and processes.is_first()
+    if wanted and not (session.workdir / report.FILE).exists():
+        with phases.phase("report"):
+            report.write_report(session.workdir)
 
 
 def _compile(session: Session, there: Mapping[str, Program]) -> dict[str, Program]:
@@ -158,11 +167,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     workdir = commandline.make_workdir(arguments.workdir)
     started = time.monotonic()
     records = train(block, workdir, arguments.allow_change)
-    if records is None:
-        return STOPPED
-    results_table(records)
+    if records is not None:
+        results_table(records)
     if processes.is_first() and (workdir / tally.FILE).exists():
         summary_tables(json.loads((workdir / tally.FILE).read_text()))
+    if records is None:
+        return STOPPED
     print(f"Finished in {time.monotonic() - started:.0f} s. Everything is in {workdir}.")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from mmjax import checkpoint
+from mmjax import checkpoint, processes
 from mmjax.errors import UserError
 from mmjax.parameters import Spec
 from mmjax.rules import matches
@@ -24,6 +25,7 @@ from mmjax.state import EMA
 from mmjax.transforms import as_matrix
 
 Values = dict[str, np.ndarray]
+PINNED = "init_from.json"
 _LISTED = 12  # names in a line of the list
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -51,7 +53,8 @@ class WarmStartConfig:
     """Where a run that starts fresh takes parameters from; one that goes on never looks there.
 
     Attributes:
-      path: a workdir of mmjax (its newest checkpoint), or a .npz or .safetensors file; empty for none.
+      path: a workdir of mmjax (its newest checkpoint when the run first begins), or a .npz or .safetensors
+        file; empty for none.
       names: the first that matches says what a parameter is called there; else the name is the same.
       skip: patterns of names here that begin at random all the same.
       average: take the moving averages of a workdir that has them.
@@ -73,13 +76,55 @@ class Taken:
     unused: list[str] = field(default_factory=list)
 
 
+def pin(config: WarmStartConfig, workdir: epath.Path, say: Callable[[str], None]) -> int | None:
+    """The step of the run that `path` names, settled when this run first begins; None of a file.
+
+    It is kept in `WORKDIR/init_from.json`, with the digest of a file: begun once more before its first
+    checkpoint, a run takes the same, though the other has gone on, and tells where it cannot.
+    """
+    if not config.path:
+        return None
+    now: dict[str, Any] | None = None
+    if processes.is_first():
+        held = pinned(workdir)
+        same = held if held.get("path") == config.path else {}
+        now = _source(config.path, same.get("step"))
+        if same and now != same:
+            say(f"init_from has changed since this run first began: it was {same}, it is {now}.")
+        partial = workdir / f"{PINNED}.partial"
+        partial.write_text(json.dumps(now))
+        partial.replace(workdir / PINNED)
+    step: int | None = processes.gather(now)[0].get("step")
+    return step
+
+
+def pinned(workdir: epath.Path) -> dict[str, Any]:
+    """What `pin` has kept; empty where it has not been called."""
+    path = workdir / PINNED
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def _source(name: str, step: int | None) -> dict[str, Any]:
+    """What is there now: of a run's checkpoints that of `step`, or else the newest."""
+    path = epath.Path(name).expanduser()
+    if path.is_dir():
+        steps = checkpoint.steps(path)
+        return {"path": name, "step": step if step in steps else next(iter(steps), None)}
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+    return {"path": name, "sha256": digest}
+
+
 def warm_start(
-    config: WarmStartConfig, specs: Mapping[str, Spec], say: Callable[[str], None]
+    config: WarmStartConfig,
+    specs: Mapping[str, Spec],
+    say: Callable[[str], None],
+    step: int | None = None,
 ) -> Values:
     """The parameters to begin with, by canonical name, each in its shape here; tells what matched.
 
     A table of positions with other buckets is resampled. A head of another shape begins at random, and
-    so does what is not there.
+    so does what is not there. Of a run, the checkpoint of `step` is read, or the newest if None.
 
     Raises:
       UserError: nothing there; a pattern without a match; a shape that does not fit outside the heads.
@@ -87,13 +132,14 @@ def warm_start(
     if not config.path:
         return {}
     here = {name: spec for spec in specs.values() for name in spec.canonical}
-    taken = _take(config, here, read(config))
+    taken = _take(config, here, read(config, step))
     if not taken.values:
         raise UserError(
             f"init_from: none of the {len(here)} parameters is in '{config.path}', which holds "
             f"{_some(taken.unused)}. Say in init_from.names what they are called there."
         )
-    say(f"Begins with {len(taken.values)} of {len(here)} parameters from {config.path}.")
+    where = config.path if step is None else f"step {step} of {config.path}"
+    say(f"Begins with {len(taken.values)} of {len(here)} parameters from {where}.")
     for words, names in (
         ("  adapted", taken.adapted),
         ("  at random", taken.random),
@@ -180,13 +226,13 @@ def resample(table: np.ndarray, buckets: int) -> np.ndarray:
 # --- reading -----------------------------------------------------------------------------------
 
 
-def read(config: WarmStartConfig) -> Values:
-    """The arrays of a workdir's newest checkpoint, or of a file, by name."""
+def read(config: WarmStartConfig, step: int | None = None) -> Values:
+    """The arrays of a workdir's checkpoint (the newest if `step` is None), or of a file, by name."""
     path = epath.Path(config.path).expanduser()
     if not path.exists():
         raise UserError(f"init_from.path: there is no '{config.path}'.")
     if path.is_dir():
-        return _read_run(path, config.average)
+        return _read_run(path, config.average, step)
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
     if path.suffix not in readers:
         raise UserError(
@@ -199,11 +245,12 @@ def read(config: WarmStartConfig) -> Values:
         raise UserError(f"init_from.path '{config.path}' cannot be read: {error}") from error
 
 
-def _read_run(path: epath.Path, average: bool) -> Values:
+def _read_run(path: epath.Path, average: bool, step: int | None) -> Values:
     found = checkpoint.steps(path)
     if not found:
         raise UserError(f"init_from.path: '{path}' holds no checkpoint.")
-    shapes = checkpoint.read_shapes(path, found[0])
+    step = found[0] if step is None else step
+    shapes = checkpoint.read_shapes(path, step)
     part, prefix = ("buffers", EMA) if average else ("parameters", "")
     wanted = {
         n: jax.ShapeDtypeStruct(s.shape, s.dtype)
@@ -212,7 +259,7 @@ def _read_run(path: epath.Path, average: bool) -> Values:
     }
     if not wanted:
         raise UserError(f"init_from.average: the run in '{path}' keeps no averages.")
-    values = checkpoint.read_state(path, found[0], {part: wanted})[part]
+    values = checkpoint.read_state(path, step, {part: wanted})[part]
     return {n.removeprefix(prefix): value for n, value in values.items()}
 
 

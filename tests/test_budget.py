@@ -112,6 +112,25 @@ def test_frozen_shares_are_for_one_config(tmp_path: Path, slow_two: None) -> Non
     assert segments(tmp_path / "run")[-1] == (8, wanted)
 
 
+def test_the_end_of_a_shorter_run_is_a_boundary_of_the_longer_one(
+    tmp_path: Path, slow_two: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "straight", *RULE)
+    run(tmp_path / "run", *RULE, "steps=4")
+    assert len(segments(tmp_path / "run")) == 1
+    run(tmp_path / "run", *RULE)
+    assert [d["start"] for d in decisions(tmp_path / "run")] == [4, 8]
+    assert segments(tmp_path / "run") == segments(tmp_path / "straight")
+    assert toyrun.bits(tmp_path / "run") == toyrun.bits(tmp_path / "straight")
+    # What was settled is frozen: gone on with from a boundary, other times change nothing.
+    words = (*RULE, "checkpoint.every=4")
+    run(tmp_path / "again", *words)
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "12")
+    monkeypatch.setattr(budget, "measured", lambda _: {"one": 5.0, "two": 1.0})
+    run(tmp_path / "again", *words)
+    assert segments(tmp_path / "again") == segments(tmp_path / "straight")
+
+
 def test_a_kill_from_outside(
     toy_command: Callable[..., Harness], environment_of: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:  # fmt: skip

@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toyrun
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mmjax import checkpoint
 from mmjax.checkpoint import CheckpointConfig, Checkpoints, Restored
 from mmjax.errors import UserError
+from mmjax.monitor import metrics
 from mmjax.sharding import MeshConfig, make_mesh
 
 META = {"clock": {"step": 3}, "config": {"tasks": {}}}
@@ -331,3 +333,17 @@ def test_nothing_in_a_checkpoint_is_code(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "checkpoints" / "2" / "meta" / "metadata").read_text())[
         "config"
     ] == {"tasks": {}}
+
+
+def test_the_best_of_a_whole_run_stays(tmp_path: Path) -> None:
+    """By a measure of its evaluations; the highest loss is an early one, which would be gone long since."""
+    words = ("checkpoint.every=2", "checkpoint.keep=1", "evaluation.every=2", "limits.divergence=0")
+    best = "checkpoint.best='one/held-out loss'"
+    toyrun.run(tmp_path / "with", *words, best)
+    toyrun.run(tmp_path / "without", *words)
+    lines = metrics.read(epath.Path(tmp_path / "with"))
+    values = {x["step"]: x["value"] for x in lines if x["kind"] == "eval" and x["task"] == "one"}
+    highest = max(values, key=lambda step: values[step])
+    assert highest < 10
+    assert set(checkpoint.steps(epath.Path(tmp_path / "with"))) == {highest, 12}
+    assert checkpoint.steps(epath.Path(tmp_path / "without")) == [12]

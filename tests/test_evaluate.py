@@ -168,3 +168,16 @@ def test_no_example_at_all_is_an_error(copy, monkeypatch):
     message = refused(evaluate.main, f"--workdir={copy}")
     assert "no example of emoji/1.0.0:test_drawing could be read" in message
     assert (copy / "results.json").read_text() == before
+
+
+def test_fields_of_several_processes_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes, each with its half of two batches of four rows."""
+    first, second = [[0, 1], [4, 5]], [[2, 3], [6, 7]]
+
+    def gathered(mine: Any) -> list[Any]:
+        assert mine == [2, {"label": second}]
+        return [[0, {"label": first}], mine]
+
+    monkeypatch.setattr(evaluate.processes, "gather", gathered)
+    kept = [{"label": np.array(part, np.int32)} for part in second]
+    assert evaluate._whole(kept, 2, 4)["label"].tolist() == list(range(8))

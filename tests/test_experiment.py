@@ -121,6 +121,11 @@ def test_another_split_is_another_pass_of_the_same_program():
     made = experiment(more, "tasks.image_text.evaluators.groups.source=" + source)
     passes = [(t, p) for t, p in made.passes() if p.what == "embed/image"]
     assert len(passes) == 2
+    # Though they want other fields: those stay on the host.
+    assert {p.fields for _, p in passes} == {("concept",), ("concept", "group")}
+    requests = made.eval_requests(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    assert [r.kind for r in requests.values()].count("embed/image") == 1
+    assert len(requests) == 3
 
 
 def test_a_request_for_every_task():

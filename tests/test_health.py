@@ -78,15 +78,15 @@ def test_a_schedule_without_some_tasks(
     phases = [{"start": 20 * (i + 1), "weights": w} for i, w in enumerate(later)]
     before = from_config(rule, weights, 3, phases)
     after = quarantine(before, out, start, start)
-    in_force = [s for i, s in enumerate(before.segments) if _ends(before, i) > start]
-    if any(not {t for t, w in s.weights.items() if w} - out for s in in_force):
+    if not _running(before.segment(start)) - out:
         assert after is None
         return
     assert after is not None
     strip, rest = before.strip(0, start), after.strip(start, start + 60)
     assert after.strip(0, start) == strip and not set(rest) & out
+    # A later phase of which no task is left is passed over: the shares before it go on.
     assert [s.start for s in after.segments if s.start > start] == [
-        s.start for s in before.segments if s.start > start
+        s.start for s in before.segments if s.start > start and _running(s) - out
     ]
     # Integers, and nothing else, tell it.
     assert Schedule.from_json(json.loads(json.dumps(after.to_json()))) == after
@@ -95,9 +95,15 @@ def test_a_schedule_without_some_tasks(
     }
 
 
-def _ends(schedule: Schedule, index: int) -> float:
-    starts = [s.start for s in schedule.segments[index + 1 :]]
-    return starts[0] if starts else float("inf")
+def _running(segment: Segment) -> set[str]:
+    return {task for task, weight in segment.weights.items() if weight}
+
+
+def test_a_phase_whose_only_task_is_left_out_is_passed_over() -> None:
+    phases = [{"start": 10, "weights": {"c": 1}}, {"start": 20, "weights": {"b": 1, "c": 1}}]
+    after = quarantine(from_config("shares", {"a": 1, "b": 1, "c": 1}, 0, phases), ["c"], 4, 4)
+    assert after is not None
+    assert set(after.strip(4, 20)) == {"a", "b"} and set(after.strip(20, 30)) == {"b"}
 
 
 def test_a_segment_of_one_task_cannot_lose_it() -> None:

@@ -14,9 +14,10 @@ from etils import epath
 from harness import Aim, Harness, NotMetError, deterministic, finished_steps, log, survive
 from toyrun import run, watched
 
-from mmjax import loop, show
+from mmjax import loop, show, train
 from mmjax.data import order
 from mmjax.errors import UserError
+from mmjax.resume import roll_back
 from mmjax.schedule import Schedule
 
 # Task one is broken: its visits are steps 0, 2, 3, 5, ...
@@ -171,6 +172,30 @@ def test_a_divergence_goes_back_to_where_all_were_well(
     # After the 13 or 14 steps that were given up, task one is read again from its place at step 8.
     again = [i for ids in seen.ids[-12:] for i in ids]
     assert again == order.example_ids(toyrun.SEED, "one", 5 * 8, 96, 40).tolist()
+
+
+@pytest.mark.parametrize("every", [4, 0])
+def test_sigterm_on_the_way_back_is_honoured(
+    every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a checkpoint to go back to, and from the beginning."""
+    words = (*UPHILL, f"checkpoint.every={every}")
+    run(tmp_path / "straight", *words)
+
+    def signalled(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return roll_back(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "roll_back", signalled)
+        assert run(tmp_path / "run", *words) is None
+    stood = 8 if every else 0
+    assert f"Stopped by SIGTERM; saved step {stood}." in capsys.readouterr().out
+    with watched() as seen:
+        run(tmp_path / "run", *words)
+    # The checkpoint of step 8 stays as it is, so its restart comes to the divergence once more.
+    assert len(seen.ids) >= 20 - stood
+    same(tmp_path / "run", tmp_path / "straight")
 
 
 def test_without_a_checkpoint_at_which_all_were_well_it_begins_anew(tmp_path: Path) -> None:

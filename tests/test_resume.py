@@ -193,6 +193,23 @@ def test_a_run_killed_before_its_results_evaluates_only(copy: Path, straight: Pa
     same(copy, straight)
 
 
+def test_a_run_killed_between_its_results_and_its_report_writes_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a report of an earlier end is there."""
+    workdir, words = tmp_path / "run", ("log.report=True", "evaluation.every=0")
+    run(workdir, "steps=1", *words)
+    assert (workdir / "report.html").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "write_report", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        with pytest.raises(OSError, match="gone"):
+            run(workdir, "steps=2", *words)
+    assert (workdir / "results.json").exists() and not (workdir / "report.html").exists()
+    with watched() as seen:
+        run(workdir, "steps=2", *words)
+    assert not seen.ids and "2 of 2 steps" in (workdir / "report.html").read_text()
+
+
 def test_more_steps_go_on(straight: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     run(workdir, "steps=8")
@@ -276,6 +293,8 @@ def test_sigterm_saves_and_going_on_ends_in_the_same_bits(
     assert f"Stopped by SIGTERM; saved step {step}." in capsys.readouterr().out
     assert finished_steps(tmp_path / "run")[-1] == step
     assert not (tmp_path / "run" / "results.json").exists()
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert sum(row["steps"] for row in told["tasks"]) == step and told["seconds"]["total"] > 0
     with watched() as seen:
         run(tmp_path / "run")
     assert len(seen.ids) == 12 - step

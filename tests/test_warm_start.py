@@ -23,7 +23,7 @@ from mmjax.errors import UserError
 from mmjax.parameters import Spec, Stack
 from mmjax.resume import begin
 from mmjax.state import EMA
-from mmjax.warm_start import NameConfig, WarmStartConfig, resample, warm_start
+from mmjax.warm_start import NameConfig, WarmStartConfig, pin, resample, warm_start
 
 Values = dict[str, np.ndarray]
 LAYERS = Stack(first=0, stride=1, repeat=2, prefix="trunk/layers", inner="query")
@@ -227,6 +227,41 @@ def test_a_run_begins_where_another_ended_and_never_looks_back(
     run(tmp_path / "halved", *warm, "steps=4")
     assert "Begins with" not in capsys.readouterr().out
     assert toyrun.bits(tmp_path / "halved") == toyrun.bits(tmp_path / "straight")
+
+
+def test_begun_again_a_run_takes_the_step_that_it_took_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other run goes on between two beginnings of this one, of which the first left no checkpoint."""
+    source, workdir = tmp_path / "first", tmp_path / "second"
+    run(source, "steps=2", "evaluation.every=0", "checkpoint.every=1")
+    early = toyrun.parameters_of(source, 2)
+    toy = parts(f"init_from.path={source}")
+    begin(toy.experiment, epath.Path(_folder(workdir)), toy.mesh, False, print)
+    run(source, "steps=4", "evaluation.every=0", "checkpoint.every=1", "checkpoint.keep=3")
+    given = begin(toy.experiment, epath.Path(workdir), toy.mesh, False, print).given
+    assert given.keys() == early.keys()
+    assert all(np.array_equal(given[name], early[name]) for name in given)
+    assert "step 2 of" in capsys.readouterr().out
+    # Where that step is no longer kept, it tells, and takes the newest.
+    shutil.rmtree(source / "checkpoints" / "2")
+    given = begin(toy.experiment, epath.Path(workdir), toy.mesh, False, print).given
+    late = toyrun.parameters_of(source, 4)
+    assert all(np.array_equal(given[name], late[name]) for name in given)
+    assert any(not np.array_equal(early[name], late[name]) for name in late)
+    assert "init_from has changed since this run first began" in capsys.readouterr().out
+    assert json.loads((workdir / "init_from.json").read_text())["step"] == 4
+
+
+def test_a_file_that_changes_between_two_beginnings_is_told(tmp_path: Path) -> None:
+    path, said = npz(tmp_path, whole()), list[str]()
+    config, workdir = WarmStartConfig(path), epath.Path(_folder(tmp_path / "run"))
+    for _ in range(2):
+        assert pin(config, workdir, said.append) is None
+    assert not said
+    npz(tmp_path, {**whole(), "more": np.zeros(1)})
+    pin(config, workdir, said.append)
+    assert len(said) == 1 and said[0].startswith("init_from has changed")
 
 
 def _folder(path: Path) -> Path:

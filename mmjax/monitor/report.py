@@ -24,6 +24,7 @@ from mmjax.experiment import make_experiment
 from mmjax.loading import Embedder
 from mmjax.monitor import report_parts as parts
 from mmjax.monitor.report_classes import classified
+from mmjax.monitor.report_costs import costs
 from mmjax.monitor.report_data import Run, read_run
 from mmjax.monitor.report_gallery import retrieved
 from mmjax.monitor.report_html import Html, join, section, tag
@@ -74,6 +75,7 @@ def page(run: Run, gallery: Html) -> Html:
         section("What it finds in held-out data", gallery),
         section("Schedule", *parts.schedule(run)),
         section("Optimisation", *parts.optimisation(run)),
+        section("Costs", *costs(run)),
         section("Time", *parts.time_spent(run)),
         section("Parameters", parts.parameters(rows) if rows else tag("p", note, class_="none")),
         section("What happened", *parts.events(run)),

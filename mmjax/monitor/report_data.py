@@ -14,7 +14,7 @@ from etils import epath
 
 from mmjax import checkpoint
 from mmjax.errors import UserError
-from mmjax.monitor import metrics, phases
+from mmjax.monitor import metrics, phases, tally
 from mmjax.schedule import RULES, Schedule, from_config
 
 _NOT_MEASURES = ("kind", "step", "task", "visit", "timing")
@@ -72,7 +72,8 @@ class Run:
       records_step: complete steps when they were taken; None where that is not known.
       history: earlier values and the newest, by (task, split, name).
       seconds: by phase, as `phases.summary` gives them.
-      attempts: the lines of `goodput.jsonl`.
+      log: the lines of `goodput.jsonl`.
+      costs: `summary.json`, empty where the run has not ended or stopped yet.
     """
 
     workdir: epath.Path
@@ -86,6 +87,7 @@ class Run:
     history: dict[tuple[str, ...], list[float]]
     seconds: dict[str, float]
     log: list[dict[str, Any]]
+    costs: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -142,6 +144,7 @@ def read_run(workdir: epath.Path) -> Run:
         _history(evals),
         phases.summary(workdir),
         _log(workdir),
+        _json(workdir / tally.FILE) or {},
     )
 
 

@@ -59,8 +59,13 @@ def facts(run: Run, parameters: int) -> Iterator[Html]:
 
 def named(run: Run, task: str) -> Html:
     """A task's name beside its colour."""
-    dot = tag("span", class_=f"dot {colour_of(run, task)}", aria_hidden="true")
-    return tag("span", dot, tag("span", task), class_="named")
+    return coloured(task, colour_of(run, task))
+
+
+def coloured(words: str, style: str) -> Html:
+    """Words beside a dot of the colour (a class) that they have in a picture."""
+    dot = tag("span", class_=f"dot {style}", aria_hidden="true")
+    return tag("span", dot, tag("span", words), class_="named")
 
 
 def colour_of(run: Run, task: str) -> str:

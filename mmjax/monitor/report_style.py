@@ -79,6 +79,9 @@ tbody th[scope=rowgroup] { color: var(--soft); font-size: .85rem; padding-top: .
   min-width: 1px }
 .tick { position: absolute; top: -.2rem; bottom: -.2rem; width: 2px; background: var(--ink) }
 .tick.majority { background: none; border-left: 2px dotted var(--ink) }
+.split { display: flex; gap: 2px; height: 1.4rem; margin: .4rem 0; background: var(--track);
+  border-radius: .3rem; overflow: hidden }
+.split .fill { position: static; flex: none; border-radius: 0; flex-shrink: 1 }
 .spark { width: 60px; height: 20px; fill: none; stroke: var(--soft); stroke-width: 1.5 }
 .spark circle { fill: var(--soft); stroke: none }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: .75rem;

@@ -198,7 +198,7 @@ def summary_tables(found: Mapping[str, Any], stream: TextIO | None = None) -> No
         (
             row["task"],
             *(_known(human_seconds, row[name]) for name in ("step_seconds", "wait_seconds")),
-            _known(_signed_seconds, row.get("switch_seconds")),
+            _known(signed_seconds, row.get("switch_seconds")),
             *_rates(row),
             percent(row["share"]),
         )
@@ -220,7 +220,7 @@ def _rates(row: Mapping[str, Any]) -> tuple[str, str]:
     return _known(human_flops, row.get("flops_per_second")), _known(percent, row.get("mfu"))
 
 
-def _signed_seconds(seconds: float) -> str:
+def signed_seconds(seconds: float) -> str:
     return f"-{human_seconds(-seconds)}" if seconds < 0 else human_seconds(seconds)
 
 

@@ -86,6 +86,34 @@ def test_every_loss_is_in_the_picture_at_its_height(
     assert np.ptp(points[:, 1]) > 20
 
 
+def test_costs_are_those_of_the_summary(page: Any, run_copy: epath.Path) -> None:
+    told = json.loads((run_copy / "summary.json").read_text())
+    exact = {float(d["value"]) for d in page.all("data")}
+    for row in told["tasks"]:
+        assert {row["step_seconds"], row["share"], row["flops_per_second"]} <= exact
+    seconds = read_run(run_copy).seconds
+    assert seconds["step"] / seconds["total"] in exact
+    assert "Goodput" in page.text
+
+
+def test_columns_of_what_is_not_known_are_left_out(
+    parse: Parse, run_copy: epath.Path, tmp_path: epath.Path
+) -> None:
+    copy = epath.Path(tmp_path / "run")
+    shutil.copytree(run_copy, copy)
+    told = json.loads((copy / "summary.json").read_text())
+    assert "MFU" not in [
+        t for tag, t in parse(write_report(copy, 0).read_text()).texts if tag == "th"
+    ]
+    for row in told["tasks"]:
+        row["mfu"] = 0.375
+    (copy / "summary.json").write_text(json.dumps(told))
+    page = parse(write_report(copy, 0).read_text())
+    assert "MFU" in [t for tag, t in page.texts if tag == "th"] and percent(0.375) in page.text
+    (copy / "summary.json").unlink()
+    assert "What a step of each task costs" not in write_report(copy, 0).read_text()
+
+
 def test_the_schedule_is_the_one_that_ran(page: Any, run_copy: epath.Path) -> None:
     steps = [line for line in metrics.read(run_copy) if line["kind"] == "train"]
     lanes = [svg for svg in page.all("svg") if svg.get("class", "").startswith("lane")]

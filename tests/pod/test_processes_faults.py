@@ -1,0 +1,70 @@
+"""Two processes: records that cannot be read are counted once, and evaluation finds what training did."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import toyrun
+from harness import LIMIT
+from test_processes import CLOSE, HERE, Team, free_port, same
+
+BAD = (3, 5, 17)
+
+
+@pytest.fixture(scope="module")
+def teams(
+    tmp_path_factory: pytest.TempPathFactory, environment_of: Callable[..., dict[str, str]]
+) -> tuple[Team, Team]:
+    """A run of one process and one of two, with records that cannot be read."""
+    toyrun.block()
+    made = []
+    for count in (1, 2):
+        made.append(Team(tmp_path_factory.mktemp(f"of{count}"), environment_of))
+        ended = made[-1].run(count, 1, "whole", f"--config.tasks.one.source.corrupt={BAD}")
+        assert ended.statuses == [0] * count, ended.said
+        assert all(f"record {bad} is garbage" in ended.said[0] for bad in BAD)
+    return made[0], made[1]
+
+
+def test_corrupt_records_are_counted_alike(teams: tuple[Team, Team]) -> None:
+    one, two = teams
+    same(one, two)
+    ids = [i for step in two.ids("whole") for i in step]
+    counts = [toyrun.meta(team.workdir)["clock"]["invalid"] for team in teams]
+    assert counts[0] == counts[1] and counts[0]["one"] >= len(BAD) and counts[0]["two"] == 0
+    assert ids == [i for step in one.ids("whole") for i in step]
+
+
+def test_evaluation_by_two_processes(
+    teams: tuple[Team, Team], environment_of: Callable[..., dict[str, str]], tmp_path: Path
+) -> None:
+    workdir, port = teams[1].workdir, free_port()
+    before = json.loads((workdir / "results.json").read_text())
+    (workdir / "results.json").unlink()
+    words = [
+        f"--extra={HERE.parent / 'extra'}", f"--workdir={workdir}", f"--coordinator=127.0.0.1:{port}",
+        "--processes=2",
+    ]  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mmjax.evaluate", *words, f"--process={index}"],
+            env=environment_of(1, {"JAX_ENABLE_X64": "1"}),
+        )
+        for index in range(2)
+    ]
+    try:
+        assert [each.wait(LIMIT) for each in started] == [0, 0]
+    finally:
+        for each in started:
+            each.kill()
+    found = json.loads((workdir / "results.json").read_text())
+    assert [{**r, "value": 0, "chance": 0} for r in found] == [
+        {**r, "value": 0, "chance": 0} for r in before
+    ]
+    for now, then in zip(found, before, strict=True):
+        assert abs(now["value"] - then["value"]) <= CLOSE * abs(then["value"])
