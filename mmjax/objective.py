@@ -106,9 +106,15 @@ class Objective(abc.ABC):
         """
         raise UserError(f"objective {type(self).__name__} writes no texts.")
 
-    def writes(self) -> str:
-        """The modality of these texts; empty where it writes none."""
-        return ""
+    def captions(
+        self, model: Model, arrays: Mapping[str, jax.Array], length: int, keys_B: jax.Array
+    ) -> jax.Array:
+        """Texts that it writes of one modality's arrays, int32 `[B, length]`, each row drawing by a key of its own."""
+        raise UserError(f"objective {type(self).__name__} writes no texts.")
+
+    def writes(self) -> tuple[str, ...]:
+        """The modality that it writes texts of, and that of the texts; empty where it writes none."""
+        return ()
 
     def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """What it makes of a batch, for a person to look at: arrays with a leading axis `[B]`, by `shows`.

@@ -59,7 +59,7 @@ def _readable(task: Task, values: np.ndarray) -> Sequence[Any]:
     """Token ids as words; pictures and clips as they are."""
     if values.ndim > 2:
         return list(values)
-    text: Any = task.inputs[task.objective.writes()].modality
+    text: Any = task.inputs[task.objective.writes()[1]].modality
     return [text.words(ids) for ids in values]
 
 

@@ -149,15 +149,16 @@ class Coca(Contrastive):
 
     # --- the pass ------------------------------------------------------------------------------
 
-    def _see(self, model: Model, arrays: Any, key: jax.Array) -> tuple[Seen, Aux]:
+    def see(self, model: Model, arrays: Any, key: jax.Array) -> tuple[Seen, Aux]:
+        """The modality that is captioned: encoded and pooled."""
         head = model.heads[self.head]
         stream, aux = model.encode([model.tokens(self.between[0], arrays)], key)
         context = head.generative(stream)
         pooled = head.contrastive(context if self.pooling == "cascade" else stream)
         return Seen(context, pooled.x_BSD[:, 0]), aux
 
-    def _read(self, model: Model, arrays: Any, key: jax.Array) -> tuple[Read, Aux]:
-        """The text from its begin token up to its last token but one: what is known before each of its tokens."""
+    def read(self, model: Model, arrays: Any, key: jax.Array) -> tuple[Read, Aux]:
+        """The text, moved by one: each place knows what stands before its token, and begins with the begin token."""
         text = model.tokens(self._text, {**arrays, "ids": begun(arrays["ids"])})
         read: tuple[Read, Aux] = model.heads[self.head].decoder.read(text, key)
         return read
@@ -169,7 +170,7 @@ class Coca(Contrastive):
     def _embed(
         self, model: Model, modality: str, arrays: Mapping[str, jax.Array], key: jax.Array
     ) -> Any:
-        of = self._read if modality == self._text else self._see
+        of = self.read if modality == self._text else self.see
         made, aux = of(model, arrays, key)
         return self._vector(model, modality, made.whole_BD), aux
 
@@ -177,8 +178,8 @@ class Coca(Contrastive):
         """Both vectors of each row, and its caption's summed cross-entropy and number of tokens."""
         shown, text = self.between
         keys = jax.random.split(key, 3)
-        seen, aux_seen = self._see(model, batch["inputs"][shown], keys[0])
-        read, aux_read = self._read(model, batch["inputs"][text], keys[1])
+        seen, aux_seen = self.see(model, batch["inputs"][shown], keys[0])
+        read, aux_read = self.read(model, batch["inputs"][text], keys[1])
         rows, auxes = {}, [aux_seen, aux_read]
         if self.contrastive_weight:
             pair = (
@@ -223,7 +224,7 @@ class Coca(Contrastive):
         self, model: Model, arrays: Mapping[str, jax.Array], length: int, keys_B: jax.Array
     ) -> jax.Array:
         """Captions of the first modality's arrays, int32 `[B, length]`, see `generate`."""
-        seen, _ = self._see(model, arrays, jax.random.key(0))
+        seen, _ = self.see(model, arrays, jax.random.key(0))
         return self._write(model, seen, length, keys_B)
 
     def _write(self, model: Model, seen: Seen, length: int, keys_B: jax.Array) -> jax.Array:
@@ -245,14 +246,14 @@ class Coca(Contrastive):
         token = text.take(jnp.full((ids_BS.shape[0], 1), at))
         return Stream(token.x_BSD, layout=token.layout)
 
-    def writes(self) -> str:
-        return self._text
+    def writes(self) -> tuple[str, ...]:
+        return self.between
 
     def write(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         shown, text = self.between
         given, keys = batch["inputs"][text], jax.random.split(key, 3)
-        seen, _ = self._see(model, batch["inputs"][shown], keys[0])
-        read, _ = self._read(model, given, keys[1])
+        seen, _ = self.see(model, batch["inputs"][shown], keys[0])
+        read, _ = self.read(model, given, keys[1])
         (cost_B, tokens_B), _ = self._caption(model, seen, read, given, keys[2])
         length = given["ids"].shape[1]
         return {

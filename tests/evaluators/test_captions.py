@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import mmjax
 from mmjax.errors import UserError
 from mmjax.evaluators.captions import Captions, entropy, f1, match, texts
 from mmjax.modalities.image import Image
 from mmjax.modalities.text import Text
 from mmjax.task import Task, make_task
 
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "coca_tiny.py"
 SOURCE = {"name": "tfds", "dataset": "emoji", "split": "test_drawing"}
 LAYER = {"heads": 1, "hidden": 4}
 OBJECTIVE = {
@@ -104,3 +110,46 @@ def test_an_objective_that_writes_nothing() -> None:
     with pytest.raises(UserError, match="MaskedImage writes no texts"):
         other.objective.write(None, {}, None)  # type: ignore[arg-type]
     assert Captions(source=SOURCE).passes(task())["all"].what == "write"
+
+
+@pytest.fixture(scope="module")
+def trained(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of CoCa, made tiny."""
+    workdir = tmp_path_factory.mktemp("coca") / "run"
+    done = command("train", f"--config={CONFIG}", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_a_run_writes_captions_and_shows_them(trained: Path) -> None:
+    records = json.loads((trained / "results.json").read_text())
+    assert [r["name"] for r in records] == ["caption loss", "caption match", "caption F1"]
+    loss = records[0]
+    assert loss["split"] == "test_drawing" and 4 < loss["chance"] < loss["value"] < 12
+    page = (trained / "report.html").read_text()
+    table = page[page.index('class="pictures"') :]
+    table = table[: table.index("</table>")]
+    rows = dict(re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', table, re.DOTALL))
+    assert list(rows) == ["image", "its text", "the text it writes"]
+    assert rows["image"].count("<img") == rows["its text"].count('class="words"') == 8
+    names = re.findall(r'class="words"[^>]*>([^<]*)<', rows["its text"])
+    assert len(set(names)) > 5 and all(re.search("[a-z]", name) for name in names)
+
+
+def test_captions_of_a_loaded_run(trained: Path) -> None:
+    model = mmjax.load(str(trained))
+    task = model.tasks["captions"]
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    made = model.caption(image=list(pixels))
+    keys = jax.random.split(jax.random.key(9), 5)
+    captions = model.compiled(lambda m, x: task.objective.captions(m, x, 8, keys))
+    ids = captions({"pixels": pixels})
+    text: Any = task.inputs["text"].modality
+    assert made == [text.words(row) for row in np.asarray(ids)] and any(made)
+    assert model.caption(image=[]) == []
+    with pytest.raises(UserError, match="The run does not caption 'text'. Known: image"):
+        model.caption(text=["dog"])
+    with pytest.raises(UserError, match=r"caption takes a list: image=\[...\]"):
+        model.caption(image=b"")
+    with pytest.raises(UserError, match=r"image\[1\]"):
+        model.caption(image=[pixels[0], "dog"])

@@ -361,7 +361,7 @@ def test_on_a_mesh_as_on_one_device() -> None:
 def logits_of(p: Any, pixels: Any, ids: Any) -> Any:
     """Logits of the token after each of `ids`, which begin with the begin token: the whole text anew."""
     model, chosen, key = declared().merge(p), objective(), jax.random.key(0)
-    seen, _ = chosen._see(model, {"pixels": pixels}, key)
+    seen, _ = chosen.see(model, {"pixels": pixels}, key)
     text = model.tokens("text", {"ids": ids, "valid": jnp.ones_like(ids, bool)})
     decoder = model.heads["coca"].decoder
     found, _ = decoder.read(text, key)
@@ -372,7 +372,7 @@ def logits_of(p: Any, pixels: Any, ids: Any) -> Any:
 def cached_logits(p: Any, pixels: Any, ids: Any) -> Any:
     """As `logits_of`, token by token from what is held."""
     model, chosen = declared().merge(p), objective()
-    seen, _ = chosen._see(model, {"pixels": pixels}, jax.random.key(0))
+    seen, _ = chosen.see(model, {"pixels": pixels}, jax.random.key(0))
     decoder = model.heads["coca"].decoder
     held = decoder.begin(chosen._token(model, ids, 0), seen.context, LENGTH)
 
@@ -448,7 +448,7 @@ def test_what_it_writes_beside_what_is_given() -> None:
         return objective().show(declared().merge(p), given, jax.random.key(0))
 
     shown = jax.eval_shape(show, p, given)
-    assert tuple(shown) == objective().shows() and objective().writes() == "text"
+    assert tuple(shown) == objective().shows() and objective().writes() == ("image", "text")
 
 
 def test_mistakes() -> None:
