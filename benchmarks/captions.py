@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from benchmarks import _coca_pytorch
 from benchmarks._pairs import Effort, Quantity, quantity
 from benchmarks._steps import Steps
+from mmjax.data.loader import make_batch
+from mmjax.experiment import Experiment, make_experiment
 from mmjax.generation import generate
 from mmjax.model import Batch, Model
 from mmjax.objectives.coca import Coca
@@ -27,23 +29,28 @@ Call = Callable[[], Any]
 
 def measure(effort: Effort) -> list[Quantity]:
     """The ratios, for each task whose objective is `coca`; nothing for a config without such."""
-    steps = Steps(effort.block)
+    experiment = make_experiment(effort.block)
     found: list[Quantity] = []
-    for name, task in steps.experiment.tasks.items():
+    for task in experiment.tasks.values():
         if isinstance(task.objective, Coca):
-            found += _of_task(steps, name, task, effort)
+            found += _of_task(experiment, task, effort)
     return found
 
 
-def _of_task(steps: Steps, name: str, task: Task, effort: Effort) -> list[Quantity]:
-    held = next(b for b in steps.batches(0, steps.period) if b.task == name)
-    rows = [(name, held)]
+def _of_task(experiment: Experiment, task: Task, effort: Effort) -> list[Quantity]:
+    batch, _ = make_batch(
+        task.rows(), task.source.open(), range(task.batch), lambda _: None, task.batch
+    )
     calls: dict[str, Call] = {
-        "cached": _compiled(steps, task, held.rows, cached),
-        "anew": _compiled(steps, task, held.rows, anew),
+        "cached": _compiled(experiment, task, batch, cached),
+        "anew": _compiled(experiment, task, batch, anew),
     }
-    peer = _coca_pytorch.peer(steps.experiment, task, held.rows)
+    peer = _coca_pytorch.peer(experiment, task, batch)
     if peer is not None:
+        steps = Steps(effort.block)
+        order = steps.order(0, steps.period)
+        held = {order[each.step]: each for each in steps.batches(0, steps.period)}
+        rows = [(task.name, held[task.name])]
         calls |= {
             "step": lambda: steps.run(rows, untimed=0),
             "peer's step": peer.step,
@@ -51,15 +58,16 @@ def _of_task(steps: Steps, name: str, task: Task, effort: Effort) -> list[Quanti
         }
     times = _times(calls, effort.pairs)
 
-    def ratio(one: str, other: str, wanted: str = "") -> Quantity:
+    def ratio(one: str, other: str) -> Quantity:
         values = [b / a for a, b in zip(times[one], times[other], strict=True)]
-        return quantity(f"{name}: {other} to {one}", values, wanted=wanted)
+        return quantity(f"{task.name}: {other} to {one}", values, wanted="above 1")
 
-    made = [ratio("cached", "anew", "above 1")]
-    if peer is not None:
-        made += [ratio("cached", "peer anew", "above 1"), ratio("step", "peer's step", "above 1")]
-    millis = [quantity(f"{name}: {n}", [1000 * t for t in each], "ms") for n, each in times.items()]
-    return made + millis
+    ratios = [("cached", "anew"), ("cached", "peer anew"), ("step", "peer's step")]
+    millis = [
+        quantity(f"{task.name}: {name}", [1000 * t for t in each], "ms")
+        for name, each in times.items()
+    ]
+    return [ratio(*pair) for pair in ratios if set(pair) <= times.keys()] + millis
 
 
 def _times(calls: dict[str, Call], pairs: int) -> dict[str, list[float]]:
@@ -77,10 +85,12 @@ def _times(calls: dict[str, Call], pairs: int) -> dict[str, list[float]]:
     return times
 
 
-def _compiled(steps: Steps, task: Task, rows: Batch, write: Callable[..., jax.Array]) -> Call:
+def _compiled(
+    experiment: Experiment, task: Task, rows: Batch, write: Callable[..., jax.Array]
+) -> Call:
     """Captions of the batch by the model as it begins, on the default device."""
-    declaration = steps.experiment.declaration
-    parameters = jax.jit(lambda: declaration.initialise(steps.experiment.run.seed))()
+    declaration = experiment.declaration
+    parameters = jax.jit(lambda: declaration.initialise(experiment.run.seed))()
     inputs = jax.device_put(dict(rows["inputs"]))
     call = jax.jit(lambda p, inputs: write(task.objective, declaration.merge(p), inputs))
     return lambda: jax.block_until_ready(call(parameters, inputs))
