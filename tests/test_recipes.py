@@ -106,6 +106,29 @@ def test_the_largest_coca_counts_as_published() -> None:
     assert parts["other"] < 0.01 * (image + text)
 
 
+def test_the_largest_coca_is_traced_whole() -> None:
+    """Its loss and gradient on a pod's worth of rows, and its captions: shapes only."""
+    made = experiment("coca_2b")
+    task: Any = made.tasks["captions"]
+    parameters = {
+        n: jax.ShapeDtypeStruct(s.shape, "float32") for n, s in made.declaration.specs.items()
+    }
+    batch = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct((task.batch, *s.shape), s.dtype), task.rows().shapes()
+    )
+    key = jax.random.key(0)
+
+    def value(p: Any, batch: Any) -> Any:
+        return task.loss(made.declaration.merge(p, "bfloat16"), batch, key).value
+
+    def write(p: Any, batch: Any) -> Any:
+        return task.objective.write(made.declaration.merge(p, "bfloat16"), batch, key)
+
+    gradient = jax.eval_shape(jax.grad(value), parameters, batch)
+    assert gradient["trunk/groups/0/blocks/0/mlp/up/kernel"].shape == (40, 1408, 6144)
+    assert jax.eval_shape(write, parameters, batch)["written"].shape == (65_536, 64)
+
+
 def coca_parameters(size: str) -> dict[str, float]:
     """Millions of parameters: of the image encoder, the text decoder (its `logits` among them), and the rest."""
     found = {"image": 0.0, "text": 0.0, "logits": 0.0, "other": 0.0}

@@ -39,8 +39,9 @@ def _x64() -> Iterator[None]:
         yield
 
 
-def group(name: str, repeat: int = 2) -> tuple[GroupConfig, ...]:
-    return (GroupConfig(repeat, ({"name": name, "heads": HEADS, "hidden": HIDDEN},)),)
+def group(name: str, repeat: int = 2, kernel: str = "auto") -> tuple[GroupConfig, ...]:
+    block = {"name": name, "heads": HEADS, "hidden": HIDDEN, "kernel": kernel}
+    return (GroupConfig(repeat, (block,)),)
 
 
 def objective(**settings: Any) -> Coca:
@@ -59,10 +60,13 @@ INPUTS = {
 
 
 @cache
-def declared() -> Declaration:
+def declared(kernel: str = "auto") -> Declaration:
     config = ModelConfig(WIDTH, group("transformer", 1))
     modalities = {name: each.modality for name, each in INPUTS.items()}
-    return declare_model(config, modalities, [("coca", objective().heads(WIDTH, INPUTS))])
+    made = objective(
+        unimodal=group("transformer", 2, kernel), multimodal=group("cross_transformer", 2, kernel)
+    )
+    return declare_model(config, modalities, [("coca", made.heads(WIDTH, INPUTS))])
 
 
 def parameters(seed: int = 0) -> Parameters:
@@ -270,12 +274,12 @@ def test_each_loss_alone(weights: tuple[float, float], gone: str) -> None:
 
 
 @cache
-def influences() -> Any:
+def influences(kernel: str) -> Any:
     """Gradients of everything the decoder makes by everything it is given, of one row: norms over the width."""
 
     def made(tokens_SD: Any, context_QD: Any, close_D: Any, valid_S: Any, p: Any) -> Any:
         p = {**p, "heads/coca/decoder/close": close_D}
-        decoder = declared().merge(p).heads["coca"].decoder
+        decoder = declared(kernel).merge(p).heads["coca"].decoder
         text = Stream(tokens_SD[None], valid_S[None], layout=(("text", LENGTH),))
         key = jax.random.key(0)
         found, _ = decoder.read(text, key)
@@ -293,12 +297,12 @@ def influences() -> Any:
     return jax.jit(norms)
 
 
-@pytest.mark.parametrize("length", [LENGTH, 3])
-def test_nothing_flows_where_the_mask_forbids_it(length: int) -> None:
+@pytest.mark.parametrize(("length", "kernel"), [(LENGTH, "plain"), (3, "plain"), (3, "chunked")])
+def test_nothing_flows_where_the_mask_forbids_it(length: int, kernel: str) -> None:
     rng = np.random.default_rng(5)
     tokens, context = rng.normal(size=(LENGTH, WIDTH)), rng.normal(size=(3, WIDTH))
     valid = np.arange(LENGTH) < length
-    found = influences()(tokens, context, rng.normal(size=WIDTH), valid, parameters())
+    found = influences(kernel)(tokens, context, rng.normal(size=WIDTH), valid, parameters())
     (tokens_t, tokens_c, tokens_close), (whole_t, whole_c, whole_close), (logits_t, logits_c, logits_close) = (
         [np.asarray(x) > 0 for x in row] for row in found
     )  # fmt: skip
@@ -449,6 +453,24 @@ def test_what_it_writes_beside_what_is_given() -> None:
 
     shown = jax.eval_shape(show, p, given)
     assert tuple(shown) == objective().shows() and objective().writes() == ("image", "text")
+
+
+def test_in_bfloat16_as_in_float32_but_for_rounding() -> None:
+    given = batch()
+    p = {n: jnp.asarray(v, jnp.float32) for n, v in parameters().items()}
+
+    def both(dtype: Any) -> Any:
+        def call(p: Any, given: Any) -> Any:
+            model, key = declared().merge(p, dtype), jax.random.key(0)
+            return objective()(model, given, key), objective().write(model, given, key)
+
+        return jax.jit(call)(p, given)
+
+    with jax.enable_x64(False):
+        (loss, made), (expected, _) = both(jnp.bfloat16), both(jnp.float32)
+    assert loss.value.dtype == made["cost"].dtype == jnp.float32
+    np.testing.assert_allclose(loss.value, expected.value, rtol=0.1)
+    assert loss.value != expected.value and made["written"].shape == (ROWS, LENGTH)
 
 
 def test_mistakes() -> None:
