@@ -2,7 +2,8 @@
 
 An evaluator is one file in `mmjax/evaluators/`, whose class is a frozen dataclass. It runs no program of
 its own: a pass names one of the things that its task's objective can compute (`embed/MODALITY`,
-`predict/MODALITY`, `loss`), so evaluators that want the same outputs share one program and one reading of the data.
+`predict/MODALITY`, `write`, `loss`), so evaluators that want the same outputs share one program and one reading of the
+data.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Pass:
 
     Attributes:
       what: `embed/MODALITY` (output `vector` [E] of each row), `predict/MODALITY` or `predict/ONE+OTHER`
-        (`logits` [C]), or `loss` (the loss and its metrics, per batch).
+        (`logits` [C]), `write` (texts, see `Objective.write`), or `loss` (the loss and its metrics, per batch).
       block: the source as a config block.
       fields: integer fields of the examples that the score needs, kept beside the outputs.
     """
@@ -106,6 +107,8 @@ def function(task: Task, what: str) -> Callable[[Model, Batch, jax.Array], dict[
         }
     if what.startswith("predict/"):
         return lambda model, batch, key: {"logits": task.objective.predict(model, batch["inputs"])}
+    if what == "write":
+        return task.objective.write
 
     def loss(model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         result = task.loss(model, batch, key)

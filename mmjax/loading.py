@@ -19,6 +19,7 @@ from mmjax import checkpoint, commandline
 from mmjax.errors import UserError, nearest
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.model import Model
+from mmjax.objective import Objective
 from mmjax.parameters import Arrays, from_canonical, to_canonical
 from mmjax.sharding import MeshConfig, make_mesh
 from mmjax.state import EMA, compute_dtype, shardings
@@ -81,7 +82,7 @@ class Embedder:
         mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
         self.parameters = read_parameters(workdir, self.step, self._experiment, mesh)
         self.tasks: Mapping[str, Task] = self._experiment.tasks
-        self._calls: dict[tuple[str, str], Any] = {}
+        self._calls: dict[tuple[str, str, str], Any] = {}
 
     @property
     def module(self) -> Model:
@@ -105,32 +106,75 @@ class Embedder:
         Raises:
           UserError: no such task or modality, or a value that the modality cannot take.
         """
+        chosen, modality, rows = self._given("embed", _embedded, task, values)
+
+        def of(model: Model, given: Any) -> jax.Array:
+            return chosen.objective.embed(model, modality, given["arrays"])
+
+        return np.asarray(self._over(chosen, modality, rows, "embed", of), np.float32)
+
+    def caption(
+        self, *, task: str | None = None, seed: int = 0, **values: Sequence[Any]
+    ) -> list[str]:
+        """Texts that a task such as CoCa's writes of a list of values of one modality.
+
+        Args:
+          task: by default the first that writes of the modality.
+          seed: of what is drawn, where the task's `sampling` draws.
+          **values: as of `embed`.
+
+        Raises:
+          UserError: no such task or modality, or a value that the modality cannot take.
+        """
+        chosen, modality, rows = self._given("caption", _told, task, values)
+        text: Any = chosen.inputs[chosen.objective.writes()[1]]
+
+        def of(model: Model, given: Any) -> jax.Array:
+            size = jax.tree.leaves(given["arrays"])[0].shape[0]
+            key = jax.random.fold_in(jax.random.key(given["seed"]), given["chunk"])
+            length = text.settings.length
+            return chosen.objective.captions(
+                model, given["arrays"], length, jax.random.split(key, size)
+            )
+
+        ids = self._over(chosen, modality, rows, "caption", of, seed=np.uint32(seed))
+        return [text.modality.words(row) for row in ids]
+
+    def _given(
+        self,
+        verb: str,
+        able: Callable[[Objective], tuple[str, ...]],
+        task: str | None,
+        values: Mapping[str, Sequence[Any]],
+    ) -> tuple[Task, str, list[dict[str, np.ndarray]]]:
+        """The task that does it, the modality, and the arrays of each value."""
         if len(values) != 1:
             raise UserError(
-                f"embed takes one modality at a time; given: {', '.join(values) or 'none'}."
+                f"{verb} takes one modality at a time; given: {', '.join(values) or 'none'}."
             )
         [(modality, items)] = values.items()
         if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
-            raise UserError(f"embed takes a list: {modality}=[...].")
-        chosen = self._task(task, modality)
+            raise UserError(f"{verb} takes a list: {modality}=[...].")
+        chosen = self._task(verb, able, task, modality)
         rows = [self._row(chosen, modality, i, item) for i, item in enumerate(items)]
-        chunks = [rows[i : i + _LARGEST] for i in range(0, len(rows), _LARGEST)] or [[]]
-        return np.concatenate([self._embed(chosen, modality, chunk) for chunk in chunks])
+        return chosen, modality, rows
 
-    def _task(self, name: str | None, modality: str) -> Task:
+    def _task(
+        self,
+        verb: str,
+        able: Callable[[Objective], tuple[str, ...]],
+        name: str | None,
+        modality: str,
+    ) -> Task:
         if name is not None and name not in self.tasks:
             raise UserError(f"The run has no task '{name}'.{nearest(name, self.tasks)}")
-        able = {
-            n: t
-            for n, t in self.tasks.items()
-            if modality in t.objective.embeds() and name in (None, n)
-        }
-        if not able:
-            known = {m for t in self.tasks.values() for m in t.objective.embeds()}
-            raise UserError(
-                f"{f'Task {name!r}' if name else 'The run'} does not embed '{modality}'.{nearest(modality, known)}"
-            )
-        return next(iter(able.values()))
+        for each, task in self.tasks.items():
+            if modality in able(task.objective) and name in (None, each):
+                return task
+        known = {m for t in self.tasks.values() for m in able(t.objective)}
+        raise UserError(
+            f"{f'Task {name!r}' if name else 'The run'} does not {verb} '{modality}'.{nearest(modality, known)}"
+        )
 
     def _row(self, task: Task, modality: str, index: int, item: Any) -> dict[str, np.ndarray]:
         given = task.inputs[modality]
@@ -140,22 +184,28 @@ class Embedder:
             # A decoder may raise anything at bytes that are none of its own.
             raise UserError(f"{modality}[{index}]: {error}") from error
 
-    def _embed(self, task: Task, modality: str, rows: list[dict[str, np.ndarray]]) -> np.ndarray:
-        # Sizes are powers of two, so that few programs serve lists of any length.
-        size = 1 << (max(len(rows), 1) - 1).bit_length()
+    def _over(
+        self,
+        task: Task,
+        modality: str,
+        rows: list[dict[str, np.ndarray]],
+        verb: str,
+        of: Callable[[Model, Any], jax.Array],
+        **more: Any,
+    ) -> np.ndarray:
+        """What `of` makes of the rows, in chunks; compiled once for each verb, task, modality and size."""
+        call = self._calls.setdefault((verb, task.name, modality), self.compiled(of))
         blank = {n: np.zeros(s.shape, s.dtype) for n, s in task.inputs[modality].arrays().items()}
-        padded = rows + [blank] * (size - len(rows))
-        arrays = {name: np.stack([row[name] for row in padded]) for name in blank}
-        vectors = self._call(task, modality)(arrays)
-        return np.asarray(vectors, np.float32)[: len(rows)]
-
-    def _call(self, task: Task, modality: str) -> Any:
-        key = (task.name, modality)
-        if key not in self._calls:
-            self._calls[key] = self.compiled(
-                lambda model, arrays: task.objective.embed(model, modality, arrays)
-            )
-        return self._calls[key]
+        made = []
+        for chunk, start in enumerate(range(0, max(len(rows), 1), _LARGEST)):
+            part = rows[start : start + _LARGEST]
+            # Sizes are powers of two, so that few programs serve lists of any length.
+            size = 1 << (max(len(part), 1) - 1).bit_length()
+            padded = part + [blank] * (size - len(part))
+            arrays = {name: np.stack([row[name] for row in padded]) for name in blank}
+            given = {"arrays": arrays, "chunk": np.uint32(chunk), **more}
+            made.append(np.asarray(call(given))[: len(part)])
+        return np.concatenate(made)
 
     def compiled(self, function: Callable[[Model, Any], Any]) -> Callable[[Any], Any]:
         """`arrays -> function(model, arrays)` with the run's parameters, compiled for each shape it meets."""
@@ -163,6 +213,16 @@ class Embedder:
         merge = self._experiment.declaration.merge
         made = jax.jit(lambda parameters, arrays: function(merge(parameters, dtype), arrays))
         return lambda arrays: made(self.parameters, arrays)
+
+
+def _embedded(objective: Objective) -> tuple[str, ...]:
+    """What it embeds."""
+    return objective.embeds()
+
+
+def _told(objective: Objective) -> tuple[str, ...]:
+    """What it writes texts of."""
+    return objective.writes()[:1]
 
 
 def load(path: str, step: int | None = None) -> Embedder:

@@ -98,10 +98,28 @@ class Objective(abc.ABC):
         """Modalities that `predict` takes."""
         return ()
 
+    def write(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        """Texts that it writes of a batch, where it does: int32 `[B, S]`, each up to its end token, padding after.
+
+        `written` without a look at the text given, which is `wanted`; `cost` `[B]` is the cross-entropy of the given
+        text's tokens, summed, and `tokens` `[B]` their number.
+        """
+        raise UserError(f"objective {type(self).__name__} writes no texts.")
+
+    def captions(
+        self, model: Model, arrays: Mapping[str, jax.Array], length: int, keys_B: jax.Array
+    ) -> jax.Array:
+        """Texts that it writes of one modality's arrays, int32 `[B, length]`, each row drawing by a key of its own."""
+        raise UserError(f"objective {type(self).__name__} writes no texts.")
+
+    def writes(self) -> tuple[str, ...]:
+        """The modality that it writes texts of, and that of the texts; empty where it writes none."""
+        return ()
+
     def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """What it makes of a batch, for a person to look at: arrays with a leading axis `[B]`, by `shows`.
 
-        Each row is a picture, uint8 `[H, W, C]`, or a clip, uint8 `[T, H, W, C]`.
+        Each row is a picture, uint8 `[H, W, C]`, a clip, uint8 `[T, H, W, C]`, or a text as of `write`, int32 `[S]`.
         """
         raise UserError(f"objective {type(self).__name__} has nothing to show.")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 
 from mmjax.errors import UserError
 from mmjax.layers.attend import attend, check_kernel
@@ -17,8 +17,24 @@ from mmjax.parameters import Initializer, declare
 from mmjax.sharding import constrain
 
 
+@struct.dataclass
+class KeyValues:
+    """Keys and values of tokens, `[B, T, H, K]`: what attention needs of a token that was read before."""
+
+    k_BTHK: jax.Array
+    v_BTHK: jax.Array
+
+    def put(self, other: KeyValues, at: jax.Array | int) -> KeyValues:
+        """These, with those of `other` from slot `at` on."""
+
+        def written(x: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(x, new, at, axis=1)
+
+        return jax.tree.map(written, self, other)
+
+
 class Attention(nnx.Module):
-    """Multi-head self-attention over what the mask allows: `[B, S, D] -> [B, S, D]`.
+    """Multi-head attention over what the mask allows: `[B, S, D] -> [B, S, D]`.
 
     `softmax(q k^T / sqrt(D / heads)) v`, projections without biases. With `qk_norm`, queries and keys are
     normalised per head (Dehghani et al. 2023). `kernel` is one of `mmjax.layers.attend`.
@@ -38,13 +54,23 @@ class Attention(nnx.Module):
         self.key_norm = LayerNorm(size, bias=False) if qk_norm else None
         self.kernel = kernel
 
-    def __call__(self, x_BSD: jax.Array, pairs: Pairs) -> jax.Array:
+    def __call__(
+        self, x_BSD: jax.Array, pairs: Pairs, source_BTD: jax.Array | None = None
+    ) -> jax.Array:
+        """Each token of `x` reads the tokens of `source` (cross-attention), or of `x` itself where it is None."""
+        return self.read(x_BSD, self.key_values(x_BSD if source_BTD is None else source_BTD), pairs)
+
+    def key_values(self, x_BTD: jax.Array) -> KeyValues:
+        """What of the tokens of `x` others read."""
+        k_BTHK, v_BTHK = _project(x_BTD, self.key[...]), _project(x_BTD, self.value[...])
+        return KeyValues(k_BTHK if self.key_norm is None else self.key_norm(k_BTHK), v_BTHK)
+
+    def read(self, x_BSD: jax.Array, held: KeyValues, pairs: Pairs) -> jax.Array:
+        """What the tokens of `x` read of those whose keys and values are `held`."""
         q_BSHK = _project(x_BSD, self.query[...])
-        k_BSHK = _project(x_BSD, self.key[...])
-        v_BSHK = _project(x_BSD, self.value[...])
-        if self.query_norm is not None and self.key_norm is not None:
-            q_BSHK, k_BSHK = self.query_norm(q_BSHK), self.key_norm(k_BSHK)
-        y_BSHK = attend(q_BSHK, k_BSHK, v_BSHK, pairs, self.kernel)
+        if self.query_norm is not None:
+            q_BSHK = self.query_norm(q_BSHK)
+        y_BSHK = attend(q_BSHK, held.k_BTHK, held.v_BTHK, pairs, self.kernel)
         y_BSHK = constrain(y_BSHK, ("batch", None, "heads", None))
         out_HKD = self.out[...]
         return y_BSHK.reshape(*y_BSHK.shape[:2], -1) @ out_HKD.reshape(-1, out_HKD.shape[-1])

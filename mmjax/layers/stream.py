@@ -23,6 +23,7 @@ class Stream:
       layout: static segments (modality, length) in the order of the tokens.
       attributes: what a mask reads of each token besides the layout, `dict[name, int[B or 1, S]]`.
       mask: which tokens may attend to which.
+      context: tokens that layers with cross-attention read besides.
     """
 
     x_BSD: jax.Array
@@ -31,6 +32,7 @@ class Stream:
     layout: tuple[tuple[str, int], ...] = struct.field(pytree_node=False, default=())
     attributes: dict[str, jax.Array] = field(default_factory=dict)
     mask: Mask = struct.field(pytree_node=False, default=FULL)
+    context: Stream | None = None
 
     def mask_BS(self) -> jax.Array:
         """`valid_BS`, made explicit."""
@@ -49,6 +51,19 @@ class Stream:
             static["modality"] = np.repeat([code(name) for name in names], lengths)[None]
         attributes = {**static, **self.attributes}
         return Pairs(self.mask, attributes, attributes, self.valid_BS)
+
+    def pairs_from(self, at: jax.Array | int, slots: int) -> Pairs:
+        """As `pairs`, where these tokens are those from `at` on of `slots`; later ones are not there yet.
+
+        Only the position is known of the tokens before, so a mask may read that alone.
+        """
+        positions = {
+            "queries": (at + jnp.arange(self.x_BSD.shape[1]))[None],
+            "keys": jnp.arange(slots)[None],
+        }
+        attributes = {side: {"position": p} for side, p in positions.items()}
+        valid = positions["keys"] < at + self.x_BSD.shape[1]
+        return Pairs(self.mask, attributes["queries"], attributes["keys"], valid)
 
     def take(self, index_BK: jax.Array) -> Stream:
         """The tokens at `index_BK` of a stream of one modality, in that order."""
@@ -73,13 +88,15 @@ def concatenate(streams: list[Stream]) -> Stream:
     """One stream of all tokens, in order. Coordinates end here: trunks do not read them.
 
     Raises:
-      ValueError: streams of different attributes or masks.
+      ValueError: streams of different attributes or masks, or with a context.
     """
     if len(streams) == 1:
         return streams[0]
     names, masks = {tuple(sorted(s.attributes)) for s in streams}, {s.mask for s in streams}
     if len(names) > 1 or len(masks) > 1:
         raise ValueError(f"streams of different attributes or masks: {names}, {masks}")
+    if any(s.context is not None for s in streams):
+        raise ValueError("streams with a context are not joined: give it to the whole")
     rows = streams[0].x_BSD.shape[0]
     whole = all(s.valid_BS is None for s in streams)
     return Stream(

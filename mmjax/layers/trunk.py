@@ -40,11 +40,12 @@ class Group(nnx.Module):
 
     def __call__(self, stream: Stream, key: jax.Array) -> tuple[Stream, Aux]:
         graph, state = nnx.split(self.blocks)
-        layout = stream.layout
+        layout, context = stream.layout, stream.context
 
         def body(stream: Stream, inputs: tuple[Any, jax.Array]) -> tuple[Stream, Aux]:
             slices, index = inputs
             blocks = nnx.merge(graph, slices)
+            stream = replace(stream, context=context)  # the same for all: not carried
             auxes = []
             for offset, block in enumerate(blocks):
                 # By the layer's own index, so that another grouping draws the same numbers.
@@ -52,12 +53,39 @@ class Group(nnx.Module):
                 stream, aux = block(stream, jax.random.fold_in(key, layer))
                 auxes.append(aux)
             x_BSD = constrain(stream.x_BSD, ("batch", None, None))
-            return replace(stream, x_BSD=x_BSD, layout=layout), add_up(auxes)
+            return replace(stream, x_BSD=x_BSD, layout=layout, context=None), add_up(auxes)
 
         stream, auxes = jax.lax.scan(
-            _remat(body, self.remat), stream, (state, jnp.arange(self.repeat))
+            _remat(body, self.remat),
+            replace(stream, context=None),
+            (state, jnp.arange(self.repeat)),
         )
-        return stream, jax.tree.map(lambda x: x.sum(axis=0), auxes)
+        return replace(stream, context=context), jax.tree.map(lambda x: x.sum(axis=0), auxes)
+
+    def begin(self, stream: Stream, slots: int) -> Any:
+        """See `Trunk.begin`; of each block, stacked over the repeats."""
+        graph, state = nnx.split(self.blocks)
+
+        def of_layer(slices: Any) -> list[Any]:
+            blocks = nnx.merge(graph, slices)
+            return [block.begin(stream, slots) for block in blocks]
+
+        return jax.lax.map(of_layer, state)
+
+    def extend(self, stream: Stream, held: Any, at: jax.Array | int) -> tuple[Stream, Any]:
+        """See `Trunk.extend`."""
+        graph, state = nnx.split(self.blocks)
+
+        def body(stream: Stream, inputs: Any) -> tuple[Stream, Any]:
+            slices, before = inputs
+            blocks: Any = nnx.merge(graph, slices)
+            after = []
+            for block, own in zip(blocks, before, strict=True):
+                stream, own = block.extend(stream, own, at)
+                after.append(own)
+            return stream, after
+
+        return jax.lax.scan(body, stream, (state, held))
 
 
 def _block(block: dict[str, Any], width: int, where: str) -> Any:
@@ -112,8 +140,49 @@ class Trunk(nnx.Module):
         self.norm = LayerNorm(width)
 
     def __call__(self, stream: Stream, key: jax.Array) -> tuple[Stream, Aux]:
+        stream, aux = self.layers(stream, key)
+        return replace(stream, x_BSD=self.norm(stream.x_BSD)), aux
+
+    def layers(self, stream: Stream, key: jax.Array) -> tuple[Stream, Aux]:
+        """All but the norm."""
         auxes = []
         for group in self.groups:
             stream, aux = group(stream, key)
             auxes.append(aux)
-        return replace(stream, x_BSD=self.norm(stream.x_BSD)), add_up(auxes)
+        return stream, add_up(auxes)
+
+    def begin(self, stream: Stream, slots: int) -> Any:
+        """What `extend` needs to remember of a stream of up to `slots` tokens, before its first.
+
+        Args:
+          stream: any tokens of it, for their number of rows and dtype; its context is read here, once.
+
+        Raises:
+          UserError: a layer that cannot take a stream part by part.
+        """
+        for group in self.groups:
+            for block in group.blocks:
+                if not hasattr(block, "extend"):
+                    name = type(block).__name__
+                    raise configs.UserError(
+                        f"layer {name} cannot take a stream token by token, as generation does."
+                    )
+        return [group.begin(stream, slots) for group in self.groups]
+
+    def extend(self, stream: Stream, held: Any, at: jax.Array | int) -> tuple[Stream, Any]:
+        """The layers (without the norm) for the tokens of a stream from index `at` on, given all before.
+
+        To the same numbers as the whole stream at once, where its mask is causal. Nothing is drawn here, and
+        auxiliary losses are left out.
+
+        Args:
+          held: of the tokens before, by `begin` and then by this.
+
+        Returns:
+          The tokens, and what is held with them.
+        """
+        after = []
+        for group, own in zip(self.groups, held, strict=True):
+            stream, own = group.extend(stream, own, at)
+            after.append(own)
+        return stream, after

@@ -78,6 +78,10 @@ class Text(Modality[TextInput]):
             raise UserError(f"a text is a string, found {type(value).__name__}.")
         return value
 
+    def words(self, ids: np.ndarray) -> str:
+        """The text of token ids `[S]`, up to its end token."""
+        return self._tokenizer().decode(ids)
+
     def files(self) -> dict[str, epath.Path]:
         return {self.tokenizer: self._path()}
 

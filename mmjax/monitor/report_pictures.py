@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ _MOST = 8  # examples side by side
 
 
 def pictured(model: Embedder, task: Task, count: int) -> Iterator[Panel]:
-    """A panel for each held-out split on which the loss of an objective that shows something is taken.
+    """A panel for each held-out split on which an objective that shows something takes its loss or writes.
 
     Args:
       model: a trained run.
@@ -34,7 +35,7 @@ def pictured(model: Embedder, task: Task, count: int) -> Iterator[Panel]:
         return
     for evaluator in make_evaluators(task).values():
         for each in evaluator.passes(task).values():
-            if each.what == "loss":
+            if each.what in ("loss", "write"):
                 examples = each.source.open()
                 yield panel(model, task, examples, each.source.label, min(count, _MOST))
 
@@ -47,12 +48,21 @@ def panel(model: Embedder, task: Task, examples: Examples, split: str, count: in
     show = model.compiled(lambda m, rows: task.objective.show(m, rows, jax.random.key(0)))
     made: Mapping[str, np.ndarray] = jax.device_get(show(batch))
     kept = np.flatnonzero(batch["valid"]).tolist()
-    rows = [_row(name, made[name], kept) for name in task.objective.shows()]
+    names = [name for name in task.objective.shows() if name in made]
+    rows = [_row(name, _readable(task, made[name]), kept) for name in names]
     caption = tag("caption", f"{len(kept)} held-out examples side by side")
     frame = tag("table", caption, tag("tbody", *rows), class_="pictures")
     return Panel(title, tag("div", frame, class_="scroll", tabindex="0"), examples.credits)
 
 
-def _row(name: str, values: np.ndarray, kept: list[int]) -> Html:
+def _readable(task: Task, values: np.ndarray) -> Sequence[Any]:
+    """Token ids as words; pictures and clips as they are."""
+    if values.ndim > 2:
+        return list(values)
+    text: Any = task.inputs[task.objective.writes()[1]].modality
+    return [text.words(ids) for ids in values]
+
+
+def _row(name: str, values: Sequence[Any], kept: list[int]) -> Html:
     cells = (tag("td", preview(values[i], f"{name}, example {i + 1}")) for i in kept)
     return tag("tr", tag("th", name, scope="row"), *cells)

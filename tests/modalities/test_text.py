@@ -48,7 +48,7 @@ def test_pieces_then_the_end_then_padding(text: Text, folder: Path) -> None:
     assert 1 < count < 12 and np.all(valid[:count])
     assert ids[count - 1] == EOS_ID and np.all(ids[count:] == PAD_ID)
     own = tokenizer.Tokenizer(folder / "small.model")
-    assert own.decode(ids) == "red apple"
+    assert own.decode(ids) == text.words(ids) == "red apple"
 
 
 def test_a_text_too_long_keeps_its_beginning_and_the_end_token(text: Text) -> None:

@@ -1,0 +1,121 @@
+"""Captions token by token: with what is held of the tokens before, against the whole text anew for each token.
+
+Of a config whose tasks write captions, such as `configs/coca_small.py`; one batch, to the length of its texts. Where
+CoCa-pytorch is installed, its training step and its logits, which it makes anew for each token, are timed in the same
+pairs at the same widths, depths, heads and lengths (its layers are gated and hold more parameters).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import _coca_pytorch
+from benchmarks._pairs import Effort, Quantity, quantity
+from benchmarks._steps import Steps
+from mmjax.data.loader import make_batch
+from mmjax.experiment import Experiment, make_experiment
+from mmjax.generation import generate
+from mmjax.model import Batch, Model
+from mmjax.objectives.coca import Coca
+from mmjax.task import Task
+
+Call = Callable[[], Any]
+
+
+def measure(effort: Effort) -> list[Quantity]:
+    """The ratios, for each task whose objective is `coca`; nothing for a config without such."""
+    experiment = make_experiment(effort.block)
+    found: list[Quantity] = []
+    for task in experiment.tasks.values():
+        if isinstance(task.objective, Coca):
+            found += _of_task(experiment, task, effort)
+    return found
+
+
+def _of_task(experiment: Experiment, task: Task, effort: Effort) -> list[Quantity]:
+    batch, _ = make_batch(
+        task.rows(), task.source.open(), range(task.batch), lambda _: None, task.batch
+    )
+    calls: dict[str, Call] = {
+        "cached": _compiled(experiment, task, batch, cached),
+        "anew": _compiled(experiment, task, batch, anew),
+    }
+    peer = _coca_pytorch.peer(experiment, task, batch)
+    if peer is not None:
+        steps = Steps(effort.block)
+        order = steps.order(0, steps.period)
+        held = {order[each.step]: each for each in steps.batches(0, steps.period)}
+        rows = [(task.name, held[task.name])]
+        calls |= {
+            "step": lambda: steps.run(rows, untimed=0),
+            "peer's step": peer.step,
+            "peer anew": peer.write,
+        }
+    times = _times(calls, effort.pairs)
+
+    def ratio(one: str, other: str) -> Quantity:
+        values = [b / a for a, b in zip(times[one], times[other], strict=True)]
+        return quantity(f"{task.name}: {other} to {one}", values, wanted="above 1")
+
+    ratios = [("cached", "anew"), ("cached", "peer anew"), ("step", "peer's step")]
+    millis = [
+        quantity(f"{task.name}: {name}", [1000 * t for t in each], "ms")
+        for name, each in times.items()
+    ]
+    return [ratio(*pair) for pair in ratios if set(pair) <= times.keys()] + millis
+
+
+def _times(calls: dict[str, Call], pairs: int) -> dict[str, list[float]]:
+    """Seconds of each call in every round; the order turns, and the first call of each is not counted."""
+    names = list(calls)
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for pair in range(pairs):
+        at = pair % len(names)
+        for name in names[at:] + names[:at]:
+            begin = time.perf_counter()
+            calls[name]()
+            times[name].append(time.perf_counter() - begin)
+    return times
+
+
+def _compiled(
+    experiment: Experiment, task: Task, rows: Batch, write: Callable[..., jax.Array]
+) -> Call:
+    """Captions of the batch by the model as it begins, on the default device."""
+    declaration = experiment.declaration
+    parameters = jax.jit(lambda: declaration.initialise(experiment.run.seed))()
+    inputs = jax.device_put(dict(rows["inputs"]))
+    call = jax.jit(lambda p, inputs: write(task.objective, declaration.merge(p), inputs))
+    return lambda: jax.block_until_ready(call(parameters, inputs))
+
+
+def cached(objective: Coca, model: Model, inputs: Any) -> jax.Array:
+    """The library's way."""
+    shown, text = objective.between
+    rows, length = inputs[text]["ids"].shape
+    keys = jax.random.split(jax.random.key(0), rows)
+    return objective.captions(model, inputs[shown], length, keys)
+
+
+def anew(objective: Coca, model: Model, inputs: Any) -> jax.Array:
+    """The same captions, each token from the whole text: what is held is the picture alone."""
+    shown, text = objective.between
+    rows, length = inputs[text]["ids"].shape
+    keys = jax.random.split(jax.random.key(0), rows)
+    seen, _ = objective.see(model, inputs[shown], keys[0])
+    there = jnp.ones((rows, length), bool)
+
+    def step(ids_BS: jax.Array, at: jax.Array, held: Any) -> tuple[jax.Array, Any]:
+        read, _ = objective.read(model, {"ids": ids_BS[:, 1:], "valid": there}, keys[0])
+        decoder = model.heads[objective.head].decoder
+        logits_BSV, _ = decoder.predict(read, seen.context, keys[0])
+        return jax.lax.dynamic_index_in_dim(logits_BSV, at, axis=1, keepdims=False), held
+
+    return generate(step, (), keys, length, objective.sampling)

@@ -1,0 +1,87 @@
+"""CoCa (Yu et al. 2022) at the paper's size: 2.1 billion parameters, contrastive learning and captioning in one pass.
+
+    python -m mmjax.data.build emoji
+    python -m mmjax.train --config=configs/coca_2b.py --workdir=runs/coca_2b
+
+Sizes are those of the paper's table 1 and section 4.1: images of 288 pixels in patches of 18, 64k pieces of text,
+batches of 65,536, 500,000 steps; `coca_2b.py:base` and `coca_2b.py:large` are its smaller models. The length of a
+text and the crop are ours. The paper trains by Adafactor with momentum, on JFT-3B and ALIGN; here it is Muon with first
+moments in bfloat16, on the drawings and names that the data sets here hold: set `tasks.captions.source` to your own
+pairs, and `modalities.text.tokenizer` to a SentencePiece model of theirs.
+
+Hardware: a TPU pod (the paper: 2,048 TPUv4 chips for 5 days). Results: none, it has not been trained here; see
+`coca_small.py`, the same recipe with smaller numbers.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+# Table 1: width, heads; layers and MLP of the image encoder; layers of each half of the text decoder and their MLP.
+SIZES = {
+    "base": (768, 12, 12, 3072, 12, 3072),
+    "large": (1024, 16, 24, 4096, 12, 4096),
+    "2b": (1408, 16, 40, 6144, 18, 5632),
+}
+
+
+def data(split: str) -> dict[str, Any]:
+    return {"name": "tfds", "dataset": "emoji", "split": split}
+
+
+def layers(name: str, repeat: int, heads: int, hidden: int) -> list[dict[str, Any]]:
+    return [{"repeat": repeat, "pattern": [{"name": name, "heads": heads, "hidden": hidden}]}]
+
+
+def model(
+    width: int, heads: int, encoder: int, encoder_mlp: int, decoder: int, decoder_mlp: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The encoder's block, and what the objective's says of the decoder's size."""
+    return {"width": width, "groups": layers("transformer", encoder, heads, encoder_mlp)}, {
+        "unimodal": layers("transformer", decoder, heads, decoder_mlp),
+        "multimodal": layers("cross_transformer", decoder, heads, decoder_mlp),
+        "pooler_heads": heads,
+        "joint": width,
+    }
+
+
+def get_config(size: str = "2b") -> ConfigDict:
+    """The config; `size` is `base`, `large` or `2b`."""
+    encoder, decoder = model(*SIZES[size])
+    splits = {"drawings": data("test_drawing"), "concepts": data("test_concept")}
+
+    config = ConfigDict(sort_keys=False)
+    config.steps = 500_000
+    config.seed = 0
+    config.modalities = {
+        "image": {"name": "image", "patch": 18, "buckets": 16},
+        "text": {"name": "text", "vocabulary": 64_000, "buckets": 64},
+    }
+    config.model = {**encoder, "remat": "full"}
+    config.tasks = {
+        "captions": {
+            "source": data("train"),
+            "inputs": {
+                "image": {"size": 288, "crop": 0.7},
+                "text": {"field": "caption", "length": 64},
+            },
+            "objective": {
+                "name": "coca", "between": ["image", "text"], "concept": "concept", **decoder,
+                "queries": 256, "contrastive_weight": 1.0, "caption_weight": 2.0, "remat": "full",
+            },
+            "batch": 65_536,
+            "evaluators": {
+                **{f"written_{n}": {"name": "captions", "source": s} for n, s in splits.items()},
+                **{f"retrieved_{n}": {"name": "retrieval", "source": s} for n, s in splits.items()},
+            },
+        },
+    }  # fmt: skip
+    config.optimizer = {
+        "name": "muon", "learning_rate": 8e-4, "warmup": 10_000, "weight_decay": 0.01, "clip": 1.0,
+        "moments_dtype": "bfloat16",
+    }  # fmt: skip
+    config.dtype = {"compute": "bfloat16"}
+    config.mesh = {"data": 1, "fsdp": -1}
+    config.checkpoint = {"every": 5_000, "keep": 2}
+    config.evaluation = {"every": 0, "batch": 4096}
+    return config

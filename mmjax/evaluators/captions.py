@@ -1,0 +1,76 @@
+"""Texts that a model writes of held-out examples, and what the given texts cost it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmjax.data.tokenizer import EOS_ID, PAD_ID
+from mmjax.errors import UserError
+from mmjax.evaluator import Evaluator, Outputs, Pass, Record
+from mmjax.task import Task
+
+
+@dataclass(frozen=True)
+class Captions(Evaluator):
+    """Cross-entropy per token of the given texts; and how often, or how far, the model writes just these.
+
+    Tokens are compared, ends and padding left out: a match is of all of them in order, and F1 is of the two bags of
+    tokens, mean over the examples (Rajpurkar et al. 2016). Chance of the loss is the entropy of the split's own token
+    frequencies (the best guess that looks at nothing); of the others, what texts of other examples, drawn at random,
+    score.
+    """
+
+    def passes(self, task: Task) -> dict[str, Pass]:
+        if not task.objective.writes():
+            raise UserError(
+                f"tasks.{task.name}: captions needs an objective that writes texts, such as coca; "
+                f"{type(task.objective).__name__} does not."
+            )
+        return {"all": Pass("write", self.source, ())}
+
+    def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
+        rows = outputs["all"]
+        wanted, written = (texts(rows[name]) for name in ("wanted", "written"))
+        others = [wanted[i] for i in np.random.default_rng(0).permutation(len(wanted))]
+        tokens = int(rows["tokens"].sum())
+        return [
+            self.record(
+                task, "caption loss", rows["cost"].sum() / max(tokens, 1),
+                entropy(rows["wanted"][rows["wanted"] != PAD_ID]), tokens, unit="loss",
+            ),
+            self.record(task, "caption match", match(written, wanted), match(others, wanted), len(wanted)),
+            self.record(task, "caption F1", f1(written, wanted), f1(others, wanted), len(wanted)),
+        ]  # fmt: skip
+
+
+def texts(ids_NS: np.ndarray) -> list[tuple[int, ...]]:
+    """The tokens of each row before its end token, without padding."""
+    found = []
+    for row in ids_NS.tolist():
+        kept = row[: row.index(EOS_ID)] if EOS_ID in row else row
+        found.append(tuple(token for token in kept if token != PAD_ID))
+    return found
+
+
+def match(one: Sequence[tuple[int, ...]], other: Sequence[tuple[int, ...]]) -> float:
+    """The share of pairs that agree."""
+    return float(np.mean([a == b for a, b in zip(one, other, strict=True)]))
+
+
+def f1(one: Sequence[tuple[int, ...]], other: Sequence[tuple[int, ...]]) -> float:
+    """Mean over pairs of `2 |a & b| / (|a| + |b|)`, of bags of tokens; two empty texts agree."""
+    found = []
+    for a, b in zip(one, other, strict=True):
+        common = (Counter(a) & Counter(b)).total()
+        found.append(2 * common / (len(a) + len(b)) if a or b else 1.0)
+    return float(np.mean(found))
+
+
+def entropy(tokens_N: np.ndarray) -> float:
+    """In nats, of the frequencies of these tokens."""
+    share = np.unique(tokens_N, return_counts=True)[1] / max(len(tokens_N), 1)
+    return float(-(share * np.log(share)).sum())

@@ -1,0 +1,40 @@
+"""Attentional pooling: learned queries read a stream."""
+
+from __future__ import annotations
+
+from flax import nnx
+from jax import numpy as jnp
+from jax.nn import initializers
+
+from mmjax.layers.attention import Attention
+from mmjax.layers.dense import LayerNorm
+from mmjax.layers.masks import FULL, Pairs
+from mmjax.layers.stream import Stream
+from mmjax.parameters import declare
+
+
+class Pooler(nnx.Module):
+    """One cross-attention of `queries` learned vectors to a stream, then a norm (CoCa, Yu et al. 2022, section 3.2).
+
+    The stream is read as it is: what comes from a trunk or another pooler ends with a norm.
+
+    Args:
+      width: size of a token.
+      heads: attention heads.
+      queries: tokens that come out, whatever the stream's length.
+    """
+
+    def __init__(self, width: int, heads: int, queries: int, kernel: str = "auto"):
+        # At the size of normed tokens: smaller ones would all read the plain mean.
+        init = initializers.normal(1.0)
+        self.queries = declare((queries, width), (None, "embed"), init, decay=False)
+        self.attention = Attention(width, heads, kernel=kernel)
+        self.norm = LayerNorm(width)
+
+    def __call__(self, stream: Stream) -> Stream:
+        """`queries` tokens, all of which exist."""
+        queries_QD = self.queries[...].astype(stream.x_BSD.dtype)
+        x_BQD = jnp.broadcast_to(queries_QD, (stream.x_BSD.shape[0], *queries_QD.shape))
+        pairs = Pairs(FULL, valid_BT=stream.valid_BS)
+        x_BQD = self.norm(self.attention(x_BQD, pairs, stream.x_BSD))
+        return Stream(x_BQD, layout=((stream.layout[0][0], x_BQD.shape[1]),))

@@ -1,0 +1,292 @@
+"""CoCa (Yu et al. 2022): contrastive learning and captioning, in one pass of an encoder and a split text decoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jax.nn import initializers
+
+from mmjax.data.tokenizer import BOS_ID, PAD_ID
+from mmjax.errors import UserError, nearest
+from mmjax.generation import Sampling, generate
+from mmjax.layers.dense import Dense
+from mmjax.layers.masks import Causal
+from mmjax.layers.pooler import Pooler
+from mmjax.layers.stream import Aux, Stream
+from mmjax.layers.trunk import GroupConfig, Trunk, add_up
+from mmjax.modality import Input
+from mmjax.model import Batch, Model
+from mmjax.objective import Loss, Represented, row_keys
+from mmjax.objectives.contrastive import Contrastive, unit
+from mmjax.objectives.transfusion import next_token_losses
+from mmjax.parameters import declare
+
+POOLING = ("cascade", "parallel")
+
+
+class TextDecoder(nnx.Module):
+    """A text decoder in two halves: the first sees the text alone, the second the context as well.
+
+    `unimodal` is causal; a learned token, `close`, stands at the end of a text, reads all of it and is read by none of
+    its tokens. `multimodal` goes on from the unimodal layers' residual stream; `logits` are of the next token.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        vocabulary: int,
+        unimodal: tuple[GroupConfig, ...],
+        multimodal: tuple[GroupConfig, ...],
+        remat: str,
+        where: str,
+    ):
+        self.close = declare((width,), ("embed",), initializers.normal(0.1), decay=False)
+        self.unimodal = Trunk(unimodal, width, remat, f"{where}.unimodal")
+        self.multimodal = Trunk(multimodal, width, remat, f"{where}.multimodal")
+        self.logits = Dense(width, vocabulary, ("embed", "vocabulary"), bias=False)
+
+    def read(self, text: Stream, key: jax.Array) -> tuple[Read, Aux]:
+        """What the unimodal layers make of a text's tokens and of the one that closes it."""
+        stream, aux = self.unimodal.layers(_closed(text, self.close[...]), key)
+        tokens = replace(text, x_BSD=stream.x_BSD[:, :-1], coordinates={}, mask=Causal())
+        return Read(tokens, self.unimodal.norm(stream.x_BSD[:, -1])), aux
+
+    def predict(self, read: Read, context: Stream, key: jax.Array) -> tuple[jax.Array, Aux]:
+        """Logits `[B, S, V]` of the token after each of a text's tokens, given the context."""
+        stream, aux = self.multimodal(replace(read.tokens, context=context), key)
+        return self.logits(stream.x_BSD), aux
+
+    def begin(self, like: Stream, context: Stream, slots: int) -> Any:
+        """What `extend` remembers before the first of up to `slots` tokens; `like` has some token's shape."""
+        unimodal = self.unimodal.begin(like, slots)
+        return unimodal, self.multimodal.begin(replace(like, context=context), slots)
+
+    def extend(self, token: Stream, held: Any, at: jax.Array) -> tuple[jax.Array, Any]:
+        """Logits `[B, V]` of the token after the one at index `at`, given those before."""
+        unimodal, multimodal = held
+        stream, unimodal = self.unimodal.extend(replace(token, mask=Causal()), unimodal, at)
+        stream, multimodal = self.multimodal.extend(stream, multimodal, at)
+        return self.logits(self.multimodal.norm(stream.x_BSD))[:, -1], (unimodal, multimodal)
+
+
+@struct.dataclass
+class Read:
+    """A text as the unimodal layers leave it: its tokens, and the vector of the whole `[B, D]`."""
+
+    tokens: Stream
+    whole_BD: jax.Array
+
+
+@struct.dataclass
+class Seen:
+    """The other modality, pooled: tokens for the decoder, and the vector of the whole `[B, D]`."""
+
+    context: Stream
+    whole_BD: jax.Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coca(Contrastive):
+    """`L = contrastive_weight * L_con + caption_weight * L_cap` (equation 4).
+
+    `L_con` compares the pooled modality with the text's closing token over the global batch, as `contrastive` does.
+    `L_cap` is the cross-entropy of each next token, its end among them, mean over the tokens of all valid rows; padding
+    does not count. A weight of 0 leaves that loss's part of the pass out.
+
+    Attributes:
+      between: the modality that is captioned, and the text.
+      unimodal, multimodal: layers of the text decoder's halves; those of the second have cross-attention.
+      queries: tokens that the decoder reads of the other modality.
+      pooler_heads: attention heads of both poolers.
+      pooling: `cascade`, where the vector of the whole is pooled from these tokens (the paper's choice), or `parallel`,
+        where it is pooled from the encoder's.
+      contrastive_weight, caption_weight: of the losses.
+      remat: of the decoder, as `model.remat`.
+      sampling: of captions.
+    """
+
+    between: tuple[str, ...] = ("image", "text")
+    unimodal: tuple[GroupConfig, ...]
+    multimodal: tuple[GroupConfig, ...]
+    queries: int = 256
+    pooler_heads: int = 4
+    pooling: str = "cascade"
+    contrastive_weight: float = 1.0
+    caption_weight: float = 2.0
+    remat: str = "none"
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pooling not in POOLING:
+            raise UserError(f"coca: pooling is '{self.pooling}'.{nearest(self.pooling, POOLING)}")
+        weights = (self.contrastive_weight, self.caption_weight)
+        if min(weights) < 0 or not any(weights) or self.queries < 1:
+            raise UserError(
+                f"coca: weights are not below 0 and not both 0, queries at least 1; found {weights}, {self.queries}."
+            )
+
+    @property
+    def _text(self) -> str:
+        return self.between[1]
+
+    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        text: Any = inputs[self._text].modality
+        return {
+            **super().heads(width, inputs),
+            "generative": Pooler(width, self.pooler_heads, self.queries),
+            "contrastive": Pooler(width, self.pooler_heads, 1),
+            "decoder": TextDecoder(
+                width, text.vocabulary, self.unimodal, self.multimodal, self.remat, "objective"
+            ),
+        }
+
+    # --- the pass ------------------------------------------------------------------------------
+
+    def see(self, model: Model, arrays: Any, key: jax.Array) -> tuple[Seen, Aux]:
+        """The modality that is captioned: encoded and pooled."""
+        head = model.heads[self.head]
+        stream, aux = model.encode([model.tokens(self.between[0], arrays)], key)
+        context = head.generative(stream)
+        pooled = head.contrastive(context if self.pooling == "cascade" else stream)
+        return Seen(context, pooled.x_BSD[:, 0]), aux
+
+    def read(self, model: Model, arrays: Any, key: jax.Array) -> tuple[Read, Aux]:
+        """The text, moved by one: each place knows what stands before its token, and begins with the begin token."""
+        text = model.tokens(self._text, {**arrays, "ids": begun(arrays["ids"])})
+        read: tuple[Read, Aux] = model.heads[self.head].decoder.read(text, key)
+        return read
+
+    def _vector(self, model: Model, modality: str, whole_BD: jax.Array) -> jax.Array:
+        joint_BE = model.heads[self.head][modality](whole_BD)
+        return unit(joint_BE.astype(jnp.promote_types(joint_BE.dtype, jnp.float32)))
+
+    def _embed(
+        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], key: jax.Array
+    ) -> Any:
+        of = self.read if modality == self._text else self.see
+        made, aux = of(model, arrays, key)
+        return self._vector(model, modality, made.whole_BD), aux
+
+    def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
+        """Both vectors of each row, and its caption's summed cross-entropy and number of tokens."""
+        shown, text = self.between
+        keys = jax.random.split(key, 3)
+        seen, aux_seen = self.see(model, batch["inputs"][shown], keys[0])
+        read, aux_read = self.read(model, batch["inputs"][text], keys[1])
+        rows, auxes = {}, [aux_seen, aux_read]
+        if self.contrastive_weight:
+            pair = (
+                self._vector(model, shown, seen.whole_BD),
+                self._vector(model, text, read.whole_BD),
+            )
+            rows["pair"] = pair
+        if self.caption_weight:
+            rows["caption"], aux = self._caption(model, seen, read, batch["inputs"][text], keys[2])
+            auxes.append(aux)
+        return Represented(rows, add_up(auxes))
+
+    def _caption(
+        self, model: Model, seen: Seen, read: Read, arrays: Any, key: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], Aux]:
+        """Of each row, the cross-entropy of its tokens, summed, and their number: both `[B]`."""
+        logits_BSV, aux = model.heads[self.head].decoder.predict(read, seen.context, key)
+        losses_BS = next_token_losses(logits_BSV, arrays["ids"])
+        cost_B = jnp.where(arrays["valid"], losses_BS, 0).sum(axis=1)
+        return (cost_B, arrays["valid"].sum(axis=1).astype(cost_B.dtype)), aux
+
+    def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
+        value = baseline = jnp.zeros((), jnp.float32)
+        metrics: dict[str, jax.Array] = {}
+        if self.contrastive_weight:
+            pair = super().compare(model, rows["pair"], batch)
+            value = value + self.contrastive_weight * pair.value
+            baseline = baseline + self.contrastive_weight * pair.metrics["baseline"]
+            metrics = {**pair.metrics, "contrastive": pair.value}
+        if self.caption_weight:
+            cost_B, tokens_B = (jnp.where(batch["valid"], x, 0) for x in rows["caption"])
+            caption = cost_B.sum() / jnp.maximum(tokens_B.sum(), 1)
+            value = value + self.caption_weight * caption
+            vocabulary = model.heads[self.head].decoder.logits.kernel[...].shape[-1]
+            baseline = baseline + self.caption_weight * math.log(vocabulary)
+            metrics["caption"] = caption
+        return Loss(value, {**metrics, "baseline": baseline})
+
+    # --- captions ------------------------------------------------------------------------------
+
+    def captions(
+        self, model: Model, arrays: Mapping[str, jax.Array], length: int, keys_B: jax.Array
+    ) -> jax.Array:
+        """Captions of the first modality's arrays, int32 `[B, length]`, see `generate`."""
+        seen, _ = self.see(model, arrays, jax.random.key(0))
+        return self._write(model, seen, length, keys_B)
+
+    def _write(self, model: Model, seen: Seen, length: int, keys_B: jax.Array) -> jax.Array:
+        decoder = model.heads[self.head].decoder
+        ids_BS = jnp.zeros((keys_B.shape[0], length + 1), jnp.int32)
+        like = self._token(model, ids_BS, 0)
+        held = decoder.begin(like, seen.context, length)
+
+        def step(ids_BS: jax.Array, at: jax.Array, held: Any) -> tuple[jax.Array, Any]:
+            after: tuple[jax.Array, Any] = decoder.extend(self._token(model, ids_BS, at), held, at)
+            return after
+
+        return generate(step, held, keys_B, length, self.sampling)
+
+    def _token(self, model: Model, ids_BS: jax.Array, at: jax.Array | int) -> Stream:
+        """The stem's token at index `at`, alone."""
+        ids_BS = ids_BS[:, :-1]
+        text = model.tokens(self._text, {"ids": ids_BS, "valid": jnp.ones_like(ids_BS, bool)})
+        token = text.take(jnp.full((ids_BS.shape[0], 1), at))
+        return Stream(token.x_BSD, layout=token.layout)
+
+    def writes(self) -> tuple[str, ...]:
+        return self.between
+
+    def write(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        shown, text = self.between
+        given, keys = batch["inputs"][text], jax.random.split(key, 3)
+        seen, _ = self.see(model, batch["inputs"][shown], keys[0])
+        read, _ = self.read(model, given, keys[1])
+        (cost_B, tokens_B), _ = self._caption(model, seen, read, given, keys[2])
+        length = given["ids"].shape[1]
+        return {
+            "written": self._write(model, seen, length, row_keys(batch, key)),
+            "wanted": jnp.where(given["valid"], given["ids"], PAD_ID),
+            "cost": cost_B,
+            "tokens": tokens_B,
+        }
+
+    def shows(self) -> tuple[str, ...]:
+        return (self.between[0], "its text", "the text it writes")
+
+    def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        """The pictures, if it is of such, and beside each text the one that the model writes."""
+        made = self.write(model, batch, key)
+        shown, wanted, written = self.shows()
+        found = {wanted: made["wanted"], written: made["written"]}
+        arrays = batch["inputs"][shown]
+        return {shown: arrays["pixels"], **found} if "pixels" in arrays else found
+
+
+def begun(ids_BS: jax.Array) -> jax.Array:
+    """The begin token, then all ids but the last: what stands before each."""
+    return jnp.pad(ids_BS[:, :-1], ((0, 0), (1, 0)), constant_values=BOS_ID)
+
+
+def _closed(text: Stream, close_D: jax.Array) -> Stream:
+    """A text's stream with a token at its end, which is always there; causal."""
+    rows, length, width = text.x_BSD.shape
+    close = jnp.broadcast_to(close_D.astype(text.x_BSD.dtype), (rows, 1, width))
+    return Stream(
+        jnp.concatenate([text.x_BSD, close], axis=1),
+        jnp.concatenate([text.mask_BS(), jnp.ones((rows, 1), bool)], axis=1),
+        layout=((text.layout[0][0], length + 1),),
+        mask=Causal(),
+    )

@@ -1,0 +1,52 @@
+"""The captions that are timed are the same ones, whatever is held of the tokens before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import mains
+import numpy as np
+import pytest
+
+from benchmarks import captions, run
+from benchmarks.captions import anew, cached
+from mmjax import config as configs
+from mmjax.experiment import make_experiment
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "coca_tiny.py"
+
+
+def test_both_ways_write_the_same() -> None:
+    made = make_experiment(configs.read_file(str(CONFIG)))
+    task: Any = made.tasks["captions"]
+    rng = np.random.default_rng(0)
+    inputs = {
+        "image": {"pixels": rng.integers(0, 256, (6, 16, 16, 3), np.uint8)},
+        "text": {"ids": np.zeros((6, 8), np.int32)},
+    }
+    with jax.enable_x64(True):
+        # Larger than they begin: then the tokens depend on what was before.
+        drawn = {n: 0.5 * rng.normal(size=s.shape) for n, s in made.declaration.specs.items()}
+        one, other = (
+            np.asarray(jax.jit(lambda p, f=f: f(task.objective, made.declaration.merge(p), inputs))(drawn))
+            for f in (cached, anew)
+        )  # fmt: skip
+    np.testing.assert_array_equal(one, other)
+    assert one.shape == (6, 8) and len(np.unique(one)) > 3
+
+
+def test_they_are_timed(tmp_path: Path, emoji_dir: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way is called; what they do is left out, which takes long to compile."""
+    for way in ("cached", "anew"):
+        monkeypatch.setattr(captions, way, lambda objective, model, inputs: inputs["text"]["ids"])
+    words = (f"--config={CONFIG}", "--only=captions", "--pairs=3", f"--out={tmp_path}")
+    ended = mains.run(run.main, *words)
+    assert (ended.status, ended.err) == (0, "")
+    found = json.loads((tmp_path / "captions.json").read_text())["quantities"]
+    names = [each["name"] for each in found]
+    assert names[:1] == ["captions: anew to cached"]
+    assert {"captions: cached", "captions: anew"} <= set(names)
+    assert all(len(each["values"]) == 3 and min(each["values"]) > 0 for each in found)

@@ -1,0 +1,155 @@
+"""Captions: tokens compared by hand, and what chance would be."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mmjax
+from mmjax.errors import UserError
+from mmjax.evaluators.captions import Captions, entropy, f1, match, texts
+from mmjax.modalities.image import Image
+from mmjax.modalities.text import Text
+from mmjax.task import Task, make_task
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "coca_tiny.py"
+SOURCE = {"name": "tfds", "dataset": "emoji", "split": "test_drawing"}
+LAYER = {"heads": 1, "hidden": 4}
+OBJECTIVE = {
+    "name": "coca",
+    "unimodal": [{"repeat": 1, "pattern": [{"name": "transformer", **LAYER}]}],
+    "multimodal": [{"repeat": 1, "pattern": [{"name": "cross_transformer", **LAYER}]}],
+}
+
+
+def task(**objective: Any) -> Task:
+    block = {
+        "source": SOURCE,
+        "inputs": {"image": {"size": 16}, "text": {"length": 4}},
+        "objective": objective or OBJECTIVE,
+        "batch": 4,
+    }
+    return make_task("captions", block, {"image": Image(), "text": Text()})
+
+
+def test_by_hand() -> None:
+    rows = {
+        "wanted": np.array([[5, 6, 3, 0], [7, 3, 0, 0], [5, 8, 8, 3]]),
+        # As wanted; longer than wanted and never ended; one of three tokens, once.
+        "written": np.array([[5, 6, 3, 0], [7, 7, 7, 7], [8, 3, 0, 0]]),
+        "cost": np.array([3.0, 1.0, 5.0]),
+        "tokens": np.array([3.0, 2.0, 4.0]),
+    }
+    loss, exact, bags = Captions(source=SOURCE).score(task(), {"all": rows})
+    assert (
+        loss["name"] == "caption loss"
+        and loss["unit"] == "loss"
+        and loss["split"] == "test_drawing"
+    )
+    assert (loss["value"], loss["count"]) == (9 / 9, 9)
+    shares = np.array([2, 1, 1, 2, 3]) / 9  # of 5, 6, 7, 8 and the end
+    assert loss["chance"] == pytest.approx(-(shares * np.log(shares)).sum())
+    assert (exact["name"], exact["value"], exact["count"]) == ("caption match", 1 / 3, 3)
+    assert bags["name"] == "caption F1"
+    assert bags["value"] == pytest.approx((1 + 2 * 1 / 5 + 2 * 1 / 4) / 3)
+
+
+def test_chance_is_what_other_texts_score() -> None:
+    rng = np.random.default_rng(0)
+    wanted = np.column_stack([rng.integers(4, 6, 4000), np.full(4000, 3)])
+    rows = {
+        "wanted": wanted,
+        "written": wanted,
+        "cost": np.zeros(4000),
+        "tokens": np.full(4000, 2.0),
+    }
+    _, exact, bags = Captions(source=SOURCE).score(task(), {"all": rows})
+    assert exact["value"] == bags["value"] == 1
+    assert exact["chance"] == pytest.approx(0.5, abs=0.04)
+    assert bags["chance"] == pytest.approx(0.5, abs=0.04)
+
+
+def test_texts_end_where_they_end() -> None:
+    rows = np.array([[4, 5, 3, 9], [3, 4, 4, 4], [4, 0, 5, 6], [0, 0, 0, 0]])
+    assert texts(rows) == [(4, 5), (), (4, 5, 6), ()]
+
+
+tokens = st.lists(st.integers(4, 7), max_size=4).map(tuple)
+
+
+@given(a=tokens, b=tokens)
+def test_f1_is_symmetric_and_one_for_the_same_bag(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    value = f1([a], [b])
+    assert value == f1([b], [a]) and 0 <= value <= 1
+    assert (value == 1) == (sorted(a) == sorted(b))
+    assert match([a], [b]) == (a == b)
+    # By precision and recall.
+    common = sum(min(a.count(t), b.count(t)) for t in set(a))
+    if common:
+        precision, recall = common / len(a), common / len(b)
+        assert value == pytest.approx(2 * precision * recall / (precision + recall))
+
+
+def test_entropy_of_equal_shares() -> None:
+    assert entropy(np.repeat(np.arange(8), 5)) == pytest.approx(np.log(8))
+    assert entropy(np.zeros(0, int)) == 0
+
+
+def test_an_objective_that_writes_nothing() -> None:
+    other = task(name="masked_image")
+    with pytest.raises(UserError, match="tasks.captions: captions needs an objective that writes"):
+        Captions(source=SOURCE).passes(other)
+    with pytest.raises(UserError, match="MaskedImage writes no texts"):
+        other.objective.write(None, {}, None)  # type: ignore[arg-type]
+    assert Captions(source=SOURCE).passes(task())["all"].what == "write"
+
+
+@pytest.fixture(scope="module")
+def trained(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of CoCa, made tiny."""
+    workdir = tmp_path_factory.mktemp("coca") / "run"
+    done = command("train", f"--config={CONFIG}", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_a_run_writes_captions_and_shows_them(trained: Path) -> None:
+    records = json.loads((trained / "results.json").read_text())
+    assert [r["name"] for r in records] == ["caption loss", "caption match", "caption F1"]
+    loss = records[0]
+    assert loss["split"] == "test_drawing" and 4 < loss["chance"] < loss["value"] < 12
+    page = (trained / "report.html").read_text()
+    table = page[page.index('class="pictures"') :]
+    table = table[: table.index("</table>")]
+    rows = dict(re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', table, re.DOTALL))
+    assert list(rows) == ["image", "its text", "the text it writes"]
+    assert rows["image"].count("<img") == rows["its text"].count('class="words"') == 8
+    names = re.findall(r'class="words"[^>]*>([^<]*)<', rows["its text"])
+    assert len(set(names)) > 5 and all(re.search("[a-z]", name) for name in names)
+
+
+def test_captions_of_a_loaded_run(trained: Path) -> None:
+    model = mmjax.load(str(trained))
+    task = model.tasks["captions"]
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    made = model.caption(image=list(pixels))
+    keys = jax.random.split(jax.random.key(9), 5)
+    captions = model.compiled(lambda m, x: task.objective.captions(m, x, 8, keys))
+    ids = captions({"pixels": pixels})
+    text: Any = task.inputs["text"].modality
+    assert made == [text.words(row) for row in np.asarray(ids)] and any(made)
+    assert model.caption(image=[]) == []
+    with pytest.raises(UserError, match="The run does not caption 'text'. Known: image"):
+        model.caption(text=["dog"])
+    with pytest.raises(UserError, match=r"caption takes a list: image=\[...\]"):
+        model.caption(image=b"")
+    with pytest.raises(UserError, match=r"image\[1\]"):
+        model.caption(image=[pixels[0], "dog"])
