@@ -19,7 +19,8 @@ class Attention(nnx.Module):
     """Multi-head self-attention over the valid tokens: `[B, S, D] -> [B, S, D]`.
 
     `softmax(q k^T / sqrt(D / heads)) v`, projections without biases. With `qk_norm`, queries and keys are
-    normalised per head (Dehghani et al. 2023).
+    normalised per head (Dehghani et al. 2023). On a mesh with a `sequence` axis each device attends from its
+    own tokens to those of all: only keys and values are gathered, so the result is exact.
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool = False):
@@ -40,8 +41,10 @@ class Attention(nnx.Module):
         v_BSHK = _project(x_BSD, self.value[...])
         if self.query_norm is not None and self.key_norm is not None:
             q_BSHK, k_BSHK = self.query_norm(q_BSHK), self.key_norm(k_BSHK)
+        gathered = ("batch", None, "heads", None)
+        k_BSHK, v_BSHK = constrain(k_BSHK, gathered), constrain(v_BSHK, gathered)
         y_BSHK = _attend(q_BSHK, k_BSHK, v_BSHK, valid_BS)
-        y_BSHK = constrain(y_BSHK, ("batch", None, "heads", None))
+        y_BSHK = constrain(y_BSHK, ("batch", "tokens", "heads", None))
         out_HKD = self.out[...]
         return y_BSHK.reshape(*y_BSHK.shape[:2], -1) @ out_HKD.reshape(-1, out_HKD.shape[-1])
 
@@ -66,7 +69,7 @@ def _project(x_BSD: jax.Array, kernel_DHK: jax.Array) -> jax.Array:
     # One plain matrix product: as an einsum with three output axes the CPU backend transposes first.
     d, h, k = kernel_DHK.shape
     y = x_BSD @ kernel_DHK.reshape(d, h * k)
-    return constrain(y.reshape(*y.shape[:2], h, k), ("batch", None, "heads", None))
+    return constrain(y.reshape(*y.shape[:2], h, k), ("batch", "tokens", "heads", None))
 
 
 def _flat_init(inputs: int) -> Initializer:
