@@ -13,7 +13,7 @@ from mmjax.errors import UserError
 from mmjax.model import Model
 from mmjax.objective import Coupled, Loss, row_keys
 from mmjax.parameters import Arrays
-from mmjax.sharding import constrain
+from mmjax.sharding import joined_rows, split_rows
 from mmjax.task import Task
 
 ModelOf = Callable[[Arrays], Model]
@@ -90,7 +90,7 @@ def _coupled(
         return loss.value, loss
 
     gradient = jax.value_and_grad(value_of, argnums=(0, 1), has_aux=True)
-    (_, loss), (direct, back) = gradient(parameters, jax.tree.map(_joined, rows))
+    (_, loss), (direct, back) = gradient(parameters, jax.tree.map(joined_rows, rows))
     share = parts["valid"].sum(axis=1) / jnp.maximum(batch["valid"].sum(), 1)
     share = share.astype(aux.dtype)
 
@@ -99,7 +99,7 @@ def _coupled(
         grads: Arrays = pull((back, share))[0]
         return grads
 
-    back = jax.tree.map(lambda x: _split(x, task.config.microbatches), back)
+    back = jax.tree.map(lambda x: split_rows(x, task.config.microbatches), back)
     grads = _total(pulled, parts, keys, back, share)
     value = loss.value + (share * aux).sum()
     return replace(loss, value=value), jax.tree.map(jnp.add, direct, grads)
@@ -110,19 +110,7 @@ def _parts(task: Task, batch: Any, key: jax.Array) -> tuple[Any, jax.Array]:
     count = task.config.microbatches
     whole = {**batch, "keys": row_keys(batch, key)}
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
-    return jax.tree.map(lambda x: _split(x, count), whole), keys
-
-
-def _split(x: jax.Array, count: int) -> jax.Array:
-    """`[B, ...]` to `[count, B / count, ...]`: every count-th row, so that no row changes its device."""
-    x = jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
-    return constrain(x, (None, "batch", *(None,) * (x.ndim - 2)))
-
-
-def _joined(x: jax.Array) -> jax.Array:
-    """The inverse of `_split`."""
-    x = jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
-    return constrain(x, ("batch", *(None,) * (x.ndim - 1)))
+    return jax.tree.map(lambda x: split_rows(x, count), whole), keys
 
 
 def _total(fun: Callable[..., Any], *stacked: Any) -> Any:

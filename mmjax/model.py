@@ -49,7 +49,7 @@ class Model(nnx.Module):
     def tokens(self, modality: str, arrays: Mapping[str, jax.Array]) -> Stream:
         """The stem's stream for one modality's arrays (leading batch axis)."""
         stream: Stream = self.stems[modality](arrays)
-        x_BSD = constrain(stream.x_BSD, ("batch", None, None))
+        x_BSD = constrain(stream.x_BSD, ("batch", "tokens", None))
         return replace(stream, x_BSD=x_BSD, layout=((modality, x_BSD.shape[1]),))
 
     def encode(

@@ -27,7 +27,7 @@ from mmjax.objective import Loss
 from mmjax.optimizer import Optimizer
 from mmjax.parameters import Arrays, Declaration
 from mmjax.reach import Reach, reach
-from mmjax.sharding import batch_sharding, replicated
+from mmjax.sharding import Whole, batch_sharding, noting, replicated
 from mmjax.state import EMA, SUM, State, shardings
 from mmjax.task import RowSpec, Task
 from mmjax.views import OWN_MOMENTS, View, own_name, split_name
@@ -400,16 +400,18 @@ def compile_silently(
     return compiled
 
 
-def _lower(request: Request, mesh: Mesh) -> tuple[Any, int]:
-    """The lowered program and its model FLOPs: all that is traced, on this thread."""
+def _lower(request: Request, mesh: Mesh) -> tuple[Any, int, list[Whole]]:
+    """All that is traced, on this thread: the lowered program, its model FLOPs, and what of its activations
+    stays whole on a mesh axis."""
     jitted = jax.jit(
         request.function, donate_argnums=request.donate, out_shardings=request.out_shardings
     )
-    with jax.set_mesh(mesh):
-        return jitted.lower(*request.arguments), request.model_flops()
+    with jax.set_mesh(mesh), noting() as whole:
+        lowered = jitted.lower(*request.arguments)
+        return lowered, request.model_flops(), sorted(whole)
 
 
-def _compile(lowered: Any, model_flops: int, request: Request) -> Program:
+def _compile(lowered: Any, model_flops: int, whole: list[Whole], request: Request) -> Program:
     _hits.pop()
     start = time.monotonic()
     compiled = lowered.compile()
@@ -422,6 +424,7 @@ def _compile(lowered: Any, model_flops: int, request: Request) -> Program:
         "flops": model_flops,
         "compile_seconds": seconds,
         "cached": _hits.pop(),
+        "whole": whole,
         **request.facts,
     }
     return Program(compiled, report)

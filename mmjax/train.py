@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from etils import epath
@@ -32,7 +33,7 @@ from mmjax.monitor.wandb_run import require
 from mmjax.profiling import dump
 from mmjax.program import Program, Request, compile_all, use_cache
 from mmjax.resume import Session, begin, roll_back, started_with
-from mmjax.sharding import make_mesh
+from mmjax.sharding import described, make_mesh, undivided
 
 STOPPED = 3
 
@@ -97,9 +98,24 @@ def _compile(session: Session, there: Mapping[str, Program]) -> dict[str, Progra
     session.prepare()
     if missing:
         program_table([programs[name].report for name in missing])
+        _tell_whole(session, [programs[name].report for name in missing])
     if experiment.run.profile.dumps and processes.is_first():
         dump(programs, session.workdir)
     return programs
+
+
+def _tell_whole(session: Session, reports: Sequence[Mapping[str, Any]]) -> None:
+    """Says what the rules were to divide and the mesh does not: parameters, and activations by program."""
+    specs = session.experiment.declaration.specs
+    found = {name: undivided(s.axes, s.shape, session.mesh) for name, s in specs.items()}
+    found |= {f"{r['name']} {r['kind']}": r["whole"] for r in reports}
+    lines = described(found)
+    if lines:
+        print(
+            "These stay whole on a mesh axis, whose size does not divide theirs:",
+            *lines,
+            sep="\n  ",
+        )
 
 
 def _coming(session: Session) -> dict[str, Request]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, PartitionSpec
 
 from mmjax.errors import UserError
@@ -17,12 +19,18 @@ from mmjax.sharding import (
     AXES,
     RULES,
     MeshConfig,
+    Whole,
     batch_sharding,
     constrain,
+    described,
+    device_grid,
     make_mesh,
     named,
+    noting,
     partition,
     replicated,
+    rules_of,
+    undivided,
 )
 
 _SHAPES = [(8, 1, 1, 1, 1), (2, 4, 1, 1, 1), (2, 2, 1, 2, 1), (1, 2, 2, 2, 1), (1, 1, 1, 8, 1)]
@@ -134,3 +142,138 @@ def test_hints_are_nothing_outside_a_mesh_and_lie_so_inside():
 def test_replicated_is_whole_everywhere():
     x = jax.device_put(np.arange(3), replicated(mesh_of(8)))
     assert all(shard.data.shape == (3,) for shard in x.addressable_shards)
+
+
+# --- rules of a config -------------------------------------------------------------------------
+
+
+def test_a_config_has_rules_in_place_of_the_table_s():
+    rules = {"embed": ("fsdp", "data"), "mlp": (), "batch": ("data",)}
+    own = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, rules=rules))
+    assert rules_of(own) == {**RULES, **rules} and rules_of(mesh_of(2, 2, 1, 2, 1)) == RULES
+    assert partition(("embed", "mlp"), (8, 8), own) == PartitionSpec(("fsdp", "data"), None)
+    assert partition(("heads",), (8,), own) == PartitionSpec(("tensor",))
+    assert batch_sharding(own, 2, "").shard_shape((2,)) == (1,)
+    with pytest.raises(
+        UserError, match="the 2 parts of the mesh axes data. Choose a multiple of 2"
+    ):
+        batch_sharding(own, 3, "")
+
+
+def test_rules_go_with_the_mesh_into_traces():
+    x = jnp.arange(64.0).reshape(8, 8)
+    made = {}
+    for name, rules in (("own", {"embed": ("tensor",)}), ("table's", {})):
+        mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2, rules=rules))
+        with jax.set_mesh(mesh):
+            made[name] = jax.jit(lambda x: constrain(x, ("embed", None)) * 1)(x)
+        np.testing.assert_array_equal(made[name], x)
+    assert made["own"].sharding.spec == PartitionSpec(("tensor",))
+    assert made["table's"].sharding.spec == PartitionSpec(("fsdp",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rules": {"embd": ("fsdp",)}}, "mesh.rules: no logical axis 'embd'. Did you mean 'embed'?"),
+        ({"rules": {"embed": ("fspd",)}}, "mesh.rules.embed: no axis 'fspd'. Did you mean 'fsdp'?"),
+        ({"rules": {"embed": ("fsdp", "fsdp")}}, "mesh.rules.embed names an axis twice: fsdp, fsdp"),
+        ({"across": "dta"}, "mesh.across: no axis 'dta'. Did you mean 'data'?"),
+    ],
+)  # fmt: skip
+def test_rules_of_what_there_is_not(settings, message):
+    with pytest.raises(UserError) as error:
+        MeshConfig(**settings)
+    assert message in str(error.value)
+
+
+# --- slices ------------------------------------------------------------------------------------
+
+
+def of_slices(*sizes: int, **settings):
+    """The ids of the devices in the mesh; of two simulated slices, 0 to 3 and 4 to 7."""
+    mesh = make_mesh(MeshConfig(*sizes, slices=2, **settings))
+    return np.vectorize(lambda d: d.id)(mesh.devices)
+
+
+@given(st.sampled_from([(2, 4, 1, 1, 1), (4, 1, 1, 2, 1), (2, 2, 1, 2, 1), (2, 1, 1, 1, 4)]),
+       st.sampled_from(AXES))  # fmt: skip
+@settings(deadline=None)
+def test_only_the_axis_across_goes_from_slice_to_slice(sizes, across):
+    axis = AXES.index(across)
+    if sizes[axis] % 2:
+        with pytest.raises(UserError, match=f"mesh.{across} is 1, which 2 slices do not divide"):
+            of_slices(*sizes, across=across)
+        return
+    ids = of_slices(*sizes, across=across)
+    assert sorted(ids.flat) == list(range(8))
+    slices = np.moveaxis(ids, axis, 0) // 4
+    for index in range(sizes[axis]):
+        assert set(slices[index].flat) == {index // (sizes[axis] // 2)}
+
+
+@dataclass(frozen=True)
+class Tpu:
+    """What a TPU device tells of itself."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def tpus(slices: int) -> list[Tpu]:
+    """Slices of 4 x 4, their chips in an order that is no one's."""
+    made = [Tpu(16 * s + n, (n % 4, n // 4, 0), s) for s in range(slices) for n in range(16)]
+    return [made[i] for i in np.random.default_rng(1).permutation(len(made))]
+
+
+def test_tpus_say_their_slices_and_neighbours():
+    grid = device_grid((2, 16, 1, 1, 1), MeshConfig(), tpus(2))
+    assert [{d.slice_index for d in part.flat} for part in grid] == [{0}, {1}]
+    # Within a slice, a ring over the chips' own links, as JAX lays it.
+    ordered = sorted((d for d in tpus(2) if d.slice_index == 1), key=lambda d: d.id)
+    expected = mesh_utils.create_device_mesh(
+        (1, 4, 1, 4, 1), ordered, allow_split_physical_axes=True
+    )
+    grid = device_grid((2, 4, 1, 4, 1), MeshConfig(), tpus(2))
+    for row in (grid[1, :, 0, :, 0], expected[0, :, 0, :, 0]):
+        for line in (*row, *row.T):
+            changed = np.ptp([d.coords for d in line], axis=0) > 0
+            assert sum(changed) == 1, "an axis of the mesh is an axis of the torus"
+    with pytest.raises(UserError, match="mesh.slices is 4; the devices here are in 2."):
+        device_grid((4, 8, 1, 1, 1), MeshConfig(slices=4), tpus(2))
+    with pytest.raises(UserError, match="mesh.data is 1, which 2 slices do not divide"):
+        device_grid((1, 32, 1, 1, 1), MeshConfig(), tpus(2))
+
+
+def test_simulated_slices_divide_the_devices():
+    with pytest.raises(UserError, match="mesh.slices is 3; it must divide the 8 devices here"):
+        make_mesh(MeshConfig(slices=3))
+
+
+# --- what stays whole --------------------------------------------------------------------------
+
+
+def test_what_stays_whole_is_told():
+    mesh = mesh_of(2, 1, 1, 4, 1)
+    assert undivided(("heads", "embed"), (8, 7), mesh) == []
+    assert undivided(("heads", "mlp"), (6, 8), mesh) == [Whole("tensor", 4, "heads", 6)]
+    found = {name: undivided(("heads",), (6,), mesh) for name in "abc"}
+    assert described({**found, "d": []}) == ["heads 6 over tensor 4: a, b and 1 more"]
+
+
+def test_activations_that_stay_whole_are_noted_in_the_trace():
+    def function(x):
+        return constrain(x, ("batch", "tokens", None))
+
+    with jax.set_mesh(mesh_of(2, 1, 1, 1, 4)):
+        with noting() as whole:
+            jax.jit(function).lower(jnp.ones((4, 6, 3)))
+            jax.jit(function).lower(jnp.ones((4, 8, 3)))
+        assert whole == {Whole("sequence", 4, "tokens", 6)}
+        jax.jit(function).lower(jnp.ones((4, 5, 3)))
+    assert len(whole) == 1, "no more is noted outside"

@@ -37,7 +37,9 @@ class Attention(nnx.Module):
     """Multi-head attention over what the mask allows: `[B, S, D] -> [B, S, D]`.
 
     `softmax(q k^T / sqrt(D / heads)) v`, projections without biases. With `qk_norm`, queries and keys are
-    normalised per head (Dehghani et al. 2023). `kernel` is one of `mmjax.layers.attend`.
+    normalised per head (Dehghani et al. 2023). `kernel` is one of `mmjax.layers.attend`. On a mesh with a
+    `sequence` axis each device attends from its own tokens to those of all: only keys and values are gathered,
+    so the result is exact.
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool = False, kernel: str = "auto"):
@@ -70,8 +72,10 @@ class Attention(nnx.Module):
         q_BSHK = _project(x_BSD, self.query[...])
         if self.query_norm is not None:
             q_BSHK = self.query_norm(q_BSHK)
-        y_BSHK = attend(q_BSHK, held.k_BTHK, held.v_BTHK, pairs, self.kernel)
-        y_BSHK = constrain(y_BSHK, ("batch", None, "heads", None))
+        gathered = ("batch", None, "heads", None)
+        k_BTHK, v_BTHK = constrain(held.k_BTHK, gathered), constrain(held.v_BTHK, gathered)
+        y_BSHK = attend(q_BSHK, k_BTHK, v_BTHK, pairs, self.kernel)
+        y_BSHK = constrain(y_BSHK, ("batch", "tokens", "heads", None))
         out_HKD = self.out[...]
         return y_BSHK.reshape(*y_BSHK.shape[:2], -1) @ out_HKD.reshape(-1, out_HKD.shape[-1])
 
@@ -80,7 +84,7 @@ def _project(x_BSD: jax.Array, kernel_DHK: jax.Array) -> jax.Array:
     # One plain matrix product: as an einsum with three output axes the CPU backend transposes first.
     d, h, k = kernel_DHK.shape
     y = x_BSD @ kernel_DHK.reshape(d, h * k)
-    return constrain(y.reshape(*y.shape[:2], h, k), ("batch", None, "heads", None))
+    return constrain(y.reshape(*y.shape[:2], h, k), ("batch", "tokens", "heads", None))
 
 
 def _flat_init(inputs: int) -> Initializer:

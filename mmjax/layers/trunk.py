@@ -52,7 +52,7 @@ class Group(nnx.Module):
                 layer = self.first + index * len(blocks) + offset
                 stream, aux = block(stream, jax.random.fold_in(key, layer))
                 auxes.append(aux)
-            x_BSD = constrain(stream.x_BSD, ("batch", None, None))
+            x_BSD = constrain(stream.x_BSD, ("batch", "tokens", None))
             return replace(stream, x_BSD=x_BSD, layout=layout, context=None), add_up(auxes)
 
         stream, auxes = jax.lax.scan(

@@ -20,6 +20,7 @@ from mmjax.layers.positions import Positions
 from mmjax.layers.stream import Stream
 from mmjax.modality import ArraySpec, Modality
 from mmjax.parameters import declare
+from mmjax.sharding import constrain
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ class TextStem(nnx.Module):
 
     def __call__(self, arrays: dict[str, jax.Array]) -> Stream:
         ids_BS = arrays["ids"]
-        table_VD = self.embedding[...]
+        # Vectors whole before the lookup, as other parameters are before their products: the tokens that it
+        # gives lie by rows, and XLA cannot go there from cut vectors but by making all of them whole.
+        table_VD = constrain(self.embedding[...], ("vocabulary", None))
         # A text's coordinate is its token's index: bucket i holds position i at every length.
         coordinates = {
             "token": (jnp.arange(ids_BS.shape[1], dtype=jnp.float32)[None] + 0.5) / self.buckets

@@ -20,6 +20,7 @@ from mmjax.modality import Input
 from mmjax.model import Batch, Model
 from mmjax.objective import Coupled, Loss, Represented
 from mmjax.parameters import declare
+from mmjax.sharding import constrain, split_rows
 
 MAX_SCALE = 100.0  # bound of CLIP's learned scale
 
@@ -43,12 +44,15 @@ class Contrastive(Coupled):
       concept: integer field; rows that share its value are positives of each other. Empty: only the pair.
       joint: size of the joint space.
       temperature: initial temperature, learned as the logarithm of its inverse.
+      chunk: rows that are compared at a time, so that memory grows with the batch and not with its square
+        (see `chunked_info_nce`); 0 for all at once.
     """
 
     between: tuple[str, ...]
     concept: str = ""
     joint: int = 256
     temperature: float = 0.07
+    chunk: int = 0
 
     def __post_init__(self) -> None:
         if len(self.between) != 2 or self.temperature <= 0:
@@ -56,6 +60,8 @@ class Contrastive(Coupled):
                 "contrastive needs two modalities in 'between' and a positive temperature; "
                 f"found {list(self.between)}, {self.temperature}."
             )
+        if self.chunk < 0:
+            raise UserError(f"contrastive: chunk is {self.chunk}; it must be at least 0.")
 
     def reads(self) -> tuple[str, ...]:
         return self.between
@@ -95,7 +101,10 @@ class Contrastive(Coupled):
         valid_B = batch["valid"]
         concept_B = batch["fields"][self.concept] if self.concept else jnp.arange(valid_B.shape[0])
         scale = model.heads[self.head].scale()
-        value, recall = info_nce(a_BE, b_BE, scale, concept_B, valid_B)
+        if 0 < self.chunk < valid_B.shape[0]:
+            value, recall = chunked_info_nce(a_BE, b_BE, scale, concept_B, valid_B, self.chunk)
+        else:
+            value, recall = info_nce(a_BE, b_BE, scale, concept_B, valid_B)
         # What equal logits would cost.
         baseline = jnp.log(jnp.maximum(valid_B.sum(), 1).astype(value.dtype))
         return Loss(value, {"scale": scale, "batch_recall": recall, "baseline": baseline})
@@ -120,18 +129,68 @@ def info_nce(
     both_BB = valid_B[:, None] & valid_B[None, :]
     positive_BB = (concept_B[:, None] == concept_B[None, :]) & both_BB
     anchors = jnp.maximum(valid_B.sum(), 1)
-    forward = _cross_entropy(logits_BB, positive_BB, valid_B) / anchors
-    backward = _cross_entropy(logits_BB.T, positive_BB.T, valid_B) / anchors
-    best_B = jnp.where(valid_B[None, :], logits_BB, -jnp.inf).argmax(axis=1)
-    hit_B = jnp.take_along_axis(positive_BB, best_B[:, None], axis=1)[:, 0]
-    return (forward + backward) / 2, (hit_B & valid_B).sum() / anchors
+    forward = _cross_entropy(logits_BB, positive_BB, valid_B, valid_B) / anchors
+    backward = _cross_entropy(logits_BB.T, positive_BB.T, valid_B, valid_B) / anchors
+    hits = _hits(logits_BB, positive_BB, valid_B, valid_B)
+    return (forward + backward) / 2, hits / anchors
 
 
-def _cross_entropy(logits_BB: jax.Array, positive_BB: jax.Array, valid_B: jax.Array) -> jax.Array:
-    """Sum over valid rows of the cross-entropy to the uniform distribution over positives."""
+def chunked_info_nce(
+    a_BE: jax.Array,
+    b_BE: jax.Array,
+    scale: jax.Array,
+    concept_B: jax.Array,
+    valid_B: jax.Array,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`info_nce` with `chunk` anchors at a time in each direction: `[chunk, B]` logits in memory, not `[B, B]`.
+
+    The backward pass computes a chunk's logits again, so that it keeps none of them either: 8 products of
+    `[B, E]` by `[E, B]` in place of 3, which is little beside an encoder.
+    """
+    rows = valid_B.shape[0]
+    if rows % chunk:
+        raise UserError(
+            f"contrastive: chunk {chunk} does not divide the batch of {rows}. Choose one that does, or 0."
+        )
+    # Every device compares its own rows of a chunk with the candidates of all.
+    every_a_BE, every_b_BE = constrain(a_BE, (None, None)), constrain(b_BE, (None, None))
+    every_concept_B, every_valid_B = constrain(concept_B, (None,)), constrain(valid_B, (None,))
+
+    @jax.checkpoint
+    def compared(part: Any) -> tuple[jax.Array, jax.Array]:
+        a_CE, b_CE, concept_C, valid_C = part
+        both_CB = valid_C[:, None] & every_valid_B[None, :]
+        positive_CB = (concept_C[:, None] == every_concept_B[None, :]) & both_CB
+        forward_CB, backward_CB = scale * (a_CE @ every_b_BE.T), scale * (b_CE @ every_a_BE.T)
+        loss = sum(
+            _cross_entropy(logits_CB, positive_CB, valid_C, every_valid_B)
+            for logits_CB in (forward_CB, backward_CB)
+        )
+        return jnp.asarray(loss), _hits(forward_CB, positive_CB, valid_C, every_valid_B)
+
+    parts = tuple(split_rows(x, rows // chunk) for x in (a_BE, b_BE, concept_B, valid_B))
+    losses, hits = jax.lax.map(compared, parts)
+    anchors = jnp.maximum(valid_B.sum(), 1)
+    return losses.sum() / anchors / 2, hits.sum() / anchors
+
+
+def _cross_entropy(
+    logits_RB: jax.Array, positive_RB: jax.Array, valid_R: jax.Array, valid_B: jax.Array
+) -> jax.Array:
+    """Sum over valid anchors R of the cross-entropy to the uniform distribution over their positives."""
     # Finite stand-in for -inf: a row without any candidate must give zero, not NaN, also backwards.
-    masked_BB = jnp.where(valid_B[None, :], logits_BB, jnp.finfo(logits_BB.dtype).min)
-    count_B = jnp.maximum(positive_BB.sum(axis=1), 1)
-    mean_B = jnp.where(positive_BB, logits_BB, 0).sum(axis=1) / count_B
-    loss_B = jax.nn.logsumexp(masked_BB, axis=1) - mean_B
-    return jnp.where(valid_B, loss_B, 0).sum()
+    masked_RB = jnp.where(valid_B[None, :], logits_RB, jnp.finfo(logits_RB.dtype).min)
+    count_R = jnp.maximum(positive_RB.sum(axis=1), 1)
+    mean_R = jnp.where(positive_RB, logits_RB, 0).sum(axis=1) / count_R
+    loss_R = jax.nn.logsumexp(masked_RB, axis=1) - mean_R
+    return jnp.where(valid_R, loss_R, 0).sum()
+
+
+def _hits(
+    logits_RB: jax.Array, positive_RB: jax.Array, valid_R: jax.Array, valid_B: jax.Array
+) -> jax.Array:
+    """How many valid anchors have a positive as their best candidate."""
+    best_R = jnp.where(valid_B[None, :], logits_RB, -jnp.inf).argmax(axis=1)
+    hit_R = jnp.take_along_axis(positive_RB, best_R[:, None], axis=1)[:, 0]
+    return (hit_R & valid_R).sum()
