@@ -12,6 +12,9 @@ from mmjax.experiment import make_experiment
 
 REMATS = ("none", "dots", "full")
 _MOST = 32  # micro-batches
+_ALIKE = (
+    1.05  # times of estimates that differ by less are alike; the choice nearest to `none` is taken
+)
 Plan = Callable[[Block, str], Mapping[str, Any]]
 
 
@@ -36,7 +39,10 @@ def advise(block: Block, task: str, plan: Plan) -> dict[str, Any]:
     tried = [
         each for remat in REMATS for name in tasks for each in _climb(block, name, remat, plan)
     ]
-    best = min(REMATS, key=lambda remat: _price(tried, remat, tasks, visits))
+    prices = {remat: _price(tried, remat, tasks, visits) for remat in REMATS}
+    fewest, least = min(prices.values())
+    # An estimate is not so fine that a few percent were worth a change.
+    best = next(r for r, (n, s) in prices.items() if n == fewest and s <= _ALIKE * least)
     for each in tried:
         each["chosen"] = each["remat"] == best and each["fits"]
     chosen = {each["task"]: each for each in tried if each["chosen"]}

@@ -33,7 +33,13 @@ _FREE = frozenset(
     " conditional async-start async-update async-done opt-barrier send send-done recv recv-done".split()
 )
 _SLICING = ("dynamic-slice", "slice", "gather")
-_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+# Of a dot, and of the call of a library that takes its place on GPUs.
+_CONTRACTED = re.compile(
+    r"lhs_contracting_dims=\{([\d,]*)\}|\"lhs_contracting_dimensions\":\[([\d,\"]*)\]"
+)
+_BLAS = "__cublas"
+_KERNELS = ("tpu_custom_call", "__cudnn", "mosaic_gpu", "triton_kernel_call", "__triton")
+_STATED = re.compile(r'"cost_estimate":\{[^{}]*"flops":"?(\d+)')
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _ASYNC_STEP = re.compile(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"')
@@ -122,7 +128,7 @@ class _Reader:
     def _instruction(self, each: Instruction, where: Computation, times: int) -> None:
         flops = 0
         for instruction, inside in self._within(each, where):
-            n = _product(instruction, inside)
+            n = _product(instruction, inside) or _product_of_kernel(instruction)
             if n:
                 self.found.products[instruction.source or instruction.name] += n * times
             flops += n
@@ -143,8 +149,10 @@ class _Reader:
                 yield from self._within(inside, inner)
 
     def _opaque(self, each: Instruction) -> None:
-        target = each.attribute("custom_call_target").strip('"') if each.opcode == "custom-call" else ""  # fmt: skip
-        if '"tpu_custom_call"' in each.attributes or "cudnn" in target or "cublas" in target:
+        """Note a kernel whose inside the text does not show."""
+        target = each.attribute("custom_call_target")
+        is_kernel = target.startswith(_KERNELS) or each.opcode == "ragged-dot"
+        if is_kernel and not _product_of_kernel(each):
             self.found.unknown.add(f"kernel {each.source or each.name}")
 
     # --- main memory ---------------------------------------------------------------------------
@@ -241,16 +249,23 @@ def _payload(each: Instruction, where: Computation, kind: str) -> int:
     return operands
 
 
+def _product_of_kernel(each: Instruction) -> int:
+    """FLOPs that a custom kernel states of itself; 0 if it states none."""
+    found = _STATED.search(each.attributes) if each.opcode == "custom-call" else None
+    return int(found[1]) if found else 0
+
+
 def _product(each: Instruction, where: Computation) -> int:
     """FLOPs of a dot product or convolution; 0 for all else."""
-    if each.opcode not in ("dot", "convolution"):
+    is_blas = each.attribute("custom_call_target").startswith(_BLAS)
+    if each.opcode not in ("dot", "convolution") and not is_blas:
         return 0
     lhs, rhs = (where.instructions[name].arrays[0] for name in each.operands[:2])
     out = each.arrays[0]
     complex_ = 4 if out.dtype.startswith("c") else 1
-    if each.opcode == "dot":
+    if each.opcode == "dot" or is_blas:
         found = _CONTRACTED.search(each.attributes)
-        dims = [int(n) for n in found[1].split(",") if n] if found else []
+        dims = [int(n) for n in re.findall(r"\d+", found[1] or found[2])] if found else []
         return 2 * complex_ * math.prod(out.shape) * math.prod(lhs.shape[d] for d in dims)
     return 2 * complex_ * _pairs(each, lhs, rhs, out)
 

@@ -87,8 +87,8 @@ class Instruction:
         return tuple(n.strip(" %") for m in found for n in (m[1] or m[2]).split(","))
 
     def attribute(self, key: str) -> str:
-        """The value of `key=value`, where it is one word; empty if it is not there."""
-        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
+        """The value of `key=value`, where it is one word or string; empty if it is not there."""
+        found = re.search(rf"\b{key}=[%\"]?([\w.\-$]+)", self.attributes)
         return found[1] if found else ""
 
 

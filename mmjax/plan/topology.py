@@ -161,7 +161,7 @@ def describe(topology: Topology) -> Sequence[Any]:
 
         nodes, gpus = topology.shape
         made = topologies.get_topology_desc(
-            topology.kind, "cuda", target_config=target(topology.kind), topology=f"{nodes}x1x{gpus}"
+            topology.kind, "cuda", target_config=target(topology.kind), topology=f"1x{nodes}x{gpus}"
         )
         return list(made.devices)
     more: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
