@@ -72,6 +72,14 @@ class Cost:
         """Bytes that the device sends over one kind of wire."""
         return sum(n for (w, _, _), n in self.wires.items() if w == wire)
 
+    def add(self, other: Cost) -> None:
+        self.products += other.products
+        self.memory += other.memory
+        self.seconds += other.seconds
+        self.unknown |= other.unknown
+        for key, n in other.wires.items():
+            self.wires[key] += n
+
 
 def cost(module: Module, layout: Layout, flop_rate: float, byte_rate: float) -> Cost:
     """Read the cost of a module's entry.
@@ -117,13 +125,7 @@ class _Reader:
             reader.computation(self.module.computations[name], times)
             costs.append(reader.found)
         if costs:
-            worst = max(costs, key=lambda c: (c.seconds, c.sent(DCN), c.sent(ICI)))
-            self.found.products += worst.products
-            self.found.memory += worst.memory
-            self.found.seconds += worst.seconds
-            self.found.unknown |= worst.unknown
-            for key, n in worst.wires.items():
-                self.found.wires[key] += n
+            self.found.add(max(costs, key=lambda c: (c.seconds, c.sent(DCN), c.sent(ICI))))
 
     def _instruction(self, each: Instruction, where: Computation, times: int) -> None:
         flops = 0
