@@ -206,7 +206,7 @@ pip_install() {
   (cd "$ROOT" && "$1/bin/python" -m pip install -qq --disable-pip-version-check --no-input \
     --editable ".[$2]") ||
     fail "pip could not install mmjax[$2] into $1; what it said stands above." \
-      "The first set-up needs the package index and 1.5 GB of disk. Then run the same command again."
+      "The first set-up needs the package index and 1.5 GB of disk (for the tests 2.5). Then run the same command again."
 }
 
 # ensure_environment DIR EXTRAS [PROBE_LINE]: the environment with mmjax[EXTRAS] in DIR, made or

@@ -99,12 +99,12 @@ browser() {
 
 cd "$ROOT"
 if [ $# -gt 0 ]; then
-  ensure_environment "$venv" tests
+  ensure_environment "$venv" tests,aot
   in_venv pytest -n "${MMJAX_TEST_WORKERS:-0}" "$@"
   exit
 fi
 
-stage environment ensure_environment "$venv" tests || finish
+stage environment ensure_environment "$venv" tests,aot || finish
 stage "ruff check" in_venv ruff check --output-format concise . || true
 stage "ruff format" in_venv ruff format --check --output-format concise . || true
 stage mypy in_venv mypy mmjax || true

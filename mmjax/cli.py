@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "mmjax.evaluate",
     "show": "mmjax.show",
     "replay": "mmjax.replay",
+    "plan": "mmjax.plan.__main__",
     "build": "mmjax.data.build",
 }
 

@@ -352,7 +352,7 @@ def _conv(eqn: JaxprEqn) -> int:
     numbers = p["dimension_numbers"]
     pairs = 1
     for d, (low, _) in enumerate(p["padding"]):
-        pairs *= _meeting(
+        pairs *= meeting(
             outputs=out[numbers.out_spec[2 + d]],
             taps=rhs[numbers.rhs_spec[2 + d]],
             size=lhs[numbers.lhs_spec[2 + d]],
@@ -365,25 +365,23 @@ def _conv(eqn: JaxprEqn) -> int:
     return 2 * batch * features * rhs[numbers.rhs_spec[1]] * pairs
 
 
-def _meeting(
+def meeting(
     *, outputs: int, taps: int, size: int, stride: int, low: int, holes: int, spread: int
 ) -> int:
     """Pairs (output o, tap k) of one dimension that meet an input element.
 
-    They meet at position o * stride + k * spread - low, if it lies in 0 .. (size - 1) * holes and
-    is a multiple of `holes`. The outputs are taken by their remainder modulo `holes`, o = r + j *
-    holes, since the second condition then depends on the tap alone and the first bounds j.
+    They meet at position o * stride + k * spread - low, if it lies in 0 .. (size - 1) * holes and is a
+    multiple of `holes`. For each tap the second condition leaves the outputs of one remainder modulo
+    holes / gcd(stride, holes), or none, and the first bounds them.
     """
     offset = np.arange(taps, dtype=np.int64) * spread - low
-    total = 0
-    for r in range(holes):
-        start = r * stride + offset
-        first = np.maximum(0, -(start // (holes * stride)))
-        last = ((size - 1) * holes - start) // (holes * stride)
-        last = np.minimum(last, (outputs - 1 - r) // holes)
-        meets = (start % holes == 0) & (last >= first)
-        total += int(np.sum((last - first + 1)[meets]))
-    return total
+    common = math.gcd(stride, holes)
+    period = holes // common
+    remainder = -(offset // common) * pow(stride // common, -1, period) % period
+    first = np.maximum(0, -(offset // stride))
+    last = np.minimum(outputs - 1, ((size - 1) * holes - offset) // stride)
+    counts = (last - remainder) // period - (first - 1 - remainder) // period
+    return int(np.sum(np.maximum(0, counts)[offset % common == 0]))
 
 
 _PRODUCTS: dict[str, Callable[[JaxprEqn], int]] = {

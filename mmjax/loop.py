@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from mmjax import processes
 from mmjax.budget import Budget
 from mmjax.checkpoint import Checkpoints
+from mmjax.chips import peak_flops
 from mmjax.data.loader import HostBatch, Loader, local_rows, place
 from mmjax.errors import UserError
 from mmjax.evaluate import Evaluation, write_results
@@ -26,7 +27,6 @@ from mmjax.monitor import tally
 from mmjax.monitor.display import Progress
 from mmjax.monitor.metrics import MetricWriter
 from mmjax.monitor.muted import MutedMetrics
-from mmjax.monitor.peaks import peak_flops
 from mmjax.monitor.phases import PhaseLog
 from mmjax.monitor.report import write_report
 from mmjax.monitor.wandb_run import WandbRun

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mmjax.monitor.peaks import peak_flops
+from mmjax.chips import peak_flops
 
 # What is assumed of a machine that has not run the tasks; wherever it is used, it is said.
 CORE_FLOPS = 10e9  # FLOP/s of one core of a CPU

@@ -340,15 +340,16 @@ def _shape(spec: RowSpec, size: int) -> str:
 # --- compilation -------------------------------------------------------------------------------
 
 
+def cache_folder(name: str) -> epath.Path:
+    """A folder in the user's cache, for what can be made again."""
+    root = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return root / "mmjax" / name
+
+
 def use_cache(folder: epath.PathLike | None = None) -> None:
     """Keep compiled programs on disk: in `folder`, the folder JAX is already told, or the user's cache."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        default = (
-            epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-            / "mmjax"
-            / "xla"
-        )
-        jax.config.update("jax_compilation_cache_dir", str(folder or default))
+        jax.config.update("jax_compilation_cache_dir", str(folder or cache_folder("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

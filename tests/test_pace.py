@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmjax.monitor.peaks import peak_flops
+from mmjax.chips import peak_flops
 from mmjax.pace import CORE_FLOPS, assumed_rate, measured, pace
 
 

@@ -1,0 +1,131 @@
+"""The main of `python -m mmjax.plan`; see `mmjax.plan` for what it prints and writes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from mmjax import commandline, errors
+from mmjax.config import Block
+from mmjax.errors import UserError, nearest
+from mmjax.experiment import Experiment, make_experiment, program_key
+from mmjax.plan.advise import advise
+from mmjax.plan.case import Specification
+from mmjax.plan.report import make_plan
+from mmjax.plan.tables import print_advice, print_plan
+from mmjax.plan.topology import Topology, read_topology, require_compiler
+from mmjax.plan.workers import compile_cases
+from mmjax.program import cache_folder
+
+DOES_NOT_FIT = 1
+
+
+def plan(
+    block: Block,
+    topology: Topology,
+    *,
+    task: str = "",
+    is_fast: bool = False,
+    seconds: float = 600.0,
+    extra: Sequence[str] = (),
+    cache: str | None = None,
+) -> dict[str, Any]:
+    """The plan of a config for a topology, as plain data.
+
+    Args:
+      block: the config as plain data.
+      task: only this task's programs; all if empty.
+      is_fast: compile with less optimization: enough to see whether it compiles and how it is sharded.
+      seconds: after which a program is given up.
+      extra: folders of modules of one's own.
+      cache: folder of reports; the user's cache if None, none if empty.
+
+    Raises:
+      UserError: the config, the task or the mesh does not go with the topology, or a compiler is missing.
+    """
+    require_compiler(topology)
+    experiment = make_experiment(block)
+    specification = Specification(
+        block, [os.path.abspath(e) for e in extra], topology.kind, topology.shape, topology.slices,
+        program_names(experiment, task), is_fast, str(cache_folder("plan")) if cache is None else cache,
+    )  # fmt: skip
+    return make_plan(experiment, topology, compile_cases(specification, seconds), is_fast)
+
+
+def program_names(experiment: Experiment, task: str = "") -> list[str]:
+    """All programs of a config: tasks, then passes of evaluation by `program_key`; or those of one task."""
+    if task and task not in experiment.tasks:
+        raise UserError(f"--task={task}: no such task.{nearest(task, experiment.tasks)}")
+    keys = dict.fromkeys(program_key(t, each) for t, each in experiment.passes())
+    return [n for n in (*experiment.tasks, *keys) if not task or n.split("/")[0] == task]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = _parser()
+    arguments, overrides = commandline.parse(made, argv)
+    if not (arguments.config and arguments.topology):
+        raise UserError(f"--config and --topology are needed. {commandline.usage(made)}")
+    # Tracing needs a device of its own, and must not take the machine's accelerator for it.
+    jax.config.update("jax_platforms", "cpu")
+    topology = read_topology(arguments.topology, arguments.slices)
+    block = commandline.read_config(arguments.config, overrides)
+    options: dict[str, Any] = {
+        "is_fast": arguments.fast, "seconds": arguments.seconds, "extra": arguments.extra,
+    }  # fmt: skip
+    if arguments.advise:
+        return _advise(block, topology, arguments, options)
+    found = plan(block, topology, task=arguments.task, **options)
+    found = {"config": arguments.config, "overrides": overrides, **found}
+    print_plan(found)
+    _write(found, arguments.json)
+    return 0 if found["fits"] else DOES_NOT_FIT
+
+
+def _advise(
+    block: Block, topology: Topology, arguments: argparse.Namespace, options: Mapping[str, Any]
+) -> int:
+    found = advise(block, arguments.task, lambda b, t: plan(b, topology, task=t, **options))
+    print_advice(found, topology.label)
+    _write(found, arguments.json)
+    return 0 if found["fits"] else DOES_NOT_FIT
+
+
+def _write(found: Mapping[str, Any], path: str) -> None:
+    if path:
+        file = epath.Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = commandline.parser(
+        "What a config needs on a machine that is not here, by that machine's compiler."
+    )
+    made.prog = "python -m mmjax.plan"
+    made.add_argument("--config", default="", metavar="FILE", help="config file")
+    made.add_argument(
+        "--topology", default="", metavar="KIND:SHAPE", help="v5e:16x16, v5p:4x4x8, h100:4x8, ..."
+    )
+    made.add_argument("--slices", type=int, default=1, metavar="N", help="slices of that shape")
+    made.add_argument("--task", default="", metavar="NAME", help="only this task")
+    made.add_argument("--json", default="", metavar="FILE", help="write the plan there too")
+    made.add_argument(
+        "--fast", action="store_true", help="compile with less optimization, 3 times as fast"
+    )
+    made.add_argument(
+        "--advise", action="store_true", help="try micro-batches and rematerialisation"
+    )
+    made.add_argument(
+        "--seconds", type=float, default=600.0, metavar="S", help="limit for each program"
+    )
+    return made
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,111 @@
+"""Which rematerialisation and micro-batches make every task fit, and are fastest by the estimate."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from mmjax.config import Block
+from mmjax.errors import UserError
+from mmjax.experiment import make_experiment
+
+REMATS = ("none", "dots", "full")
+_MOST = 32  # micro-batches
+_ALIKE = (
+    1.05  # times of estimates that differ by less are alike; the choice nearest to `none` is taken
+)
+Plan = Callable[[Block, str], Mapping[str, Any]]
+
+
+def advise(block: Block, task: str, plan: Plan) -> dict[str, Any]:
+    """Try choices for each task against the compiler.
+
+    `model.remat` holds for all tasks, `microbatches` for each. For each remat, a task gets the fewest
+    micro-batches with which its training fits; then the remat counts with which most tasks fit, and of those
+    the one with the least time of the whole schedule.
+
+    Args:
+      task: only this one; all if empty.
+      plan: `(config, task) -> plan` of one task's programs.
+
+    Returns:
+      `{"version", "tried": [{task, remat, microbatches, needed, fits, seconds, chosen}], "overrides":
+      ["key=value"], "fits", "without": tasks that nothing made fit}`.
+    """
+    experiment = make_experiment(block)
+    tasks = [task] if task else list(experiment.tasks)
+    visits = experiment.schedule().visits(experiment.run.steps)
+    tried = [
+        each for remat in REMATS for name in tasks for each in _climb(block, name, remat, plan)
+    ]
+    prices = {remat: _price(tried, remat, tasks, visits) for remat in REMATS}
+    fewest, least = min(prices.values())
+    # An estimate is not so fine that a few percent were worth a change.
+    best = next(r for r, (n, s) in prices.items() if n == fewest and s <= _ALIKE * least)
+    for each in tried:
+        each["chosen"] = each["remat"] == best and each["fits"]
+    chosen = {each["task"]: each for each in tried if each["chosen"]}
+    without = [name for name in tasks if name not in chosen]
+    return {
+        "version": 1,
+        "tried": sorted(tried, key=lambda each: tasks.index(each["task"])),
+        "overrides": list(_overrides(block, best, chosen)) if chosen else [],
+        "fits": not without,
+        "without": without,
+    }
+
+
+def _climb(block: Block, task: str, remat: str, plan: Plan) -> Iterable[dict[str, Any]]:
+    """The task's programs with more and more micro-batches, until one fits."""
+    batch, start = block["tasks"][task]["batch"], block["tasks"][task].get("microbatches", 1)
+    for parts in _parts(batch, start):
+        try:
+            found = plan(changed(block, task, remat, parts), task)
+        except UserError:
+            if parts == start:
+                raise
+            return  # a part no longer divides over the mesh
+        train = next(p for p in found["programs"] if p["kind"] == "train")
+        yield {
+            "task": task,
+            "remat": remat,
+            "microbatches": parts,
+            "needed": train.get("bytes", {}).get("needed"),
+            "fits": train["fits"],
+            "seconds": train.get("estimate", {}).get("seconds"),
+        }
+        if train["fits"]:
+            return
+
+
+def _parts(batch: int, start: int) -> list[int]:
+    return [
+        start * 2**i for i in range(12) if start * 2**i <= _MOST and batch % (start * 2**i) == 0
+    ]
+
+
+def changed(block: Block, task: str, remat: str, microbatches: int) -> Block:
+    """A copy of the config with these choices."""
+    made = copy.deepcopy(block)
+    made["model"]["remat"] = remat
+    made["tasks"][task]["microbatches"] = microbatches
+    return made
+
+
+def _price(
+    tried: Sequence[Mapping[str, Any]], remat: str, tasks: Sequence[str], visits: Mapping[str, int]
+) -> tuple[int, float]:
+    """How many tasks do not fit, and the seconds of the others' visits."""
+    fitting = [each for each in tried if each["remat"] == remat and each["fits"]]
+    seconds = sum(each["seconds"] * max(1, visits.get(each["task"], 0)) for each in fitting)
+    return len(tasks) - len(fitting), seconds
+
+
+def _overrides(block: Block, remat: str, chosen: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
+    """The keys that differ from the config."""
+    if block["model"].get("remat", "none") != remat:
+        yield f"model.remat={remat}"
+    for task, each in chosen.items():
+        if block["tasks"][task].get("microbatches", 1) != each["microbatches"]:
+            yield f"tasks.{task}.microbatches={each['microbatches']}"

@@ -1,0 +1,278 @@
+"""Compiles programs for a described machine and reports on each: a process of its own, which may be lost.
+
+    python -m mmjax.plan.case < SPECIFICATION
+
+The specification is JSON, the fields of `Specification`. On standard output come JSON lines: first
+`{"ready": {...}}` or `{"error": "..."}` (a person's), then `{"name": ..., ...}` for each program as it is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+
+from mmjax import config as configs
+from mmjax.chips import Chip, chip
+from mmjax.errors import UserError
+from mmjax.experiment import Experiment, make_experiment
+from mmjax.plan import cost, hlo
+from mmjax.plan.groups import Layout
+from mmjax.plan.topology import Topology, describe
+from mmjax.program import Request
+from mmjax.sharding import make_mesh
+
+FORMAT = (
+    1  # of cached reports; to be raised when what a report holds, or how it is counted, changes
+)
+# What the compiler says when a program does not fit, with the bytes that it would need.
+_EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED")
+_REQUIRED = re.compile(r"(?:\(|Used )([\d.]+)([KMGT]?)(?:\) exceeds| of )")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# Less optimization; from jax 0.11 on `jax_optimization_level` has taken the option's place.
+_FAST = {"exec_time_optimization_effort": -1.0}
+
+
+@dataclass(frozen=True)
+class Specification:
+    """What to compile.
+
+    Attributes:
+      block: the config.
+      extra: folders of modules of one's own.
+      kind, shape, slices: of the topology.
+      names: programs, by task name or `program_key`; all of the config if None.
+      fast: compile with less optimization.
+      cache: folder of reports; empty for none.
+    """
+
+    block: dict[str, Any]
+    extra: Sequence[str]
+    kind: str
+    shape: Sequence[int]
+    slices: int
+    names: Sequence[str] | None
+    fast: bool
+    cache: str
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.kind, tuple(self.shape), self.slices)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+
+def main() -> None:
+    say = _speaker()
+    specification = Specification(**json.load(sys.stdin))
+    try:
+        for folder in specification.extra:
+            configs.add_folder(folder)
+        cases = Cases(specification)
+        say({"ready": cases.facts()})
+        for name in cases.names:
+            say({"name": name, **cases.report(name)})
+    except UserError as error:
+        say({"error": str(error)})
+
+
+def _speaker() -> Callable[[Mapping[str, Any]], None]:
+    """Writes lines to what is now standard output; whatever else writes there goes to standard error."""
+    stream = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(line: Mapping[str, Any]) -> None:
+        print(json.dumps(line), file=stream, flush=True)
+
+    return say
+
+
+class Cases:
+    """The programs of a config for one topology."""
+
+    def __init__(self, specification: Specification):
+        self._specification = specification
+        if specification.fast and _minor() >= 11:
+            jax.config.update("jax_optimization_level", "O0")
+        self._experiment: Experiment = make_experiment(specification.block)
+        self._devices = describe(specification.topology)
+        self._mesh = make_mesh(self._experiment.run.mesh, self._devices)
+        self._requests: dict[str, Request] = {
+            **self._experiment.train_requests(self._mesh),
+            **self._experiment.eval_requests(self._mesh),
+        }
+        self._state = self._experiment.abstract_state(self._mesh)
+
+    @property
+    def names(self) -> list[str]:
+        wanted = self._specification.names
+        return list(self._requests if wanted is None else wanted)
+
+    @property
+    def _chip(self) -> Chip:
+        kind = self._devices[0].device_kind
+        found = chip(kind)
+        if found is None or not found.memory:
+            raise UserError(f"Nothing is known of the memory and the wires of '{kind}'.")
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """What holds for all programs."""
+        return {
+            "device": self._devices[0].device_kind,
+            "mesh": {axis: int(n) for axis, n in self._mesh.shape.items()},
+            "chip": dataclasses.asdict(self._chip),
+            "state_bytes": shard_bytes(self._state),
+            "versions": versions(),
+            "names": self.names,
+        }
+
+    def report(self, name: str) -> dict[str, Any]:
+        """What the plan needs to know of a program."""
+        request = self._requests[name]
+        jitted = jax.jit(
+            request.function, donate_argnums=request.donate, out_shardings=request.out_shardings
+        )
+        with jax.set_mesh(self._mesh):
+            lowered, model_flops = jitted.lower(*request.arguments), request.model_flops()
+        compiled = self._cached(lowered)
+        return {
+            "task": request.task,
+            "kind": request.kind,
+            "shape": request.shape,
+            "tokens": request.facts.get("tokens"),
+            "model_flops": model_flops,
+            "batch_bytes": shard_bytes(request.arguments[1]),
+            "beside_bytes": self._beside(request),
+            **compiled,
+        }
+
+    def _beside(self, request: Request) -> int:
+        """Bytes that lie on a device while the program runs without being its arguments.
+
+        In training the next batch; in evaluation what is no parameter of the state.
+        """
+        if request.kind == "train":
+            return shard_bytes(request.arguments[1])
+        return shard_bytes(self._state) - shard_bytes(self._state.parameters)
+
+    # --- compilation, once for each program ----------------------------------------------------
+
+    def _cached(self, lowered: Any) -> dict[str, Any]:
+        if not self._specification.cache:
+            return {**self._compile(lowered), "cached": False}
+        file = Path(self._specification.cache) / f"{self._key(lowered)}.json"
+        if file.exists():
+            return {**json.loads(file.read_text()), "cached": True}
+        made = self._compile(lowered)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial_file = file.with_suffix(f".{os.getpid()}")
+        partial_file.write_text(json.dumps(made))
+        partial_file.replace(file)
+        return {**made, "cached": False}
+
+    def _key(self, lowered: Any) -> str:
+        facts = [
+            FORMAT, versions(), self._specification.topology.label, self._options(),
+            self._specification.fast, list(self._mesh.shape.items()), [d.id for d in self._mesh.devices.flat],
+        ]  # fmt: skip
+        words = json.dumps(facts, sort_keys=True) + lowered.as_text()
+        return hashlib.sha256(words.encode()).hexdigest()[:32]
+
+    def _options(self) -> dict[str, Any]:
+        return _FAST if self._specification.fast and _minor() < 11 else {}
+
+    def _compile(self, lowered: Any) -> dict[str, Any]:
+        start = time.monotonic()
+        try:
+            compiled = lowered.compile(compiler_options=self._options() or None)
+        except jax.errors.JaxRuntimeError as error:
+            seconds = time.monotonic() - start
+            return {**_refused(str(error)), "compile_seconds": seconds}
+        seconds = time.monotonic() - start
+        memory = compiled.memory_analysis()
+        return {
+            "status": "compiled",
+            "compile_seconds": seconds,
+            "bytes": {
+                "arguments": memory.argument_size_in_bytes,
+                "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+                "temporaries": memory.temp_size_in_bytes,
+                "peak": memory.peak_memory_in_bytes,
+                "code": memory.generated_code_size_in_bytes,
+            },
+            **self._costs(compiled.as_text()),
+        }
+
+    def _costs(self, text: str) -> dict[str, Any]:
+        found = cost.cost(hlo.parse(text), self._layout(), self._chip.flops, self._chip.bandwidth)
+        return {
+            "flops": found.flops,
+            "products": [
+                {"name": name, "flops": n} for name, n in sorted(found.products.items()) if n
+            ],
+            "memory_bytes": found.memory,
+            "busy_seconds": found.seconds,
+            "collectives": [
+                {"wire": wire, "kind": kind, "axes": axes, "bytes": round(n)}
+                for (wire, kind, axes), n in sorted(found.wires.items())
+            ],
+            "unknown": sorted(found.unknown),
+        }
+
+    def _layout(self) -> Layout:
+        is_gpu = self._specification.topology.is_gpu
+        where = "process_index" if is_gpu else "slice_index"
+        places = [getattr(d, where, 0) for d in self._mesh.devices.flat]
+        return Layout({axis: int(n) for axis, n in self._mesh.shape.items()}, places)
+
+
+def _refused(words: str) -> dict[str, Any]:
+    if not _EXHAUSTED.search(words):
+        return {"status": "failed", "message": " ".join(words.split())[:500]}
+    found = _REQUIRED.search(words)
+    return {
+        "status": "out_of_memory",
+        "required_bytes": int(float(found[1]) * _UNITS[found[2]]) if found else 0,
+        "message": " ".join(words.split())[:300],
+    }
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of one device that abstract arrays need."""
+    leaves = jax.tree.leaves(tree)
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of what decides how a program is compiled."""
+    found = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    for package in ("libtpu", "jax-cuda12-pjrt"):
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _minor() -> int:
+    return int(jax.__version__.split(".")[1])
+
+
+if __name__ == "__main__":
+    main()

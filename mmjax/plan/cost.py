@@ -1,0 +1,309 @@
+"""What a compiled program does on one device: FLOPs, bytes of main memory, bytes over the wires.
+
+Unlike XLA's own count, loops count as often as they run. All of it is read from the compiled text:
+
+- FLOPs of dot products and convolutions, rematerialisation and all (TPUs do every product as a
+  convolution), as `mmjax.flops` counts them in the jaxpr;
+- bytes between main memory and the chip: operands and results of every instruction outside of fusions,
+  without what stays in on-chip memory; a slice of a stacked array counts as the slice;
+- bytes that a device sends in collectives, by kind, mesh axes and wire. N devices in a ring, of S
+  bytes: an all-gather S(N-1)/N of its result, a reduce-scatter of its operand, an all-reduce twice
+  that, an all-to-all S(N-1)/N, a permute S.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from mmjax.flops import meeting
+from mmjax.plan.groups import Layout, groups_of
+from mmjax.plan.hlo import Array, Computation, Instruction, Module
+
+ICI, DCN = "ici", "dcn"
+KINDS = frozenset(
+    "all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all collective-permute".split()
+)
+# They move nothing through main memory, or what they do is counted inside them.
+_FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast after-all iota partition-id replica-id while call"
+    " conditional async-start async-update async-done opt-barrier send send-done recv recv-done".split()
+)
+_SLICING = ("dynamic-slice", "slice", "gather")
+# Of a dot, and of the call of a library that takes its place on GPUs.
+_CONTRACTED = re.compile(
+    r"lhs_contracting_dims=\{([\d,]*)\}|\"lhs_contracting_dimensions\":\[([\d,\"]*)\]"
+)
+_BLAS = "__cublas"
+_KERNELS = ("tpu_custom_call", "__cudnn", "mosaic_gpu", "triton_kernel_call", "__triton")
+_STATED = re.compile(r'"cost_estimate":\{[^{}]*"flops":"?(\d+)')
+_WINDOW = re.compile(r"window=\{([^}]*)\}")
+_LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
+_ASYNC_STEP = re.compile(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"')
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+
+
+@dataclass
+class Cost:
+    """What one call of a program costs one device.
+
+    Attributes:
+      products: FLOPs by the name of the JAX operation that they come from.
+      memory: bytes to and from main memory.
+      wires: (wire, kind, axes) -> bytes that the device sends.
+      seconds: sum over instructions of the longer of their FLOPs and their bytes at given rates.
+      unknown: loops whose number of turns could not be read (they count once), and kernels without FLOPs.
+    """
+
+    products: Counter[str] = field(default_factory=Counter)
+    memory: int = 0
+    wires: dict[tuple[str, str, str], float] = field(default_factory=lambda: defaultdict(float))
+    seconds: float = 0.0
+    unknown: set[str] = field(default_factory=set)
+
+    @property
+    def flops(self) -> int:
+        return self.products.total()
+
+    def sent(self, wire: str) -> float:
+        """Bytes that the device sends over one kind of wire."""
+        return sum(n for (w, _, _), n in self.wires.items() if w == wire)
+
+    def add(self, other: Cost) -> None:
+        self.products += other.products
+        self.memory += other.memory
+        self.seconds += other.seconds
+        self.unknown |= other.unknown
+        for key, n in other.wires.items():
+            self.wires[key] += n
+
+
+def cost(module: Module, layout: Layout, flop_rate: float, byte_rate: float) -> Cost:
+    """Read the cost of a module's entry.
+
+    Args:
+      flop_rate, byte_rate: FLOP/s, and bytes a second of main memory, for `Cost.seconds`.
+    """
+    reader = _Reader(module, layout, lambda f, b: max(f / flop_rate, b / byte_rate))
+    reader.computation(module.computations[module.entry], 1)
+    return reader.found
+
+
+class _Reader:
+    def __init__(self, module: Module, layout: Layout, seconds: Callable[[int, int], float]):
+        self.module, self.layout, self.found = module, layout, Cost()
+        self._seconds = seconds
+
+    def computation(self, where: Computation, times: int) -> None:
+        """Everything that runs when a computation outside of fusions runs `times` times."""
+        for each in where:
+            if each.opcode == "while":
+                self._loop(each, where, times)
+            elif each.opcode == "conditional":
+                self._conditional(each, times)
+            elif each.opcode in ("call", "async-start"):
+                for name in each.called:
+                    self.computation(self.module.computations[name], times)
+            else:
+                self._instruction(each, where, times)
+
+    def _loop(self, each: Instruction, where: Computation, times: int) -> None:
+        trips = self.module.trips(each, where)
+        if trips is None:
+            self.found.unknown.add(f"loop {each.source or each.name}")
+        body = self.module.computations[each.attribute("body")]
+        self.computation(body, times * (1 if trips is None else trips))
+
+    def _conditional(self, each: Instruction, times: int) -> None:
+        """The branch that takes longest."""
+        costs = []
+        for name in each.branches:
+            reader = _Reader(self.module, self.layout, self._seconds)
+            reader.computation(self.module.computations[name], times)
+            costs.append(reader.found)
+        if costs:
+            self.found.add(max(costs, key=lambda c: (c.seconds, c.sent(DCN), c.sent(ICI))))
+
+    def _instruction(self, each: Instruction, where: Computation, times: int) -> None:
+        flops = 0
+        for instruction, inside in self._within(each, where):
+            n = _product(instruction, inside) or _product_of_kernel(instruction)
+            if n:
+                self.found.products[instruction.source or instruction.name] += n * times
+            flops += n
+            self._collective(instruction, inside, times)
+            self._opaque(instruction)
+        moved = 0 if each.opcode in _FREE else self._moved(each, where)
+        self.found.memory += moved * times
+        self.found.seconds += self._seconds(flops, moved) * times
+
+    def _within(
+        self, each: Instruction, where: Computation
+    ) -> Iterator[tuple[Instruction, Computation]]:
+        """An instruction, and those in the fusions that it is."""
+        yield each, where
+        for name in each.called:
+            inner = self.module.computations[name]
+            for inside in inner:
+                yield from self._within(inside, inner)
+
+    def _opaque(self, each: Instruction) -> None:
+        """Note a kernel whose inside the text does not show."""
+        target = each.attribute("custom_call_target")
+        is_kernel = target.startswith(_KERNELS) or each.opcode == "ragged-dot"
+        if is_kernel and not _product_of_kernel(each):
+            self.found.unknown.add(f"kernel {each.source or each.name}")
+
+    # --- main memory ---------------------------------------------------------------------------
+
+    def _moved(self, each: Instruction, where: Computation) -> int:
+        """Bytes that an instruction reads from main memory and writes there."""
+        inner = self.module.computations[each.called[0]] if each.opcode == "fusion" else None
+        if inner is None:
+            read = [where.instructions.get(name) for name in each.operands]
+            if each.opcode in _SLICING:
+                return 2 * _main(each.arrays)
+            if each.opcode == "dynamic-update-slice":
+                return 2 * (_main(read[1].arrays) if read[1] else 0)
+            return sum(_main(i.arrays) for i in read if i) + _main(each.arrays)
+        total = self._written(each, inner)
+        for name, parameter in zip(each.operands, inner.parameters, strict=False):
+            operand = where.instructions.get(name)
+            if operand is not None and _main(operand.arrays):
+                total += min(_main(operand.arrays), _used(parameter, inner))
+        return total
+
+    def _written(self, each: Instruction, inner: Computation) -> int:
+        """Bytes of a fusion's results; of one that is an update in place, the update."""
+        root = inner.root
+        if root.opcode == "dynamic-update-slice":
+            update = inner.instructions[root.operands[1]]
+            return min(_main(each.arrays), sum(a.bytes for a in update.arrays))
+        return _main(each.arrays)
+
+    # --- wires ---------------------------------------------------------------------------------
+
+    def _collective(self, each: Instruction, where: Computation, times: int) -> None:
+        kind = each.opcode.removesuffix("-start")
+        if each.opcode == "send":
+            self._megascale(each, where, times)
+        # Pieces of one collective are fused into what runs meanwhile: its first counts.
+        step = _ASYNC_STEP.search(each.attributes)
+        if kind not in KINDS or step and int(step[1]) >= 0:
+            return
+        if kind == "all-reduce" and where.name.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"
+        groups = groups_of(each.attributes, self.module.partitions)
+        if self.module.partitions < self.layout.size:  # of several slices each has this program
+            groups = self.layout.across[:, 0][groups]
+        wire = DCN if self.layout.crosses(groups) else ICI
+        size = _payload(each, where, kind)
+        sent = size if kind == "collective-permute" else size * (1 - 1 / groups.shape[1])
+        sent *= 2 if kind == "all-reduce" else 1
+        self.found.wires[wire, kind, self.layout.along(groups)] += sent * times
+
+    def _megascale(self, each: Instruction, where: Computation, times: int) -> None:
+        """A transfer between slices, which the runtime does from the host."""
+        transfer = _TRANSFER.search(each.attributes)
+        if not transfer:
+            return
+        kind = transfer[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
+        operand = where.instructions[each.operands[0]]
+        slices = self.layout.across.shape[1]
+        # Each device meets those that have its place in the other slices, and sends to all of them.
+        shares = {
+            "all-reduce": 2 - 2 / slices,
+            "all-gather": slices - 1,
+            "all-to-all": 1 - 1 / slices,
+        }
+        axes = self.layout.along(self.layout.across)
+        self.found.wires[DCN, kind, axes] += operand.bytes * shares.get(kind, 1.0) * times
+
+
+def _main(arrays: Sequence[Array]) -> int:
+    """Bytes of the arrays that lie in main memory."""
+    return sum(a.bytes for a in arrays if a.space == 0)
+
+
+def _used(parameter: Instruction, inner: Computation) -> int:
+    """Bytes of a fusion's operand that it reads: the slices, if all it does is take slices of it."""
+    users = inner.users.get(parameter.name, ())
+    total = 0
+    for each in users:
+        if each.opcode == "dynamic-update-slice" and each.operands[0] == parameter.name:
+            continue  # written in place
+        if each.opcode in ("bitcast", "copy"):
+            total += _used(each, inner)
+        else:
+            total += each.bytes if each.opcode in _SLICING else parameter.bytes
+    return min(total, parameter.bytes) if users else 0
+
+
+def _payload(each: Instruction, where: Computation, kind: str) -> int:
+    """Bytes of a collective's larger side: what all-gather makes, what the others are given."""
+    operands = sum(where.instructions[n].bytes for n in each.operands if n in where.instructions)
+    if kind == "all-gather":
+        # The start of an asynchronous one has its operands among its results.
+        return each.bytes - operands if each.opcode.endswith("-start") else each.bytes
+    return operands
+
+
+def _product_of_kernel(each: Instruction) -> int:
+    """FLOPs that a custom kernel states of itself; 0 if it states none."""
+    found = _STATED.search(each.attributes) if each.opcode == "custom-call" else None
+    return int(found[1]) if found else 0
+
+
+def _product(each: Instruction, where: Computation) -> int:
+    """FLOPs of a dot product or convolution; 0 for all else."""
+    is_blas = each.attribute("custom_call_target").startswith(_BLAS)
+    if each.opcode not in ("dot", "convolution") and not is_blas:
+        return 0
+    lhs, rhs = (where.instructions[name].arrays[0] for name in each.operands[:2])
+    out = each.arrays[0]
+    complex_ = 4 if out.dtype.startswith("c") else 1
+    if each.opcode == "dot" or is_blas:
+        found = _CONTRACTED.search(each.attributes)
+        dims = [int(n) for n in re.findall(r"\d+", found[1] or found[2])] if found else []
+        return 2 * complex_ * math.prod(out.shape) * math.prod(lhs.shape[d] for d in dims)
+    return 2 * complex_ * _pairs(each, lhs, rhs, out)
+
+
+def _pairs(each: Instruction, lhs: Array, rhs: Array, out: Array) -> int:
+    """The multiplications of a convolution: those with padding and with holes do not count."""
+    labels = _LABELS.search(each.attributes)
+    if labels is None:
+        raise ValueError(f"a convolution without dim_labels: {each.name}")
+    of_lhs, of_rhs, of_out = labels.groups()
+    window = _window(each.attributes)
+    pairs = 1
+    for d in range(len(of_out) - 2):
+        low, _, holes, stride, spread = window[d]
+        pairs *= meeting(
+            outputs=out.shape[of_out.index(str(d))],
+            taps=rhs.shape[of_rhs.index(str(d))],
+            size=lhs.shape[of_lhs.index(str(d))],
+            stride=stride,
+            low=low,
+            holes=holes,
+            spread=spread,
+        )
+    others = out.shape[of_out.index("b")] * out.shape[of_out.index("f")]
+    return others * rhs.shape[of_rhs.index("i")] * pairs
+
+
+def _window(attributes: str) -> list[tuple[int, int, int, int, int]]:
+    """(low padding, high padding, lhs dilation, stride, rhs dilation) of each dimension."""
+    found = _WINDOW.search(attributes)
+    fields = dict(part.split("=") for part in found[1].split()) if found else {}
+    count = len(fields.get("size", "").split("x")) if "size" in fields else 0
+
+    def each(name: str) -> list[int]:
+        return [int(n) for n in fields[name].split("x")] if name in fields else [1] * count
+
+    pads = fields["pad"].split("x") if "pad" in fields else ["0_0"] * count
+    low, high = zip(*(map(int, p.split("_")) for p in pads), strict=True) if pads else ((), ())
+    return list(zip(low, high, each("lhs_dilate"), each("stride"), each("rhs_dilate"), strict=True))
