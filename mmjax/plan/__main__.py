@@ -59,11 +59,13 @@ def plan(
 
 
 def program_names(experiment: Experiment, task: str = "") -> list[str]:
-    """All programs of a config: tasks, then passes of evaluation by `program_key`; or those of one task."""
+    """All programs of a config: training, then passes of evaluation by `program_key`; or those of one task."""
     if task and task not in experiment.tasks:
         raise UserError(f"--task={task}: no such task.{nearest(task, experiment.tasks)}")
     keys = dict.fromkeys(program_key(t, each) for t, each in experiment.passes())
-    return [n for n in (*experiment.tasks, *keys) if not task or n.split("/")[0] == task]
+    trained = {name: of for name, (of, _) in experiment.settings.programs.items()}
+    owners = {**trained, **{key: key.split("/")[0] for key in keys}}
+    return [name for name, owner in owners.items() if task in ("", owner)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,7 @@ def make_plan(
 ) -> dict[str, Any]:
     """The plan of a config for a topology."""
     facts = reports.facts
-    visits = experiment.schedule().visits(experiment.run.steps)
+    visits = experiment.settings.visits(experiment.schedule(), 0, experiment.run.steps)
     code = sum(c["bytes"]["code"] for c in reports.cases.values() if c["status"] == "compiled")
     programs = [
         _program(name, case, facts, code, experiment, visits)
@@ -69,11 +69,12 @@ def _program(
     visits: Mapping[str, int],
 ) -> dict[str, Any]:
     """One entry of `programs`."""
-    task = name.split("/")[0]
+    trained = experiment.settings.programs
+    task = trained[name][0] if name in trained else name.split("/")[0]
     made: dict[str, Any] = {
         "name": name,
         "task": task,
-        "kind": "train" if name == task else name.split("/", 1)[1].rsplit("/", 1)[0],
+        "kind": "train" if name in trained else name.partition("/")[2],
         "shape": case.get("shape"),
         "status": case["status"],
         "compile_seconds": case.get("compile_seconds"),
@@ -93,7 +94,7 @@ def _program(
     if case["status"] == "compiled":
         made |= _costs(case, facts)
     if made["kind"] == "train":
-        made |= {"tokens": case["tokens"], "visits": visits.get(task, 0)}
+        made |= {"tokens": case["tokens"], "visits": visits.get(name, 0)}
         if "estimate" in made:
             made["hours"] = made["visits"] * made["estimate"]["seconds"] / 3600
     return made

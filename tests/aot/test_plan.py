@@ -148,7 +148,7 @@ def test_a_crash_costs_its_own_programs_only(plan: Plan, tmp_path: Path) -> None
     assert status == 1
     statuses = {p["name"]: p["status"] for p in found["programs"]}
     assert statuses == {
-        "one": "crashed", "two": "compiled", "one/loss/": "crashed", "two/loss/": "compiled",
+        "one": "crashed", "two": "compiled", "one/loss": "crashed", "two/loss": "compiled",
     }  # fmt: skip
     assert "SIGSEGV" in found["programs"][0]["message"]
 
