@@ -72,6 +72,7 @@ def get_config(size: str = "2b") -> ConfigDict:
             "objective": {
                 "name": "coca", "between": ["image", "text"], "concept": "concept", **decoder,
                 "queries": 256, "contrastive_weight": 1.0, "caption_weight": 2.0, "remat": "full",
+                "chunk": 4096,
             },
             "batch": 65_536,
             "evaluators": {
