@@ -17,6 +17,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mmjax.errors import UserError, nearest
+
 # Table 1: width, heads; layers and MLP of the image encoder; layers of each half of the text decoder and their MLP.
 SIZES = {
     "base": (768, 12, 12, 3072, 12, 3072),
@@ -47,6 +49,8 @@ def model(
 
 def get_config(size: str = "2b") -> ConfigDict:
     """The config; `size` is `base`, `large` or `2b`."""
+    if size not in SIZES:
+        raise UserError(f"coca_2b has no size '{size}'.{nearest(size, SIZES)}")
     encoder, decoder = model(*SIZES[size])
     splits = {"drawings": data("test_drawing"), "concepts": data("test_concept")}
 
@@ -68,6 +72,7 @@ def get_config(size: str = "2b") -> ConfigDict:
             "objective": {
                 "name": "coca", "between": ["image", "text"], "concept": "concept", **decoder,
                 "queries": 256, "contrastive_weight": 1.0, "caption_weight": 2.0, "remat": "full",
+                "chunk": 4096,
             },
             "batch": 65_536,
             "evaluators": {

@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from mmjax import config as configs
+from mmjax.errors import UserError
 from mmjax.experiment import Experiment, make_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -139,6 +140,11 @@ def coca_parameters(size: str) -> dict[str, float]:
         found["image" if is_image else "text" if is_text else "other"] += count
         found["logits"] += count * name.endswith("decoder/logits/kernel")
     return found
+
+
+def test_a_size_of_coca_that_is_not_there() -> None:
+    with pytest.raises(UserError, match="no size 'lage'. Did you mean 'large'"):
+        experiment("coca_2b", "lage")
 
 
 def test_the_small_coca_differs_in_sizes_only() -> None:

@@ -228,6 +228,12 @@ def test_the_loss_against_numpy(pooling: str) -> None:
     np.testing.assert_allclose(loss.metrics["baseline"], expected, rtol=1e-6)
 
 
+def test_contrastive_some_rows_at_a_time() -> None:
+    p, given = parameters(), batch()
+    loss = jax.jit(lambda p, x: loss_of(objective(chunk=4), p, x))(p, given)
+    np.testing.assert_allclose(loss.value, reference(p, given, (1, 2), "cascade"), rtol=1e-10)
+
+
 def test_the_gradient_along_directions() -> None:
     p, given = parameters(), batch()
     _, gradient = compiled()(p, given)
@@ -340,14 +346,19 @@ def test_in_parts_as_at_once() -> None:
         np.testing.assert_allclose(parted[name], expected, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-def test_on_a_mesh_as_on_one_device() -> None:
+@pytest.mark.parametrize(
+    "sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 4, "sequence": 2}], ids=str
+)
+def test_on_a_mesh_as_on_one_device(sizes: dict[str, int]) -> None:
     p, given = parameters(), batch()
     (value, _), gradient = compiled()(p, given)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(MeshConfig(**sizes))
     specs = declared().specs
     placed = {n: jax.device_put(v, named(specs[n].axes, v.shape, mesh)) for n, v in p.items()}
     query = placed["heads/coca/decoder/multimodal/groups/0/blocks/0/cross/query"]
-    assert query.addressable_shards[0].data.shape == (2, WIDTH // 2, HEADS // 2, WIDTH // HEADS)
+    parts = sizes.get("fsdp", 1), sizes.get("tensor", 1)
+    part = (2, WIDTH // parts[0], HEADS // parts[1], WIDTH // HEADS)
+    assert query.addressable_shards[0].data.shape == part
     rows = batch_sharding(mesh, ROWS, "test")
     with jax.set_mesh(mesh):
         (found, _), parted = compiled()(
