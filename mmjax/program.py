@@ -220,9 +220,8 @@ def train_request(
     loss_of = loss_function(task, declaration, compute, seed)
     view = optimizer.views[task.name]
     batch = abstract_batch(task.rows(), task.batch, mesh, f"tasks.{task.name}")
-    batch_sharding(
-        mesh, task.batch // task.config.microbatches, f"tasks.{task.name}, a micro-batch"
-    )
+    parts = task.config.microbatches
+    batch_sharding(mesh, task.batch // parts, f"tasks.{task.name} in {parts} microbatches")
     ticks = {name: _tick(mesh) for name in {"step", "visit", UNITS[optimizer.config.unit]}}
 
     def count() -> int:
@@ -296,7 +295,7 @@ def eval_request(
         return {**outputs, **batch["fields"], "valid": batch["valid"]}
 
     spec = row_spec(task, each)
-    batch = abstract_batch(spec, size, mesh, f"evaluation of tasks.{task.name}")
+    batch = abstract_batch(spec, size, mesh, f"evaluation.batch (of tasks.{task.name})")
     arguments = (parameters, batch, {"batch": _tick(mesh)})
     return Request(
         task.name, each.what, run, arguments, replicated(mesh), (), _shape(spec, size),
