@@ -27,7 +27,7 @@ from mmjax.objective import Loss
 from mmjax.optimizer import UNITS, Optimizer
 from mmjax.parameters import Arrays, Declaration
 from mmjax.reach import Reach, reach
-from mmjax.sharding import Whole, batch_sharding, noting, replicated
+from mmjax.sharding import batch_sharding, noting, replicated
 from mmjax.state import EMA, SUM, State, shardings
 from mmjax.task import RowSpec, Task
 from mmjax.views import OWN_MOMENTS, View, own_name, split_name
@@ -399,7 +399,7 @@ def compile_silently(
     return compiled
 
 
-def _lower(request: Request, mesh: Mesh) -> tuple[Any, int, list[Whole]]:
+def _lower(request: Request, mesh: Mesh) -> tuple[Any, int, list[str]]:
     """All that is traced, on this thread: the lowered program, its model FLOPs, and what of its activations
     stays whole on a mesh axis."""
     jitted = jax.jit(
@@ -407,10 +407,10 @@ def _lower(request: Request, mesh: Mesh) -> tuple[Any, int, list[Whole]]:
     )
     with jax.set_mesh(mesh), noting() as whole:
         lowered = jitted.lower(*request.arguments)
-        return lowered, request.model_flops(), sorted(whole)
+        return lowered, request.model_flops(), sorted(map(str, whole))
 
 
-def _compile(lowered: Any, model_flops: int, whole: list[Whole], request: Request) -> Program:
+def _compile(lowered: Any, model_flops: int, whole: list[str], request: Request) -> Program:
     _hits.pop()
     start = time.monotonic()
     compiled = lowered.compile()

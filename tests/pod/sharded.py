@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +28,7 @@ from mmjax.data.loader import place
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.gradient import loss_and_gradient
 from mmjax.program import ticks
-from mmjax.sharding import MeshConfig, batch_sharding, make_mesh
+from mmjax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from mmjax.state import State, compute_dtype, init_state, shardings
 from mmjax.views import SHARED
 
@@ -63,12 +64,12 @@ def small(block: configs.Block) -> configs.Block:
     model = {"width": 32, "groups": [_group(g) for g in block["model"]["groups"]]}
     tasks = {name: _task(task) for name, task in block["tasks"].items()}
     return {
-        **{key: block[key] for key in ("modalities", "schedule") if key in block},
+        "modalities": block["modalities"],
         "steps": 10,
         "model": {**block["model"], **model},
         "tasks": tasks,
         # From the first step at the full rate, so that an update moves something.
-        "optimizer": {**block.get("optimizer", {}), "warmup": 0},
+        "optimizer": {**block.get("optimizer", {}), "warmup": 0, "accumulate": 1},
         "dtype": {"parameters": "float64", "compute": "float64"},
     }
 
@@ -154,9 +155,8 @@ class Steps:
     def parted(self, name: str) -> dict[str, Any]:
         """By two programs, of the gradient and of the update; tasks that move alike share the second, which
         takes most of the time that a step takes to compile."""
-        task, optimizer = self.experiment.tasks[name], self.experiment.optimizer
-        view, compute = optimizer.views[name], compute_dtype("float64")
-        declaration, moves = self.experiment.declaration, optimizer.views[name].moves
+        task, view = self.experiment.tasks[name], self.experiment.optimizer.views[name]
+        declaration, compute = self.experiment.declaration, compute_dtype("float64")
 
         def gradient(parameters: Any, batch: Any) -> Any:
             moved, others = program._parted(parameters, view)
@@ -164,36 +164,33 @@ class Steps:
             loss, grads = loss_and_gradient(
                 task, lambda m: declaration.merge({**others, **m}, compute), moved, batch, key
             )
-            return loss.value, grads
+            return loss.value, grads, loss.buffers
 
-        abstract, batch, clock = self.requests[name].arguments
-        lies = {n: p.sharding for n, p in abstract.parameters.items() if n in moves}
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        made = compiled(
-            gradient,
-            (abstract.parameters, batch),
-            (whole, lies),
-            self.mesh,
-            f"{self.case} / {name}",
-        )
-        loss, grads = made(self.state.parameters, self._batch(name))
-        alike = view.kind == SHARED and optimizer.config.unit == "steps"
-        if (key := "" if alike else name) not in self._updates:
-            given = {n: abstract.parameters[n] for n in lies}
-
-            def update(state: State, grads: Any, ticks: Any) -> State:
-                after: State = program._updated(state, grads, optimizer, name, ticks)[0]
-                return after
-
-            self._updates[key] = compiled(
-                update,
-                (abstract, given, clock),
-                shardings(abstract),
-                self.mesh,
-                f"{self.case} / update",
-            )
-        after = self._updates[key](self.state, grads, self._ticks(name))
+        parameters, batch = self.abstract.parameters, self.requests[name].arguments[1]
+        moves = {n: p for n, p in parameters.items() if n in view.moves}
+        out = (replicated(self.mesh), shardings(moves), None)
+        what = f"{self.case} / {name}"
+        made = compiled(gradient, (parameters, batch), out, self.mesh, what)
+        loss, grads, buffers = made(self.state.parameters, self._batch(name))
+        after = self._update(name, moves)(self.state, grads, self._ticks(name))
+        after = replace(after, buffers={**after.buffers, **buffers})
         return flat(jax.device_get({"loss": loss, "gradient": grads, "state": after}))
+
+    def _update(self, name: str, grads: Any) -> Any:
+        """The program of a task's update, from its abstract gradient."""
+        optimizer = self.experiment.optimizer
+        alike = optimizer.views[name].kind == SHARED and optimizer.config.unit == "steps"
+        key = "" if alike else name
+
+        def update(state: State, grads: Any, ticks: Any) -> State:
+            after: State = program._updated(state, grads, optimizer, name, ticks)[0]
+            return after
+
+        if key not in self._updates:
+            arguments = (self.abstract, grads, self.requests[name].arguments[2])
+            out, what = shardings(self.abstract), f"{self.case} / update"
+            self._updates[key] = compiled(update, arguments, out, self.mesh, what)
+        return self._updates[key]
 
     def _batch(self, name: str) -> Any:
         task = self.experiment.tasks[name]
