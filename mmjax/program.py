@@ -27,7 +27,7 @@ from mmjax.objective import Loss
 from mmjax.optimizer import Optimizer
 from mmjax.parameters import Arrays, Declaration
 from mmjax.reach import Reach, reach
-from mmjax.sharding import Whole, batch_sharding, noting, replicated
+from mmjax.sharding import batch_sharding, noting, replicated
 from mmjax.state import EMA, SUM, State, shardings
 from mmjax.task import RowSpec, Task
 from mmjax.views import OWN_MOMENTS, View, own_name, split_name
@@ -220,9 +220,8 @@ def train_request(
     loss_of = loss_function(task, declaration, compute, seed)
     view = optimizer.views[task.name]
     batch = abstract_batch(task.rows(), task.batch, mesh, f"tasks.{task.name}")
-    batch_sharding(
-        mesh, task.batch // task.config.microbatches, f"tasks.{task.name}, a micro-batch"
-    )
+    parts = task.config.microbatches
+    batch_sharding(mesh, task.batch // parts, f"tasks.{task.name} in {parts} microbatches")
     ticks = {name: _tick(mesh) for name in {"step", "visit", *optimizer.ticks}}
 
     def count() -> int:
@@ -296,7 +295,7 @@ def eval_request(
         return {**outputs, "valid": batch["valid"]}
 
     spec = device_spec(task, what)
-    batch = abstract_batch(spec, size, mesh, f"evaluation of tasks.{task.name}")
+    batch = abstract_batch(spec, size, mesh, f"evaluation.batch (of tasks.{task.name})")
     arguments = (parameters, batch, {"batch": _tick(mesh)})
     return Request(
         task.name, what, run, arguments, replicated(mesh), (), _shape(spec, size),
@@ -401,7 +400,7 @@ def compile_silently(
     return compiled
 
 
-def _lower(request: Request, mesh: Mesh) -> tuple[Any, int, list[Whole]]:
+def _lower(request: Request, mesh: Mesh) -> tuple[Any, int, list[str]]:
     """All that is traced, on this thread: the lowered program, its model FLOPs, and what of its activations
     stays whole on a mesh axis."""
     jitted = jax.jit(
@@ -409,10 +408,10 @@ def _lower(request: Request, mesh: Mesh) -> tuple[Any, int, list[Whole]]:
     )
     with jax.set_mesh(mesh), noting() as whole:
         lowered = jitted.lower(*request.arguments)
-        return lowered, request.model_flops(), sorted(whole)
+        return lowered, request.model_flops(), sorted(map(str, whole))
 
 
-def _compile(lowered: Any, model_flops: int, whole: list[Whole], request: Request) -> Program:
+def _compile(lowered: Any, model_flops: int, whole: list[str], request: Request) -> Program:
     _hits.pop()
     start = time.monotonic()
     compiled = lowered.compile()

@@ -186,9 +186,9 @@ def undivided(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> li
     return _resolve(axes, shape, mesh)[1]
 
 
-def described(found: Mapping[str, Sequence[Whole]]) -> list[str]:
+def described(found: Mapping[str, Sequence[str]]) -> list[str]:
     """A line for each thing that stays whole, with where it was found: `heads 4 over tensor 8: a, b and 7 more`."""
-    where: dict[Whole, list[str]] = {}
+    where: dict[str, list[str]] = {}
     for name in found:
         for each in found[name]:
             where.setdefault(each, []).append(name)

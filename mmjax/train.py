@@ -107,7 +107,10 @@ def _compile(session: Session, there: Mapping[str, Program]) -> dict[str, Progra
 def _tell_whole(session: Session, reports: Sequence[Mapping[str, Any]]) -> None:
     """Says what the rules were to divide and the mesh does not: parameters, and activations by program."""
     specs = session.experiment.declaration.specs
-    found = {name: undivided(s.axes, s.shape, session.mesh) for name, s in specs.items()}
+    found = {
+        name: [str(each) for each in undivided(spec.axes, spec.shape, session.mesh)]
+        for name, spec in specs.items()
+    }
     found |= {f"{r['name']} {r['kind']}": r["whole"] for r in reports}
     lines = described(found)
     if lines:

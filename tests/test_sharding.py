@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toyrun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import mesh_utils
@@ -262,7 +263,7 @@ def test_what_stays_whole_is_told():
     mesh = mesh_of(2, 1, 1, 4, 1)
     assert undivided(("heads", "embed"), (8, 7), mesh) == []
     assert undivided(("heads", "mlp"), (6, 8), mesh) == [Whole("tensor", 4, "heads", 6)]
-    found = {name: undivided(("heads",), (6,), mesh) for name in "abc"}
+    found = {name: [str(x) for x in undivided(("heads",), (6,), mesh)] for name in "abc"}
     assert described({**found, "d": []}) == ["heads 6 over tensor 4: a, b and 1 more"]
 
 
@@ -277,3 +278,16 @@ def test_activations_that_stay_whole_are_noted_in_the_trace():
         assert whole == {Whole("sequence", 4, "tokens", 6)}
         jax.jit(function).lower(jnp.ones((4, 5, 3)))
     assert len(whole) == 1, "no more is noted outside"
+
+
+def test_a_run_under_rules_of_its_own_comes_to_the_same(tmp_path):
+    """Also when it goes on under the table's; float32, so to rounding."""
+    words = ("mesh.data=2", "mesh.fsdp=4", "steps=4", "evaluation.every=0")
+    own = "mesh.rules={'embed': ['data', 'fsdp'], 'mlp': [], 'batch': ['fsdp']}"
+    toyrun.run(tmp_path / "table", *words, devices=8)
+    toyrun.run(tmp_path / "own", *words[:2], "steps=2", "evaluation.every=0", own, devices=8)
+    toyrun.run(tmp_path / "own", *words, devices=8)
+    one, other = (toyrun.parameters(tmp_path / name) for name in ("table", "own"))
+    assert one.keys() == other.keys()
+    for name, expected in one.items():
+        np.testing.assert_allclose(other[name], expected, rtol=1e-4, atol=1e-6)
