@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmjax.experiment import Experiment
+from mmjax.experiment import Experiment, program_key
 from mmjax.plan.cost import DCN, ICI
 from mmjax.plan.topology import Topology
 from mmjax.plan.workers import Reports
@@ -29,8 +29,9 @@ def make_plan(
     facts = reports.facts
     visits = experiment.schedule().visits(experiment.run.steps)
     code = sum(c["bytes"]["code"] for c in reports.cases.values() if c["status"] == "compiled")
+    kinds = {program_key(task, each): each.what for task, each in experiment.passes()}
     programs = [
-        _program(name, case, facts, code, experiment, visits)
+        _program((name, kinds.get(name, "train")), case, facts, code, experiment, visits)
         for name, case in reports.cases.items()
     ]
     train = [p for p in programs if p["kind"] == "train"]
@@ -61,7 +62,7 @@ def _size(mesh: Mapping[str, int]) -> int:
 
 
 def _program(
-    name: str,
+    name_and_kind: tuple[str, str],
     case: Mapping[str, Any],
     facts: Mapping[str, Any],
     code: int,
@@ -69,11 +70,12 @@ def _program(
     visits: Mapping[str, int],
 ) -> dict[str, Any]:
     """One entry of `programs`."""
+    name, kind = name_and_kind
     task = name.split("/")[0]
     made: dict[str, Any] = {
         "name": name,
         "task": task,
-        "kind": "train" if name == task else name.split("/", 1)[1].rsplit("/", 1)[0],
+        "kind": kind,
         "shape": case.get("shape"),
         "status": case["status"],
         "compile_seconds": case.get("compile_seconds"),
@@ -89,10 +91,10 @@ def _program(
         "bytes": {**needed, "limit": limit, "over": max(0, needed["needed"] - limit)},
     }
     if not fits:
-        made["help"] = advice(experiment, task, made["kind"], facts, limit)
+        made["help"] = advice(experiment, task, kind, facts, limit)
     if case["status"] == "compiled":
         made |= _costs(case, facts)
-    if made["kind"] == "train":
+    if kind == "train":
         made |= {"tokens": case["tokens"], "visits": visits.get(task, 0)}
         if "estimate" in made:
             made["hours"] = made["visits"] * made["estimate"]["seconds"] / 3600
