@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmjax.experiment import Experiment, program_key
+from mmjax.experiment import Experiment
 from mmjax.plan.cost import DCN, ICI
 from mmjax.plan.topology import Topology
 from mmjax.plan.workers import Reports
@@ -29,9 +29,8 @@ def make_plan(
     facts = reports.facts
     visits = experiment.schedule().visits(experiment.run.steps)
     code = sum(c["bytes"]["code"] for c in reports.cases.values() if c["status"] == "compiled")
-    kinds = {program_key(task, each): each.what for task, each in experiment.passes()}
     programs = [
-        _program((name, kinds.get(name, "train")), case, facts, code, experiment, visits)
+        _program(name, case, facts, code, experiment, visits)
         for name, case in reports.cases.items()
     ]
     train = [p for p in programs if p["kind"] == "train"]
@@ -62,7 +61,7 @@ def _size(mesh: Mapping[str, int]) -> int:
 
 
 def _program(
-    name_and_kind: tuple[str, str],
+    name: str,
     case: Mapping[str, Any],
     facts: Mapping[str, Any],
     code: int,
@@ -70,12 +69,11 @@ def _program(
     visits: Mapping[str, int],
 ) -> dict[str, Any]:
     """One entry of `programs`."""
-    name, kind = name_and_kind
     task = name.split("/")[0]
     made: dict[str, Any] = {
         "name": name,
         "task": task,
-        "kind": kind,
+        "kind": "train" if name == task else name.split("/", 1)[1].rsplit("/", 1)[0],
         "shape": case.get("shape"),
         "status": case["status"],
         "compile_seconds": case.get("compile_seconds"),
@@ -91,10 +89,10 @@ def _program(
         "bytes": {**needed, "limit": limit, "over": max(0, needed["needed"] - limit)},
     }
     if not fits:
-        made["help"] = advice(experiment, task, kind, facts, limit)
+        made["help"] = advice(experiment, task, made["kind"], facts, limit)
     if case["status"] == "compiled":
         made |= _costs(case, facts)
-    if kind == "train":
+    if made["kind"] == "train":
         made |= {"tokens": case["tokens"], "visits": visits.get(task, 0)}
         if "estimate" in made:
             made["hours"] = made["visits"] * made["estimate"]["seconds"] / 3600
