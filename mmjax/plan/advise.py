@@ -66,17 +66,22 @@ def _climb(block: Block, task: str, remat: str, plan: Plan) -> Iterable[dict[str
             if parts == start:
                 raise
             return  # a part no longer divides over the mesh
-        train = next(p for p in found["programs"] if p["kind"] == "train")
-        yield {
-            "task": task,
-            "remat": remat,
-            "microbatches": parts,
-            "needed": train.get("bytes", {}).get("needed"),
-            "fits": train["fits"],
-            "seconds": train.get("estimate", {}).get("seconds"),
-        }
-        if train["fits"]:
+        each = {"task": task, "remat": remat, "microbatches": parts, **_training(found)}
+        yield each
+        if each["fits"]:
             return
+
+
+def _training(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What a task's training needs, whether it fits and how long a step takes: of its largest program."""
+    programs = [p for p in plan["programs"] if p["kind"] == "train"]
+    needed = [p["bytes"]["needed"] for p in programs if "bytes" in p]
+    seconds = [p["estimate"]["seconds"] for p in programs if "estimate" in p]
+    return {
+        "needed": max(needed, default=None),
+        "fits": all(p["fits"] for p in programs),
+        "seconds": max(seconds, default=None),
+    }
 
 
 def _parts(batch: int, start: int) -> list[int]:

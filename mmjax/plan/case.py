@@ -34,7 +34,7 @@ from mmjax.plan import cost, hlo
 from mmjax.plan.groups import Layout
 from mmjax.plan.topology import Topology, describe
 from mmjax.program import Request
-from mmjax.sharding import make_mesh
+from mmjax.sharding import AXES, make_mesh
 
 FORMAT = (
     1  # of cached reports; to be raised when what a report holds, or how it is counted, changes
@@ -135,7 +135,7 @@ class Cases:
         """What holds for all programs."""
         return {
             "device": self._devices[0].device_kind,
-            "mesh": {axis: int(n) for axis, n in self._mesh.shape.items()},
+            "mesh": {axis: int(self._mesh.shape[axis]) for axis in AXES},
             "chip": dataclasses.asdict(self._chip),
             "state_bytes": shard_bytes(self._state),
             "versions": versions(),

@@ -26,10 +26,11 @@ def print_plan(plan: Mapping[str, Any]) -> None:
     print(f"Plan for {label}: {where['devices']} devices ({where['device']}), mesh {mesh}.\n")
     _memory_table(plan)
     compiled = [p for p in plan["programs"] if p["status"] == "compiled"]
-    _flops_table(compiled)
-    training = [p for p in compiled if p["kind"] == "train"]
-    _estimate_table(training)
-    _collectives_table(training)
+    if compiled:
+        _flops_table(compiled)
+    if training := [p for p in compiled if p["kind"] == "train"]:
+        _estimate_table(training)
+        _collectives_table(training)
     print("\n".join(_remarks(plan)))
 
 

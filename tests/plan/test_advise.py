@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import toyrun
 
+from mmjax import config as configs
 from mmjax.config import Block
 from mmjax.errors import UserError
 from mmjax.plan.advise import advise
@@ -53,6 +54,22 @@ def test_rematerialisation_where_micro_batches_do_not_help() -> None:
     found = advise(toyrun.block(), "", plans(0.5))
     assert found["fits"] and found["overrides"][0] == "model.remat=dots"
     assert {t["microbatches"] for t in found["tried"] if t["chosen"]} == {8, 16}
+
+
+def test_of_several_programs_of_a_task_the_largest_counts() -> None:
+    """As phases of a run give it."""
+    inner = plans(4)
+
+    def plan(block: Block, task: str) -> Mapping[str, Any]:
+        (_, small), (_, large) = (inner(b, task)["programs"] for b in (block, doubled(block, task)))
+        return {"programs": [small, large]}
+
+    def doubled(block: Block, task: str) -> Block:
+        return configs.override(block, [f"tasks.{task}.batch={2 * block['tasks'][task]['batch']}"])
+
+    found = advise(toyrun.block(), "one", plan)
+    assert found["overrides"] == ["tasks.one.microbatches=4"]
+    assert [t["needed"] for t in found["tried"] if t["remat"] == "none"] == [16, 8, 4]
 
 
 def test_nothing_fits() -> None:
