@@ -10,22 +10,23 @@ import pytest
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.sharding import MeshConfig, make_mesh
 
-TOKENS = 2048
+TOKENS = 1024
 
 
 @pytest.fixture(scope="module")
 def experiment() -> Experiment:
-    """A clip of 64 frames and 131 thousand samples of sound, each 2,048 tokens, one at a time."""
+    """A clip of 32 frames and 65 thousand samples of sound, each 1,024 tokens, one at a time."""
     inputs = {
-        "video": {"frames": 64, "size": 64},
+        "video": {"frames": 32, "size": 64},
         "waveform": {"samples": TOKENS * 64},
     }
-    layer = {"name": "transformer", "heads": 2, "hidden": 64}
+    # All logits at once: what a chunk holds does not grow with the stream anyway.
+    layer = {"name": "transformer", "heads": 2, "hidden": 64, "kernel": "plain"}
     return make_experiment(
         {
             "steps": 1,
             "modalities": {
-                "video": {"name": "video", "tube": 2, "patch": 8, "time_buckets": 32, "buckets": 8},
+                "video": {"name": "video", "tube": 2, "patch": 8, "time_buckets": 16, "buckets": 8},
                 "waveform": {"name": "waveform", "patch": 64, "buckets": TOKENS},
             },
             "model": {"width": 32, "groups": [{"repeat": 2, "pattern": [layer]}]},
@@ -62,7 +63,7 @@ def test_memory_falls_with_the_devices_that_share_a_stream(
     print(f"temporary bytes of a device, {task} of {TOKENS} tokens: {sizes}")
     assert all(sizes[parts] < sizes[1] / (0.6 * parts) for parts in counts if parts > 1)
     logits = 2 * TOKENS**2 * 4  # of the heads, in float32
-    assert sizes[1] > logits > sizes[8], "attention is the bulk of it"
+    assert sizes[1] > 4 * logits > 3 * sizes[8], "attention is the bulk of it"
 
 
 def test_without_the_rule_it_does_not(experiment: Experiment) -> None:
