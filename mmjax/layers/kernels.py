@@ -138,6 +138,8 @@ def refuse_cudnn(platform: str, q_BSHK: jax.Array, pairs: Pairs) -> str:
     """Without a bias, which would be as large as the logits, it knows full and causal attention."""
     if platform not in ("gpu", "cuda"):
         return f"it runs on NVIDIA GPUs, and this is compiled for {platform}"
+    if not has_cudnn():
+        return "this machine has no cuDNN, which JAX asks for its version"
     if q_BSHK.dtype not in (jnp.float16, jnp.bfloat16):
         return f"it does not take {q_BSHK.dtype}"
     if q_BSHK.shape[-1] % 8 or q_BSHK.shape[-1] > LANES:
@@ -149,6 +151,16 @@ def refuse_cudnn(platform: str, q_BSHK: jax.Array, pairs: Pairs) -> str:
     if pairs.mask != FULL and not _is_causal(pairs):
         return f"it cannot express {pairs.mask}"
     return ""
+
+
+def has_cudnn() -> bool:
+    """Whether JAX finds a cuDNN here; it also asks where it only compiles for a GPU that is elsewhere."""
+    try:
+        from jax._src.lib import cuda_versions
+
+        return cuda_versions is not None and bool(cuda_versions.cudnn_get_version())
+    except (ImportError, AttributeError, RuntimeError):
+        return False
 
 
 def _is_causal(pairs: Pairs) -> bool:

@@ -191,6 +191,17 @@ def chosen(
     return choose(kernel, platform, q, q, pairs)
 
 
+@pytest.fixture(autouse=True)
+def _cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "has_cudnn", lambda: True)
+
+
+def test_without_cudnn_its_kernel_gives_way(said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "has_cudnn", lambda: False)
+    assert chosen("auto", "cuda", Pairs()) == "chunked"
+    assert "has no cuDNN" in said.records[0].getMessage()
+
+
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(module, "_said", set())
