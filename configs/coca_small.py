@@ -3,8 +3,8 @@
 python -m mmjax.data.build emoji
 python -m mmjax.train --config=configs/coca_small.py --workdir=runs/coca_small
 
-Hardware: a CPU with 2 cores: 1,200 steps of 11.5 GFLOP, 5 to 9 minutes in all, measured beside other work
-(5 to 9 beside other work). Results (one seed): picture to text, recall at 10 of 69 % on drawings never seen (chance
+Hardware: a CPU with 2 cores: 1,200 steps of 11.5 GFLOP, 5 to 9 minutes in all, measured beside other
+work. Results (one seed): picture to text, recall at 10 of 69 % on drawings never seen (chance
 4 %) and 35 % on concepts never seen (chance 3.5 %); captions of drawings never seen, 1.50 nats per token (5.1 knowing
 nothing), token F1 of 15 % (0.5 %), 4 % word for word; of concepts never seen, whose names it never met, 6.5 nats (5.1)
 and F1 of 16 % (1.7 %).
