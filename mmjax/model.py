@@ -29,11 +29,13 @@ class ModelConfig:
       width: size of a token.
       groups: the trunk's layers.
       remat: what the backward pass computes again: `none`, `dots` or `full`.
+      norm_modalities: modalities (or modality: expert) that have a last norm each; empty for one of all.
     """
 
     width: int
     groups: tuple[GroupConfig, ...]
     remat: str = "none"
+    norm_modalities: Any = ()
 
 
 class Model(nnx.Module):
@@ -43,7 +45,9 @@ class Model(nnx.Module):
         self, config: ModelConfig, modalities: Mapping[str, Modality], heads: Mapping[str, Any]
     ):
         self.stems = nnx.Dict({name: m.stem(config.width) for name, m in modalities.items()})
-        self.trunk = Trunk(config.groups, config.width, config.remat)
+        self.trunk = Trunk(
+            config.groups, config.width, config.remat, norm_modalities=config.norm_modalities
+        )
         self.heads = nnx.Dict({name: nnx.Dict(parts) for name, parts in heads.items()})
 
     def tokens(self, modality: str, arrays: Mapping[str, jax.Array]) -> Stream:

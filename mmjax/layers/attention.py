@@ -11,6 +11,7 @@ from flax import nnx, struct
 
 from mmjax.errors import UserError
 from mmjax.layers.attend import attend, check_kernel
+from mmjax.layers.by_modality import ONE, TIED, Kinds, Untied, apply
 from mmjax.layers.dense import LayerNorm, lecun
 from mmjax.layers.masks import Pairs
 from mmjax.parameters import Initializer, declare
@@ -39,52 +40,89 @@ class Attention(nnx.Module):
     `softmax(q k^T / sqrt(D / heads)) v`, projections without biases. With `qk_norm`, queries and keys are
     normalised per head (Dehghani et al. 2023). `kernel` is one of `mmjax.layers.attend`. On a mesh with a
     `sequence` axis each device attends from its own tokens to those of all: only keys and values are gathered,
-    so the result is exact.
+    so the result is exact. What is `untied` (`query`, `key`, `value`, `out`, `qk_norm`) is by modality; tokens
+    attend to each other all the same.
     """
 
-    def __init__(self, width: int, heads: int, qk_norm: bool = False, kernel: str = "auto"):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        qk_norm: bool = False,
+        kernel: str = "auto",
+        untied: Untied = TIED,
+    ):
         if heads < 1 or width % heads:
             raise UserError(f"attention: width {width} does not divide over {heads} heads.")
         check_kernel(kernel)
         size = width // heads
         # Query, key and value stay apart so that each can be routed or frozen on its own.
-        self.query = declare((width, heads, size), ("embed", "heads", None), _flat_init(1))
-        self.key = declare((width, heads, size), ("embed", "heads", None), _flat_init(1))
-        self.value = declare((width, heads, size), ("embed", "heads", None), _flat_init(1))
-        self.out = declare((heads, size, width), ("heads", None, "embed"), _flat_init(2))
-        self.query_norm = LayerNorm(size, bias=False) if qk_norm else None
-        self.key_norm = LayerNorm(size, bias=False) if qk_norm else None
+        self.query, self.key, self.value = (
+            untied(part, lambda: _inner(width, heads, size)) for part in ("query", "key", "value")
+        )
+        self.out = untied("out", lambda: _outer(width, heads, size))
+        self.query_norm, self.key_norm = (
+            untied("qk_norm", lambda: LayerNorm(size, bias=False)) if qk_norm else None
+            for _ in range(2)
+        )
         self.kernel = kernel
 
     def __call__(
-        self, x_BSD: jax.Array, pairs: Pairs, source_BTD: jax.Array | None = None
+        self,
+        x_BSD: jax.Array,
+        pairs: Pairs,
+        source_BTD: jax.Array | None = None,
+        kinds: Kinds = ONE,
     ) -> jax.Array:
-        """Each token of `x` reads the tokens of `source` (cross-attention), or of `x` itself where it is None."""
-        return self.read(x_BSD, self.key_values(x_BSD if source_BTD is None else source_BTD), pairs)
+        """Each token of `x` reads the tokens of `source` (cross-attention), or of `x` itself where it is None.
 
-    def key_values(self, x_BTD: jax.Array) -> KeyValues:
+        `kinds` says what the tokens of `x` are; a source belongs to a part that has no copies.
+        """
+        read = x_BSD if source_BTD is None else source_BTD
+        held = self.key_values(read, kinds if source_BTD is None else ONE)
+        return self.read(x_BSD, held, pairs, kinds)
+
+    def key_values(self, x_BTD: jax.Array, kinds: Kinds = ONE) -> KeyValues:
         """What of the tokens of `x` others read."""
-        k_BTHK, v_BTHK = _project(x_BTD, self.key[...]), _project(x_BTD, self.value[...])
-        return KeyValues(k_BTHK if self.key_norm is None else self.key_norm(k_BTHK), v_BTHK)
+        k_BTHK = apply(self.key, x_BTD, kinds, _project)
+        v_BTHK = apply(self.value, x_BTD, kinds, _project)
+        return KeyValues(
+            k_BTHK if self.key_norm is None else apply(self.key_norm, k_BTHK, kinds), v_BTHK
+        )
 
-    def read(self, x_BSD: jax.Array, held: KeyValues, pairs: Pairs) -> jax.Array:
+    def read(
+        self, x_BSD: jax.Array, held: KeyValues, pairs: Pairs, kinds: Kinds = ONE
+    ) -> jax.Array:
         """What the tokens of `x` read of those whose keys and values are `held`."""
-        q_BSHK = _project(x_BSD, self.query[...])
+        q_BSHK = apply(self.query, x_BSD, kinds, _project)
         if self.query_norm is not None:
-            q_BSHK = self.query_norm(q_BSHK)
+            q_BSHK = apply(self.query_norm, q_BSHK, kinds)
         gathered = ("batch", None, "heads", None)
         k_BTHK, v_BTHK = constrain(held.k_BTHK, gathered), constrain(held.v_BTHK, gathered)
         y_BSHK = attend(q_BSHK, k_BTHK, v_BTHK, pairs, self.kernel)
         y_BSHK = constrain(y_BSHK, ("batch", "tokens", "heads", None))
-        out_HKD = self.out[...]
-        return y_BSHK.reshape(*y_BSHK.shape[:2], -1) @ out_HKD.reshape(-1, out_HKD.shape[-1])
+        return apply(self.out, y_BSHK, kinds, _join_heads)
 
 
-def _project(x_BSD: jax.Array, kernel_DHK: jax.Array) -> jax.Array:
+def _inner(width: int, heads: int, size: int) -> nnx.Param:
+    return declare((width, heads, size), ("embed", "heads", None), _flat_init(1))
+
+
+def _outer(width: int, heads: int, size: int) -> nnx.Param:
+    return declare((heads, size, width), ("heads", None, "embed"), _flat_init(2))
+
+
+def _project(kernel: nnx.Param, x_BSD: jax.Array) -> jax.Array:
     # One plain matrix product: as an einsum with three output axes the CPU backend transposes first.
+    kernel_DHK = kernel[...]
     d, h, k = kernel_DHK.shape
     y = x_BSD @ kernel_DHK.reshape(d, h * k)
     return constrain(y.reshape(*y.shape[:2], h, k), ("batch", "tokens", "heads", None))
+
+
+def _join_heads(kernel: nnx.Param, y_BSHK: jax.Array) -> jax.Array:
+    out_HKD = kernel[...]
+    return y_BSHK.reshape(*y_BSHK.shape[:2], -1) @ out_HKD.reshape(-1, out_HKD.shape[-1])
 
 
 def _flat_init(inputs: int) -> Initializer:

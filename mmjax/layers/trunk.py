@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmjax import config as configs
+from mmjax.layers.by_modality import ByModality, Modalities, apply, experts, kinds
 from mmjax.layers.dense import LayerNorm
 from mmjax.layers.stream import Aux, Stream
 from mmjax.parameters import stack_layers
@@ -121,7 +122,10 @@ def add_up(auxes: Sequence[Aux]) -> Aux:
 
 
 class Trunk(nnx.Module):
-    """All groups in order, then a norm: one trunk for every modality and task."""
+    """All groups in order, then a norm: one trunk for every modality and task.
+
+    With `norm_modalities`, there is a last norm for each of them (see `mmjax.layers.by_modality`).
+    """
 
     def __init__(
         self,
@@ -129,6 +133,7 @@ class Trunk(nnx.Module):
         width: int,
         remat: str = "none",
         where: str = "model.groups",
+        norm_modalities: Modalities = (),
     ):
         if not groups:
             raise configs.UserError(f"{where} is empty; a trunk needs a group.")
@@ -137,11 +142,14 @@ class Trunk(nnx.Module):
         for index, group in enumerate(groups):
             self.groups.append(Group(group, width, first, remat, f"{where}[{index}]"))
             first += group.repeat * len(group.pattern)
-        self.norm = LayerNorm(width)
+        self.norm: Any = LayerNorm(width)
+        if norm_modalities:
+            self.norm = ByModality(lambda: LayerNorm(width), experts(norm_modalities))
 
     def __call__(self, stream: Stream, key: jax.Array) -> tuple[Stream, Aux]:
         stream, aux = self.layers(stream, key)
-        return replace(stream, x_BSD=self.norm(stream.x_BSD)), aux
+        x_BSD = apply(self.norm, stream.x_BSD, kinds(stream))
+        return replace(stream, x_BSD=x_BSD), aux
 
     def layers(self, stream: Stream, key: jax.Array) -> tuple[Stream, Aux]:
         """All but the norm."""

@@ -1,0 +1,116 @@
+"""A training step of a trunk untied by modality against a dense one, and the chunked scan against the plain recurrence.
+
+All of a block's parts are untied (Mixture-of-Transformers). `static` is one segment per modality, `interleaved`
+segments of 16 tokens in turn; the dense trunk sees the same tokens. In each pair both halves run in one process, and
+which comes first alternates. The config is not read but for its seed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from benchmarks._pairs import Effort, Quantity, quantity
+from mmjax.layers.masks import Causal
+from mmjax.layers.selective_scan import Tokens, selective_scan
+from mmjax.layers.stream import Stream
+from mmjax.layers.transformer import PARTS
+from mmjax.layers.trunk import GroupConfig, Trunk
+from mmjax.parameters import Declaration
+
+NAMES = ("text", "image", "sound")
+ROWS, LENGTH, WIDTH, LAYERS = 8, 384, 256, 4
+BLOCK = {"name": "transformer", "heads": 4, "hidden": 4 * WIDTH, "qk_norm": True}
+SPAN = 16  # tokens of an interleaved segment
+INNER, STATE = 512, 16  # of the recurrence
+
+Layout = tuple[tuple[str, int], ...]
+Step = Callable[[], Any]
+
+
+def measure(effort: Effort) -> list[Quantity]:
+    """Ratios of seconds."""
+    seed = effort.block.get("seed", 0)
+    found = []
+    for count in (2, 3):
+        names = NAMES[:count]
+        layouts = {
+            "static": tuple((name, LENGTH // count) for name in names),
+            "interleaved": tuple((name, SPAN) for name in names) * (LENGTH // SPAN // count),
+        }
+        for kind, layout in layouts.items():
+            one, two = _trunk_step(layout, True, seed), _trunk_step(layout, False, seed)
+            name = f"untied to dense, {count} modalities, {kind}"
+            found.append(quantity(name, _ratios(one, two, effort), wanted="at most 1.03"))
+    one, two = _scan_step(selective_scan, seed), _scan_step(_recurrence, seed)
+    return [*found, quantity("chunked scan to recurrence", _ratios(one, two, effort))]
+
+
+def _ratios(one: Step, two: Step, effort: Effort) -> list[float]:
+    _seconds(one, 1), _seconds(two, 1)  # compiled here
+    ratios = []
+    for pair in range(effort.pairs):
+        if pair % 2:
+            below, above = _seconds(two, effort.steps), _seconds(one, effort.steps)
+        else:
+            above, below = _seconds(one, effort.steps), _seconds(two, effort.steps)
+        ratios.append(above / below)
+    return ratios
+
+
+def _seconds(step: Step, count: int) -> float:
+    began = time.perf_counter()
+    for _ in range(count):
+        jax.block_until_ready(step())
+    return time.perf_counter() - began
+
+
+def _trunk_step(layout: Layout, is_untied: bool, seed: int) -> Step:
+    """Loss and gradient of a trunk."""
+    names = list(dict.fromkeys(name for name, _ in layout))
+    block = {**BLOCK, "untie": list(PARTS), "modalities": names} if is_untied else BLOCK
+    norms = names if is_untied else []
+    trunk = Trunk([GroupConfig(LAYERS, (block,))], WIDTH, norm_modalities=norms)
+    declaration = Declaration(nnx.Dict({"trunk": trunk}))
+    parameters = jax.jit(declaration.initialise)(seed)
+    x = jax.random.normal(jax.random.key(seed), (ROWS, LENGTH, WIDTH))
+
+    def loss(parameters: Any, x: jax.Array) -> jax.Array:
+        stream = Stream(x, layout=layout, mask=Causal())
+        out, _ = declaration.merge(parameters)["trunk"](stream, jax.random.key(0))
+        return jnp.square(out.x_BSD - 1).mean()
+
+    gradient = jax.jit(jax.value_and_grad(loss))
+    return lambda: gradient(parameters, x)
+
+
+def _scan_step(scan: Callable[[jax.Array, Tokens], jax.Array], seed: int) -> Step:
+    """Loss and gradient of the selective recurrence alone."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    sizes = (INNER, INNER, STATE, STATE)
+    x, step, b, c = (
+        jax.random.normal(key, (ROWS, LENGTH, size)) for key, size in zip(keys, sizes, strict=True)
+    )
+    tokens = Tokens(x, jax.nn.softplus(step - 3), b, c)
+    a_EN = -jnp.broadcast_to(jnp.arange(1.0, STATE + 1), (INNER, STATE))
+    gradient = jax.jit(jax.value_and_grad(lambda t: jnp.square(scan(a_EN, t)).mean()))
+    return lambda: gradient(tokens)
+
+
+def _recurrence(a_EN: jax.Array, tokens: Tokens) -> jax.Array:
+    """Token by token."""
+
+    def body(h_BEN: jax.Array, token: Tokens) -> tuple[jax.Array, jax.Array]:
+        write_BEN = (token.step_BSE * token.x_BSE)[..., None] * token.in_BSN[:, None]
+        h_BEN = jnp.exp(token.step_BSE[..., None] * a_EN) * h_BEN + write_BEN
+        return h_BEN, (h_BEN * token.out_BSN[:, None]).sum(axis=-1)
+
+    start_BEN = jnp.zeros((tokens.x_BSE.shape[0], *a_EN.shape))
+    by_token = jax.tree.map(lambda t: jnp.moveaxis(t, 1, 0), tokens)
+    _, y_SBE = jax.lax.scan(body, start_BEN, by_token)
+    return jnp.moveaxis(y_SBE, 0, 1)

@@ -1,0 +1,73 @@
+"""The selective state-space recurrence, in parallel within chunks (Gu and Dao 2023, section 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+CHUNK = 32  # tokens whose states are held at once
+
+Pair = tuple[jax.Array, jax.Array]
+
+
+@struct.dataclass
+class Tokens:
+    """What the recurrence reads of each token.
+
+    Attributes:
+      x_BSE: inputs.
+      step_BSE: step sizes, at least 0; a token of step 0 leaves the state as it is.
+      in_BSN, out_BSN: what a token writes to the state, and reads of it.
+      begins_BS: tokens before which the state is zero, bool; None for only the first.
+    """
+
+    x_BSE: jax.Array
+    step_BSE: jax.Array
+    in_BSN: jax.Array
+    out_BSN: jax.Array
+    begins_BS: jax.Array | None = None
+
+
+def selective_scan(a_EN: jax.Array, tokens: Tokens, chunk: int = CHUNK) -> jax.Array:
+    """`h_s = exp(step_s a) h_(s-1) + step_s in_s x_s; y_s = out_s . h_s`: y, `[B, S, E]` in float32 or wider.
+
+    A state is `[E, N]` for each row. Those of one chunk at a time are held, and made again in the backward pass, so
+    that memory does not grow with the length but for inputs, outputs and a state per chunk.
+    """
+    wide = jnp.promote_types(tokens.x_BSE.dtype, jnp.float32)
+    tokens = jax.tree.map(lambda t: t if t.dtype == bool else t.astype(wide), tokens)
+    b, s, e = tokens.x_BSE.shape
+    chunk = min(chunk, s)
+    count = -(-s // chunk)
+
+    def split(t: jax.Array) -> jax.Array:
+        # What is appended has step 0.
+        t = jnp.pad(t, [(0, 0), (0, count * chunk - s), *[(0, 0)] * (t.ndim - 2)])
+        return jnp.moveaxis(t.reshape(b, count, chunk, *t.shape[2:]), 1, 0)
+
+    def body(state_BEN: jax.Array, tokens: Tokens) -> Pair:
+        return _chunk(a_EN.astype(wide), state_BEN, tokens)
+
+    start_BEN = jnp.zeros((b, e, a_EN.shape[1]), wide)
+    chunks = jax.tree.map(split, tokens)
+    _, y_CBLE = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), start_BEN, chunks)
+    return jnp.moveaxis(y_CBLE, 0, 1).reshape(b, count * chunk, e)[:, :s]
+
+
+def _chunk(a_EN: jax.Array, state_BEN: jax.Array, tokens: Tokens) -> Pair:
+    """The state after a chunk, and the outputs within."""
+    keep_BLEN = jnp.exp(tokens.step_BSE[..., None] * a_EN)
+    if tokens.begins_BS is not None:
+        keep_BLEN = jnp.where(tokens.begins_BS[..., None, None], 0, keep_BLEN)
+    add_BLEN = (tokens.step_BSE * tokens.x_BSE)[..., None] * tokens.in_BSN[:, :, None]
+    kept, added = jax.lax.associative_scan(_after, (keep_BLEN, add_BLEN), axis=1)
+    state_BLEN = kept * state_BEN[:, None] + added
+    return state_BLEN[:, -1], (state_BLEN * tokens.out_BSN[:, :, None]).sum(axis=-1)
+
+
+def _after(one: Any, two: Any) -> Pair:
+    """`h -> keep h + add` twice in a row."""
+    return two[0] * one[0], two[0] * one[1] + two[1]
