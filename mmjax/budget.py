@@ -58,6 +58,8 @@ class Budget:
         planned = self._stretch(clock.step).weights
         wanted = {t: 0 if t in clock.quarantined else weight for t, weight in planned.items()}
         running = [task for task, weight in wanted.items() if weight]
+        if not running:
+            return clock  # in this stretch the one before it goes on, see `health.quarantine`
         shares = np.zeros(len(running), np.int32)
         if jax.process_index() == 0:
             decided = self._decision(clock.step, wanted)

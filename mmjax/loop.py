@@ -197,7 +197,8 @@ class Loop:
         """
         if self._budget.is_boundary(self._clock.step):
             self._settle()  # not yet done where a shorter run ended; else this changes nothing
-        if self._session.was_evaluated and self._clock.step < self._run.steps:
+        has_begun = self._session.was_evaluated and self._clock.step < self._run.steps
+        if has_begun and not self._must_stop():
             self._evaluate(state)
         while self._clock.step < self._run.steps and not self._must_stop():
             state = self._stretch(state)

@@ -148,6 +148,16 @@ def test_another_change_leaves_it_out(tmp_path: Path) -> None:
     assert clock(workdir)["quarantined"] == {"one": 4}
 
 
+def test_a_run_goes_on_where_a_later_phase_has_no_task_left(tmp_path: Path) -> None:
+    """Also under a budget, which has nothing to share there; stopped in it, it goes on the same way."""
+    phase = 'schedule.phases=({"start": 8, "rule": "budget", "weights": {"one": 1, "two": 0}},)'
+    words = (*BROKEN, phase, "schedule.measure=5", "evaluation.every=0")
+    run(tmp_path / "run", *words, "steps=9")
+    run(tmp_path / "run", *words)
+    assert tasks(tmp_path / "run")[4:] == ["two"] * 8
+    assert segments(tmp_path / "run")[1:] == [(4, {"one": 0, "two": 1})]
+
+
 # --- finite divergence -------------------------------------------------------------------------
 
 

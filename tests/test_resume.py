@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import toyrun
 from etils import epath
-from harness import Aim, Harness, contents, deterministic, finished_steps
+from harness import Aim, Harness, contents, deterministic, finished_steps, log
 from toyrun import block, run, watched
 
 from mmjax import checkpoint, loop, train
@@ -310,6 +310,24 @@ def test_sigterm_again_before_the_first_new_step(
     assert finished_steps(half)[-1] == 8
     run(half)
     same(half, straight)
+
+
+def test_sigterm_before_an_evaluation_that_is_done_again_leaves_it(
+    tmp_path: Path, raised: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart from step 8 evaluates there; one that is to stop does not begin to."""
+    words = ("evaluation.every=4",)
+    run(tmp_path / "straight", *words)
+    workdir = Path(shutil.copytree(tmp_path / "straight", tmp_path / "run"))
+    shutil.rmtree(workdir / "checkpoints" / "12")
+    (workdir / "results.json").unlink()
+    raised(loop, "Loader", 1)
+    assert run(workdir, *words) is None
+    monkeypatch.undo()
+    begun = [x for x in log(workdir) if x["attempt"] == 1 and x["line"] == "begin"]
+    assert {x["phase"] for x in begun if "step" in x} == {"save"}
+    run(workdir, *words)
+    same(workdir, tmp_path / "straight")
 
 
 def test_sigterm_in_the_last_evaluation_lets_the_run_end(

@@ -62,9 +62,10 @@ CONTROL = "control"
 def small(block: configs.Block) -> configs.Block:
     """The same modalities, layers, tasks and optimizer; of each, only sizes that the code reads are smaller."""
     model = {"width": 32, "groups": [_group(g) for g in block["model"]["groups"]]}
-    tasks = {name: _task(task) for name, task in block["tasks"].items()}
+    modalities = {name: _capped(m, vocabulary=512) for name, m in block["modalities"].items()}
+    tasks = {name: _task(task, modalities) for name, task in block["tasks"].items()}
     return {
-        "modalities": block["modalities"],
+        "modalities": modalities,
         "steps": 10,
         "model": {**block["model"], **model},
         "tasks": tasks,
@@ -81,8 +82,23 @@ def _group(group: configs.Block) -> configs.Block:
     return {**group, "repeat": min(group["repeat"], 2), "pattern": pattern}
 
 
-def _task(task: configs.Block) -> configs.Block:
-    return {**task, "batch": DEVICES * task.get("microbatches", 1), "evaluators": {}}
+def _task(task: configs.Block, modalities: configs.Block) -> configs.Block:
+    """Pictures of at most eight patches a side."""
+    inputs = {
+        name: _capped(i, size=8 * modalities[name].get("patch", 8), length=16)
+        for name, i in task["inputs"].items()
+    }
+    objective = _capped(task["objective"], queries=8, pooler_heads=8, joint=32, chunk=4)
+    is_groups = {
+        k for k, v in objective.items() if isinstance(v, list) and v and isinstance(v[0], dict)
+    }
+    objective |= {key: [_group(g) for g in objective[key]] for key in is_groups}
+    rows = DEVICES * task.get("microbatches", 1)
+    return {**task, "inputs": inputs, "objective": objective, "batch": rows, "evaluators": {}}
+
+
+def _capped(block: configs.Block, **most: int) -> configs.Block:
+    return {**block, **{key: min(block[key], n) for key, n in most.items() if key in block}}
 
 
 def numbers(shapes: Any, rows: int) -> Any:
