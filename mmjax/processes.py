@@ -12,6 +12,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +27,7 @@ from mmjax.program import compile_silently
 from mmjax.sharding import replicated
 
 _PATIENCE = 3600  # seconds that a process waits for the slowest; one that died ends all much sooner
+_LAST = 2.0  # seconds by which process 0 outlives the others
 _SLOW = 3  # times the median of the others, from which on a process is named
 _questions = itertools.count()
 
@@ -111,10 +113,18 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
         if keys:
             words = "; ".join(f"{k}: {first.get(k)} there, {other.get(k)} here" for k in keys[:5])
             more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            _let_others_end()
             raise UserError(
                 f"Process {index} was started otherwise than process 0: {words}{more}. Start all with the "
                 "same config, flags and versions."
             )
+
+
+def _let_others_end() -> None:
+    """Process 0 holds the line on which all speak: it ends last, or the others are cut off in mid-sentence."""
+    wait_for_all()
+    if is_first():
+        time.sleep(_LAST)
 
 
 def slowest(seconds: float, least: float) -> tuple[int, float, float] | None:
