@@ -338,9 +338,9 @@ class Loop:
 
     def _tell_slow(self, seconds: float) -> None:
         """Name the process that the others waited for in this stretch of `seconds`, if one stands out."""
-        waits = self._waits[1:]  # the first one may be of a loader that has just begun
         if jax.process_count() == 1:
             return
+        waits = self._waits[1:]  # the first one may be of a loader that has just begun
         mean = sum(waits) / max(len(waits), 1)
         found = processes.slowest(mean, _NOTICED * seconds / max(len(self._waits), 1))
         if found:

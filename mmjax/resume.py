@@ -349,8 +349,9 @@ def environment(mesh: Mesh) -> dict[str, Any]:
 def started_with(block: configs.Block, mesh: Mesh) -> dict[str, Any]:
     """What all processes of a run must have in common, by key: config, versions and mesh."""
     config = {f"config.{key}": value for key, value in configs.flat(block)}
+    here = environment(mesh)
     alike = ("python", *_VERSIONED, "devices", "mesh")
-    return {**config, **{key: environment(mesh)[key] for key in alike}}
+    return {**config, **{key: here[key] for key in alike}}
 
 
 def _processor() -> str:

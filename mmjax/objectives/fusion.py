@@ -13,15 +13,13 @@ from jax.nn import initializers
 
 from mmjax.errors import UserError, nearest
 from mmjax.layers.bottleneck import FUSION, segments
-from mmjax.layers.dense import Dense
 from mmjax.layers.masks import FULL, Mask, QueryIs, Same
 from mmjax.layers.stream import Aux, Stream, mean_pool
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Loss, Objective
-from mmjax.objectives.classification import check_label, cross_entropy
+from mmjax.objective import Loss
+from mmjax.objectives.classification import Classification, Classifier, cross_entropy
 from mmjax.parameters import declare
-from mmjax.source import Example
 
 MASKS: Mapping[str, Mask] = {
     "full": FULL,
@@ -31,23 +29,18 @@ READINGS = ("each", "mean")
 
 
 class Fused(nnx.Module):
-    """The fusion tokens, and a linear map to classes of each output's own."""
+    """The fusion tokens, and the classifiers by output."""
 
-    def __init__(self, width: int, tokens: int, classes: int, outputs: tuple[str, ...]):
+    def __init__(self, width: int, tokens: int, classifiers: Mapping[str, Classifier]):
         self.tokens = declare(
             (tokens, width), (None, "embed"), initializers.normal(0.02), decay=False
         )
-        self.logits = nnx.Dict(
-            {
-                name: Dense(width, classes, ("embed", None), init=initializers.zeros)
-                for name in outputs
-            }
-        )
+        self.classifiers = nnx.Dict(classifiers)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fusion(Objective):
-    """Softmax cross-entropy of the classes, read from each modality's tokens and from fusion tokens.
+class Fusion(Classification):
+    """`Classification` with classifiers of each modality's tokens and of fusion tokens.
 
     Zorro (Recasens et al. 2023): `mask` is `zorro` (a modality's tokens see their own kind only, the fusion tokens see
     all) and `reading` is `each` (the loss is the mean of those of each modality's output and of the fusion output), so
@@ -55,27 +48,20 @@ class Fusion(Objective):
     `bottleneck`s, and `reading` is `mean` (the loss is that of the modalities' mean logits).
 
     Attributes:
-      classes: how many there are; labels are integers in [0, classes).
-      modalities: what is classified.
-      label: integer field with the class.
       tokens: number of fusion tokens.
       mask: `zorro`, or `full`.
       reading: `each` or `mean`.
     """
 
-    classes: int
-    modalities: tuple[str, ...]
-    label: str = "label"
     tokens: int = 4
     mask: str = "zorro"
     reading: str = "each"
 
     def __post_init__(self) -> None:
-        if self.classes < 2:
-            raise UserError(f"fusion: classes is {self.classes}; it must be at least 2.")
-        if not self.modalities or FUSION in self.modalities:
+        super().__post_init__()
+        if FUSION in self.modalities:
             raise UserError(
-                f"fusion: modalities is {list(self.modalities)}; name some, none '{FUSION}'."
+                f"fusion: modalities is {list(self.modalities)}; the name '{FUSION}' is that of its own tokens."
             )
         if self.tokens < 1:
             raise UserError(f"fusion: tokens is {self.tokens}; it must be at least 1.")
@@ -84,18 +70,10 @@ class Fusion(Objective):
                 value = getattr(self, key)
                 raise UserError(f"fusion: {key} is '{value}'.{nearest(value, known)}")
 
-    def reads(self) -> tuple[str, ...]:
-        return self.modalities
-
-    def fields(self) -> tuple[str, ...]:
-        return (self.label,)
-
-    def check_example(self, example: Example) -> None:
-        check_label(self.label, example[self.label], self.classes)
-
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
         outputs = (*self.modalities, *([FUSION] if self.reading == "each" else []))
-        return {"fused": Fused(width, self.tokens, self.classes, outputs)}
+        made = {name: Classifier(width, self.classes, self.norm, self.init) for name in outputs}
+        return {"fused": Fused(width, self.tokens, made)}
 
     def outputs(
         self, model: Model, inputs: Mapping[str, Any], key: jax.Array
@@ -113,11 +91,8 @@ class Fusion(Objective):
         )
         pooled = {part.layout[0][0]: mean_pool(part) for part in segments(out)}
         wide = jnp.promote_types(first.dtype, jnp.float32)
-        read = {name: x for name, x in pooled.items() if name in fused.logits}
-        return {name: fused.logits[name](x).astype(wide) for name, x in read.items()}, aux
-
-    def predicts(self) -> tuple[str, ...]:
-        return self.modalities
+        read = {name: x for name, x in pooled.items() if name in fused.classifiers}
+        return {name: fused.classifiers[name](x).astype(wide) for name, x in read.items()}, aux
 
     def predict(self, model: Model, inputs: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
         """Of one modality, its own output's; of several, the fusion output's or the mean of theirs."""
@@ -130,7 +105,9 @@ class Fusion(Objective):
         logits, aux = self.outputs(model, batch["inputs"], key)
         label_B, valid_B = batch["fields"][self.label], batch["valid"]
         told = {"all": mean(logits)} if self.reading == "mean" else logits
-        losses = {name: cross_entropy(x, label_B, valid_B) for name, x in told.items()}
+        losses = {
+            name: cross_entropy(x, label_B, valid_B, self.smoothing) for name, x in told.items()
+        }
         value = sum(losses.values()) / len(losses)
         return Loss(
             value + aux.loss, {f"loss_{name}": x for name, x in losses.items()}, aux.buffers
