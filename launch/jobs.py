@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STOPPED = 3  # how a run ends that was told to stop, and has saved
 GRACE = 15.0  # seconds that the other processes have to end when one has failed
 POLL = 0.1
+SETTLE = 2.0  # seconds within which one that was killed is the reason why another failed
 
 # Chips of a host, and GKE's name of the accelerator, by the generation as a topology names it.
 TPU_HOSTS = {"v4": 4, "v5e": 4, "v5p": 4, "v6e": 4, "tpu7x": 4}
@@ -200,16 +201,25 @@ class Pod:
     def _wait(self) -> int:
         while True:
             ended = {i: each.poll() for i, each in enumerate(self._started)}
-            failed = {i: status for i, status in ended.items() if status not in (None, 0, STOPPED)}
-            if failed:
-                return self._end(*next(iter(failed.items())))
+            if any(status not in (None, 0, STOPPED) for status in ended.values()):
+                return self._end(*self._culprit())
             if None not in ended.values():
                 return max(status or 0 for status in ended.values())
             time.sleep(POLL)
 
-    def _end(self, index: int, status: int | None) -> int:
+    def _culprit(self) -> tuple[int, int]:
+        """Which has failed first, and how: one killed takes the others with it, who may be seen to end before it."""
+        limit = time.monotonic() + SETTLE
+        while True:
+            ended = {i: each.poll() for i, each in enumerate(self._started)}
+            failed = {i: status for i, status in ended.items() if status and status != STOPPED}
+            killed = {i: status for i, status in failed.items() if status < 0}
+            if killed or None not in ended.values() or time.monotonic() > limit:
+                return next(iter((killed or failed).items()))
+            time.sleep(POLL)
+
+    def _end(self, index: int, status: int) -> int:
         """One has failed: the others cannot go on without it."""
-        assert status is not None
         print(
             f"pod: process {index} {how(status)}; ending the others.", file=sys.stderr, flush=True
         )

@@ -358,3 +358,24 @@ def test_a_dry_run_prints_and_calls_nothing(cloud: Cloud, kind: str, words: Any,
 def test_a_tool_that_is_not_installed(tmp_path: Path) -> None:
     done = Cloud(tmp_path).launch("slurm", *SLURM, "--workdir=/r")
     assert done.returncode == 2 and "'sbatch' is not installed" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "ends, blamed",
+    [
+        ("exit 2; sleep 0.4; kill -9 $$", "process 1 was ended by SIGKILL"),
+        ("exit 2; sleep 0.4; exit 3", "process 0 ended with status 2"),
+    ],
+)
+def test_the_process_that_was_killed_is_named_though_another_ended_before_it(
+    ends: str, blamed: str
+) -> None:
+    """As when a connection closes at once, and the memory of the one that was killed is given back slowly."""
+    first, second = ends.split("; ", 1)
+    job = f'if [ "$WHICH" = 0 ]; then {first}; else {second}; fi'
+    made = f"sys.exit(jobs.Pod([dict(os.environ, WHICH=str(i)) for i in range(2)]).run(['bash', '-c', {job!r}]))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import os, sys; sys.path.insert(0, 'launch'); import jobs; {made}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert f"pod: {blamed}; ending the others." in done.stderr
