@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,30 +76,45 @@ class Diffusion:
 
     def sample(
         self,
-        predict: Callable[[jax.Array, jax.Array], jax.Array],
-        noise: jax.Array,
+        predict: Callable[[Any, jax.Array], Any],
+        noise: Any,
         steps: int,
         bound: float | None = None,
-    ) -> jax.Array:
+    ) -> Any:
         """Data from noise, by the deterministic sampler (Song et al. 2021, DDIM; for `flow`, Euler's method).
 
         Args:
           predict: `(x_t, t) -> prediction`, t a scalar.
-          noise: `x_1`.
+          noise: `x_1`, an array or a tree of such.
           bound: data lie in [-bound, bound], and what a prediction says of them is cut to that.
         """
-        times = jnp.linspace(1.0, 0.0, steps + 1, dtype=noise.dtype)
+        times = jnp.linspace(1.0, 0.0, steps + 1, dtype=jax.tree.leaves(noise)[0].dtype)
 
-        def step(x_t: jax.Array, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        def step(x_t: Any, ends: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
             t, after = ends
-            x, e = self.resolved(predict(x_t, t), x_t, t)
-            if bound is not None:
-                x = jnp.clip(x, -bound, bound)
-                alpha, sigma = self.levels(t)
-                e = (x_t - alpha * x) / jnp.maximum(sigma, _LEAST)
-            return self.noised(x, e, after), None
+
+            def one(predicted: jax.Array, x_t: jax.Array) -> jax.Array:
+                return self._less(predicted, x_t, t, after, bound)
+
+            return jax.tree.map(one, predict(x_t, t), x_t), None
 
         return jax.lax.scan(step, noise, (times[:-1], times[1:]))[0]
+
+    def _less(
+        self,
+        predicted: jax.Array,
+        x_t: jax.Array,
+        t: jax.Array,
+        after: jax.Array,
+        bound: float | None,
+    ) -> jax.Array:
+        """`x_after` of `x_t`."""
+        x, e = self.resolved(predicted.astype(x_t.dtype), x_t, t)
+        if bound is not None:
+            x = jnp.clip(x, -bound, bound)
+            alpha, sigma = self.levels(t)
+            e = (x_t - alpha * x) / jnp.maximum(sigma, _LEAST)
+        return self.noised(x, e, after)
 
 
 def _spread(t: jax.Array, x: jax.Array) -> jax.Array:

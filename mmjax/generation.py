@@ -54,7 +54,12 @@ class _Written(NamedTuple):
 
 
 def generate(
-    step: Step, held: Any, keys_B: jax.Array, length: int, sampling: Sampling
+    step: Step,
+    held: Any,
+    keys_B: jax.Array,
+    length: int,
+    sampling: Sampling,
+    end: int | None = EOS_ID,
 ) -> jax.Array:
     """Texts of up to `length` tokens, int32 `[B, length]`: the end token closes them, and padding fills up.
 
@@ -65,6 +70,7 @@ def generate(
         the begin token; those after `at` mean nothing.
       held: what `step` remembers, before the first token.
       keys_B: a random key for each row.
+      end: the token that closes a text; None where all have the whole length.
     """
     rows = keys_B.shape[0]
     ids = jnp.full((rows, length + 1), PAD_ID, jnp.int32).at[:, 0].set(BOS_ID)
@@ -79,6 +85,7 @@ def generate(
         keys = jax.vmap(lambda key: jax.random.fold_in(key, at))(keys_B)
         token_B = jnp.where(ended_B, PAD_ID, sampling.choose(logits_BV, keys))
         ids = jax.lax.dynamic_update_slice_in_dim(ids, token_B[:, None], at + 1, axis=1)
-        return _Written(at + 1, ids, ended_B | (token_B == EOS_ID), held)
+        ended_B = ended_B if end is None else ended_B | (token_B == end)
+        return _Written(at + 1, ids, ended_B, held)
 
     return jax.lax.while_loop(goes_on, next_token, begin).ids[:, 1:]

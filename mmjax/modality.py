@@ -25,7 +25,13 @@ ArraySpec = dict[str, jax.ShapeDtypeStruct]
 
 
 class Stem(nnx.Module):
-    """The device side: `__call__(arrays) -> Stream` for arrays with a leading batch axis."""
+    """The device side: `__call__(arrays) -> Stream` for arrays with a leading batch axis.
+
+    A modality of continuous values, which diffusion can noise, has besides: `values(arrays, dtype) -> [B, S, P]`, what
+    each token is made of, about of size 1; `__call__(arrays, values)`, the stream of other values than those of the
+    arrays; and `bound`, which values do not exceed, or None. One of discrete tokens, whose arrays are
+    `ids` and `valid`, has `end`, the id that closes a span, or None where all have the whole length.
+    """
 
 
 @dataclass(frozen=True)

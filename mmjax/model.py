@@ -50,9 +50,12 @@ class Model(nnx.Module):
         )
         self.heads = nnx.Dict({name: nnx.Dict(parts) for name, parts in heads.items()})
 
-    def tokens(self, modality: str, arrays: Mapping[str, jax.Array]) -> Stream:
-        """The stem's stream for one modality's arrays (leading batch axis)."""
-        stream: Stream = self.stems[modality](arrays)
+    def tokens(
+        self, modality: str, arrays: Mapping[str, jax.Array], values: jax.Array | None = None
+    ) -> Stream:
+        """The stem's stream for one modality's arrays (leading batch axis), or for other values, see `Stem`."""
+        stem = self.stems[modality]
+        stream: Stream = stem(arrays) if values is None else stem(arrays, values)
         x_BSD = constrain(stream.x_BSD, ("batch", "tokens", None))
         return replace(stream, x_BSD=x_BSD, layout=((modality, x_BSD.shape[1]),))
 

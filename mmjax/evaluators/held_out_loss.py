@@ -12,7 +12,10 @@ from mmjax.task import Task
 
 @dataclass(frozen=True)
 class HeldOutLoss(Evaluator):
-    """Mean loss over the rows of a split, beside the objective's `baseline` (what knows nothing of the input)."""
+    """Mean loss over the rows of a split, beside the objective's `baseline` (what knows nothing of the input).
+
+    And each part NAME of the loss for which there is a `baseline NAME`.
+    """
 
     def passes(self, task: Task) -> dict[str, Pass]:
         return {"all": Pass("loss", self.source, ())}
@@ -23,5 +26,10 @@ class HeldOutLoss(Evaluator):
             raise UserError(
                 f"tasks.{task.name}: objective {type(task.objective).__name__} reports no 'baseline'."
             )
-        value, baseline = rows["loss"].mean(), rows["baseline"].mean()
-        return [self.record(task, "held-out loss", value, baseline, len(rows["loss"]), unit="loss")]
+        parts = [""] + [n.removeprefix("baseline ") for n in rows if n.startswith("baseline ")]
+        return [self._record(task, rows, part) for part in parts]
+
+    def _record(self, task: Task, rows: Outputs, part: str) -> Record:
+        values, baselines = rows[part or "loss"], rows[f"baseline {part}".strip()]
+        name = f"held-out loss {part}".strip()
+        return self.record(task, name, values.mean(), baselines.mean(), len(values), unit="loss")

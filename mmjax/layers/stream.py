@@ -24,6 +24,9 @@ class Stream:
       attributes: what a mask reads of each token besides the layout, `dict[name, int[B or 1, S]]`.
       mask: which tokens may attend to which.
       context: tokens that layers with cross-attention read besides.
+      item_segments: how many segments of the layout make an item, of sequences that hold several; 0 for one item.
+      held_BT: of a stream that comes part by part, which slots hold a token, with those of this part; None for all
+        up to its own.
     """
 
     x_BSD: jax.Array
@@ -33,6 +36,8 @@ class Stream:
     attributes: dict[str, jax.Array] = field(default_factory=dict)
     mask: Mask = struct.field(pytree_node=False, default=FULL)
     context: Stream | None = None
+    item_segments: int = struct.field(pytree_node=False, default=0)
+    held_BT: jax.Array | None = None
 
     def mask_BS(self) -> jax.Array:
         """`valid_BS`, made explicit."""
@@ -42,15 +47,25 @@ class Stream:
     def pairs(self) -> Pairs:
         """Which tokens may attend to which, for `attend`.
 
-        Static attributes are `position` (the index), `segment` (of the layout) and `modality`.
+        Static attributes are `position` (the index), `segment` (of the layout), `modality` and `item`.
         """
+        attributes = {**self._static(), **self.attributes}
+        return Pairs(self.mask, attributes, attributes, self.valid_BS)
+
+    def _static(self) -> dict[str, np.ndarray]:
         static = {"position": np.arange(self.x_BSD.shape[1])[None]}
         if self.layout:
             names, lengths = zip(*self.layout, strict=True)
-            static["segment"] = np.repeat(np.arange(len(names)), lengths)[None]
+            segments = np.arange(len(names))
+            static["segment"] = np.repeat(segments, lengths)[None]
             static["modality"] = np.repeat([code(name) for name in names], lengths)[None]
-        attributes = {**static, **self.attributes}
-        return Pairs(self.mask, attributes, attributes, self.valid_BS)
+            if self.item_segments:
+                static["item"] = np.repeat(segments // self.item_segments, lengths)[None]
+        return static
+
+    def items(self) -> jax.Array | np.ndarray | None:
+        """The `item` of each token, int `[B or 1, S]`; None where there is one."""
+        return self.attributes["item"] if "item" in self.attributes else self._static().get("item")
 
     def pairs_from(self, at: jax.Array | int, slots: int) -> Pairs:
         """As `pairs`, where these tokens are those from `at` on of `slots`; later ones are not there yet.
@@ -63,6 +78,8 @@ class Stream:
         }
         attributes = {side: {"position": p} for side, p in positions.items()}
         valid = positions["keys"] < at + self.x_BSD.shape[1]
+        if self.held_BT is not None:
+            valid = valid & self.held_BT
         return Pairs(self.mask, attributes["queries"], attributes["keys"], valid)
 
     def take(self, index_BK: jax.Array) -> Stream:

@@ -143,17 +143,23 @@ def unpatchify(patches_BSP: jax.Array, height: int, width: int, patch: int) -> j
 
 
 class ImageStem(nnx.Module):
-    """`{"pixels": uint8[B, H, W, 3]} ->` a stream of `(H/p)(W/p)` tokens."""
+    """`{"pixels": uint8[B, H, W, 3]} ->` a stream of `(H/p)(W/p)` tokens, of the patches' values in [-1, 1]."""
+
+    bound = 1.0  # see `mmjax.modality.Stem`
 
     def __init__(self, patch: int, buckets: int, width: int):
         self.patch = patch
         self.embed = Dense(patch * patch * 3, width, (None, "embed"))
         self.positions = Positions(width, {"y": buckets, "x": buckets}, scale=0.05)
 
-    def __call__(self, arrays: dict[str, jax.Array]) -> Stream:
-        pixels = arrays["pixels"]
-        kernel_dtype = self.embed.kernel[...].dtype
-        patches_BSP = patchify(pixels.astype(kernel_dtype) / 127.5 - 1, self.patch)
-        coordinates = grid(y=pixels.shape[1] // self.patch, x=pixels.shape[2] // self.patch)
-        x_BSD = self.embed(patches_BSP) + self.positions(coordinates).astype(kernel_dtype)
+    def values(self, arrays: dict[str, jax.Array], dtype: Any) -> jax.Array:
+        return patchify(arrays["pixels"].astype(dtype) / 127.5 - 1, self.patch)
+
+    def __call__(self, arrays: dict[str, jax.Array], values_BSP: jax.Array | None = None) -> Stream:
+        dtype = self.embed.kernel[...].dtype
+        if values_BSP is None:
+            values_BSP = self.values(arrays, dtype)
+        height, width = arrays["pixels"].shape[1:3]
+        coordinates = grid(y=height // self.patch, x=width // self.patch)
+        x_BSD = self.embed(values_BSP.astype(dtype)) + self.positions(coordinates).astype(dtype)
         return Stream(x_BSD, None, coordinates, (("image", x_BSD.shape[1]),))

@@ -182,18 +182,24 @@ def _bands(rate: int, window: int, mels: int, low: float, high: float) -> Any:
 class SpectrogramStem(nnx.Module):
     """`{"mel": float32[B, T, M], "valid": bool[B, T/p]} ->` a stream of `(T/p)(M/q)` tokens, time first."""
 
+    bound = None  # see `mmjax.modality.Stem`
+
     def __init__(self, patch: tuple[int, int], buckets: tuple[int, int], width: int):
         self.patch = patch
         self.embed = Dense(patch[0] * patch[1], width, (None, "embed"))
         self.positions = Positions(width, {"t": buckets[0], "f": buckets[1]}, scale=0.05)
 
-    def __call__(self, arrays: dict[str, jax.Array]) -> Stream:
-        mel_BTM = arrays["mel"]
+    def values(self, arrays: dict[str, jax.Array], dtype: Any) -> jax.Array:
+        return cut(arrays["mel"].astype(dtype), self.patch)
+
+    def __call__(self, arrays: dict[str, jax.Array], values_BSP: jax.Array | None = None) -> Stream:
+        frames, mels = arrays["mel"].shape[1:]
         dtype = self.embed.kernel[...].dtype
-        patches_BSP = cut(mel_BTM.astype(dtype), self.patch)
-        steps, bands = mel_BTM.shape[1] // self.patch[0], mel_BTM.shape[2] // self.patch[1]
+        if values_BSP is None:
+            values_BSP = self.values(arrays, dtype)
+        steps, bands = frames // self.patch[0], mels // self.patch[1]
         coordinates = grid(t=steps, f=bands)
-        x_BSD = self.embed(patches_BSP) + self.positions(coordinates).astype(dtype)
+        x_BSD = self.embed(values_BSP.astype(dtype)) + self.positions(coordinates).astype(dtype)
         valid_BS = jnp.repeat(arrays["valid"], bands, axis=1)
         return Stream(x_BSD, valid_BS, coordinates, (("spectrogram", x_BSD.shape[1]),))
 

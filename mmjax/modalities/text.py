@@ -14,7 +14,7 @@ from flax import nnx
 from jax.nn import initializers
 
 from mmjax.data import data_dir
-from mmjax.data.tokenizer import Tokenizer
+from mmjax.data.tokenizer import EOS_ID, Tokenizer
 from mmjax.errors import UserError
 from mmjax.layers.positions import Positions
 from mmjax.layers.stream import Stream
@@ -103,6 +103,8 @@ _tokenizer = lru_cache(maxsize=8)(Tokenizer)
 
 class TextStem(nnx.Module):
     """`{"ids": int32[B, S], "valid": bool[B, S]} ->` a stream of S tokens."""
+
+    end = EOS_ID  # see `mmjax.modality.Stem`
 
     def __init__(self, vocabulary: int, buckets: int, width: int):
         init = initializers.normal(0.1)

@@ -151,18 +151,24 @@ def _generator(seed: int | None) -> np.random.Generator | None:
 class VideoStem(nnx.Module):
     """`{"pixels": uint8[B, T, H, W, 3]} ->` a stream of `(T/t)(H/p)(W/p)` tokens."""
 
+    bound = 1.0  # see `mmjax.modality.Stem`
+
     def __init__(self, tube: tuple[int, int, int], buckets: dict[str, int], width: int):
         self.tube = tube
         self.embed = Dense(tube[0] * tube[1] * tube[2] * 3, width, (None, "embed"))
         self.positions = Positions(width, buckets, scale=0.05)
 
-    def __call__(self, arrays: dict[str, jax.Array]) -> Stream:
-        pixels = arrays["pixels"]
+    def values(self, arrays: dict[str, jax.Array], dtype: Any) -> jax.Array:
+        return cut(arrays["pixels"].astype(dtype) / 127.5 - 1, self.tube)
+
+    def __call__(self, arrays: dict[str, jax.Array], values_BSP: jax.Array | None = None) -> Stream:
+        sizes = arrays["pixels"].shape[1:4]
         dtype = self.embed.kernel[...].dtype
-        tubes_BSP = cut(pixels.astype(dtype) / 127.5 - 1, self.tube)
-        t, y, x = (size // side for size, side in zip(pixels.shape[1:4], self.tube, strict=True))
+        if values_BSP is None:
+            values_BSP = self.values(arrays, dtype)
+        t, y, x = (size // side for size, side in zip(sizes, self.tube, strict=True))
         coordinates = grid(t=t, y=y, x=x)
-        x_BSD = self.embed(tubes_BSP) + self.positions(coordinates).astype(dtype)
+        x_BSD = self.embed(values_BSP.astype(dtype)) + self.positions(coordinates).astype(dtype)
         return Stream(x_BSD, None, coordinates, (("video", x_BSD.shape[1]),))
 
 

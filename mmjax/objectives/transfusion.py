@@ -1,22 +1,29 @@
-"""Transfusion (Zhou et al. 2024): text by its next token and an image by diffusion, in one pass of the trunk."""
+"""Transfusion (Zhou et al. 2024): discrete tokens by the next one, continuous ones by diffusion, in one pass."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
 from jax.nn import initializers
 
+from mmjax.data.tokenizer import PAD_ID
 from mmjax.diffusion import Diffusion, time_features
 from mmjax.errors import UserError
+from mmjax.generation import Sampling
+from mmjax.interleaved import Composer, Span
 from mmjax.layers.dense import Dense, Mlp
-from mmjax.layers.masks import Causal, KeyIs, Same
-from mmjax.layers.stream import Aux, Stream
-from mmjax.modalities.image import unpatchify
+from mmjax.layers.masks import FULL, Causal, KeyIs, Mask, QueryIs, Same
+from mmjax.layers.packing import pack, positions, unpack
+from mmjax.layers.stream import Aux, Stream, concatenate
+from mmjax.layers.unet import UNet
+from mmjax.modalities.image import patchify, unpatchify
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
 from mmjax.objective import Coupled, Loss, Represented, row_keys
@@ -27,172 +34,354 @@ _FEATURES = 128  # of a time
 
 
 class Adapter(nnx.Module):
-    """What stands between the trunk and both kinds of output.
+    """What stands between the trunk and the outputs, by modality.
 
-    `begin` is the token before a text; `features` and `time` tell the image's tokens how noisy they are; `logits` and
-    `pixels` are the linear outputs.
+    `begin` is the token before a discrete span, `logits` its output; `time` tells a continuous span's tokens how noisy
+    they are, `values` is its output, and `unet`, where there is one, a second way in and out.
     """
 
-    def __init__(self, width: int, vocabulary: int, patch_values: int):
-        self.begin = declare((width,), (None,), initializers.normal(0.1), decay=False)
-        self.features = Dense(_FEATURES, width, (None, "embed"))
-        self.time = Mlp(width, width)
-        self.logits = Dense(width, vocabulary, ("embed", "vocabulary"), bias=False)
-        self.pixels = Dense(width, patch_values, ("embed", None), init=initializers.zeros)
+    def __init__(
+        self, width: int, vocabularies: Mapping[str, int], sizes: Mapping[str, int], channels: int
+    ):
+        begin = initializers.normal(0.1)
+        self.begin = nnx.Dict(
+            {m: declare((width,), (None,), begin, decay=False) for m in vocabularies}
+        )
+        self.logits = nnx.Dict(
+            {
+                m: Dense(width, n, ("embed", "vocabulary"), bias=False)
+                for m, n in vocabularies.items()
+            }
+        )
+        self.features = nnx.Dict({m: Dense(_FEATURES, width, (None, "embed")) for m in sizes})
+        self.time = nnx.Dict({m: Mlp(width, width) for m in sizes})
+        zeros = initializers.zeros
+        self.values = nnx.Dict(
+            {m: Dense(width, n, ("embed", None), init=zeros) for m, n in sizes.items()}
+        )
+        patch = {m: round((n / 3) ** 0.5) for m, n in sizes.items()}
+        self.unet = nnx.Dict(
+            {m: UNet(patch[m], channels, width) for m in sizes} if channels else {}
+        )
 
-    def times(self, t_B: jax.Array) -> jax.Array:
-        """What is added to each token of an image at time t, `[B, 1, D]`."""
-        made: jax.Array = self.time(self.features(time_features(t_B, _FEATURES)))
-        return made[:, None]
+
+@struct.dataclass
+class Draws:
+    """What is random of each row: times `[B]` and noise `[B, S, P]` by modality, and two choices `[B]`.
+
+    Attributes:
+      keep_B: whether it sees the discrete span that comes first.
+      swapped_B: whether its spans are read from the last to the first.
+    """
+
+    times: dict[str, jax.Array]
+    noise: dict[str, jax.Array]
+    keep_B: jax.Array
+    swapped_B: jax.Array
+
+
+@struct.dataclass
+class Outputs:
+    """Logits `[B, L, V]` of each token of the discrete spans, and predictions `[B, S, P]` of the continuous ones."""
+
+    logits: dict[str, jax.Array]
+    values: dict[str, jax.Array]
+    aux: Aux
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transfusion(Coupled):
-    """`L = L_text + weight * L_image`: cross-entropy per token, squared error per image.
+    """`L = sum_m w_m L_m`: cross-entropy per token of discrete spans, squared error per span of continuous ones.
 
-    The image's tokens are the stem's, of noised pixels in [-1, 1], plus a function of the time; they attend to one
-    another and to what comes before, text causally. The loss couples rows only in that the text's mean is over the
-    tokens of the whole batch.
+    A row is an item: one span of each modality. A continuous span holds the stem's tokens of noised values plus a
+    function of the time; its tokens attend to one another and to what comes before, those of discrete spans causally.
+    The loss couples rows only in that a discrete mean is over the tokens of the whole batch.
+
+    With discrete spans alone it is Chameleon's objective; with one span alone a language model (MonoFormer alternates
+    that with drawing); with several continuous spans that are `mutual`, each with a time of its own, UniDiffuser's.
 
     Attributes:
-      text, image: the modalities.
-      order: which comes first.
-      weight: of the image's loss.
+      order: the modalities of an item, as they are read.
+      discrete: those that are predicted token by token.
+      weight: of the loss of each continuous modality (the paper: 5); 1 of each discrete one.
+      weights: by modality, where it is another.
       target: what diffusion predicts, see `mmjax.diffusion`.
-      limit: the largest time of an image that a text comes after (the paper: 0.5, so that there is something to tell).
-      drop: share of rows that lose the text before their image, for guidance.
-      steps, guidance: of the pictures that `show` draws.
+      limit: the largest time of a continuous span that a discrete one comes after (the paper: 0.5, so that there is
+        something to tell).
+      drop: share of rows that lose a discrete span which comes first, for guidance.
+      swap: share of rows that are read from the last span to the first.
+      pack: items of a sequence; with `across` they are one document, else they do not see each other.
+      mutual: continuous spans see each other whatever their order.
+      channels: of the first size of a U-Net between the trunk and pictures; 0 for linear adapters.
+      steps, guidance, sampling: of what is drawn and written.
     """
 
-    text: str = "text"
-    image: str = "image"
     order: tuple[str, ...] = ("text", "image")
+    discrete: tuple[str, ...] = ("text",)
     weight: float = 5.0
+    weights: dict[str, float] = field(default_factory=dict)
     target: str = "epsilon"
     limit: float = 0.5
     drop: float = 0.1
+    swap: float = 0.0
+    pack: int = 1
+    across: bool = False
+    mutual: bool = False
+    channels: int = 0
     steps: int = 25
     guidance: float = 3.0
+    sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
         Diffusion(self.target)
-        if sorted(self.order) != sorted((self.text, self.image)):
+        if not self.order or len(set(self.order)) < len(self.order):
             raise UserError(
-                f"transfusion: order is {list(self.order)}; it names '{self.text}' and '{self.image}', once each."
+                f"transfusion: order is {list(self.order)}; it names each modality once, and one at least."
             )
-        for key in ("limit", "drop"):
+        for name in (*self.discrete, *self.weights):
+            if name not in self.order:
+                raise UserError(f"transfusion: '{name}' is not in order {list(self.order)}.")
+        for key in ("limit", "drop", "swap"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"transfusion: {key} is {getattr(self, key)}; expected [0, 1].")
+        if self.pack < 1 or self.channels < 0:
+            raise UserError(
+                f"transfusion: pack is {self.pack}, at least 1; channels {self.channels}, not below 0."
+            )
 
     @property
-    def _text_first(self) -> bool:
-        return self.order[0] == self.text
+    def continuous(self) -> tuple[str, ...]:
+        """The modalities that diffusion learns."""
+        return tuple(m for m in self.order if m not in self.discrete)
 
     def reads(self) -> tuple[str, ...]:
         return self.order
 
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
-        text: Any = inputs[self.text].modality
-        image: Any = inputs[self.image].modality
-        return {"adapter": Adapter(width, text.vocabulary, image.patch**2 * 3)}
+        for name in self.order:
+            if ("ids" in inputs[name].arrays()) != (name in self.discrete):
+                raise UserError(
+                    f"transfusion: discrete is {list(self.discrete)}; modality '{name}' "
+                    f"{'has' if 'ids' in inputs[name].arrays() else 'has no'} token ids."
+                )
+        vocabularies = {m: _vocabulary(inputs[m]) for m in self.order if m in self.discrete}
+        sizes = {m: _values(inputs[m], width) for m in self.continuous}
+        return {"adapter": Adapter(width, vocabularies, sizes, self.channels)}
 
-    def _run(
-        self,
-        model: Model,
-        inputs: Any,
-        x_t: jax.Array,
-        t_B: jax.Array,
-        keep_B: jax.Array,
-        key: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, Aux]:
-        """Logits `[B, L, V]` of each next token, the prediction `[B, H, W, 3]`, and the trunk's `Aux`.
+    # --- the spans -----------------------------------------------------------------------------
 
-        `keep_B` says which rows see their text.
-        """
+    def written(self, model: Model, name: str, arrays: Any, keep_B: jax.Array) -> Stream:
+        """A discrete span: the token of its beginning, and its tokens, which rows that are not kept lack."""
         adapter = model.heads[self.head].adapter
-        streams = {
-            self.text: _begun(
-                model.tokens(self.text, inputs[self.text]), adapter.begin[...], keep_B
-            ),
-            self.image: _timed(
-                model.tokens(self.image, {"pixels": (x_t + 1) * 127.5}), adapter.times(t_B)
-            ),
-        }
-        mask = Causal() | (Same("segment") & KeyIs("modality", self.image))
-        stream, aux = model.encode([streams[name] for name in self.order], key, mask)
-        length = streams[self.text].x_BSD.shape[1]
-        parts = jnp.split(stream.x_BSD, [streams[self.order[0]].x_BSD.shape[1]], axis=1)
+        return _begun(model.tokens(name, arrays), adapter.begin[name][...], keep_B)
+
+    def noisy(
+        self, model: Model, name: str, arrays: Any, x_t: jax.Array, t_B: jax.Array
+    ) -> tuple[Stream, Any]:
+        """A continuous span of values `x_t` `[B, S, P]`, and what its way back needs; shapes are those of `arrays`."""
+        adapter = model.heads[self.head].adapter
+        stream = model.tokens(name, arrays, x_t)
+        time_BD = adapter.time[name](adapter.features[name](time_features(t_B, _FEATURES)))
+        x_BSD, went = stream.x_BSD + time_BD[:, None].astype(stream.x_BSD.dtype), None
+        if name in adapter.unet:
+            height, width = arrays["pixels"].shape[1:3]
+            pictures = unpatchify(x_t, height, width, patch_side(x_t)).astype(x_BSD.dtype)
+            went = adapter.unet[name].descend(pictures, time_BD.astype(x_BSD.dtype))
+            x_BSD = x_BSD + went.tokens_BSD
+        return replace(stream, x_BSD=x_BSD), (went, time_BD.astype(x_BSD.dtype))
+
+    def logits(self, model: Model, name: str, x_BSD: jax.Array) -> jax.Array:
+        """What the trunk's outputs of a discrete span say of its next tokens, `[B, S, V]`."""
+        logits_BSV: jax.Array = model.heads[self.head].adapter.logits[name](x_BSD)
+        return logits_BSV
+
+    def predicted(self, model: Model, name: str, x_BSD: jax.Array, way: Any) -> jax.Array:
+        """What the trunk's outputs of a continuous span say of its noise, `[B, S, P]`."""
+        adapter, (went, time_BD) = model.heads[self.head].adapter, way
+        values: jax.Array = adapter.values[name](x_BSD)
+        if went is None:
+            return values
+        pictures = adapter.unet[name].ascend(x_BSD, went, time_BD)
+        return values + patchify(pictures, patch_side(values))
+
+    def mask(self) -> Mask:
+        """Causal, or of the same continuous span; within an item unless `across`."""
+        within = Same("item") if self.pack > 1 else FULL
+        found: Mask = Causal()
+        for name in self.continuous:
+            found = found | (Same("segment") & KeyIs("modality", name))
+        if self.mutual:
+            pairs = ((one, other) for one in self.continuous for other in self.continuous)
+            for one, other in pairs:
+                found = found | (QueryIs("modality", one) & KeyIs("modality", other) & within)
+        return found if self.across else found & within
+
+    def run(
+        self, model: Model, inputs: Any, x_t: Mapping[str, jax.Array], draws: Draws, key: jax.Array
+    ) -> Outputs:
+        """One pass: all spans of noised values `x_t`."""
+        streams, ways = [], {}
+        for index, name in enumerate(self.order):
+            if name in self.discrete:
+                kept_B = draws.keep_B | ~self._comes_first(index, draws.swapped_B)
+                streams.append(self.written(model, name, inputs[name], kept_B))
+            else:
+                stream, ways[name] = self.noisy(
+                    model, name, inputs[name], x_t[name], draws.times[name]
+                )
+                streams.append(stream)
+        x_BSD, aux = self._trunk(model, streams, draws.swapped_B, key)
+        lengths = [stream.x_BSD.shape[1] for stream in streams]
+        parts = jnp.split(x_BSD, list(accumulate(lengths))[:-1], axis=1)
         out = dict(zip(self.order, parts, strict=True))
-        logits_BLV = adapter.logits(out[self.text][:, : length - 1])
-        patches_BSP = adapter.pixels(out[self.image])
-        height, width = x_t.shape[1:3]
-        predicted = unpatchify(patches_BSP, height, width, patch_side(patches_BSP))
-        return logits_BLV, predicted, aux
+        return Outputs(
+            {m: self.logits(model, m, out[m][:, :-1]) for m in self.order if m in self.discrete},
+            {m: self.predicted(model, m, out[m], ways[m]) for m in self.continuous},
+            aux,
+        )
+
+    def _trunk(
+        self, model: Model, streams: Sequence[Stream], swapped_B: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Aux]:
+        stream = concatenate(list(streams))
+        if self.swap:
+            place_BS = positions([s.mask_BS() for s in streams], swapped_B)
+            stream = replace(stream, attributes={"position": place_BS})
+        stream, aux = model.encode([pack(stream, self.pack)], key, self.mask())
+        return unpack(stream.x_BSD, self.pack), aux
+
+    def _comes_first(self, index: int, swapped_B: jax.Array) -> jax.Array:
+        """Rows in which the span of this index comes before another."""
+        last = len(self.order) - 1
+        if not last:
+            return jnp.zeros_like(swapped_B)
+        return jnp.where(swapped_B, index == last, index == 0)
+
+    # --- the loss ------------------------------------------------------------------------------
 
     def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
-        """Of each row: its text's summed cross-entropy and number of tokens, and its image's error."""
+        """Of each row and modality: the summed loss, and how much it is a sum of."""
         inputs, diffusion = batch["inputs"], Diffusion(self.target)
-        pixels = inputs[self.image]["pixels"]
-        dtype = jnp.promote_types(model.heads[self.head].adapter.begin[...].dtype, jnp.float32)
-        x = pixels.astype(dtype) / 127.5 - 1
-        t_B, e, keep_B = self._draw(row_keys(batch, key), x)
-        logits, predicted, aux = self._run(
-            model, inputs, diffusion.noised(x, e, t_B), t_B, keep_B, key
-        )
-        told_BL = inputs[self.text]["valid"] & keep_B[:, None]
-        losses_BL = jnp.where(told_BL, next_token_losses(logits, inputs[self.text]["ids"]), 0)
-        wanted = diffusion.wanted(x, e, t_B)
-        rows = {
-            "text": losses_BL.sum(axis=1),
-            "tokens": told_BL.sum(axis=1).astype(dtype),
-            "image": jnp.square(predicted.astype(dtype) - wanted).mean(axis=(1, 2, 3)),
+        leaf = jax.tree.leaves(nnx.state(model.heads[self.head].adapter))[0]
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+        stems: Any = model.stems
+        x = {m: stems[m].values(inputs[m], dtype) for m in self.continuous}
+        draws = self.draw(row_keys(batch, key), x)
+        x_t = {m: diffusion.noised(x[m], draws.noise[m], draws.times[m]) for m in x}
+        out = self.run(model, inputs, x_t, draws, key)
+        rows: dict[str, Any] = {}
+        for index, name in enumerate(self.order):
+            if name in self.discrete:
+                kept_B = draws.keep_B | ~self._comes_first(index, draws.swapped_B)
+                told_BL = inputs[name]["valid"] & kept_B[:, None]
+                losses_BL = next_token_losses(out.logits[name], inputs[name]["ids"])
+                rows[name] = _total(losses_BL, told_BL, dtype)
+            else:
+                wanted = diffusion.wanted(x[name], draws.noise[name], draws.times[name])
+                there_BS = model.stems[name](inputs[name]).mask_BS()
+                error = jnp.square(out.values[name].astype(dtype) - wanted).mean(axis=-1)
+                nothing = jnp.square(wanted).mean(axis=-1)
+                rows[name] = {**_mean(error, there_BS), "nothing": _mean(nothing, there_BS)["sum"]}
+        return Represented(rows, out.aux)
+
+    def draw(self, keys_B: jax.Array, x: Mapping[str, jax.Array]) -> Draws:
+        """Of each row by its own key, for clean values `x`."""
+        dtype = jax.tree.leaves(dict(x))[0].dtype if x else jnp.float32
+
+        def of_row(key: jax.Array) -> Any:
+            time, noise, sees, swap = jax.random.split(key, 4)
+            t = jax.random.uniform(time, (len(self.continuous),), dtype)
+            e = {
+                m: jax.random.normal(jax.random.fold_in(noise, i), x[m].shape[1:], dtype)
+                for i, m in enumerate(self.continuous)
+            }
+            return t, e, jax.random.uniform(sees), jax.random.uniform(swap)
+
+        t_BM, noise, sees_B, swap_B = jax.vmap(of_row)(keys_B)
+        swapped_B = swap_B < self.swap
+        times = {
+            m: t_BM[:, i] * self._limits(m, swapped_B).astype(dtype)
+            for i, m in enumerate(self.continuous)
         }
-        return Represented(rows, aux)
+        return Draws(times, noise, sees_B >= self.drop, swapped_B)
 
-    def _draw(self, keys_B: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Each row's time, its noise, and whether it sees its text."""
-
-        def of_row(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            time, noise, sees = jax.random.split(key, 3)
-            t = jax.random.uniform(time, (), x.dtype)
-            return t, jax.random.normal(noise, x.shape[1:], x.dtype), jax.random.uniform(sees)
-
-        t_B, e, u_B = jax.vmap(of_row)(keys_B)
-        if self._text_first:
-            return t_B, e, u_B >= self.drop
-        return self.limit * t_B, e, jnp.ones_like(u_B, bool)
+    def _limits(self, name: str, swapped_B: jax.Array) -> jax.Array:
+        index = self.order.index(name)
+        after = any(m in self.discrete for m in self.order[index + 1 :])
+        before = any(m in self.discrete for m in self.order[:index])
+        return jnp.where(jnp.where(swapped_B, before, after), self.limit, 1.0)
 
     def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
-        valid_B = batch["valid"].astype(rows["image"].dtype)
-        text = (rows["text"] * valid_B).sum() / jnp.maximum((rows["tokens"] * valid_B).sum(), 1)
-        image = (rows["image"] * valid_B).sum() / jnp.maximum(valid_B.sum(), 1)
-        return Loss(text + self.weight * image, {"text": text, "image": image})
+        value = baseline = jnp.zeros((), jnp.float32)
+        metrics: dict[str, jax.Array] = {}
+        for name, row in rows.items():
+            total = {k: jnp.where(batch["valid"], v, 0).sum() for k, v in row.items()}
+            count = jnp.maximum(total["count"], 1)
+            weight = self.weights.get(name, 1.0 if name in self.discrete else self.weight)
+            if name in self.discrete:
+                vocabulary = model.heads[self.head].adapter.logits[name].kernel[...].shape[-1]
+                nothing = jnp.asarray(math.log(vocabulary))
+            else:
+                nothing = total["nothing"] / count
+            metrics |= {name: total["sum"] / count, f"baseline {name}": nothing}
+            value = value + weight * metrics[name]
+            baseline = baseline + weight * nothing
+        return Loss(value, {**metrics, "baseline": baseline})
 
-    def sample(
-        self, model: Model, inputs: Any, shape: tuple[int, ...], key: jax.Array
+    # --- what it writes and draws --------------------------------------------------------------
+
+    def writes(self) -> tuple[str, ...]:
+        """Text, of the modality beside it, where one comes after the other."""
+        if len(self.order) != 2 or not self.discrete:
+            return ()
+        other, text = self.order if self.order[1] in self.discrete else self.order[::-1]
+        return (other, text) if (self.order[1] == text or self.swap) else ()
+
+    def captions(
+        self, model: Model, arrays: Mapping[str, jax.Array], length: int, keys_B: jax.Array
     ) -> jax.Array:
-        """Images `[B, H, W, 3]` in [-1, 1] for the texts in `inputs`, by guided diffusion (Ho and Salimans 2022)."""
-        rows = shape[0]
+        other, text = self.writes()
+        blank = jnp.zeros((keys_B.shape[0], length), jnp.int32)
+        wanted = Span(text, {"ids": blank, "valid": blank == 0}, made=True)
+        return Composer(self, model, [Span(other, arrays), wanted]).compose(keys_B)[0]
 
-        def predict(x_t: jax.Array, t: jax.Array) -> jax.Array:
-            def given(sees: bool) -> jax.Array:
-                keep_B = jnp.full((rows,), sees)
-                return self._run(model, inputs, x_t, jnp.full((rows,), t), keep_B, key)[1]
+    def write(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        other, text = (Span(m, batch["inputs"][m]) for m in self.writes())
+        composer = Composer(self, model, [other, text])
+        past, ids_BL, told_BL = composer.read(composer.begin(), other), *_told(text.arrays)
+        losses_BL = next_token_losses(composer.logits(past, text), ids_BL)
+        return {
+            "written": composer.write(past, text, row_keys(batch, key)),
+            "wanted": jnp.where(told_BL, ids_BL, PAD_ID),
+            "cost": jnp.where(told_BL, losses_BL, 0).sum(axis=1),
+            "tokens": told_BL.sum(axis=1),
+        }
 
-            free = given(False)
-            return free + self.guidance * (given(True) - free)
-
-        noise = jax.random.normal(key, shape)
-        return Diffusion(self.target).sample(predict, noise, self.steps, bound=1.0)
+    def sample(self, model: Model, inputs: Any, keys_B: jax.Array) -> jax.Array:
+        """The last span of `order`, made after those before it: values `[B, S, P]`, or ids `[B, L]`."""
+        plan = [Span(m, inputs[m], made=m == self.order[-1]) for m in self.order]
+        return Composer(self, model, plan).compose(keys_B)[0]
 
     def shows(self) -> tuple[str, ...]:
-        return ("the text's picture", "drawn from the text") if self._text_first else ()
+        if len(self.order) < 2 or self.order[0] not in self.discrete:
+            return ()
+        return (f"the {self.order[0]}'s {self.order[-1]}", f"drawn from the {self.order[0]}")
 
     def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """Pictures of the data, and what the model draws from their texts."""
-        pixels = batch["inputs"][self.image]["pixels"]
-        drawn = self.sample(model, batch["inputs"], pixels.shape, key)
-        return dict(zip(self.shows(), (pixels, as_pixels((drawn + 1) / 2)), strict=True))
+        last, inputs = self.order[-1], batch["inputs"]
+        drawn = self.sample(model, inputs, row_keys(batch, key))
+        stem: Any = model.stems[last]
+        if last in self.discrete and hasattr(stem, "pictures"):
+            found = (stem.pictures(inputs[last]["ids"]), stem.pictures(drawn))
+        elif last in self.continuous and inputs[last].get("pixels", jnp.zeros(0)).ndim == 4:
+            pixels = inputs[last]["pixels"]
+            height, width = pixels.shape[1:3]
+            pictures = unpatchify(drawn, height, width, patch_side(drawn))
+            found = (pixels, as_pixels((pictures + 1) / 2))
+        else:
+            return {}
+        return dict(zip(self.shows(), found, strict=True))
 
 
 def next_token_losses(logits_BLV: jax.Array, ids_BL: jax.Array) -> jax.Array:
@@ -202,8 +391,47 @@ def next_token_losses(logits_BLV: jax.Array, ids_BL: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(logs_BLV, ids_BL[..., None], axis=-1)[..., 0]
 
 
+def _total(x_BL: jax.Array, told_BL: jax.Array, dtype: Any) -> dict[str, jax.Array]:
+    """Of each row the sum of what is told, and the number of its terms."""
+    return {
+        "sum": jnp.where(told_BL, x_BL, 0).sum(axis=1).astype(dtype),
+        "count": told_BL.sum(axis=1).astype(dtype),
+    }
+
+
+def _mean(x_BS: jax.Array, there_BS: jax.Array) -> dict[str, jax.Array]:
+    """Of each row the mean over the tokens that it has: one term."""
+    count_B = jnp.maximum(there_BS.sum(axis=1), 1)
+    mean_B = jnp.where(there_BS, x_BS, 0).sum(axis=1) / count_B
+    return {"sum": mean_B, "count": jnp.ones_like(mean_B)}
+
+
+def _told(arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return arrays["ids"], arrays["valid"]
+
+
+def _vocabulary(given: Input) -> int:
+    modality: Any = given.modality
+    return int(modality.vocabulary)
+
+
+def _values(given: Input, width: int) -> int:
+    """How many numbers a token of a continuous modality is made of.
+
+    Raises:
+      UserError: a modality whose stem does not say what its tokens are made of.
+    """
+    stem: Any = given.modality.stem(width)
+    if not hasattr(stem, "values"):
+        raise UserError(
+            f"transfusion: modality '{given.name}' has neither token ids nor values that diffusion could noise."
+        )
+    rows = {n: jax.ShapeDtypeStruct((1, *s.shape), s.dtype) for n, s in given.arrays().items()}
+    return int(jax.eval_shape(lambda arrays: stem.values(arrays, jnp.float32), rows).shape[-1])
+
+
 def _begun(stream: Stream, begin_D: jax.Array, keep_B: jax.Array) -> Stream:
-    """A text's stream with the token of its beginning; rows that are not kept have nothing else."""
+    """A span's stream with the token of its beginning; rows that are not kept have nothing else."""
     rows, length, width = stream.x_BSD.shape
     begin = jnp.broadcast_to(begin_D.astype(stream.x_BSD.dtype), (rows, 1, width))
     valid = stream.mask_BS() & keep_B[:, None]
@@ -214,7 +442,3 @@ def _begun(stream: Stream, begin_D: jax.Array, keep_B: jax.Array) -> Stream:
         coordinates={},
         layout=((stream.layout[0][0], length + 1),),
     )
-
-
-def _timed(stream: Stream, times_B1D: jax.Array) -> Stream:
-    return replace(stream, x_BSD=stream.x_BSD + times_B1D.astype(stream.x_BSD.dtype))

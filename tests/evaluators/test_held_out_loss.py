@@ -65,6 +65,13 @@ def test_the_record_is_the_mean_over_rows_beside_the_baseline() -> None:
     ]
 
 
+def test_a_part_of_the_loss_with_a_baseline_has_a_record_of_its_own() -> None:
+    rows = {n: np.ones(2) * i for i, n in enumerate(["loss", "baseline", "text", "baseline text"])}
+    whole, text = HeldOutLoss(source=SOURCE).score(task(), {"all": rows})
+    assert (whole["name"], whole["value"], whole["chance"]) == ("held-out loss", 0, 1)
+    assert (text["name"], text["value"], text["chance"]) == ("held-out loss text", 2, 3)
+
+
 def test_an_objective_that_reports_no_baseline() -> None:
     with pytest.raises(UserError, match="tasks.bright: objective Brightness reports no 'baseline'"):
         HeldOutLoss(source=SOURCE).score(task(), {"all": {"loss": np.ones(3)}})

@@ -1,0 +1,260 @@
+"""Sequences made span by span, text and pictures in turn: what was read is held, and each new span reads it.
+
+A discrete span is written token by token; a continuous one is drawn as a whole, each step of its diffusion reading what
+is held. What a span holds once it is made is read into the sequence, as a given one is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mmjax.data.tokenizer import PAD_ID
+from mmjax.diffusion import Diffusion
+from mmjax.generation import Sampling, generate
+from mmjax.layers.by_modality import apply, kinds
+from mmjax.layers.masks import FULL, Causal, Mask
+from mmjax.layers.stream import Stream, concatenate
+from mmjax.model import Model
+
+Values = dict[str, jax.Array]
+
+
+class Spans(Protocol):
+    """What the objective of interleaved sequences says of their spans."""
+
+    @property
+    def discrete(self) -> tuple[str, ...]: ...
+    @property
+    def target(self) -> str: ...
+    @property
+    def swap(self) -> float: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def guidance(self) -> float: ...
+    @property
+    def sampling(self) -> Sampling: ...
+
+    def written(self, model: Model, name: str, arrays: Any, keep_B: jax.Array) -> Stream: ...
+    def noisy(
+        self, model: Model, name: str, arrays: Any, x_t: jax.Array, t_B: jax.Array
+    ) -> tuple[Stream, Any]: ...
+    def predicted(self, model: Model, name: str, x_BSD: jax.Array, way: Any) -> jax.Array: ...
+    def logits(self, model: Model, name: str, x_BSD: jax.Array) -> jax.Array: ...
+
+
+@dataclass(frozen=True)
+class Span:
+    """One span of a sequence.
+
+    Attributes:
+      name: its modality.
+      arrays: what it holds; where it is made, arrays of the same shapes.
+      made: whether it is written or drawn.
+    """
+
+    name: str
+    arrays: Mapping[str, jax.Array]
+    made: bool = False
+
+
+@struct.dataclass
+class Past:
+    """A sequence so far.
+
+    Attributes:
+      layers: what the trunk's layers hold, see `Trunk.begin`.
+      at: how many slots are used, a scalar.
+      there_BT: which slots hold a token.
+      count_B: how many do, of each row.
+    """
+
+    layers: Any
+    at: jax.Array
+    there_BT: jax.Array
+    count_B: jax.Array
+
+
+class Composer:
+    """Reads and makes spans of sequences, one in each row.
+
+    Args:
+      spans: the objective.
+      model: its model.
+      plan: all spans that a sequence will have.
+    """
+
+    def __init__(self, spans: Spans, model: Model, plan: Sequence[Span]):
+        self._of, self._model, self._plan = spans, model, plan
+        self._stems: Any = model.stems
+        self._rows = jax.tree.leaves(dict(plan[0].arrays))[0].shape[0]
+
+    def compose(self, keys_B: jax.Array) -> list[jax.Array]:
+        """What is made, span by span: ids `[B, L]` of a discrete one, values `[B, S, P]` of a continuous one.
+
+        Drawing is guided (Ho and Salimans 2022) away from what is drawn without the discrete span that comes first.
+        """
+        past, free, made = self.begin(), self.begin(), []
+        for index, span in enumerate(self._plan):
+            keys = jax.vmap(lambda key, index=index: jax.random.fold_in(key, index))(keys_B)
+            if span.made and span.name in self._of.discrete:
+                made.append(self.write(past, span, keys))
+                span = replace(span, arrays=self._as_arrays(span, made[-1]))
+            elif span.made:
+                made.append(self.draw(past, free, [span], keys)[span.name])
+            values = made[-1] if span.made and span.name not in self._of.discrete else None
+            past = self.read(past, span, values)
+            free = self.read(free, span, values, kept=index > 0)
+        return made
+
+    def begin(self) -> Past:
+        """A sequence that holds nothing yet."""
+        spans = [self._span(span, None, True)[0] for span in self._plan]
+        slots = sum(span.x_BSD.shape[1] for span in spans)
+        like = Stream(spans[0].x_BSD[:, :1], layout=((spans[0].layout[0][0], 1),))
+        return Past(
+            self._model.trunk.begin(like, slots),
+            jnp.int32(0),
+            jnp.zeros((self._rows, slots), bool),
+            jnp.zeros(self._rows, jnp.int32),
+        )
+
+    def read(
+        self, past: Past, span: Span, values: jax.Array | None = None, kept: bool = True
+    ) -> Past:
+        """The sequence with one more span: its arrays, or other values than those (of a continuous one).
+
+        Where it is not `kept`, a discrete span is only the token of its beginning.
+        """
+        stream, _ = self._span(span, values, kept)
+        return self._extend(past, stream, self._mask(span.name))[1]
+
+    def logits(self, past: Past, span: Span) -> jax.Array:
+        """Logits `[B, L, V]` of each token of a given discrete span, each after those before."""
+        x_BSD, _ = self._extend(past, self._span(span, None, True)[0], Causal())
+        return self._of.logits(self._model, span.name, x_BSD[:, :-1])
+
+    def write(self, past: Past, span: Span, keys_B: jax.Array) -> jax.Array:
+        """Tokens int32 `[B, L]` of a discrete span, see `generate`."""
+        name, everything = span.name, jnp.ones(self._rows, bool)
+
+        def step(ids_BS: jax.Array, at: jax.Array, past: Past) -> tuple[jax.Array, Past]:
+            ids_BL = ids_BS[:, 1:]
+            arrays = {"ids": ids_BL, "valid": jnp.ones_like(ids_BL, bool)}
+            whole = self._of.written(self._model, name, arrays, everything)
+            token = whole.take(jnp.full((self._rows, 1), at))
+            x_BSD, past = self._extend(past, token, Causal())
+            return self._of.logits(self._model, name, x_BSD)[:, -1], past
+
+        length = span.arrays["ids"].shape[1]
+        end = self._stems[name].end
+        return generate(step, past, keys_B, length, self._of.sampling, end)
+
+    def draw(
+        self,
+        past: Past,
+        free: Past,
+        spans: Sequence[Span],
+        keys_B: jax.Array,
+        given: Values | None = None,
+    ) -> Values:
+        """Values `[B, S, P]` of continuous spans that are drawn together, from noise.
+
+        Args:
+          past, free: the sequence, and the one to be guided away from.
+          spans: what is drawn; those in `given` stand still at time 0.
+        """
+        stems = {span.name: self._stems[span.name] for span in spans}
+        given = given or {}
+        drawn = [span for span in spans if span.name not in given]
+        noise = {}
+        for index, span in enumerate(drawn):
+            shape = jax.eval_shape(
+                lambda a, n=span.name: stems[n].values(a, jnp.float32), span.arrays
+            )
+            own = jax.vmap(lambda key, i=index: jax.random.fold_in(key, i))(keys_B)
+            size, dtype = shape.shape[1:], _wide(past)
+            noise[span.name] = jax.vmap(lambda k, s=size, d=dtype: jax.random.normal(k, s, d))(own)
+
+        def predict(x_t: Values, t: jax.Array) -> Values:
+            found = self._predict(past, spans, {**given, **x_t}, t, x_t)
+            if self._of.guidance == 1:
+                return found
+            without = self._predict(free, spans, {**given, **x_t}, t, x_t)
+            return jax.tree.map(lambda a, b: b + self._of.guidance * (a - b), found, without)
+
+        bounds = {stems[span.name].bound for span in drawn}
+        bound = bounds.pop() if len(bounds) == 1 else None
+        made: Values = Diffusion(self._of.target).sample(predict, noise, self._of.steps, bound)
+        return made
+
+    def _predict(
+        self, past: Past, spans: Sequence[Span], x: Values, t: jax.Array, wanted: Values
+    ) -> Values:
+        """Predictions for values x, of which those `wanted` are at time t and the others at 0."""
+        streams, ways = [], {}
+        for span in spans:
+            t_B = jnp.full(self._rows, t if span.name in wanted else 0.0, _wide(past))
+            stream, ways[span.name] = self._of.noisy(
+                self._model, span.name, span.arrays, x[span.name], t_B
+            )
+            streams.append(stream)
+        x_BSD, _ = self._extend(past, concatenate(streams), FULL)
+        ends, found = 0, {}
+        for span, stream in zip(spans, streams, strict=True):
+            start, ends = ends, ends + stream.x_BSD.shape[1]
+            if span.name in wanted:
+                found[span.name] = self._of.predicted(
+                    self._model, span.name, x_BSD[:, start:ends], ways[span.name]
+                )
+        return found
+
+    def _mask(self, name: str) -> Mask:
+        return Causal() if name in self._of.discrete else FULL
+
+    def _span(self, span: Span, values: jax.Array | None, kept: bool) -> tuple[Stream, Any]:
+        """The tokens of a span, without noise."""
+        name, arrays = span.name, span.arrays
+        if name in self._of.discrete:
+            keep_B = jnp.full(self._rows, kept)
+            return self._of.written(self._model, name, arrays, keep_B), None
+        if values is None:
+            values = self._stems[name].values(arrays, jnp.float32)
+        return self._of.noisy(
+            self._model, name, arrays, values, jnp.zeros(self._rows, values.dtype)
+        )
+
+    def _as_arrays(self, span: Span, ids_BL: jax.Array) -> dict[str, jax.Array]:
+        """A discrete span that was written, to be read."""
+        is_whole = self._stems[span.name].end is None
+        valid = jnp.ones_like(ids_BL, bool) if is_whole else ids_BL != PAD_ID
+        return {"ids": ids_BL, "valid": valid}
+
+    def _extend(self, past: Past, stream: Stream, mask: Mask) -> tuple[jax.Array, Past]:
+        """The trunk's outputs for the tokens of `stream` after what is held, and what is held with them."""
+        valid_BS = stream.mask_BS()
+        there_BT = jax.lax.dynamic_update_slice_in_dim(past.there_BT, valid_BS, past.at, axis=1)
+        place_BS = past.count_B[:, None] + jnp.maximum(jnp.cumsum(valid_BS, axis=1) - 1, 0)
+        stream = Stream(
+            stream.x_BSD,
+            valid_BS,
+            layout=stream.layout,
+            # As in training, where rows differ in their order: by tokens that there are, not by slots.
+            attributes={"position": place_BS.astype(jnp.int32)} if self._of.swap else {},
+            mask=mask,
+            held_BT=there_BT,
+        )
+        out, layers = self._model.trunk.extend(stream, past.layers, past.at)
+        x_BSD = apply(self._model.trunk.norm, out.x_BSD, kinds(out))
+        count_B = past.count_B + valid_BS.sum(axis=1)
+        return x_BSD, Past(layers, past.at + valid_BS.shape[1], there_BT, count_B.astype(jnp.int32))
+
+
+def _wide(past: Past) -> Any:
+    return jnp.promote_types(jax.tree.leaves(past.layers)[0].dtype, jnp.float32)

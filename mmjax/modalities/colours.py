@@ -1,0 +1,100 @@
+"""Pictures as sequences of discrete colours (iGPT, Chen et al. 2020): a token for each pixel of a small picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.nn import initializers
+
+from mmjax.errors import UserError
+from mmjax.layers.positions import Positions, grid
+from mmjax.layers.stream import Stream
+from mmjax.modalities.image import Image, ImageInput
+from mmjax.modality import ArraySpec, Modality
+from mmjax.parameters import declare
+from mmjax.sharding import constrain
+
+
+@dataclass(frozen=True)
+class Colours(Modality[ImageInput]):
+    """RGB pictures, each pixel one of `levels ** 3` colours.
+
+    The paper's 512 colours are learned by k-means; these are a grid, so that no file comes with them.
+
+    Attributes:
+      levels: of each of red, green and blue.
+      buckets: position buckets per axis; the sides of the largest picture at least.
+    """
+
+    Input = ImageInput
+    levels: int = 8
+    buckets: int = 64
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.levels <= 256:
+            raise UserError(f"colours: levels is {self.levels}; expected 2 to 256.")
+
+    @property
+    def vocabulary(self) -> int:
+        """How many colours there are."""
+        return self.levels**3
+
+    def stem(self, width: int) -> nnx.Module:
+        return ColoursStem(self.levels, self.buckets, width)
+
+    def arrays(self, settings: ImageInput) -> ArraySpec:
+        if not 1 <= settings.size <= self.buckets:
+            raise UserError(
+                f"colours: size is {settings.size}; expected 1 to the {self.buckets} position buckets."
+            )
+        shape = (settings.size**2,)
+        return {
+            "ids": jax.ShapeDtypeStruct(shape, np.int32),
+            "valid": jax.ShapeDtypeStruct(shape, np.bool_),
+        }
+
+    def preprocess(
+        self, settings: ImageInput, value: Any, rng: np.random.Generator | None
+    ) -> dict[str, np.ndarray]:
+        """`{"ids": int32[size^2], "valid": all}`: rows from the top, red the most significant digit."""
+        pixels = Image().preprocess(settings, value, rng)["pixels"]
+        digits = pixels.astype(np.int32) * self.levels // 256
+        ids = digits @ np.array([self.levels**2, self.levels, 1], np.int32)
+        return {"ids": ids.reshape(-1).astype(np.int32), "valid": np.ones(ids.size, bool)}
+
+    def raw(self, value: Any) -> Any:
+        return Image().raw(value)
+
+
+class ColoursStem(nnx.Module):
+    """`{"ids": int32[B, H H]} ->` a stream of `H H` tokens."""
+
+    end = None  # see `mmjax.modality.Stem`
+
+    def __init__(self, levels: int, buckets: int, width: int):
+        init = initializers.normal(0.1)
+        self.levels = levels
+        self.embedding = declare((levels**3, width), ("vocabulary", "embed"), init, decay=False)
+        self.positions = Positions(width, {"y": buckets, "x": buckets}, scale=0.05)
+
+    def __call__(self, arrays: dict[str, jax.Array]) -> Stream:
+        ids_BS = arrays["ids"]
+        table_VD = constrain(self.embedding[...], ("vocabulary", None))
+        side = round(ids_BS.shape[1] ** 0.5)
+        coordinates = grid(y=side, x=side)
+        x_BSD = jnp.take(table_VD, ids_BS, axis=0) + self.positions(coordinates).astype(
+            table_VD.dtype
+        )
+        return Stream(x_BSD, None, coordinates, (("colours", x_BSD.shape[1]),))
+
+    def pictures(self, ids_BS: jax.Array) -> jax.Array:
+        """uint8 `[B, H, H, 3]`, each pixel in the middle of its colour."""
+        digits = jnp.stack([ids_BS // self.levels**2, ids_BS // self.levels, ids_BS], axis=-1)
+        side = round(ids_BS.shape[1] ** 0.5)
+        middle = (digits % self.levels + 0.5) * (256 / self.levels)
+        return middle.astype(jnp.uint8).reshape(-1, side, side, 3)
