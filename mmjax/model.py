@@ -29,12 +29,14 @@ class ModelConfig:
       width: size of a token.
       groups: the trunk's layers.
       remat: what the backward pass computes again: `none`, `dots` or `full`.
+      norm: the last norm, `layer` or `rms`.
       norm_modalities: modalities (or modality: expert) that have a last norm each; empty for one of all.
     """
 
     width: int
     groups: tuple[GroupConfig, ...]
     remat: str = "none"
+    norm: str = "layer"
     norm_modalities: Any = ()
 
 
@@ -46,7 +48,11 @@ class Model(nnx.Module):
     ):
         self.stems = nnx.Dict({name: m.stem(config.width) for name, m in modalities.items()})
         self.trunk = Trunk(
-            config.groups, config.width, config.remat, norm_modalities=config.norm_modalities
+            config.groups,
+            config.width,
+            config.remat,
+            norm_modalities=config.norm_modalities,
+            norm=config.norm,
         )
         self.heads = nnx.Dict({name: nnx.Dict(parts) for name, parts in heads.items()})
 

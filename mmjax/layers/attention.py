@@ -12,8 +12,9 @@ from flax import nnx, struct
 from mmjax.errors import UserError
 from mmjax.layers.attend import attend, check_kernel
 from mmjax.layers.by_modality import ONE, TIED, Kinds, Untied, apply
-from mmjax.layers.dense import LayerNorm, lecun
+from mmjax.layers.dense import lecun, norm_of
 from mmjax.layers.masks import Pairs
+from mmjax.layers.positions import rotate
 from mmjax.parameters import Initializer, declare
 from mmjax.sharding import constrain
 
@@ -41,7 +42,8 @@ class Attention(nnx.Module):
     normalised per head (Dehghani et al. 2023). `kernel` is one of `mmjax.layers.attend`. On a mesh with a
     `sequence` axis each device attends from its own tokens to those of all: only keys and values are gathered,
     so the result is exact. What is `untied` (`query`, `key`, `value`, `out`, `qk_norm`) is by modality; tokens
-    attend to each other all the same.
+    attend to each other all the same. Where `rotary` is not 0, queries and keys are rotated by the places of their
+    tokens (see `rotate`), it being the base.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class Attention(nnx.Module):
         qk_norm: bool = False,
         kernel: str = "auto",
         untied: Untied = TIED,
+        norm: str = "layer",
+        rotary: float = 0.0,
     ):
         if heads < 1 or width % heads:
             raise UserError(f"attention: width {width} does not divide over {heads} heads.")
@@ -62,10 +66,14 @@ class Attention(nnx.Module):
         )
         self.out = untied("out", lambda: _outer(width, heads, size))
         self.query_norm, self.key_norm = (
-            untied("qk_norm", lambda: LayerNorm(size, bias=False)) if qk_norm else None
+            untied("qk_norm", lambda: norm_of(norm, size, bias=False)) if qk_norm else None
             for _ in range(2)
         )
-        self.kernel = kernel
+        if rotary < 0 or (rotary and size % 2):
+            raise UserError(
+                f"attention: rotary is {rotary}, heads have {size} numbers; a base above 0 needs an even number."
+            )
+        self.kernel, self.rotary = kernel, rotary
 
     def __call__(
         self,
@@ -73,30 +81,47 @@ class Attention(nnx.Module):
         pairs: Pairs,
         source_BTD: jax.Array | None = None,
         kinds: Kinds = ONE,
+        places_BS: jax.Array | None = None,
     ) -> jax.Array:
         """Each token of `x` reads the tokens of `source` (cross-attention), or of `x` itself where it is None.
 
-        `kinds` says what the tokens of `x` are; a source belongs to a part that has no copies.
+        `kinds` and `places` say what the tokens of `x` are; a source belongs to a part that has neither copies nor
+        rotations.
         """
         read = x_BSD if source_BTD is None else source_BTD
-        held = self.key_values(read, kinds if source_BTD is None else ONE)
-        return self.read(x_BSD, held, pairs, kinds)
+        held = self.key_values(read, kinds if source_BTD is None else ONE, places_BS)
+        return self.read(x_BSD, held, pairs, kinds, places_BS)
 
-    def key_values(self, x_BTD: jax.Array, kinds: Kinds = ONE) -> KeyValues:
+    def key_values(
+        self, x_BTD: jax.Array, kinds: Kinds = ONE, places_BT: jax.Array | None = None
+    ) -> KeyValues:
         """What of the tokens of `x` others read."""
         k_BTHK = apply(self.key, x_BTD, kinds, _project)
         v_BTHK = apply(self.value, x_BTD, kinds, _project)
-        return KeyValues(
-            k_BTHK if self.key_norm is None else apply(self.key_norm, k_BTHK, kinds), v_BTHK
-        )
+        if self.key_norm is not None:
+            k_BTHK = apply(self.key_norm, k_BTHK, kinds)
+        return KeyValues(self._rotated(k_BTHK, places_BT), v_BTHK)
+
+    def _rotated(self, x_BSHK: jax.Array, places_BS: jax.Array | None) -> jax.Array:
+        if not self.rotary:
+            return x_BSHK
+        if places_BS is None:
+            raise ValueError("rotary attention of tokens without places")
+        return rotate(x_BSHK, places_BS, self.rotary)
 
     def read(
-        self, x_BSD: jax.Array, held: KeyValues, pairs: Pairs, kinds: Kinds = ONE
+        self,
+        x_BSD: jax.Array,
+        held: KeyValues,
+        pairs: Pairs,
+        kinds: Kinds = ONE,
+        places_BS: jax.Array | None = None,
     ) -> jax.Array:
         """What the tokens of `x` read of those whose keys and values are `held`."""
         q_BSHK = apply(self.query, x_BSD, kinds, _project)
         if self.query_norm is not None:
             q_BSHK = apply(self.query_norm, q_BSHK, kinds)
+        q_BSHK = self._rotated(q_BSHK, places_BS)
         gathered = ("batch", None, "heads", None)
         k_BTHK, v_BTHK = constrain(held.k_BTHK, gathered), constrain(held.v_BTHK, gathered)
         y_BSHK = attend(q_BSHK, k_BTHK, v_BTHK, pairs, self.kernel)

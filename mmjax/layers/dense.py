@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
+from mmjax.errors import UserError, nearest
 from mmjax.parameters import Initializer, declare
 
 lecun = initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -47,6 +48,33 @@ class LayerNorm(nnx.Module):
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 
+class RmsNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 or wider (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        self.scale = declare((width,), ("embed",), initializers.ones, keep=True)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+NORMS = ("layer", "rms")
+
+
+def norm_of(kind: str, width: int, bias: bool = True) -> LayerNorm | RmsNorm:
+    """The norm of that name; `bias` is a layer norm's.
+
+    Raises:
+      UserError: no such norm.
+    """
+    if kind not in NORMS:
+        raise UserError(f"There is no norm '{kind}'.{nearest(kind, NORMS)}")
+    return RmsNorm(width) if kind == "rms" else LayerNorm(width, bias)
+
+
 class Mlp(nnx.Module):
     """`gelu(x W1) W2`, GELU in its tanh form: `[..., width] -> [..., n_out or width]`."""
 
@@ -56,3 +84,29 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class GatedMlp(nnx.Module):
+    """`(silu(x G) * x W1) W2`, SwiGLU (Shazeer 2020): `[..., width] -> [..., width]`."""
+
+    def __init__(self, width: int, hidden: int, bias: bool = True):
+        self.gate = Dense(width, hidden, ("embed", "mlp"), bias)
+        self.up = Dense(width, hidden, ("embed", "mlp"), bias)
+        self.down = Dense(hidden, width, ("mlp", "embed"), bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+MLPS = {"gelu": Mlp, "swiglu": GatedMlp}
+
+
+def mlp_of(kind: str, width: int, hidden: int, bias: bool) -> Mlp | GatedMlp:
+    """The MLP of that name.
+
+    Raises:
+      UserError: no such MLP.
+    """
+    if kind not in MLPS:
+        raise UserError(f"There is no MLP '{kind}'.{nearest(kind, MLPS)}")
+    return MLPS[kind](width, hidden, bias)

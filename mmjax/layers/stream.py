@@ -63,6 +63,11 @@ class Stream:
                 static["item"] = np.repeat(segments // self.item_segments, lengths)[None]
         return static
 
+    def places(self, at: jax.Array | int = 0) -> jax.Array:
+        """The `position` of each token, int `[B or 1, S]`; by the index, `at` being that of the first, if not given."""
+        index = (at + jnp.arange(self.x_BSD.shape[1]))[None]
+        return self.attributes.get("position", index)
+
     def items(self) -> jax.Array | np.ndarray | None:
         """The `item` of each token, int `[B or 1, S]`; None where there is one."""
         return self.attributes["item"] if "item" in self.attributes else self._static().get("item")

@@ -1,25 +1,30 @@
-"""The pre-norm transformer block."""
+"""The transformer block."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmjax.errors import UserError
+from mmjax.errors import UserError, nearest
 from mmjax.layers.attention import Attention, KeyValues
 from mmjax.layers.by_modality import Kinds, Modalities, apply, kinds, untied
-from mmjax.layers.dense import LayerNorm, Mlp
+from mmjax.layers.dense import mlp_of, norm_of
 from mmjax.layers.stream import Aux, Stream, no_aux
 
 PARTS = ("query", "key", "value", "out", "qk_norm", "attention_norm", "mlp_norm", "mlp")
+ORDERS = ("pre", "post")
 
 
 class Transformer(nnx.Module):
     """`x += attention(norm(x)); x += mlp(norm(x))` (Xiong et al. 2020), for streams of any modality.
+
+    With order `post` it is `x += norm(attention(x)); x += norm(mlp(x))` (Swin v2; Chameleon). Llama's block has norm
+    `rms`, MLP `swiglu`, rotary 10000.
 
     Args:
       width: size of a token.
@@ -31,6 +36,10 @@ class Transformer(nnx.Module):
       untie: which of `PARTS` have a copy per modality. All of them: Mixture-of-Transformers (Liang et al. 2024);
         the MLP (and norms): multiway blocks (VLMo, BEiT-3). Attention is over all tokens whatever is untied.
       modalities: which have one; see `mmjax.layers.by_modality`.
+      norm: `layer` or `rms`, of all its norms.
+      mlp: `gelu` or `swiglu`.
+      order: `pre` or `post`, where the norms are.
+      rotary: the base of rotary embeddings of each token's `position`; 0 for none.
     """
 
     def __init__(
@@ -43,24 +52,42 @@ class Transformer(nnx.Module):
         kernel: str = "auto",
         untie: Sequence[str] = (),
         modalities: Modalities = (),
+        norm: str = "layer",
+        mlp: str = "gelu",
+        order: str = "pre",
+        rotary: float = 0.0,
     ):
+        if order not in ORDERS:
+            raise UserError(f"There is no order '{order}' of a block.{nearest(order, ORDERS)}")
         if "qk_norm" in untie and not qk_norm:
             raise UserError("untie names 'qk_norm', which the block does not have: set qk_norm.")
         copies = untied(untie, modalities, PARTS)
-        self.attention_norm = copies("attention_norm", lambda: LayerNorm(width, bias))
-        self.attention = Attention(width, heads, qk_norm, kernel, copies)
-        self.mlp_norm = copies("mlp_norm", lambda: LayerNorm(width, bias))
-        self.mlp = copies("mlp", lambda: Mlp(width, hidden, bias))
+        self.order = order
+        self.attention_norm = copies("attention_norm", lambda: norm_of(norm, width, bias))
+        self.attention = Attention(width, heads, qk_norm, kernel, copies, norm, rotary)
+        self.mlp_norm = copies("mlp_norm", lambda: norm_of(norm, width, bias))
+        self.mlp = copies("mlp", lambda: mlp_of(mlp, width, hidden, bias))
 
     def __call__(self, stream: Stream, key: jax.Array) -> tuple[Stream, Aux]:
         del key  # no dropout
         x, of = stream.x_BSD, kinds(stream)
-        x = x + self.attention(apply(self.attention_norm, x, of), stream.pairs(), kinds=of)
+
+        def attention(x: jax.Array) -> jax.Array:
+            return self.attention(x, stream.pairs(), kinds=of, places_BS=stream.places())
+
+        x = self._add(x, self.attention_norm, attention, of)
         return replace(stream, x_BSD=self._rest(x, of)), no_aux()
+
+    def _add(
+        self, x: jax.Array, norm: Any, part: Callable[[jax.Array], jax.Array], of: Kinds
+    ) -> jax.Array:
+        if self.order == "pre":
+            return x + part(apply(norm, x, of))
+        return x + apply(norm, part(x), of)
 
     def _rest(self, x: jax.Array, of: Kinds) -> jax.Array:
         """After attention."""
-        return x + apply(self.mlp, apply(self.mlp_norm, x, of), of)
+        return self._add(x, self.mlp_norm, lambda x: apply(self.mlp, x, of), of)
 
     def begin(self, stream: Stream, slots: int) -> KeyValues:
         """Empty slots for the tokens of a stream that comes part by part, see `Trunk.begin`."""
@@ -71,14 +98,21 @@ class Transformer(nnx.Module):
     ) -> tuple[Stream, KeyValues]:
         """The block for the tokens from `at` on, given those before, see `Trunk.extend`."""
         x, of = stream.x_BSD, kinds(stream)
-        normed = apply(self.attention_norm, x, of)
-        held = held.put(self.attention.key_values(normed, of), at)
-        pairs = stream.pairs_from(at, held.k_BTHK.shape[1])
-        x = x + self.attention.read(normed, held, pairs, of)
+        places_BS = stream.places(at)
+
+        def attention(x: jax.Array) -> jax.Array:
+            nonlocal held
+            held = held.put(self.attention.key_values(x, of, places_BS), at)
+            pairs = stream.pairs_from(at, held.k_BTHK.shape[1])
+            return self.attention.read(x, held, pairs, of, places_BS)
+
+        x = self._add(x, self.attention_norm, attention, of)
         return replace(stream, x_BSD=self._rest(x, of)), held
 
 
 def empty(attention: Attention, stream: Stream, slots: int) -> KeyValues:
     """Keys and values of `slots` tokens that are still to come, zeros."""
-    made = jax.eval_shape(lambda x: attention.key_values(x, kinds(stream)), stream.x_BSD)
+    made = jax.eval_shape(
+        lambda x: attention.key_values(x, kinds(stream), stream.places()), stream.x_BSD
+    )
     return jax.tree.map(lambda s: jnp.zeros((s.shape[0], slots, *s.shape[2:]), s.dtype), made)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from mmjax import config as configs
 from mmjax.layers.by_modality import ByModality, Modalities, apply, experts, kinds
-from mmjax.layers.dense import LayerNorm
+from mmjax.layers.dense import norm_of
 from mmjax.layers.stream import Aux, Stream
 from mmjax.parameters import stack_layers
 from mmjax.sharding import constrain
@@ -122,7 +122,7 @@ def add_up(auxes: Sequence[Aux]) -> Aux:
 
 
 class Trunk(nnx.Module):
-    """All groups in order, then a norm: one trunk for every modality and task.
+    """All groups in order, then a norm (`layer` or `rms`): one trunk for every modality and task.
 
     With `norm_modalities`, there is a last norm for each of them (see `mmjax.layers.by_modality`).
     """
@@ -134,6 +134,7 @@ class Trunk(nnx.Module):
         remat: str = "none",
         where: str = "model.groups",
         norm_modalities: Modalities = (),
+        norm: str = "layer",
     ):
         if not groups:
             raise configs.UserError(f"{where} is empty; a trunk needs a group.")
@@ -142,9 +143,9 @@ class Trunk(nnx.Module):
         for index, group in enumerate(groups):
             self.groups.append(Group(group, width, first, remat, f"{where}[{index}]"))
             first += group.repeat * len(group.pattern)
-        self.norm: Any = LayerNorm(width)
+        self.norm: Any = norm_of(norm, width)
         if norm_modalities:
-            self.norm = ByModality(lambda: LayerNorm(width), experts(norm_modalities))
+            self.norm = ByModality(lambda: norm_of(norm, width), experts(norm_modalities))
 
     def __call__(self, stream: Stream, key: jax.Array) -> tuple[Stream, Aux]:
         stream, aux = self.layers(stream, key)
