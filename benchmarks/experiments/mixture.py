@@ -133,6 +133,13 @@ def markdown(rows: Sequence[Mapping[str, Any]], command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def seeds_of(words: str) -> list[int]:
+    """Of `--seeds`."""
+    if not all(seed.strip().isdigit() for seed in words.split(",")):
+        raise UserError(f"--seeds={words}: write integers such as 0,1,2.")
+    return [int(seed) for seed in words.split(",")]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     made = commandline.parser("Train a config over several seeds, and each of its tasks alone.")
     made.add_argument("--config", required=True, help="path of a config file")
@@ -140,9 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--seeds", default="0,1,2", help="comma-separated integers")
     made.add_argument("--alone", action="store_true", help="train each task alone as well")
     arguments, overrides = commandline.parse(made, argv)
-    if not all(seed.strip().isdigit() for seed in arguments.seeds.split(",")):
-        raise UserError(f"--seeds={arguments.seeds}: write integers such as 0,1,2.")
-    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    seeds = seeds_of(arguments.seeds)
     block = commandline.read_config(arguments.config, overrides)
     out = Path(commandline.make_workdir(arguments.out))
     shared = [f"--config={arguments.config}", *(f"--extra={folder}" for folder in arguments.extra)]

@@ -32,7 +32,16 @@ class Tokens:
 
 
 def selective_scan(a_EN: jax.Array, tokens: Tokens, chunk: int = CHUNK) -> jax.Array:
-    """`h_s = exp(step_s a) h_(s-1) + step_s in_s x_s; y_s = out_s . h_s`: y, `[B, S, E]` in float32 or wider.
+    """`h_s = exp(step_s a) h_(s-1) + step_s in_s x_s; y_s = out_s . h_s`: y, `[B, S, E]` in float32 or wider."""
+    wide = jnp.promote_types(tokens.x_BSE.dtype, jnp.float32)
+    start_BEN = jnp.zeros((tokens.x_BSE.shape[0], *a_EN.shape), wide)
+    return scan_from(start_BEN, a_EN, tokens, chunk)[1]
+
+
+def scan_from(
+    start_BEN: jax.Array, a_EN: jax.Array, tokens: Tokens, chunk: int = CHUNK
+) -> tuple[jax.Array, jax.Array]:
+    """The state after all tokens, and y, where the state before the first is `start`.
 
     A state is `[E, N]` for each row. Those of one chunk at a time are held, and made again in the backward pass, so
     that memory does not grow with the length but for inputs, outputs and a state per chunk.
@@ -51,10 +60,9 @@ def selective_scan(a_EN: jax.Array, tokens: Tokens, chunk: int = CHUNK) -> jax.A
     def body(state_BEN: jax.Array, tokens: Tokens) -> Pair:
         return _chunk(a_EN.astype(wide), state_BEN, tokens)
 
-    start_BEN = jnp.zeros((b, e, a_EN.shape[1]), wide)
     chunks = jax.tree.map(split, tokens)
-    _, y_CBLE = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), start_BEN, chunks)
-    return jnp.moveaxis(y_CBLE, 0, 1).reshape(b, count * chunk, e)[:, :s]
+    last_BEN, y_CBLE = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), start_BEN, chunks)
+    return last_BEN, jnp.moveaxis(y_CBLE, 0, 1).reshape(b, count * chunk, e)[:, :s]
 
 
 def _chunk(a_EN: jax.Array, state_BEN: jax.Array, tokens: Tokens) -> Pair:

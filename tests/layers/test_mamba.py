@@ -315,3 +315,60 @@ def test_masks_that_it_cannot_keep_to(mask: Any) -> None:
 def test_mistakes_in_the_config(block: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Trunk([GroupConfig(1, ({"name": "mamba", **block},))], WIDTH)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.permutations(range(7)),
+    st.lists(st.booleans(), min_size=7, max_size=7),
+    st.booleans(),
+)
+def test_tokens_are_read_by_their_position(
+    order: list[int], valid: list[bool], packs: bool
+) -> None:
+    """Another order of storage gives the same tokens, with padding and with items among them."""
+    declaration = declared()
+    p, at, x = random(declaration), np.asarray(order), tokens()
+    there = np.broadcast_to(valid, x.shape[:2])
+    items = {"item": np.broadcast_to([0, 0, 1, 1, 1, 2, 2], x.shape[:2])} if packs else {}
+    places = {**items, "position": np.broadcast_to(3 * np.arange(7), x.shape[:2])}
+    attributes = {n: jnp.asarray(v[:, at]) for n, v in places.items()}
+    found = run(declaration, p, x[:, at], valid_BS=jnp.asarray(there[:, at]), attributes=attributes)
+    wanted = run(
+        declaration, p, x, valid_BS=jnp.asarray(there),
+        attributes={n: jnp.asarray(v) for n, v in items.items()},
+    )  # fmt: skip
+    np.testing.assert_allclose(found[there[:, at]], wanted[:, at][there[:, at]], rtol=1e-9)
+
+
+MIXED = [
+    {"name": "mamba", **SIZES, "untie": PUBLISHED, "modalities": NAMES},
+    {"name": "transformer", "heads": 2, "hidden": 4, "rotary": 10.0},
+]
+
+
+@pytest.mark.parametrize("parts", [[1] * 7, [3, 4], [2, 1, 4], [7]])
+@pytest.mark.parametrize("pads", [False, True])
+def test_part_by_part_is_the_whole_at_once(parts: list[int], pads: bool) -> None:
+    """In a pattern with attention, its projections by modality; padding is as if it were not there."""
+    declaration = Declaration(nnx.Dict({"trunk": Trunk([GroupConfig(2, tuple(MIXED))], WIDTH)}))
+    trunk = declaration.merge(random(declaration))["trunk"]
+    x, there = jnp.asarray(tokens()), np.ones((2, 7), bool)
+    there[0, [1, 5]] = not pads
+    mask = Causal()
+    whole, _ = trunk.layers(
+        Stream(x, jnp.asarray(there), layout=LAYOUT, mask=mask), jax.random.key(0)
+    )
+    held, found, start = trunk.begin(Stream(x[:, :1], layout=(("text", 1),)), 7), [], 0
+    for size in parts:
+        at = slice(start, start + size)
+        layout = tuple((name, 1) for name in TOKENS[at])
+        now = np.where(np.arange(7) < start + size, there, False)
+        stream = Stream(
+            x[:, at], jnp.asarray(there[:, at]), layout=layout, mask=mask, held_BT=jnp.asarray(now)
+        )
+        out, held = trunk.extend(stream, held, start)
+        found.append(np.asarray(out.x_BSD))
+        start += size
+    made = np.concatenate(found, axis=1)
+    np.testing.assert_allclose(made[there], np.asarray(whole.x_BSD)[there], rtol=1e-8)

@@ -1,0 +1,24 @@
+"""Mixture-of-Mamba on drawings and their English names: the recipe of `mixture_of_mamba_1b.py` with smaller numbers.
+
+python -m mmjax.data.build emoji
+python -m mmjax.train --config=configs/mixture_of_mamba_small.py --workdir=runs/mixture_of_mamba_small
+
+Settings as there: `mixture_of_mamba_small.py:transfusion` (the default), `:chameleon`, and each `-dense`.
+
+Hardware: a CPU with 2 cores. Results: to be measured.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from mmjax.config import load_module
+
+mamba = load_module(Path(__file__).with_name("mixture_of_mamba_1b.py"))
+small = load_module(Path(__file__).with_name("mot_small.py"))
+
+
+def get_config(setting: str = "transfusion") -> ConfigDict:
+    config = small.make_small(mamba.get_config(setting))
+    config.model.groups = mamba.layers(setting, 4, state=8)
+    return config

@@ -1,0 +1,72 @@
+"""Mixture-of-Transformers (Liang et al. 2024) at the paper's size: the parameters of 7 billion for each modality.
+
+    python -m mmjax.data.build emoji
+    python -m mmjax.train --config=configs/mot_7b.py --workdir=runs/mot_7b
+
+Every parameter of the trunk, norms among them, has a copy for text and one for images; attention is over all tokens,
+and a token meets as many parameters as in the dense model. `mot_7b.py:chameleon` (the default) learns both by the next
+token, an image being 1,024 discrete ones, in Chameleon's block (norms behind their parts); `mot_7b.py:transfusion` is
+`transfusion_7b.py` so untied, with linear adapters. `mot_7b.py:chameleon-dense` and `:transfusion-dense` are the same
+without copies. Chameleon's images are 8,192 codes of a learned tokenizer; here they are 32 pixels a side of 8,000
+colours. Data are the drawings and names that the data sets here hold: set `tasks.captions.source` to your own.
+
+Hardware: 256 chips of TPU v5p, by the plan in `plans/`. Results: none, it has not been trained here; see
+`mot_small.py`, the same recipe with smaller numbers.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mmjax.config import load_module
+from mmjax.errors import UserError, nearest
+from mmjax.layers.transformer import PARTS
+
+transfusion = load_module(Path(__file__).with_name("transfusion_7b.py"))
+
+SETTINGS = ("chameleon", "chameleon-dense", "transfusion", "transfusion-dense")
+
+
+def layers(setting: str, repeat: int, heads: int, hidden: int) -> list[dict[str, Any]]:
+    """The block of a setting, `PARTS` by modality unless it is dense."""
+    block: dict[str, Any] = {"qk_norm": True, "order": "post"} if "chameleon" in setting else {}
+    if "dense" not in setting:
+        parts = [part for part in PARTS if part != "qk_norm" or block]
+        block |= {"untie": parts, "modalities": modalities(setting)}
+    return transfusion.layers(repeat, heads, hidden, **block)
+
+
+def modalities(setting: str) -> list[str]:
+    return ["text", "colours" if "chameleon" in setting else "image"]
+
+
+def untied(config: ConfigDict, setting: str) -> ConfigDict:
+    """The tasks of a setting, and the last norm of each modality."""
+    if setting not in SETTINGS:
+        raise UserError(f"There is no setting '{setting}'.{nearest(setting, SETTINGS)}")
+    task = config.tasks.captions
+    task.objective.channels = 0
+    if "chameleon" in setting:
+        del config.modalities["image"]
+        config.modalities.colours = {"name": "colours", "levels": 20, "buckets": 32}
+        task.inputs = {
+            "text": {"field": "caption", "length": 1022},
+            "colours": {"size": 32, "crop": 0.7},
+        }
+        task.objective = {
+            "name": "transfusion", "order": ["text", "colours"], "discrete": ["text", "colours"],
+            "pack": 2, "drop": 0.1, "swap": 0.2,
+        }  # fmt: skip
+        config.modalities.text.buckets = 1024
+        task.batch = 2048
+    if "dense" not in setting:
+        config.model.norm_modalities = modalities(setting)
+    return config
+
+
+def get_config(setting: str = "chameleon") -> ConfigDict:
+    """The config; `setting` is one of `SETTINGS`."""
+    config = untied(transfusion.get_config(), setting)
+    config.model.groups = layers(setting, 32, 32, 11_008)
+    return config

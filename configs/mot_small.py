@@ -1,0 +1,35 @@
+"""Mixture-of-Transformers on drawings and their English names: the recipe of `mot_7b.py` with smaller numbers.
+
+python -m mmjax.data.build emoji
+python -m mmjax.train --config=configs/mot_small.py --workdir=runs/mot_small
+
+Settings as there: `mot_small.py:chameleon` (the default), `:transfusion`, and each `-dense`.
+
+Hardware: a CPU with 2 cores. Results: to be measured.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from mmjax.config import load_module
+
+mot = load_module(Path(__file__).with_name("mot_7b.py"))
+small = load_module(Path(__file__).with_name("transfusion_small.py"))
+
+
+def make_small(config: ConfigDict) -> ConfigDict:
+    """Smaller numbers, of any recipe of these settings."""
+    config = small.make_small(config)
+    config.steps = 400
+    config.tasks.captions.batch = 32
+    if "colours" in config.modalities:
+        config.modalities.colours.update({"levels": 8, "buckets": 8})
+        config.tasks.captions.inputs.colours.size = 8
+    return config
+
+
+def get_config(setting: str = "chameleon") -> ConfigDict:
+    config = make_small(mot.get_config(setting))
+    config.model.groups = mot.layers(setting, 4, 4, 344)
+    return config

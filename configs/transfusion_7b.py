@@ -1,0 +1,91 @@
+"""Transfusion (Zhou et al. 2024) at the paper's size: text by its next token, images by diffusion, in 7 billion.
+
+    python -m mmjax.data.build emoji
+    python -m mmjax.train --config=configs/transfusion_7b.py --workdir=runs/transfusion_7b
+
+The trunk is Llama's of 7 billion; sequences have 4,096 tokens, here eight captioned images that do not see each other;
+4 million tokens to a batch, for 500,000 steps (2 trillion tokens). Images are 256 pixels a side and become 256 tokens
+through U-Net adapters; of each five captions four come before the image and one after it, whose noise is then limited.
+The paper diffuses latents of an autoencoder, 32 a side with patches of 2; here it is pixels in patches of 16. Its data
+are text alone and licensed captioned images; here they are the drawings and names that the data sets here hold: set
+`tasks.captions.source` to your own, and `modalities.text.tokenizer` to a SentencePiece model.
+`transfusion_7b.py:monoformer` alternates two tasks on the same trunk, text by its next token and images drawn from
+texts, with neither loss in the other's step (after MonoFormer, Zhao et al. 2024).
+
+Hardware: 256 chips of TPU v5p, by the plan in `plans/`. Results: none, it has not been trained here; see
+`transfusion_small.py`, the same recipe with smaller numbers.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mmjax.errors import UserError, nearest
+
+SETTINGS = ("transfusion", "monoformer")
+
+
+def data(split: str) -> dict[str, Any]:
+    return {"name": "tfds", "dataset": "emoji", "split": split}
+
+
+def layers(repeat: int, heads: int, hidden: int, **more: Any) -> list[dict[str, Any]]:
+    """Llama's block; `more` of its settings."""
+    block = {
+        "name": "transformer", "heads": heads, "hidden": hidden, "norm": "rms", "mlp": "swiglu",
+        "rotary": 10_000.0, **more,
+    }  # fmt: skip
+    return [{"repeat": repeat, "pattern": [block]}]
+
+
+def task(share: int, modalities: list[str], objective: dict[str, Any]) -> dict[str, Any]:
+    inputs = {"text": {"field": "caption", "length": 255}, "image": {"size": 256, "crop": 0.7}}
+    splits = {"drawings": data("test_drawing"), "concepts": data("test_concept")}
+    return {
+        "source": data("train"),
+        "inputs": {name: inputs[name] for name in modalities},
+        "objective": {"name": "transfusion", "order": modalities, "pack": 8, **objective},
+        "batch": 8192,
+        "share": share,
+        "evaluators": {n: {"name": "held_out_loss", "source": s} for n, s in splits.items()},
+    }
+
+
+def get_config(setting: str = "transfusion") -> ConfigDict:
+    """The config; `setting` is `transfusion` or `monoformer`."""
+    if setting not in SETTINGS:
+        raise UserError(f"There is no setting '{setting}'.{nearest(setting, SETTINGS)}")
+    draw = {"weight": 5.0, "target": "epsilon", "drop": 0.1, "channels": 128, "guidance": 5.0}
+    draw["steps"] = 250
+
+    config = ConfigDict(sort_keys=False)
+    config.steps = 500_000
+    config.seed = 0
+    config.modalities = {
+        "text": {"name": "text", "vocabulary": 32_000, "buckets": 256},
+        "image": {"name": "image", "patch": 16, "buckets": 16},
+    }
+    config.model = {
+        "width": 4096,
+        "groups": layers(32, 32, 11_008),
+        "norm": "rms",
+        "remat": "full",
+    }
+    config.tasks = {
+        "captions": task(1, ["text", "image"], {**draw, "swap": 0.2, "limit": 0.5}),
+    }
+    if setting == "monoformer":
+        # What is written and what is drawn are two tasks: one's loss is not in the other's step.
+        config.tasks = {
+            "write": task(1, ["text"], {}),
+            "draw": task(1, ["text", "image"], {**draw, "weights": {"text": 0.0}}),
+        }
+    config.optimizer = {
+        "name": "adamw", "learning_rate": 3e-4, "warmup": 4000, "weight_decay": 0.1, "clip": 1.0,
+        "b1": 0.9, "b2": 0.95,
+    }  # fmt: skip
+    config.dtype = {"compute": "bfloat16"}
+    config.mesh = {"data": 1, "fsdp": -1}
+    config.checkpoint = {"every": 5_000, "keep": 2}
+    config.evaluation = {"every": 0, "batch": 2048}
+    return config
