@@ -21,4 +21,6 @@ small = load_module(Path(__file__).with_name("mot_small.py"))
 def get_config(setting: str = "transfusion") -> ConfigDict:
     config = small.make_small(mamba.get_config(setting))
     config.model.groups = mamba.layers(setting, 4, state=8)
+    config.steps = 250
+    config.tasks.captions.batch = 16
     return config

@@ -21,7 +21,7 @@ small = load_module(Path(__file__).with_name("transfusion_small.py"))
 def make_small(config: ConfigDict) -> ConfigDict:
     """Smaller numbers, of any recipe of these settings."""
     config = small.make_small(config)
-    config.steps = 400
+    config.steps = 300
     config.tasks.captions.batch = 32
     if "colours" in config.modalities:
         config.modalities.colours.update({"levels": 8, "buckets": 8})
