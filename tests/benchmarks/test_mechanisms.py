@@ -1,0 +1,92 @@
+"""The experiment of mechanisms: what is compared, at which compute, how it sums up, and a run of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import toyrun
+from mains import refused
+from mains import run as run_main
+
+from benchmarks.experiments import mechanisms
+from benchmarks.experiments.mechanisms import COMPARISONS, Comparison, Variant
+from benchmarks.experiments.mixture import Trial
+
+ROOT = Path(__file__).parents[2]
+TOY = str(ROOT / "tests" / "configs" / "toy.py")
+EXTRA = f"--extra={ROOT / 'tests' / 'extra'}"
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_the_variants_of_a_comparison_end_at_the_same_compute(name: str) -> None:
+    runs, cost = mechanisms.trials(COMPARISONS[name], [0, 1], ())
+    assert len(runs) == 2 * len(cost)
+    spent = [each["flops"] for each in cost.values()]
+    assert max(spent) / min(spent) < 1.01
+    blocks = {repr(variant.block()) for variant in COMPARISONS[name].variants.values()}
+    assert len(blocks) == len(cost)
+
+
+def toy(*overrides: str) -> Variant:
+    return Variant(TOY, ("tasks.two.share=0", "tasks.two.evaluators={}", *overrides))
+
+
+TOYS = Comparison("Does it?", {"narrow": toy(), "wide": toy("tasks.one.batch=16")})
+
+
+def test_more_work_in_a_step_means_fewer_steps() -> None:
+    toyrun.block()  # makes the toy modules known
+    runs, cost = mechanisms.trials(TOYS, [7], ("steps=30",))
+    assert cost["narrow"]["steps"] == 30 and cost["wide"]["steps"] == 15
+    assert cost["narrow"]["flops"] == cost["wide"]["flops"]
+    assert [t.overrides[-2:] for t in runs] == [("seed=7", "steps=30"), ("seed=7", "steps=15")]
+
+
+def test_values_by_variant_and_seed() -> None:
+    def record(name: str, value: float) -> dict[str, object]:
+        return {
+            "task": "a",
+            "split": "new",
+            "name": name,
+            "value": value,
+            "chance": 9.0,
+            "unit": "loss",
+        }
+
+    comparison = Comparison("Does it?", TOYS.variants, ("loss ",))
+    found = {
+        Trial(seed, label, ()): [record("loss text", value), record("loss", 5.0)]
+        for seed, label, value in [(0, "narrow", 1.0), (1, "narrow", 3.0), (0, "wide", 0.5), (1, "wide", 2.0)]
+    }  # fmt: skip
+    [row] = mechanisms.summarise(comparison, found)
+    assert row["values"] == {"narrow": {0: 1.0, 1: 3.0}, "wide": {0: 0.5, 1: 2.0}}
+    cost = {label: {"steps": 3, "flops": 2 * 10**12} for label in TOYS.variants}
+    page = mechanisms.markdown("toys", {"asks": "Does it?", "cost": cost, "rows": [row]})
+    assert "| loss text | new | 2.000 ± 1.414 | 1.250 ± 1.061 | 0.750 ± 0.354 | 9.000 |" in page
+    assert "narrow: 3 steps, 2 TFLOP" in page
+
+
+def test_it_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real training of both sides, their table and picture; the second time nothing is trained again."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setitem(COMPARISONS, "toys", TOYS)
+    words = [f"--out={tmp_path}", "--only=toys", "--seeds=0", EXTRA, "--config.steps=4"]
+    ended = run_main(mechanisms.main, *words)
+    assert ended.status == 0, ended.err
+    found = json.loads((tmp_path / "results.json").read_text())
+    values = [row["values"] for row in found["toys"]["rows"]]
+    assert values and all(set(v) == {"narrow", "wide"} for v in values)
+    assert "toys.svg" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "toys.svg").read_text().count("<svg") == 1
+    log = tmp_path / "toys" / "narrow-seed0.log"
+    before = log.read_text()
+    assert run_main(mechanisms.main, *words).status == 0
+    assert "Done: " in log.read_text()[len(before) :]
+
+
+def test_a_comparison_that_is_not_there(tmp_path: Path) -> None:
+    said = refused(mechanisms.main, f"--out={tmp_path}", "--only=mot_discret")
+    assert "Did you mean 'mot_discrete'" in said

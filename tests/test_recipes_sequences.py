@@ -1,0 +1,111 @@
+"""The recipes of interleaved sequences: sizes as published, the same compute with copies, small from large."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import pytest
+from recipes import block, experiment, without_sizes
+
+from mmjax import config as configs
+from mmjax.errors import UserError
+
+SETTINGS = {
+    "transfusion": ("7b", ["transfusion", "monoformer"]),
+    "mot": ("7b", ["chameleon", "chameleon-dense", "transfusion", "transfusion-dense"]),
+    "mixture_of_mamba": ("1b", ["chameleon", "chameleon-dense", "transfusion", "transfusion-dense"]),
+}  # fmt: skip
+ALL = [(system, setting) for system, (_, settings) in SETTINGS.items() for setting in settings]
+
+
+def trunk(name: str, setting: str) -> int:
+    """Parameters of the trunk."""
+    specs = experiment(name, setting).declaration.specs
+    return sum(math.prod(s.shape) for n, s in specs.items() if n.startswith("trunk/"))
+
+
+def test_transfusion_has_the_trunk_of_llama() -> None:
+    """Llama 2 7B has 6,738,415,616 parameters, two tables of 32,000 by 4,096 among them."""
+    assert trunk("transfusion_7b", "transfusion") == 6_738_415_616 - 2 * 32_000 * 4096
+
+
+def test_a_unet_is_as_large_as_published() -> None:
+    """0.27 billion (Zhou et al. 2024, section 4.1); ours goes down to 16 pixels a side, from pixels, not latents."""
+    specs = experiment("transfusion_7b").declaration.specs
+    count = sum(math.prod(s.shape) for n, s in specs.items() if "/unet/" in n)
+    assert 0.2e9 < count < 0.4e9
+
+
+def test_mixture_of_transformers_has_all_of_the_trunk_twice() -> None:
+    for setting in ("chameleon", "transfusion"):
+        assert trunk("mot_7b", setting) == 2 * trunk("mot_7b", f"{setting}-dense")
+
+
+def test_mamba_is_as_large_as_published() -> None:
+    """mamba-1.4b has 1,372,178,432 parameters, a table of 50,280 by 2,048 among them."""
+    dense = trunk("mixture_of_mamba_1b", "transfusion-dense")
+    assert dense == 1_372_178_432 - 50_280 * 2048
+    # All but the convolution, A, D and norms has a copy.
+    shared = 48 * (4096 * 4 + 4096 + 4096 * 16 + 4096 + 2048) + 2048
+    assert trunk("mixture_of_mamba_1b", "transfusion") == 2 * dense - shared
+
+
+@pytest.mark.parametrize("setting", ["chameleon", "transfusion"])
+@pytest.mark.parametrize("system", ["mot", "mixture_of_mamba"])
+def test_copies_cost_no_operation(system: str, setting: str) -> None:
+    """Model FLOPs of a step, counted, to the last one."""
+    untied, dense = (
+        experiment(f"{system}_small", words).flops["captions"]
+        for words in (setting, f"{setting}-dense")
+    )
+    assert untied == dense > 0
+
+
+@pytest.mark.parametrize("system, setting", ALL)
+def test_the_small_recipe_differs_in_sizes_only(system: str, setting: str) -> None:
+    size, _ = SETTINGS[system]
+    big, small = (block(f"{system}_{of}", setting) for of in (size, "small"))
+    ends = {
+        "steps", "patch", "buckets", "vocabulary", "width", "remat", "groups", "batch", "size", "length", "pack",
+        "channels", "levels", "learning_rate", "warmup", "compute", "every", "repeat", "state", "heads", "hidden",
+    }  # fmt: skip
+    differences = configs.compare(big, small)
+    assert len(differences) > 10 and {d.key.split(".")[-1] for d in differences} <= ends
+    layers = [without_sizes(of["model"]["groups"][0]["pattern"][0]) for of in (big, small)]
+    layers[1].pop("state", None)  # a size that the large one leaves at its default
+    assert layers[0] == layers[1]
+
+
+@pytest.mark.parametrize("system", SETTINGS)
+def test_the_large_recipe_is_traced_whole(system: str) -> None:
+    """Loss and gradient on the whole batch: shapes only."""
+    made = experiment(f"{system}_{SETTINGS[system][0]}")
+    task: Any = made.tasks["captions"]
+    parameters = {
+        n: jax.ShapeDtypeStruct(s.shape, "float32") for n, s in made.declaration.specs.items()
+    }
+    batch = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct((task.batch, *s.shape), s.dtype), task.rows().shapes()
+    )
+
+    def value(p: Any, batch: Any) -> Any:
+        model = made.declaration.merge(p, "bfloat16")
+        return task.loss(model, batch, jax.random.key(0)).value
+
+    gradient = jax.eval_shape(jax.grad(value), parameters, batch)
+    assert {n: g.shape for n, g in gradient.items()} == {n: p.shape for n, p in parameters.items()}
+
+
+def test_monoformer_writes_and_draws_in_turn() -> None:
+    made = experiment("transfusion_7b", "monoformer")
+    assert made.tasks["write"].objective.reads() == ("text",)
+    draw: Any = made.tasks["draw"].objective
+    assert draw.order == ("text", "image") and draw.weights == {"text": 0.0}
+
+
+@pytest.mark.parametrize("system", SETTINGS)
+def test_a_setting_that_is_not_there(system: str) -> None:
+    with pytest.raises(UserError, match="no setting 'transfuson'. Did you mean 'transfusion'"):
+        experiment(f"{system}_small", "transfuson")
