@@ -41,13 +41,16 @@ def layers(repeat: int, heads: int, hidden: int, **more: Any) -> list[dict[str, 
 def task(share: int, modalities: list[str], objective: dict[str, Any]) -> dict[str, Any]:
     inputs = {"text": {"field": "caption", "length": 255}, "image": {"size": 256, "crop": 0.7}}
     splits = {"drawings": data("test_drawing"), "concepts": data("test_concept")}
+    evaluators = {n: {"name": "held_out_loss", "source": s} for n, s in splits.items()}
+    if objective.get("swap"):
+        evaluators |= {f"written_{n}": {"name": "captions", "source": s} for n, s in splits.items()}
     return {
         "source": data("train"),
         "inputs": {name: inputs[name] for name in modalities},
         "objective": {"name": "transfusion", "order": modalities, "pack": 8, **objective},
         "batch": 8192,
         "share": share,
-        "evaluators": {n: {"name": "held_out_loss", "source": s} for n, s in splits.items()},
+        "evaluators": evaluators,
     }
 
 

@@ -6,8 +6,8 @@ is held. What a span holds once it is made is read into the sequence, as a given
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import jax
@@ -21,6 +21,7 @@ from mmjax.layers.by_modality import apply, kinds
 from mmjax.layers.masks import FULL, Causal, Mask
 from mmjax.layers.stream import Stream, concatenate
 from mmjax.model import Model
+from mmjax.objective import Span
 
 Values = dict[str, jax.Array]
 
@@ -47,21 +48,6 @@ class Spans(Protocol):
     ) -> tuple[Stream, Any]: ...
     def predicted(self, model: Model, name: str, x_BSD: jax.Array, way: Any) -> jax.Array: ...
     def logits(self, model: Model, name: str, x_BSD: jax.Array) -> jax.Array: ...
-
-
-@dataclass(frozen=True)
-class Span:
-    """One span of a sequence.
-
-    Attributes:
-      name: its modality.
-      arrays: what it holds; where it is made, arrays of the same shapes.
-      made: whether it is written or drawn.
-    """
-
-    name: str
-    arrays: Mapping[str, jax.Array]
-    made: bool = False
 
 
 @struct.dataclass

@@ -19,7 +19,7 @@ from mmjax import checkpoint, commandline
 from mmjax.errors import UserError, nearest
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.model import Model
-from mmjax.objective import Objective
+from mmjax.objective import Objective, Span
 from mmjax.parameters import Arrays, from_canonical, to_canonical
 from mmjax.sharding import MeshConfig, make_mesh
 from mmjax.state import EMA, compute_dtype, shardings
@@ -82,7 +82,7 @@ class Embedder:
         mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
         self.parameters = read_parameters(workdir, self.step, self._experiment, mesh)
         self.tasks: Mapping[str, Task] = self._experiment.tasks
-        self._calls: dict[tuple[str, str, str], Any] = {}
+        self._calls: dict[tuple[Any, ...], Any] = {}
 
     @property
     def module(self) -> Model:
@@ -140,6 +140,55 @@ class Embedder:
         ids = self._over(chosen, modality, rows, "caption", of, seed=np.uint32(seed))
         return [text.modality.words(row) for row in ids]
 
+    def compose(
+        self, spans: Sequence[tuple[str, Any]], *, task: str | None = None, seed: int = 0
+    ) -> list[Any]:
+        """What a task such as Transfusion's makes of a sequence of spans: text and pictures in turn.
+
+        Args:
+          spans: `(modality, value)`, a value as of `embed`; where it is None the span is made, after those before it.
+          task: by default the first that knows all of these modalities.
+          seed: of what is drawn.
+
+        Returns:
+          What was made, in order: strings, and arrays, uint8 `[H, W, 3]` of pictures.
+
+        Raises:
+          UserError: no such task or modality, or a value that the modality cannot take.
+        """
+        chosen = self._composing({name for name, _ in spans}, task)
+        rows = [
+            _blank(chosen, name) if value is None else self._row(chosen, name, index, value)
+            for index, (name, value) in enumerate(spans)
+        ]
+
+        def of(model: Model, given: Any) -> list[jax.Array]:
+            plan = [
+                Span(name, arrays, made=value is None)
+                for (name, value), arrays in zip(spans, given["rows"], strict=True)
+            ]
+            keys = jax.random.key(given["seed"])[None]
+            return chosen.objective.compose(model, plan, keys)
+
+        given = {"rows": jax.tree.map(lambda x: x[None], rows), "seed": np.uint32(seed)}
+        shape = tuple((name, value is None) for name, value in spans)
+        call = self._calls.setdefault(("compose", chosen.name, shape), self.compiled(of))
+        made = iter(call(given))
+        modalities = [chosen.inputs[name].modality for name, value in spans if value is None]
+        return [
+            of_text(row) if (of_text := getattr(m, "words", None)) else row
+            for m, row in zip(modalities, (np.asarray(x)[0] for x in made), strict=True)
+        ]
+
+    def _composing(self, modalities: set[str], name: str | None) -> Task:
+        if name is not None and name not in self.tasks:
+            raise UserError(f"The run has no task '{name}'.{nearest(name, self.tasks)}")
+        for each, task in self.tasks.items():
+            if modalities and modalities <= set(task.objective.composes()) and name in (None, each):
+                return task
+        who, what = f"Task '{name}'" if name else "The run", ", ".join(sorted(modalities)) or "none"
+        raise UserError(f"{who} composes no sequence of: {what}.")
+
     def _given(
         self,
         verb: str,
@@ -195,7 +244,7 @@ class Embedder:
     ) -> np.ndarray:
         """What `of` makes of the rows, in chunks; compiled once for each verb, task, modality and size."""
         call = self._calls.setdefault((verb, task.name, modality), self.compiled(of))
-        blank = {n: np.zeros(s.shape, s.dtype) for n, s in task.inputs[modality].arrays().items()}
+        blank = _blank(task, modality)
         made = []
         for chunk, start in enumerate(range(0, max(len(rows), 1), _LARGEST)):
             part = rows[start : start + _LARGEST]
@@ -213,6 +262,11 @@ class Embedder:
         merge = self._experiment.declaration.merge
         made = jax.jit(lambda parameters, arrays: function(merge(parameters, dtype), arrays))
         return lambda arrays: made(self.parameters, arrays)
+
+
+def _blank(task: Task, modality: str) -> dict[str, np.ndarray]:
+    """Arrays of the shapes that the task gives a modality, zeros."""
+    return {n: np.zeros(s.shape, s.dtype) for n, s in task.inputs[modality].arrays().items()}
 
 
 def _embedded(objective: Objective) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ keys of its block in a config.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,21 @@ from mmjax.model import Batch, Model
 from mmjax.source import Example
 
 _ROWS = 2**31 - 1  # keeps the keys of rows apart from what objectives fold into a key
+
+
+@dataclass(frozen=True)
+class Span:
+    """One span of a sequence.
+
+    Attributes:
+      name: its modality.
+      arrays: what it holds; where it is made, arrays of the same shapes.
+      made: whether it is written or drawn.
+    """
+
+    name: str
+    arrays: Mapping[str, jax.Array]
+    made: bool = False
 
 
 @struct.dataclass
@@ -114,6 +129,17 @@ class Objective(abc.ABC):
 
     def writes(self) -> tuple[str, ...]:
         """The modality that it writes texts of, and that of the texts; empty where it writes none."""
+        return ()
+
+    def compose(self, model: Model, spans: Sequence[Span], keys_B: jax.Array) -> list[jax.Array]:
+        """The spans of a sequence that are to be made, each after those before it, as a person looks at them.
+
+        A picture is uint8 `[B, H, W, 3]`, a text int32 `[B, L]` as of `write`, anything else its values `[B, S, P]`.
+        """
+        raise UserError(f"objective {type(self).__name__} composes no sequences.")
+
+    def composes(self) -> tuple[str, ...]:
+        """The modalities of the spans that `compose` takes."""
         return ()
 
     def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:

@@ -17,7 +17,7 @@ from mmjax.data.tokenizer import PAD_ID
 from mmjax.diffusion import Diffusion, time_features
 from mmjax.errors import UserError
 from mmjax.generation import Sampling
-from mmjax.interleaved import Composer, Span
+from mmjax.interleaved import Composer
 from mmjax.layers.dense import Dense, Mlp
 from mmjax.layers.masks import FULL, Causal, KeyIs, Mask, QueryIs, Same
 from mmjax.layers.packing import pack, positions, unpack
@@ -26,7 +26,7 @@ from mmjax.layers.unet import UNet
 from mmjax.modalities.image import patchify, unpatchify
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Coupled, Loss, Represented, row_keys
+from mmjax.objective import Coupled, Loss, Represented, Span, row_keys
 from mmjax.objectives.masked_image import as_pixels, patch_side
 from mmjax.parameters import declare
 
@@ -102,7 +102,7 @@ class Transfusion(Coupled):
 
     Attributes:
       order: the modalities of an item, as they are read.
-      discrete: those that are predicted token by token.
+      discrete: those that are predicted token by token; the first of them is what it writes of another modality.
       weight: of the loss of each continuous modality (the paper: 5); 1 of each discrete one.
       weights: by modality, where it is another.
       target: what diffusion predicts, see `mmjax.diffusion`.
@@ -331,10 +331,11 @@ class Transfusion(Coupled):
     # --- what it writes and draws --------------------------------------------------------------
 
     def writes(self) -> tuple[str, ...]:
-        """Text, of the modality beside it, where one comes after the other."""
+        """The first of `discrete`, of the modality beside it, where it may come after it."""
         if len(self.order) != 2 or not self.discrete:
             return ()
-        other, text = self.order if self.order[1] in self.discrete else self.order[::-1]
+        text = self.discrete[0]
+        other = self.order[1 - self.order.index(text)]
         return (other, text) if (self.order[1] == text or self.swap) else ()
 
     def captions(
@@ -362,26 +363,48 @@ class Transfusion(Coupled):
         plan = [Span(m, inputs[m], made=m == self.order[-1]) for m in self.order]
         return Composer(self, model, plan).compose(keys_B)[0]
 
+    def composes(self) -> tuple[str, ...]:
+        return self.order
+
+    def compose(self, model: Model, spans: Sequence[Span], keys_B: jax.Array) -> list[jax.Array]:
+        made = Composer(self, model, spans).compose(keys_B)
+        wanted = [span for span in spans if span.made]
+        return [_seen(model, span, x) for span, x in zip(wanted, made, strict=True)]
+
     def shows(self) -> tuple[str, ...]:
         if len(self.order) < 2 or self.order[0] not in self.discrete:
             return ()
         return (f"the {self.order[0]}'s {self.order[-1]}", f"drawn from the {self.order[0]}")
 
     def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        """Pictures of the data, and what the model draws from their texts."""
-        last, inputs = self.order[-1], batch["inputs"]
-        drawn = self.sample(model, inputs, row_keys(batch, key))
-        stem: Any = model.stems[last]
-        if last in self.discrete and hasattr(stem, "pictures"):
-            found = (stem.pictures(inputs[last]["ids"]), stem.pictures(drawn))
-        elif last in self.continuous and inputs[last].get("pixels", jnp.zeros(0)).ndim == 4:
-            pixels = inputs[last]["pixels"]
-            height, width = pixels.shape[1:3]
-            pictures = unpatchify(drawn, height, width, patch_side(drawn))
-            found = (pixels, as_pixels((pictures + 1) / 2))
-        else:
+        """Pictures of the data, and what the model draws from their texts; nothing if they are no pictures."""
+        last, keys_B = Span(self.order[-1], batch["inputs"][self.order[-1]]), row_keys(batch, key)
+        given = _as_given(model, last)
+        if given.dtype != jnp.uint8:
             return {}
-        return dict(zip(self.shows(), found, strict=True))
+        before = [Span(m, batch["inputs"][m]) for m in self.order[:-1]]
+        [drawn] = self.compose(model, [*before, replace(last, made=True)], keys_B)
+        return dict(zip(self.shows(), (given, drawn), strict=True))
+
+
+def _as_given(model: Model, span: Span) -> jax.Array:
+    """What a given span holds, as `compose` gives what it makes."""
+    stem: Any = model.stems[span.name]
+    if "ids" in span.arrays:
+        return _seen(model, span, span.arrays["ids"])
+    return _seen(model, span, stem.values(span.arrays, jnp.float32))
+
+
+def _seen(model: Model, span: Span, x: jax.Array) -> jax.Array:
+    """Ids or values of a span, as a person looks at them."""
+    stem: Any = model.stems[span.name]
+    if hasattr(stem, "pictures"):
+        return jnp.asarray(stem.pictures(x))
+    pixels = span.arrays.get("pixels")
+    if pixels is None or pixels.ndim != 4:
+        return x
+    height, width = pixels.shape[1:3]
+    return as_pixels((unpatchify(x, height, width, patch_side(x)) + 1) / 2)
 
 
 def next_token_losses(logits_BLV: jax.Array, ids_BL: jax.Array) -> jax.Array:
