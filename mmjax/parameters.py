@@ -51,6 +51,7 @@ def declare(
         keep=keep,
         decay=decay,
         stack=None,
+        copies=1,
     )
 
 
@@ -71,9 +72,20 @@ class Stack:
         ]
 
 
+def as_copy(part: nnx.Module | nnx.Param, of: int) -> None:
+    """Say of a part's declarations that they are one of so many copies, of which a token meets one (in place)."""
+    found = [part] if isinstance(part, nnx.Param) else [node for _, node in nnx.iter_graph(part)]
+    for node in found:
+        if isinstance(node, nnx.Param):
+            node.set_metadata(copies=of * node.get_metadata()["copies"])
+
+
 @dataclass(frozen=True)
 class Spec:
-    """A parameter's specification: shape and axes as held (stacked), and its canonical names."""
+    """A parameter's specification: shape and axes as held (stacked), and its canonical names.
+
+    `copies` is how many of its kind there are, of which a token meets one.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -82,6 +94,7 @@ class Spec:
     keep: bool
     decay: bool
     stack: Stack | None
+    copies: int = 1
 
     @property
     def canonical(self) -> list[str]:
@@ -126,7 +139,10 @@ def _spec(name: str, variable: Any) -> Spec:
         first, stride, repeat = stack
         stack = Stack(first, stride, repeat, f"{prefix}/layers", rest.split("/", 3)[3])
     return Spec(
-        name, variable.shape, meta["axes"], meta["init"], meta["keep"], meta["decay"], stack
+        name=name,
+        shape=variable.shape,
+        stack=stack,
+        **{key: meta[key] for key in ("axes", "init", "keep", "decay", "copies")},
     )
 
 

@@ -34,9 +34,9 @@ def part_of(name: str) -> str:
 
 
 def rows_of_config(specs: Mapping[str, Spec]) -> list[dict[str, Any]]:
-    """Rows of the parameter table: total, and what one token meets (of a lookup table, one row)."""
+    """Rows of the parameter table: total, and what one token meets: of a lookup table one row, of copies one."""
     total: dict[str, int] = defaultdict(int)
-    active: dict[str, int] = defaultdict(int)
+    active: dict[str, float] = defaultdict(float)
     for spec in specs.values():
         size = math.prod(spec.shape)
         looked_up = [
@@ -45,9 +45,9 @@ def rows_of_config(specs: Mapping[str, Spec]) -> list[dict[str, Any]]:
             if axis in ("vocabulary", "positions")
         ]
         total[part_of(spec.name)] += size
-        active[part_of(spec.name)] += size // math.prod(looked_up)
+        active[part_of(spec.name)] += size / math.prod(looked_up) / spec.copies
     return [
-        {"part": part, "total": total[part], "active_per_token": active[part]}
+        {"part": part, "total": total[part], "active_per_token": round(active[part])}
         for part in sorted(total)
     ]
 

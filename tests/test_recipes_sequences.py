@@ -11,6 +11,7 @@ from recipes import block, experiment, without_sizes
 
 from mmjax import config as configs
 from mmjax.errors import UserError
+from mmjax.show import rows_of_config
 
 SETTINGS = {
     "transfusion": ("7b", ["transfusion", "monoformer"]),
@@ -41,6 +42,14 @@ def test_a_unet_is_as_large_as_published() -> None:
 def test_mixture_of_transformers_has_all_of_the_trunk_twice() -> None:
     for setting in ("chameleon", "transfusion"):
         assert trunk("mot_7b", setting) == 2 * trunk("mot_7b", f"{setting}-dense")
+
+
+def test_a_token_meets_as_many_parameters_as_in_the_dense_model() -> None:
+    def active(setting: str) -> int:
+        rows = rows_of_config(experiment("mot_7b", setting).declaration.specs)
+        return next(row["active_per_token"] for row in rows if row["part"] == "trunk")
+
+    assert active("chameleon") == active("chameleon-dense")
 
 
 def test_mamba_is_as_large_as_published() -> None:

@@ -24,6 +24,7 @@ from flax import nnx
 from mmjax.errors import UserError, nearest
 from mmjax.layers.masks import code
 from mmjax.layers.stream import Stream
+from mmjax.parameters import as_copy
 
 Modalities = Sequence[str] | Mapping[str, str]
 Call = Callable[[Any, jax.Array], jax.Array]
@@ -61,10 +62,12 @@ class ByModality(nnx.Module):
 
     def __init__(self, make: Callable[[], Any], experts: Mapping[str, str]):
         self.experts = dict(experts)
-        for name in _distinct(experts.values()):
+        names = _distinct(experts.values())
+        for name in names:
             if hasattr(self, name) or "/" in name:
                 raise UserError(f"modalities: no copy can have the name '{name}'. Use another.")
             setattr(self, name, make())
+            as_copy(getattr(self, name), len(names))
 
     def expert(self, modality: str) -> str:
         """The name of a modality's copy."""
