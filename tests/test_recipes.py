@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import ast
+import io
 import math
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+from recipes import ROOT, abstract, experiment, without_sizes
+from scipy.io import wavfile
+from tensorflow_datasets.proto import tf_example_pb2
+from tensorflow_datasets.proto import tf_feature_pb2 as pb
 
 from mmjax import config as configs
 from mmjax.errors import UserError
-from mmjax.experiment import Experiment, make_experiment
+from mmjax.experiment import make_experiment
 
-ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
-
-
-def experiment(name: str, argument: str = "") -> Experiment:
-    path = ROOT / "configs" / f"{name}.py"
-    return make_experiment(configs.read_file(f"{path}:{argument}" if argument else str(path)))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -111,12 +113,7 @@ def test_the_largest_coca_is_traced_whole() -> None:
     """Its loss and gradient on a pod's worth of rows, and its captions: shapes only."""
     made = experiment("coca_2b")
     task: Any = made.tasks["captions"]
-    parameters = {
-        n: jax.ShapeDtypeStruct(s.shape, "float32") for n, s in made.declaration.specs.items()
-    }
-    batch = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct((task.batch, *s.shape), s.dtype), task.rows().shapes()
-    )
+    parameters, batch = abstract(made, "captions")
     key = jax.random.key(0)
 
     def value(p: Any, batch: Any) -> Any:
@@ -164,10 +161,131 @@ def test_the_small_coca_differs_in_sizes_only() -> None:
     assert layers[0] == layers[1] and "cross_transformer" in layers[0]
 
 
-def without_sizes(block: Any) -> Any:
-    """The config without its numbers, and what the hardware decides."""
-    if isinstance(block, dict):
-        return {k: without_sizes(v) for k, v in block.items() if k not in ("remat", "compute")}
-    if isinstance(block, list | tuple):
-        return [without_sizes(each) for each in block]
-    return 0 if isinstance(block, int | float) and not isinstance(block, bool) else block
+# --- MBT and Zorro -----------------------------------------------------------------------------
+
+VIT_B = 12 * 12 * 768**2  # the matrices of its layers
+FUSED = ("mbt", "zorro")
+
+
+@pytest.mark.parametrize(("name", "trunks"), [("mbt_b", 2), ("zorro_b", 1)])
+def test_a_trunk_of_fusion_is_a_vit_of_each_modality_or_one_of_both(name: str, trunks: int) -> None:
+    specs = experiment(name).declaration.specs
+    counts = {n: math.prod(s.shape) for n, s in specs.items() if n.startswith("trunk/")}
+    assert sum(counts.values()) == pytest.approx(trunks * VIT_B, rel=1e-3)
+    assert trunks * VIT_B < sum(counts.values())  # norms come on top
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("mbt_b", 4), ("zorro_b", 8)])
+def test_fusion_at_the_papers_size_is_traced_whole(name: str, tokens: int) -> None:
+    """32 frames in tubes of 2 x 16 x 16, 8 seconds in patches of 16 x 16: their tokens, loss and gradient."""
+    made = experiment(name)
+    task: Any = made.tasks["sounds"]
+    parameters, batch = abstract(made, "sounds")
+
+    def streams(p: Any, batch: Any) -> Any:
+        model = made.declaration.merge(p, "bfloat16")
+        return {n: model.tokens(n, x).x_BSD for n, x in batch["inputs"].items()}
+
+    def value(p: Any, batch: Any) -> Any:
+        return task.loss(made.declaration.merge(p, "bfloat16"), batch, jax.random.key(0)).value
+
+    shapes = {n: x.shape for n, x in jax.eval_shape(streams, parameters, batch).items()}
+    assert shapes == {"video": (64, 16 * 14 * 14, 768), "spectrogram": (64, 50 * 8, 768)}
+    gradient = jax.eval_shape(jax.grad(value), parameters, batch)
+    assert gradient["heads/sounds/fused/tokens"].shape == (tokens, 768)
+
+
+def test_layers_of_mbt_fuse_from_the_eighth_on() -> None:
+    groups = configs.read_file(str(ROOT / "configs" / "mbt_b.py"))["model"]["groups"]
+    fuse = [block["fuse"] for g in groups for _ in range(g["repeat"]) for block in g["pattern"]]
+    assert fuse == [False] * 8 + [True] * 4
+
+
+@pytest.mark.parametrize("system", FUSED)
+def test_a_small_fusion_differs_in_sizes_and_data_only(system: str) -> None:
+    big, small = (
+        configs.read_file(str(ROOT / "configs" / f"{system}_{size}.py")) for size in ("b", "small")
+    )
+    sizes = {
+        "steps", "width", "repeat", "heads", "hidden", "tokens", "learning_rate", "warmup", "every", "batch",
+        "compute",
+    }  # fmt: skip
+    data = {"source", "inputs", "evaluators", "modalities", "classes", "label"}
+    differences = [d.key for d in configs.compare(big, small)]
+    assert len(differences) > 15
+    # A key that holds a name of the data at any depth, or ends in a size.
+    left = {
+        d for d in differences if not data & set(d.split(".")) and d.split(".")[-1] not in sizes
+    }
+    assert not left
+    blocks = [names_of_layers(block) for block in (big, small)]
+    assert blocks[0] == blocks[1]
+
+
+def names_of_layers(block: Any) -> list[Any]:
+    """By group: what its blocks are, without their sizes and modalities."""
+    kept = ("name", "fuse")
+    return [
+        [{k: b[k] for k in kept if k in b} for b in group["pattern"]]
+        for group in block["model"]["groups"]
+    ]
+
+
+@pytest.mark.parametrize("system", FUSED)
+@pytest.mark.parametrize("size", ["b", "small"])
+def test_fusion_is_evaluated_with_each_modality_alone(system: str, size: str) -> None:
+    made = experiment(f"{system}_{size}")
+    task = made.tasks["sounds"]
+    passes = {p.what for e in made.evaluators["sounds"].values() for p in e.passes(task).values()}
+    both = task.objective.reads()
+    assert passes == {f"predict/{'+'.join(both)}", *(f"predict/{name}" for name in both)}
+
+
+def test_full_fusion_is_one_key_of_zorro() -> None:
+    path = ROOT / "configs" / "zorro_small.py"
+    words = ast.get_docstring(ast.parse(path.read_text())) or ""
+    key = "tasks.sounds.objective.mask=full"
+    assert f"--config.{key}" in words
+    block = configs.read_file(str(path))
+    assert [d.key for d in configs.compare(block, configs.override(block, [key]))] == [
+        key.split("=")[0]
+    ]
+
+
+def test_the_clips_of_the_papers_size_are_as_the_header_says(tmp_path: Path) -> None:
+    """JPEG frames, a WAV file and a label, written here by the libraries themselves."""
+    write_clips(tmp_path / "train-00000-of-00001.array_record", 2)
+    block = configs.read_file(str(ROOT / "configs" / "mbt_b.py"))
+    block = configs.override(block, [f"tasks.sounds.source.path={tmp_path}"])
+    task = make_experiment(block).tasks["sounds"]
+    examples, rows = task.source.open(), task.rows()
+    rows.check(examples, "tasks.sounds")
+    row = rows.make(examples[1], np.random.default_rng(0))
+    found, wanted = (
+        jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (row, rows.shapes())
+    )
+    assert found == wanted
+    # Frame k is of grey k: every other of 80, from a random one on.
+    greys = row["inputs"]["video"]["pixels"].mean((1, 2, 3))
+    assert np.diff(greys) == pytest.approx(2, abs=0.5)
+    assert row["inputs"]["spectrogram"]["valid"].all() and row["fields"]["label"] == 308
+
+
+def write_clips(path: Path, count: int) -> None:
+    frames = []
+    for grey in range(80):
+        out = io.BytesIO()
+        Image.fromarray(np.full((36, 48, 3), grey, np.uint8)).save(out, "JPEG")
+        frames.append(out.getvalue())
+    sound = io.BytesIO()
+    wavfile.write(sound, 16_000, np.zeros(10 * 16_000, np.int16))
+    features = {
+        "video": pb.Feature(bytes_list=pb.BytesList(value=frames)),
+        "audio": pb.Feature(bytes_list=pb.BytesList(value=[sound.getvalue()])),
+        "label": pb.Feature(int64_list=pb.Int64List(value=[308])),
+    }
+    example = tf_example_pb2.Example(features=pb.Features(feature=features))
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for _ in range(count):
+        writer.write(example.SerializeToString())
+    writer.close()

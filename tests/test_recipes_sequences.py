@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import pytest
-from recipes import block, experiment, without_sizes
+from recipes import abstract, block, experiment, without_sizes
 
 from mmjax import config as configs
 from mmjax.errors import UserError
@@ -92,12 +92,7 @@ def test_the_large_recipe_is_traced_whole(system: str) -> None:
     """Loss and gradient on the whole batch: shapes only."""
     made = experiment(f"{system}_{SETTINGS[system][0]}")
     task: Any = made.tasks["captions"]
-    parameters = {
-        n: jax.ShapeDtypeStruct(s.shape, "float32") for n, s in made.declaration.specs.items()
-    }
-    batch = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct((task.batch, *s.shape), s.dtype), task.rows().shapes()
-    )
+    parameters, batch = abstract(made, "captions")
 
     def value(p: Any, batch: Any) -> Any:
         model = made.declaration.merge(p, "bfloat16")

@@ -78,6 +78,13 @@ COMPARISONS = {
         _two("mixture_of_mamba_small", "transfusion", "by modality", "plain"),
         ("held-out loss ",),
     ),
+    "zorro": Comparison(
+        "Zorro's mask against full fusion, with each modality alone and with both.",
+        {
+            "zorro": Variant("configs/zorro_small.py"),
+            "full fusion": Variant("configs/zorro_small.py", ("tasks.sounds.objective.mask=full",)),
+        },
+    ),
     "coca": Comparison(
         "CoCa's two losses against each alone.",
         {

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mmjax import config as configs
 from mmjax.experiment import Experiment, make_experiment
 
@@ -28,3 +30,14 @@ def without_sizes(block: Any) -> Any:
     if isinstance(block, list | tuple):
         return [without_sizes(each) for each in block]
     return 0 if isinstance(block, int | float) and not isinstance(block, bool) else block
+
+
+def abstract(made: Experiment, task: str) -> tuple[dict[str, Any], Any]:
+    """Shapes of all parameters, and of a batch of the task."""
+    parameters = {
+        n: jax.ShapeDtypeStruct(s.shape, "float32") for n, s in made.declaration.specs.items()
+    }
+    rows, shapes = made.tasks[task].batch, made.tasks[task].rows().shapes()
+    return parameters, jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct((rows, *s.shape), s.dtype), shapes
+    )

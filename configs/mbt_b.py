@@ -1,0 +1,88 @@
+"""MBT (Nagrani et al. 2021) at the paper's size: video and sound of one event, fused through 4 tokens from layer 8 on.
+
+    python -m mmjax.train --config=configs/mbt_b.py --workdir=runs/mbt_b
+
+Sizes are those of the paper's B/16: two ViTs of 12 layers, one of each modality, the last 4 of which fuse; 32 frames of
+224 pixels, every other of 25 a second, in tubes of 2 x 16 x 16; 8 seconds of spectrogram, 800 x 128, in patches of 16
+x 16; batches of 64, 50 epochs, label smoothing 0.3. What differs: the data are clips of one class each, such as
+VGGSound's 309 (AudioSet's several labels of a clip want another loss); spectrograms have windows of 50 ms, since 128
+bands need them, and the two stretches of a clip are cut apart from each other; each modality has a classifier of its
+own, on mean-pooled tokens; Muon takes the place of momentum; of the augmentations there are crops and mirrorings only,
+no mixup and no stochastic depth; and layers begin at random, unless `init_from` names weights of a ViT.
+
+The data set is not among those that can be built here. Give ArrayRecord files `train*.array_record*` and
+`test*.array_record*` in `~/data/vggsound` (or set `tasks.sounds.source` and the evaluators'), whose records are
+`tf.train.Example` messages with `video`, the JPEG frames of a clip, 25 a second and all of one size; `audio`, the
+bytes of a WAV file; and `label`, an integer below 309.
+
+Hardware: 16 chips of TPU v5e, by the plan in `plans/`. Results: none, it has not been trained here; see `mbt_small.py`,
+the same recipe with smaller numbers.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+VIEWS = {
+    "video": {"frames": 32, "stride": 2, "size": 224, "crop": 0.7, "flip": True},
+    "spectrogram": {"frames": 800},
+}
+
+
+def data(split: str) -> dict[str, Any]:
+    return {"name": "array_record", "path": "~/data/vggsound", "glob": f"{split}*.array_record*"}
+
+
+def evaluators(source: dict[str, Any], modalities: Sequence[str]) -> dict[str, Any]:
+    """Accuracy given both modalities, and given each of them alone."""
+    given = {"both": [], **{name: [name] for name in modalities}}
+    return {
+        name: {"name": "accuracy", "source": source, "modalities": only}
+        for name, only in given.items()
+    }
+
+
+def layers(
+    apart: int, fused: int, heads: int, hidden: int, modalities: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Layers in which modalities keep apart, then those in which fusion tokens pass between them."""
+    block = {"name": "bottleneck", "modalities": list(modalities), "heads": heads, "hidden": hidden}
+    return [
+        {"repeat": repeat, "pattern": [{**block, "fuse": fuse}]}
+        for repeat, fuse in ((apart, False), (fused, True))
+    ]
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict(sort_keys=False)
+    config.steps = 140_000
+    config.seed = 0
+    config.modalities = {
+        "video": {"name": "video", "tube": 2, "patch": 16, "time_buckets": 16, "buckets": 14},
+        "spectrogram": {
+            "name": "spectrogram", "patch_frames": 16, "patch_mels": 16, "mels": 128, "rate": 16_000,
+            "window": 800, "hop": 160, "low": 60.0, "high": 7600.0, "buckets": 50,
+        },
+    }  # fmt: skip
+    config.model = {"width": 768, "groups": layers(8, 4, 12, 3072, [*VIEWS]), "remat": "none"}
+    config.tasks = {
+        "sounds": {
+            "source": data("train"),
+            "inputs": VIEWS,
+            "objective": {
+                "name": "fusion", "modalities": [*VIEWS], "classes": 309, "label": "label", "tokens": 4,
+                "mask": "full", "reading": "mean", "smoothing": 0.3,
+            },
+            "batch": 64,
+            "evaluators": evaluators(data("test"), [*VIEWS]),
+        },
+    }  # fmt: skip
+    config.optimizer = {
+        "name": "muon", "learning_rate": 1e-3, "warmup": 7_000, "weight_decay": 0.1, "clip": 1.0,
+    }  # fmt: skip
+    config.dtype = {"compute": "bfloat16"}
+    config.mesh = {"data": -1}
+    config.checkpoint = {"every": 5_000, "keep": 2}
+    config.evaluation = {"every": 0, "batch": 64}
+    return config

@@ -1,0 +1,27 @@
+"""Zorro on notes of 128 instruments: the recipe of `zorro_b.py` with smaller numbers.
+
+python -m mmjax.data.build notes
+python -m mmjax.train --config=configs/zorro_small.py --workdir=runs/zorro_small
+
+The data force other modalities: the same note as a spectrogram and as a waveform. Full fusion, to compare with, is one
+key more: `--config.tasks.sounds.objective.mask=full`.
+
+Hardware: a CPU with 2 cores: 300 steps of 11.3 GFLOP, 70 seconds in all on idle cores. Results (one seed), top-1 at
+pitches never heard (chance 0.8 %): both 95.8 %, spectrogram alone 90.6 %, waveform alone 31.9 %; under full fusion
+93.8 %, 57.3 % and 4.4 %. The learning rate was raised from 2e-3 for Zorro alone, in one try.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from mmjax.config import load_module
+
+zorro = load_module(Path(__file__).with_name("zorro_b.py"))
+small = load_module(Path(__file__).with_name("mbt_small.py"))
+
+
+def get_config() -> ConfigDict:
+    config = small.on_notes(zorro.get_config())
+    config.model.groups = zorro.layers(4, 4, 512)
+    return config
