@@ -30,7 +30,7 @@ class Transformer(nnx.Module):
       width: size of a token.
       heads: attention heads.
       hidden: size of the MLP's hidden layer.
-      bias: biases in the MLP and norms.
+      bias: biases in the MLP and layer norms (`rms` has none).
       qk_norm: normalise queries and keys per head.
       kernel: what computes the attention, see `mmjax.layers.attend`; whatever it is, the model is the same.
       untie: which of `PARTS` have a copy per modality. All of them: Mixture-of-Transformers (Liang et al. 2024);

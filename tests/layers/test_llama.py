@@ -12,8 +12,10 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.test_util import check_grads
 
 from mmjax.errors import UserError
+from mmjax.layers.dense import norm_of
 from mmjax.layers.masks import Causal
 from mmjax.layers.positions import rotate
 from mmjax.layers.stream import Stream
@@ -162,12 +164,53 @@ def test_every_norm_can_be_untied() -> None:
     np.testing.assert_allclose(run(same, X, **words), run(dense, X, **plain), rtol=1e-10)
 
 
+@pytest.mark.parametrize("order", ["pre", "post"])
+def test_gradients_are_finite_differences(order: str) -> None:
+    words = {**LLAMA, "order": order, "qk_norm": True}
+    declaration = Declaration(Transformer(WIDTH, HEADS, HIDDEN, **words))
+
+    def value(p: Any, x: jax.Array) -> jax.Array:
+        stream = Stream(x, mask=Causal())
+        return jnp.square(declaration.merge(p)(stream, jax.random.key(0))[0].x_BSD).sum()
+
+    p = {n: jnp.asarray(v) for n, v in random(declaration).items()}
+    check_grads(value, (p, jnp.asarray(X)), order=1, modes=["rev"], rtol=1e-4)
+
+
+def test_the_last_norm_of_a_trunk() -> None:
+    block = {"name": "transformer", "heads": HEADS, "hidden": HIDDEN, **LLAMA}
+    declaration = Declaration(nnx.Dict(trunk=Trunk([GroupConfig(1, (block,))], WIDTH, norm="rms")))
+    p = random(declaration)
+    trunk = declaration.merge({n: jnp.asarray(v) for n, v in p.items()})["trunk"]
+    stream = Stream(jnp.asarray(X), mask=Causal())
+    before, after = (call(stream, jax.random.key(0))[0].x_BSD for call in (trunk.layers, trunk))
+    np.testing.assert_allclose(after, norm(np.asarray(before), p["trunk/norm/scale"]), rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_norms_and_rotations_are_done_in_float32(dtype: str) -> None:
+    x = jnp.asarray(100 * X[:, :, None, :], dtype)
+    places = jnp.full((ROWS, LENGTH), 12_345)
+    turns, scale = rotate(x, places, 100.0), norm_of("rms", WIDTH)
+    assert turns.dtype == x.dtype
+    wide = rotate(x.astype("float32"), places, 100.0)
+    np.testing.assert_array_equal(turns, wide.astype(dtype))
+    p = jax.jit(Declaration(scale).initialise)(0)
+    normed = Declaration(scale).merge(p)(x)
+    wide = np.asarray(x, np.float64)
+    np.testing.assert_allclose(
+        np.asarray(normed, np.float64),
+        norm(wide, np.ones(WIDTH)),
+        rtol=8e-3 if dtype == "bfloat16" else 1e-6,
+    )
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
         ({"norm": "rsm"}, "no norm 'rsm'. Did you mean 'rms'"),
         ({"mlp": "swigl"}, "no MLP 'swigl'. Did you mean 'swiglu'"),
-        ({"order": "pst"}, "no order 'pst'"),
+        ({"order": "pst"}, "no order 'pst' of a block. Did you mean 'post'"),
         ({"rotary": -1.0}, "rotary is -1.0"),
     ],
 )

@@ -51,6 +51,13 @@ CASES: dict[str, dict[str, Any]] = {
 # Here each task's program is compiled as training does it; elsewhere its gradient, and its update, which
 # tasks have in common.
 WHOLE = ("data 2 fsdp 2 sequence 2", "data 2 fsdp 2 tensor 2")
+# So that a system's small recipe and its large one are the same here, and run once.
+MODALITIES = {
+    "text": {"buckets": 32},
+    "image": {"patch": 4, "buckets": 8},
+    "colours": {"levels": 8, "buckets": 8},
+}
+RATES = {"learning_rate": 1e-3, "weight_decay": 0.1, "warmup": 0}
 LEAST = 1e-3  # arrays smaller than this are compared with this
 MARK = "compiles: "
 CONTROL = "control"
@@ -62,23 +69,29 @@ CONTROL = "control"
 def small(block: configs.Block) -> configs.Block:
     """The same modalities, layers, tasks and optimizer; of each, only sizes that the code reads are smaller."""
     model = {"width": 32, "groups": [_group(g) for g in block["model"]["groups"]]}
-    modalities = {name: _capped(m, vocabulary=512) for name, m in block["modalities"].items()}
+    modalities = {
+        name: _capped(m, vocabulary=512, **MODALITIES.get(m["name"], {}))
+        for name, m in block["modalities"].items()
+    }
     tasks = {name: _task(task, modalities) for name, task in block["tasks"].items()}
     return {
         "modalities": modalities,
         "steps": 10,
-        "model": {**block["model"], **model},
+        "model": {**block["model"], **model, "remat": "none"},
         "tasks": tasks,
         # From the first step at the full rate, so that an update moves something.
-        "optimizer": {**block.get("optimizer", {}), "warmup": 0, "accumulate": 1},
+        "optimizer": {**block.get("optimizer", {}), **RATES, "accumulate": 1},
         "dtype": {"parameters": "float64", "compute": "float64"},
     }
 
 
 def _group(group: configs.Block) -> configs.Block:
     """Two repeats, under one scan; every size divides over eight devices."""
-    sizes = {"heads": 8, "hidden": 64}
-    pattern = [{**b, **{k: n for k, n in sizes.items() if k in b}} for b in group["pattern"]]
+    sizes = {"heads": 8, "hidden": 64, "state": 8}
+    pattern = [
+        {**b, **{k: n for k, n in sizes.items() if k in b or b["name"] == "mamba" and k == "state"}}
+        for b in group["pattern"]
+    ]
     return {**group, "repeat": min(group["repeat"], 2), "pattern": pattern}
 
 
@@ -86,17 +99,20 @@ def _task(task: configs.Block, modalities: configs.Block) -> configs.Block:
     """Pictures of at most eight patches a side, and not much longer."""
     inputs = {name: _view(view, modalities[name]) for name, view in task["inputs"].items()}
     objective = _capped(task["objective"], queries=8, pooler_heads=8, joint=32, chunk=4)
+    objective |= _capped(objective, pack=2, channels=4, steps=2, guidance=1.0)
     is_groups = {
         k for k, v in objective.items() if isinstance(v, list) and v and isinstance(v[0], dict)
     }
     objective |= {key: [_group(g) for g in objective[key]] for key in is_groups}
-    rows = DEVICES * task.get("microbatches", 1)
+    # A device has a sequence at least.
+    rows = DEVICES * task.get("microbatches", 1) * objective.get("pack", 1)
     return {**task, "inputs": inputs, "objective": objective, "batch": rows, "evaluators": {}}
 
 
 def _view(view: configs.Block, modality: configs.Block) -> configs.Block:
     frames = 2 * modality["tube"] if "tube" in modality else 8 * modality.get("patch_frames", 16)
-    return _capped(view, size=8 * modality.get("patch", 8), frames=frames, length=16)
+    side = 1 if modality["name"] == "colours" else modality.get("patch", 8)
+    return _capped(view, size=8 * side, frames=frames, length=12)
 
 
 def _capped(block: configs.Block, **most: int) -> configs.Block:
