@@ -20,6 +20,7 @@ from mmjax.modalities.colours import Colours
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.spectrogram import Spectrogram, SpectrogramInput
 from mmjax.modalities.text import Text, TextInput
+from mmjax.modalities.video import Video, VideoInput
 from mmjax.modality import Input
 from mmjax.model import ModelConfig, declare_model
 from mmjax.objective import Span, row_keys
@@ -34,12 +35,14 @@ MODALITIES = {
     "image": Image(patch=2, buckets=2),
     "text": Text(vocabulary=VOCABULARY, buckets=8),
     "colours": Colours(levels=2, buckets=4),
+    "video": Video(tube=1, patch=2, buckets=2, time_buckets=2),
     "sound": Spectrogram(patch_frames=2, patch_mels=2, mels=4, buckets=2),
 }
 INPUTS = {
     "image": Input("image", MODALITIES["image"], ImageInput(size=SIZE)),
     "text": Input("text", MODALITIES["text"], TextInput(length=LENGTH)),
     "colours": Input("colours", MODALITIES["colours"], ImageInput(size=2)),
+    "video": Input("video", MODALITIES["video"], VideoInput(size=SIZE, frames=2)),
     "sound": Input("sound", MODALITIES["sound"], SpectrogramInput(frames=4)),
 }
 TOKENS = {"text": LENGTH + 1, "image": 4, "colours": 5, "sound": 4}
@@ -82,6 +85,9 @@ def batch(rows: int = ROWS) -> dict[str, Any]:
             "colours": {
                 "ids": jnp.asarray(rng.integers(0, 8, (rows, 4)), jnp.int32),
                 "valid": jnp.ones((rows, 4), bool),
+            },
+            "video": {
+                "pixels": jnp.asarray(rng.integers(0, 256, (rows, 2, SIZE, SIZE, 3)), jnp.uint8)
             },
             "sound": {
                 "mel": jnp.asarray(rng.normal(size=(rows, 4, 4)), jnp.float32),
@@ -446,6 +452,33 @@ def test_one_of_two_spans_is_drawn_given_the_other_or_both_together() -> None:
         composer.draw(past, past, spans, keys, {"sound": s})["image"] for s in (sound, -sound)
     )
     assert not np.allclose(one, other) and not np.allclose(one, joint["image"])
+
+
+@pytest.mark.parametrize("name", ["image", "sound", "video"])
+def test_a_stem_of_its_own_values_is_the_stem(name: str) -> None:
+    """And of others it is another, at the same places."""
+    stem = Declaration(MODALITIES[name].stem(WIDTH))
+    p = jax.jit(stem.initialise)(0)
+    arrays, call = batch()["inputs"][name], stem.merge(p)
+    values = call.values(arrays, jnp.float32)
+    whole, again = call(arrays), call(arrays, values)
+    np.testing.assert_array_equal(whole.x_BSD, again.x_BSD)
+    assert call.bound is None or float(jnp.abs(values).max()) <= call.bound
+    other = call(arrays, values + 1)
+    assert not np.allclose(other.x_BSD, whole.x_BSD)
+    kernel = p["embed/kernel"].sum(axis=0)
+    np.testing.assert_allclose(
+        other.x_BSD - whole.x_BSD, jnp.broadcast_to(kernel, whole.x_BSD.shape), atol=1e-5
+    )
+
+
+def test_spans_of_text_video_and_sound_learn_together() -> None:
+    objective = replace(TEXT_FIRST, order=("text", "video", "sound"), pack=2, target="flow")
+    declaration, p = built(objective)
+    loss = objective(declaration.merge(p), batch(), jax.random.key(0))
+    assert set(loss.metrics) >= {"text", "video", "sound"} and np.isfinite(loss.value)
+    parts = [float(loss.metrics[m]) for m in objective.order]
+    np.testing.assert_allclose(loss.value, parts[0] + 5 * (parts[1] + parts[2]), rtol=1e-6)
 
 
 def test_a_unet_reads_the_noise_and_the_time() -> None:
