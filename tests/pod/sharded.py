@@ -83,11 +83,8 @@ def _group(group: configs.Block) -> configs.Block:
 
 
 def _task(task: configs.Block, modalities: configs.Block) -> configs.Block:
-    """Pictures of at most eight patches a side."""
-    inputs = {
-        name: _capped(i, size=8 * modalities[name].get("patch", 8), length=16)
-        for name, i in task["inputs"].items()
-    }
+    """Pictures of at most eight patches a side, and not much longer."""
+    inputs = {name: _view(view, modalities[name]) for name, view in task["inputs"].items()}
     objective = _capped(task["objective"], queries=8, pooler_heads=8, joint=32, chunk=4)
     is_groups = {
         k for k, v in objective.items() if isinstance(v, list) and v and isinstance(v[0], dict)
@@ -95,6 +92,11 @@ def _task(task: configs.Block, modalities: configs.Block) -> configs.Block:
     objective |= {key: [_group(g) for g in objective[key]] for key in is_groups}
     rows = DEVICES * task.get("microbatches", 1)
     return {**task, "inputs": inputs, "objective": objective, "batch": rows, "evaluators": {}}
+
+
+def _view(view: configs.Block, modality: configs.Block) -> configs.Block:
+    frames = 2 * modality["tube"] if "tube" in modality else 8 * modality.get("patch_frames", 16)
+    return _capped(view, size=8 * modality.get("patch", 8), frames=frames, length=16)
 
 
 def _capped(block: configs.Block, **most: int) -> configs.Block:
