@@ -10,6 +10,7 @@ from jax.nn import initializers
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense, lecun
 from mmjax.parameters import Initializer, declare
+from mmjax.sharding import constrain
 
 
 class Convolution(nnx.Module):
@@ -19,14 +20,15 @@ class Convolution(nnx.Module):
         def flat(key: jax.Array, shape: tuple[int, ...], dtype: object = jnp.float32) -> jax.Array:
             return init(key, (shape[0] * shape[1] * shape[2], shape[3]), dtype).reshape(shape)
 
-        self.kernel = declare((side, side, n_in, n_out), (None, None, None, "mlp"), flat)
-        self.bias = declare((n_out,), ("mlp",), initializers.zeros)
+        self.kernel = declare((side, side, n_in, n_out), (None, None, "embed", None), flat)
+        self.bias = declare((n_out,), (None,), initializers.zeros)
 
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         y = jax.lax.conv_general_dilated(
             x_BHWC, self.kernel[...], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
-        return y + self.bias[...]
+        # Pictures lie by rows alone: cut by place or channel, XLA finds no good way from one convolution to the next.
+        return constrain(y + self.bias[...], ("batch", None, None, None))
 
 
 class Residual(nnx.Module):
@@ -35,8 +37,8 @@ class Residual(nnx.Module):
     def __init__(self, channels: int, times: int):
         self.first = Convolution(3, channels, channels)
         self.last = Convolution(3, channels, channels, initializers.zeros)
-        self.scale = Dense(times, channels, ("embed", "mlp"))
-        self.shift = Dense(times, channels, ("embed", "mlp"))
+        self.scale = Dense(times, channels, ("embed", None))
+        self.shift = Dense(times, channels, ("embed", None))
 
     def __call__(self, x_BHWC: jax.Array, time_BD: jax.Array) -> jax.Array:
         y = self.first(jax.nn.silu(_normed(x_BHWC)))
@@ -79,18 +81,18 @@ class UNet(nnx.Module):
         sizes = [channels << level for level in range(levels + 1)]
         self.enter = Convolution(3, 3, channels)
         self.down = nnx.List([Residual(c, width) for c in sizes[:-1]])
-        self.shrink = nnx.List([Dense(4 * c, 2 * c, (None, "mlp")) for c in sizes[:-1]])
+        self.shrink = nnx.List([Dense(4 * c, 2 * c, ("embed", None)) for c in sizes[:-1]])
         self.deep, self.back = Residual(sizes[-1], width), Residual(sizes[-1], width)
-        self.to_tokens = Dense(sizes[-1], width, ("mlp", "embed"))
-        self.to_places = Dense(width, sizes[-1], ("embed", "mlp"))
-        self.grow = nnx.List([Dense(2 * c, 4 * c, ("mlp", None)) for c in sizes[:-1]])
-        self.join = nnx.List([Dense(2 * c, c, (None, "mlp")) for c in sizes[:-1]])
+        self.to_tokens = Dense(sizes[-1], width, (None, "embed"))
+        self.to_places = Dense(width, sizes[-1], ("embed", None))
+        self.grow = nnx.List([Dense(2 * c, 4 * c, ("embed", None)) for c in sizes[:-1]])
+        self.join = nnx.List([Dense(2 * c, c, ("embed", None)) for c in sizes[:-1]])
         self.up = nnx.List([Residual(c, width) for c in sizes[:-1]])
         self.leave = Convolution(3, channels, 3, initializers.zeros)
 
     def descend(self, x_BHWC: jax.Array, time_BD: jax.Array) -> Went:
         """Pictures of three channels to tokens, in row-major order."""
-        x = self.enter(x_BHWC)
+        x = self.enter(constrain(x_BHWC, ("batch", None, None, None)))
         skips = []
         for block, shrink in zip(self.down, self.shrink, strict=True):
             x = block(x, time_BD)

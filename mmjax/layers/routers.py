@@ -1,0 +1,216 @@
+"""Routers: which tokens each expert takes, and with which weight. Pure functions of logits, in float32 or wider.
+
+Tokens come in groups of T, which compete for the C slots of each expert; invalid ones take none. A router gives
+`Slots`, whatever its rule.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mmjax.errors import UserError, nearest
+
+SCORES = ("softmax", "sigmoid")
+
+
+@struct.dataclass
+class Slots:
+    """What each expert's slots hold.
+
+    Attributes:
+      index_GEC: the token, int32 in [0, T).
+      gate_GEC: the weight of the expert's output in the token's sum; 0 in a slot that is empty.
+    """
+
+    index_GEC: jax.Array
+    gate_GEC: jax.Array
+
+
+@dataclass(frozen=True)
+class Router(abc.ABC):
+    """A rule.
+
+    Attributes:
+      capacity: slots of all experts together, as a multiple of the tokens (times `top`, where tokens choose).
+    """
+
+    capacity: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.capacity <= 0:
+            raise UserError(f"router: capacity is {self.capacity}; it must be above 0.")
+
+    @abc.abstractmethod
+    def slots(self, tokens: int, experts: int) -> int:
+        """C, of each expert in each group."""
+
+    @abc.abstractmethod
+    def route(self, logits_GTE: jax.Array, valid_GT: jax.Array) -> Slots:
+        """The slots, by the logits of each token and expert."""
+
+
+@dataclass(frozen=True)
+class ExpertChoice(Router):
+    """Each expert takes the tokens that score highest with it (Zhou et al. 2022; IMP); none is asked to balance.
+
+    Of equal scores the earlier token's comes first.
+
+    Attributes:
+      score: `softmax` over experts, or `sigmoid`, which knows nothing of other experts (MoMa, Lin et al. 2024).
+    """
+
+    score: str = "softmax"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score not in SCORES:
+            raise UserError(f"router: score is '{self.score}'.{nearest(self.score, SCORES)}")
+
+    def slots(self, tokens: int, experts: int) -> int:
+        return min(tokens, max(1, round(self.capacity * tokens / experts)))
+
+    def route(self, logits_GTE: jax.Array, valid_GT: jax.Array) -> Slots:
+        _, tokens, experts = logits_GTE.shape
+        logits = widened(logits_GTE)
+        scores_GTE = jax.nn.softmax(logits) if self.score == "softmax" else jax.nn.sigmoid(logits)
+        scores_GET = jnp.where(valid_GT[..., None], scores_GTE, 0).swapaxes(1, 2)
+        # Tokens that are not there come last, also behind those whose score is 0.
+        ranked_GET = jnp.where(valid_GT[:, None], scores_GET, -1)
+        _, index_GEC = jax.lax.top_k(ranked_GET, self.slots(tokens, experts))
+        return Slots(index_GEC, jnp.take_along_axis(scores_GET, index_GEC, axis=2))
+
+
+@dataclass(frozen=True)
+class TokenChoice(Router):
+    """Each token goes to the experts that score highest with it (Shazeer et al. 2017), if they have a slot left.
+
+    First choices come before second ones; among these earlier tokens come first, or with `priority` those whose best
+    score is highest (batch priority routing, Riquelme et al. 2021). Of equal scores the first expert's is chosen.
+
+    Attributes:
+      top: experts of a token.
+      priority: sort tokens by their best score.
+    """
+
+    top: int = 1
+    priority: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top < 1:
+            raise UserError(f"router: top is {self.top}; it must be at least 1.")
+
+    def slots(self, tokens: int, experts: int) -> int:
+        return min(tokens, math.ceil(self.capacity * self.top * tokens / experts))
+
+    def route(self, logits_GTE: jax.Array, valid_GT: jax.Array) -> Slots:
+        groups, tokens, experts = logits_GTE.shape
+        if self.top > experts:
+            raise UserError(f"router: top is {self.top}, of {experts} experts.")
+        scores_GTE = jax.nn.softmax(widened(logits_GTE))
+        gate_GTK, expert_GTK = jax.lax.top_k(scores_GTE, self.top)
+        order_GT = jnp.broadcast_to(jnp.arange(tokens), (groups, tokens))
+        if self.priority:
+            best_GT = jnp.where(valid_GT, gate_GTK[..., 0], -1)
+            order_GT = jnp.argsort(-best_GT, axis=1, stable=True)
+        count = self.slots(tokens, experts)
+        # Choices in the order in which they are served: first ones of all tokens, then second ones.
+        served = [
+            jnp.take_along_axis(x, order_GT[..., None], axis=1).swapaxes(1, 2).reshape(groups, -1)
+            for x in (gate_GTK, expert_GTK)
+        ]
+        gate_GM, expert_GM = served
+        token_GM = jnp.tile(order_GT, (1, self.top))
+        there_GM = jnp.take_along_axis(valid_GT, token_GM, axis=1)
+        asks_GME = jax.nn.one_hot(expert_GM, experts, dtype=jnp.int32) * there_GM[..., None]
+        before_GME = jnp.cumsum(asks_GME, axis=1) - asks_GME
+        place_GM = jnp.take_along_axis(before_GME, expert_GM[..., None], axis=2)[..., 0]
+        kept_GM = there_GM & (place_GM < count)
+        # Those that are left out write to a slot beyond the last, which is cut off.
+        slot_GM = jnp.where(kept_GM, expert_GM * count + place_GM, experts * count)
+        return Slots(
+            *(_scattered(x, slot_GM, experts, count) for x in (token_GM.astype(jnp.int32), gate_GM))
+        )
+
+
+def _scattered(x_GM: jax.Array, slot_GM: jax.Array, experts: int, count: int) -> jax.Array:
+    """`[G, E, C]` with each value in its slot, zero in the others."""
+    empty_GS = jnp.zeros((x_GM.shape[0], experts * count + 1), x_GM.dtype)
+    filled_GS = jax.vmap(lambda row, slot, x: row.at[slot].set(x))(empty_GS, slot_GM, x_GM)
+    return filled_GS[:, :-1].reshape(-1, experts, count)
+
+
+def widened(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+# --- what keeps routers from collapsing --------------------------------------------------------
+
+
+def importance_loss(scores_GTE: jax.Array, valid_GT: jax.Array) -> jax.Array:
+    """The squared coefficient of variation of each expert's summed score (Shazeer et al. 2017, equations 6 and 7)."""
+    return _variation(jnp.where(valid_GT[..., None], scores_GTE, 0).sum(axis=(0, 1)))
+
+
+def load_loss(
+    logits_GTE: jax.Array, noisy_GTE: jax.Array, valid_GT: jax.Array, top: int, deviation: float
+) -> jax.Array:
+    """The same of each expert's load: the probability that another draw of its noise would make a token choose it.
+
+    Riquelme et al. (2021), appendix A: `1 - Phi((threshold - logit) / deviation)`, the threshold being a token's k-th
+    largest noisy logit.
+    """
+    threshold = jax.lax.top_k(widened(noisy_GTE), top)[0][..., -1:]
+    chosen_GTE = 1 - jax.scipy.stats.norm.cdf((threshold - widened(logits_GTE)) / deviation)
+    return _variation(jnp.where(valid_GT[..., None], chosen_GTE, 0).sum(axis=(0, 1)))
+
+
+def _variation(x_E: jax.Array) -> jax.Array:
+    return jnp.square(x_E.std() / jnp.maximum(x_E.mean(), 1e-9))
+
+
+def balance_loss(scores_GTE: jax.Array, valid_GT: jax.Array) -> jax.Array:
+    """`E sum_e f_e p_e`: the share of tokens whose first choice an expert is, times its mean (Fedus et al. 2022)."""
+    experts = scores_GTE.shape[-1]
+    first_GTE = jax.nn.one_hot(scores_GTE.argmax(axis=-1), experts, dtype=scores_GTE.dtype)
+    share_E, mean_E = (_mean(x, valid_GT) for x in (first_GTE, scores_GTE))
+    return experts * (share_E * mean_E).sum()
+
+
+def z_loss(logits_GTE: jax.Array, valid_GT: jax.Array) -> jax.Array:
+    """`mean_t logsumexp(logits_t)^2` (Zoph et al. 2022, equation 5)."""
+    sizes_GT = jnp.square(jax.nn.logsumexp(widened(logits_GTE), axis=-1))
+    return _mean(sizes_GT[..., None], valid_GT)[0]
+
+
+def entropy_losses(
+    scores_GTE: jax.Array, own_GT: jax.Array, threshold: float
+) -> tuple[jax.Array, jax.Array]:
+    """LIMoE's of one modality (Mustafa et al. 2022, section 2.2): local, and global.
+
+    The mean entropy of its tokens' scores, which is to be small; and `max(0, threshold - H)`, H being the entropy of
+    their mean: its tokens use `exp(threshold)` experts at least. Both 0 where it has no tokens.
+
+    Args:
+      own_GT: which tokens are valid and of the modality.
+    """
+    local = _mean(_entropy(scores_GTE)[..., None], own_GT)[0]
+    among = _entropy(_mean(scores_GTE, own_GT))
+    return local, jnp.where(own_GT.any(), jnp.maximum(0, threshold - among), 0)
+
+
+def _entropy(p: jax.Array) -> jax.Array:
+    return -jax.scipy.special.xlogy(p, jnp.maximum(p, 1e-30)).sum(axis=-1)
+
+
+def _mean(x_GTE: jax.Array, valid_GT: jax.Array) -> jax.Array:
+    """Over the tokens that count, `[E]`."""
+    total: Any = jnp.where(valid_GT[..., None], x_GTE, 0).sum(axis=(0, 1))
+    return jnp.asarray(total / jnp.maximum(valid_GT.sum(), 1))
