@@ -4,7 +4,8 @@ A dot product of an (M, K) by a (K, N) matrix is 2*M*N*K floating-point operatio
 and an addition for each pair; a complex pair is four times that. Of a convolution the pairs are
 counted that meet, not those with padding or with the holes of a dilation, so that a convolution and
 its two transposes cost the same. Everything else (element-wise work, reductions, factorisations,
-Fourier transforms) is not counted, as is the custom when a share of a chip's peak is stated.
+Fourier transforms) is not counted, as is the custom when a share of a chip's peak is stated. Attention
+counts as XLA does it, all pairs of tokens, whatever kernel the platform has for it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, jaxprs_in_params
 from jax.sharding import PartitionSpec
 
 from mmjax.jaxprs import CALLS, Liveness, Wanted, called, differentiate, opened, while_split
+from mmjax.layers.attend import xla_alone
 
 # Kernels whose inside a jaxpr does not show; names with these beginnings.
 _OPAQUE = ("pallas_call", "ffi_call", "dot_product_attention", "scaled_matmul", "pure_callback")
@@ -62,7 +64,8 @@ def model_flops(fun: Callable[..., Any], *args: Any) -> int:
 
 def count(fun: Callable[..., Any], *args: Any) -> Count:
     """`model_flops`, with what could not be counted."""
-    return _count(opened(jax.make_jaxpr(fun)(*args)), wanted=None)
+    with xla_alone():
+        return _count(opened(jax.make_jaxpr(fun)(*args)), wanted=None)
 
 
 def train_flops(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool = False) -> int:
@@ -95,7 +98,8 @@ def count_train(
     loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool = False
 ) -> Count:
     """`train_flops`, with what could not be counted."""
-    return _count(differentiate(loss_fn, params, args, has_aux).jaxpr, wanted=None)
+    with xla_alone():
+        return _count(differentiate(loss_fn, params, args, has_aux).jaxpr, wanted=None)
 
 
 def compiled_flops(compiled: Any) -> float | None:

@@ -10,7 +10,10 @@ The rows of queries that are not valid hold no promise.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,6 +27,7 @@ CHUNK = 256  # queries at a time
 _LARGE = 1024**2  # pairs of tokens above which their logits are not all held at once
 
 _said: set[str] = set()
+_alone: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=False)
 
 
 def attend(
@@ -58,6 +62,8 @@ def choose(kernel: str, on: str, q_BSHK: jax.Array, k_BTHK: jax.Array, pairs: Pa
     """The kernel that does it: the one asked for, or what stands in for it, saying so once."""
     is_large = q_BSHK.shape[1] * k_BTHK.shape[1] > _LARGE
     xla = "chunked" if is_large else "plain"
+    if _alone.get():
+        return xla
     native = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(on)
     wanted = (native if native and is_large else xla) if kernel == "auto" else kernel
     why = kernels.REFUSALS[wanted](on, q_BSHK, pairs) if wanted in kernels.REFUSALS else ""
@@ -72,6 +78,16 @@ def say_once(text: str) -> None:
     if text not in _said:
         _said.add(text)
         logging.getLogger(__name__).warning("%s", text)
+
+
+@contextlib.contextmanager
+def xla_alone() -> Iterator[None]:
+    """Within it no kernel of a platform is taken, so that what counts operations sees all of them."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def platform() -> str:

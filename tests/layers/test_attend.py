@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mmjax.errors import UserError
+from mmjax.flops import model_flops
 from mmjax.layers import attend as module
 from mmjax.layers import kernels
 from mmjax.layers.attend import attend, choose
@@ -217,6 +218,17 @@ def test_each_platform_has_its_kernel_for_long_streams_and_the_plain_form_for_sh
     assert found == {"tpu": "splash", "cuda": "cudnn", "gpu": "cudnn", "cpu": "chunked"}
     assert {chosen("auto", p, pairs, 256) for p in ("tpu", "cuda", "cpu")} == {"plain"}
     assert not said.records
+
+
+def test_what_counts_operations_sees_those_of_xla_whatever_the_platform(said: Any) -> None:
+    q, k, v = projections(1100, 128, jnp.float32)
+    assert choose("auto", "tpu", q, k, Pairs()) == "splash"
+    with module.xla_alone():
+        assert choose("auto", "tpu", q, k, Pairs()) == choose("splash", "tpu", q, k, Pairs())
+        assert choose("splash", "tpu", q, k, Pairs()) == "chunked" and not said.text
+    pairs = 4 * BATCH * HEADS * 1100**2 * 128
+    found = model_flops(lambda q, k, v: attend(q, k, v, kernel="splash"), q, k, v)
+    assert found == pairs and not said.text
 
 
 def test_a_mask_that_a_kernel_cannot_express_falls_back_and_is_said_once(said: Any) -> None:
