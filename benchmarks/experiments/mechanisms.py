@@ -5,7 +5,8 @@
 Each run is a process of `mmjax.train` in a folder of its own under DIR; run again, the command goes on where it was. A
 variant whose steps cost more or less is trained for fewer or more of them, by the model FLOPs of the compiled steps, so
 that all of a comparison end at the same sum. At the end DIR/results.md, DIR/results.json and DIR/NAME.svg hold what was
-measured on held-out data: mean and standard deviation over the seeds, and every seed as a point.
+measured on held-out data: mean and standard deviation over the seeds, and every seed as a point; and of each part of
+the training loss its course, and after which share of its compute the system is where the other one ends.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.experiments.mixture import Trial, run, seeds_of, shown
 from mmjax import commandline, errors
 from mmjax.config import Block
 from mmjax.errors import UserError, nearest
 from mmjax.experiment import make_experiment
+
+SPAN = 20  # steps over which a training loss is smoothed
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,13 @@ class Comparison:
       asks: the question.
       variants: what is compared.
       measures: which records of `results.json` are shown, by the beginnings of their names; all if empty.
+      parts: parts of the training loss whose course is shown.
     """
 
     asks: str
     variants: Mapping[str, Variant]
     measures: tuple[str, ...] = field(default=())
+    parts: tuple[str, ...] = field(default=())
 
 
 def _two(system: str, setting: str, label: str, plain: str) -> dict[str, Variant]:
@@ -67,16 +74,19 @@ COMPARISONS = {
         "Mixture-of-Transformers against one set of parameters, both modalities by the next token.",
         _two("mot_small", "chameleon", "by modality", "dense"),
         ("held-out loss ",),
+        ("text", "colours"),
     ),
     "mot_diffusion": Comparison(
         "Mixture-of-Transformers against one set of parameters, text by the next token and pictures by diffusion.",
         _two("mot_small", "transfusion", "by modality", "dense"),
         ("held-out loss ",),
+        ("text", "image"),
     ),
     "mixture_of_mamba": Comparison(
         "Mixture-of-Mamba against Mamba, text by the next token and pictures by diffusion.",
         _two("mixture_of_mamba_small", "transfusion", "by modality", "plain"),
         ("held-out loss ",),
+        ("text", "image"),
     ),
     "zorro": Comparison(
         "Zorro's mask against full fusion, with each modality alone and with both.",
@@ -145,6 +155,28 @@ def summarise(
     ]
 
 
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """The mean over the last `SPAN` steps, or over all so far."""
+    sums = np.cumsum([0.0, *values])
+    ends = np.arange(1, len(sums))
+    begins = np.maximum(ends - SPAN, 0)
+    means: np.ndarray = (sums[ends] - sums[begins]) / (ends - begins)
+    return means
+
+
+def course(workdir: Path, parts: Sequence[str]) -> dict[str, list[float]]:
+    """Each part of the training loss at every step of a run, smoothed."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "train"]
+    return {part: smoothed([line[part] for line in steps]).tolist() for part in parts}
+
+
+def share_to_match(system: Sequence[float], other: Sequence[float]) -> float:
+    """The share of its steps after which the system is where the other one ends; above 1 if it never is."""
+    there = np.flatnonzero(np.asarray(system) <= other[-1])
+    return float((there[0] + 1) / len(system)) if len(there) else 1.01
+
+
 def markdown(name: str, made: Mapping[str, Any]) -> str:
     """A table of a comparison: percentages, but for losses."""
     labels = list(made["cost"])
@@ -163,7 +195,15 @@ def markdown(name: str, made: Mapping[str, Any]) -> str:
         chance = f"{row['chance']:.3f}" if unit == "loss" else f"{100 * row['chance']:.2g}"
         cells = [row["name"], row["split"], *sides, _difference(row, labels, unit), chance]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"![{name}]({name}.svg)", ""])
+    for part, by_seed in made["match"].items():
+        share = shown(dict(enumerate(by_seed)), "fraction")
+        lines += [
+            "",
+            f"The {part} loss of training: {labels[0]} is where {labels[1]} ends after {share} % of the steps.",
+        ]
+    pictures = [f"![{name}]({name}.svg)"]
+    pictures += [f"![courses of {name}]({name}-courses.svg)"] if made["match"] else []
+    return "\n".join([*lines, "", *pictures, ""])
 
 
 def _difference(row: Mapping[str, Any], labels: Sequence[str], unit: str) -> str:
@@ -172,14 +212,19 @@ def _difference(row: Mapping[str, Any], labels: Sequence[str], unit: str) -> str
     return shown({seed: one[seed] - other[seed] for seed in one if seed in other}, unit)
 
 
-def plot(made: Mapping[str, Any], path: Path) -> None:
-    """A panel for each measure: every seed a point, the mean a line, and chance dashed where it is near."""
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "mmjax"
+    matplotlib.rcParams["svg.hashsalt"] = "mmjax"  # the same file for the same results
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot(made: Mapping[str, Any], path: Path) -> None:
+    """A panel for each measure: every seed a point, the mean a line, and chance dashed where it is near."""
+    pyplot = _pyplot()
     rows, labels = made["rows"], list(made["cost"])
     across = min(4, len(rows))
     down = -(-len(rows) // across)
@@ -200,6 +245,27 @@ def plot(made: Mapping[str, Any], path: Path) -> None:
         panel.set_title(f"{row['name']}\n{row['split']}", fontsize=8)
         panel.set_ylabel("nats or error" if row["unit"] == "loss" else "%", fontsize=8)
         panel.tick_params(labelsize=7)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def plot_courses(courses: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """A panel for each part: a line for each run, in the colour of its variant."""
+    pyplot = _pyplot()
+    parts = list(next(iter(courses.values()))[0])
+    figure, panels = pyplot.subplots(
+        1, len(parts), figsize=(3.6 * len(parts), 2.8), squeeze=False, layout="constrained"
+    )
+    for panel, part in zip(panels.flat, parts, strict=True):
+        for at, (label, runs) in enumerate(courses.items()):
+            for index, run_ in enumerate(runs):
+                share = np.linspace(0, 100, len(run_[part]) + 1)[1:]
+                panel.plot(share, run_[part], f"C{at}", lw=1, label=label if not index else None)
+        panel.set_yscale("log")
+        panel.set_title(f"{part}, training, mean of {SPAN} steps", fontsize=8)
+        panel.set_xlabel("% of the compute", fontsize=8)
+        panel.tick_params(labelsize=7, which="both")
+        panel.legend(fontsize=7)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
@@ -236,12 +302,20 @@ def compare(
     runs, cost = trials(comparison, seeds, more)
     folder = out / name
     folder.mkdir(exist_ok=True)
-    found = {}
+    found, courses = {}, dict[str, Any]()
     for trial, variant in runs.items():
         print(f"{name}: {trial.name} ...", flush=True)
         found[trial] = run(trial, [f"--config={variant.config}", *extra], folder)
+        courses.setdefault(trial.task, []).append(course(folder / trial.name, comparison.parts))
     made = {"asks": comparison.asks, "cost": cost, "rows": summarise(comparison, found)}
     plot(made, out / f"{name}.svg")
+    if comparison.parts:
+        plot_courses(courses, out / f"{name}-courses.svg")
+    system, other, *_ = courses.values()
+    made["match"] = {
+        part: [share_to_match(a[part], b[part]) for a, b in zip(system, other, strict=True)]
+        for part in comparison.parts
+    }
     return made
 
 

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import toyrun
 from mains import refused
@@ -34,7 +35,7 @@ def toy(*overrides: str) -> Variant:
     return Variant(TOY, ("tasks.two.share=0", "tasks.two.evaluators={}", *overrides))
 
 
-TOYS = Comparison("Does it?", {"narrow": toy(), "wide": toy("tasks.one.batch=16")})
+TOYS = Comparison("Does it?", {"narrow": toy(), "wide": toy("tasks.one.batch=16")}, parts=("loss",))
 
 
 def test_more_work_in_a_step_means_fewer_steps() -> None:
@@ -64,9 +65,23 @@ def test_values_by_variant_and_seed() -> None:
     [row] = mechanisms.summarise(comparison, found)
     assert row["values"] == {"narrow": {0: 1.0, 1: 3.0}, "wide": {0: 0.5, 1: 2.0}}
     cost = {label: {"steps": 3, "flops": 2 * 10**12} for label in TOYS.variants}
-    page = mechanisms.markdown("toys", {"asks": "Does it?", "cost": cost, "rows": [row]})
+    page = mechanisms.markdown(
+        "toys", {"asks": "Does it?", "cost": cost, "rows": [row], "match": {"text": [0.5, 0.7]}}
+    )
+    assert (
+        "The text loss of training: narrow is where wide ends after 60.0 ± 14.1 % of the steps."
+        in page
+    )
     assert "| loss text | new | 2.000 ± 1.414 | 1.250 ± 1.061 | 0.750 ± 0.354 | 9.000 |" in page
     assert "narrow: 3 steps, 2 TFLOP" in page
+
+
+def test_how_soon_the_system_is_where_the_other_one_ends() -> None:
+    assert mechanisms.share_to_match([5.0, 3.0, 2.0, 1.0], [6.0, 5.0, 4.0, 2.5]) == 0.75
+    assert mechanisms.share_to_match([5.0, 3.0], [6.0, 1.0]) > 1
+    values = [float(x) for x in np.random.default_rng(0).normal(size=50)]
+    wanted = [np.mean(values[max(0, i - mechanisms.SPAN + 1) : i + 1]) for i in range(50)]
+    np.testing.assert_allclose(mechanisms.smoothed(values), wanted)
 
 
 def test_it_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +96,8 @@ def test_it_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert values and all(set(v) == {"narrow", "wide"} for v in values)
     assert "toys.svg" in (tmp_path / "results.md").read_text()
     assert (tmp_path / "toys.svg").read_text().count("<svg") == 1
+    assert (tmp_path / "toys-courses.svg").read_text().count("<svg") == 1
+    assert len(found["toys"]["match"]["loss"]) == 1
     log = tmp_path / "toys" / "narrow-seed0.log"
     before = log.read_text()
     assert run_main(mechanisms.main, *words).status == 0
