@@ -65,8 +65,8 @@ def _two(system: str, setting: str, label: str, plain: str) -> dict[str, Variant
 
 
 def _coca(*overrides: str) -> Variant:
-    """A third of the recipe's steps."""
-    return Variant("configs/coca_small.py", ("steps=400", "checkpoint.every=400", *overrides))
+    """A fifth of the recipe's steps."""
+    return Variant("configs/coca_small.py", ("steps=250", "checkpoint.every=250", *overrides))
 
 
 COMPARISONS = {
