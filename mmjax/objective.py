@@ -181,7 +181,8 @@ class Coupled(Objective):
         made = self.represent(model, batch, key)
         loss = self.compare(model, made.rows, batch)
         buffers = {**made.aux.buffers, **loss.buffers}
-        return replace(loss, value=loss.value + made.aux.loss, buffers=buffers)
+        metrics = {**loss.metrics, **made.aux.metrics()}
+        return replace(loss, value=loss.value + made.aux.loss, metrics=metrics, buffers=buffers)
 
 
 def row_keys(batch: Batch, key: jax.Array) -> jax.Array:

@@ -72,6 +72,23 @@ class Stack:
         ]
 
 
+def repeated(module: nnx.Module, count: int, axis: str) -> None:
+    """Give a module's declarations a leading axis of so many, each beginning by a key of its own (in place)."""
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Param):
+            value, meta = node.get_raw_value(), node.get_metadata()
+            node.set_raw_value(jax.ShapeDtypeStruct((count, *value.shape), value.dtype))
+            node.set_metadata(axes=(axis, *meta["axes"]), init=_each(meta["init"]))
+
+
+def _each(init: Initializer) -> Initializer:
+    def many(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        keys = jax.random.split(key, shape[0])
+        return jax.vmap(lambda k: init(k, shape[1:], dtype))(keys)
+
+    return many
+
+
 def as_copy(part: nnx.Module | nnx.Param, of: int) -> None:
     """Say of a part's declarations that they are one of so many copies, of which a token meets one (in place)."""
     found = [part] if isinstance(part, nnx.Param) else [node for _, node in nnx.iter_graph(part)]

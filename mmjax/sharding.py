@@ -30,6 +30,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "vocabulary": ("tensor",),
     "positions": (),
+    "experts": ("expert",),
+    "groups": ("data", "fsdp"),
     "joint": (),
 }
 

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.errors import UserError
-from mmjax.layers.stream import Aux, Stream, concatenate, no_aux
+from mmjax.layers.stream import Aux, Stream, add_up, concatenate, no_aux
 from mmjax.layers.transformer import Transformer
-from mmjax.layers.trunk import add_up
 
 FUSION = "fusion"  # the modality, in a layout, of tokens that belong to none
 

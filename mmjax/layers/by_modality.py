@@ -78,18 +78,32 @@ class ByModality(nnx.Module):
             )
         return self.experts[modality]
 
-    def by_layout(self, layout: Sequence[tuple[str, int]], x: jax.Array, call: Call) -> jax.Array:
-        """Each copy once, on all its segments together; the results in the order of the tokens."""
-        if sum(length for _, length in layout) != x.shape[1]:
-            raise ValueError(f"layout {layout} of a stream of {x.shape[1]} tokens")
+    def of(self, modality: str) -> Any:
+        """A modality's copy."""
+        return getattr(self, self.expert(modality))
+
+    def by_layout(
+        self, layout: Sequence[tuple[str, int]], x: Any, call: Callable[[Any, Any], jax.Array]
+    ) -> jax.Array:
+        """Each copy once, on all its segments together; the results in the order of the tokens.
+
+        Args:
+          x: an array `[B, S, ...]`, or a tuple of such.
+        """
+        size = jax.tree.leaves(x)[0].shape[1]
+        if sum(length for _, length in layout) != size:
+            raise ValueError(f"layout {layout} of a stream of {size} tokens")
         named = [(self.expert(modality), length) for modality, length in layout]
         runs = [(e, sum(n for _, n in each)) for e, each in groupby(named, lambda run: run[0])]
-        pieces = _split(x, [length for _, length in runs])
+        lengths = [length for _, length in runs]
+        leaves, tree = jax.tree.flatten(x)
+        pieces = [_split(leaf, lengths) for leaf in leaves]
         done = {}
         for expert in _distinct(e for e, _ in runs):
-            own = [piece for piece, (e, _) in zip(pieces, runs, strict=True) if e == expert]
-            y = call(getattr(self, expert), jnp.concatenate(own, axis=1))
-            done[expert] = iter(_split(y, [piece.shape[1] for piece in own]))
+            at = [i for i, (e, _) in enumerate(runs) if e == expert]
+            own = [jnp.concatenate([piece[i] for i in at], axis=1) for piece in pieces]
+            y = call(getattr(self, expert), jax.tree.unflatten(tree, own))
+            done[expert] = iter(_split(y, [lengths[i] for i in at]))
         return jnp.concatenate([next(done[e]) for e, _ in runs], axis=1)
 
     def by_codes(self, codes_BS: jax.Array, x: jax.Array, call: Call) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import field, replace
 
 import jax
@@ -161,6 +162,21 @@ class Aux:
     statistics: dict[str, tuple[jax.Array, jax.Array]] = field(default_factory=dict)
     buffers: dict[str, jax.Array] = field(default_factory=dict)
 
+    def metrics(self) -> dict[str, jax.Array]:
+        """The statistics as what they are reported as."""
+        return {name: total / jnp.maximum(n, 1) for name, (total, n) in self.statistics.items()}
+
 
 def no_aux() -> Aux:
     return Aux(loss=jnp.zeros((), jnp.float32))
+
+
+def add_up(auxes: Sequence[Aux]) -> Aux:
+    """Losses and statistics added; buffers joined (their names differ)."""
+    total = Aux(loss=sum((a.loss for a in auxes[1:]), auxes[0].loss))
+    for aux in auxes:
+        for name, (value, count) in aux.statistics.items():
+            before = total.statistics.get(name, (0.0, 0.0))
+            total.statistics[name] = (before[0] + value, before[1] + count)
+        total.buffers.update(aux.buffers)
+    return total

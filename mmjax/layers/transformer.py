@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from mmjax.errors import UserError, nearest
 from mmjax.layers.attention import Attention, KeyValues
 from mmjax.layers.by_modality import Kinds, Modalities, apply, kinds, untied
 from mmjax.layers.dense import mlp_of, norm_of
+from mmjax.layers.experts import Experts, route
 from mmjax.layers.stream import Aux, Stream, no_aux
 
 PARTS = ("query", "key", "value", "out", "qk_norm", "attention_norm", "mlp_norm", "mlp")
@@ -40,6 +41,8 @@ class Transformer(nnx.Module):
       mlp: `gelu` or `swiglu`.
       order: `pre` or `post`, where the norms are.
       rotary: the base of rotary embeddings of each token's `position`; 0 for none.
+      experts: in place of the MLP, several of which a router chooses, see `mmjax.layers.experts`. Untied, each modality
+        has experts of its own (MoMa, Lin et al. 2024).
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Transformer(nnx.Module):
         mlp: str = "gelu",
         order: str = "pre",
         rotary: float = 0.0,
+        experts: Mapping[str, Any] | None = None,
     ):
         if order not in ORDERS:
             raise UserError(f"There is no order '{order}' of a block.{nearest(order, ORDERS)}")
@@ -66,7 +70,15 @@ class Transformer(nnx.Module):
         self.attention_norm = copies("attention_norm", lambda: norm_of(norm, width, bias))
         self.attention = Attention(width, heads, qk_norm, kernel, copies, norm, rotary)
         self.mlp_norm = copies("mlp_norm", lambda: norm_of(norm, width, bias))
-        self.mlp = copies("mlp", lambda: mlp_of(mlp, width, hidden, bias))
+        self.mlp = copies(
+            "mlp",
+            lambda: (
+                Experts(width, hidden, experts, mlp, bias)
+                if experts
+                else mlp_of(mlp, width, hidden, bias)
+            ),
+        )
+        self.has_experts = bool(experts)
 
     def __call__(self, stream: Stream, key: jax.Array) -> tuple[Stream, Aux]:
         del key  # no dropout
@@ -76,7 +88,7 @@ class Transformer(nnx.Module):
             return self.attention(x, stream.pairs(), kinds=of, places_BS=stream.places())
 
         x = self._add(x, self.attention_norm, attention, of)
-        return replace(stream, x_BSD=self._rest(x, of)), no_aux()
+        return self._rest(replace(stream, x_BSD=x))
 
     def _add(
         self, x: jax.Array, norm: Any, part: Callable[[jax.Array], jax.Array], of: Kinds
@@ -85,12 +97,29 @@ class Transformer(nnx.Module):
             return x + part(apply(norm, x, of))
         return x + apply(norm, part(x), of)
 
-    def _rest(self, x: jax.Array, of: Kinds) -> jax.Array:
+    def _rest(self, stream: Stream) -> tuple[Stream, Aux]:
         """After attention."""
-        return self._add(x, self.mlp_norm, lambda x: apply(self.mlp, x, of), of)
+        of, auxes = kinds(stream), [no_aux()]
+
+        def experts(x: jax.Array) -> jax.Array:
+            y, aux = route(self.mlp, replace(stream, x_BSD=x))
+            auxes.append(aux)
+            return y
+
+        def mlp(x: jax.Array) -> jax.Array:
+            return apply(self.mlp, x, of)
+
+        part = experts if self.has_experts else mlp
+        x = self._add(stream.x_BSD, self.mlp_norm, part, of)
+        return replace(stream, x_BSD=x), auxes[-1]
 
     def begin(self, stream: Stream, slots: int) -> KeyValues:
         """Empty slots for the tokens of a stream that comes part by part, see `Trunk.begin`."""
+        if self.has_experts:
+            raise UserError(
+                "A block with experts cannot take a stream token by token: which tokens an expert takes depends on "
+                "all of their group."
+            )
         return empty(self.attention, stream, slots)
 
     def extend(
@@ -107,7 +136,7 @@ class Transformer(nnx.Module):
             return self.attention.read(x, held, pairs, of, places_BS)
 
         x = self._add(x, self.attention_norm, attention, of)
-        return replace(stream, x_BSD=self._rest(x, of)), held
+        return self._rest(replace(stream, x_BSD=x))[0], held
 
 
 def empty(attention: Attention, stream: Stream, slots: int) -> KeyValues:

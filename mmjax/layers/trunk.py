@@ -13,7 +13,7 @@ from flax import nnx
 from mmjax import config as configs
 from mmjax.layers.by_modality import ByModality, Modalities, apply, experts, kinds
 from mmjax.layers.dense import norm_of
-from mmjax.layers.stream import Aux, Stream
+from mmjax.layers.stream import Aux, Stream, add_up
 from mmjax.parameters import stack_layers
 from mmjax.sharding import constrain
 
@@ -108,17 +108,6 @@ def _remat(body: Any, policy: str) -> Any:
             f"model.remat is '{policy}'.{configs.nearest(policy, ['none', *policies])}"
         )
     return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
-
-
-def add_up(auxes: Sequence[Aux]) -> Aux:
-    """Losses and statistics added; buffers joined (their names differ)."""
-    total = Aux(loss=sum((a.loss for a in auxes[1:]), auxes[0].loss))
-    for aux in auxes:
-        for name, (value, count) in aux.statistics.items():
-            before = total.statistics.get(name, (0.0, 0.0))
-            total.statistics[name] = (before[0] + value, before[1] + count)
-        total.buffers.update(aux.buffers)
-    return total
 
 
 class Trunk(nnx.Module):

@@ -103,7 +103,7 @@ class Classification(Objective):
             # What equal logits cost, with any smoothing.
             "baseline": jnp.asarray(math.log(self.classes), value.dtype),
         }
-        return Loss(value + aux.loss, metrics, aux.buffers)
+        return Loss(value + aux.loss, {**metrics, **aux.metrics()}, aux.buffers)
 
 
 def cross_entropy(

@@ -18,8 +18,8 @@ from mmjax.generation import Sampling, generate
 from mmjax.layers.dense import Dense
 from mmjax.layers.masks import Causal
 from mmjax.layers.pooler import Pooler
-from mmjax.layers.stream import Aux, Stream
-from mmjax.layers.trunk import GroupConfig, Trunk, add_up
+from mmjax.layers.stream import Aux, Stream, add_up
+from mmjax.layers.trunk import GroupConfig, Trunk
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
 from mmjax.objective import Loss, Represented, row_keys

@@ -14,8 +14,7 @@ from jax.nn import initializers
 
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
-from mmjax.layers.stream import mean_pool
-from mmjax.layers.trunk import add_up
+from mmjax.layers.stream import add_up, mean_pool
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
 from mmjax.objective import Coupled, Loss, Represented

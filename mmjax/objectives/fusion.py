@@ -110,7 +110,9 @@ class Fusion(Classification):
         }
         value = sum(losses.values()) / len(losses)
         return Loss(
-            value + aux.loss, {f"loss_{name}": x for name, x in losses.items()}, aux.buffers
+            value + aux.loss,
+            {f"loss_{name}": x for name, x in losses.items()} | aux.metrics(),
+            aux.buffers,
         )
 
 

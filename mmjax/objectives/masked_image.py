@@ -14,7 +14,7 @@ from jax.nn import initializers
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions
-from mmjax.layers.stream import Stream
+from mmjax.layers.stream import Stream, add_up
 from mmjax.layers.trunk import GroupConfig, Trunk
 from mmjax.modalities.image import patchify, unpatchify
 from mmjax.modality import Input
@@ -110,9 +110,8 @@ class MaskedImage(Objective):
         value = masked_error(predicted_BSP, target_BSP, hidden_BS)
         # What predicting each patch's mean would cost: below 1 where patches are blank.
         metrics = {"baseline": masked_error(jnp.zeros_like(target_BSP), target_BSP, hidden_BS)}
-        return Loss(
-            value + aux.loss + aux_decoder.loss, metrics, {**aux.buffers, **aux_decoder.buffers}
-        )
+        both = add_up([aux, aux_decoder])
+        return Loss(value + both.loss, {**metrics, **both.metrics()}, both.buffers)
 
     def shows(self) -> tuple[str, ...]:
         return (

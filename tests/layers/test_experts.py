@@ -1,0 +1,241 @@
+"""Mixtures of experts against loops over tokens and slots; what they cost, and how they lie on a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmjax.errors import UserError
+from mmjax.flops import model_flops
+from mmjax.layers.experts import Experts, grouped_rows
+from mmjax.layers.masks import FULL
+from mmjax.layers.stream import Aux, Stream
+from mmjax.layers.transformer import Transformer
+from mmjax.layers.trunk import GroupConfig, Trunk
+from mmjax.parameters import Declaration
+from mmjax.sharding import MeshConfig, make_mesh, named
+
+ROWS, LENGTH, WIDTH, HIDDEN, COUNT = 4, 6, 5, 7, 3
+LAYOUT = (("text", 2), ("image", 4))
+VALID = np.random.default_rng(3).random((ROWS, LENGTH)) < 0.8
+X = np.random.default_rng(4).normal(size=(ROWS, LENGTH, WIDTH))
+CHOICE = {"count": COUNT, "router": {"name": "expert_choice", "capacity": 0.8}, "group": 12}
+TOKENS = {
+    "count": COUNT,
+    "router": {"name": "token_choice", "top": 2, "capacity": 0.4},
+    "group": 12,
+}
+
+
+@pytest.fixture(autouse=True)
+def _x64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def random(declaration: Declaration, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {n: rng.normal(size=s.shape) for n, s in declaration.specs.items()}
+
+
+def run(
+    config: Mapping[str, Any], p: Any, valid: Any = VALID, x: Any = X
+) -> tuple[np.ndarray, Aux]:
+    declaration = Declaration(Experts(WIDTH, HIDDEN, config))
+    stream = Stream(jnp.asarray(x), jnp.asarray(valid), layout=LAYOUT)
+    y, aux = jax.jit(lambda p, s: declaration.merge(p)(s))(p, stream)
+    return np.asarray(y), aux
+
+
+def mlp(p: Mapping[str, np.ndarray], e: int, x: np.ndarray) -> np.ndarray:
+    up = x @ p["mlps/up/kernel"][e]
+    return (
+        0.5
+        * up
+        * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
+        @ p["mlps/down/kernel"][e]
+    )
+
+
+@pytest.mark.parametrize("config", [CHOICE, TOKENS], ids=["expert choice", "token choice"])
+def test_each_token_is_the_sum_of_its_slots(config: dict[str, Any]) -> None:
+    experts = Experts(WIDTH, HIDDEN, config)
+    p = random(Declaration(experts))
+    y, aux = run(config, p)
+    # Groups of two rows.
+    x, valid = X.reshape(2, 12, WIDTH), VALID.reshape(2, 12)
+    slots = experts.rule.route(jnp.asarray(x @ p["router"]), jnp.asarray(valid))
+    wanted, found = np.zeros_like(x), np.zeros((2, 12), bool)
+    for g, e, c in np.ndindex(*slots.index_GEC.shape):
+        token, gate = int(slots.index_GEC[g, e, c]), float(slots.gate_GEC[g, e, c])
+        wanted[g, token] += gate * mlp(p, e, x[g, token])
+        found[g, token] |= gate > 0
+    np.testing.assert_allclose(y, wanted.reshape(X.shape), rtol=1e-9, atol=1e-12)
+    found = found.reshape(VALID.shape)
+    for name, at in (("text", slice(0, 2)), ("image", slice(2, 6))):
+        left, count = aux.statistics[f"dropped {name}"]
+        assert int(count) == VALID[:, at].sum()
+        assert int(left) == (VALID & ~found)[:, at].sum()
+    assert sum(int(left) for left, _ in aux.statistics.values()) > 0
+
+
+def test_experts_that_are_all_alike_are_the_dense_layer() -> None:
+    """Each token at all of them, whose gates sum to one."""
+    config = {"count": COUNT, "router": {"name": "token_choice", "top": COUNT, "capacity": 1.0}}
+    p = random(Declaration(Experts(WIDTH, HIDDEN, config)))
+    p |= {n: np.broadcast_to(v[:1], v.shape) for n, v in p.items() if n != "router"}
+    y, aux = run(config, p, np.ones_like(VALID))
+    np.testing.assert_allclose(y, mlp(p, 0, X), rtol=1e-9)
+    assert not any(float(left) for left, _ in aux.statistics.values())
+
+
+def test_padding_has_no_say() -> None:
+    p = random(Declaration(Experts(WIDTH, HIDDEN, CHOICE)))
+    kept = run(CHOICE, p)[0]
+    other = run(CHOICE, p, x=np.where(VALID[..., None], X, 100.0))[0]
+    np.testing.assert_array_equal(other[VALID], kept[VALID])
+    assert not kept[~VALID].any()
+
+
+def test_auxiliary_losses_add_up_and_reach_the_router() -> None:
+    plain = {**TOKENS, "losses": {}}
+    p = random(Declaration(Experts(WIDTH, HIDDEN, plain)))
+    assert float(run(plain, p)[1].loss) == 0
+    parts = [
+        {"losses": {"importance": 0.5}}, {"losses": {"balance": 0.1}}, {"losses": {"z": 0.01}},
+        {"local": {"text": 0.3}}, {"spread": {"image": 2.0}, "threshold": {"image": 1.5}},
+    ]  # fmt: skip
+    alone = [float(run({**TOKENS, **part}, p)[1].loss) for part in parts]
+    assert min(alone) > 0
+    together: dict[str, Any] = {"losses": {"importance": 0.5, "balance": 0.1, "z": 0.01}}
+    together |= {"local": {"text": 0.3}, "spread": {"image": 2.0}, "threshold": {"image": 1.5}}
+    assert float(run({**TOKENS, **together}, p)[1].loss) == pytest.approx(sum(alone), rel=1e-6)
+    declaration = Declaration(Experts(WIDTH, HIDDEN, {**TOKENS, **together}))
+    stream = Stream(jnp.asarray(X), layout=LAYOUT)
+    gradient = jax.grad(lambda p: declaration.merge(p)(stream)[1].loss)(
+        {n: jnp.asarray(v) for n, v in p.items()}
+    )
+    assert float(jnp.abs(gradient["router"]).max()) > 0
+
+
+# --- in a block --------------------------------------------------------------------------------
+
+
+def block(**more: Any) -> dict[str, Any]:
+    return {"name": "transformer", "heads": 2, "hidden": HIDDEN, **more}
+
+
+def trunk(width: int = 8, **more: Any) -> Declaration:
+    return Declaration(nnx.Dict(trunk=Trunk([GroupConfig(2, (block(**more),))], width)))
+
+
+def test_experts_by_modality_are_those_of_each_alone() -> None:
+    """MoMa: the tokens of a modality compete with their own kind only."""
+    names = ["text", "image"]
+    words: Any = {"experts": CHOICE, "untie": ["mlp"], "modalities": names}
+    declaration = Declaration(Transformer(8, 2, HIDDEN, **words))
+    p = random(declaration)
+    model = declaration.merge(p)
+    x = jnp.asarray(np.random.default_rng(5).normal(size=(ROWS, LENGTH, 8)))
+    stream = Stream(x, jnp.asarray(VALID), layout=LAYOUT)
+    out, aux = model(stream, jax.random.key(0))
+    after = x + model.attention(model.attention_norm(x), stream.pairs(), kinds=None)
+    for name, at in (("text", slice(0, 2)), ("image", slice(2, 6))):
+        own = Stream(
+            model.mlp_norm(after[:, at]),
+            jnp.asarray(VALID[:, at]),
+            layout=((name, at.stop - at.start),),
+        )
+        y, alone = getattr(model.mlp, name)(own)
+        np.testing.assert_allclose(out.x_BSD[:, at], after[:, at] + y, rtol=1e-9)
+        assert aux.statistics[f"dropped {name}"][1] == alone.statistics[f"dropped {name}"][1]
+
+
+def test_the_cost_is_that_of_the_slots_whatever_the_number_of_experts() -> None:
+    """Model FLOPs, counted: tokens times capacity through one MLP, and the router's product."""
+    shape = (4, 64, 8)
+
+    def cost(count: int, **rule: Any) -> int:
+        config = {"count": count, "router": {"name": "expert_choice", **rule}, "group": 128}
+        declaration = Declaration(Experts(8, 16, config))
+        p = {n: jax.ShapeDtypeStruct(s.shape, "float32") for n, s in declaration.specs.items()}
+        x = jax.ShapeDtypeStruct(shape, "float32")
+        router = 2 * 256 * 8 * count
+        return (
+            model_flops(
+                lambda p, x: declaration.merge(p)(Stream(x, layout=(("text", 64),)))[0], p, x
+            )
+            - router
+        )
+
+    dense = 2 * 256 * 2 * 8 * 16
+    assert cost(2) == cost(8) == cost(32) == dense
+    assert cost(8, capacity=2.0) == 2 * dense
+
+
+@pytest.mark.parametrize("config", [CHOICE, TOKENS], ids=["expert choice", "token choice"])
+@pytest.mark.parametrize("mesh", [{"expert": 4, "data": 2}, {"data": 2, "fsdp": 2, "expert": 2}])
+def test_on_a_mesh_it_is_what_it_is_on_one_device(
+    config: dict[str, Any], mesh: dict[str, int]
+) -> None:
+    """Value and gradient in float64, parameters of experts cut along their axis."""
+    declaration = trunk(experts={**config, "count": 4, "losses": {"balance": 0.1}})
+    p = {n: jnp.asarray(v) for n, v in random(declaration).items()}
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(8, LENGTH, 8)))
+
+    def value(p: Any, x: jax.Array) -> jax.Array:
+        stream = Stream(x, layout=LAYOUT, mask=FULL)
+        out, aux = declaration.merge(p)["trunk"](stream, jax.random.key(0))
+        return jnp.square(out.x_BSD).mean() + aux.loss
+
+    wanted = jax.jit(jax.value_and_grad(value))(p, x)
+    made = make_mesh(MeshConfig(**mesh))
+    placed = {
+        n: jax.device_put(p[n], named(s.axes, s.shape, made)) for n, s in declaration.specs.items()
+    }
+    with jax.set_mesh(made):
+        found = jax.jit(jax.value_and_grad(value))(placed, x)
+    cut = placed["trunk/groups/0/blocks/0/mlp/mlps/up/kernel"].sharding
+    assert cut.shard_shape((2, 4, 8, HIDDEN))[1] == 4 // mesh["expert"]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), wanted, found
+    )
+
+
+def test_it_is_not_written_token_by_token() -> None:
+    declaration = trunk(experts=CHOICE)
+    model = declaration.merge(random(declaration))["trunk"]
+    with pytest.raises(UserError, match="A block with experts cannot take a stream token by token"):
+        model.begin(Stream(jnp.zeros((1, 1, 8))), 4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 40))
+def test_groups_are_whole_rows_or_parts_of_a_row(rows: int, length: int, size: int) -> None:
+    x = np.arange(rows * length).reshape(rows, length)
+    found = np.asarray(grouped_rows(jnp.asarray(x), size))
+    assert found.shape[1] <= size
+    np.testing.assert_array_equal(found.reshape(-1), x.reshape(-1))
+    assert found.shape[1] % length == 0 or length % found.shape[1] == 0
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ({"count": 0}, "count is 0"),
+        ({"count": 2, "router": {"name": "expert_choise"}}, "no 'expert_choise'. Did you mean"),
+        ({"count": 2, "losses": {"blance": 1.0}}, "no loss 'blance'. Did you mean 'balance'"),
+        ({"count": 2, "groop": 3}, "groop"),
+    ],
+)
+def test_mistakes(config: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Experts(WIDTH, HIDDEN, config)
