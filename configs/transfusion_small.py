@@ -17,7 +17,7 @@ transfusion = load_module(Path(__file__).with_name("transfusion_7b.py"))
 
 def make_small(config: ConfigDict) -> ConfigDict:
     """Smaller numbers, of any recipe of these tasks."""
-    config.steps = 600
+    config.steps = 500
     config.modalities.text.update({"vocabulary": 2048, "buckets": 32})
     if "image" in config.modalities:
         config.modalities.image.update({"patch": 4, "buckets": 8})
@@ -31,7 +31,7 @@ def make_small(config: ConfigDict) -> ConfigDict:
             task.objective.steps = 50
     config.optimizer.update({"learning_rate": 2e-3, "warmup": 50})
     config.dtype.compute = "float32"
-    config.checkpoint.every = 300
+    config.checkpoint.every = 250
     config.evaluation.batch = 256
     return config
 
@@ -42,4 +42,5 @@ def get_config(setting: str = "transfusion") -> ConfigDict:
     for task in config.tasks.values():
         if "image" in task.inputs:
             task.objective.channels = 16
+            task.batch = 32
     return config
