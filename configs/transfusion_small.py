@@ -3,7 +3,13 @@
 python -m mmjax.data.build emoji
 python -m mmjax.train --config=configs/transfusion_small.py --workdir=runs/transfusion_small
 
-Hardware: a CPU with 2 cores. Results: to be measured.
+Settings as there: `transfusion_small.py:monoformer`.
+
+Hardware: a CPU with 2 cores: 500 steps of 23 GFLOP, 5 minutes in all, measured beside other work. Results (one seed),
+on drawings never seen: 0.098 of the noise's variance, 2.87 nats for a piece of text and 2.92 where it follows its
+picture
+(knowing nothing: 1, 7.62 and 5.1); on concepts never seen 0.097, and text no better than its frequencies (5.5 nats).
+What it draws are blobs of colour on white yet, and no caption is right.
 """
 
 from pathlib import Path
