@@ -1,7 +1,8 @@
-"""A training step of a trunk untied by modality against a dense one, and the chunked scan against the plain recurrence.
+"""A training step of a trunk untied by modality against a dense one, and chunked scans against the plain recurrence.
 
 All of a block's parts are untied (Mixture-of-Transformers). `static` is one segment per modality, `interleaved`
-segments of 16 tokens in turn; the dense trunk sees the same tokens. In each pair both halves run in one process, and
+segments of 16 tokens in turn; the dense trunk sees the same tokens. A chunked scan makes its states again in the
+backward pass, where the recurrence holds those of all tokens. In each pair both halves run in one process, and
 which comes first alternates. The config is not read but for its seed.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -47,8 +49,11 @@ def measure(effort: Effort) -> list[Quantity]:
             one, two = _trunk_step(layout, True, seed), _trunk_step(layout, False, seed)
             name = f"untied to dense, {count} modalities, {kind}"
             found.append(quantity(name, _ratios(one, two, effort), wanted="at most 1.03"))
-    one, two = _scan_step(selective_scan, seed), _scan_step(_recurrence, seed)
-    return [*found, quantity("chunked scan to recurrence", _ratios(one, two, effort))]
+    plain = _scan_step(_recurrence, seed)
+    for way in ("serial", "parallel"):
+        scan = _scan_step(partial(selective_scan, way=way), seed)
+        found.append(quantity(f"{way} chunked scan to recurrence", _ratios(scan, plain, effort)))
+    return found
 
 
 def _ratios(one: Step, two: Step, effort: Effort) -> list[float]:
