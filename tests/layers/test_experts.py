@@ -182,7 +182,7 @@ def test_the_cost_is_that_of_the_slots_whatever_the_number_of_experts() -> None:
 
 
 @pytest.mark.parametrize("config", [CHOICE, TOKENS], ids=["expert choice", "token choice"])
-@pytest.mark.parametrize("mesh", [{"expert": 4, "data": 2}, {"data": 2, "fsdp": 2, "expert": 2}])
+@pytest.mark.parametrize("mesh", [{"data": 1, "expert": 4}, {"data": 1, "fsdp": 2, "expert": 2}])
 def test_on_a_mesh_it_is_what_it_is_on_one_device(
     config: dict[str, Any], mesh: dict[str, int]
 ) -> None:
@@ -197,7 +197,8 @@ def test_on_a_mesh_it_is_what_it_is_on_one_device(
         return jnp.square(out.x_BSD).mean() + aux.loss
 
     wanted = jax.jit(jax.value_and_grad(value))(p, x)
-    made = make_mesh(MeshConfig(**mesh))
+    # Half of the devices: with as few threads as devices, collectives that wait for each other can stand still.
+    made = make_mesh(MeshConfig(**mesh), jax.devices()[:4])
     placed = {
         n: jax.device_put(p[n], named(s.axes, s.shape, made)) for n, s in declaration.specs.items()
     }
