@@ -16,6 +16,7 @@ from flax import struct
 
 from mmjax.data.tokenizer import PAD_ID
 from mmjax.diffusion import Diffusion
+from mmjax.errors import UserError
 from mmjax.generation import Sampling, generate
 from mmjax.layers.by_modality import apply, kinds
 from mmjax.layers.masks import FULL, Causal, Mask
@@ -33,6 +34,8 @@ class Spans(Protocol):
     def discrete(self) -> tuple[str, ...]: ...
     @property
     def target(self) -> str: ...
+    @property
+    def mutual(self) -> bool: ...
     @property
     def swap(self) -> float: ...
     @property
@@ -82,22 +85,39 @@ class Composer:
         self._rows = jax.tree.leaves(dict(plan[0].arrays))[0].shape[0]
 
     def compose(self, keys_B: jax.Array) -> list[jax.Array]:
-        """What is made, span by span: ids `[B, L]` of a discrete one, values `[B, S, P]` of a continuous one.
+        """What is made, in the plan's order: ids `[B, L]` of a discrete span, values `[B, S, P]` of a continuous one.
 
         Drawing is guided (Ho and Salimans 2022) away from what is drawn without the discrete span that comes first.
         """
-        past, free, made = self.begin(), self.begin(), []
-        for index, span in enumerate(self._plan):
+        past, free, made = self.begin(), self.begin(), dict[int, jax.Array]()
+        for index, places in enumerate(self._blocks()):
             keys = jax.vmap(lambda key, index=index: jax.random.fold_in(key, index))(keys_B)
-            if span.made and span.name in self._of.discrete:
-                made.append(self.write(past, span, keys))
-                span = replace(span, arrays=self._as_arrays(span, made[-1]))
-            elif span.made:
-                made.append(self.draw(past, free, [span], keys)[span.name])
-            values = made[-1] if span.made and span.name not in self._of.discrete else None
-            past = self.read(past, span, values)
-            free = self.read(free, span, values, kept=index > 0)
-        return made
+            block = [self._plan[place] for place in places]
+            wanted = [span for span in block if span.made]
+            found: Values = {}
+            if wanted and block[0].name in self._of.discrete:
+                found = {block[0].name: self.write(past, block[0], keys)}
+                block = [replace(block[0], arrays=self._as_arrays(block[0], found[block[0].name]))]
+            elif wanted:
+                found = self.draw(past, free, block, keys)
+            made |= {
+                place: found[self._plan[place].name] for place in places if self._plan[place].made
+            }
+            past = self.read(past, block, found)
+            free = self.read(free, block, found, kept=index > 0)
+        return [made[place] for place in sorted(made)]
+
+    def _blocks(self) -> list[list[int]]:
+        """Places in the plan of the spans that are read together: one, or all continuous ones if they are mutual."""
+        is_continuous = [span.name not in self._of.discrete for span in self._plan]
+        if not self._of.mutual or not any(is_continuous):
+            return [[place] for place in range(len(self._plan))]
+        together = [place for place, is_one in enumerate(is_continuous) if is_one]
+        names = [self._plan[place].name for place in together]
+        if len(set(names)) < len(names):
+            raise UserError(f"Spans that see each other are of one modality each; given: {names}.")
+        others = [[place] for place, is_one in enumerate(is_continuous) if not is_one]
+        return sorted([together, *others])
 
     def begin(self) -> Past:
         """A sequence that holds nothing yet."""
@@ -112,14 +132,14 @@ class Composer:
         )
 
     def read(
-        self, past: Past, span: Span, values: jax.Array | None = None, kept: bool = True
+        self, past: Past, block: Sequence[Span], values: Values | None = None, kept: bool = True
     ) -> Past:
-        """The sequence with one more span: its arrays, or other values than those (of a continuous one).
+        """The sequence with the spans of a block: their arrays, or other `values` of continuous ones, by name.
 
         Where it is not `kept`, a discrete span is only the token of its beginning.
         """
-        stream, _ = self._span(span, values, kept)
-        return self._extend(past, stream, self._mask(span.name))[1]
+        streams = [self._span(span, (values or {}).get(span.name), kept)[0] for span in block]
+        return self._extend(past, concatenate(streams), self._mask(block[0].name))[1]
 
     def logits(self, past: Past, span: Span) -> jax.Array:
         """Logits `[B, L, V]` of each token of a given discrete span, each after those before."""
@@ -142,40 +162,32 @@ class Composer:
         end = self._stems[name].end
         return generate(step, past, keys_B, length, self._of.sampling, end)
 
-    def draw(
-        self,
-        past: Past,
-        free: Past,
-        spans: Sequence[Span],
-        keys_B: jax.Array,
-        given: Values | None = None,
-    ) -> Values:
-        """Values `[B, S, P]` of continuous spans that are drawn together, from noise.
+    def draw(self, past: Past, free: Past, block: Sequence[Span], keys_B: jax.Array) -> Values:
+        """Values `[B, S, P]` of the continuous spans of a block that are made, from noise, together.
+
+        Those that are given stand still at time 0.
 
         Args:
           past, free: the sequence, and the one to be guided away from.
-          spans: what is drawn; those in `given` stand still at time 0.
         """
-        stems = {span.name: self._stems[span.name] for span in spans}
-        given = given or {}
-        drawn = [span for span in spans if span.name not in given]
+        dtype = _wide(past)
+        clean = {span.name: self._stems[span.name].values(span.arrays, dtype) for span in block}
+        drawn = [span.name for span in block if span.made]
+        given = {name: x for name, x in clean.items() if name not in drawn}
         noise = {}
-        for index, span in enumerate(drawn):
-            shape = jax.eval_shape(
-                lambda a, n=span.name: stems[n].values(a, jnp.float32), span.arrays
-            )
+        for index, name in enumerate(drawn):
             own = jax.vmap(lambda key, i=index: jax.random.fold_in(key, i))(keys_B)
-            size, dtype = shape.shape[1:], _wide(past)
-            noise[span.name] = jax.vmap(lambda k, s=size, d=dtype: jax.random.normal(k, s, d))(own)
+            size = clean[name].shape[1:]
+            noise[name] = jax.vmap(lambda k, s=size: jax.random.normal(k, s, dtype))(own)
 
         def predict(x_t: Values, t: jax.Array) -> Values:
-            found = self._predict(past, spans, {**given, **x_t}, t, x_t)
-            if self._of.guidance == 1:
+            found = self._predict(past, block, {**given, **x_t}, t, x_t)
+            if self._of.guidance == 1 or not self._of.discrete:
                 return found
-            without = self._predict(free, spans, {**given, **x_t}, t, x_t)
+            without = self._predict(free, block, {**given, **x_t}, t, x_t)
             return jax.tree.map(lambda a, b: b + self._of.guidance * (a - b), found, without)
 
-        bounds = {stems[span.name].bound for span in drawn}
+        bounds = {self._stems[name].bound for name in drawn}
         bound = bounds.pop() if len(bounds) == 1 else None
         made: Values = Diffusion(self._of.target).sample(predict, noise, self._of.steps, bound)
         return made

@@ -171,10 +171,10 @@ def course(workdir: Path, parts: Sequence[str]) -> dict[str, list[float]]:
     return {part: smoothed([line[part] for line in steps]).tolist() for part in parts}
 
 
-def share_to_match(system: Sequence[float], other: Sequence[float]) -> float:
-    """The share of its steps after which the system is where the other one ends; above 1 if it never is."""
+def share_to_match(system: Sequence[float], other: Sequence[float]) -> float | None:
+    """The share of its steps after which the system is where the other one ends; None if it never is."""
     there = np.flatnonzero(np.asarray(system) <= other[-1])
-    return float((there[0] + 1) / len(system)) if len(there) else 1.01
+    return float((there[0] + 1) / len(system)) if len(there) else None
 
 
 def markdown(name: str, made: Mapping[str, Any]) -> str:
@@ -196,14 +196,20 @@ def markdown(name: str, made: Mapping[str, Any]) -> str:
         cells = [row["name"], row["split"], *sides, _difference(row, labels, unit), chance]
         lines.append(f"| {' | '.join(cells)} |")
     for part, by_seed in made["match"].items():
-        share = shown(dict(enumerate(by_seed)), "fraction")
-        lines += [
-            "",
-            f"The {part} loss of training: {labels[0]} is where {labels[1]} ends after {share} % of the steps.",
-        ]
+        lines += ["", _matched(part, labels, by_seed)]
     pictures = [f"![{name}]({name}.svg)"]
     pictures += [f"![courses of {name}]({name}-courses.svg)"] if made["match"] else []
     return "\n".join([*lines, "", *pictures, ""])
+
+
+def _matched(part: str, labels: Sequence[str], by_seed: Sequence[float | None]) -> str:
+    """When the first variant is where the second ends, over the seeds in which it is."""
+    shares = {seed: share for seed, share in enumerate(by_seed) if share is not None}
+    said = f"The {part} loss of training: {labels[0]} is where {labels[1]} ends"
+    if not shares:
+        return f"{said} in none of {len(by_seed)} seeds."
+    seeds = f", in {len(shares)} of {len(by_seed)} seeds" if len(shares) < len(by_seed) else ""
+    return f"{said} after {shown(shares, 'fraction')} % of the steps{seeds}."
 
 
 def _difference(row: Mapping[str, Any], labels: Sequence[str], unit: str) -> str:
@@ -223,7 +229,7 @@ def _pyplot() -> Any:
 
 
 def plot(made: Mapping[str, Any], path: Path) -> None:
-    """A panel for each measure: every seed a point, the mean a line, and chance dashed where it is near."""
+    """A panel for each measure: every seed a point, the mean a line."""
     pyplot = _pyplot()
     rows, labels = made["rows"], list(made["cost"])
     across = min(4, len(rows))

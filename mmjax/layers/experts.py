@@ -27,7 +27,7 @@ from mmjax.layers.routers import (
     widened,
     z_loss,
 )
-from mmjax.layers.stream import Aux, Stream, add_up, no_aux
+from mmjax.layers.stream import Aux, Stream, add_up
 from mmjax.parameters import declare, repeated
 from mmjax.sharding import constrain
 
@@ -98,10 +98,7 @@ class Experts(nnx.Module):
         """The tokens' sums, and the auxiliary losses; statistics say how many of each modality found no slot."""
         x_BSD, valid_BS = stream.x_BSD, stream.mask_BS()
         x_GTD, valid_GT = (grouped_rows(a, self.config.group) for a in (x_BSD, valid_BS))
-        kernel_DE = self.router[...]
-        logits_GTE = (
-            widened(x_GTD).astype(jnp.promote_types(kernel_DE.dtype, jnp.float32)) @ kernel_DE
-        )
+        logits_GTE = widened(x_GTD) @ widened(self.router[...])
         slots = self.rule.route(logits_GTE, valid_GT)
         y_BSD = self._sums(x_GTD, slots).reshape(x_BSD.shape)
         kinds = {
@@ -145,18 +142,17 @@ class Experts(nnx.Module):
                 loss = loss + weight * z_loss(logits_GTE, valid_GT)
             else:
                 loss = loss + weight * LOSSES[name](scores_GTE, valid_GT)
-        for name, own_GT in kinds.items():
+        for name in (n for n in kinds if n in config.local or n in config.spread):
             threshold = config.threshold.get(name, float(np.log(config.count)))
-            local, spread = entropy_losses(scores_GTE, own_GT, threshold)
-            loss = (
-                loss + config.local.get(name, 0.0) * local + config.spread.get(name, 0.0) * spread
-            )
+            local, spread = entropy_losses(scores_GTE, kinds[name], threshold)
+            weights = config.local.get(name, 0.0), config.spread.get(name, 0.0)
+            loss = loss + weights[0] * local + weights[1] * spread
         left_GT = ~held(slots, valid_GT.shape[1])
         statistics = {
             f"dropped {name}": ((left_GT & own_GT).sum().astype(jnp.float32), own_GT.sum().astype(jnp.float32))
             for name, own_GT in kinds.items()
         }  # fmt: skip
-        return Aux(loss=no_aux().loss + loss.astype(jnp.float32), statistics=statistics)
+        return Aux(loss=loss.astype(jnp.float32), statistics=statistics)
 
 
 def route(part: Any, stream: Stream) -> tuple[jax.Array, Aux]:

@@ -159,19 +159,6 @@ def importance_loss(scores_GTE: jax.Array, valid_GT: jax.Array) -> jax.Array:
     return _variation(jnp.where(valid_GT[..., None], scores_GTE, 0).sum(axis=(0, 1)))
 
 
-def load_loss(
-    logits_GTE: jax.Array, noisy_GTE: jax.Array, valid_GT: jax.Array, top: int, deviation: float
-) -> jax.Array:
-    """The same of each expert's load: the probability that another draw of its noise would make a token choose it.
-
-    Riquelme et al. (2021), appendix A: `1 - Phi((threshold - logit) / deviation)`, the threshold being a token's k-th
-    largest noisy logit.
-    """
-    threshold = jax.lax.top_k(widened(noisy_GTE), top)[0][..., -1:]
-    chosen_GTE = 1 - jax.scipy.stats.norm.cdf((threshold - widened(logits_GTE)) / deviation)
-    return _variation(jnp.where(valid_GT[..., None], chosen_GTE, 0).sum(axis=(0, 1)))
-
-
 def _variation(x_E: jax.Array) -> jax.Array:
     return jnp.square(x_E.std() / jnp.maximum(x_E.mean(), 1e-9))
 

@@ -82,10 +82,18 @@ class Draws:
 
 @struct.dataclass
 class Outputs:
-    """Logits `[B, L, V]` of each token of the discrete spans, and predictions `[B, S, P]` of the continuous ones."""
+    """What a pass says of the spans, by modality.
+
+    Attributes:
+      logits: of each token of a discrete span, `[B, L, V]`.
+      values: of a continuous span's noise, `[B, S, P]`.
+      there: which of its tokens exist, `[B, S]`.
+      aux: the trunk's.
+    """
 
     logits: dict[str, jax.Array]
     values: dict[str, jax.Array]
+    there: dict[str, jax.Array]
     aux: Aux
 
 
@@ -164,6 +172,13 @@ class Transfusion(Coupled):
                     f"transfusion: discrete is {list(self.discrete)}; modality '{name}' "
                     f"{'has' if 'ids' in inputs[name].arrays() else 'has no'} token ids."
                 )
+        for name in self.continuous if self.channels else ():
+            pixels = inputs[name].arrays().get("pixels")
+            if pixels is None or len(pixels.shape) != 3:
+                raise UserError(
+                    f"transfusion: channels is {self.channels}, but '{name}' holds no pictures, which U-Nets are for. "
+                    "Set channels to 0."
+                )
         vocabularies = {m: _vocabulary(inputs[m]) for m in self.order if m in self.discrete}
         sizes = {m: _values(inputs[m], width) for m in self.continuous}
         return {"adapter": Adapter(width, vocabularies, sizes, self.channels)}
@@ -237,6 +252,11 @@ class Transfusion(Coupled):
         return Outputs(
             {m: self.logits(model, m, out[m][:, :-1]) for m in self.order if m in self.discrete},
             {m: self.predicted(model, m, out[m], ways[m]) for m in self.continuous},
+            {
+                m: stream.mask_BS()
+                for m, stream in zip(self.order, streams, strict=True)
+                if m in self.continuous
+            },
             aux,
         )
 
@@ -278,9 +298,9 @@ class Transfusion(Coupled):
                 rows[name] = _total(losses_BL, told_BL, dtype)
             else:
                 wanted = diffusion.wanted(x[name], draws.noise[name], draws.times[name])
-                there_BS = model.stems[name](inputs[name]).mask_BS()
                 error = jnp.square(out.values[name].astype(dtype) - wanted).mean(axis=-1)
                 nothing = jnp.square(wanted).mean(axis=-1)
+                there_BS = out.there[name]
                 rows[name] = {**_mean(error, there_BS), "nothing": _mean(nothing, there_BS)["sum"]}
         return Represented(rows, out.aux)
 
@@ -349,7 +369,8 @@ class Transfusion(Coupled):
     def write(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         other, text = (Span(m, batch["inputs"][m]) for m in self.writes())
         composer = Composer(self, model, [other, text])
-        past, ids_BL, told_BL = composer.read(composer.begin(), other), *_told(text.arrays)
+        past = composer.read(composer.begin(), [other])
+        ids_BL, told_BL = text.arrays["ids"], text.arrays["valid"]
         losses_BL = next_token_losses(composer.logits(past, text), ids_BL)
         return {
             "written": composer.write(past, text, row_keys(batch, key)),
@@ -357,11 +378,6 @@ class Transfusion(Coupled):
             "cost": jnp.where(told_BL, losses_BL, 0).sum(axis=1),
             "tokens": told_BL.sum(axis=1),
         }
-
-    def sample(self, model: Model, inputs: Any, keys_B: jax.Array) -> jax.Array:
-        """The last span of `order`, made after those before it: values `[B, S, P]`, or ids `[B, L]`."""
-        plan = [Span(m, inputs[m], made=m == self.order[-1]) for m in self.order]
-        return Composer(self, model, plan).compose(keys_B)[0]
 
     def composes(self) -> tuple[str, ...]:
         return self.order
@@ -427,10 +443,6 @@ def _mean(x_BS: jax.Array, there_BS: jax.Array) -> dict[str, jax.Array]:
     count_B = jnp.maximum(there_BS.sum(axis=1), 1)
     mean_B = jnp.where(there_BS, x_BS, 0).sum(axis=1) / count_B
     return {"sum": mean_B, "count": jnp.ones_like(mean_B)}
-
-
-def _told(arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return arrays["ids"], arrays["valid"]
 
 
 def _vocabulary(given: Input) -> int:

@@ -78,7 +78,11 @@ def test_values_by_variant_and_seed() -> None:
 
 def test_how_soon_the_system_is_where_the_other_one_ends() -> None:
     assert mechanisms.share_to_match([5.0, 3.0, 2.0, 1.0], [6.0, 5.0, 4.0, 2.5]) == 0.75
-    assert mechanisms.share_to_match([5.0, 3.0], [6.0, 1.0]) > 1
+    assert mechanisms.share_to_match([5.0, 3.0], [6.0, 1.0]) is None
+    labels = ["one", "two"]
+    said = mechanisms._matched("text", labels, [0.5, None, 0.7])
+    assert said.endswith("one is where two ends after 60.0 ± 14.1 % of the steps, in 2 of 3 seeds.")
+    assert mechanisms._matched("text", labels, [None]).endswith("ends in none of 1 seeds.")
     values = [float(x) for x in np.random.default_rng(0).normal(size=50)]
     wanted = [np.mean(values[max(0, i - mechanisms.SPAN + 1) : i + 1]) for i in range(50)]
     np.testing.assert_allclose(mechanisms.smoothed(values), wanted)

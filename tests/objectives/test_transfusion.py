@@ -337,7 +337,7 @@ def test_what_is_held_predicts_as_the_whole_sequence_does(block: Any) -> None:
     whole = TEXT_FIRST.run(model, inputs, x_t, draws(TEXT_FIRST), jax.random.key(0))
     composer = Composer(TEXT_FIRST, model, plan(TEXT_FIRST, "image"))
     text, image = plan(TEXT_FIRST, "image")
-    past = composer.read(composer.begin(), text)
+    past = composer.read(composer.begin(), [text])
     held = composer._predict(past, [image], x_t, jnp.asarray(0.3), x_t)
     np.testing.assert_allclose(held["image"], whole.values["image"], rtol=1e-9, atol=1e-9)
     told = composer.logits(composer.begin(), text)
@@ -440,18 +440,59 @@ def test_colours_are_written_after_their_text() -> None:
 
 def test_one_of_two_spans_is_drawn_given_the_other_or_both_together() -> None:
     """UniDiffuser's three ways: joint, and each conditioned on the other."""
+    objective = replace(UNIDIFFUSER, steps=3)
+    declaration, p = built(objective)
+    model, inputs = declaration.merge(p), batch()["inputs"]
+    keys = jax.random.split(jax.random.key(0), ROWS)
+
+    def made(given: str, change: float) -> list[np.ndarray]:
+        sound = {**inputs["sound"], "mel": inputs["sound"]["mel"] + change}
+        arrays = {"image": inputs["image"], "sound": sound}
+        spans = [Span(m, arrays[m], made=m != given) for m in objective.order]
+        return [np.asarray(x) for x in objective.compose(model, spans, keys)]
+
+    image, sound = made("", 0.0)
+    assert image.shape == (ROWS, SIZE, SIZE, 3) and sound.shape == (ROWS, 4, 4)
+    np.testing.assert_array_equal(made("", 1.0)[0], image)
+    [one], [other] = made("sound", 0.0), made("sound", 1.0)
+    assert (one != other).any() and (one != image).any()
+    with pytest.raises(UserError, match="are of one modality each"):
+        objective.compose(model, [Span("image", inputs["image"], made=True)] * 2, keys)
+
+
+def test_what_a_given_span_tells_is_what_it_tells_in_training() -> None:
+    """Spans that see each other are predicted in one block, the given one at time 0."""
     declaration, p = built(UNIDIFFUSER)
     model, inputs = declaration.merge(p), batch()["inputs"]
+    x, drawn = noised(UNIDIFFUSER, model), draws(UNIDIFFUSER)
+    drawn = replace(drawn, times={"image": drawn.times["image"], "sound": jnp.zeros(ROWS)})
+    whole = UNIDIFFUSER.run(model, inputs, x, drawn, jax.random.key(0))
     spans = plan(UNIDIFFUSER, "image")
-    composer = Composer(replace(UNIDIFFUSER, steps=3, guidance=1.0), model, spans)
-    keys, past = jax.random.split(jax.random.key(0), ROWS), composer.begin()
-    sound = model.stems["sound"].values(inputs["sound"], jnp.float64)
-    joint = composer.draw(past, past, spans, keys)
-    assert set(joint) == {"image", "sound"}
-    one, other = (
-        composer.draw(past, past, spans, keys, {"sound": s})["image"] for s in (sound, -sound)
+    composer = Composer(UNIDIFFUSER, model, spans)
+    held = composer._predict(composer.begin(), spans, x, jnp.asarray(0.3), {"image": x["image"]})
+    np.testing.assert_allclose(held["image"], whole.values["image"], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["packed", "packed, either", "discrete, packed"])
+def test_a_recurrence_reads_items_in_their_order_and_nothing_after(name: str) -> None:
+    """Mixture-of-Mamba: the tokens of a picture, too, see those before them alone."""
+    objective = CASES[name]
+    swapped = np.array([False, True, True, False]) if objective.swap else np.zeros(ROWS, bool)
+    block = {"name": "mamba", "state": 2, "untie": ["in", "x", "dt", "out"]}
+    found = reach(
+        objective,
+        draws(objective, jnp.asarray(swapped)),
+        {**block, "modalities": list(objective.order)},
     )
-    assert not np.allclose(one, other) and not np.allclose(one, joint["image"])
+    wanted, size = allowed(objective, swapped), found.shape[1]
+    starts = np.cumsum([0, *(TOKENS[m] for m in objective.order)])
+    for start, end in zip(starts[:-1], starts[1:], strict=True):
+        within = np.tril(np.ones((end - start, end - start), bool))
+        for row in range(ROWS):
+            wanted[row, start:end, row, start:end] &= within
+    exists = np.stack([allowed(objective, swapped)[b, :, b].any(axis=0) for b in range(ROWS)])
+    assert size == wanted.shape[1]
+    np.testing.assert_array_equal(found[exists], wanted[exists])
 
 
 @pytest.mark.parametrize("name", ["image", "sound", "video"])
@@ -512,6 +553,9 @@ def test_settings_that_make_no_sense(words: Any, said: str) -> None:
 
 
 def test_modalities_that_are_not_what_the_config_says() -> None:
+    for other in ("sound", "video"):
+        with pytest.raises(UserError, match=f"channels is 4, but '{other}' holds no pictures"):
+            built(replace(TEXT_FIRST, order=("text", other), channels=4))
     with pytest.raises(UserError, match="modality 'image' has no token ids"):
         built(replace(TEXT_FIRST, discrete=("text", "image")))
     with pytest.raises(UserError, match="modality 'colours' has token ids"):
