@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -128,15 +128,19 @@ def _let_others_end() -> None:
 
 
 def slowest(seconds: float, least: float) -> tuple[int, float, float] | None:
+    """`stands_out` among the `seconds` that every process gives for itself."""
+    return stands_out(gather(seconds), least)
+
+
+def stands_out(each: Sequence[float], least: float) -> tuple[int, float, float] | None:
     """The process that its own work on the host holds up: its number, its seconds and the others' median.
 
     Args:
-      seconds: of this process, for a step's batch.
+      each: the seconds of every process, for a step's batch.
       least: what counts; a process is slow above this, and above three times the others' median.
     """
-    each = gather(seconds)
     index = max(range(len(each)), key=each.__getitem__)
-    rest = each[:index] + each[index + 1 :]
+    rest = [*each[:index], *each[index + 1 :]]
     if not rest:
         return None
     usual = statistics.median(rest)
