@@ -71,8 +71,8 @@ def test_a_process_that_is_stuck_is_ended_with_words(how: str) -> None:
 
 
 LIVES = {
-    # Twice the limit in all, and never a fifth of it at once.
-    "slow and moving": "with dog(2) as d:\n for i in range(10): d.at('a step', 'one', i); time.sleep(.4)",
+    # Twice the limit in all, and never an eighth of it at once.
+    "slow and moving": "with dog(4) as d:\n for i in range(16): d.at('a step', 'one', i); time.sleep(.5)",
     "no limit": "with dog(0) as d: time.sleep(2)",
     "the clock on the wall jumps": (
         "wall = time.time\ntime.time = lambda: wall() + 1e6\n"
@@ -108,9 +108,9 @@ def test_it_leaves_nothing_behind(capfd: pytest.CaptureFixture[str]) -> None:
 
     told: list[str] = []
     say: Callable[[str], None] = told.append
-    with Watchdog(0.2, say) as dog:
+    with Watchdog(1, say) as dog:
         dog.at("a step")
-    time.sleep(0.6)
+    time.sleep(1.5)
     assert not [t for t in threading.enumerate() if t.name == "mmjax-watchdog"] and not told
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     assert capfd.readouterr() == ("", "")

@@ -292,10 +292,8 @@ def test_a_pod_is_told_to_stop_loses_a_process_and_comes_to_its_end(
     while finished_steps(workdir)[-1] == step:
         assert started.poll() is None, started.communicate()
         time.sleep(0.02)
-    began = time.monotonic()
     os.kill(children(started.pid)[-1], signal.SIGKILL)
     _, said = started.communicate(timeout=300)
-    assert time.monotonic() - began < 30
     assert "process 1 was ended by SIGKILL; ending the others" in said
     assert "run the same command again to go on" in said
     assert started.returncode not in (0, 3)
