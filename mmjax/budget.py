@@ -78,20 +78,13 @@ class Budget:
     def _stretch(self, step: int) -> Stretch:
         return stretch_at(self._planned, step)
 
-    def _tells_of(self, line: Mapping[str, Any], step: int) -> bool:
-        """Whether a line is of a step before, of a task in the shapes that it has at `step`."""
-        program, task = self._experiment.settings.program, str(line.get("task"))
-        return line["step"] < step and program(task, line["step"]) == program(task, step)
-
     def _decision(self, step: int, wanted: Mapping[str, int]) -> dict[str, int]:
         """What is written for this step and config; else measured, and written."""
         key = _fingerprint(self._experiment.block)
         for line in _read(self._path):
             if (line["start"], line["config"], line["wanted"]) == (step, key, dict(wanted)):
                 return dict(line["weights"])
-        lines = metrics.read(self._path.parent)
-        known = measured(line for line in lines if self._tells_of(line, step))
-        seconds = pace(self._experiment.flops_at(step), known, 1.0).seconds
+        seconds = self._seconds(step)
         weights = budget_weights(seconds, wanted)
         record = {
             "start": step, "config": key, "wanted": dict(wanted), "weights": weights, "seconds": seconds,
@@ -102,6 +95,22 @@ class Budget:
         finally:
             file.close()
         return weights
+
+    def _seconds(self, step: int) -> dict[str, float]:
+        """Of a step of each task in the shapes that it has at `step`, by the lines before."""
+        settings = self._experiment.settings
+        lines = (
+            {**line, "task": settings.program(line)}
+            for line in metrics.read(self._path.parent)
+            if line.get("kind") == "train" and line["step"] < step
+        )
+        variants = settings.at(step).variants
+        flops = {
+            v.program: self._experiment.flops[v.program] for each in variants.values() for v in each
+        }
+        known = {program: s for program, s in measured(lines).items() if program in flops}
+        programs = pace(flops, known, 1.0).seconds
+        return {task: each.mean(programs) for task, each in variants.items()}
 
 
 def _fingerprint(block: configs.Block) -> str:

@@ -92,13 +92,11 @@ def letters_of(tasks: Iterable[str]) -> dict[str, str]:
 
 
 def _tasks_table(experiment: Experiment, workdir: epath.Path, clock: Clock) -> None:
-    """A row for each task, and for each program of it where phases give it several."""
+    """A row for each task, and for each program of it where phases or buckets give it several."""
     steps, settings = experiment.run.steps, experiment.settings
     counts = settings.visits(clock.schedule, clock.step, steps)
     found = _pace(experiment, workdir, list(counts))
-    batches = {
-        name: setting.tasks[task].batch for name, (task, setting) in settings.programs.items()
-    }
+    batches = {name: task.batch for name, (task, _) in settings.programs.items()}
     hours = {name: n * found.seconds[name] / 3600 for name, n in counts.items()}
     total = sum(hours.values())
     rows: list[Sequence[object]] = [
@@ -122,7 +120,7 @@ def _tasks_table(experiment: Experiment, workdir: epath.Path, clock: Clock) -> N
 
 def _pace(experiment: Experiment, workdir: epath.Path, programs: Sequence[str]) -> Pace:
     lines = [
-        {**line, "task": experiment.settings.program(line["task"], line["step"])}
+        {**line, "task": experiment.settings.program(line)}
         for line in metrics.read(workdir)
         if line.get("kind") == "train"
     ]

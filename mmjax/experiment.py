@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from mmjax import config as configs
+from mmjax.buckets import check_tokens
 from mmjax.checkpoint import CheckpointConfig
 from mmjax.data.loader import LoaderConfig
 from mmjax.errors import UserError, nearest
@@ -22,7 +23,7 @@ from mmjax.model import ModelConfig, declare_model
 from mmjax.optimizer import PARTS, Optimizer, OptimizerConfig
 from mmjax.parameters import Declaration
 from mmjax.profiling import ProfileConfig
-from mmjax.program import LimitsConfig, Request, eval_request, reach_of, train_request
+from mmjax.program import LimitsConfig, Request, eval_request, reach_of, tokens, train_request
 from mmjax.reach import Reach
 from mmjax.rules import apply_rules, trained
 from mmjax.schedule import BUDGET, Schedule, Stretch, from_config, stretches
@@ -211,16 +212,20 @@ class Experiment:
             )
 
     def _check_shapes(self) -> None:
-        """Phases may change the shapes of data, and of no parameter."""
-        changed = {
-            id(task): task
-            for setting in self.settings.each[1:]
-            for name, task in setting.tasks.items()
-            if task is not self.tasks[name]
-        }.values()
-        for task in changed:
+        """Phases and buckets may change the shapes of data, and of no parameter; buckets, no number of tokens."""
+        for task, _ in self.settings.programs.values():
+            if task is self.tasks[task.name]:
+                continue
             both = [(t.objective.head, self._heads(t)) for t in (self.tasks[task.name], task)]
             declare_model(self.run.model, self.modalities, both)
+        for setting in self.settings.each:
+            for name, variants in setting.variants.items():
+                sizes = {
+                    v.bucket: tokens(v.task, self.declaration, v.task.rows().batch(1))
+                    for v in variants
+                    if v.bucket
+                }
+                check_tokens(sizes, f"tasks.{name}")
 
     def _heads(self, task: Task) -> dict[str, Any]:
         return task.objective.heads(self.run.model.width, task.inputs)
@@ -271,9 +276,9 @@ class Experiment:
         seconds = seconds or self.flops_at
         return from_config(config.rule, self._shares(), self.run.seed, config.phases, seconds)
 
-    def flops_at(self, step: int) -> dict[str, int]:
-        """Model FLOPs of a training step of each task, as it is at a step."""
-        return {t: self.flops[program] for t, program in self.settings.at(step).programs.items()}
+    def flops_at(self, step: int) -> dict[str, float]:
+        """Model FLOPs of a training step of each task, as it is at a step; the mean over its buckets."""
+        return {t: v.mean(self.flops) for t, v in self.settings.at(step).variants.items()}
 
     def _shares(self) -> dict[str, int]:
         return {name: task.config.share for name, task in self.tasks.items()}
@@ -301,7 +306,7 @@ class Experiment:
             return replace(made, task=name)
 
         return {
-            name: request(name, setting.tasks[task], setting)
+            name: request(name, task, setting)
             for name, (task, setting) in self.settings.programs.items()
         }
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmjax import processes
+from mmjax.buckets import Variant
 from mmjax.budget import Budget
 from mmjax.checkpoint import Checkpoints
 from mmjax.chips import peak_flops
@@ -89,16 +90,15 @@ class _Dispatched:
     """A step under way: its metrics are still on the devices.
 
     Attributes:
-      program: name of what ran.
+      variant: what ran.
       waited: seconds that the loop waited for its batch.
       sent: when it was given to the devices.
     """
 
     step: int
     task: str
-    program: str
+    variant: Variant
     metrics: Mapping[str, jax.Array]
-    examples: int
     waited: float
     sent: float
 
@@ -291,14 +291,12 @@ class Loop:
                 waited = time.monotonic() - started
                 self._waits.append(waited)
                 self._watchdog.at("in a step", task, step)
-                setting = self._experiment.settings.at(step)
-                chosen, name = setting.tasks[task], setting.programs[task]
-                state, metrics = dispatch(
-                    self._programs[name], chosen, self._mesh, state, host, ticks_now
-                )
+                variant = self._experiment.settings.variant(task, step, ticks_now["visit"])
+                program = self._programs[variant.program]
+                state, metrics = dispatch(program, variant.task, self._mesh, state, host, ticks_now)
                 sent = time.monotonic()
-                under_way.append(_Dispatched(step, task, name, metrics, chosen.batch, waited, sent))
-                self._count(chosen, host)
+                under_way.append(_Dispatched(step, task, variant, metrics, waited, sent))
+                self._count(variant.task, host)
                 if len(under_way) >= _IN_FLIGHT:
                     self._complete(under_way.popleft())
             while under_way:
@@ -360,16 +358,24 @@ class Loop:
         before, self._completed = self._completed, time.monotonic()
         seconds = self._completed - before
         finite = bool(values.pop("finite"))
-        report = self._programs[done.program].report
+        report = self._programs[done.variant.program].report
         timing = {"seconds": seconds, "wait": done.waited}
         timing |= tally.rates(report["flops"], seconds, self._peak)
         if not is_late:
             timing["busy"] = self._completed - max(done.sent, before)
         visit = self._clock.schedule.visit(done.step)
-        counts = {"visit": visit, "examples": done.examples, "tokens": report["tokens"]}
+        bucket = {"bucket": done.variant.bucket} if done.variant.bucket else {}
+        counts = {
+            **bucket,
+            "visit": visit,
+            "examples": done.variant.task.batch,
+            "tokens": report["tokens"],
+        }
         self._writer.write(done.step, done.task, {**counts, **values}, timing)
         self._phases.add("wait_data", done.waited)
-        self._progress.update(done.step, done.task, float(values["loss"]), done.examples, seconds)
+        self._progress.update(
+            done.step, done.task, float(values["loss"]), done.variant.task.batch, seconds
+        )
         self._judge(done, float(values["loss"]), finite)
         if (done.step + 1) % self._run.log.every == 0:
             self._writer.flush()

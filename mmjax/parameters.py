@@ -131,6 +131,10 @@ class Declaration:
         }
         _check_unique(self.specs)
 
+    def shapes(self, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of every parameter, by name."""
+        return {n: jax.ShapeDtypeStruct(spec.shape, dtype) for n, spec in self.specs.items()}
+
     def merge(self, parameters: Mapping[str, jax.Array], compute_dtype: Any = None) -> Any:
         """The model with these arrays; floating ones cast to `compute_dtype` unless declared `keep`."""
         pairs = []

@@ -235,20 +235,21 @@ def train_request(
     return Request(
         task.name, "train", step, arguments, outputs, (0,), _shape(task.rows(), task.batch), count,
         {
-            "tokens": _tokens(task, declaration, state.parameters, batch),
+            "tokens": tokens(task, declaration, batch),
             "view": view.kind,
             "optimizer_bytes": optimizer_bytes(state, view.kind, task.name),
         },
     )  # fmt: skip
 
 
-def _tokens(task: Task, declaration: Declaration, parameters: Arrays, batch: Any) -> int:
-    """Tokens that the stems make of a batch: of what the objective reads, padding included."""
+def tokens(task: Task, declaration: Declaration, batch: Any) -> int:
+    """Tokens that the stems make of a batch's shapes: of what the objective reads, padding included."""
 
     def streams(parameters: Arrays, inputs: Any) -> list[jax.Array]:
         model = declaration.merge(parameters, jnp.float32)
         return [model.tokens(name, inputs[name]).x_BSD for name in task.objective.reads()]
 
+    parameters = declaration.shapes(jnp.float32)
     made = jax.eval_shape(streams, parameters, batch["inputs"])
     return sum(math.prod(x.shape[:2]) for x in made)
 
@@ -266,12 +267,7 @@ def optimizer_bytes(state: State, kind: str, task: str) -> int:
 def reach_of(task: Task, declaration: Declaration, dtype: Any, compute: Any, seed: int) -> Reach:
     """What the gradient of a task's loss reaches."""
     loss_of = loss_function(task, declaration, compute, seed)
-    parameters = {
-        n: jax.ShapeDtypeStruct(spec.shape, dtype) for n, spec in declaration.specs.items()
-    }
-    batch = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct((task.batch, *s.shape), s.dtype), task.rows().shapes()
-    )
+    parameters, batch = declaration.shapes(dtype), task.rows().batch(task.batch)
     visit = jax.ShapeDtypeStruct((), np.int32)
     return reach(lambda p, *rest: loss_of(p, {}, *rest).value, parameters, batch, visit)
 

@@ -112,9 +112,10 @@ def _run(session: Session, last: int) -> dict[str, float]:
     loader = Loader(run.loader, experiment.settings, session.data, clock, last + 1, run.seed, share)
     positions = Counter(clock.positions)
     for host in loader:
-        name, setting = schedule.task(host.step), experiment.settings.at(host.step)
-        task, program = setting.tasks[name], programs[setting.programs[name]]
-        now = {"visit": schedule.visit(host.step), **experiment.progress(host.step, positions)}
+        name, visit = schedule.task(host.step), schedule.visit(host.step)
+        variant = experiment.settings.variant(name, host.step, visit)
+        task, program = variant.task, programs[variant.program]
+        now = {"visit": visit, **experiment.progress(host.step, positions)}
         state, values = dispatch(program, task, mesh, state, host, now)
         positions[task.name] += task.batch
         jax.block_until_ready(values)

@@ -128,7 +128,9 @@ RULES = {
 
 
 @dataclass(frozen=True)
-class _Period:
+class Period:
+    """The order of a period's steps, and where each task's are."""
+
     order: NDArray[np.int32]  # [length], the task of each step
     where: list[NDArray[np.int64]]  # per task, the steps at which it runs, ascending
 
@@ -138,10 +140,15 @@ class _Period:
 
 
 @functools.lru_cache(maxsize=16)
-def _period(rule: str, weights: tuple[int, ...], seed: int, first: int) -> _Period:
+def _period(rule: str, weights: tuple[int, ...], seed: int, first: int) -> Period:
     order = np.array(RULES[rule].order(weights, seed, first), dtype=np.int32)
     ends = np.cumsum(np.bincount(order, minlength=len(weights)))
-    return _Period(order, np.split(np.argsort(order, kind="stable"), ends[:-1]))
+    return Period(order, np.split(np.argsort(order, kind="stable"), ends[:-1]))
+
+
+def turns(shares: tuple[int, ...]) -> Period:
+    """A period of the rule `shares`."""
+    return _period("shares", shares, 0, 0)
 
 
 # Segments and schedules.
@@ -220,7 +227,7 @@ class Segment:
     def _length(self) -> int:
         return sum(self._counts)
 
-    def _at(self, step: int) -> tuple[_Period, int, int]:
+    def _at(self, step: int) -> tuple[Period, int, int]:
         """The period that holds `step`, how many whole ones came before, the place in it."""
         turn, offset = divmod(step - self.start, self._length)
         first = step - offset if RULES[self.rule].varies else 0

@@ -16,13 +16,14 @@ from functools import cached_property
 from typing import Any
 
 from mmjax import config as configs
+from mmjax.buckets import Variant, Variants, merged
 from mmjax.errors import UserError, nearest
 from mmjax.modality import Modality
 from mmjax.rules import RuleConfig
 from mmjax.schedule import Schedule
 from mmjax.task import Task, make_task
 
-_TASK_KEYS = ("inputs", "batch", "microbatches")
+_TASK_KEYS = ("inputs", "batch", "microbatches", "buckets")
 
 
 @dataclass(frozen=True)
@@ -31,15 +32,16 @@ class Setting:
 
     Attributes:
       start: that step.
-      tasks: by name, with the shapes that they have then.
-      programs: task -> name of its training program: the task's, with `@START` where it is not its first.
+      tasks: by name, with the shapes that they have then outside of buckets.
+      variants: by task, what its visits run. A program has the task's name, with `.BUCKET` where there are
+        several and `@START` where they are not its first.
       rules: of the optimizer, by parameter path, those of the phase last.
       scale: factor of the learning rate.
     """
 
     start: int
     tasks: Mapping[str, Task]
-    programs: Mapping[str, str]
+    variants: Mapping[str, Variants]
     rules: tuple[RuleConfig, ...] = ()
     scale: float = 1.0
 
@@ -53,7 +55,7 @@ class Settings:
     @classmethod
     def steady(cls, tasks: Mapping[str, Task]) -> Settings:
         """Tasks that stay as they are."""
-        return cls((Setting(0, tasks, {name: name for name in tasks}),))
+        return cls((Setting(0, tasks, {n: Variants((Variant(n, t),)) for n, t in tasks.items()}),))
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -66,9 +68,16 @@ class Settings:
     def at(self, step: int) -> Setting:
         return self.each[self.index(step)]
 
-    def program(self, task: str, step: int) -> str:
-        """Name of the program that a task runs at a step; the task's own for one that the config lacks."""
-        return self.at(step).programs.get(task, task)
+    def variant(self, task: str, step: int, visit: int) -> Variant:
+        """What a task's visit runs at a step."""
+        return self.at(step).variants[task].at(visit)
+
+    def program(self, line: Mapping[str, Any]) -> str:
+        """Name of the program that made a line of `metrics.jsonl`; the task's for one that the config lacks."""
+        task, step = str(line["task"]), line["step"]
+        if task not in self.at(step).variants:
+            return task
+        return self.variant(task, step, line["visit"]).program
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -77,12 +86,13 @@ class Settings:
         return found if set(found) != {1.0} else ()
 
     @property
-    def programs(self) -> dict[str, tuple[str, Setting]]:
-        """The training programs: name -> task and a setting that it is for."""
-        found: dict[str, tuple[str, Setting]] = {}
+    def programs(self) -> dict[str, tuple[Task, Setting]]:
+        """The training programs: name -> task, in its shapes, and a setting that it is for."""
+        found: dict[str, tuple[Task, Setting]] = {}
         for setting in self.each:
-            for task, program in setting.programs.items():
-                found.setdefault(program, (task, setting))
+            for variants in setting.variants.values():
+                for variant in variants:
+                    found.setdefault(variant.program, (variant.task, setting))
         return found
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, Setting]]:
@@ -104,10 +114,10 @@ class Settings:
         """How often each program runs in steps [start, stop); those that do not are missing."""
         found: Counter[str] = Counter()
         for a, b, setting in self.pieces(start, stop):
-            for task, count in schedule.between(a, b).items():
-                if count and task in setting.programs:
-                    found[setting.programs[task]] += count
-        return dict(found)
+            before, after = schedule.visits(a), schedule.visits(b)
+            for task, variants in setting.variants.items():
+                found.update(variants.counts(before.get(task, 0), after.get(task, 0)))
+        return {program: count for program, count in found.items() if count}
 
 
 def make_settings(
@@ -127,8 +137,9 @@ def make_settings(
     Raises:
       UserError: an unknown task or key; a key that would change more than shapes.
     """
-    names = {_key(task, ()): name for name, task in tasks.items()}
-    each = [Setting(0, dict(tasks), {task: task for task in tasks}, tuple(rules))]
+    names: dict[str, str] = {}
+    first = {n: _variants(t, modalities, (), "", names) for n, t in tasks.items()}
+    each = [Setting(0, dict(tasks), first, tuple(rules))]
     own: tuple[RuleConfig, ...] = ()
     for index, phase in enumerate(phases):
         where, before = f"schedule.phases[{index}]", each[-1]
@@ -138,17 +149,17 @@ def make_settings(
             own = configs.build(_Rules, {"rules": phase["rules"]}, where).rules
         now = dict(before.tasks)
         for task, block in changed.items():
-            whole = _merged(_block(now[task]), block)
+            whole = merged(_block(now[task]), block)
             now[task] = make_task(task, whole, modalities, f"{where}.tasks.{task}")
-        programs = {
-            task: names.setdefault(_key(made, own), f"{task}@{phase['start']}")
+        variants = {
+            task: _variants(made, modalities, own, f"@{phase['start']}", names)
             for task, made in now.items()
         }
         scale = configs.build(
             _Scale, {k: v for k, v in phase.items() if k == "learning_rate"}, where
         )
         rate = scale.learning_rate if "learning_rate" in phase else before.scale
-        each.append(Setting(phase["start"], now, programs, (*rules, *own), rate))
+        each.append(Setting(phase["start"], now, variants, (*rules, *own), rate))
     return Settings(tuple(each))
 
 
@@ -176,14 +187,24 @@ def _check_tasks(changed: Any, tasks: Mapping[str, Task], where: str) -> None:
                 )
 
 
-def _merged(block: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`block` with the leaves of `changes` in it."""
-    made = dict(block)
-    for key, value in changes.items():
-        inner = made.get(key)
-        both = isinstance(value, Mapping) and isinstance(inner, Mapping)
-        made[key] = _merged(inner, value) if both else value  # type: ignore[arg-type]
-    return made
+def _variants(
+    task: Task,
+    modalities: Mapping[str, Modality],
+    rules: Sequence[RuleConfig],
+    suffix: str,
+    names: dict[str, str],
+) -> Variants:
+    """A task's, under names that `names` keeps by what distinguishes programs."""
+    if not task.config.buckets:
+        name = names.setdefault(_key(task, rules), f"{task.name}{suffix}")
+        return Variants((Variant(name, task),))
+    each = []
+    for bucket, config in task.config.buckets.items():
+        block = merged({**_block(task), "buckets": {}}, {"inputs": config.inputs})
+        made = make_task(task.name, block, modalities, f"tasks.{task.name}.buckets.{bucket}")
+        name = names.setdefault(_key(made, rules), f"{task.name}.{bucket}{suffix}")
+        each.append(Variant(name, made, bucket, config.share))
+    return Variants(tuple(each))
 
 
 def _key(task: Task, rules: Sequence[RuleConfig]) -> str:

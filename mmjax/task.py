@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from mmjax import config as configs
+from mmjax.buckets import BucketConfig
 from mmjax.errors import UserError, nearest
 from mmjax.modality import Input, Modality
 from mmjax.model import Batch, Model
@@ -30,6 +31,8 @@ class TaskConfig:
       share: its weight in the schedule.
       evaluators: by a name of one's own.
       microbatches: parts in which a batch is done, one after another, to save memory.
+      buckets: the shapes that its visits take in turn, by a name of one's own, see `mmjax.buckets`; those of
+        `inputs` if empty. Evaluation has those of `inputs`.
       view: how its steps see the optimizer (see `mmjax.views.View`); `optimizer.view` if empty.
     """
 
@@ -40,6 +43,7 @@ class TaskConfig:
     share: int = 1
     evaluators: dict[str, dict[str, Any]] = field(default_factory=dict)
     microbatches: int = 1
+    buckets: dict[str, BucketConfig] = field(default_factory=dict)
     view: str = ""
 
 
@@ -83,6 +87,12 @@ class RowSpec:
             "fields": {name: jax.ShapeDtypeStruct((), np.int32) for name in self.fields},
             "valid": jax.ShapeDtypeStruct((), np.bool_),
         }
+
+    def batch(self, size: int) -> Any:
+        """The tree of `jax.ShapeDtypeStruct`s of a batch."""
+        return jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct((size, *s.shape), s.dtype), self.shapes()
+        )
 
     def make(self, example: Example, rng: np.random.Generator | None) -> Any:
         """The arrays of one example."""

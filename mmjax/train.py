@@ -128,12 +128,13 @@ def _coming(session: Session) -> dict[str, Request]:
     """
     schedule, settings = session.clock.schedule, session.experiment.settings
     needed = {
-        program
+        variant.program
         for start, stop, setting in settings.pieces(
             session.clock.step, session.experiment.run.steps
         )
-        for task, program in setting.programs.items()
+        for task, variants in setting.variants.items()
         if task in schedule.running(start, stop)
+        for variant in variants
     }
     requests = session.experiment.train_requests(session.mesh)
     return {name: request for name, request in requests.items() if name in needed}

@@ -178,7 +178,9 @@ def test_a_quarantine_about_to_begin_begins_at_the_boundary(
 def test_a_decision_for_other_tasks_is_not_taken(tmp_path: Path, slow_two: None) -> None:
     made = make_experiment(block(*RULE))
     clock = replace(fresh_clock(made), step=4)
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "train", "step": 0}) + "\n")
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"kind": "train", "step": 0, "task": "one", "visit": 0}) + "\n"
+    )
     Budget(made, epath.Path(tmp_path)).settle(replace(clock, quarantined={"two": 2}))
     after = Budget(made, epath.Path(tmp_path)).settle(clock).schedule.segments[-1].weights
     assert after["two"] > 0

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from toyrun import block, meta_of, parameters_of, run, watched
 
 from mmjax import train as trainer
+from mmjax.buckets import Variant, Variants
 from mmjax.data import order
 from mmjax.dry_run import dry_run
 from mmjax.errors import UserError
@@ -66,7 +67,10 @@ def test_what_a_phase_does_not_say_stays_as_it_was() -> None:
 
 def test_the_same_settings_are_one_program() -> None:
     made = experiment(*PHASES).settings
-    programs = [dict(setting.programs) for setting in made.each]
+    programs = [
+        {task: variants.at(0).program for task, variants in setting.variants.items()}
+        for setting in made.each
+    ]
     assert programs == [
         {"one": "one", "two": "two"},
         {"one": "one", "two": "two@4"},
@@ -113,11 +117,12 @@ def test_positions_go_on_without_gap_or_repeat_whatever_the_batches(data: st.Dat
         def __init__(self, batch: int):
             self.batch = batch
 
-    names = {"a": "a", "b": "b"}
-    each = [
-        Setting(start, {"a": Sized(size), "b": Sized(1)}, names)  # type: ignore[dict-item]
-        for start, size in zip(starts, sizes, strict=True)
-    ]
+    each = []
+    for start, size in zip(starts, sizes, strict=True):
+        tasks: Any = {"a": Sized(size), "b": Sized(1)}
+        each.append(
+            Setting(start, tasks, {n: Variants((Variant(n, t),)) for n, t in tasks.items()})
+        )
     made = Settings(tuple(each))
     walked = 0
     for step in range(first, last):

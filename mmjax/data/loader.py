@@ -112,7 +112,8 @@ class _Steps:
 
     def __getitem__(self, index: int) -> HostBatch:
         step = self._clock.step + int(index)
-        task = self._settings.at(step).tasks[self._clock.schedule.task(step)]
+        schedule = self._clock.schedule
+        task = self._settings.variant(schedule.task(step), step, schedule.visit(step)).task
         try:
             return self._batch(step, task)
         except Exception:

@@ -40,7 +40,14 @@ from mmjax.errors import UserError
 from mmjax.monitor.lines import LineFile, is_local
 
 FILE = "metrics.jsonl"
-_WORDS = ("kind", "task", "name", "split", "unit")  # fields that are text, whatever they say
+_WORDS = (
+    "kind",
+    "task",
+    "name",
+    "split",
+    "unit",
+    "bucket",
+)  # fields that are text, whatever they say
 _TAG = ("task", "split", "name")
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -107,7 +114,7 @@ class MetricWriter:
         _check_names(values, ("kind", "step", "task", "timing"))
         line = {"kind": "train", "step": step, "task": task, **_plain_fields(values)}
         self._append(_dumps(line | {"timing": _plain_fields(timing)}))
-        scalars = {f"{task}/{name}": value for name, value in values.items()}
+        scalars = {f"{task}/{name}": x for name, x in values.items() if name not in _WORDS}
         scalars |= {f"timing/{task}/{name}": value for name, value in timing.items()}
         self.add(step, scalars)
 

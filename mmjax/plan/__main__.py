@@ -63,7 +63,7 @@ def program_names(experiment: Experiment, task: str = "") -> list[str]:
     if task and task not in experiment.tasks:
         raise UserError(f"--task={task}: no such task.{nearest(task, experiment.tasks)}")
     keys = dict.fromkeys(program_key(t, each) for t, each in experiment.passes())
-    trained = {name: of for name, (of, _) in experiment.settings.programs.items()}
+    trained = {name: of.name for name, (of, _) in experiment.settings.programs.items()}
     owners = {**trained, **{key: key.split("/")[0] for key in keys}}
     return [name for name, owner in owners.items() if task in ("", owner)]
 

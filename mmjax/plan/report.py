@@ -70,7 +70,7 @@ def _program(
 ) -> dict[str, Any]:
     """One entry of `programs`."""
     trained = experiment.settings.programs
-    task = trained[name][0] if name in trained else name.split("/")[0]
+    task = trained[name][0].name if name in trained else name.split("/")[0]
     made: dict[str, Any] = {
         "name": name,
         "task": task,

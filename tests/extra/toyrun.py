@@ -40,9 +40,10 @@ def block(*overrides: str) -> Block:
 
 @dataclass
 class Seen:
-    """The batches that reached the devices in training, in order: example ids and a sum of the values."""
+    """The batches that reached the devices in training, in order: example ids, and the values' shape and sum."""
 
     ids: list[list[int]] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
     sums: list[float] = field(default_factory=list)
 
 
@@ -53,6 +54,7 @@ def watched() -> Iterator[Seen]:
 
     def noted(rows: Any, *arguments: Any) -> Any:
         seen.ids.append([int(i) for i in rows["fields"]["id"]])
+        seen.shapes.append(rows["inputs"]["toy"]["rows"].shape)
         seen.sums.append(float(rows["inputs"]["toy"]["rows"].astype(np.float64).sum()))
         return place(rows, *arguments)
 
