@@ -46,6 +46,10 @@ class Examples(abc.ABC):
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
+    def column(self, name: str) -> list[int]:
+        """An integer field of every example; sources that know it without reading all of them say it faster."""
+        return [int(example[name]) for example in self]
+
 
 @dataclass(frozen=True)
 class Source(abc.ABC):

@@ -126,6 +126,11 @@ class MovingEmojiExamples(Examples):
             "pair": pair([int(a["concept"]) for a in actors], [w.direction for w in ways]),
         }
 
+    def column(self, name: str) -> list[int]:
+        if name != "concept":
+            return super().column(name)
+        return [c for c in self._inner.column(name) for _ in range(self._source.clips)]
+
     def _another(self, first: int, offset: int) -> Example:
         """The first drawing of another concept from `first + offset` on."""
         concept, count = self._inner[first]["concept"], len(self._inner)
