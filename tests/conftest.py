@@ -24,8 +24,14 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from etils import epath  # noqa: E402
 from harness import Harness  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from mmjax.data import build, data_dir  # noqa: E402
+
+# The same examples on every machine: what lands is what was tested. `--hypothesis-profile=search` draws others.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None)
+settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tests" / "configs" / "tiny.py"

@@ -1,0 +1,23 @@
+"""IMP-S (Akbari et al. 2023): the encoder of 21 million.
+
+    python -m mmjax.train --config=configs/imp_s.py --workdir=runs/imp_s
+
+`imp_b.py`, smaller; its tasks are those of the base model (the released code registers text and pictures only). Data, tasks and settings are those of `imp_b.py`.
+
+Hardware: 256 chips of TPU v5e or 128 of v5p, by the plans in `plans/`. Results: none, it has not been trained here; see
+`imp_small.py`, the same recipe with smaller numbers.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from mmjax.config import load_module
+
+imp = load_module(Path(__file__).with_name("imp_b.py"))
+
+
+def get_config(setting: str = "released") -> ConfigDict:
+    """The config; `setting` is `released` or `mixed`."""
+    config: ConfigDict = imp.recipe("s", setting=setting)
+    return config
