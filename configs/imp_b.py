@@ -8,7 +8,7 @@ other sizes; `imp_moe_s.py`, `imp_moe_b.py` and `imp_moe_l.py` have experts in t
 
 What differs: tasks are keyed by name (in the released loop two loaders share a counter, and one of them never runs); a
 picture is one frame, repeated on the device; a stem is one linear map (theirs: three, two of them in a row without
-anything between); position embeddings are added without a norm; the released code takes steps without a rate first
+anything between); the released code takes steps without a rate first
 (2,000; here the warm-up has them); videos are classified by one label of 700, sounds by one of 309.
 
 The data are not among those that can be built here (the released names are placeholders). Give ArrayRecord files
@@ -75,15 +75,15 @@ def tasks(initial: float) -> dict[str, Any]:
     """The six tasks; under the rule `interval`, a share is the passes from one visit to the next."""
     image = {"field": "image", "frames": 1, "size": 256, "crop": 0.7, "flip": True}
     video = {"frames": 16, "stride": 2, "size": 256, "crop": 0.7, "flip": True, "drop": 0.75}
-    sound, text = {"frames": 128}, {"field": "caption", "length": 16, "instances": 1}
+    sound, text = {"frames": 128}, {"field": "caption", "length": 16}
     retrieval, accuracy = {"name": "retrieval"}, {"name": "accuracy"}
 
     def task(
-        name: str, inputs: dict[str, Any], objective: dict[str, Any], interval: int, batch: int, **more: Any
+        folder: str, inputs: dict[str, Any], objective: dict[str, Any], interval: int, batch: int, **more: Any
     ) -> dict[str, Any]:  # fmt: skip
         return {
-            "source": data(name), "inputs": inputs, "objective": objective, "share": interval, "batch": batch,
-            "evaluators": {"test": {**more, "source": data(name, "test")}},
+            "source": data(folder), "inputs": inputs, "objective": objective, "share": interval, "batch": batch,
+            "evaluators": {"test": {**more, "source": data(folder, "test")}},
         }  # fmt: skip
 
     pair = {"between": ["vision", "text"]}

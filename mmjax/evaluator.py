@@ -31,7 +31,8 @@ class Pass:
     """All examples of a source through one program.
 
     Attributes:
-      what: `embed/MODALITY` (output `vector` [E] of each row), `predict/MODALITY` or `predict/ONE+OTHER`
+      what: `embed/MODALITY` (output `vector` [E] of each row), or `embed/MODALITY>OTHER` in the space that it shares
+        with the other, `predict/MODALITY` or `predict/ONE+OTHER`
         (`logits` [C]), `write` (texts, see `Objective.write`), or `loss` (the loss and its metrics, per batch).
       block: the source as a config block.
       fields: integer fields of the examples that the score needs, kept beside the outputs.
@@ -81,6 +82,12 @@ class Evaluator(abc.ABC):
         }
 
 
+def embedding(task: Task, modality: str, other: str) -> str:
+    """What a pass says for vectors of a modality that are compared with another's."""
+    several = len(task.objective.embeds()) > 2
+    return f"embed/{modality}>{other}" if several else f"embed/{modality}"
+
+
 def row_spec(task: Task, each: Pass) -> RowSpec:
     """What a pass reads of each example: what its program takes, and its own fields."""
     spec = device_spec(task, each.what)
@@ -89,21 +96,22 @@ def row_spec(task: Task, each: Pass) -> RowSpec:
 
 def device_spec(task: Task, what: str) -> RowSpec:
     """What a row of the program's batches holds. The fields of a pass stay on the host."""
+    whole = {name: each.whole() for name, each in task.inputs.items()}
     if what.startswith("embed/"):
-        modality = what.removeprefix("embed/")
-        return RowSpec({modality: task.inputs[modality]}, ())
+        modality = what.removeprefix("embed/").partition(">")[0]
+        return RowSpec({modality: whole[modality]}, ())
     if what.startswith("predict/"):
         modalities = what.removeprefix("predict/").split("+")
-        return RowSpec({m: task.inputs[m] for m in modalities}, ())
-    return RowSpec(task.inputs, task.objective.fields())
+        return RowSpec({m: whole[m] for m in modalities}, ())
+    return RowSpec(whole, task.objective.fields())
 
 
 def function(task: Task, what: str) -> Callable[[Model, Batch, jax.Array], dict[str, jax.Array]]:
     """The function on the devices: outputs with a leading row axis."""
     if what.startswith("embed/"):
-        modality = what.removeprefix("embed/")
+        modality, _, toward = what.removeprefix("embed/").partition(">")
         return lambda model, batch, key: {
-            "vector": task.objective.embed(model, modality, batch["inputs"][modality])
+            "vector": task.objective.embed(model, modality, batch["inputs"][modality], toward)
         }
     if what.startswith("predict/"):
         return lambda model, batch, key: {"logits": task.objective.predict(model, batch["inputs"])}

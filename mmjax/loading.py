@@ -81,7 +81,7 @@ class Embedder:
         self._experiment = make_experiment(self.config, str(workdir / "assets"))
         mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
         self.parameters = read_parameters(workdir, self.step, self._experiment, mesh)
-        self.tasks: Mapping[str, Task] = self._experiment.tasks
+        self.tasks: Mapping[str, Task] = {n: t.whole() for n, t in self._experiment.tasks.items()}
         self._calls: dict[tuple[Any, ...], Any] = {}
 
     @property

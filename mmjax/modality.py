@@ -9,8 +9,8 @@ A modality is one file in `mmjax/modalities/`, whose class is a frozen dataclass
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
@@ -22,6 +22,7 @@ from mmjax.errors import UserError
 
 I = TypeVar("I")  # noqa: E741
 ArraySpec = dict[str, jax.ShapeDtypeStruct]
+PRESENT = "present"  # the array that says which instances of an example are there
 
 
 class Stem(nnx.Module):
@@ -31,6 +32,8 @@ class Stem(nnx.Module):
     each token is made of, about of size 1; `__call__(arrays, values)`, the stream of other values than those of the
     arrays; and `bound`, which values do not exceed, or None. One of discrete tokens, whose arrays are
     `ids` and `valid`, has `end`, the id that closes a span, or None where all have the whole length.
+
+    Where tokens are dropped (see `dropped`), the arrays are `patches` and `coordinates` instead.
     """
 
 
@@ -59,6 +62,11 @@ class Modality(abc.ABC, Generic[I]):
     ) -> dict[str, np.ndarray]:
         """One example's arrays; augmented with `rng`, deterministic where it is None."""
 
+    def instances(self, value: Any, count: int, rng: np.random.Generator | None) -> list[Any]:
+        """Up to `count` values of an example's one, each to be preprocessed apart: here the same, for other views."""
+        del rng
+        return [value] * count
+
     def raw(self, value: Any) -> Any:
         """What a person gives (`model.embed(image=[...])`) as `preprocess` takes it."""
         return value
@@ -70,25 +78,46 @@ class Modality(abc.ABC, Generic[I]):
 
 @dataclass(frozen=True)
 class Input:
-    """A modality as one task sees it: the modality, its settings there, and its name in the config."""
+    """A modality as one task sees it: the modality, its settings there, and its name in the config.
+
+    Attributes:
+      instances: clips or sentences of an example, each preprocessed apart; 0 for one, without an axis of its own.
+    """
 
     name: str
     modality: Modality
     settings: Any
+    instances: int = 0
 
     @property
     def field(self) -> str:
         """The field of an example that holds the raw value."""
         return self.settings.field
 
+    @property
+    def drops(self) -> bool:
+        """Whether only some of the tokens are there."""
+        return bool(getattr(self.settings, "drop", 0.0))
+
+    def whole(self) -> Input:
+        """As evaluation has it: all tokens of one instance."""
+        settings = replace(self.settings, drop=0.0) if self.drops else self.settings
+        return replace(self, settings=settings, instances=0)
+
     def arrays(self) -> ArraySpec:
-        return self.modality.arrays(self.settings)
+        """Shapes of one example's arrays; with instances, each `[N, ...]`, and `present` bool `[N]`."""
+        one = self.modality.arrays(self.settings)
+        if not self.instances:
+            return one
+        n = self.instances
+        made = {name: jax.ShapeDtypeStruct((n, *s.shape), s.dtype) for name, s in one.items()}
+        return {**made, PRESENT: jax.ShapeDtypeStruct((n,), np.bool_)}
 
     def preprocess(
         self, example: Mapping[str, Any], rng: np.random.Generator | None
     ) -> dict[str, np.ndarray]:
         """Arrays of this modality for one example, checked against `arrays()`."""
-        made = self.modality.preprocess(self.settings, example[self.field], rng)
+        made = self._made(example[self.field], rng)
         for name, spec in self.arrays().items():
             if made[name].shape != spec.shape or made[name].dtype != spec.dtype:
                 raise UserError(
@@ -96,3 +125,74 @@ class Input:
                     f"made {made[name].dtype}{list(made[name].shape)} from field '{self.field}'."
                 )
         return made
+
+    def _made(self, value: Any, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+        if not self.instances:
+            return self.modality.preprocess(self.settings, value, rng)
+        values = self.modality.instances(value, self.instances, rng)[: self.instances]
+        rows = [self.modality.preprocess(self.settings, each, rng) for each in values]
+        present = np.arange(self.instances) < len(rows)
+        specs = self.modality.arrays(self.settings)
+        rows += [{n: np.zeros(s.shape, s.dtype) for n, s in specs.items()}] * (self.instances - len(rows))  # fmt: skip
+        return {**{n: np.stack([row[n] for row in rows]) for n in specs}, PRESENT: present}
+
+
+def as_rows(arrays: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array | None]:
+    """Instances as rows, `[B, N, ...] -> [B N, ...]`, and which are present, bool `[B N]`; None without instances."""
+    if PRESENT not in arrays:
+        return dict(arrays), None
+    rows = {name: x.reshape(-1, *x.shape[2:]) for name, x in arrays.items()}
+    return rows, rows.pop(PRESENT)
+
+
+# --- dropping tokens ---------------------------------------------------------------------------
+
+
+def kept(count: int, drop: float) -> int:
+    """How many of `count` tokens stay where a part `drop` of them is dropped.
+
+    Raises:
+      UserError: a part outside of [0, 1), or so large that none stays.
+    """
+    left = count - round(count * drop)
+    if not 0 <= drop < 1 or left < 1:
+        raise UserError(f"drop is {drop}, of {count} tokens; it must be in [0, 1) and leave one.")
+    return left
+
+
+def dropped_arrays(count: int, values: int, axes: int, drop: float, dtype: Any) -> ArraySpec:
+    """What `dropped` makes of `count` tokens of so many values."""
+    left = kept(count, drop)
+    return {
+        "patches": jax.ShapeDtypeStruct((left, values), dtype),
+        "coordinates": jax.ShapeDtypeStruct((left, axes), np.float32),
+    }
+
+
+def dropped(
+    values_SP: np.ndarray, sizes: Sequence[int], drop: float, rng: np.random.Generator | None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """DropToken (Akbari et al. 2021) before batching: of the tokens of a grid, those that stay, in order.
+
+    Each example draws its own; by a fixed seed where `rng` is None. What is dropped never comes to a device.
+
+    Args:
+      values_SP: what each token is made of, row-major over the grid.
+      sizes: of the grid.
+
+    Returns:
+      `{"patches": [K, P], "coordinates": float32[K, axes]}`, coordinates as of `mmjax.layers.positions.grid`; and
+      the indices, int `[K]`.
+    """
+    rng = np.random.default_rng(0) if rng is None else rng
+    count = len(values_SP)
+    index_K = np.sort(rng.choice(count, kept(count, drop), replace=False))
+    ranges = [np.arange(n, dtype=np.float32) / np.float32(n) for n in sizes]
+    grid_SA = np.stack(np.meshgrid(*ranges, indexing="ij"), axis=-1).reshape(count, -1)
+    made = {"patches": np.ascontiguousarray(values_SP[index_K]), "coordinates": grid_SA[index_K]}
+    return made, index_K
+
+
+def by_axis(coordinates_BKA: jax.Array, axes: Sequence[str]) -> dict[str, jax.Array]:
+    """The coordinates of tokens that stayed, as a stream has them."""
+    return {axis: coordinates_BKA[..., i] for i, axis in enumerate(axes)}

@@ -14,7 +14,7 @@ from mmjax.errors import UserError
 from mmjax.layers.masks import FULL, Mask
 from mmjax.layers.stream import Aux, Stream, concatenate
 from mmjax.layers.trunk import GroupConfig, Trunk
-from mmjax.modality import Modality
+from mmjax.modality import Modality, as_rows
 from mmjax.parameters import Declaration
 from mmjax.sharding import constrain
 
@@ -59,11 +59,17 @@ class Model(nnx.Module):
     def tokens(
         self, modality: str, arrays: Mapping[str, jax.Array], values: jax.Array | None = None
     ) -> Stream:
-        """The stem's stream for one modality's arrays (leading batch axis), or for other values, see `Stem`."""
-        stem = self.stems[modality]
+        """The stem's stream for one modality's arrays (leading batch axis), or for other values, see `Stem`.
+
+        Instances of an example are rows, `[B N, S, D]`; no token of one that is not present is valid.
+        """
+        stem, (arrays, present_B) = self.stems[modality], as_rows(arrays)
         stream: Stream = stem(arrays) if values is None else stem(arrays, values)
         x_BSD = constrain(stream.x_BSD, ("batch", "tokens", None))
-        return replace(stream, x_BSD=x_BSD, layout=((modality, x_BSD.shape[1]),))
+        stream = replace(stream, x_BSD=x_BSD, layout=((modality, x_BSD.shape[1]),))
+        if present_B is None:
+            return stream
+        return replace(stream, valid_BS=stream.mask_BS() & present_B[:, None])
 
     def encode(
         self, streams: Iterable[Stream], key: jax.Array, mask: Mask = FULL

@@ -93,12 +93,26 @@ class Objective(abc.ABC):
         derives from `Coupled`.
         """
 
+    def check_inputs(self, inputs: Mapping[str, Input]) -> None:
+        """`UserError` for an input that the loss cannot take: here, several instances of an example."""
+        for each in inputs.values():
+            if each.instances:
+                raise UserError(
+                    f"objective {type(self).__name__} takes one instance of '{each.name}'; leave out 'instances'."
+                )
+
     def check_example(self, example: Example) -> None:
         """`UserError` for an example whose fields the loss cannot take, such as a label out of range."""
         del example  # any will do
 
-    def embed(self, model: Model, modality: str, arrays: Mapping[str, jax.Array]) -> jax.Array:
-        """Unit vectors `[B, E]` of one modality's arrays, where the objective makes such."""
+    def embed(
+        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], toward: str = ""
+    ) -> jax.Array:
+        """Unit vectors `[B, E]` of one modality's arrays, where the objective makes such.
+
+        Args:
+          toward: the modality they are compared with, where the space depends on it; the first other one if empty.
+        """
         raise UserError(f"objective {type(self).__name__} makes no embeddings of '{modality}'.")
 
     def embeds(self) -> tuple[str, ...]:
@@ -175,7 +189,7 @@ class Coupled(Objective):
 
     @abc.abstractmethod
     def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
-        """The loss of the whole batch's `rows`; of `batch` it reads `fields` and `valid` only."""
+        """The loss of the whole batch's `rows`; of `batch` it reads `fields`, `valid` and which instances are there."""
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         made = self.represent(model, batch, key)
@@ -183,6 +197,15 @@ class Coupled(Objective):
         buffers = {**made.aux.buffers, **loss.buffers}
         metrics = {**loss.metrics, **made.aux.metrics()}
         return replace(loss, value=loss.value + made.aux.loss, metrics=metrics, buffers=buffers)
+
+
+def refuse_drop(objective: Objective, inputs: Mapping[str, Input]) -> None:
+    """`UserError` where tokens of an input are dropped, for objectives that need all of them."""
+    for each in inputs.values():
+        if each.drops:
+            raise UserError(
+                f"objective {type(objective).__name__} needs all tokens of '{each.name}'; leave out 'drop'."
+            )
 
 
 def row_keys(batch: Batch, key: jax.Array) -> jax.Array:

@@ -18,6 +18,8 @@ from mmjax.model import Batch, Model
 from mmjax.objective import Loss, Objective
 from mmjax.source import Example, Examples, Source
 
+INSTANCES = "instances"  # a key that an input of any modality has
+
 
 @dataclass(frozen=True)
 class TaskConfig:
@@ -25,7 +27,8 @@ class TaskConfig:
 
     Attributes:
       source: where examples come from.
-      inputs: modality name -> the task's settings of it (field, resolution, length).
+      inputs: modality name -> the task's settings of it (field, resolution, length); with `instances: N`, so
+        many clips or sentences of each example.
       objective: the loss.
       batch: examples per visit, over all devices.
       share: its weight in the schedule.
@@ -67,6 +70,10 @@ class Task:
 
     def loss(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         return self.objective(model, batch, key)
+
+    def whole(self) -> Task:
+        """As evaluation has it: with all tokens of one instance of each input."""
+        return replace(self, inputs={name: i.whole() for name, i in self.inputs.items()})
 
     def rows(self) -> RowSpec:
         """What one row of a training batch holds."""
@@ -160,6 +167,10 @@ def make_task(
             raise UserError(
                 f"{where}.objective reads modality '{modality}'; {where}.inputs has no such block."
             )
+    try:
+        objective.check_inputs(inputs)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     source = configs.component("sources", config.source, f"{where}.source")
     return Task(name, config, inputs, objective, source)
 
@@ -172,8 +183,11 @@ def make_input(
         raise UserError(
             f"{where}: no modality '{name}' in config.modalities.{nearest(name, modalities)}"
         )
-    modality = modalities[name]
-    made = Input(name, modality, configs.build(type(modality).Input, block, where))
+    modality, instances = modalities[name], block.get(INSTANCES, 0)
+    if not isinstance(instances, int) or instances < 0:
+        raise UserError(f"{where}.{INSTANCES} is {instances!r}; expected a number.")
+    settings = {key: value for key, value in block.items() if key != INSTANCES}
+    made = Input(name, modality, configs.build(type(modality).Input, settings, where), instances)
     try:
         shapes = {array: spec.shape for array, spec in made.arrays().items()}
     except UserError as error:

@@ -115,7 +115,7 @@ class Pitch(Objective):
     def embeds(self):
         return ("tone",)
 
-    def embed(self, model, modality, arrays):
+    def embed(self, model, modality, arrays, toward=""):
         return unit(self.pooled(model, arrays, jax.random.key(0))[0])
 ''',
     "evaluators/mean_error.py": '''

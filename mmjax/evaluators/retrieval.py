@@ -1,4 +1,4 @@
-"""Retrieval between the two modalities of a contrastive task."""
+"""Retrieval between two modalities of a contrastive task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import gammaln
 
 from mmjax.errors import UserError
-from mmjax.evaluator import Evaluator, Outputs, Pass, Record
+from mmjax.evaluator import Evaluator, Outputs, Pass, Record, embedding
 from mmjax.task import Task
 
 
@@ -21,22 +21,33 @@ class Retrieval(Evaluator):
       concept: integer field that says which examples belong together.
       unique: the modality of which only one example per concept is a candidate (texts that repeat).
       at: the values of k.
+      between: the two modalities, of a task that compares more.
     """
 
     concept: str = "concept"
     unique: str = "text"
     at: tuple[int, ...] = (1, 5, 10)
+    between: tuple[str, ...] = ()
 
     def passes(self, task: Task) -> dict[str, Pass]:
-        pair = task.objective.embeds()
-        if len(pair) != 2:
+        one, two = self._pair(task)
+        return {
+            m: Pass(embedding(task, m, other), self.source, (self.concept,))
+            for m, other in ((one, two), (two, one))
+        }
+
+    def _pair(self, task: Task) -> tuple[str, str]:
+        known = task.objective.embeds()
+        pair = self.between or known
+        if len(pair) != 2 or not set(pair) <= set(known):
             raise UserError(
-                f"tasks.{task.name}: retrieval needs an objective that embeds two modalities."
+                f"tasks.{task.name}: retrieval needs an objective that embeds two modalities, or two of them; "
+                f"'between' is {list(self.between)}, the objective embeds {list(known)}."
             )
-        return {m: Pass(f"embed/{m}", self.source, (self.concept,)) for m in pair}
+        return pair[0], pair[1]
 
     def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
-        one, two = task.objective.embeds()
+        one, two = self._pair(task)
         sides = {m: self._side(m, outputs[m]) for m in (one, two)}
         return self._direction(task, one, two, sides) + self._direction(task, two, one, sides)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.evaluator import Evaluator, Outputs, Pass, Record
+from mmjax.evaluator import Evaluator, Outputs, Pass, Record, embedding
 from mmjax.task import Task
 
 
@@ -31,8 +31,10 @@ class ZeroShot(Evaluator):
 
     def passes(self, task: Task) -> dict[str, Pass]:
         return {
-            "names": Pass(f"embed/{self.describe}", self.names, (self.label,)),
-            "examples": Pass(f"embed/{self.classify}", self.source, (self.label,)),
+            "names": Pass(embedding(task, self.describe, self.classify), self.names, (self.label,)),
+            "examples": Pass(
+                embedding(task, self.classify, self.describe), self.source, (self.label,)
+            ),
         }
 
     def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:

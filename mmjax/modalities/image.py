@@ -14,7 +14,7 @@ from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
 from mmjax.layers.stream import Stream
-from mmjax.modality import ArraySpec, Modality
+from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class ImageInput:
       crop: smallest area, as a fraction, of a random crop in training; 1.0 for none.
       flip: mirror at random in training.
       background: grey value behind transparent pixels, 0 to 255; at random in training where -1.
+      drop: the part of the tokens that training drops, see `mmjax.modality.dropped`.
     """
 
     field: str = "image"
@@ -34,6 +35,7 @@ class ImageInput:
     crop: float = 1.0
     flip: bool = False
     background: int = 255
+    drop: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,18 @@ class Image(Modality[ImageInput]):
                 f"image size {settings.size} has {settings.size // self.patch} patches a side, over the "
                 f"{self.buckets} position buckets."
             )
+        if settings.drop:
+            side = settings.size // self.patch
+            return dropped_arrays(side * side, self.patch**2 * 3, 2, settings.drop, np.uint8)
         return {"pixels": jax.ShapeDtypeStruct((settings.size, settings.size, 3), np.uint8)}
 
     def preprocess(
         self, settings: ImageInput, value: Any, rng: np.random.Generator | None
     ) -> dict[str, np.ndarray]:
-        """Crop, resize, mirror and flatten onto the background: `{"pixels": uint8[size, size, 3]}`."""
+        """Crop, resize, mirror and flatten onto the background: `{"pixels": uint8[size, size, 3]}`.
+
+        Or patches and coordinates, where tokens are dropped.
+        """
         image = self.raw(value)
         size = (settings.size, settings.size)
         box = _crop(image.size, settings.crop, rng)
@@ -78,7 +86,12 @@ class Image(Modality[ImageInput]):
         pixels = np.asarray(image)
         if settings.flip and rng is not None and rng.random() < 0.5:
             pixels = pixels[:, ::-1]
-        return {"pixels": _flatten(pixels, settings.background, rng)}
+        pixels = _flatten(pixels, settings.background, rng)
+        if not settings.drop:
+            return {"pixels": pixels}
+        side = settings.size // self.patch
+        values_SP = patchify(pixels[None], self.patch)[0]
+        return dropped(values_SP, (side, side), settings.drop, rng)[0]
 
     def raw(self, value: Any) -> Any:
         """A PIL image (RGB or RGBA) from one, from encoded bytes, or from uint8 or [0, 1] `[H, W, 1, 3 or 4]`."""
@@ -128,7 +141,7 @@ def _flatten(pixels: np.ndarray, background: int, rng: np.random.Generator | Non
     return ((mixed + 127) // 255).astype(np.uint8)
 
 
-def patchify(images_BHWC: jax.Array, patch: int) -> jax.Array:
+def patchify(images_BHWC: Any, patch: int) -> Any:
     """`[B, H, W, C] -> [B, (H/p)(W/p), p p C]`, patches and their pixels in row-major order."""
     b, h, w, c = images_BHWC.shape
     x = images_BHWC.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
@@ -153,13 +166,21 @@ class ImageStem(nnx.Module):
         self.positions = Positions(width, {"y": buckets, "x": buckets}, scale=0.05)
 
     def values(self, arrays: dict[str, jax.Array], dtype: Any) -> jax.Array:
-        return patchify(arrays["pixels"].astype(dtype) / 127.5 - 1, self.patch)
+        if "patches" in arrays:
+            return arrays["patches"].astype(dtype) / 127.5 - 1
+        values_BSP: jax.Array = patchify(arrays["pixels"].astype(dtype) / 127.5 - 1, self.patch)
+        return values_BSP
 
     def __call__(self, arrays: dict[str, jax.Array], values_BSP: jax.Array | None = None) -> Stream:
         dtype = self.embed.kernel[...].dtype
         if values_BSP is None:
             values_BSP = self.values(arrays, dtype)
-        height, width = arrays["pixels"].shape[1:3]
-        coordinates = grid(y=height // self.patch, x=width // self.patch)
+        coordinates = self._coordinates(arrays)
         x_BSD = self.embed(values_BSP.astype(dtype)) + self.positions(coordinates).astype(dtype)
         return Stream(x_BSD, None, coordinates, (("image", x_BSD.shape[1]),))
+
+    def _coordinates(self, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        if "coordinates" in arrays:
+            return by_axis(arrays["coordinates"], ("y", "x"))
+        height, width = arrays["pixels"].shape[1:3]
+        return grid(y=height // self.patch, x=width // self.patch)

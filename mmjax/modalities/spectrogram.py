@@ -16,7 +16,7 @@ from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
 from mmjax.layers.stream import Stream
 from mmjax.modalities.waveform import Sound, at_rate, loudness, patches, read, window
-from mmjax.modality import ArraySpec, Modality
+from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays
 
 FLOOR = 1e-8
 """Smallest energy told apart, -80 dB of full scale."""
@@ -40,12 +40,14 @@ class SpectrogramInput:
         zeros.
       rate: samples per second of the field, where it does not say so itself; 0 for the modality's.
       gain: largest random change of loudness in training, up or down, in dB.
+      drop: the part of the tokens that training drops, see `mmjax.modality.dropped`.
     """
 
     field: str = "audio"
     frames: int = 64
     rate: int = 0
     gain: float = 0.0
+    drop: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,10 @@ class Spectrogram(Modality[SpectrogramInput]):
     def arrays(self, settings: SpectrogramInput) -> ArraySpec:
         count = patches("spectrogram frames", settings.frames, self.patch_frames, self.buckets)
         self._bands()
+        if settings.drop:
+            values, bands = self.patch_frames * self.patch_mels, self.mels // self.patch_mels
+            made = dropped_arrays(count * bands, values, 2, settings.drop, np.float32)
+            return {**made, "valid": jax.ShapeDtypeStruct(made["patches"].shape[:1], np.bool_)}
         return {
             "mel": jax.ShapeDtypeStruct((settings.frames, self.mels), np.float32),
             "valid": jax.ShapeDtypeStruct((count,), np.bool_),
@@ -110,14 +116,20 @@ class Spectrogram(Modality[SpectrogramInput]):
         """`{"mel": float32[frames, mels], "valid": bool[frames / patch_frames]}`.
 
         `valid` says which patches of time hold at least one frame that begins within the sound; the first
-        one always is.
+        one always is. Where tokens are dropped: patches, coordinates, and which of these tokens are valid.
         """
         samples = at_rate(read(value, settings.rate or self.rate), self.rate)
         size = (settings.frames - 1) * self.hop + self.window
         samples, length = window(samples, size, rng)
         samples *= loudness(samples[:length], 0.0, settings.gain, rng)
         starts = np.arange(0, settings.frames, self.patch_frames) * self.hop
-        return {"mel": self.log_mel(samples), "valid": starts < max(length, 1)}
+        mel_TM, valid_T = self.log_mel(samples), starts < max(length, 1)
+        if not settings.drop:
+            return {"mel": mel_TM, "valid": valid_T}
+        bands = self.mels // self.patch_mels
+        values_SP = cut(mel_TM[None], (self.patch_frames, self.patch_mels))[0]
+        made, index_K = dropped(values_SP, (len(valid_T), bands), settings.drop, rng)
+        return {**made, "valid": np.repeat(valid_T, bands)[index_K]}
 
     def raw(self, value: Any) -> Sound:
         """`(float32[N], rate)` at the modality's rate, from what `mmjax.modalities.waveform.read` takes."""
@@ -190,21 +202,28 @@ class SpectrogramStem(nnx.Module):
         self.positions = Positions(width, {"t": buckets[0], "f": buckets[1]}, scale=0.05)
 
     def values(self, arrays: dict[str, jax.Array], dtype: Any) -> jax.Array:
-        return cut(arrays["mel"].astype(dtype), self.patch)
+        if "patches" in arrays:
+            return arrays["patches"].astype(dtype)
+        values_BSP: jax.Array = cut(arrays["mel"].astype(dtype), self.patch)
+        return values_BSP
 
     def __call__(self, arrays: dict[str, jax.Array], values_BSP: jax.Array | None = None) -> Stream:
-        frames, mels = arrays["mel"].shape[1:]
         dtype = self.embed.kernel[...].dtype
         if values_BSP is None:
             values_BSP = self.values(arrays, dtype)
-        steps, bands = frames // self.patch[0], mels // self.patch[1]
-        coordinates = grid(t=steps, f=bands)
+        coordinates, valid_BS = self._places(arrays)
         x_BSD = self.embed(values_BSP.astype(dtype)) + self.positions(coordinates).astype(dtype)
-        valid_BS = jnp.repeat(arrays["valid"], bands, axis=1)
         return Stream(x_BSD, valid_BS, coordinates, (("spectrogram", x_BSD.shape[1]),))
 
+    def _places(self, arrays: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
+        if "coordinates" in arrays:
+            return by_axis(arrays["coordinates"], ("t", "f")), arrays["valid"]
+        frames, mels = arrays["mel"].shape[1:]
+        steps, bands = frames // self.patch[0], mels // self.patch[1]
+        return grid(t=steps, f=bands), jnp.repeat(arrays["valid"], bands, axis=1)
 
-def cut(mel_BTM: jax.Array, patch: tuple[int, int]) -> jax.Array:
+
+def cut(mel_BTM: Any, patch: tuple[int, int]) -> Any:
     """`[B, T, M] -> [B, (T/p)(M/q), p q]`, patches and their values in row-major order, time first."""
     b, t, m = mel_BTM.shape
     p, q = patch

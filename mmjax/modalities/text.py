@@ -68,9 +68,20 @@ class Text(Modality[TextInput]):
     def preprocess(
         self, settings: TextInput, value: Any, rng: np.random.Generator | None
     ) -> dict[str, np.ndarray]:
-        """`{"ids": int32[length], "valid": bool[length]}`."""
-        ids, valid = self._tokenizer().encode(self.raw(value), settings.length)
+        """`{"ids": int32[length], "valid": bool[length]}`; of several texts, of one."""
+        [text] = self.instances(value, 1, rng)
+        ids, valid = self._tokenizer().encode(self.raw(text), settings.length)
         return {"ids": ids, "valid": valid}
+
+    def instances(self, value: Any, count: int, rng: np.random.Generator | None) -> list[Any]:
+        """Up to `count` of the texts of a list or array, at random and none twice; the first ones without `rng`."""
+        if isinstance(value, str | bytes):
+            return [value]
+        texts = list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
+        if not texts:
+            raise UserError("a text is a string, or a list of one at least; found none.")
+        order = range(len(texts)) if rng is None else rng.permutation(len(texts))
+        return [texts[i] for i in list(order)[:count]]
 
     def raw(self, value: Any) -> str:
         if isinstance(value, bytes):

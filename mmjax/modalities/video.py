@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -16,7 +17,7 @@ from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
 from mmjax.layers.stream import Stream
 from mmjax.modalities.image import Image, ImageInput
-from mmjax.modality import ArraySpec, Modality
+from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,12 @@ class VideoInput:
 
     Attributes:
       field: field of the example; a still picture is a video of one frame.
-      frames: length; a multiple of the tube. A longer video is cut, at a random place in training and in
-        its middle otherwise; of a shorter one the last frame is repeated.
+      frames: length; a multiple of the tube, or 1 for a still, which is one tube of the same frame (IMP). A longer
+        video is cut, at a random place in training and in its middle otherwise; of a shorter one the last frame
+        is repeated.
       stride: of every `stride` frames one is taken.
       size, crop, flip, background: as for images; a crop, a mirroring and a grey are those of all frames.
+      drop: the part of the tokens that training drops, see `mmjax.modality.dropped`.
     """
 
     field: str = "video"
@@ -38,6 +41,7 @@ class VideoInput:
     crop: float = 1.0
     flip: bool = False
     background: int = 255
+    drop: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,20 @@ class Video(Modality[VideoInput]):
     def arrays(self, settings: VideoInput) -> ArraySpec:
         if settings.stride < 1:
             raise UserError(f"video stride {settings.stride}: it must be at least 1.")
-        _check("frames", settings.frames, self.tube, self.time_buckets)
+        if settings.frames != 1:
+            _check("frames", settings.frames, self.tube, self.time_buckets)
         _check("size", settings.size, self.patch, self.buckets)
+        if settings.drop:
+            t, y, x = self._grid(settings)
+            values = self.tube * self.patch * self.patch * 3
+            return dropped_arrays(t * y * x, values, 3, settings.drop, np.uint8)
         shape = (settings.frames, settings.size, settings.size, 3)
         return {"pixels": jax.ShapeDtypeStruct(shape, np.uint8)}
 
     def preprocess(
         self, settings: VideoInput, value: Any, rng: np.random.Generator | None
     ) -> dict[str, np.ndarray]:
-        """`{"pixels": uint8[frames, size, size, 3]}`."""
+        """`{"pixels": uint8[frames, size, size, 3]}`; or patches and coordinates, where tokens are dropped."""
         frames = self.raw(value)
         chosen = _indices(len(frames), settings.frames, settings.stride, rng)
         image = Image(patch=self.patch)
@@ -82,7 +91,16 @@ class Video(Modality[VideoInput]):
         made = {
             i: image.preprocess(view, frames[i], _generator(seed))["pixels"] for i in set(chosen)
         }
-        return {"pixels": np.stack([made[i] for i in chosen])}
+        pixels = np.stack([made[i] for i in chosen])
+        if not settings.drop:
+            return {"pixels": pixels}
+        pixels = np.repeat(pixels, self.tube, axis=0) if settings.frames == 1 else pixels
+        values_SP = cut(pixels[None], (self.tube, self.patch, self.patch))[0]
+        return dropped(values_SP, self._grid(settings), settings.drop, rng)[0]
+
+    def _grid(self, settings: VideoInput) -> tuple[int, int, int]:
+        side = settings.size // self.patch
+        return max(settings.frames // self.tube, 1), side, side
 
     def raw(self, value: Any) -> Sequence[Any]:
         """Frames, each as `Image` takes it.
@@ -149,7 +167,7 @@ def _generator(seed: int | None) -> np.random.Generator | None:
 
 
 class VideoStem(nnx.Module):
-    """`{"pixels": uint8[B, T, H, W, 3]} ->` a stream of `(T/t)(H/p)(W/p)` tokens."""
+    """`{"pixels": uint8[B, T, H, W, 3]} ->` a stream of `(T/t)(H/p)(W/p)` tokens; a still, T = 1, is one tube."""
 
     bound = 1.0  # see `mmjax.modality.Stem`
 
@@ -159,20 +177,30 @@ class VideoStem(nnx.Module):
         self.positions = Positions(width, buckets, scale=0.05)
 
     def values(self, arrays: dict[str, jax.Array], dtype: Any) -> jax.Array:
-        return cut(arrays["pixels"].astype(dtype) / 127.5 - 1, self.tube)
+        if "patches" in arrays:
+            return arrays["patches"].astype(dtype) / 127.5 - 1
+        pixels = arrays["pixels"]
+        if pixels.shape[1] == 1:
+            pixels = jnp.repeat(pixels, self.tube[0], axis=1)
+        return cut(pixels.astype(dtype) / 127.5 - 1, self.tube)
 
     def __call__(self, arrays: dict[str, jax.Array], values_BSP: jax.Array | None = None) -> Stream:
-        sizes = arrays["pixels"].shape[1:4]
         dtype = self.embed.kernel[...].dtype
         if values_BSP is None:
             values_BSP = self.values(arrays, dtype)
-        t, y, x = (size // side for size, side in zip(sizes, self.tube, strict=True))
-        coordinates = grid(t=t, y=y, x=x)
+        coordinates = self._coordinates(arrays)
         x_BSD = self.embed(values_BSP.astype(dtype)) + self.positions(coordinates).astype(dtype)
         return Stream(x_BSD, None, coordinates, (("video", x_BSD.shape[1]),))
 
+    def _coordinates(self, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        if "coordinates" in arrays:
+            return by_axis(arrays["coordinates"], ("t", "y", "x"))
+        sizes = arrays["pixels"].shape[1:4]
+        t, y, x = (max(n // side, 1) for n, side in zip(sizes, self.tube, strict=True))
+        return grid(t=t, y=y, x=x)
 
-def cut(video_BTHWC: jax.Array, tube: tuple[int, int, int]) -> jax.Array:
+
+def cut(video_BTHWC: Any, tube: tuple[int, int, int]) -> Any:
     """`[B, T, H, W, C] -> [B, (T/t)(H/p)(W/q), t p q C]`, tubes and their pixels in row-major order."""
     b, frames, height, width, c = video_BTHWC.shape
     t, p, q = tube

@@ -17,7 +17,7 @@ from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
 from mmjax.layers.stream import Stream
-from mmjax.modality import ArraySpec, Modality
+from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays
 
 Sound = tuple[np.ndarray, int]  # float32 samples [N], nominally in [-1, 1], and their rate in Hz
 
@@ -37,6 +37,7 @@ class WaveformInput:
       rate: samples per second of the field, where it does not say so itself; 0 for the modality's.
       level: root mean square that every sound is scaled to; 0 leaves it as recorded.
       gain: largest random change of loudness in training, up or down, in dB.
+      drop: the part of the tokens that training drops, see `mmjax.modality.dropped`.
     """
 
     field: str = "audio"
@@ -44,6 +45,7 @@ class WaveformInput:
     rate: int = 0
     level: float = 0.0
     gain: float = 0.0
+    drop: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ class Waveform(Modality[WaveformInput]):
 
     def arrays(self, settings: WaveformInput) -> ArraySpec:
         count = patches("waveform samples", settings.samples, self.patch, self.buckets)
+        if settings.drop:
+            made = dropped_arrays(count, self.patch, 1, settings.drop, np.float32)
+            return {**made, "valid": jax.ShapeDtypeStruct(made["patches"].shape[:1], np.bool_)}
         return {
             "samples": jax.ShapeDtypeStruct((settings.samples,), np.float32),
             "valid": jax.ShapeDtypeStruct((count,), np.bool_),
@@ -76,13 +81,17 @@ class Waveform(Modality[WaveformInput]):
     ) -> dict[str, np.ndarray]:
         """`{"samples": float32[samples], "valid": bool[samples / patch]}`.
 
-        A patch is valid where it holds at least one sample of the sound; the first one always is.
+        A patch is valid where it holds at least one sample of the sound; the first one always is. Where tokens are
+        dropped: patches, coordinates, and which of these tokens are valid.
         """
         samples = at_rate(read(value, settings.rate or self.rate), self.rate)
         samples, length = window(samples, settings.samples, rng)
         samples *= loudness(samples[:length], settings.level, settings.gain, rng)
-        starts = np.arange(0, settings.samples, self.patch)
-        return {"samples": samples, "valid": starts < max(length, 1)}
+        valid_S = np.arange(0, settings.samples, self.patch) < max(length, 1)
+        if not settings.drop:
+            return {"samples": samples, "valid": valid_S}
+        made, index_K = dropped(samples.reshape(-1, self.patch), valid_S.shape, settings.drop, rng)
+        return {**made, "valid": valid_S[index_K]}
 
     def raw(self, value: Any) -> Sound:
         """`(float32[N], rate)` at the modality's rate, from what `read` takes."""
@@ -109,11 +118,13 @@ class WaveformStem(nnx.Module):
         self.positions = Positions(width, {"t": buckets}, scale=0.05)
 
     def __call__(self, arrays: dict[str, jax.Array]) -> Stream:
-        samples_BN = arrays["samples"]
         dtype = self.embed.kernel[...].dtype
-        patches_BSP = samples_BN.reshape(samples_BN.shape[0], -1, self.patch).astype(dtype)
-        coordinates = grid(t=patches_BSP.shape[1])
-        x_BSD = self.embed(patches_BSP) + self.positions(coordinates).astype(dtype)
+        if "patches" in arrays:
+            patches_BSP, coordinates = arrays["patches"], by_axis(arrays["coordinates"], ("t",))
+        else:
+            patches_BSP = arrays["samples"].reshape(arrays["samples"].shape[0], -1, self.patch)
+            coordinates = grid(t=patches_BSP.shape[1])
+        x_BSD = self.embed(patches_BSP.astype(dtype)) + self.positions(coordinates).astype(dtype)
         return Stream(x_BSD, arrays["valid"], coordinates, (("waveform", x_BSD.shape[1]),))
 
 

@@ -77,7 +77,9 @@ class Contrastive(Coupled):
         }
         return {**projections, "scale": Scale(1 / self.temperature)}
 
-    def embed(self, model: Model, modality: str, arrays: Mapping[str, jax.Array]) -> jax.Array:
+    def embed(
+        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], toward: str = ""
+    ) -> jax.Array:
         return self._embed(model, modality, arrays, jax.random.key(0))[0]
 
     def _embed(
@@ -124,7 +126,13 @@ def info_nce(
     the uniform distribution over the positives. Invalid rows are neither anchors nor candidates. With one
     positive each this is CLIP's loss (Radford et al. 2021, figure 3).
     """
-    logits_BB = scale * (a_BE @ b_BE.T)
+    return info_nce_of(scale * (a_BE @ b_BE.T), concept_B, valid_B)
+
+
+def info_nce_of(
+    logits_BB: jax.Array, concept_B: jax.Array, valid_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`info_nce` of logits."""
     both_BB = valid_B[:, None] & valid_B[None, :]
     positive_BB = (concept_B[:, None] == concept_B[None, :]) & both_BB
     anchors = jnp.maximum(valid_B.sum(), 1)

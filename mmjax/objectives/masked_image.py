@@ -19,7 +19,7 @@ from mmjax.layers.trunk import GroupConfig, Trunk
 from mmjax.modalities.image import patchify, unpatchify
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Loss, Objective, row_keys
+from mmjax.objective import Loss, Objective, refuse_drop, row_keys
 from mmjax.parameters import declare
 
 HIDDEN = 0.6  # the grey of patches that a picture hides
@@ -78,6 +78,10 @@ class MaskedImage(Objective):
 
     def reads(self) -> tuple[str, ...]:
         return (self.modality,)
+
+    def check_inputs(self, inputs: Mapping[str, Input]) -> None:
+        super().check_inputs(inputs)
+        refuse_drop(self, inputs)
 
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
         image: Any = inputs[self.modality].modality

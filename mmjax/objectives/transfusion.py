@@ -26,7 +26,7 @@ from mmjax.layers.unet import UNet
 from mmjax.modalities.image import patchify, unpatchify
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Coupled, Loss, Represented, Span, row_keys
+from mmjax.objective import Coupled, Loss, Represented, Span, refuse_drop, row_keys
 from mmjax.objectives.masked_image import as_pixels, patch_side
 from mmjax.parameters import declare
 
@@ -164,6 +164,10 @@ class Transfusion(Coupled):
 
     def reads(self) -> tuple[str, ...]:
         return self.order
+
+    def check_inputs(self, inputs: Mapping[str, Input]) -> None:
+        super().check_inputs(inputs)
+        refuse_drop(self, inputs)
 
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
         for name in self.order:

@@ -36,7 +36,9 @@ class Brightness(Objective):
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
         return {}
 
-    def embed(self, model: Any, modality: str, arrays: Mapping[str, jax.Array]) -> jax.Array:
+    def embed(
+        self, model: Any, modality: str, arrays: Mapping[str, jax.Array], toward: str = ""
+    ) -> jax.Array:
         return arrays["pixels"].mean(axis=(1, 2)) * model
 
     def __call__(self, model: Any, batch: Mapping[str, Any], key: jax.Array) -> Loss:

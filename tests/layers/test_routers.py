@@ -94,7 +94,10 @@ ROUTERS: dict[str, tuple[Router, Any]] = {
 
 
 # Of equal rows, and of equal logits in a row, scores are equal to the bit; of others, far from it.
-ROWS = [(-1.0, 0.0, 0.5), (0.0, 0.5, 2.0), (2.0, -1.0, 0.5), (0.3, 0.3, 0.3), (-1.0, -1.0, 2.0), (0.9, 0.9, -0.7)]  # fmt: skip
+ROWS = [
+    (-1.0, 0.0, 0.5), (0.0, 0.5, 2.0), (2.0, -1.0, 0.5),
+    (0.3, 0.3, 0.3), (-1.0, -1.0, 2.0), (0.9, 0.9, -0.7),
+]  # fmt: skip
 
 
 def test_scores_are_equal_or_far_apart() -> None:

@@ -70,9 +70,9 @@ def test_bytes_are_utf8_and_chance_changes_nothing(text: Text) -> None:
     np.testing.assert_array_equal(chance["ids"], row(text, "red apple")[0])
 
 
-@pytest.mark.parametrize("value", [3, None, ["red"], np.zeros(3)])
+@pytest.mark.parametrize("value", [3, None, [3], np.zeros(3)])
 def test_what_is_no_text(text: Text, value: Any) -> None:
-    with pytest.raises(UserError, match=f"a text is a string, found {type(value).__name__}"):
+    with pytest.raises(UserError, match="a text is a string, found (int|NoneType|float64)"):
         row(text, value)
 
 

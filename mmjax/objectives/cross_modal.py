@@ -1,0 +1,190 @@
+"""Contrastive learning between two or more modalities, with several clips or sentences of an example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+
+from mmjax.errors import UserError, nearest
+from mmjax.layers.dense import Dense, LayerNorm
+from mmjax.layers.stream import add_up, mean_pool
+from mmjax.modality import PRESENT, Input
+from mmjax.model import Batch, Model
+from mmjax.objective import Coupled, Loss, Represented
+from mmjax.objectives.contrastive import info_nce_of, unit
+from mmjax.parameters import declare
+
+SPACES = ("disjoint", "linear")
+Pair = tuple[str, str]
+
+
+class Temperature(nnx.Module):
+    """`relu(t) + 1e-6`, as IMP has it: it can reach zero. `contrastive` learns the logarithm of a scale instead."""
+
+    def __init__(self, initial: float):
+        self.value = declare((), (), initializers.constant(initial), keep=True)
+
+    def __call__(self) -> jax.Array:
+        return jax.nn.relu(self.value[...]) + 1e-6
+
+
+class Space(nnx.Module):
+    """`[..., D] -> [..., E]`: `LayerNorm(gelu(x W1 + b1) W2 + b2)`."""
+
+    def __init__(self, width: int, joint: int):
+        self.up = Dense(width, joint, ("embed", "joint"))
+        self.out = Dense(joint, joint, ("joint", None))
+        self.norm = LayerNorm(joint)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.norm(self.out(jax.nn.gelu(self.up(x), approximate=True)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossModal(Coupled):
+    """The mean over pairs of modalities of both directions of cross-entropy (IMP, Akbari et al. 2023).
+
+    Where an example has several instances, those of two rows are compared as bags (MIL-NCE, Miech et al. 2020,
+    equation 1): `l_ij = logsumexp over their present instances n, m of <a_in, b_jm> / t`.
+
+    Attributes:
+      between: two modalities or more.
+      weights: by pair, `"vision text"`, in the mean; 1 where it is not given, and 0 leaves the pair out.
+      concept: integer field; rows that share its value are positives of each other. Empty: only the pair.
+      space: `disjoint`, two layers and a norm for each modality towards each other one; or `linear`, one map for
+        each modality, to a space of all.
+      joint: size of a space.
+      initial: temperature to begin with, learned for each pair.
+    """
+
+    between: tuple[str, ...]
+    weights: dict[str, float] = field(default_factory=dict)
+    concept: str = ""
+    space: str = "disjoint"
+    joint: int = 256
+    initial: float = 0.2
+
+    def __post_init__(self) -> None:
+        if len(set(self.between)) < 2 or len(set(self.between)) < len(self.between):
+            raise UserError(
+                f"cross_modal: between is {list(self.between)}; name two different modalities or more."
+            )
+        if self.space not in SPACES:
+            raise UserError(f"cross_modal: space is '{self.space}'.{nearest(self.space, SPACES)}")
+        if self.initial <= 0:
+            raise UserError(f"cross_modal: initial is {self.initial}; it must be above 0.")
+        known = [" ".join(pair) for pair in combinations(self.between, 2)]
+        for name, weight in self.weights.items():
+            if name not in known:
+                raise UserError(f"cross_modal: no pair '{name}'.{nearest(name, known)}")
+            if weight < 0:
+                raise UserError(f"cross_modal: weight {weight} of '{name}'; it must be at least 0.")
+        if not self._pairs():
+            raise UserError("cross_modal: every pair has the weight 0.")
+
+    def _pairs(self) -> dict[Pair, float]:
+        """The pairs that count, and their parts of the mean."""
+        weights = {p: self.weights.get(" ".join(p), 1.0) for p in combinations(self.between, 2)}
+        total = sum(weights.values())
+        return {pair: weight / total for pair, weight in weights.items() if weight}
+
+    def _partners(self, modality: str) -> list[str]:
+        return [two if one == modality else one for one, two in self._pairs() if modality in (one, two)]  # fmt: skip
+
+    def _spaces(self) -> dict[tuple[str, str], str]:
+        """The head's part for each ordered pair."""
+        ordered = [(m, other) for m in self.between for other in self._partners(m)]
+        return {(m, o): f"{m}_to_{o}" if self.space == "disjoint" else m for m, o in ordered}
+
+    def reads(self) -> tuple[str, ...]:
+        return self.between
+
+    def fields(self) -> tuple[str, ...]:
+        return (self.concept,) if self.concept else ()
+
+    def embeds(self) -> tuple[str, ...]:
+        return self.between
+
+    def check_inputs(self, inputs: Mapping[str, Input]) -> None:
+        del inputs  # several instances, and tokens dropped: any will do
+
+    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        def space() -> Any:
+            if self.space == "disjoint":
+                return Space(width, self.joint)
+            return Dense(width, self.joint, ("embed", "joint"), bias=False)
+
+        spaces = {name: space() for name in dict.fromkeys(self._spaces().values())}
+        return {**spaces, **{_temperature(p): Temperature(self.initial) for p in self._pairs()}}
+
+    def embed(
+        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], toward: str = ""
+    ) -> jax.Array:
+        pooled, _ = self._pooled(model, modality, arrays, jax.random.key(0))
+        return self._vectors(model, pooled, modality, toward or self._partners(modality)[0])
+
+    def _pooled(
+        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], key: jax.Array
+    ) -> Any:
+        stream, aux = model.encode([model.tokens(modality, arrays)], key)
+        return mean_pool(stream), aux
+
+    def _vectors(self, model: Model, pooled: jax.Array, modality: str, toward: str) -> jax.Array:
+        x = model.heads[self.head][self._spaces()[modality, toward]](pooled)
+        return unit(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+
+    def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
+        """Of each ordered pair the vectors `[B, N, E]`."""
+        rows: dict[str, jax.Array] = {}
+        auxes, size = [], batch["valid"].shape[0]
+        for index, modality in enumerate(self.between):
+            arrays = batch["inputs"][modality]
+            key_of = jax.random.fold_in(key, index)
+            pooled, aux = self._pooled(model, modality, arrays, key_of)
+            auxes.append(aux)
+            for other in self._partners(modality):
+                vectors = self._vectors(model, pooled, modality, other)
+                rows[f"{modality} {other}"] = vectors.reshape(size, -1, self.joint)
+        return Represented(rows, add_up(auxes))
+
+    def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
+        valid_B, one_B1 = batch["valid"], jnp.ones((batch["valid"].shape[0], 1), bool)
+        present = {m: batch["inputs"][m].get(PRESENT, one_B1) for m in self.between}
+        concept_B = batch["fields"][self.concept] if self.concept else jnp.arange(valid_B.shape[0])
+        total, metrics = jnp.zeros(()), dict[str, jax.Array]()
+        for (one, two), weight in self._pairs().items():
+            t = model.heads[self.head][_temperature((one, two))]()
+            logits_BB = bag_logits(
+                rows[f"{one} {two}"] / t, rows[f"{two} {one}"], present[one], present[two]
+            )
+            there_B = valid_B & present[one].any(axis=1) & present[two].any(axis=1)
+            loss, recall = info_nce_of(logits_BB, concept_B, there_B)
+            total = total + weight * loss
+            metrics |= {f"batch_recall {one} {two}": recall, f"temperature {one} {two}": t}
+        baseline = jnp.log(jnp.maximum(valid_B.sum(), 1).astype(total.dtype))
+        return Loss(total, {**metrics, "baseline": baseline})
+
+
+def _temperature(pair: Pair) -> str:
+    return f"temperature_{'_'.join(pair)}"
+
+
+def bag_logits(
+    a_BNE: jax.Array, b_BME: jax.Array, present_BN: jax.Array, present_BM: jax.Array
+) -> jax.Array:
+    """`l_ij = logsumexp over n, m of <a_in, b_jm>` over the instances that are present, `[B, B]`.
+
+    Very small, and without a gradient, where one of the two has none.
+    """
+    products = jnp.einsum("ine,jme->ijnm", a_BNE, b_BME)
+    both = present_BN[:, None, :, None] & present_BM[None, :, None, :]
+    # Finite: -inf would make gradients NaN.
+    masked = jnp.where(both, products, jnp.finfo(products.dtype).min / 2)
+    return jax.nn.logsumexp(masked, axis=(2, 3))

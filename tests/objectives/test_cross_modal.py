@@ -1,0 +1,214 @@
+"""CrossModalNCE and MIL-NCE against loops; heads, instances that are missing, and a run with its evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toyrun
+from toyrun import block
+
+from mmjax.errors import UserError
+from mmjax.modality import PRESENT
+from mmjax.objectives.contrastive import info_nce
+from mmjax.objectives.cross_modal import CrossModal, bag_logits
+from mmjax.program import tokens
+
+B, E = 5, 4
+NAMES = ("vision", "sound", "text")
+COUNTS = {"vision": 2, "sound": 1, "text": 3}
+VALID = np.array([True, True, False, True, True])
+
+
+@pytest.fixture(autouse=True)
+def _x64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def rows_of(seed: int = 0, **counts: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    counts = counts or COUNTS
+    present = {m: rng.random((B, n)) < 0.7 for m, n in counts.items()}
+    for each in present.values():
+        each[0] = True
+    present["text"][3] = False  # an example without any text
+    vectors = {
+        f"{one} {two}": rng.normal(size=(B, counts[one], E))
+        for one in NAMES
+        for two in NAMES
+        if one != two
+    }
+    return {"present": present, "vectors": vectors}
+
+
+class Head(dict):
+    """A model whose heads give these temperatures."""
+
+    @property
+    def heads(self) -> Any:
+        return {"h": {f"temperature_{k}": (lambda v=v: jnp.asarray(v)) for k, v in self.items()}}
+
+
+TEMPERATURES = {"vision_sound": 0.5, "vision_text": 0.7, "sound_text": 1.3}
+
+
+def by_loops(rows: Any, weights: dict[str, float], concept: np.ndarray) -> float:
+    """Miech et al. (2020), equation 1, for each pair in both directions; the mean over pairs, by weight."""
+    total = part = 0.0
+    for one, two in combinations(NAMES, 2):
+        weight = weights.get(f"{one} {two}", 1.0)
+        t = TEMPERATURES[f"{one}_{two}"]
+        a, b = rows["vectors"][f"{one} {two}"], rows["vectors"][f"{two} {one}"]
+        here, there = rows["present"][one], rows["present"][two]
+        bag = np.full((B, B), -np.inf)
+        for i, j in np.ndindex(B, B):
+            each = [
+                a[i, n] @ b[j, m] / t
+                for n in range(a.shape[1])
+                for m in range(b.shape[1])
+                if here[i, n] and there[j, m]
+            ]
+            bag[i, j] = np.log(np.exp(each).sum()) if each else -np.inf
+        rows_ = [i for i in range(B) if VALID[i] and here[i].any() and there[i].any()]
+        losses = []
+        for logits in (bag, bag.T):
+            for i in rows_:
+                among = np.log(sum(np.exp(logits[i, j]) for j in rows_))
+                own = [logits[i, j] for j in rows_ if concept[j] == concept[i]]
+                losses.append(among - np.mean(own))
+        total, part = total + weight * np.sum(losses) / 2 / len(rows_), part + weight
+    return float(total / part)
+
+
+@pytest.mark.parametrize("weights", [{}, {"vision text": 2.0, "sound text": 0.0}])
+@pytest.mark.parametrize("concept", [np.arange(B), np.array([7, 8, 7, 8, 7])])
+def test_against_loops_with_its_gradient(weights: dict[str, float], concept: np.ndarray) -> None:
+    objective = CrossModal(between=NAMES, weights=weights, concept="c", head="h", joint=E)
+    rows, model = rows_of(), Head(TEMPERATURES)
+    inputs = {m: {PRESENT: jnp.asarray(p)} for m, p in rows["present"].items()}
+    batch: Any = {
+        "valid": jnp.asarray(VALID), "fields": {"c": jnp.asarray(concept)}, "inputs": inputs,
+    }  # fmt: skip
+
+    def loss(vectors: Any) -> Any:
+        made: Any = model
+        return objective.compare(made, vectors, batch).value
+
+    vectors = {n: jnp.asarray(v) for n, v in rows["vectors"].items()}
+    value, gradient = jax.value_and_grad(loss)(vectors)
+    assert float(value) == pytest.approx(by_loops(rows, weights, concept), rel=1e-12)
+    way = {n: np.random.default_rng(9).normal(size=v.shape) for n, v in vectors.items()}
+    step = 1e-6
+    moved = [
+        by_loops({**rows, "vectors": {n: v + s * step * way[n] for n, v in vectors.items()}}, weights, concept)
+        for s in (1, -1)
+    ]  # fmt: skip
+    along = sum(float((gradient[n] * way[n]).sum()) for n in vectors)
+    assert along == pytest.approx((moved[0] - moved[1]) / 2 / step, rel=1e-6)
+    for name, g in gradient.items():
+        one = name.split()[0]
+        assert np.isfinite(g).all() and not g[~rows["present"][one]].any()
+
+
+def test_one_instance_each_is_the_plain_loss() -> None:
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(2, B, E))
+    ones = jnp.ones((B, 1), bool)
+    logits = bag_logits(jnp.asarray(a[:, None] / 0.3), jnp.asarray(b[:, None]), ones, ones)
+    np.testing.assert_allclose(logits, a @ b.T / 0.3, rtol=1e-12)
+    objective = CrossModal(between=("vision", "text"), head="h", joint=E)
+    rows = {"vision text": jnp.asarray(a[:, None]), "text vision": jnp.asarray(b[:, None])}
+    model: Any = Head({"vision_text": 0.3})
+    batch = {"valid": jnp.asarray(VALID), "inputs": {"vision": {}, "text": {}}}
+    found = objective.compare(model, rows, batch)
+    wanted, recall = info_nce(
+        jnp.asarray(a), jnp.asarray(b), jnp.asarray(1 / 0.3), jnp.arange(B), jnp.asarray(VALID)
+    )
+    assert float(found.value) == pytest.approx(float(wanted), rel=1e-12)
+    assert float(found.metrics["batch_recall vision text"]) == float(recall)
+
+
+@pytest.mark.parametrize(
+    ("space", "parts"),
+    [
+        ("disjoint", {"vision_to_sound", "vision_to_text", "sound_to_vision", "text_to_vision"}),
+        ("linear", {"vision", "sound", "text"}),
+    ],
+)
+def test_heads_are_of_the_pairs_that_count(space: str, parts: set[str]) -> None:
+    objective = CrossModal(between=NAMES, weights={"sound text": 0.0}, space=space)
+    assert set(objective.heads(8, {})) == {*parts, "temperature_vision_sound", "temperature_vision_text"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"between": ("text",)}, "two different modalities"),
+        ({"between": ("text", "text")}, "two different modalities"),
+        ({"between": NAMES, "space": "linar"}, "Did you mean 'linear'"),
+        ({"between": NAMES, "initial": 0.0}, "must be above 0"),
+        ({"between": NAMES, "weights": {"text vision": 1.0}}, "no pair 'text vision'.*'vision text'"),
+        ({"between": NAMES[:2], "weights": {"vision sound": 0.0}}, "every pair has the weight 0"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(words: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        CrossModal(**words)
+
+
+# --- in a run ----------------------------------------------------------------------------------
+
+PAIR = (
+    "tasks.one.objective={'name': 'cross_modal', 'between': ['toy', 'other', 'third'], 'joint': 4, "
+    "'concept': 'label'}"
+)
+MODALITIES = (
+    "modalities={'toy': {'name': 'toy'}, 'other': {'name': 'toy'}, 'third': {'name': 'toy'}}"
+)
+INPUTS = (
+    "tasks.one.inputs={'toy': {'tokens': 2, 'instances': 2}, 'other': {'tokens': 1, 'instances': 3}, "
+    "'third': {'tokens': 2}}"
+)
+EVALUATORS = (
+    "tasks.one.evaluators={'r': {'name': 'retrieval', 'source': {'name': 'toy', 'count': 12}, 'concept': 'label', "
+    "'between': ['toy', 'third'], 'unique': 'none'}}"
+)
+
+
+def test_three_modalities_with_instances_train_and_are_retrieved(tmp_path: Path) -> None:
+    with jax.enable_x64(False):
+        words = (PAIR, MODALITIES, INPUTS, EVALUATORS, "steps=6", "limits.divergence=0")
+        records = toyrun.run(tmp_path / "run", *words)
+        assert records is not None
+        names = {r["name"] for r in records if r["task"] == "one"}
+        ways = ("toy to third", "third to toy")
+        assert names == {f"{way} R@{k}" for way in ways for k in (1, 5, 10)}
+        from mmjax.experiment import make_experiment
+
+        made = make_experiment(block(*words))
+        task = made.tasks["one"]
+        shapes = task.rows().shapes()["inputs"]
+        assert shapes["toy"]["rows"].shape == (2, 2, 6) and shapes["other"][PRESENT].shape == (3,)
+        assert tokens(task, made.declaration, task.rows().batch(4)) == 4 * (2 * 2 + 3 * 1 + 2)
+
+
+def test_micro_batches_keep_its_value(tmp_path: Path) -> None:
+    from harness import deterministic
+
+    with jax.enable_x64(False):
+        losses = []
+        for parts in (1, 2):
+            workdir = tmp_path / str(parts)
+            toyrun.run(
+                workdir, PAIR, MODALITIES, INPUTS, "steps=2", f"tasks.one.microbatches={parts}",
+                "tasks.one.evaluators={}",
+            )  # fmt: skip
+            losses.append([x["loss"] for x in deterministic(workdir) if x["kind"] == "train"])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
