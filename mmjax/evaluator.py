@@ -122,6 +122,7 @@ def function(task: Task, what: str) -> Callable[[Model, Batch, jax.Array], dict[
         result = task.loss(model, batch, key)
         rows = batch["valid"].shape
         values = {"loss": result.value, **result.metrics}
+        values = {name: value for name, value in values.items() if not jnp.ndim(value)}
         return {name: jnp.broadcast_to(value, rows) for name, value in values.items()}
 
     return loss

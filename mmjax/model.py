@@ -11,6 +11,7 @@ from flax import nnx
 
 from mmjax import config as configs
 from mmjax.errors import UserError
+from mmjax.layers.experts import Experts
 from mmjax.layers.masks import FULL, Mask
 from mmjax.layers.stream import Aux, Stream, concatenate
 from mmjax.layers.trunk import GroupConfig, Trunk
@@ -55,6 +56,9 @@ class Model(nnx.Module):
             norm=config.norm,
         )
         self.heads = nnx.Dict({name: nnx.Dict(parts) for name, parts in heads.items()})
+        for _, part in nnx.iter_modules(self):
+            if isinstance(part, Experts):
+                part.check(modalities)
 
     def tokens(
         self, modality: str, arrays: Mapping[str, jax.Array], values: jax.Array | None = None
@@ -72,9 +76,9 @@ class Model(nnx.Module):
         return replace(stream, valid_BS=stream.mask_BS() & present_B[:, None])
 
     def encode(
-        self, streams: Iterable[Stream], key: jax.Array, mask: Mask = FULL
+        self, streams: Iterable[Stream], key: jax.Array | None, mask: Mask = FULL
     ) -> tuple[Stream, Aux]:
-        """One pass of the trunk over the tokens of all `streams` together, under a mask."""
+        """One pass of the trunk over the tokens of all `streams` together, under a mask; without a key none draws."""
         return self.trunk(replace(concatenate(list(streams)), mask=mask), key)
 
 

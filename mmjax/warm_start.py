@@ -26,6 +26,7 @@ from mmjax.transforms import as_matrix
 
 Values = dict[str, np.ndarray]
 PINNED = "init_from.json"
+EXPERTS = "/mlps/"  # in the names of a block's experts, where its MLP's have nothing
 _LISTED = 12  # names in a line of the list
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -123,8 +124,9 @@ def warm_start(
 ) -> Values:
     """The parameters to begin with, by canonical name, each in its shape here; tells what matched.
 
-    A table of positions with other buckets is resampled. A head of another shape begins at random, and
-    so does what is not there. Of a run, the checkpoint of `step` is read, or the newest if None.
+    A table of positions with other buckets is resampled. A dense layer's MLP begins every expert that takes its place
+    (sparse upcycling, Komatsuzaki et al. 2023), and the router begins at random. So does a head of another shape, and
+    what is not there. Of a run, the checkpoint of `step` is read, or the newest if None.
 
     Raises:
       UserError: nothing there; a pattern without a match; a shape that does not fit outside the heads.
@@ -164,6 +166,8 @@ def _take(config: WarmStartConfig, here: Mapping[str, Spec], there: Values) -> T
     taken, used, wrong = Taken(), set(), []
     for name, spec in here.items():
         source, transpose = _there(name, config.names)
+        if source not in there and EXPERTS in source:
+            source = source.replace(EXPERTS, "/", 1)
         if name in skipped or source not in there:
             taken.random.append(name)
             continue
@@ -204,6 +208,8 @@ def _adapt(value: np.ndarray, spec: Spec, shape: tuple[int, ...]) -> np.ndarray 
     if value.shape == as_matrix(spec)[0]:
         return value.reshape(shape)
     axes = spec.axes[1:] if spec.stack else spec.axes
+    if axes[:1] == ("experts",) and value.shape == shape[1:]:
+        return np.broadcast_to(value, shape)
     if axes[:1] == ("positions",) and value.shape[1:] == shape[1:] and value.ndim == len(shape):
         return resample(value, shape[0])
     return None

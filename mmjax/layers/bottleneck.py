@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.errors import UserError
-from mmjax.layers.stream import Aux, Stream, add_up, concatenate, no_aux
+from mmjax.layers.stream import Aux, Stream, add_up, concatenate, fold, no_aux
 from mmjax.layers.transformer import Transformer
 
 FUSION = "fusion"  # the modality, in a layout, of tokens that belong to none
@@ -34,7 +34,7 @@ class Bottleneck(nnx.Module):
         self.blocks = nnx.Dict({name: Transformer(width, **block) for name in modalities})
         self.fuse = fuse
 
-    def __call__(self, stream: Stream, key: jax.Array) -> tuple[Stream, Aux]:
+    def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         parts = segments(stream)
         fusion = [part for part in parts if part.layout[0][0] == FUSION]
         made: list[Stream] = []
@@ -45,7 +45,7 @@ class Bottleneck(nnx.Module):
                 made.append(part)
                 continue
             sees = concatenate([part, *fusion]) if self.fuse else part
-            out, aux = self._block(part.layout[0][0])(sees, jax.random.fold_in(key, index))
+            out, aux = self._block(part.layout[0][0])(sees, fold(key, index))
             auxes.append(aux)
             own = part.x_BSD.shape[1]
             made.append(replace(part, x_BSD=out.x_BSD[:, :own]))

@@ -54,7 +54,7 @@ class CrossTransformer(nnx.Module):
         self.mlp_norm = LayerNorm(width, bias)
         self.mlp = Mlp(width, hidden, bias)
 
-    def __call__(self, stream: Stream, key: jax.Array) -> tuple[Stream, Aux]:
+    def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         del key  # no dropout
         x, context = stream.x_BSD, _context(stream)
         x = x + self.attention(self.attention_norm(x), stream.pairs())

@@ -72,7 +72,7 @@ class Mamba(nnx.Module):
         self.a_log = declare((inner, state), ("mlp", None), _a_log, keep=True, decay=False)
         self.skip = declare((inner,), ("mlp",), initializers.ones, keep=True)
 
-    def __call__(self, stream: Stream, key: jax.Array) -> tuple[Stream, Aux]:
+    def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         del key  # no dropout
         check_mask(stream.mask)
         of, order = kinds(stream), reading_order(stream)

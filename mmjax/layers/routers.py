@@ -20,9 +20,25 @@ from mmjax.errors import UserError, nearest
 SCORES = ("softmax", "sigmoid")
 
 
+class Dispatch(abc.ABC):
+    """Which tokens come to the slots of the experts, and what comes back of them."""
+
+    @abc.abstractmethod
+    def gather(self, x_GTD: jax.Array) -> jax.Array:
+        """What the slots get, `[G, E, C, D]`."""
+
+    @abc.abstractmethod
+    def combine(self, y_GECD: jax.Array, tokens: int) -> jax.Array:
+        """The tokens' sums of what the experts made of the slots, `[G, T, D]`."""
+
+    @abc.abstractmethod
+    def parts(self, tokens: int) -> jax.Array:
+        """How much of each token is each expert's, `[G, T, E]`: 1 or 0 where a slot holds one token."""
+
+
 @struct.dataclass
-class Slots:
-    """What each expert's slots hold.
+class Slots(Dispatch):
+    """Slots that hold a token each: gathered, not multiplied out, so that moving them costs no product.
 
     Attributes:
       index_GEC: the token, int32 in [0, T).
@@ -32,10 +48,72 @@ class Slots:
     index_GEC: jax.Array
     gate_GEC: jax.Array
 
+    def gather(self, x_GTD: jax.Array) -> jax.Array:
+        return jax.vmap(lambda x, index: x[index])(x_GTD, self.index_GEC)
+
+    def combine(self, y_GECD: jax.Array, tokens: int) -> jax.Array:
+        weighed_GECD = y_GECD * self.gate_GEC[..., None].astype(y_GECD.dtype)
+
+        def summed(index_EC: jax.Array, y_ECD: jax.Array) -> jax.Array:
+            zeros = jnp.zeros((tokens, y_ECD.shape[-1]), y_ECD.dtype)
+            return zeros.at[index_EC].add(y_ECD)
+
+        return jax.vmap(summed)(self.index_GEC, weighed_GECD)
+
+    def parts(self, tokens: int) -> jax.Array:
+        def of_expert(index_C: jax.Array, gate_C: jax.Array) -> jax.Array:
+            return jnp.zeros(tokens, gate_C.dtype).at[index_C].max(gate_C > 0)
+
+        return jax.vmap(jax.vmap(of_expert, out_axes=1))(self.index_GEC, self.gate_GEC)
+
+
+@struct.dataclass
+class Mixture(Dispatch):
+    """Slots that hold a mean of all tokens, and tokens that are one of all slots.
+
+    Attributes:
+      dispatch_GTEC: weight of each token in each slot.
+      combine_GTEC: weight of each slot's output in each token.
+    """
+
+    dispatch_GTEC: jax.Array
+    combine_GTEC: jax.Array
+
+    def gather(self, x_GTD: jax.Array) -> jax.Array:
+        return jnp.einsum("gtec,gtd->gecd", self.dispatch_GTEC.astype(x_GTD.dtype), x_GTD)
+
+    def combine(self, y_GECD: jax.Array, tokens: int) -> jax.Array:
+        del tokens
+        return jnp.einsum("gtec,gecd->gtd", self.combine_GTEC.astype(y_GECD.dtype), y_GECD)
+
+    def parts(self, tokens: int) -> jax.Array:
+        del tokens
+        return self.combine_GTEC.sum(axis=-1)
+
 
 @dataclass(frozen=True)
 class Router(abc.ABC):
-    """A rule.
+    """A rule, of logits that a token has for every expert (`columns` of them for each)."""
+
+    columns = 1
+    noise = 0.0
+
+    @abc.abstractmethod
+    def slots(self, tokens: int, experts: int) -> int:
+        """C, of each expert in each group."""
+
+    @abc.abstractmethod
+    def route(self, logits_GTL: jax.Array, valid_GT: jax.Array) -> Dispatch:
+        """The slots, by the logits `[G, T, experts * columns]` of each token."""
+
+    def scores(self, logits_GTE: jax.Array) -> jax.Array:
+        """The gates' values, `[..., E]`."""
+        return jax.nn.softmax(widened(logits_GTE))
+
+
+@dataclass(frozen=True)
+class Limited(Router):
+    """A rule that gives each slot one token.
 
     Attributes:
       capacity: slots of all experts together, as a multiple of the tokens (times `top`, where tokens choose).
@@ -47,17 +125,9 @@ class Router(abc.ABC):
         if self.capacity <= 0:
             raise UserError(f"router: capacity is {self.capacity}; it must be above 0.")
 
-    @abc.abstractmethod
-    def slots(self, tokens: int, experts: int) -> int:
-        """C, of each expert in each group."""
-
-    @abc.abstractmethod
-    def route(self, logits_GTE: jax.Array, valid_GT: jax.Array) -> Slots:
-        """The slots, by the logits of each token and expert."""
-
 
 @dataclass(frozen=True)
-class ExpertChoice(Router):
+class ExpertChoice(Limited):
     """Each expert takes the tokens that score highest with it (Zhou et al. 2022; IMP); none is asked to balance.
 
     Of equal scores the earlier token's comes first.
@@ -76,10 +146,13 @@ class ExpertChoice(Router):
     def slots(self, tokens: int, experts: int) -> int:
         return min(tokens, max(1, round(self.capacity * tokens / experts)))
 
-    def route(self, logits_GTE: jax.Array, valid_GT: jax.Array) -> Slots:
-        _, tokens, experts = logits_GTE.shape
-        logits = widened(logits_GTE)
-        scores_GTE = jax.nn.softmax(logits) if self.score == "softmax" else jax.nn.sigmoid(logits)
+    def scores(self, logits_GTE: jax.Array) -> jax.Array:
+        wide = widened(logits_GTE)
+        return jax.nn.softmax(wide) if self.score == "softmax" else jax.nn.sigmoid(wide)
+
+    def route(self, logits_GTL: jax.Array, valid_GT: jax.Array) -> Slots:
+        _, tokens, experts = logits_GTL.shape
+        scores_GTE = self.scores(logits_GTL)
         scores_GET = jnp.where(valid_GT[..., None], scores_GTE, 0).swapaxes(1, 2)
         # Tokens that are not there come last, also behind those whose score is 0.
         ranked_GET = jnp.where(valid_GT[:, None], scores_GET, -1)
@@ -88,7 +161,7 @@ class ExpertChoice(Router):
 
 
 @dataclass(frozen=True)
-class TokenChoice(Router):
+class TokenChoice(Limited):
     """Each token goes to the experts that score highest with it (Shazeer et al. 2017), if they have a slot left.
 
     First choices come before second ones; among these earlier tokens come first, or with `priority` those whose best
@@ -97,25 +170,28 @@ class TokenChoice(Router):
     Attributes:
       top: experts of a token.
       priority: sort tokens by their best score.
+      noise: standard deviation of what training adds to the logits, as a multiple of 1 / experts (V-MoE: 1).
     """
 
     top: int = 1
     priority: bool = False
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.top < 1:
             raise UserError(f"router: top is {self.top}; it must be at least 1.")
+        if self.noise < 0:
+            raise UserError(f"router: noise is {self.noise}; it must be at least 0.")
 
     def slots(self, tokens: int, experts: int) -> int:
         return min(tokens, math.ceil(self.capacity * self.top * tokens / experts))
 
-    def route(self, logits_GTE: jax.Array, valid_GT: jax.Array) -> Slots:
-        groups, tokens, experts = logits_GTE.shape
+    def route(self, logits_GTL: jax.Array, valid_GT: jax.Array) -> Slots:
+        groups, tokens, experts = logits_GTL.shape
         if self.top > experts:
             raise UserError(f"router: top is {self.top}, of {experts} experts.")
-        scores_GTE = jax.nn.softmax(widened(logits_GTE))
-        gate_GTK, expert_GTK = jax.lax.top_k(scores_GTE, self.top)
+        gate_GTK, expert_GTK = jax.lax.top_k(self.scores(logits_GTL), self.top)
         order_GT = jnp.broadcast_to(jnp.arange(tokens), (groups, tokens))
         if self.priority:
             best_GT = jnp.where(valid_GT, gate_GTK[..., 0], -1)
@@ -147,6 +223,39 @@ def _scattered(x_GM: jax.Array, slot_GM: jax.Array, experts: int, count: int) ->
     return filled_GS[:, :-1].reshape(-1, experts, count)
 
 
+@dataclass(frozen=True)
+class Soft(Router):
+    """Soft mixtures (Puigcerver et al. 2023): each slot is a mean of tokens, each token's sum a mean of slots.
+
+    Logits of token and slot are exponentiated and normalised over the valid tokens of the group for what a slot gets,
+    over all slots for what a token gets. Nothing is dropped.
+
+    Attributes:
+      columns: slots of each expert (IMP's configuration: 32).
+      normalise: tokens and slots' vectors are made unit vectors, times a learned scale (section 2.3 there).
+    """
+
+    columns: int = 32
+    normalise: bool = True
+
+    def __post_init__(self) -> None:
+        if self.columns < 1:
+            raise UserError(f"router: columns is {self.columns}; it must be at least 1.")
+
+    def slots(self, tokens: int, experts: int) -> int:
+        del tokens, experts
+        return self.columns
+
+    def route(self, logits_GTL: jax.Array, valid_GT: jax.Array) -> Mixture:
+        wide_GTL = widened(logits_GTL)
+        there_GT1 = valid_GT[..., None]
+        # Finite: a group without any token must give zeros, not NaN, also backwards.
+        masked_GTL = jnp.where(there_GT1, wide_GTL, jnp.finfo(wide_GTL.dtype).min)
+        weights = jax.nn.softmax(masked_GTL, axis=1), jax.nn.softmax(wide_GTL, axis=2)
+        shape = (*wide_GTL.shape[:2], -1, self.columns)
+        return Mixture(*(jnp.where(there_GT1, w, 0).reshape(shape) for w in weights))
+
+
 def widened(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -161,6 +270,19 @@ def importance_loss(scores_GTE: jax.Array, valid_GT: jax.Array) -> jax.Array:
 
 def _variation(x_E: jax.Array) -> jax.Array:
     return jnp.square(x_E.std() / jnp.maximum(x_E.mean(), 1e-9))
+
+
+def load_loss(
+    logits_GTE: jax.Array, noisy_GTE: jax.Array, deviation: float, top: int, valid_GT: jax.Array
+) -> jax.Array:
+    """V-MoE's (Riquelme et al. 2021, appendix A): how unevenly tokens would come, were one expert's noise drawn anew.
+
+    The squared coefficient of variation over experts of `sum_t 1 - Phi((eta_t - logit_te) / deviation)`, `eta_t` being
+    the token's `top`-th noisy logit.
+    """
+    eta_GT1 = jax.lax.top_k(noisy_GTE, top)[0][..., -1:]
+    chance_GTE = 1 - jax.scipy.stats.norm.cdf((eta_GT1 - logits_GTE) / deviation)
+    return _variation(jnp.where(valid_GT[..., None], chance_GTE, 0).sum(axis=(0, 1)))
 
 
 def balance_loss(scores_GTE: jax.Array, valid_GT: jax.Array) -> jax.Array:

@@ -140,6 +140,11 @@ def concatenate(streams: list[Stream]) -> Stream:
     )
 
 
+def fold(key: jax.Array | None, number: int | jax.Array) -> jax.Array | None:
+    """`jax.random.fold_in`; None, by which nothing is drawn, stays None."""
+    return None if key is None else jax.random.fold_in(key, number)
+
+
 def mean_pool(stream: Stream) -> jax.Array:
     """Mean over the valid tokens, `[B, D]`; zero where an example has none."""
     if stream.valid_BS is None:
@@ -156,15 +161,20 @@ class Aux:
       loss: auxiliary loss to add, float32 scalar.
       statistics: name -> (sum, count), float32 scalars, reported as sum / count.
       buffers: proposed new values of buffers, applied by the step.
+      usage: modality -> how many of its tokens each expert has, float32 `[E]`, in a block; outside of the layers,
+        by layer and modality, `"06 image"`.
     """
 
     loss: jax.Array
     statistics: dict[str, tuple[jax.Array, jax.Array]] = field(default_factory=dict)
     buffers: dict[str, jax.Array] = field(default_factory=dict)
+    usage: dict[str, jax.Array] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, jax.Array]:
-        """The statistics as what they are reported as."""
-        return {name: total / jnp.maximum(n, 1) for name, (total, n) in self.statistics.items()}
+        """The statistics as what they are reported as; and each expert's share, `usage LAYER MODALITY` `[E]`."""
+        made = {name: total / jnp.maximum(n, 1) for name, (total, n) in self.statistics.items()}
+        shares = {f"usage {n}": x / jnp.maximum(x.sum(), 1e-9) for n, x in self.usage.items()}
+        return {**made, **shares}
 
 
 def no_aux() -> Aux:
@@ -172,11 +182,13 @@ def no_aux() -> Aux:
 
 
 def add_up(auxes: Sequence[Aux]) -> Aux:
-    """Losses and statistics added; buffers joined (their names differ)."""
+    """Losses, statistics and usage added; buffers joined (their names differ)."""
     total = Aux(loss=sum((a.loss for a in auxes[1:]), auxes[0].loss))
     for aux in auxes:
         for name, (value, count) in aux.statistics.items():
             before = total.statistics.get(name, (0.0, 0.0))
             total.statistics[name] = (before[0] + value, before[1] + count)
+        for name, value in aux.usage.items():
+            total.usage[name] = total.usage.get(name, jnp.zeros_like(value)) + value
         total.buffers.update(aux.buffers)
     return total

@@ -12,7 +12,7 @@ from flax import nnx
 
 from mmjax.errors import UserError, nearest
 from mmjax.layers.attention import Attention, KeyValues
-from mmjax.layers.by_modality import Kinds, Modalities, apply, kinds, untied
+from mmjax.layers.by_modality import Call, Kinds, Modalities, apply, kinds, untied
 from mmjax.layers.dense import mlp_of, norm_of
 from mmjax.layers.experts import Experts, route
 from mmjax.layers.stream import Aux, Stream, no_aux
@@ -80,15 +80,24 @@ class Transformer(nnx.Module):
         )
         self.has_experts = bool(experts)
 
-    def __call__(self, stream: Stream, key: jax.Array) -> tuple[Stream, Aux]:
-        del key  # no dropout
+    def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         x, of = stream.x_BSD, kinds(stream)
 
         def attention(x: jax.Array) -> jax.Array:
             return self.attention(x, stream.pairs(), kinds=of, places_BS=stream.places())
 
         x = self._add(x, self.attention_norm, attention, of)
-        return self._rest(replace(stream, x_BSD=x))
+        stream, auxes = replace(stream, x_BSD=x), [no_aux()]
+
+        def experts(x: jax.Array) -> jax.Array:
+            y, aux = route(self.mlp, replace(stream, x_BSD=x), key)
+            auxes.append(aux)
+            return y
+
+        if not self.has_experts:
+            return self._rest(stream, _plainly), auxes[-1]
+        x = self._add(x, self.mlp_norm, experts, of)
+        return replace(stream, x_BSD=x), auxes[-1]
 
     def _add(
         self, x: jax.Array, norm: Any, part: Callable[[jax.Array], jax.Array], of: Kinds
@@ -97,29 +106,19 @@ class Transformer(nnx.Module):
             return x + part(apply(norm, x, of))
         return x + apply(norm, part(x), of)
 
-    def _rest(self, stream: Stream) -> tuple[Stream, Aux]:
-        """After attention."""
-        of, auxes = kinds(stream), [no_aux()]
-
-        def experts(x: jax.Array) -> jax.Array:
-            y, aux = route(self.mlp, replace(stream, x_BSD=x))
-            auxes.append(aux)
-            return y
+    def _rest(self, stream: Stream, call: Call) -> Stream:
+        """After attention, `call(mlp, x)` being what each token makes of its MLP."""
+        of = kinds(stream)
 
         def mlp(x: jax.Array) -> jax.Array:
-            return apply(self.mlp, x, of)
+            return apply(self.mlp, x, of, call)
 
-        part = experts if self.has_experts else mlp
-        x = self._add(stream.x_BSD, self.mlp_norm, part, of)
-        return replace(stream, x_BSD=x), auxes[-1]
+        return replace(stream, x_BSD=self._add(stream.x_BSD, self.mlp_norm, mlp, of))
 
     def begin(self, stream: Stream, slots: int) -> KeyValues:
         """Empty slots for the tokens of a stream that comes part by part, see `Trunk.begin`."""
-        if self.has_experts:
-            raise UserError(
-                "A block with experts cannot take a stream token by token: which tokens an expert takes depends on "
-                "all of their group."
-            )
+        if self.has_experts:  # which of them can go on so, the block says as it is traced
+            jax.eval_shape(lambda x: apply(self.mlp, x, kinds(stream), _alone), stream.x_BSD)
         return empty(self.attention, stream, slots)
 
     def extend(
@@ -136,7 +135,18 @@ class Transformer(nnx.Module):
             return self.attention.read(x, held, pairs, of, places_BS)
 
         x = self._add(x, self.attention_norm, attention, of)
-        return self._rest(replace(stream, x_BSD=x))[0], held
+        call = _alone if self.has_experts else _plainly
+        return self._rest(replace(stream, x_BSD=x), call), held
+
+
+def _plainly(mlp: Any, x: jax.Array) -> jax.Array:
+    y: jax.Array = mlp(x)
+    return y
+
+
+def _alone(experts: Any, x: jax.Array) -> jax.Array:
+    y: jax.Array = experts.alone(x)
+    return y
 
 
 def empty(attention: Attention, stream: Stream, slots: int) -> KeyValues:

@@ -13,7 +13,7 @@ from flax import nnx
 from mmjax import config as configs
 from mmjax.layers.by_modality import ByModality, Modalities, apply, experts, kinds
 from mmjax.layers.dense import norm_of
-from mmjax.layers.stream import Aux, Stream, add_up
+from mmjax.layers.stream import Aux, Stream, add_up, fold
 from mmjax.parameters import stack_layers
 from mmjax.sharding import constrain
 
@@ -39,11 +39,11 @@ class Group(nnx.Module):
         for offset, block in enumerate(self.blocks):
             stack_layers(block, first + offset, len(group.pattern), group.repeat)
 
-    def __call__(self, stream: Stream, key: jax.Array) -> tuple[Stream, Aux]:
+    def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         graph, state = nnx.split(self.blocks)
         layout, context = stream.layout, stream.context
 
-        def body(stream: Stream, inputs: tuple[Any, jax.Array]) -> tuple[Stream, Aux]:
+        def body(stream: Stream, inputs: tuple[Any, jax.Array]) -> tuple[Stream, list[Aux]]:
             slices, index = inputs
             blocks = nnx.merge(graph, slices)
             stream = replace(stream, context=context)  # the same for all: not carried
@@ -51,17 +51,30 @@ class Group(nnx.Module):
             for offset, block in enumerate(blocks):
                 # By the layer's own index, so that another grouping draws the same numbers.
                 layer = self.first + index * len(blocks) + offset
-                stream, aux = block(stream, jax.random.fold_in(key, layer))
+                stream, aux = block(stream, fold(key, layer))
                 auxes.append(aux)
             x_BSD = constrain(stream.x_BSD, ("batch", "tokens", None))
-            return replace(stream, x_BSD=x_BSD, layout=layout, context=None), add_up(auxes)
+            return replace(stream, x_BSD=x_BSD, layout=layout, context=None), auxes
 
         stream, auxes = jax.lax.scan(
             _remat(body, self.remat),
             replace(stream, context=None),
             (state, jnp.arange(self.repeat)),
         )
-        return replace(stream, context=context), jax.tree.map(lambda x: x.sum(axis=0), auxes)
+        return replace(stream, context=context), add_up(
+            [self._summed(a, i) for i, a in enumerate(auxes)]
+        )
+
+    def _summed(self, aux: Aux, offset: int) -> Aux:
+        """What a block of the pattern says in all repeats, stacked: added up, but for the usage of each layer."""
+        total: Aux = jax.tree.map(lambda x: x.sum(axis=0), aux)
+        layers = [self.first + i * len(self.blocks) + offset for i in range(self.repeat)]
+        told = {
+            f"{layer:02d} {name}": x[i]
+            for i, layer in enumerate(layers)
+            for name, x in aux.usage.items()
+        }
+        return replace(total, usage=told)
 
     def begin(self, stream: Stream, slots: int) -> Any:
         """See `Trunk.begin`; of each block, stacked over the repeats."""
@@ -136,13 +149,13 @@ class Trunk(nnx.Module):
         if norm_modalities:
             self.norm = ByModality(lambda: norm_of(norm, width), experts(norm_modalities))
 
-    def __call__(self, stream: Stream, key: jax.Array) -> tuple[Stream, Aux]:
+    def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         stream, aux = self.layers(stream, key)
         x_BSD = apply(self.norm, stream.x_BSD, kinds(stream))
         return replace(stream, x_BSD=x_BSD), aux
 
-    def layers(self, stream: Stream, key: jax.Array) -> tuple[Stream, Aux]:
-        """All but the norm."""
+    def layers(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
+        """All but the norm. Where the key is None, nothing is drawn: evaluation has no noise."""
         auxes = []
         for group in self.groups:
             stream, aux = group(stream, key)

@@ -86,9 +86,9 @@ class Classification(Objective):
         return self.reads()
 
     def predict(self, model: Model, inputs: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
-        return self._predict(model, inputs, jax.random.key(0))[0]
+        return self._predict(model, inputs, None)[0]
 
-    def _predict(self, model: Model, inputs: Mapping[str, Any], key: jax.Array) -> Any:
+    def _predict(self, model: Model, inputs: Mapping[str, Any], key: jax.Array | None) -> Any:
         stream, aux = model.encode([model.tokens(m, inputs[m]) for m in self.modalities], key)
         logits_BC = model.heads[self.head].classifier(mean_pool(stream))
         return logits_BC.astype(jnp.promote_types(logits_BC.dtype, jnp.float32)), aux

@@ -51,13 +51,13 @@ class TextDecoder(nnx.Module):
         self.multimodal = Trunk(multimodal, width, remat, f"{where}.multimodal")
         self.logits = Dense(width, vocabulary, ("embed", "vocabulary"), bias=False)
 
-    def read(self, text: Stream, key: jax.Array) -> tuple[Read, Aux]:
+    def read(self, text: Stream, key: jax.Array | None) -> tuple[Read, Aux]:
         """What the unimodal layers make of a text's tokens and of the one that closes it."""
         stream, aux = self.unimodal.layers(_closed(text, self.close[...]), key)
         tokens = replace(text, x_BSD=stream.x_BSD[:, :-1], coordinates={}, mask=Causal())
         return Read(tokens, self.unimodal.norm(stream.x_BSD[:, -1])), aux
 
-    def predict(self, read: Read, context: Stream, key: jax.Array) -> tuple[jax.Array, Aux]:
+    def predict(self, read: Read, context: Stream, key: jax.Array | None) -> tuple[jax.Array, Aux]:
         """Logits `[B, S, V]` of the token after each of a text's tokens, given the context."""
         stream, aux = self.multimodal(replace(read.tokens, context=context), key)
         return self.logits(stream.x_BSD), aux
@@ -149,7 +149,7 @@ class Coca(Contrastive):
 
     # --- the pass ------------------------------------------------------------------------------
 
-    def see(self, model: Model, arrays: Any, key: jax.Array) -> tuple[Seen, Aux]:
+    def see(self, model: Model, arrays: Any, key: jax.Array | None) -> tuple[Seen, Aux]:
         """The modality that is captioned: encoded and pooled."""
         head = model.heads[self.head]
         stream, aux = model.encode([model.tokens(self.between[0], arrays)], key)
@@ -157,7 +157,7 @@ class Coca(Contrastive):
         pooled = head.contrastive(context if self.pooling == "cascade" else stream)
         return Seen(context, pooled.x_BSD[:, 0]), aux
 
-    def read(self, model: Model, arrays: Any, key: jax.Array) -> tuple[Read, Aux]:
+    def read(self, model: Model, arrays: Any, key: jax.Array | None) -> tuple[Read, Aux]:
         """The text, moved by one: each place knows what stands before its token, and begins with the begin token."""
         text = model.tokens(self._text, {**arrays, "ids": begun(arrays["ids"])})
         read: tuple[Read, Aux] = model.heads[self.head].decoder.read(text, key)
@@ -168,7 +168,7 @@ class Coca(Contrastive):
         return unit(joint_BE.astype(jnp.promote_types(joint_BE.dtype, jnp.float32)))
 
     def _embed(
-        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], key: jax.Array
+        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], key: jax.Array | None
     ) -> Any:
         of = self.read if modality == self._text else self.see
         made, aux = of(model, arrays, key)
@@ -193,7 +193,7 @@ class Coca(Contrastive):
         return Represented(rows, add_up(auxes))
 
     def _caption(
-        self, model: Model, seen: Seen, read: Read, arrays: Any, key: jax.Array
+        self, model: Model, seen: Seen, read: Read, arrays: Any, key: jax.Array | None
     ) -> tuple[tuple[jax.Array, jax.Array], Aux]:
         """Of each row, the cross-entropy of its tokens, summed, and their number: both `[B]`."""
         logits_BSV, aux = model.heads[self.head].decoder.predict(read, seen.context, key)
@@ -224,7 +224,7 @@ class Coca(Contrastive):
         self, model: Model, arrays: Mapping[str, jax.Array], length: int, keys_B: jax.Array
     ) -> jax.Array:
         """Captions of the first modality's arrays, int32 `[B, length]`, see `generate`."""
-        seen, _ = self.see(model, arrays, jax.random.key(0))
+        seen, _ = self.see(model, arrays, None)
         return self._write(model, seen, length, keys_B)
 
     def _write(self, model: Model, seen: Seen, length: int, keys_B: jax.Array) -> jax.Array:
@@ -251,10 +251,10 @@ class Coca(Contrastive):
 
     def write(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         shown, text = self.between
-        given, keys = batch["inputs"][text], jax.random.split(key, 3)
-        seen, _ = self.see(model, batch["inputs"][shown], keys[0])
-        read, _ = self.read(model, given, keys[1])
-        (cost_B, tokens_B), _ = self._caption(model, seen, read, given, keys[2])
+        given = batch["inputs"][text]
+        seen, _ = self.see(model, batch["inputs"][shown], None)
+        read, _ = self.read(model, given, None)
+        (cost_B, tokens_B), _ = self._caption(model, seen, read, given, None)
         length = given["ids"].shape[1]
         return {
             "written": self._write(model, seen, length, row_keys(batch, key)),

@@ -80,10 +80,10 @@ class Contrastive(Coupled):
     def embed(
         self, model: Model, modality: str, arrays: Mapping[str, jax.Array], toward: str = ""
     ) -> jax.Array:
-        return self._embed(model, modality, arrays, jax.random.key(0))[0]
+        return self._embed(model, modality, arrays, None)[0]
 
     def _embed(
-        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], key: jax.Array
+        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], key: jax.Array | None
     ) -> Any:
         stream, aux = model.encode([model.tokens(modality, arrays)], key)
         joint_BE = model.heads[self.head][modality](mean_pool(stream))

@@ -127,11 +127,11 @@ class CrossModal(Coupled):
     def embed(
         self, model: Model, modality: str, arrays: Mapping[str, jax.Array], toward: str = ""
     ) -> jax.Array:
-        pooled, _ = self._pooled(model, modality, arrays, jax.random.key(0))
+        pooled, _ = self._pooled(model, modality, arrays, None)
         return self._vectors(model, pooled, modality, toward or self._partners(modality)[0])
 
     def _pooled(
-        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], key: jax.Array
+        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], key: jax.Array | None
     ) -> Any:
         stream, aux = model.encode([model.tokens(modality, arrays)], key)
         return mean_pool(stream), aux

@@ -76,7 +76,7 @@ class Fusion(Classification):
         return {"fused": Fused(width, self.tokens, made)}
 
     def outputs(
-        self, model: Model, inputs: Mapping[str, Any], key: jax.Array
+        self, model: Model, inputs: Mapping[str, Any], key: jax.Array | None
     ) -> tuple[dict[str, jax.Array], Aux]:
         """Logits `[B, C]` of each modality in `inputs`, and of the fusion tokens where these are read."""
         fused = model.heads[self.head].fused
@@ -96,7 +96,7 @@ class Fusion(Classification):
 
     def predict(self, model: Model, inputs: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
         """Of one modality, its own output's; of several, the fusion output's or the mean of theirs."""
-        logits, _ = self.outputs(model, inputs, jax.random.key(0))
+        logits, _ = self.outputs(model, inputs, None)
         if self.reading == "mean":
             return mean(logits)
         return logits[FUSION] if len(inputs) > 1 else logits[next(iter(inputs))]

@@ -9,6 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experted import (
+    CHOICE,
+    COUNT,
+    HIDDEN,
+    LAYOUT,
+    LENGTH,
+    ROWS,
+    TOKENS,
+    VALID,
+    WIDTH,
+    X,
+    block,
+    mlp,
+    random,
+)
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,17 +38,6 @@ from mmjax.layers.trunk import GroupConfig, Trunk
 from mmjax.parameters import Declaration
 from mmjax.sharding import MeshConfig, make_mesh, named
 
-ROWS, LENGTH, WIDTH, HIDDEN, COUNT = 4, 6, 5, 7, 3
-LAYOUT = (("text", 2), ("image", 4))
-VALID = np.random.default_rng(3).random((ROWS, LENGTH)) < 0.8
-X = np.random.default_rng(4).normal(size=(ROWS, LENGTH, WIDTH))
-CHOICE = {"count": COUNT, "router": {"name": "expert_choice", "capacity": 0.8}, "group": 12}
-TOKENS = {
-    "count": COUNT,
-    "router": {"name": "token_choice", "top": 2, "capacity": 0.4},
-    "group": 12,
-}
-
 
 @pytest.fixture(autouse=True)
 def _x64() -> Iterator[None]:
@@ -41,28 +45,13 @@ def _x64() -> Iterator[None]:
         yield
 
 
-def random(declaration: Declaration, seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {n: rng.normal(size=s.shape) for n, s in declaration.specs.items()}
-
-
 def run(
     config: Mapping[str, Any], p: Any, valid: Any = VALID, x: Any = X
 ) -> tuple[np.ndarray, Aux]:
     declaration = Declaration(Experts(WIDTH, HIDDEN, config))
     stream = Stream(jnp.asarray(x), jnp.asarray(valid), layout=LAYOUT)
-    y, aux = jax.jit(lambda p, s: declaration.merge(p)(s))(p, stream)
+    y, aux = jax.jit(lambda p, s: declaration.merge(p)(s, None))(p, stream)
     return np.asarray(y), aux
-
-
-def mlp(p: Mapping[str, np.ndarray], e: int, x: np.ndarray) -> np.ndarray:
-    up = x @ p["mlps/up/kernel"][e]
-    return (
-        0.5
-        * up
-        * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
-        @ p["mlps/down/kernel"][e]
-    )
 
 
 @pytest.mark.parametrize("config", [CHOICE, TOKENS], ids=["expert choice", "token choice"])
@@ -72,7 +61,7 @@ def test_each_token_is_the_sum_of_its_slots(config: dict[str, Any]) -> None:
     y, aux = run(config, p)
     # Groups of two rows.
     x, valid = X.reshape(2, 12, WIDTH), VALID.reshape(2, 12)
-    slots = experts.rule.route(jnp.asarray(x @ p["router"]), jnp.asarray(valid))
+    slots: Any = experts.rule.route(jnp.asarray(x @ p["router"]), jnp.asarray(valid))
     wanted, found = np.zeros_like(x), np.zeros((2, 12), bool)
     for g, e, c in np.ndindex(*slots.index_GEC.shape):
         token, gate = int(slots.index_GEC[g, e, c]), float(slots.gate_GEC[g, e, c])
@@ -120,17 +109,13 @@ def test_auxiliary_losses_add_up_and_reach_the_router() -> None:
     assert float(run({**TOKENS, **together}, p)[1].loss) == pytest.approx(sum(alone), rel=1e-6)
     declaration = Declaration(Experts(WIDTH, HIDDEN, {**TOKENS, **together}))
     stream = Stream(jnp.asarray(X), layout=LAYOUT)
-    gradient = jax.grad(lambda p: declaration.merge(p)(stream)[1].loss)(
+    gradient = jax.grad(lambda p: declaration.merge(p)(stream, None)[1].loss)(
         {n: jnp.asarray(v) for n, v in p.items()}
     )
     assert float(jnp.abs(gradient["router"]).max()) > 0
 
 
 # --- in a block --------------------------------------------------------------------------------
-
-
-def block(**more: Any) -> dict[str, Any]:
-    return {"name": "transformer", "heads": 2, "hidden": HIDDEN, **more}
 
 
 def trunk(width: int = 8, **more: Any) -> Declaration:
@@ -154,7 +139,7 @@ def test_experts_by_modality_are_those_of_each_alone() -> None:
             jnp.asarray(VALID[:, at]),
             layout=((name, at.stop - at.start),),
         )
-        y, alone = getattr(model.mlp, name)(own)
+        y, alone = getattr(model.mlp, name)(own, None)
         np.testing.assert_allclose(out.x_BSD[:, at], after[:, at] + y, rtol=1e-9)
         assert aux.statistics[f"dropped {name}"][1] == alone.statistics[f"dropped {name}"][1]
 
@@ -171,7 +156,7 @@ def test_the_cost_is_that_of_the_slots_whatever_the_number_of_experts() -> None:
         router = 2 * 256 * 8 * count
         return (
             model_flops(
-                lambda p, x: declaration.merge(p)(Stream(x, layout=(("text", 64),)))[0], p, x
+                lambda p, x: declaration.merge(p)(Stream(x, layout=(("text", 64),)), None)[0], p, x
             )
             - router
         )

@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from mmjax.errors import UserError
 from mmjax.layers.routers import (
     ExpertChoice,
     Router,
     Slots,
+    Soft,
     TokenChoice,
     balance_loss,
     entropy_losses,
     importance_loss,
+    load_loss,
     z_loss,
 )
 
@@ -210,5 +213,82 @@ def test_entropies_of_a_modality() -> None:
     ],
 )  # fmt: skip
 def test_what_makes_no_sense(make: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        make()
+
+
+# --- soft mixtures -----------------------------------------------------------------------------
+
+
+def test_soft_slots_are_means_of_tokens_and_tokens_means_of_slots() -> None:
+    """Puigcerver et al. (2023), equations 1 and 2, by loops; a group with padding, and one with a single token."""
+    rng = np.random.default_rng(2)
+    tokens, experts, columns, width = 5, 3, 2, 4
+    logits = rng.normal(size=(2, tokens, experts * columns))
+    valid = np.array([[True, True, False, True, True], [False, False, True, False, False]])
+    x = rng.normal(size=(2, tokens, width))
+    router = Soft(columns=columns)
+    made = router.route(jnp.asarray(logits), jnp.asarray(valid))
+    slots = np.zeros((2, experts, columns, width))
+    for g, e, c in np.ndindex(2, experts, columns):
+        own = logits[g, :, e * columns + c]
+        weights = np.where(valid[g], np.exp(own), 0) / np.exp(own[valid[g]]).sum()
+        slots[g, e, c] = sum(weights[t] * x[g, t] for t in range(tokens))
+    np.testing.assert_allclose(made.gather(jnp.asarray(x)), slots, rtol=1e-12)
+    y = rng.normal(size=slots.shape)
+    for g, t in np.ndindex(2, tokens):
+        share = softmax(logits[g, t]).reshape(experts, columns)
+        wanted = np.einsum("ec,ecd->d", share, y[g]) if valid[g, t] else np.zeros(width)
+        np.testing.assert_allclose(made.combine(jnp.asarray(y), tokens)[g, t], wanted, rtol=1e-12)
+        parts = share.sum(axis=1) if valid[g, t] else np.zeros(experts)
+        np.testing.assert_allclose(made.parts(tokens)[g, t], parts, rtol=1e-12)
+    assert router.slots(tokens, experts) == columns
+
+
+def test_a_soft_group_without_tokens_is_zero_also_backwards() -> None:
+    x, logits = jnp.ones((1, 3, 2)), jnp.ones((1, 3, 4))
+
+    def total(logits: jax.Array) -> jax.Array:
+        made = Soft(columns=2).route(logits, jnp.zeros((1, 3), bool))
+        return made.combine(made.gather(x), 3).sum()
+
+    value, gradient = jax.value_and_grad(total)(logits)
+    assert float(value) == 0 and not np.asarray(gradient).any()
+
+
+# --- noise -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top", [1, 2])
+def test_the_load_loss_by_loops(top: int) -> None:
+    """Riquelme et al. (2021), appendix A."""
+    rng = np.random.default_rng(top)
+    logits, deviation = rng.normal(size=(2, 6, 4)), 0.25
+    noisy = logits + deviation * rng.normal(size=logits.shape)
+    valid = rng.random((2, 6)) < 0.8
+    load = np.zeros(4)
+    for g, t in np.ndindex(2, 6):
+        if valid[g, t]:
+            eta = sorted(noisy[g, t])[-top]
+            load += [1 - norm.cdf((eta - logit) / deviation) for logit in logits[g, t]]
+    wanted = (load.std() / load.mean()) ** 2
+
+    def loss(logits: Any) -> jax.Array:
+        return load_loss(logits, jnp.asarray(noisy), deviation, top, jnp.asarray(valid))
+
+    assert float(loss(jnp.asarray(logits))) == pytest.approx(wanted, rel=1e-12)
+    gradient, way = jax.grad(loss)(jnp.asarray(logits)), rng.normal(size=logits.shape)
+    ahead, behind = (float(loss(jnp.asarray(logits + s * 1e-6 * way))) for s in (1, -1))
+    assert float((gradient * way).sum()) == pytest.approx((ahead - behind) / 2e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Soft(columns=0), "columns is 0"),
+        (lambda: TokenChoice(noise=-1.0), "noise is -1.0"),
+    ],
+)
+def test_more_mistakes(make: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
         make()
