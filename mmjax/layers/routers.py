@@ -247,7 +247,8 @@ class Soft(Router):
         return self.columns
 
     def route(self, logits_GTL: jax.Array, valid_GT: jax.Array) -> Mixture:
-        wide_GTL = widened(logits_GTL)
+        # Two softmaxes read the logits: without the barrier the TPU's compiler makes the product once for each.
+        wide_GTL = jax.lax.optimization_barrier(widened(logits_GTL))
         there_GT1 = valid_GT[..., None]
         # Finite: a group without any token must give zeros, not NaN, also backwards.
         masked_GTL = jnp.where(there_GT1, wide_GTL, jnp.finfo(wide_GTL.dtype).min)

@@ -162,7 +162,7 @@ class Aux:
       statistics: name -> (sum, count), float32 scalars, reported as sum / count.
       buffers: proposed new values of buffers, applied by the step.
       usage: modality -> how many of its tokens each expert has, float32 `[E]`, in a block; outside of the layers,
-        by layer and modality, `"06 image"`.
+        by layer and modality, `"006 image"`.
     """
 
     loss: jax.Array

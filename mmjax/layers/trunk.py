@@ -70,7 +70,7 @@ class Group(nnx.Module):
         total: Aux = jax.tree.map(lambda x: x.sum(axis=0), aux)
         layers = [self.first + i * len(self.blocks) + offset for i in range(self.repeat)]
         told = {
-            f"{layer:02d} {name}": x[i]
+            f"{layer:03d} {name}": x[i]
             for i, layer in enumerate(layers)
             for name, x in aux.usage.items()
         }

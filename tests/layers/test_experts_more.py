@@ -189,10 +189,10 @@ def test_usage_is_told_of_each_layer_and_modality() -> None:
     p = {n: jnp.asarray(v) for n, v in random(declaration).items()}
     model = declaration.merge(p)["trunk"]
     _, aux = model(stream(), None)
-    assert set(aux.usage) == {f"{layer} {name}" for layer in ("01", "03") for name in ("text", "image")}  # fmt: skip
+    assert set(aux.usage) == {f"{layer} {name}" for layer in ("001", "003") for name in ("text", "image")}  # fmt: skip
     x = stream()
     graph, state = nnx.split(model.groups[0].blocks)
-    for repeat, layer in enumerate(("01", "03")):
+    for repeat, layer in enumerate(("001", "003")):
         first, second = nnx.merge(graph, jax.tree.map(lambda a, r=repeat: a[r], state))
         x, _ = first(x, None)
         after = x.x_BSD + second.attention(second.attention_norm(x.x_BSD), x.pairs(), kinds=None)
@@ -241,11 +241,11 @@ def test_a_dense_run_begins_every_expert(
         capsys.readouterr()
         after = toyrun.run(sparse, GROUPS % SPARSE, *still, f"init_from.path='{dense}'")
     said = capsys.readouterr().out
-    name = "trunk/layers/1/mlp/mlps/up/kernel"
-    assert f"{name} [8, 8] -> [3, 8, 8]" in said and "trunk/layers/1/mlp/router" in said
+    name = "trunk/layers/001/mlp/mlps/up/kernel"
+    assert f"{name} [8, 8] -> [3, 8, 8]" in said and "trunk/layers/001/mlp/router" in said
     there, here = toyrun.parameters(dense), toyrun.parameters(sparse)
     for each in here[name]:
-        np.testing.assert_array_equal(each, there["trunk/layers/1/mlp/up/kernel"])
+        np.testing.assert_array_equal(each, there["trunk/layers/001/mlp/up/kernel"])
     assert before is not None and after is not None
     for one, two in zip(before, after, strict=True):
         assert one["value"] == pytest.approx(two["value"], rel=1e-5)
