@@ -15,14 +15,15 @@ The data are not among those that can be built here (the released names are plac
 `train*.array_record*` and `test*.array_record*` in the folders `~/data/NAME`, or set each task's source, whose records
 are `tf.train.Example` messages:
 
-- `image_text` (such as ALIGN): `image`, an encoded picture; `caption`, one or several texts.
+- `image_text` (such as ALIGN): `image`, an encoded picture; `caption`, one or several texts; `concept`, an integer
+  that says which examples of the test belong together, such as their number.
 - `images` (ImageNet-21k): `image`; `label`, an integer below 21,843.
 - `videos` (Kinetics-700): `video`, the JPEG frames of a clip; `label`, below 700.
-- `video_text` (such as HowTo100M, AudioSet): `video`; `audio`, the bytes of a WAV file; `caption`.
+- `video_text` (such as HowTo100M, AudioSet): `video`; `audio`, the bytes of a WAV file; `caption`; `concept`.
 - `sounds` (such as VGGSound): `audio`; `label`, below 309.
 
-Hardware: 256 chips of TPU v5e or 128 of v5p, by the plans in `plans/`. Results: none, it has not been trained here; see
-`imp_small.py`, the same recipe with smaller numbers.
+Hardware: a slice of a TPU pod; which one, `python -m mmjax.plan` says (no plan of it is committed yet). Results: none,
+it has not been trained here; see `imp_small.py`, the same recipe with smaller numbers.
 """
 
 from typing import Any

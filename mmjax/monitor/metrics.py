@@ -25,7 +25,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -48,6 +48,7 @@ _WORDS = (
     "unit",
     "bucket",
 )  # fields that are text, whatever they say
+USAGE = "usage "  # before layer and modality, in the names of what experts have
 _TAG = ("task", "split", "name")
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -107,14 +108,16 @@ class MetricWriter:
         Args:
           step: the step these numbers describe; at least `resume_step`.
           task: the task that ran.
-          values: deterministic scalars: Python numbers, NumPy scalars or arrays without axes.
+          values: deterministic scalars: Python numbers, NumPy scalars or arrays without axes. Arrays with an axis
+            are the parts that experts have (`usage ...`): the line holds them as a list, in ten-thousandths, and
+            other places get how many experts are in use.
           timing: scalars that differ from run to run, in seconds or per second.
         """
         self._check_step(step)
         _check_names(values, ("kind", "step", "task", "timing"))
         line = {"kind": "train", "step": step, "task": task, **_plain_fields(values)}
         self._append(_dumps(line | {"timing": _plain_fields(timing)}))
-        scalars = {f"{task}/{name}": x for name, x in values.items() if name not in _WORDS}
+        scalars = {f"{task}/{n}": x for n, x in _scalars(values) if n not in _WORDS}
         scalars |= {f"timing/{task}/{name}": value for name, value in timing.items()}
         self.add(step, scalars)
 
@@ -270,6 +273,20 @@ def _revived(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def in_use(shares_E: np.ndarray) -> float:
+    """How many experts are in use: exp of the entropy of their parts; 0 where nothing is."""
+    shares = np.asarray(shares_E, float)[np.asarray(shares_E) > 0]
+    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
+
+
+def _scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if np.ndim(value):
+            yield f"experts in use {name.removeprefix(USAGE)}", in_use(value)
+        else:
+            yield name, value
+
+
 def _eval_line(step: int, record: Mapping[str, Any]) -> dict[str, Any]:
     timing = {"timing": _plain_fields(record["timing"])} if "timing" in record else {}
     fields = {key: value for key, value in record.items() if key != "timing"}
@@ -305,6 +322,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     kind = getattr(value, "dtype", None)
+    if np.ndim(value):
+        return [round(float(x), 4) for x in value]
     if kind is not None and np.issubdtype(kind, np.bool_):
         return bool(value)
     if kind is not None and np.issubdtype(kind, np.integer):

@@ -31,6 +31,7 @@ from mmjax.monitor.report_html import Html, join, section, tag
 from mmjax.monitor.report_panel import EXAMPLES, Panel, framed, thanks
 from mmjax.monitor.report_pictures import pictured
 from mmjax.monitor.report_results import results
+from mmjax.monitor.report_routing import routing
 from mmjax.monitor.report_style import STYLE
 from mmjax.monitor.tables import human_bytes
 from mmjax.program import use_cache
@@ -75,6 +76,7 @@ def page(run: Run, gallery: Html) -> Html:
         section("What it finds in held-out data", gallery),
         section("Schedule", *parts.schedule(run)),
         section("Optimisation", *parts.optimisation(run)),
+        section("Routing", *routing(run)),
         section("Costs", *costs(run)),
         section("Time", *parts.time_spent(run)),
         section("Parameters", parts.parameters(rows) if rows else tag("p", note, class_="none")),

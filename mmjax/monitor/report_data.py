@@ -6,7 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,13 @@ class Visits:
       step: which they were, `[V]`.
       values: each measure `[V]`, NaN where a line lacks it; `seconds` and `wait` among them.
       batch: examples of a step, 0 where the config does not say.
+      usage: `"LAYER MODALITY"` -> each expert's part of the tokens `[V', E]`, of the visits that told it.
     """
 
     step: np.ndarray
     values: Mapping[str, np.ndarray]
     batch: int
+    usage: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def of(self, name: str) -> np.ndarray:
         """A measure `[V]`, NaN where it is not known."""
@@ -177,7 +179,12 @@ def _visits(lines: Sequence[Mapping[str, Any]], batch: int) -> Visits:
     known = {name: column for name, column in values.items() if not np.isnan(column).all()}
     # A loss that was never a number is still a loss.
     known |= {name: values[name] for name in ("loss", "grad_norm") if name in values}
-    return Visits(np.array([line["step"] for line in lines], np.int64), known, batch)
+    told: dict[str, list[Any]] = defaultdict(list)
+    for name, value in (item for line in lines for item in line.items()):
+        if name.startswith(metrics.USAGE):
+            told[name.removeprefix(metrics.USAGE)].append(value)
+    usage = {name: np.array(shares, float) for name, shares in told.items()}
+    return Visits(np.array([line["step"] for line in lines], np.int64), known, batch, usage)
 
 
 def _number(value: Any) -> float:

@@ -106,7 +106,7 @@ def strip(value: Any) -> Html | None:
     whole = Image.new("RGB", ((width + _GAP) * len(frames) - _GAP, height), (128, 128, 128))
     for i, frame in enumerate(frames):
         whole.paste(frame, ((width + _GAP) * i, 0))
-    return tag("img", src=data_uri("image/png", _encoded(whole)), alt="", class_="strip")
+    return tag("img", src=data_uri("image/png", encoded(whole)), alt="", class_="strip")
 
 
 def _array(value: Any) -> np.ndarray:
@@ -150,7 +150,7 @@ def _spectrum(samples: np.ndarray, rate: int) -> Html:
     level_MT = (level_TM.T[::-1] - level_TM.min()) / max(np.ptp(level_TM), 1e-6)
     picture = Image.fromarray(np.round(level_MT * (_SHADES - 1)).astype(np.uint8), "P")
     picture.putpalette(np.round(_COLOURS).astype(np.uint8).tobytes())
-    return tag("img", src=data_uri("image/png", _encoded(picture)), alt="", class_="spectrum")
+    return tag("img", src=data_uri("image/png", encoded(picture)), alt="", class_="spectrum")
 
 
 def _as_floats(samples: np.ndarray) -> np.ndarray:
@@ -194,10 +194,11 @@ def _png(image: Image.Image) -> bytes:
         image = image.convert("RGBA" if image.mode in ("RGBA", "LA", "P") else "RGB")
         image = image.copy()
         image.thumbnail((_LARGEST, _LARGEST))
-    return _encoded(image)
+    return encoded(image)
 
 
-def _encoded(image: Image.Image) -> bytes:
+def encoded(image: Image.Image) -> bytes:
+    """As PNG."""
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return file.getvalue()

@@ -1,0 +1,106 @@
+"""IMP on drawings, clips of them, spoken names and notes: the recipe of `imp_b.py` with smaller numbers.
+
+python -m mmjax.data.build emoji speech notes
+python -m mmjax.train --config=configs/imp_small.py --workdir=runs/imp_small
+
+Settings: `imp_small.py:released` (the default), `:mixed` (videos in three shapes), `:moe` (`imp_moe_b.py`: four experts
+in each of the last two layers), `:moe-mixed`. Clips are drawings that move; the third modality of a clip is its name,
+spoken. Examples of one concept are positives of each other, as names repeat here.
+
+Hardware: a CPU with 2 cores: HARDWARE. Results RESULTS.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mmjax.config import load_module
+from mmjax.errors import UserError, nearest
+
+imp = load_module(Path(__file__).with_name("imp_b.py"))
+SETTINGS = ("released", "mixed", "moe", "moe-mixed")
+# Of 32, 64 and 72 tokens, 16 are kept.
+BUCKETS = {
+    "released": {"inputs": {"vision": {"frames": 4, "size": 32, "drop": 0.5}}, "share": 2},
+    "long": {"inputs": {"vision": {"frames": 8, "stride": 1, "size": 32, "drop": 0.75}}},
+    "large": {"inputs": {"vision": {"frames": 4, "size": 48, "drop": 0.778}}},
+}
+
+
+def data(dataset: str, split: str) -> dict[str, Any]:
+    return {"name": "tfds", "dataset": dataset, "split": split}
+
+
+def clips(split: str) -> dict[str, Any]:
+    return {
+        "name": "moving_emoji", "split": split, "actors": 1, "frames": 8, "size": 48, "clips": 4,
+    }  # fmt: skip
+
+
+def spoken(split: str, voices: str) -> dict[str, Any]:
+    """Clips with the names of what they show, spoken."""
+    right = data("speech", voices)
+    return {"name": "joined", "left": clips(split), "right": right, "by": "concept", "take": ["audio"]}  # fmt: skip
+
+
+SOURCES = {
+    "image_text": (data("emoji", "train"), data("emoji", "test_drawing")),
+    "images": (data("emoji", "train"), data("emoji", "test_drawing")),
+    "video_text": (clips("train"), clips("test_drawing")),
+    "videos": (clips("train"), clips("test_drawing")),
+    "video_audio_text": (spoken("train", "train"), spoken("test_drawing", "test_voice")),
+    "sounds": (data("notes", "train"), data("notes", "test_pitch")),
+}
+CLASSES = {"images": ("subgroup", 99), "videos": ("direction", 8), "sounds": ("program", 128)}
+NUMBERS = {  # batch, interval
+    "image_text": (64, 1), "images": (64, 2), "video_text": (32, 2), "videos": (32, 4), "video_audio_text": (32, 2),
+    "sounds": (64, 4),
+}  # fmt: skip
+
+
+def on_emoji(name: str, task: ConfigDict) -> None:
+    """The data of a task, and the sizes that go with them."""
+    task.batch, task.share = NUMBERS[name]
+    task.source, test = SOURCES[name]
+    task.evaluators.test.source = test
+    if "vision" in task.inputs:
+        size = {"frames": 4, "size": 32} if task.inputs.vision.frames > 1 else {"size": 32}
+        task.inputs.vision.update({**size, "flip": False})
+        if "drop" in task.inputs.vision:
+            task.inputs.vision.drop = 0.5
+    if "spectrogram" in task.inputs:
+        task.inputs.spectrogram.update({"frames": 40 if name == "sounds" else 64, "gain": 6.0})
+    if "text" in task.inputs:
+        task.inputs.text.length = 12
+        task.objective.update({"joint": 96, "concept": "concept"})
+    if name in CLASSES:
+        task.objective.label, task.objective.classes = CLASSES[name]
+
+
+def get_config(setting: str = "released") -> ConfigDict:
+    """The config; `setting` is one of `SETTINGS`."""
+    if setting not in SETTINGS:
+        raise UserError(f"There is no setting '{setting}'.{nearest(setting, SETTINGS)}")
+    experts, mixed = 4 if "moe" in setting else 0, "mixed" if "mixed" in setting else "released"
+    config: ConfigDict = imp.recipe("b", experts, mixed)
+    config.steps = 900
+    config.modalities.vision.update({"tube": 2, "patch": 8, "time_buckets": 4, "buckets": 12})
+    config.modalities.spectrogram.update(
+        {
+            "patch_frames": 4, "patch_mels": 64, "mels": 64, "rate": 11_025, "window": 512, "hop": 256,
+            "low": 60.0, "high": 5500.0, "buckets": 16,
+        }
+    )  # fmt: skip
+    config.modalities.text.update({"vocabulary": 2048, "buckets": 128})
+    config.model.update({"width": 128, "groups": imp.layers(4, 4, 512, experts), "remat": "none"})
+    for name, task in config.tasks.items():
+        on_emoji(name, task)
+        if "buckets" in task:
+            task.buckets = BUCKETS
+    config.optimizer.update({"learning_rate": 2e-3, "warmup": 50})
+    config.dtype.compute = "float32"
+    config.mesh = {"data": -1}
+    config.checkpoint.every = 300
+    config.evaluation.batch = 256
+    return config
