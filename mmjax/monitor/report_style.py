@@ -50,7 +50,7 @@ figure { margin: 0; min-width: 0 }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1rem; padding: 0; margin: 0 0 .25rem;
   font-size: .85rem }
 .maps { grid-template-columns: repeat(auto-fill, minmax(min(100%, 13rem), 1fr)); margin: .75rem 0 }
-.map { width: 100%; height: auto; image-rendering: pixelated; border: 1px solid var(--edge); border-radius: .25rem }
+.map { width: 100%; height: 3rem; image-rendering: pixelated; border: 1px solid var(--edge); border-radius: .25rem }
 svg { display: block }
 .chart { width: 100%; height: auto; margin-top: .25rem }
 .chart text { font-size: 11px; fill: var(--soft) }
