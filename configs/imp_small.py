@@ -7,8 +7,8 @@ Settings: `imp_small.py:released` (the default), `:mixed` (videos in three shape
 in each of the last two layers), `:moe-mixed`. Clips are drawings that move; the third modality of a clip is its name,
 spoken. Examples of one concept are positives of each other, as names repeat here.
 
-Hardware: a CPU with 2 cores: a step takes 0.06 to 0.15 s, beside other work. Results: none yet; 200 steps of `:moe-mixed`
-were run to see that it works.
+Hardware: a CPU with 2 cores: a step takes 0.06 to 0.15 s, beside other work. Results: none yet; 200 steps of
+`:moe-mixed` were run to see that it works.
 """
 
 from pathlib import Path

@@ -89,10 +89,20 @@ def _group(group: configs.Block) -> configs.Block:
     """Two repeats, under one scan; every size divides over eight devices."""
     sizes = {"heads": 8, "hidden": 64, "state": 8}
     pattern = [
-        {**b, **{k: n for k, n in sizes.items() if k in b or b["name"] == "mamba" and k == "state"}}
+        {
+            **_routed(b),
+            **{k: n for k, n in sizes.items() if k in b or b["name"] == "mamba" and k == "state"},
+        }
         for b in group["pattern"]
     ]
     return {**group, "repeat": min(group["repeat"], 2), "pattern": pattern}
+
+
+def _routed(layer: configs.Block) -> configs.Block:
+    """Groups of tokens that compete do not reach over devices, as in a batch of the full size."""
+    if not layer.get("experts"):
+        return layer
+    return {**layer, "experts": _capped(layer["experts"], group=8)}
 
 
 def _task(task: configs.Block, modalities: configs.Block) -> configs.Block:
