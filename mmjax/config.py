@@ -39,7 +39,7 @@ KEY_CLASSES: tuple[tuple[str, str], ...] = (
         "free",
     ),
     (r"schedule(\.|$)|optimizer\.(?!(name|moments_dtype|factored|accumulate)$)", "schedule"),
-    (r"tasks\.\w+\.(share|batch|inputs|objective|view)(\.|$)", "schedule"),
+    (r"tasks\.\w+\.(share|batch|inputs|buckets|objective|view)(\.|$)", "schedule"),
     (r"", "structural"),
 )
 

@@ -158,3 +158,13 @@ def test_a_budget_takes_the_mean_over_buckets(tmp_path: Path) -> None:
     assert Budget(made, folder)._seconds(12) == {"one": 1.0, "two": (2 * 2.0 + 5.0) / 3}
     flops = made.flops
     assert made.flops_at(0)["two"] == (2 * flops["two.small"] + flops["two.large"]) / 3
+
+
+def test_buckets_may_change_from_a_step_on_with_leave(tmp_path: Path) -> None:
+    run(tmp_path, *LONG, "steps=6")
+    with pytest.raises(UserError, match="--allow_change"):
+        run(tmp_path, bucketed(BUCKETS), *LONG)
+    run(tmp_path, bucketed(BUCKETS), *LONG, allow_change=True)
+    lines = [x for x in deterministic(tmp_path) if x["kind"] == "train" and x["task"] == "two"]
+    assert all(("bucket" in x) == (x["step"] >= 6) for x in lines)
+    assert [x["visit"] for x in lines] == list(range(len(lines)))

@@ -382,6 +382,7 @@ def test_every_key_has_its_class(path):
         ("tasks.a.share", "schedule"),
         ("tasks.a.batch", "schedule"),
         ("tasks.a.inputs.image.size", "schedule"),
+        ("tasks.a.buckets.b.share", "schedule"),
         ("tasks.a.objective.temperature", "schedule"),
         ("tasks.a.view", "schedule"),
         ("tasks.a.microbatches", "free"),
