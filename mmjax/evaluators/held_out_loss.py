@@ -14,7 +14,8 @@ from mmjax.task import Task
 class HeldOutLoss(Evaluator):
     """Mean loss over the rows of a split, beside the objective's `baseline` (what knows nothing of the input).
 
-    And each part NAME of the loss for which there is a `baseline NAME`.
+    And each part NAME of the loss for which there is a `baseline NAME`. What a loss draws in training (masks, times,
+    a router's noise) it draws here too, by a key of the evaluation's own; of the inputs it sees all tokens.
     """
 
     def passes(self, task: Task) -> dict[str, Pass]:

@@ -126,12 +126,13 @@ def _split(x: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
     return jnp.split(x, list(accumulate(lengths))[:-1], axis=1)
 
 
-def _plainly(part: Any, x: jax.Array) -> jax.Array:
+def plainly(part: Any, x: jax.Array) -> jax.Array:
+    """`part(x)`."""
     y: jax.Array = part(x)
     return y
 
 
-def apply(part: Any, x: jax.Array, kinds: Kinds, call: Call = _plainly) -> jax.Array:
+def apply(part: Any, x: jax.Array, kinds: Kinds, call: Call = plainly) -> jax.Array:
     """`call(part, x)` for tokens `[B, S, ...]`, each by its own copy where the part has copies.
 
     `call` treats each token on its own.

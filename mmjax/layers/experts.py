@@ -128,8 +128,8 @@ class Experts(nnx.Module):
     """`y_t = sum over slots that hold t of gate * expert(x_t)`: `[B, S, D] -> [B, S, D]`; a token in no slot gets 0.
 
     Scores are computed in float32 or wider. Tokens compete within groups of whole rows, or of parts of a row, in order.
-    What an expert costs depends on its slots, not on how many experts there are: slots are gathered, never multiplied
-    out.
+    What an expert costs depends on its slots, not on how many experts there are. Slots that hold a token each are
+    gathered, not multiplied out; those of the soft router are means of tokens, which costs products.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from jax.nn import initializers
 
 from mmjax.layers.dense import LayerNorm
 from mmjax.parameters import declare
+from mmjax.sharding import constrain
 
 
 class Positions(nnx.Module):
@@ -44,7 +45,12 @@ class Positions(nnx.Module):
         for axis, count in self.buckets.items():
             # Nudged: 15 / 22 * 22 is below 15 in float32, and would read the bucket before its own.
             bucket = (coordinates[axis] * count + 1e-3).astype(jnp.int32)
-            parts.append(jnp.take(self.tables[axis][...], bucket, axis=0, mode="clip"))
+            table = self.tables[axis][...]
+            if bucket.shape[0] > 1:
+                # Whole before the lookup where each row has its own coordinates, as a text's vectors are: what it
+                # gives lies by rows, and XLA cannot go there from a cut table but by making all of it whole.
+                table = constrain(table, ("positions", None))
+            parts.append(jnp.take(table, bucket, axis=0, mode="clip"))
         return self.norm(sum(parts[1:], parts[0]))
 
 

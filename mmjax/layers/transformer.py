@@ -12,7 +12,7 @@ from flax import nnx
 
 from mmjax.errors import UserError, nearest
 from mmjax.layers.attention import Attention, KeyValues
-from mmjax.layers.by_modality import Call, Kinds, Modalities, apply, kinds, untied
+from mmjax.layers.by_modality import Call, Kinds, Modalities, apply, kinds, plainly, untied
 from mmjax.layers.dense import mlp_of, norm_of
 from mmjax.layers.experts import Experts, route
 from mmjax.layers.stream import Aux, Stream, no_aux
@@ -95,7 +95,7 @@ class Transformer(nnx.Module):
             return y
 
         if not self.has_experts:
-            return self._rest(stream, _plainly), auxes[-1]
+            return self._rest(stream, plainly), auxes[-1]
         x = self._add(x, self.mlp_norm, experts, of)
         return replace(stream, x_BSD=x), auxes[-1]
 
@@ -135,13 +135,8 @@ class Transformer(nnx.Module):
             return self.attention.read(x, held, pairs, of, places_BS)
 
         x = self._add(x, self.attention_norm, attention, of)
-        call = _alone if self.has_experts else _plainly
+        call = _alone if self.has_experts else plainly
         return self._rest(replace(stream, x_BSD=x), call), held
-
-
-def _plainly(mlp: Any, x: jax.Array) -> jax.Array:
-    y: jax.Array = mlp(x)
-    return y
 
 
 def _alone(experts: Any, x: jax.Array) -> jax.Array:

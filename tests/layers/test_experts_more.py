@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from flax import nnx
 from mmjax.errors import UserError
 from mmjax.layers.experts import Experts
 from mmjax.layers.masks import Causal
+from mmjax.layers.routers import TokenChoice
 from mmjax.layers.stream import Stream
 from mmjax.layers.trunk import GroupConfig, Trunk
 from mmjax.parameters import Declaration
@@ -79,11 +81,28 @@ def test_noise_is_drawn_in_training_and_not_without_a_key() -> None:
     noisy = [model(stream(), jax.random.key(seed)) for seed in (0, 1)]
     assert (noisy[0][0] != noisy[1][0]).any() and (noisy[0][0] != plain).any()
     assert float(noisy[0][1].loss) > 0
-    deviations = []
-    for seed in range(200):  # of what is added to the logits: 1 / experts
-        drawn = jax.random.normal(jax.random.key(seed), (2,)) * model.rule.noise / 3
-        deviations.append(np.asarray(drawn))
-    assert np.std(deviations) == pytest.approx(1 / 3, rel=0.1)
+
+
+def test_the_noise_is_one_part_in_as_many_as_there_are_experts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of what the router is given, 400 times: mean and standard deviation of what was added."""
+    given: list[np.ndarray] = []
+    route = TokenChoice.route
+
+    def noted(self: Any, logits: jax.Array, valid: jax.Array) -> Any:
+        given.append(np.asarray(logits))
+        return route(self, logits, valid)
+
+    monkeypatch.setattr(TokenChoice, "route", noted)
+    config = {**TOKENS, "router": {**TOKENS["router"], "noise": 1.5}}  # type: ignore[dict-item]
+    declaration, p = experts(config)
+    model = declaration.merge(p)
+    for key in (None, *jax.random.split(jax.random.key(0), 400)):
+        model(stream(), key)
+    added = np.stack(given[1:]) - given[0]
+    assert added.std() == pytest.approx(1.5 / 3, rel=0.02)
+    assert abs(added.mean()) < 0.02
 
 
 # --- causal routers ----------------------------------------------------------------------------
@@ -140,7 +159,19 @@ def test_token_by_token_each_goes_where_its_causal_router_says(more: dict[str, A
     y, changed = parts(X), X.copy()
     changed[:, 4:] += 1
     np.testing.assert_array_equal(parts(changed)[:, :4], y[:, :4])
-    # By hand: the second layer's experts, of what comes to them.
+    # By hand: the first token alone, through all layers.
+    graph, state = nnx.split(model.groups[0].blocks)
+    one = Stream(jnp.asarray(X[:, :1]), layout=((names[0], 1),), mask=Causal())
+    for repeat in range(2):
+        dense, sparse = nnx.merge(graph, jax.tree.map(lambda a, r=repeat: a[r], state))
+        one, _ = dense(one, None)
+        after = one.x_BSD + sparse.attention(
+            sparse.attention_norm(one.x_BSD), one.pairs(), kinds=None
+        )
+        part = getattr(sparse.mlp, names[0]) if more else sparse.mlp
+        one = replace(one, x_BSD=after + part.alone(sparse.mlp_norm(after)))
+    np.testing.assert_allclose(y[:, :1], one.x_BSD, rtol=1e-9)
+    # And the experts, of each token.
     layer = nnx.merge(*_first(model))
     x = jnp.asarray(X)
     for at, name in enumerate(names):
