@@ -74,7 +74,7 @@ def on_emoji(name: str, task: ConfigDict) -> None:
         task.inputs.spectrogram.update({"frames": 40 if name == "sounds" else 64, "gain": 6.0})
     if "text" in task.inputs:
         task.inputs.text.length = 12
-        task.objective.update({"joint": 96, "concept": "concept"})
+        task.objective.update({"joint": 96, "concept": "concept", "initial": 0.1})
     if name in CLASSES:
         task.objective.label, task.objective.classes = CLASSES[name]
 

@@ -89,8 +89,11 @@ def _each(init: Initializer) -> Initializer:
     return many
 
 
-def as_copy(part: nnx.Module | nnx.Param, of: int) -> None:
-    """Say of a part's declarations that they are one of so many copies, of which a token meets one (in place)."""
+def as_copy(part: nnx.Module | nnx.Param, of: float) -> None:
+    """Say of a part's declarations that they are one of so many copies, of which a token meets one (in place).
+
+    Of experts a token meets more or less than one: `of` is then their count divided by that.
+    """
     found = [part] if isinstance(part, nnx.Param) else [node for _, node in nnx.iter_graph(part)]
     for node in found:
         if isinstance(node, nnx.Param):
@@ -111,7 +114,7 @@ class Spec:
     keep: bool
     decay: bool
     stack: Stack | None
-    copies: int = 1
+    copies: float = 1
 
     @property
     def canonical(self) -> list[str]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.errors import UserError
-from mmjax.layers.stream import Aux, Stream, add_up, concatenate, fold, no_aux
+from mmjax.layers.stream import Aux, Stream, add_up, concatenate, fold, no_aux, segments
 from mmjax.layers.transformer import Transformer
 
 FUSION = "fusion"  # the modality, in a layout, of tokens that belong to none
@@ -63,17 +63,6 @@ class Bottleneck(nnx.Module):
                 f"{', '.join(self.blocks)}. Add it to the layer's modalities."
             )
         return self.blocks[modality]
-
-
-def segments(stream: Stream) -> list[Stream]:
-    """A stream of its own for each segment of the layout; each attends within itself."""
-    found, start = [], 0
-    for modality, length in stream.layout:
-        at = slice(start, start + length)
-        valid = None if stream.valid_BS is None else stream.valid_BS[:, at]
-        found.append(Stream(stream.x_BSD[:, at], valid, layout=((modality, length),)))
-        start += length
-    return found
 
 
 def _mean(passed: list[tuple[jax.Array, jax.Array]], before: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ from mmjax.layers.routers import (
     z_loss,
 )
 from mmjax.layers.stream import Aux, Stream, add_up, fold, no_aux
-from mmjax.parameters import declare, repeated
+from mmjax.parameters import as_copy, declare, repeated
 from mmjax.sharding import constrain
 
 ROUTERS: dict[str, type[Router]] = {
@@ -150,6 +150,7 @@ class Experts(nnx.Module):
         self.causal = CausalRouter(width, causal.hidden, self.config.count) if causal else None
         self.mlps = mlp_of(mlp, width, hidden, bias)
         repeated(self.mlps, self.config.count, "experts")
+        as_copy(self.mlps, self.config.count / rule.meets(self.config.count))
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[jax.Array, Aux]:
         """The tokens' sums, and the auxiliary losses; statistics say how many of each modality found no slot.

@@ -103,6 +103,10 @@ class Router(abc.ABC):
         """C, of each expert in each group."""
 
     @abc.abstractmethod
+    def meets(self, experts: int) -> float:
+        """How many of the experts a token meets, in the mean and where none is dropped."""
+
+    @abc.abstractmethod
     def route(self, logits_GTL: jax.Array, valid_GT: jax.Array) -> Dispatch:
         """The slots, by the logits `[G, T, experts * columns]` of each token."""
 
@@ -146,6 +150,9 @@ class ExpertChoice(Limited):
     def slots(self, tokens: int, experts: int) -> int:
         return min(tokens, max(1, round(self.capacity * tokens / experts)))
 
+    def meets(self, experts: int) -> float:
+        return min(self.capacity, experts)
+
     def scores(self, logits_GTE: jax.Array) -> jax.Array:
         wide = widened(logits_GTE)
         return jax.nn.softmax(wide) if self.score == "softmax" else jax.nn.sigmoid(wide)
@@ -186,6 +193,9 @@ class TokenChoice(Limited):
 
     def slots(self, tokens: int, experts: int) -> int:
         return min(tokens, math.ceil(self.capacity * self.top * tokens / experts))
+
+    def meets(self, experts: int) -> float:
+        return min(self.top, experts)
 
     def route(self, logits_GTL: jax.Array, valid_GT: jax.Array) -> Slots:
         groups, tokens, experts = logits_GTL.shape
@@ -245,6 +255,9 @@ class Soft(Router):
     def slots(self, tokens: int, experts: int) -> int:
         del tokens, experts
         return self.columns
+
+    def meets(self, experts: int) -> float:
+        return experts
 
     def route(self, logits_GTL: jax.Array, valid_GT: jax.Array) -> Mixture:
         # Two softmaxes read the logits: without the barrier the TPU's compiler makes the product once for each.

@@ -140,6 +140,17 @@ def concatenate(streams: list[Stream]) -> Stream:
     )
 
 
+def segments(stream: Stream) -> list[Stream]:
+    """A stream of its own for each segment of the layout; each attends within itself."""
+    found, start = [], 0
+    for modality, length in stream.layout:
+        at = slice(start, start + length)
+        valid = None if stream.valid_BS is None else stream.valid_BS[:, at]
+        found.append(Stream(stream.x_BSD[:, at], valid, layout=((modality, length),)))
+        start += length
+    return found
+
+
 def fold(key: jax.Array | None, number: int | jax.Array) -> jax.Array | None:
     """`jax.random.fold_in`; None, by which nothing is drawn, stays None."""
     return None if key is None else jax.random.fold_in(key, number)

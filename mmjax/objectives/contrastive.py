@@ -14,7 +14,8 @@ from jax.nn import initializers
 
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
-from mmjax.layers.stream import add_up, mean_pool
+from mmjax.layers.masks import Same
+from mmjax.layers.stream import Stream, add_up, mean_pool, segments
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
 from mmjax.objective import Coupled, Loss, Represented
@@ -45,6 +46,8 @@ class Contrastive(Coupled):
       temperature: initial temperature, learned as the logarithm of its inverse.
       chunk: rows that are compared at a time, so that memory grows with the batch and not with its square
         (see `chunked_info_nce`); 0 for all at once.
+      together: encode both in one pass, each attending to its own tokens alone, so that tokens of both compete for
+        experts (LIMoE, Mustafa et al. 2022); without experts this changes nothing.
     """
 
     between: tuple[str, ...]
@@ -52,6 +55,7 @@ class Contrastive(Coupled):
     joint: int = 256
     temperature: float = 0.07
     chunk: int = 0
+    together: bool = False
 
     def __post_init__(self) -> None:
         if len(self.between) != 2 or self.temperature <= 0:
@@ -86,10 +90,18 @@ class Contrastive(Coupled):
         self, model: Model, modality: str, arrays: Mapping[str, jax.Array], key: jax.Array | None
     ) -> Any:
         stream, aux = model.encode([model.tokens(modality, arrays)], key)
+        return self._project(model, modality, stream), aux
+
+    def _project(self, model: Model, modality: str, stream: Stream) -> jax.Array:
         joint_BE = model.heads[self.head][modality](mean_pool(stream))
-        return unit(joint_BE.astype(jnp.promote_types(joint_BE.dtype, jnp.float32))), aux
+        return unit(joint_BE.astype(jnp.promote_types(joint_BE.dtype, jnp.float32)))
 
     def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
+        if self.together:
+            streams = [model.tokens(m, batch["inputs"][m]) for m in self.between]
+            out, aux = model.encode(streams, key, Same("modality"))
+            pairs = zip(self.between, segments(out), strict=True)
+            return Represented(tuple(self._project(model, m, own) for m, own in pairs), aux)
         made = [
             self._embed(model, m, batch["inputs"][m], jax.random.fold_in(key, i))
             for i, m in enumerate(self.between)

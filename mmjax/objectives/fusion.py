@@ -12,9 +12,9 @@ from flax import nnx
 from jax.nn import initializers
 
 from mmjax.errors import UserError, nearest
-from mmjax.layers.bottleneck import FUSION, segments
+from mmjax.layers.bottleneck import FUSION
 from mmjax.layers.masks import FULL, Mask, QueryIs, Same
-from mmjax.layers.stream import Aux, Stream, mean_pool
+from mmjax.layers.stream import Aux, Stream, mean_pool, segments
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
 from mmjax.objective import Loss

@@ -1,0 +1,110 @@
+"""LIMoE-B/16 (Mustafa et al. 2022): one sparse tower for pictures and texts, trained contrastively.
+
+    python -m mmjax.data.build emoji
+    python -m mmjax.train --config=configs/limoe_b16.py --workdir=runs/limoe_b16
+
+Both modalities pass one transformer, each attending to its own tokens, and tokens of both compete for the 32 experts of
+every other layer: one expert a token, those first that the router is surest of. `limoe_l16.py` and `limoe_h14.py` are
+its other sizes. Settings: `limoe_b16.py:entropies` (the default) has the paper's local and global entropy losses by
+modality beside the classic ones, `:classic` the classic ones alone (importance, load and z), `:dense` no experts.
+
+The paper's text is not at hand. Its abstract says that H/14 has 5.6 billion parameters, of which a token meets 675
+million, as here; batch, steps, rate, place of the expert layers, capacity, and the thresholds (9 experts for texts, 20
+for pictures) are from memory; the weights of the losses and the optimizer (theirs: Adafactor, with an inverse
+square root) are ours. Pairs are the drawings and names that the data sets here hold: set `tasks.image_text.source` to
+your own (`image`, an encoded picture; `caption`; `concept`, an integer that is theirs), and `modalities.text.tokenizer`
+to a SentencePiece model.
+
+Hardware: 256 chips of TPU v5e or 128 of v5p, by the plans in `plans/`. Results: none, it has not been trained here; see
+`limoe_small.py`, the same recipe with smaller numbers.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mmjax.errors import UserError, nearest
+
+# Patch; width, MLP, heads; layers, and how many of the last are in pairs of which the second has experts.
+SIZES = {
+    "b16": (16, 768, 3072, 12, 12, 12),
+    "l16": (16, 1024, 4096, 16, 24, 24),
+    "h14": (14, 1280, 5120, 16, 32, 24),
+}
+SETTINGS = ("entropies", "classic", "dense")
+EXPERTS = {
+    "count": 32,
+    "router": {
+        "name": "token_choice", "top": 1, "capacity": 1.05, "priority": True, "noise": 1.0,
+    },
+    "group": 2048,
+    "losses": {"importance": 0.01, "load": 0.01, "z": 0.001},
+}  # fmt: skip
+ENTROPIES = {
+    "local": {"text": 0.01, "image": 0.01},
+    "spread": {"text": 0.01, "image": 0.01},
+    "threshold": {"text": 2.197, "image": 2.996},  # log 9 and log 20
+}
+
+
+def data(split: str) -> dict[str, Any]:
+    return {"name": "tfds", "dataset": "emoji", "split": split}
+
+
+def layers(setting: str, repeat: int, paired: int, heads: int, hidden: int) -> list[dict[str, Any]]:
+    """The trunk: `paired` of its layers, the last, take turns, dense and with experts."""
+    if setting not in SETTINGS:
+        raise UserError(f"There is no setting '{setting}'.{nearest(setting, SETTINGS)}")
+    block: dict[str, Any] = {"name": "transformer", "heads": heads, "hidden": hidden}
+    if setting == "dense":
+        return [{"repeat": repeat, "pattern": [block]}]
+    experts = {**EXPERTS, **(ENTROPIES if setting == "entropies" else {})}
+    pairs = {"repeat": paired // 2, "pattern": [block, {**block, "experts": experts}]}
+    first = {"repeat": repeat - paired, "pattern": [block]}
+    return [first, pairs] if repeat > paired else [pairs]
+
+
+def recipe(size: str, setting: str) -> ConfigDict:
+    """The config of a size."""
+    patch, width, hidden, heads, repeat, paired = SIZES[size]
+    splits = {"drawings": data("test_drawing"), "concepts": data("test_concept")}
+    config = ConfigDict(sort_keys=False)
+    config.steps = 781_250
+    config.seed = 0
+    config.modalities = {
+        "image": {"name": "image", "patch": patch, "buckets": 16},
+        "text": {"name": "text", "vocabulary": 32_000, "buckets": 16},
+    }
+    config.model = {
+        "width": width, "groups": layers(setting, repeat, paired, heads, hidden), "remat": "full",
+    }  # fmt: skip
+    config.tasks = {
+        "image_text": {
+            "source": data("train"),
+            "inputs": {
+                "image": {"size": 224, "crop": 0.7},
+                "text": {"field": "caption", "length": 16},
+            },
+            "objective": {
+                "name": "contrastive", "between": ["image", "text"], "concept": "concept", "joint": width,
+                "temperature": 0.1, "together": True, "chunk": 4096,
+            },
+            "batch": 16_384,
+            "evaluators": {n: {"name": "retrieval", "source": s} for n, s in splits.items()},
+        },
+    }  # fmt: skip
+    config.optimizer = {
+        "name": "adamw", "learning_rate": 1e-3, "warmup": 10_000, "weight_decay": 0.01, "clip": 1.0,
+    }  # fmt: skip
+    config.dtype = {"compute": "bfloat16"}
+    config.mesh = {"data": 1, "fsdp": -1}
+    if setting != "dense":
+        config.mesh.expert = 32
+    config.checkpoint = {"every": 5_000, "keep": 2}
+    config.evaluation = {"every": 0, "batch": 4096}
+    return config
+
+
+def get_config(setting: str = "entropies") -> ConfigDict:
+    """The config; `setting` is one of `SETTINGS`."""
+    return recipe("b16", setting)

@@ -1,0 +1,59 @@
+"""MoMa (Lin et al. 2024): texts and images as one sequence, with experts of their own for each of the two.
+
+    python -m mmjax.data.build emoji
+    python -m mmjax.train --config=configs/moma_1b.py --workdir=runs/moma_1b
+
+`mot_7b.py:chameleon` with 24 layers of width 2,048, in which only the MLPs have copies: four experts for texts and four
+for images, which choose their tokens by a sigmoid (each a quarter of its modality's; no loss balances them). Such a
+choice depends on later tokens; so a second router learns beside, from a token alone, which experts took it, and
+generation goes by that (the paper trains it afterwards). `moma_1b.py:one` has one expert for each modality,
+`moma_1b.py:mixed` eight for both, `moma_1b.py:dense` none.
+
+The paper calls the model one of 1.4 billion. Ours has 1.23 in what a token meets of the trunk, and a table of 65,344
+pieces and codes with 0.13: 1.37; as what comes out has a table of its own, 1.50 in all. Sizes of the hidden layer and
+of the second router are ours, as are rate and batch; tokens compete within 8,192 at most (the paper's within a batch).
+
+Hardware: 256 chips of TPU v5e or 128 of v5p, by the plans in `plans/`. Results: none, it has not been trained here; see
+`moma_small.py`, the same recipe with smaller numbers.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mmjax.config import load_module
+from mmjax.errors import UserError, nearest
+
+mot = load_module(Path(__file__).with_name("mot_7b.py"))
+
+SETTINGS = ("experts", "one", "mixed", "dense")
+
+
+def layers(setting: str, repeat: int, heads: int, hidden: int) -> list[dict[str, Any]]:
+    """Chameleon's block, and its experts."""
+    if setting not in SETTINGS:
+        raise UserError(f"There is no setting '{setting}'.{nearest(setting, SETTINGS)}")
+    groups: list[dict[str, Any]] = mot.layers("chameleon-dense", repeat, heads, hidden)
+    (block,) = groups[0]["pattern"]
+    if setting != "dense":
+        block["experts"] = {
+            "count": {"experts": 4, "one": 1, "mixed": 8}[setting],
+            "router": {"name": "expert_choice", "score": "sigmoid", "capacity": 1.0},
+            "group": 8192,
+            "causal": {"hidden": 512},
+        }
+    if setting in ("experts", "one"):
+        block |= {"untie": ["mlp"], "modalities": mot.modalities("chameleon")}
+    return groups
+
+
+def get_config(setting: str = "experts") -> ConfigDict:
+    """The config; `setting` is one of `SETTINGS`."""
+    config: ConfigDict = mot.get_config("chameleon-dense")
+    config.steps = 250_000
+    config.modalities.text.vocabulary = 57_344  # beside the codes
+    config.model.update({"width": 2048, "groups": layers(setting, 24, 16, 5632)})
+    if setting in ("experts", "mixed"):
+        config.mesh.expert = 4
+    return config
