@@ -4,8 +4,9 @@ python -m mmjax.data.build emoji speech notes
 python -m mmjax.train --config=configs/imp_small.py --workdir=runs/imp_small
 
 Settings: `imp_small.py:released` (the default), `:mixed` (videos in three shapes), `:moe` (`imp_moe_b.py`: four experts
-in each of the last two layers), `:moe-mixed`. Clips are drawings that move; the third modality of a clip is its name,
-spoken. Examples of one concept are positives of each other, as names repeat here.
+in each of the last two layers), `:moe-mixed`, and `:apart`, which has an encoder for each modality. Clips are drawings
+that move; the third modality of a clip is its name, spoken. Examples of one concept are positives of each other, as
+names repeat here.
 
 Hardware: a CPU with 2 cores: a step takes 0.06 to 0.15 s, beside other work. Results: none yet; 200 steps of
 `:moe-mixed` were run to see that it works.
@@ -18,9 +19,10 @@ from ml_collections import ConfigDict
 
 from mmjax.config import load_module
 from mmjax.errors import UserError, nearest
+from mmjax.layers.transformer import PARTS
 
 imp = load_module(Path(__file__).with_name("imp_b.py"))
-SETTINGS = ("released", "mixed", "moe", "moe-mixed")
+SETTINGS = ("released", "mixed", "moe", "moe-mixed", "apart")
 # Of 32, 64 and 72 tokens, 16 are kept.
 BUCKETS = {
     "released": {"inputs": {"vision": {"frames": 4, "size": 32, "drop": 0.5}}, "share": 2},
@@ -79,6 +81,14 @@ def on_emoji(name: str, task: ConfigDict) -> None:
         task.objective.label, task.objective.classes = CLASSES[name]
 
 
+def apart(config: ConfigDict) -> None:
+    """A copy of all of the trunk for each modality, of the same size."""
+    names = list(config.modalities)
+    config.model.norm_modalities = names
+    for block in (b for group in config.model.groups for b in group["pattern"]):
+        block |= {"untie": [p for p in PARTS if p != "qk_norm"], "modalities": names}
+
+
 def get_config(setting: str = "released") -> ConfigDict:
     """The config; `setting` is one of `SETTINGS`."""
     if setting not in SETTINGS:
@@ -95,6 +105,8 @@ def get_config(setting: str = "released") -> ConfigDict:
     )  # fmt: skip
     config.modalities.text.update({"vocabulary": 2048, "buckets": 128})
     config.model.update({"width": 128, "groups": imp.layers(4, 4, 512, experts), "remat": "none"})
+    if setting == "apart":
+        apart(config)
     for name, task in config.tasks.items():
         on_emoji(name, task)
         if "buckets" in task:

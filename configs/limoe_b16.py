@@ -6,7 +6,8 @@
 Both modalities pass one transformer, each attending to its own tokens, and tokens of both compete for the 32 experts of
 every other layer: one expert a token, those first that the router is surest of. `limoe_l16.py` and `limoe_h14.py` are
 its other sizes. Settings: `limoe_b16.py:entropies` (the default) has the paper's local and global entropy losses by
-modality beside the classic ones, `:classic` the classic ones alone (importance, load and z), `:dense` no experts.
+modality beside the classic ones (importance, load and z), `:classic` these alone, `:none` none; `:dense` has no
+experts.
 
 The paper's text is not at hand. Its abstract says that H/14 has 5.6 billion parameters, of which a token meets 675
 million, as here; batch, steps, rate, place of the expert layers, capacity, and the thresholds (9 experts for texts, 20
@@ -31,7 +32,7 @@ SIZES = {
     "l16": (16, 1024, 4096, 16, 24, 24),
     "h14": (14, 1280, 5120, 16, 32, 24),
 }
-SETTINGS = ("entropies", "classic", "dense")
+SETTINGS = ("entropies", "classic", "none", "dense")
 EXPERTS = {
     "count": 32,
     "router": {
@@ -59,6 +60,8 @@ def layers(setting: str, repeat: int, paired: int, heads: int, hidden: int) -> l
     if setting == "dense":
         return [{"repeat": repeat, "pattern": [block]}]
     experts = {**EXPERTS, **(ENTROPIES if setting == "entropies" else {})}
+    if setting == "none":
+        del experts["losses"]
     pairs = {"repeat": paired // 2, "pattern": [block, {**block, "experts": experts}]}
     first = {"repeat": repeat - paired, "pattern": [block]}
     return [first, pairs] if repeat > paired else [pairs]

@@ -19,6 +19,6 @@ limoe = load_module(Path(__file__).with_name("limoe_b16.py"))
 
 
 def get_config(setting: str = "entropies") -> ConfigDict:
-    """The config; `setting` is `entropies`, `classic` or `dense`."""
+    """The config; `setting` is `entropies`, `classic`, `none` or `dense`."""
     config: ConfigDict = limoe.recipe("l16", setting)
     return config

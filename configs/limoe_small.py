@@ -3,8 +3,8 @@
 python -m mmjax.data.build emoji
 python -m mmjax.train --config=configs/limoe_small.py --workdir=runs/limoe_small
 
-Settings as there: `limoe_small.py:entropies` (the default), `:classic`, `:dense`. Eight experts in each of two layers,
-of which pictures are to use five and texts three.
+Settings as there: `limoe_small.py:entropies` (the default), `:classic`, `:none`, `:dense`. Eight experts in each of two
+layers, of which pictures are to use five and texts three.
 
 Hardware: a CPU with 2 cores. Results: none yet.
 """
@@ -19,7 +19,7 @@ limoe = load_module(Path(__file__).with_name("limoe_b16.py"))
 
 
 def get_config(setting: str = "entropies") -> ConfigDict:
-    """The config; `setting` is `entropies`, `classic` or `dense`."""
+    """The config; `setting` is `entropies`, `classic`, `none` or `dense`."""
     config: ConfigDict = limoe.recipe("b16", setting)
     config.steps = 600
     config.modalities.image.update({"patch": 8, "buckets": 4})

@@ -17,7 +17,10 @@ from mmjax.errors import UserError
 from mmjax.show import rows_of_config
 
 LIMOE = ("limoe_b16", "limoe_l16", "limoe_h14")
-SETTINGS = {"limoe": ["entropies", "classic", "dense"], "moma": ["experts", "one", "mixed", "dense"]}  # fmt: skip
+SETTINGS = {
+    "limoe": ["entropies", "classic", "none", "dense"],
+    "moma": ["experts", "one", "mixed", "dense"],
+}
 LARGE = {"limoe": "limoe_b16", "moma": "moma_1b"}
 
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks.experiments.mechanisms --out=DIR [--only=NAME ...] [--seeds=0,1,2] [--config.KEY=VALUE ...]
 
-Each run is a process of `mmjax.train` in a folder of its own under DIR; run again, the command goes on where it was. A
+NAME is a comparison of `comparisons.py`, or a suite of them: `systems`, or `imp` for the claims of IMP and LIMoE. Each
+run is a process of `mmjax.train` in a folder of its own under DIR; run again, the command goes on where it was. A
 variant whose steps cost more or less is trained for fewer or more of them, by the model FLOPs of the compiled steps, so
 that all of a comparison end at the same sum. At the end DIR/results.md, DIR/results.json and DIR/NAME.svg hold what was
 measured on held-out data: mean and standard deviation over the seeds, and every seed as a point; and of each part of
@@ -16,104 +17,28 @@ import shlex
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.experiments.mixture import Trial, run, seeds_of, shown
+from benchmarks.experiments.comparisons import COMPARISONS, SUITES, Comparison, Variant, chosen
+from benchmarks.experiments.mixture import UNITS, Trial, run, seeds_of, shown
 from mmjax import commandline, errors
 from mmjax.config import Block
 from mmjax.errors import UserError, nearest
 from mmjax.experiment import make_experiment
 
+AXES = {"loss": "nats or error", "fraction": "%", "experts": "experts"}
 SPAN = 20  # steps over which a training loss is smoothed
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One side of a comparison: a config, with its argument, and overrides."""
-
-    config: str
-    overrides: tuple[str, ...] = ()
-
-    def block(self, more: Sequence[str] = ()) -> Block:
-        return commandline.read_config(self.config, [*self.overrides, *more])
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Variants by their label: the first is the system, the others lack what is asked about.
-
-    Attributes:
-      asks: the question.
-      variants: what is compared.
-      measures: which records of `results.json` are shown, by the beginnings of their names; all if empty.
-      parts: parts of the training loss whose course is shown.
-    """
-
-    asks: str
-    variants: Mapping[str, Variant]
-    measures: tuple[str, ...] = field(default=())
-    parts: tuple[str, ...] = field(default=())
-
-
-def _two(system: str, setting: str, label: str, plain: str) -> dict[str, Variant]:
-    path = f"configs/{system}.py:{setting}"
-    return {label: Variant(path), plain: Variant(f"{path}-dense")}
-
-
-def _coca(*overrides: str) -> Variant:
-    """A fifth of the recipe's steps."""
-    return Variant("configs/coca_small.py", ("steps=250", "checkpoint.every=250", *overrides))
-
-
-COMPARISONS = {
-    "mot_discrete": Comparison(
-        "Mixture-of-Transformers against one set of parameters, both modalities by the next token.",
-        _two("mot_small", "chameleon", "by modality", "dense"),
-        ("held-out loss ",),
-        ("text", "colours"),
-    ),
-    "mot_diffusion": Comparison(
-        "Mixture-of-Transformers against one set of parameters, text by the next token and pictures by diffusion.",
-        _two("mot_small", "transfusion", "by modality", "dense"),
-        ("held-out loss ",),
-        ("text", "image"),
-    ),
-    "mixture_of_mamba": Comparison(
-        "Mixture-of-Mamba against Mamba, text by the next token and pictures by diffusion.",
-        _two("mixture_of_mamba_small", "transfusion", "by modality", "plain"),
-        ("held-out loss ",),
-        ("text", "image"),
-    ),
-    "zorro": Comparison(
-        "Zorro's mask against full fusion, with each modality alone and with both.",
-        {
-            "zorro": Variant("configs/zorro_small.py"),
-            "full fusion": Variant("configs/zorro_small.py", ("tasks.sounds.objective.mask=full",)),
-        },
-    ),
-    "coca": Comparison(
-        "CoCa's two losses against each alone.",
-        {
-            "both": _coca(),
-            "contrastive": _coca("tasks.captions.objective.caption_weight=0.0"),
-            "captioning": _coca("tasks.captions.objective.contrastive_weight=0.0"),
-        },
-    ),
-}
 
 
 def flops(block: Block) -> int:
     """Model FLOPs of a whole run."""
     experiment = make_experiment(block)
     steps = experiment.run.steps
-    return sum(
-        int(experiment.flops[task]) * visits
-        for task, visits in experiment.schedule().visits(steps).items()
-    )
+    visits = experiment.settings.visits(experiment.schedule(), 0, steps)
+    return sum(int(experiment.flops[program]) * count for program, count in visits.items())
 
 
 def trials(
@@ -164,10 +89,46 @@ def smoothed(values: Sequence[float]) -> np.ndarray:
     return means
 
 
-def course(workdir: Path, parts: Sequence[str]) -> dict[str, list[float]]:
-    """Each part of the training loss at every step of a run, smoothed."""
+def read_steps(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's training steps."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "train"]
+    return [line for line in lines if line["kind"] == "train"]
+
+
+def in_use(steps: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, int]]:
+    """Of each layer and modality the experts in use at the end of a run, and how many there are.
+
+    The exponential of the entropy of their shares of tokens, these being means over the last fifth of the steps.
+    """
+    shares: dict[str, list[list[float]]] = {}
+    for step in steps[-max(1, len(steps) // 5) :]:
+        for name, value in step.items():
+            if name.startswith("usage "):
+                shares.setdefault(name.removeprefix("usage "), []).append(value)
+    found = {}
+    for name, rows in sorted(shares.items()):
+        mean = np.asarray(rows).mean(axis=0)
+        mean = mean / max(mean.sum(), 1e-9)
+        used = mean[mean > 0]
+        found[name] = (float(np.exp(-(used * np.log(used)).sum())), len(mean))
+    return found
+
+
+def routing(found: Mapping[Trial, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """A row for each layer and modality, as those of `summarise`; by chance, all experts are used alike."""
+    rows: dict[str, dict[str, Any]] = {}
+    for trial, steps in found.items():
+        for name, (value, count) in in_use(steps).items():
+            facts = {"task": "", "split": "training", "name": f"experts in use {name}"}
+            row = rows.setdefault(
+                name, {**facts, "chance": float(count), "unit": "experts", "values": {}}
+            )
+            row["values"].setdefault(trial.task, {})[trial.seed] = value
+    return list(rows.values())
+
+
+def course(steps: Sequence[Mapping[str, Any]], parts: Sequence[str]) -> dict[str, list[float]]:
+    """Each part of the training loss at every step of a run, smoothed."""
     return {part: smoothed([line[part] for line in steps]).tolist() for part in parts}
 
 
@@ -186,15 +147,24 @@ def markdown(name: str, made: Mapping[str, Any]) -> str:
     )
     lines = [
         f"## {name}", "", made["asks"], "", f"Each run, {costs}.", "",
-        f"| measure | held out | {' | '.join(labels)} | difference | chance |",
-        "| --- " * (4 + len(labels)) + "|",
+        f"| task | measure | held out | {' | '.join(labels)} | difference | chance |",
+        "| --- " * (5 + len(labels)) + "|",
     ]  # fmt: skip
     for row in made["rows"]:
         unit = row["unit"]
         sides = [shown(row["values"].get(label, {}), unit) for label in labels]
-        chance = f"{row['chance']:.3f}" if unit == "loss" else f"{100 * row['chance']:.2g}"
-        cells = [row["name"], row["split"], *sides, _difference(row, labels, unit), chance]
+        factor, digits = UNITS[unit]
+        chance = f"{factor * row['chance']:.{digits}f}"
+        cells = [
+            row["task"],
+            row["name"],
+            row["split"],
+            *sides,
+            _difference(row, labels, unit),
+            chance,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *(_verdict(made["rows"], labels[0], other) for other in labels[1:])]
     for part, by_seed in made["match"].items():
         lines += ["", _matched(part, labels, by_seed)]
     pictures = [f"![{name}]({name}.svg)"]
@@ -210,6 +180,22 @@ def _matched(part: str, labels: Sequence[str], by_seed: Sequence[float | None]) 
         return f"{said} in none of {len(by_seed)} seeds."
     seeds = f", in {len(shares)} of {len(by_seed)} seeds" if len(shares) < len(by_seed) else ""
     return f"{said} after {shown(shares, 'fraction')} % of the steps{seeds}."
+
+
+def _verdict(rows: Sequence[Mapping[str, Any]], one: str, other: str) -> str:
+    """In how many measures the first variant is ahead, or behind, in every seed."""
+    signs = []
+    for row in (r for r in rows if r["unit"] != "experts"):
+        values, others = (row["values"].get(label, {}) for label in (one, other))
+        better = -1 if row["unit"] == "loss" else 1
+        signs.append(
+            {int(np.sign(better * (values[s] - others[s]))) for s in values if s in others}
+        )
+    ahead, behind = (sum(sign == {way} for sign in signs) for way in (1, -1))
+    return (
+        f"{one} against {other}: ahead in every seed in {ahead} of {len(signs)} measures, behind in every seed in "
+        f"{behind}; the seeds differ, or are equal, in {len(signs) - ahead - behind}."
+    )
 
 
 def _difference(row: Mapping[str, Any], labels: Sequence[str], unit: str) -> str:
@@ -240,7 +226,7 @@ def plot(made: Mapping[str, Any], path: Path) -> None:
     for panel in panels.flat[len(rows) :]:
         panel.axis("off")
     for panel, row in zip(panels.flat, rows, strict=False):
-        factor = 1 if row["unit"] == "loss" else 100
+        factor, _ = UNITS[row["unit"]]
         for at, label in enumerate(labels):
             values = [factor * v for v in row["values"].get(label, {}).values()]
             if values:
@@ -248,8 +234,8 @@ def plot(made: Mapping[str, Any], path: Path) -> None:
                 panel.hlines(statistics.fmean(values), at - 0.25, at + 0.25, color=f"C{at}")
         panel.set_xticks(range(len(labels)), labels)
         panel.set_xlim(-0.6, len(labels) - 0.4)
-        panel.set_title(f"{row['name']}\n{row['split']}", fontsize=8)
-        panel.set_ylabel("nats or error" if row["unit"] == "loss" else "%", fontsize=8)
+        panel.set_title(f"{row['task']}\n{row['name']}\n{row['split']}", fontsize=8)
+        panel.set_ylabel(AXES[row["unit"]], fontsize=8)
         panel.tick_params(labelsize=7)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
@@ -279,17 +265,19 @@ def plot_courses(courses: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     made = commandline.parser("Train configs with and without their mechanism, over several seeds.")
     made.add_argument("--out", required=True, help="folder of all runs and of the results")
-    made.add_argument("--only", action="append", default=[], help="a comparison; all if not given")
+    made.add_argument(
+        "--only", action="append", default=[], help="a comparison, or a suite; all if not given"
+    )
     made.add_argument("--seeds", default="0,1,2", help="comma-separated integers")
     arguments, overrides = commandline.parse(made, argv)
     for name in arguments.only:
-        if name not in COMPARISONS:
-            raise UserError(f"--only={name}: no such comparison.{nearest(name, COMPARISONS)}")
+        if name not in (known := [*SUITES, *COMPARISONS]):
+            raise UserError(f"--only={name}: no such comparison.{nearest(name, known)}")
     seeds = seeds_of(arguments.seeds)
     out = Path(commandline.make_workdir(arguments.out))
     extra = [f"--extra={folder}" for folder in arguments.extra]
     found = {}
-    for name in arguments.only or COMPARISONS:
+    for name in chosen(arguments.only):
         found[name] = compare(name, seeds, out, extra, overrides)
     words = ["python", "-m", "benchmarks.experiments.mechanisms", *(argv or sys.argv[1:])]
     page = f"`{shlex.join(words)}`: mean ± standard deviation over {len(seeds)} seeds, in % (losses as they are).\n"
@@ -306,22 +294,26 @@ def compare(
     """Train (or go on with) all runs of a comparison, and draw what they found."""
     comparison = COMPARISONS[name]
     runs, cost = trials(comparison, seeds, more)
-    folder = out / name
+    folder = out / (comparison.folder or name)
     folder.mkdir(exist_ok=True)
-    found, courses = {}, dict[str, Any]()
+    found, steps = {}, {}
     for trial, variant in runs.items():
         print(f"{name}: {trial.name} ...", flush=True)
         found[trial] = run(trial, [f"--config={variant.config}", *extra], folder)
-        courses.setdefault(trial.task, []).append(course(folder / trial.name, comparison.parts))
-    made = {"asks": comparison.asks, "cost": cost, "rows": summarise(comparison, found)}
+        steps[trial] = read_steps(folder / trial.name)
+    rows = summarise(comparison, found) + (routing(steps) if comparison.routed else [])
+    made = {"asks": comparison.asks, "cost": cost, "rows": rows, "match": {}}
     plot(made, out / f"{name}.svg")
     if comparison.parts:
+        courses = dict[str, Any]()
+        for trial in runs:
+            courses.setdefault(trial.task, []).append(course(steps[trial], comparison.parts))
         plot_courses(courses, out / f"{name}-courses.svg")
-    system, other, *_ = courses.values()
-    made["match"] = {
-        part: [share_to_match(a[part], b[part]) for a, b in zip(system, other, strict=True)]
-        for part in comparison.parts
-    }
+        system, other, *_ = courses.values()
+        made["match"] = {
+            part: [share_to_match(a[part], b[part]) for a, b in zip(system, other, strict=True)]
+            for part in comparison.parts
+        }
     return made
 
 

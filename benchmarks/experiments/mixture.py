@@ -27,6 +27,8 @@ from mmjax.errors import UserError
 from mmjax.experiment import make_experiment
 
 MIXTURE = "mixture"
+# How a value is shown: times what, and with how many digits.
+UNITS = {"loss": (1, 3), "fraction": (100, 1), "experts": (1, 1)}
 Key = tuple[str, str, str]  # task, split, name of the measure
 
 
@@ -106,7 +108,7 @@ def shown(values: Mapping[int, float], unit: str) -> str:
     """Mean and standard deviation over seeds; nothing where there is no run."""
     if not values:
         return "-"
-    factor, digits = (1, 3) if unit == "loss" else (100, 1)
+    factor, digits = UNITS[unit]
     mean = statistics.fmean(values.values()) * factor
     spread = statistics.stdev(values.values()) * factor if len(values) > 1 else 0.0
     return f"{mean:.{digits}f} ± {spread:.{digits}f}"

@@ -13,7 +13,7 @@ from mains import refused
 from mains import run as run_main
 
 from benchmarks.experiments import mechanisms
-from benchmarks.experiments.mechanisms import COMPARISONS, Comparison, Variant
+from benchmarks.experiments.comparisons import COMPARISONS, IMP, Comparison, Variant, chosen
 from benchmarks.experiments.mixture import Trial
 
 ROOT = Path(__file__).parents[2]
@@ -72,8 +72,60 @@ def test_values_by_variant_and_seed() -> None:
         "The text loss of training: narrow is where wide ends after 60.0 ± 14.1 % of the steps."
         in page
     )
-    assert "| loss text | new | 2.000 ± 1.414 | 1.250 ± 1.061 | 0.750 ± 0.354 | 9.000 |" in page
+    assert "| a | loss text | new | 2.000 ± 1.414 | 1.250 ± 1.061 | 0.750 ± 0.354 | 9.000 |" in page
     assert "narrow: 3 steps, 2 TFLOP" in page
+    assert (
+        "narrow against wide: ahead in every seed in 0 of 1 measures, behind in every seed in 1; "
+        "the seeds differ, or are equal, in 0." in page
+    )
+
+
+def test_ahead_is_more_of_a_fraction_and_less_of_a_loss() -> None:
+    def row(unit: str, ones: list[float], others: list[float]) -> dict[str, object]:
+        values = {"a": dict(enumerate(ones)), "b": dict(enumerate(others))}
+        return {"unit": unit, "values": values}
+
+    rows = [
+        row("fraction", [0.3, 0.4], [0.2, 0.3]), row("loss", [0.3, 0.4], [0.5, 0.6]),
+        row("fraction", [0.1, 0.1], [0.2, 0.2]), row("fraction", [0.3, 0.1], [0.2, 0.2]),
+        row("fraction", [0.2, 0.3], [0.2, 0.2]), row("experts", [8.0, 8.0], [1.0, 1.0]),
+    ]  # fmt: skip
+    said = mechanisms._verdict(rows, "a", "b")
+    assert "ahead in every seed in 2 of 5 measures, behind in every seed in 1;" in said
+    assert said.endswith("in 2.")
+
+
+def test_experts_in_use_by_hand() -> None:
+    """The exponential of the entropy of the mean shares, of the last fifth of the steps."""
+    early = [{"usage 001 image": [1.0, 0.0, 0.0, 0.0]}] * 8
+    late = [
+        {"usage 001 image": [1.0, 0.0, 0.0, 0.0], "usage 001 text": [0.5, 0.5, 0.0, 0.0]},
+        {"usage 001 image": [0.0, 1.0, 0.0, 0.0], "loss": 3.0},
+    ]
+    found = mechanisms.in_use([*early, *late])
+    assert found == {"001 image": (pytest.approx(2.0), 4), "001 text": (pytest.approx(2.0), 4)}
+    assert mechanisms.in_use([{"loss": 1.0}]) == {}
+    runs = {Trial(seed, "a", ()): [*early, *late] for seed in (0, 1)}
+    image, text = mechanisms.routing(runs)
+    assert image["name"] == "experts in use 001 image" and image["chance"] == 4.0
+    assert set(image["values"]["a"]) == {0, 1} and text["unit"] == "experts"
+
+
+def test_a_suite_is_its_comparisons() -> None:
+    assert chosen([]) == list(COMPARISONS) and chosen(["imp"]) == list(IMP)
+    assert chosen(["imp_experts", "coca", "imp_experts"]) == ["imp_experts", "coca"]
+
+
+def test_runs_in_common_are_the_same_run() -> None:
+    """Comparisons of one folder: the same label, the same config and overrides, of as many steps."""
+    known: dict[tuple[str, str], object] = {}
+    for name, comparison in IMP.items():
+        first = next(iter(comparison.variants))
+        for label, variant in comparison.variants.items():
+            seen = known.setdefault((comparison.folder or name, label), variant)
+            assert seen == variant
+        if comparison.folder:
+            assert first == "imp", "the side that says how much is trained"
 
 
 def test_how_soon_the_system_is_where_the_other_one_ends() -> None:
@@ -102,10 +154,14 @@ def test_it_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "toys.svg").read_text().count("<svg") == 1
     assert (tmp_path / "toys-courses.svg").read_text().count("<svg") == 1
     assert len(found["toys"]["match"]["loss"]) == 1
+    # Another comparison of the same folder trains only what is new.
+    other = Comparison("And that?", TOYS.variants, folder="toys")
+    monkeypatch.setitem(COMPARISONS, "others", other)
     log = tmp_path / "toys" / "narrow-seed0.log"
     before = log.read_text()
-    assert run_main(mechanisms.main, *words).status == 0
-    assert "Done: " in log.read_text()[len(before) :]
+    assert run_main(mechanisms.main, *words, "--only=others").status == 0
+    assert log.read_text()[len(before) :].count("Done: ") == 2
+    assert not (tmp_path / "others").exists() and (tmp_path / "others.svg").exists()
 
 
 def test_a_comparison_that_is_not_there(tmp_path: Path) -> None:

@@ -1,0 +1,161 @@
+"""What `mechanisms.py` compares: systems with their mechanism and without it, and the claims of IMP and LIMoE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mmjax import commandline
+from mmjax.config import Block
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One side of a comparison: a config, with its argument, and overrides."""
+
+    config: str
+    overrides: tuple[str, ...] = ()
+
+    def block(self, more: Sequence[str] = ()) -> Block:
+        return commandline.read_config(self.config, [*self.overrides, *more])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Variants by their label: the first is the system, the others lack what is asked about.
+
+    Attributes:
+      asks: the question.
+      variants: what is compared.
+      measures: which records of `results.json` are shown, by the beginnings of their names; all if empty.
+      parts: parts of the training loss whose course is shown.
+      folder: of its runs, its own name if empty: comparisons of one folder have the runs of a label in common.
+      routed: whether it is shown how many experts each layer uses for each modality in the end.
+    """
+
+    asks: str
+    variants: Mapping[str, Variant]
+    measures: tuple[str, ...] = field(default=())
+    parts: tuple[str, ...] = field(default=())
+    folder: str = ""
+    routed: bool = False
+
+
+def _two(system: str, setting: str, label: str, plain: str) -> dict[str, Variant]:
+    path = f"configs/{system}.py:{setting}"
+    return {label: Variant(path), plain: Variant(f"{path}-dense")}
+
+
+def _coca(*overrides: str) -> Variant:
+    """A fifth of the recipe's steps."""
+    return Variant("configs/coca_small.py", ("steps=250", "checkpoint.every=250", *overrides))
+
+
+SYSTEMS = {
+    "mot_discrete": Comparison(
+        "Mixture-of-Transformers against one set of parameters, both modalities by the next token.",
+        _two("mot_small", "chameleon", "by modality", "dense"),
+        ("held-out loss ",),
+        ("text", "colours"),
+    ),
+    "mot_diffusion": Comparison(
+        "Mixture-of-Transformers against one set of parameters, text by the next token and pictures by diffusion.",
+        _two("mot_small", "transfusion", "by modality", "dense"),
+        ("held-out loss ",),
+        ("text", "image"),
+    ),
+    "mixture_of_mamba": Comparison(
+        "Mixture-of-Mamba against Mamba, text by the next token and pictures by diffusion.",
+        _two("mixture_of_mamba_small", "transfusion", "by modality", "plain"),
+        ("held-out loss ",),
+        ("text", "image"),
+    ),
+    "zorro": Comparison(
+        "Zorro's mask against full fusion, with each modality alone and with both.",
+        {
+            "zorro": Variant("configs/zorro_small.py"),
+            "full fusion": Variant("configs/zorro_small.py", ("tasks.sounds.objective.mask=full",)),
+        },
+    ),
+    "coca": Comparison(
+        "CoCa's two losses against each alone.",
+        {
+            "both": _coca(),
+            "contrastive": _coca("tasks.captions.objective.caption_weight=0.0"),
+            "captioning": _coca("tasks.captions.objective.contrastive_weight=0.0"),
+        },
+    ),
+}
+
+# IMP's claims, all against one baseline: `imp_small`, whose every period of the schedule is 12 steps.
+PERIOD = 12
+STEPS = 40 * PERIOD
+VISITS = {  # of the tasks in a period
+    "image_text": 4, "images": 2, "video_text": 2, "videos": 1, "video_audio_text": 2, "sounds": 1,
+}  # fmt: skip
+
+
+def _imp(setting: str, *overrides: str) -> Variant:
+    words = (f"steps={STEPS}", f"checkpoint.every={STEPS}", "log.report=False", *overrides)
+    return Variant(f"configs/imp_small.py:{setting}", words)
+
+
+def _against_imp(asks: str, routed: bool = False, **others: Variant) -> Comparison:
+    """Labels are the names of the arguments, with spaces."""
+    labelled = {label.replace("_", " "): variant for label, variant in others.items()}
+    return Comparison(asks, {"imp": _imp("released"), **labelled}, folder="imp", routed=routed)
+
+
+def _shares(rule: str, shares: Mapping[str, int]) -> Variant:
+    words = [f"tasks.{task}.share={share}" for task, share in shares.items()]
+    return _imp("released", f"schedule.rule={rule}", *words)
+
+
+def _limoe(setting: str) -> Variant:
+    words = ("steps=400", "checkpoint.every=400", "log.report=False")
+    return Variant(f"configs/limoe_small.py:{setting}", words)
+
+
+IMP = {
+    "imp_alternating": _against_imp(
+        "One task's gradient at each step, against one update by the gradients of a whole period, summed.",
+        summed=_imp("released", f"optimizer.accumulate={PERIOD}"),
+        summed_twice_the_rate=_imp(
+            "released", f"optimizer.accumulate={PERIOD}", "optimizer.learning_rate=4e-3"
+        ),
+    ),
+    "imp_resolutions": _against_imp(
+        "Videos in one shape, against three shapes of as many tokens.", mixed=_imp("mixed")
+    ),
+    "imp_experts": _against_imp(
+        "A dense encoder, against four experts in its last two layers.",
+        routed=True,
+        experts=_imp("moe"),
+    ),
+    "imp_encoder": _against_imp(
+        "One encoder that modalities share, against one for each, of the same size.",
+        apart=_imp("apart"),
+    ),
+    "imp_schedule": _against_imp(
+        "Intervals as released, against as many visits spread evenly (shares), and equal time for each task (budget).",
+        shares=_shares("shares", VISITS),
+        budget=_shares("budget", dict.fromkeys(VISITS, 1)),
+    ),
+    "limoe_losses": Comparison(
+        "LIMoE's entropy losses beside the classic ones, against these alone, no such loss, and no experts.",
+        {label: _limoe(label) for label in ("entropies", "classic", "none", "dense")},
+        routed=True,
+    ),
+}
+SUITES: Mapping[str, Mapping[str, Comparison]] = {"systems": SYSTEMS, "imp": IMP}
+COMPARISONS = {**SYSTEMS, **IMP}
+
+
+def chosen(only: Sequence[str]) -> list[str]:
+    """Names of comparisons, by their own or their suite's; all if there is none.
+
+    Raises:
+      KeyError: a name that is neither.
+    """
+    found = [list(SUITES[name]) if name in SUITES else [name] for name in only]
+    return list(dict.fromkeys(sum(found, []))) or list(COMPARISONS)
