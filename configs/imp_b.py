@@ -52,7 +52,10 @@ def layers(repeat: int, heads: int, hidden: int, experts: int = 0) -> list[dict[
     if not experts:
         return [{"repeat": repeat, "pattern": [block]}]
     block["qk_norm"] = True
-    routed = {"count": experts, "router": {"name": "expert_choice", "capacity": 1.0}, "group": 2048}
+    # No group of tokens spans two of 256 devices (IMP's code makes as many groups as there are).
+    routed = {
+        "count": experts, "router": {"name": "expert_choice", "capacity": 1.0}, "group": 2048, "groups": 256,
+    }  # fmt: skip
     sparse = min(EXPERT_LAYERS, repeat // 2)
     return [
         {"repeat": repeat - sparse, "pattern": [block]},

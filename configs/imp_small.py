@@ -104,7 +104,10 @@ def get_config(setting: str = "released") -> ConfigDict:
         }
     )  # fmt: skip
     config.modalities.text.update({"vocabulary": 2048, "buckets": 128})
-    config.model.update({"width": 128, "groups": imp.layers(4, 4, 512, experts), "remat": "none"})
+    groups = imp.layers(4, 4, 512, experts)
+    for routed in (b["experts"] for g in groups for b in g["pattern"] if "experts" in b):
+        routed["groups"] = 1
+    config.model.update({"width": 128, "groups": groups, "remat": "none"})
     if setting == "apart":
         apart(config)
     for name, task in config.tasks.items():

@@ -39,6 +39,7 @@ EXPERTS = {
         "name": "token_choice", "top": 1, "capacity": 1.05, "priority": True, "noise": 1.0,
     },
     "group": 2048,
+    "groups": 256,
     "losses": {"importance": 0.01, "load": 0.01, "z": 0.001},
 }  # fmt: skip
 ENTROPIES = {

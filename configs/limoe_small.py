@@ -26,7 +26,7 @@ def get_config(setting: str = "entropies") -> ConfigDict:
     config.modalities.text.update({"vocabulary": 2048, "buckets": 12})
     groups = limoe.layers(setting, 4, 4, 4, 512)
     for experts in (b["experts"] for g in groups for b in g["pattern"] if "experts" in b):
-        experts.update({"count": 8, "group": 512})
+        experts.update({"count": 8, "group": 512, "groups": 1})
         if setting == "entropies":
             experts["threshold"] = {"text": 1.0986, "image": 1.6094}  # log 3 and log 5
     config.model.update({"width": 128, "groups": groups, "remat": "none"})

@@ -41,6 +41,7 @@ def layers(setting: str, repeat: int, heads: int, hidden: int) -> list[dict[str,
             "count": {"experts": 4, "one": 1, "mixed": 8}[setting],
             "router": {"name": "expert_choice", "score": "sigmoid", "capacity": 1.0},
             "group": 8192,
+            "groups": 256,
             "causal": {"hidden": 512},
         }
     if setting in ("experts", "one"):

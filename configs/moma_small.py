@@ -23,7 +23,7 @@ def get_config(setting: str = "experts") -> ConfigDict:
     config: ConfigDict = small.make_small(moma.get_config(setting))
     groups = moma.layers(setting, 4, 4, 344)
     for experts in (b["experts"] for g in groups for b in g["pattern"] if "experts" in b):
-        experts.update({"group": 1024, "causal": {"hidden": 64}})
+        experts.update({"group": 1024, "groups": 1, "causal": {"hidden": 64}})
     config.model.groups = groups
     config.mesh = {"data": 1, "fsdp": -1}
     return config

@@ -50,6 +50,8 @@ class ExpertsConfig:
       count: how many.
       router: `{name: expert_choice, token_choice or soft, ...}`, its keys those of `mmjax.layers.routers`.
       group: tokens that compete for slots, at most.
+      groups: how many groups at least, where there are as many rows. Where it is the number of devices that share a
+        batch, none spans two of them, whose tokens would have to be gathered; routing does not depend on the mesh.
       losses: weight of `importance`, `load`, `balance` and `z`, see there.
       local, spread: by modality, the weights of LIMoE's entropy losses: of each token's scores, and of their mean.
       threshold: of `spread`, by modality; log(count) where it is not given.
@@ -60,6 +62,7 @@ class ExpertsConfig:
     count: int
     router: dict[str, Any] = field(default_factory=lambda: {"name": "expert_choice"})
     group: int = 2048
+    groups: int = 1
     losses: dict[str, float] = field(default_factory=dict)
     local: dict[str, float] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
@@ -67,8 +70,10 @@ class ExpertsConfig:
     causal: CausalConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.count < 1 or self.group < 1:
-            raise UserError(f"experts: count is {self.count}, group {self.group}; 1 at least.")
+        if min(self.count, self.group, self.groups) < 1:
+            raise UserError(
+                f"experts: count is {self.count}, group {self.group}, groups {self.groups}; 1 at least."
+            )
         for name in self.losses:
             if name not in LOSSES:
                 raise UserError(f"experts: no loss '{name}'.{nearest(name, LOSSES)}")
@@ -160,7 +165,7 @@ class Experts(nnx.Module):
             lie, so that other micro-batches draw others.
         """
         x_BSD, valid_BS = stream.x_BSD, stream.mask_BS()
-        x_GTD, valid_GT = (grouped_rows(a, self.config.group) for a in (x_BSD, valid_BS))
+        x_GTD, valid_GT = self._grouped(x_BSD), self._grouped(valid_BS)
         logits_GTL = self.logits(x_GTD)
         noisy_GTL, deviation = logits_GTL, self.rule.noise / self.config.count
         if deviation and key is not None:
@@ -169,8 +174,7 @@ class Experts(nnx.Module):
         dispatch = self.rule.route(noisy_GTL, valid_GT)
         y_BSD = self._sums(x_GTD, dispatch).reshape(x_BSD.shape)
         kinds = {
-            name: grouped_rows(own_BS & valid_BS, self.config.group)
-            for name, own_BS in modalities(stream).items()
+            name: self._grouped(own_BS & valid_BS) for name, own_BS in modalities(stream).items()
         }
         loss = self._losses(logits_GTL, noisy_GTL, valid_GT, kinds)
         told = usage(dispatch, kinds, valid_GT.shape[1])
@@ -208,6 +212,9 @@ class Experts(nnx.Module):
         y_EBSD = jax.vmap(lambda own: nnx.merge(graph, own)(x_BSD))(state)
         gate_BSE = jnp.where(self.causal(x_BSD) > 0, self.rule.scores(self.logits(x_BSD)), 0)
         return jnp.einsum("bse,ebsd->bsd", gate_BSE.astype(x_BSD.dtype), y_EBSD)
+
+    def _grouped(self, x_BS: jax.Array) -> jax.Array:
+        return grouped_rows(x_BS, self.config.group, self.config.groups)
 
     def _sums(self, x_GTD: jax.Array, dispatch: Dispatch) -> jax.Array:
         graph, state = nnx.split(self.mlps)
@@ -319,14 +326,15 @@ def modalities(stream: Stream) -> dict[str, jax.Array]:
     return {name: jnp.broadcast_to(codes == code(name), shape) for name in names}
 
 
-def grouped_rows(x_BS: jax.Array, size: int) -> jax.Array:
+def grouped_rows(x_BS: jax.Array, size: int, groups: int = 1) -> jax.Array:
     """`[B, S, ...] -> [G, T, ...]`, T at most `size`, in order: several rows to a group, or several groups to a row.
 
-    As many rows as divide the batch, as few parts as divide the row.
+    As many rows as divide the batch and leave `groups` of them, as few parts as divide the row.
     """
     rows, length = x_BS.shape[:2]
     if length <= size:
-        together = max(r for r in range(1, size // length + 1) if rows % r == 0)
+        most = max(1, min(size // length, rows // groups))
+        together = max(r for r in range(1, most + 1) if rows % r == 0)
         return x_BS.reshape(rows // together, together * length, *x_BS.shape[2:])
     parts = next(p for p in range(-(-length // size), length + 1) if length % p == 0)
     return x_BS.reshape(rows * parts, length // parts, *x_BS.shape[2:])

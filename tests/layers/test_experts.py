@@ -214,9 +214,42 @@ def test_groups_are_whole_rows_or_parts_of_a_row(rows: int, length: int, size: i
 
 
 @pytest.mark.parametrize(
+    "rows, length, size, groups, shape",
+    [
+        (32, 4, 64, 1, (2, 64)),
+        (32, 4, 64, 8, (8, 16)),  # no group spans two of eight devices
+        (32, 4, 16, 4, (8, 16)),  # as small as they are to be at most
+        (4, 4, 64, 8, (4, 4)),  # fewer rows: each is a group
+        (4, 64, 16, 8, (16, 16)),  # parts of rows
+        (12, 4, 64, 5, (6, 8)),
+    ],
+)
+def test_so_many_groups_at_least(
+    rows: int, length: int, size: int, groups: int, shape: tuple[int, int]
+) -> None:
+    x = np.arange(rows * length).reshape(rows, length)
+    found = np.asarray(grouped_rows(jnp.asarray(x), size, groups))
+    np.testing.assert_array_equal(found, x.reshape(shape))
+
+
+def test_groups_of_the_config_are_those_that_compete() -> None:
+    """With a group for each row, a row's sums are what they are alone; together they are not."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 3, WIDTH)).astype("f")
+    moved = {}
+    for groups in (1, 4):
+        declaration = Declaration(Experts(WIDTH, HIDDEN, {"count": 2, "groups": groups}))
+        p = {n: rng.normal(size=s.shape).astype("f") for n, s in declaration.specs.items()}
+        call = jax.jit(lambda x, d=declaration, p=p: d.merge(p)(Stream(x), None)[0])
+        moved[groups] = float(np.abs(call(x)[:1] - call(x[:1])).max())
+    assert moved[4] < 1e-5 < 1e-2 < moved[1], moved
+
+
+@pytest.mark.parametrize(
     "config, said",
     [
         ({"count": 0}, "count is 0"),
+        ({"count": 2, "groups": 0}, "groups 0; 1 at least"),
         ({"count": 2, "router": {"name": "expert_choise"}}, "no 'expert_choise'. Did you mean"),
         ({"count": 2, "losses": {"blance": 1.0}}, "no loss 'blance'. Did you mean 'balance'"),
         ({"count": 2, "groop": 3}, "groop"),
