@@ -133,7 +133,8 @@ class Module:
         """How often a `while` runs; None if it cannot be told.
 
         As the compiler states it, or from a condition that compares a counter with a constant: one that
-        begins at a constant (0 where the text does not show it) and grows by 1.
+        begins at a constant (0 where the text does not show it) and grows by what the body adds to it (1 where
+        the text does not show that; collectives among products are in loops that the compiler unrolled by two).
         """
         stated = _TRIPS.search(loop.attributes)
         if stated:
@@ -146,7 +147,7 @@ class Module:
         index = next(
             (i.attribute("index") for i in condition if i.opcode == "get-tuple-element"), ""
         )
-        return max(0, last - self._first(loop, within, index))
+        return max(0, -(-(last - self._first(loop, within, index)) // self._step(loop, index)))
 
     def _compare(self, condition: Computation) -> tuple[Instruction | None, list[int]]:
         """The comparison that a condition consists of, itself or in a fusion, and the constants there."""
@@ -157,6 +158,18 @@ class Module:
         if len(compares) != 1 or compares[0].attribute("direction") not in ("LT", "LE"):
             return None, constants
         return compares[0], constants
+
+    def _step(self, loop: Instruction, index: str) -> int:
+        body = self.computations[loop.attribute("body")]
+        if body.root.opcode != "tuple" or not index.isdecimal():
+            return 1
+        value, total = body.instructions.get(body.root.operands[int(index)]), 0
+        while value is not None and value.opcode in ("add", "copy", "bitcast"):
+            read = [body.instructions[name] for name in value.operands]
+            added = [int(i.text) for i in read if i.opcode == "constant" and i.text.isdecimal()]
+            total += sum(added)
+            value = next((i for i in read if i.opcode != "constant"), None)
+        return max(total, 1)
 
     def _first(self, loop: Instruction, within: Computation, index: str) -> int:
         start = within.instructions.get(loop.operands[0]) if loop.operands else None

@@ -115,6 +115,19 @@ def test_a_loop_that_begins_later() -> None:
     assert read(_LOOP.replace("constant(0)", "constant(2)"), _BODY + _CONDITION).flops == 3 * 2 * 8**3  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "grows",
+    [
+        "  %two = s32[] constant(2)\n  %next = s32[] add(%i, %two)\n",
+        "  %half = s32[] add(%i, %one)\n  %same = s32[] copy(%half)\n  %next = s32[] add(%one, %same)\n",
+    ],
+)
+def test_a_loop_that_the_compiler_unrolled(grows: str) -> None:
+    """Its counter grows by 2: 0, 2 and 4 of five."""
+    body = _BODY.replace("  %next = s32[] add(%i, %one)\n", grows)
+    assert body != _BODY and read(_LOOP, body + _CONDITION).flops == 3 * 2 * 8**3
+
+
 def test_what_the_compiler_states_of_a_loop_comes_first() -> None:
     stated = _LOOP + ', backend_config={"known_trip_count":{"n":"7"}}'
     assert read(stated, _BODY + _CONDITION).flops == 7 * 2 * 8**3
