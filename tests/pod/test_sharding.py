@@ -14,8 +14,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # A recipe's small version differs from it in sizes (tests/test_recipes*.py), which are set here.
-# Of IMP's six, which differ in sizes and experts, the one that has dense layers and experts.
-SIZES_ONLY = ("imp_s", "imp_b", "imp_l", "imp_moe_s", "imp_moe_l")
+# Of IMP's six and LIMoE's three, which differ in sizes and experts, the one that has dense layers and experts.
+SIZES_ONLY = (
+    "imp_s", "imp_b", "imp_l", "imp_moe_s", "imp_moe_l", "limoe_l16", "limoe_h14",
+)  # fmt: skip
 CONFIGS = sorted(
     str(p)
     for p in (ROOT / "configs").glob("*.py")
