@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
-from mmjax.errors import UserError
+from mmjax.errors import UserError, nearest
 from mmjax.layers.dense import Dense
 from mmjax.layers.masks import Same
 from mmjax.layers.stream import Stream, add_up, mean_pool, segments
@@ -25,6 +25,9 @@ from mmjax.sharding import constrain, split_rows
 MAX_SCALE = 100.0  # bound of CLIP's learned scale
 
 
+FORMS = ("softmax", "sigmoid")
+
+
 class Scale(nnx.Module):
     """A learned positive scale `min(exp(s), 100)`, stored as its logarithm."""
 
@@ -35,15 +38,27 @@ class Scale(nnx.Module):
         return jnp.exp(jnp.minimum(self.log[...], np.log(MAX_SCALE)))
 
 
+class Bias(nnx.Module):
+    """A learned number that is added to all logits."""
+
+    def __init__(self, initial: float):
+        self.value = declare((), (), initializers.constant(initial), keep=True)
+
+    def __call__(self) -> jax.Array:
+        return self.value[...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contrastive(Coupled):
-    """Both directions of cross-entropy over the global batch (CLIP, Radford et al. 2021).
+    """Both directions of cross-entropy over the global batch (CLIP, Radford et al. 2021), or SigLIP's loss.
 
     Attributes:
       between: the two modalities.
+      form: `softmax`, or `sigmoid`, by which each pair of rows is a decision of its own (Zhai et al. 2023).
       concept: integer field; rows that share its value are positives of each other. Empty: only the pair.
       joint: size of the joint space.
-      temperature: initial temperature, learned as the logarithm of its inverse.
+      temperature: initial temperature, learned as the logarithm of its inverse (SigLIP: 0.1).
+      bias: of the logits under `sigmoid`, learned, to begin with.
       chunk: rows that are compared at a time, so that memory grows with the batch and not with its square
         (see `chunked_info_nce`); 0 for all at once.
       together: encode both in one pass, each attending to its own tokens alone, so that tokens of both compete for
@@ -51,9 +66,11 @@ class Contrastive(Coupled):
     """
 
     between: tuple[str, ...]
+    form: str = "softmax"
     concept: str = ""
     joint: int = 256
     temperature: float = 0.07
+    bias: float = -10.0
     chunk: int = 0
     together: bool = False
 
@@ -63,6 +80,8 @@ class Contrastive(Coupled):
                 "contrastive needs two modalities in 'between' and a positive temperature; "
                 f"found {list(self.between)}, {self.temperature}."
             )
+        if self.form not in FORMS:
+            raise UserError(f"contrastive: form is '{self.form}'.{nearest(self.form, FORMS)}")
         if self.chunk < 0:
             raise UserError(f"contrastive: chunk is {self.chunk}; it must be at least 0.")
 
@@ -79,7 +98,8 @@ class Contrastive(Coupled):
         projections = {
             m: Dense(width, self.joint, ("embed", "joint"), bias=False) for m in self.between
         }
-        return {**projections, "scale": Scale(1 / self.temperature)}
+        bias = {"bias": Bias(self.bias)} if self.form == "sigmoid" else {}
+        return {**projections, "scale": Scale(1 / self.temperature), **bias}
 
     def embed(
         self, model: Model, modality: str, arrays: Mapping[str, jax.Array], toward: str = ""
@@ -114,13 +134,20 @@ class Contrastive(Coupled):
         valid_B = batch["valid"]
         concept_B = batch["fields"][self.concept] if self.concept else jnp.arange(valid_B.shape[0])
         scale = model.heads[self.head].scale()
-        if 0 < self.chunk < valid_B.shape[0]:
-            value, recall = chunked_info_nce(a_BE, b_BE, scale, concept_B, valid_B, self.chunk)
+        known = {"scale": scale}
+        if self.form == "sigmoid":
+            known["bias"] = model.heads[self.head].bias()
+            value, recall, baseline = sigmoid_loss(
+                a_BE, b_BE, scale, known["bias"], concept_B, valid_B, self.chunk
+            )
         else:
-            value, recall = info_nce(a_BE, b_BE, scale, concept_B, valid_B)
-        # What equal logits would cost.
-        baseline = jnp.log(jnp.maximum(valid_B.sum(), 1).astype(value.dtype))
-        return Loss(value, {"scale": scale, "batch_recall": recall, "baseline": baseline})
+            if 0 < self.chunk < valid_B.shape[0]:
+                value, recall = chunked_info_nce(a_BE, b_BE, scale, concept_B, valid_B, self.chunk)
+            else:
+                value, recall = info_nce(a_BE, b_BE, scale, concept_B, valid_B)
+            # What equal logits would cost.
+            baseline = jnp.log(jnp.maximum(valid_B.sum(), 1).astype(value.dtype))
+        return Loss(value, {**known, "batch_recall": recall, "baseline": baseline})
 
 
 def unit(x: jax.Array, eps: float = 1e-6) -> jax.Array:
@@ -167,11 +194,7 @@ def chunked_info_nce(
     The backward pass computes a chunk's logits again, so that it keeps none of them either: 8 products of
     `[B, E]` by `[E, B]` in place of 3, which is little beside an encoder.
     """
-    rows = valid_B.shape[0]
-    if rows % chunk:
-        raise UserError(
-            f"contrastive: chunk {chunk} does not divide the batch of {rows}. Choose one that does, or 0."
-        )
+    parts = _parts((a_BE, b_BE, concept_B, valid_B), chunk)
     # Every device compares its own rows of a chunk with the candidates of all.
     every_a_BE, every_b_BE = constrain(a_BE, (None, None)), constrain(b_BE, (None, None))
     every_concept_B, every_valid_B = constrain(concept_B, (None,)), constrain(valid_B, (None,))
@@ -188,10 +211,57 @@ def chunked_info_nce(
         )
         return jnp.asarray(loss), _hits(forward_CB, positive_CB, valid_C, every_valid_B)
 
-    parts = tuple(split_rows(x, rows // chunk) for x in (a_BE, b_BE, concept_B, valid_B))
     losses, hits = jax.lax.map(compared, parts)
     anchors = jnp.maximum(valid_B.sum(), 1)
     return losses.sum() / anchors / 2, hits.sum() / anchors
+
+
+def _parts(arrays: tuple[jax.Array, ...], chunk: int) -> tuple[jax.Array, ...]:
+    """Rows as `[B / chunk, chunk, ...]`."""
+    rows = arrays[0].shape[0]
+    if rows % chunk:
+        raise UserError(
+            f"contrastive: chunk {chunk} does not divide the batch of {rows}. Choose one that does, or 0."
+        )
+    return tuple(split_rows(x, rows // chunk) for x in arrays)
+
+
+def sigmoid_loss(
+    a_BE: jax.Array,
+    b_BE: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    concept_B: jax.Array,
+    valid_B: jax.Array,
+    chunk: int = 0,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """SigLIP's loss (Zhai et al. 2023, section 3.2), recall at 1 within the batch, and what the best constant costs.
+
+    `-(1 / B) sum_ij log sigmoid(z_ij (scale <a_i, b_j> + bias))` over valid rows, of which there are B; z is 1 for rows
+    of one concept and -1 for others. With `chunk`, so many rows a are compared at a time (see `chunked_info_nce`).
+    """
+    every_b_BE, every_concept_B = constrain(b_BE, (None, None)), constrain(concept_B, (None,))
+    every_valid_B = constrain(valid_B, (None,))
+
+    def compared(part: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        a_CE, concept_C, valid_C = part
+        logits_CB = scale * (a_CE @ every_b_BE.T) + bias
+        both_CB = valid_C[:, None] & every_valid_B[None, :]
+        positive_CB = (concept_C[:, None] == every_concept_B[None, :]) & both_CB
+        costs_CB = jax.nn.softplus(jnp.where(positive_CB, -logits_CB, logits_CB))
+        hits = _hits(logits_CB, positive_CB, valid_C, every_valid_B)
+        return jnp.where(both_CB, costs_CB, 0).sum(), hits, positive_CB.sum()
+
+    if 0 < chunk < valid_B.shape[0]:
+        parts = _parts((a_BE, concept_B, valid_B), chunk)
+        found = [x.sum() for x in jax.lax.map(jax.checkpoint(compared), parts)]
+    else:
+        found = list(compared((a_BE, concept_B, valid_B)))
+    cost, hits, positives = found
+    rows = jnp.maximum(valid_B.sum(), 1).astype(cost.dtype)
+    share = positives.astype(cost.dtype) / jnp.square(rows)
+    entropy = -jax.scipy.special.xlogy(share, share) - jax.scipy.special.xlogy(1 - share, 1 - share)
+    return cost / rows, hits / rows, entropy * rows
 
 
 def _cross_entropy(
