@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mmjax.config import Block
 
@@ -67,3 +69,42 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         if more > 1 - CONFIDENCE:
             return ordered[k - 1], ordered[n - k]
         k, outside = k + 1, more
+
+
+def rounds(
+    calls: Mapping[str, Callable[[], Any]], pairs: int, repeats: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of a call of each, in every round: all of them in turn, beginning with another one each time.
+
+    Each waits for what it calls. The first call of each, which takes longer, is not counted.
+
+    Args:
+      repeats: calls in a row, of which the mean counts.
+    """
+    names = list(calls)
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for pair in range(pairs):
+        at = pair % len(names)
+        for name in names[at:] + names[:at]:
+            begin = time.perf_counter()
+            for _ in range(repeats):
+                calls[name]()
+            times[name].append((time.perf_counter() - begin) / repeats)
+    return times
+
+
+def ratios(
+    times: Mapping[str, Sequence[float]], one: str, other: str, wanted: str = "", name: str = ""
+) -> Quantity:
+    """Of the seconds of one to those of the other, round by round."""
+    values = [a / b for a, b in zip(times[one], times[other], strict=True)]
+    return quantity(name or f"{one} to {other}", values, wanted=wanted)
+
+
+def millis(times: Mapping[str, Sequence[float]], prefix: str = "") -> list[Quantity]:
+    """The milliseconds themselves."""
+    return [
+        quantity(f"{prefix}{name}", [1000 * t for t in each], "ms") for name, each in times.items()
+    ]

@@ -7,7 +7,6 @@ pairs at the same widths, depths, heads and lengths (its layers are gated and ho
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import _coca_pytorch
-from benchmarks._pairs import Effort, Quantity, quantity
+from benchmarks._pairs import Effort, Quantity, millis, ratios, rounds
 from benchmarks._steps import Steps
 from mmjax.data.loader import make_batch
 from mmjax.experiment import Experiment, make_experiment
@@ -56,33 +55,15 @@ def _of_task(experiment: Experiment, task: Task, effort: Effort) -> list[Quantit
             "peer's step": peer.step,
             "peer anew": peer.write,
         }
-    times = _times(calls, effort.pairs)
+    times = rounds(calls, effort.pairs)
 
-    def ratio(one: str, other: str) -> Quantity:
-        values = [b / a for a, b in zip(times[one], times[other], strict=True)]
-        return quantity(f"{task.name}: {other} to {one}", values, wanted="above 1")
-
-    ratios = [("cached", "anew"), ("cached", "peer anew"), ("step", "peer's step")]
-    millis = [
-        quantity(f"{task.name}: {name}", [1000 * t for t in each], "ms")
-        for name, each in times.items()
+    pairs = [("cached", "anew"), ("cached", "peer anew"), ("step", "peer's step")]
+    found = [
+        ratios(times, other, one, "above 1", f"{task.name}: {other} to {one}")
+        for one, other in pairs
+        if {one, other} <= times.keys()
     ]
-    return [ratio(*pair) for pair in ratios if set(pair) <= times.keys()] + millis
-
-
-def _times(calls: dict[str, Call], pairs: int) -> dict[str, list[float]]:
-    """Seconds of each call in every round; the order turns, and the first call of each is not counted."""
-    names = list(calls)
-    for call in calls.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for pair in range(pairs):
-        at = pair % len(names)
-        for name in names[at:] + names[:at]:
-            begin = time.perf_counter()
-            calls[name]()
-            times[name].append(time.perf_counter() - begin)
-    return times
+    return [*found, *millis(times, f"{task.name}: ")]
 
 
 def _compiled(

@@ -16,15 +16,13 @@ The config is not read but for its seed. In each pair both halves run in one pro
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from benchmarks import _transfusion_pytorch
-from benchmarks._pairs import Effort, Quantity, quantity
+from benchmarks._pairs import Effort, Quantity, millis, quantity, ratios, rounds
 from benchmarks._steps import Steps
 from benchmarks._transfusion_pytorch import Sizes
 from mmjax.config import Block
@@ -51,18 +49,16 @@ def measure(effort: Effort) -> list[Quantity]:
     flops = experiment.flops[TASK], peer.flops
     specs = experiment.declaration.specs.values()
     parameters = sum(int(np.prod(spec.shape)) for spec in specs), peer.parameters
-    ours, theirs = _times(
-        lambda: steps.run([(TASK, batch)], untimed=0), peer.step, effort.pairs, effort.steps
-    )
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    per_flop = [ratio * flops[0] / flops[1] for ratio in ratios]
+    calls = {"our step": lambda: steps.run([(TASK, batch)], untimed=0), "peer's step": peer.step}
+    times = rounds(calls, effort.pairs, effort.steps)
+    slower = ratios(times, "peer's step", "our step", "above 1", "peer's step to ours")
+    per_flop = [ratio * flops[0] / flops[1] for ratio in slower.values]
     counts = {"tokens of a row": (tokens, peer.tokens), "parameters": parameters}
     gigas = {"GFLOP of matrix products": tuple(f / 1e9 for f in flops)}
     return [
-        quantity("peer's step to ours", ratios, wanted="above 1"),
+        slower,
         quantity("peer's step to ours, per FLOP", per_flop),
-        quantity("our step", [1000 * t for t in ours], "ms"),
-        quantity("peer's step", [1000 * t for t in theirs], "ms"),
+        *millis(times),
         *(
             quantity(f"{what}, {whose}", [count] * effort.pairs)
             for what, both in (counts | gigas).items()
@@ -124,22 +120,3 @@ def row_tokens(experiment: Experiment) -> int:
 
     made = jax.eval_shape(streams, shapes)
     return 1 + sum(x.shape[1] for x in made)
-
-
-def _times(
-    one: Callable[[], Any], two: Callable[[], Any], pairs: int, steps: int
-) -> tuple[list[float], list[float]]:
-    """Seconds of a step of each, in every pair."""
-    _seconds(one, 1), _seconds(two, 1)  # the first takes longer
-    times: tuple[list[float], list[float]] = ([], [])
-    for pair in range(pairs):
-        for index in (0, 1) if pair % 2 else (1, 0):
-            times[index].append(_seconds((one, two)[index], steps) / steps)
-    return times
-
-
-def _seconds(step: Callable[[], Any], count: int) -> float:
-    began = time.perf_counter()
-    for _ in range(count):
-        step()
-    return time.perf_counter() - began

@@ -8,7 +8,6 @@ which comes first alternates. The config is not read but for its seed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from benchmarks._pairs import Effort, Quantity, quantity
+from benchmarks._pairs import Effort, Quantity, ratios, rounds
 from mmjax.layers.masks import Causal
 from mmjax.layers.selective_scan import Tokens, selective_scan
 from mmjax.layers.stream import Stream
@@ -48,31 +47,21 @@ def measure(effort: Effort) -> list[Quantity]:
         for kind, layout in layouts.items():
             one, two = _trunk_step(layout, True, seed), _trunk_step(layout, False, seed)
             name = f"untied to dense, {count} modalities, {kind}"
-            found.append(quantity(name, _ratios(one, two, effort), wanted="at most 1.03"))
+            found.append(_compared(name, one, two, effort, "at most 1.03"))
     plain = _scan_step(_recurrence, seed)
     for way in ("serial", "parallel"):
         scan = _scan_step(partial(selective_scan, way=way), seed)
-        found.append(quantity(f"{way} chunked scan to recurrence", _ratios(scan, plain, effort)))
+        found.append(_compared(f"{way} chunked scan to recurrence", scan, plain, effort))
     return found
 
 
-def _ratios(one: Step, two: Step, effort: Effort) -> list[float]:
-    _seconds(one, 1), _seconds(two, 1)  # compiled here
-    ratios = []
-    for pair in range(effort.pairs):
-        if pair % 2:
-            below, above = _seconds(two, effort.steps), _seconds(one, effort.steps)
-        else:
-            above, below = _seconds(one, effort.steps), _seconds(two, effort.steps)
-        ratios.append(above / below)
-    return ratios
+def _compared(name: str, one: Step, two: Step, effort: Effort, wanted: str = "") -> Quantity:
+    calls = {"one": lambda: _wait(one), "two": lambda: _wait(two)}
+    return ratios(rounds(calls, effort.pairs, effort.steps), "one", "two", wanted, name)
 
 
-def _seconds(step: Step, count: int) -> float:
-    began = time.perf_counter()
-    for _ in range(count):
-        jax.block_until_ready(step())
-    return time.perf_counter() - began
+def _wait(step: Step) -> None:
+    jax.block_until_ready(step())
 
 
 def _trunk_step(layout: Layout, is_untied: bool, seed: int) -> Step:
