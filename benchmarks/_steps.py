@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +17,7 @@ from mmjax.config import Block
 from mmjax.data.loader import HostBatch, Loader, local_rows
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.loop import dispatch
+from mmjax.parameters import Arrays
 from mmjax.program import Program, compile_all
 from mmjax.resume import Session, begin
 from mmjax.schedule import RULES
@@ -30,10 +31,12 @@ class Timed:
     Attributes:
       seconds: from the end of the step before the first to the end of the last.
       host: seconds of each that the host spent giving it to the devices, waiting for data left out.
+      metrics: of the last.
     """
 
     seconds: float
     host: tuple[float, ...]
+    metrics: Mapping[str, Any]
 
 
 class Steps:
@@ -52,6 +55,12 @@ class Steps:
     @property
     def session(self) -> Session:
         return self._session
+
+    @property
+    def parameters(self) -> Arrays:
+        """As they are now, by name."""
+        found: Arrays = self._state.parameters
+        return found
 
     @contextmanager
     def loader(self, start: int, stop: int) -> Iterator[Loader]:
@@ -89,13 +98,13 @@ class Steps:
             under_way.append(self._send(task, batch))
             host.append(time.perf_counter() - started)
             if len(under_way) == 2:
-                jax.device_get(under_way.popleft())
+                metrics = jax.device_get(under_way.popleft())
                 ends.append(time.perf_counter())
         while under_way:
-            jax.device_get(under_way.popleft())
+            metrics = jax.device_get(under_way.popleft())
             ends.append(time.perf_counter())
         first = ends[untimed - 1] if untimed else began
-        return Timed(ends[-1] - first, tuple(host[untimed:]))
+        return Timed(ends[-1] - first, tuple(host[untimed:]), metrics)
 
     def _send(self, task: str, batch: HostBatch) -> Any:
         chosen, program = self.experiment.tasks[task], self._programs[task]
