@@ -108,9 +108,14 @@ def test_bytes_of_a_device_are_those_counted_by_hand(found: dict[str, Any], conf
         # Along fsdp nearly all is cut; along tensor the layers are, but neither stems nor classifiers.
         most = 0.6 if sizes.get("fsdp", 1) > 1 else 0.9
         divides = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
-        parts = (
-            sizes.get("expert", 1) if any("experts" in axes for _, axes in specs.values()) else 1
-        )
+        count = sizes.get("expert", 1)
+        divided = [
+            n % count == 0
+            for shape, axes in specs.values()
+            for axis, n in zip(axes, shape, strict=True)
+            if axis == "experts"
+        ]
+        parts = count if any(divided) else 1
         if divides > 1:
             assert held < most * whole, case
         else:
