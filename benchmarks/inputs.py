@@ -174,7 +174,6 @@ def block(path: Path, view: View) -> Block:
         },
         "model": {"width": 8, "groups": [{"repeat": 1, "pattern": [layer]}]},
         "tasks": {TASK: task},
-        "mesh": {"data": 1},
         "loader": {"threads": os.cpu_count() or 1, "ahead": others.AHEAD, "cache_mib": 0},
         "evaluation": {"every": 0},
     }
