@@ -106,9 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = _chosen(arguments.only)
     if min(arguments.pairs, arguments.steps) < 1:
         raise UserError("--pairs and --steps must be at least 1.")
-    effort = Effort(
-        commandline.read_config(arguments.config, overrides), arguments.pairs, arguments.steps
-    )
+    block = commandline.read_config(arguments.config, overrides)
+    effort = Effort(block, arguments.pairs, arguments.steps, tuple(arguments.extra))
     use_cache()
     if _load() > (os.cpu_count() or 1) / 4:
         print(f"The load is {_load():.1f}: other work will show in what is measured.")
