@@ -20,6 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import benchmarks
 from benchmarks._pairs import Effort, Quantity
 from mmjax import commandline, errors
@@ -29,11 +31,13 @@ from mmjax.program import use_cache
 from mmjax.resume import environment
 from mmjax.sharding import MeshConfig, make_mesh
 
+COMMANDS = ("run", "readme")
+
 
 def cases() -> list[str]:
-    """The names of the cases: modules of this folder, but this one and those with an underscore."""
+    """The names of the cases: modules of this folder, but those with an underscore and commands."""
     found = [m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.ispkg]
-    return sorted(name for name in found if not name.startswith("_") and name != "run")
+    return sorted(name for name in found if not name.startswith("_") and name not in COMMANDS)
 
 
 def run_case(name: str, effort: Effort, command: str) -> dict[str, Any]:
@@ -116,8 +120,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         found = run_case(name, effort, shlex.join(words))
-        (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-        (folder / f"{name}.md").write_text(markdown(found))
+        # What an accelerator found stands beside what the processor did.
+        platform = jax.default_backend()
+        stem = name if platform == "cpu" else f"{name}@{platform}"
+        (folder / f"{stem}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (folder / f"{stem}.md").write_text(markdown(found))
         rows = [
             (q["name"], q["unit"], *(f"{q[k]:.4g}" for k in ("median", "low", "high")), q["wanted"])
             for q in found["quantities"]
