@@ -11,7 +11,8 @@ generation goes by that (the paper trains it afterwards). `moma_1b.py:one` has o
 
 The paper calls the model one of 1.4 billion. Ours has 1.23 in what a token meets of the trunk, and a table of 65,344
 pieces and codes with 0.13: 1.37; as what comes out has a table of its own, 1.50 in all. Sizes of the hidden layer and
-of the second router are ours, as are rate and batch; tokens compete within 8,192 at most (the paper's within a batch).
+of the second router are ours, as are rate and batch. Tokens compete with those of their sequence and modality (the
+paper's with those of a batch: over more than 2,048 of them, the TPU's compiler takes minutes to sort).
 
 Hardware: 256 chips of TPU v5e or 128 of v5p, by the plans in `plans/`. Results: none, it has not been trained here; see
 `moma_small.py`, the same recipe with smaller numbers.
@@ -40,7 +41,7 @@ def layers(setting: str, repeat: int, heads: int, hidden: int) -> list[dict[str,
         block["experts"] = {
             "count": {"experts": 4, "one": 1, "mixed": 8}[setting],
             "router": {"name": "expert_choice", "score": "sigmoid", "capacity": 1.0},
-            "group": 8192,
+            "group": 2048,
             "groups": 256,
             "causal": {"hidden": 512},
         }
