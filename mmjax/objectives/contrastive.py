@@ -132,7 +132,7 @@ class Contrastive(Coupled):
     def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
         a_BE, b_BE = rows
         valid_B = batch["valid"]
-        concept_B = batch["fields"][self.concept] if self.concept else jnp.arange(valid_B.shape[0])
+        concept_B = concepts(batch, self.concept)
         scale = model.heads[self.head].scale()
         known = {"scale": scale}
         if self.form == "sigmoid":
@@ -148,6 +148,12 @@ class Contrastive(Coupled):
             # What equal logits would cost.
             baseline = jnp.log(jnp.maximum(valid_B.sum(), 1).astype(value.dtype))
         return Loss(value, {**known, "batch_recall": recall, "baseline": baseline})
+
+
+def concepts(batch: Batch, field: str) -> jax.Array:
+    """The integer by which rows are positives of each other, `[B]`; without a field each row has its own."""
+    found: jax.Array = batch["fields"][field] if field else jnp.arange(batch["valid"].shape[0])
+    return found
 
 
 def unit(x: jax.Array, eps: float = 1e-6) -> jax.Array:
@@ -175,8 +181,11 @@ def info_nce_of(
     both_BB = valid_B[:, None] & valid_B[None, :]
     positive_BB = (concept_B[:, None] == concept_B[None, :]) & both_BB
     anchors = jnp.maximum(valid_B.sum(), 1)
-    forward = _cross_entropy(logits_BB, positive_BB, valid_B, valid_B) / anchors
-    backward = _cross_entropy(logits_BB.T, positive_BB.T, valid_B, valid_B) / anchors
+    # Devices that hold rows add up columns, and send each other the sums: not all logits, as for a transpose.
+    logits_BB = constrain(logits_BB, ("batch", None))
+    forward, backward = (
+        _cross_entropy(logits_BB, positive_BB, valid_B, valid_B, axis) / anchors for axis in (1, 0)
+    )
     hits = _hits(logits_BB, positive_BB, valid_B, valid_B)
     return (forward + backward) / 2, hits / anchors
 
@@ -265,14 +274,27 @@ def sigmoid_loss(
 
 
 def _cross_entropy(
-    logits_RB: jax.Array, positive_RB: jax.Array, valid_R: jax.Array, valid_B: jax.Array
+    logits_RB: jax.Array,
+    positive_RB: jax.Array,
+    valid_R: jax.Array,
+    valid_B: jax.Array,
+    axis: int = 1,
 ) -> jax.Array:
-    """Sum over valid anchors R of the cross-entropy to the uniform distribution over their positives."""
+    """Sum over valid anchors R of the cross-entropy to the uniform distribution over their positives.
+
+    Args:
+      axis: of the candidates B; with 0 the arrays are `[B, R]`.
+    """
     # Finite stand-in for -inf: a row without any candidate must give zero, not NaN, also backwards.
-    masked_RB = jnp.where(valid_B[None, :], logits_RB, jnp.finfo(logits_RB.dtype).min)
-    count_R = jnp.maximum(positive_RB.sum(axis=1), 1)
-    mean_R = jnp.where(positive_RB, logits_RB, 0).sum(axis=1) / count_R
-    loss_R = jax.nn.logsumexp(masked_RB, axis=1) - mean_R
+    there = jnp.expand_dims(valid_B, 1 - axis)
+    masked_RB = jnp.where(there, logits_RB, jnp.finfo(logits_RB.dtype).min)
+    sums = (
+        positive_RB.sum(axis=axis),
+        jnp.where(positive_RB, logits_RB, 0).sum(axis=axis),
+        jax.nn.logsumexp(masked_RB, axis=axis),
+    )
+    count_R, total_R, log_R = sums if axis else (constrain(x, (None,)) for x in sums)
+    loss_R = log_R - total_R / jnp.maximum(count_R, 1)
     return jnp.where(valid_R, loss_R, 0).sum()
 
 

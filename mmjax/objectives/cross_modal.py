@@ -18,7 +18,7 @@ from mmjax.layers.stream import add_up, mean_pool
 from mmjax.modality import PRESENT, Input
 from mmjax.model import Batch, Model
 from mmjax.objective import Coupled, Loss, Represented
-from mmjax.objectives.contrastive import info_nce_of, unit
+from mmjax.objectives.contrastive import concepts, info_nce_of, unit
 from mmjax.parameters import declare
 
 SPACES = ("disjoint", "linear")
@@ -157,7 +157,7 @@ class CrossModal(Coupled):
     def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
         valid_B, one_B1 = batch["valid"], jnp.ones((batch["valid"].shape[0], 1), bool)
         present = {m: batch["inputs"][m].get(PRESENT, one_B1) for m in self.between}
-        concept_B = batch["fields"][self.concept] if self.concept else jnp.arange(valid_B.shape[0])
+        concept_B = concepts(batch, self.concept)
         total, metrics = jnp.zeros(()), dict[str, jax.Array]()
         for (one, two), weight in self._pairs().items():
             t = model.heads[self.head][_temperature((one, two))]()
