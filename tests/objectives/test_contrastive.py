@@ -404,25 +404,3 @@ def test_embeddings_of_a_real_model_are_unit_vectors_whatever_the_other_rows() -
     narrow = embed(p, texts, jnp.bfloat16)
     assert narrow.dtype == jnp.float32, "unit vectors are float32 in any compute dtype"
     np.testing.assert_allclose(np.linalg.norm(narrow, axis=1), np.ones(6), rtol=1e-5)
-
-
-def test_devices_send_sums_and_not_logits() -> None:
-    """Of both directions; a loss of the transpose sends all logits, which is the control."""
-
-    def transposed(a: Any, b: Any, scale: Any, concept: Any, valid: Any) -> Any:
-        logits = scale * (a @ b.T)
-        both = (jax.nn.logsumexp(x, axis=1) - jnp.diag(x) for x in (logits, logits.T))
-        return sum(jnp.where(valid, x, 0).sum() for x in both)
-
-    mesh = make_mesh(MeshConfig())
-    rows = batch_sharding(mesh, 512, "test")
-    vector = jax.ShapeDtypeStruct((512, 8), "float32", sharding=rows)
-    whole = jax.ShapeDtypeStruct((512,), "int32", sharding=rows)
-    there = jax.ShapeDtypeStruct((512,), "bool", sharding=rows)
-    sent = {}
-    with jax.set_mesh(mesh):
-        for name, loss in {"ours": lambda *x: info_nce(*x)[0], "control": transposed}.items():
-            step = jax.jit(jax.grad(loss, (0, 1)))
-            text = step.lower(vector, vector, np.float32(5), whole, there).compile().as_text()
-            sent[name] = "all-to-all" in text or "[512,512]" in text
-    assert sent == {"ours": False, "control": True}
