@@ -28,6 +28,7 @@ class Comparison:
       asks: the question.
       variants: what is compared.
       measures: which records of `results.json` are shown, by the beginnings of their names; all if empty.
+      without: tasks whose measures are left out.
       parts: parts of the training loss whose course is shown.
       folder: of its runs, its own name if empty: comparisons of one folder have the runs of a label in common.
       routed: whether it is shown how many experts each layer uses for each modality in the end.
@@ -36,6 +37,7 @@ class Comparison:
     asks: str
     variants: Mapping[str, Variant]
     measures: tuple[str, ...] = field(default=())
+    without: tuple[str, ...] = field(default=())
     parts: tuple[str, ...] = field(default=())
     folder: str = ""
     routed: bool = False
@@ -110,7 +112,14 @@ def _short(steps: int) -> tuple[str, ...]:
 def _against_imp(asks: str, routed: bool = False, **others: Variant) -> Comparison:
     """Labels are the names of the arguments, with spaces."""
     labelled = {label.replace("_", " "): variant for label, variant in others.items()}
-    return Comparison(asks, {"imp": _imp("released"), **labelled}, folder="imp", routed=routed)
+    return Comparison(
+        asks,
+        {"imp": _imp("released"), **labelled},
+        # What it measures `video_text` measures again: vectors of clips and of texts from the same head.
+        without=("video_audio_text",),
+        folder="imp",
+        routed=routed,
+    )
 
 
 def _shares(rule: str, shares: Mapping[str, int]) -> Variant:

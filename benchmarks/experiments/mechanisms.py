@@ -71,6 +71,8 @@ def summarise(
             name = record["name"]
             if comparison.measures and not name.startswith(comparison.measures):
                 continue
+            if record["task"] in comparison.without:
+                continue
             key = (record["task"], record["split"], name)
             facts = {"chance": record["chance"], "unit": record.get("unit", "fraction")}
             row = rows.setdefault(key, facts | {"values": {}})

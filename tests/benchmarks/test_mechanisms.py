@@ -62,6 +62,7 @@ def test_values_by_variant_and_seed() -> None:
         Trial(seed, label, ()): [record("loss text", value), record("loss", 5.0)]
         for seed, label, value in [(0, "narrow", 1.0), (1, "narrow", 3.0), (0, "wide", 0.5), (1, "wide", 2.0)]
     }  # fmt: skip
+    assert mechanisms.summarise(Comparison("?", TOYS.variants, without=("a",)), found) == []
     [row] = mechanisms.summarise(comparison, found)
     assert row["values"] == {"narrow": {0: 1.0, 1: 3.0}, "wide": {0: 0.5, 1: 2.0}}
     cost = {label: {"steps": 3, "flops": 2 * 10**12} for label in TOYS.variants}
