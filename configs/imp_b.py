@@ -22,7 +22,7 @@ are `tf.train.Example` messages:
 - `video_text` (such as HowTo100M, AudioSet): `video`; `audio`, the bytes of a WAV file; `caption`; `concept`.
 - `sounds` (such as VGGSound): `audio`; `label`, below 309.
 
-Hardware: a slice of a TPU pod; which one, `python -m mmjax.plan` says (no plan of it is committed yet). Results: none,
+Hardware: 256 chips of TPU v5e or 128 of v5p, by the plans in `plans/`. Results: none,
 it has not been trained here; see `imp_small.py`, the same recipe with smaller numbers.
 """
 

@@ -5,7 +5,7 @@
 Experts choose tokens (capacity 1, groups of 2,048 tokens, softmax over experts, no auxiliary loss). Data, tasks and
 settings are those of `imp_b.py`.
 
-Hardware: a slice of a TPU pod; which one, `python -m mmjax.plan` says (no plan of it is committed yet). Results: none,
+Hardware: 256 chips of TPU v5e, by the plan in `plans/`. Results: none,
 it has not been trained here; see `imp_small.py`, the same recipe with smaller numbers.
 """
 
