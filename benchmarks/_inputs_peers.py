@@ -43,7 +43,7 @@ def _text() -> Text:
 
 
 def text_of(example: Mapping[str, Any]) -> str:
-    """The first caption of an example of the emoji data set."""
+    """The caption of an example of the emoji data set."""
     return _text().raw(example["caption"])
 
 

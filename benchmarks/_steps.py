@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from mmjax.config import Block
@@ -121,3 +122,16 @@ class Steps:
         """Steps after which the schedule begins anew."""
         segment = self.session.clock.schedule.segments[0]
         return sum(RULES[segment.rule].counts([w for w in segment.weights.values() if w]))
+
+
+def random_batch(experiment: Experiment, task: str, seed: int) -> HostBatch:
+    """Random numbers below 256 in the form of a task's batch; every row and token is valid."""
+    rng, rows = np.random.default_rng(seed), experiment.tasks[task].batch
+
+    def draw(spec: jax.ShapeDtypeStruct) -> Any:
+        if spec.dtype == bool:
+            return np.ones((rows, *spec.shape), bool)
+        return rng.integers(0, 256, (rows, *spec.shape)).astype(spec.dtype)
+
+    made = jax.tree.map(draw, experiment.tasks[task].rows().shapes())
+    return HostBatch(step=0, start=0, rows=made, failed=())

@@ -57,7 +57,6 @@ def training(
     """A step on pixels (uint8 `[B, H, W, 3]`) and labels by AdamW, whose state it keeps; it gives the loss."""
     optimizer = optax.adamw(rate, weight_decay=0.0)
 
-    @jax.jit
     def step(parameters: Parameters, state: Any, pixels: jax.Array, labels: jax.Array) -> Any:
         def loss(p: Parameters) -> jax.Array:
             logits = model.apply({"params": p}, pixels)

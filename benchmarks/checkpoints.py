@@ -115,11 +115,17 @@ def _peers(size: float) -> dict[str, Peer]:
     return found
 
 
-def _mmjax(values: Arrays) -> Peer:
+def _on_device(values: Arrays) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays on a device, and what they are to be restored as."""
     device = jax.local_devices()[0]
     held = jax.device_put(dict(values), device)
     shape = jax.sharding.SingleDeviceSharding(device)
     abstract = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shape) for n, x in held.items()}
+    return held, abstract
+
+
+def _mmjax(values: Arrays) -> Peer:
+    held, abstract = _on_device(values)
 
     def save(folder: Path) -> Callable[[], None]:
         made = checkpoint.Checkpoints(epath.Path(folder), checkpoint.CheckpointConfig())
@@ -141,10 +147,7 @@ def _mmjax(values: Arrays) -> Peer:
 
 
 def _orbax(values: Arrays) -> Peer:
-    device = jax.local_devices()[0]
-    held = jax.device_put(dict(values), device)
-    shape = jax.sharding.SingleDeviceSharding(device)
-    abstract = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shape) for n, x in held.items()}
+    held, abstract = _on_device(values)
 
     def save(folder: Path) -> Callable[[], None]:
         made = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())

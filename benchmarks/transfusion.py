@@ -23,10 +23,9 @@ import numpy as np
 
 from benchmarks import _transfusion_pytorch
 from benchmarks._pairs import Effort, Quantity, millis, quantity, ratios, rounds
-from benchmarks._steps import Steps
+from benchmarks._steps import Steps, random_batch
 from benchmarks._transfusion_pytorch import Sizes
 from mmjax.config import Block
-from mmjax.data.loader import HostBatch
 from mmjax.experiment import Experiment
 
 ROWS, LENGTH, SIDE = 8, 96, 11  # rows, text tokens, patches on a side of a picture
@@ -41,7 +40,7 @@ def measure(effort: Effort) -> list[Quantity]:
         return []
     seed = effort.block.get("seed", 0)
     steps = Steps(block(seed))
-    experiment, batch = steps.experiment, full_batch(steps.experiment, seed)
+    experiment, batch = steps.experiment, random_batch(steps.experiment, TASK, seed)
     tokens = row_tokens(experiment)
     sizes = Sizes(tokens, WIDTH, LAYERS, HEADS, HIDDEN, VOCABULARY, PATCH, WEIGHT)
     peer = _transfusion_pytorch.peer(sizes, batch.rows)
@@ -92,19 +91,6 @@ def block(seed: int) -> Block:
         "optimizer": {"name": "adamw", "learning_rate": 1e-3, "clip": 0.0},
         "evaluation": {"every": 0},
     }
-
-
-def full_batch(experiment: Experiment, seed: int) -> HostBatch:
-    """Random numbers in a batch's form, every token valid."""
-    rng = np.random.default_rng(seed)
-
-    def draw(spec: jax.ShapeDtypeStruct) -> Any:
-        if spec.dtype == bool:
-            return np.ones((ROWS, *spec.shape), bool)
-        return rng.integers(0, 256, (ROWS, *spec.shape)).astype(spec.dtype)
-
-    rows = jax.tree.map(draw, experiment.tasks[TASK].rows().shapes())
-    return HostBatch(step=0, start=0, rows=rows, failed=())
 
 
 def row_tokens(experiment: Experiment) -> int:

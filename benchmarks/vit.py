@@ -15,12 +15,11 @@ from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
-import jax
 import numpy as np
 
 from benchmarks import _vit_flax
 from benchmarks._pairs import Effort, Quantity, millis, ratios, rounds
-from benchmarks._steps import Steps
+from benchmarks._steps import Steps, random_batch
 from mmjax.config import Block
 from mmjax.data.loader import HostBatch
 from mmjax.layers.positions import grid
@@ -41,7 +40,7 @@ def measure(effort: Effort) -> list[Quantity]:
     for size, pixels, batch in SHAPES:
         what = f"ViT-{size}/{PATCH}, {pixels} px, batch {batch}"
         steps = Steps(block(size, pixels, batch, seed))
-        rows = random_rows(steps, batch, seed)
+        rows = random_batch(steps.experiment, TASK, seed)
         calls = {OURS: _ours(steps, rows), **peers(steps, size, pixels, rows)}
         assert_equal({name: [call() for _ in range(2)] for name, call in calls.items()})
         times = rounds(calls, effort.pairs, effort.steps)
@@ -90,18 +89,6 @@ def block(size: str, pixels: int, batch: int, seed: int) -> Block:
         },
         "evaluation": {"every": 0},
     }  # fmt: skip
-
-
-def random_rows(steps: Steps, batch: int, seed: int) -> HostBatch:
-    rng = np.random.default_rng(seed)
-
-    def draw(spec: jax.ShapeDtypeStruct) -> Any:
-        if spec.dtype == bool:
-            return np.ones((batch, *spec.shape), bool)
-        return rng.integers(0, 256, (batch, *spec.shape)).astype(spec.dtype)
-
-    rows = jax.tree.map(draw, steps.experiment.tasks[TASK].rows().shapes())
-    return HostBatch(step=0, start=0, rows=rows, failed=())
 
 
 def _ours(steps: Steps, batch: HostBatch) -> Callable[[], float]:

@@ -2,8 +2,8 @@
 
     python -m mmjax.train --config=configs/imp_moe_b.py --workdir=runs/imp_moe_b
 
-Experts choose tokens (capacity 1, groups of 2,048 tokens, softmax over experts, no auxiliary loss). Data, tasks and
-settings are those of `imp_b.py`.
+Experts choose tokens (capacity 1, groups of at most 2,048 tokens, softmax over experts, no auxiliary loss). Data, tasks
+and settings are those of `imp_b.py`.
 
 Hardware: 256 chips of TPU v5e, by the plan in `plans/`. Results: none,
 it has not been trained here; see `imp_small.py`, the same recipe with smaller numbers.

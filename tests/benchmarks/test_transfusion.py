@@ -14,6 +14,7 @@ from toyrun import CONFIG, EXTRA
 
 from benchmarks import _transfusion_pytorch as port
 from benchmarks import run, transfusion
+from benchmarks._steps import random_batch
 from benchmarks._transfusion_pytorch import Peer, Sizes
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.layers.stream import Stream
@@ -79,7 +80,7 @@ def test_rows_of_other_lengths_are_not_compared(monkeypatch: pytest.MonkeyPatch)
 def test_the_tokens_are_those_of_the_trunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against what the trunk gets when the loss is traced; all of them are valid."""
     made = experiment()
-    batch = transfusion.full_batch(made, 0).rows
+    batch = random_batch(made, transfusion.TASK, 0).rows
     seen: list[Stream] = []
     called = Trunk.__call__
 
