@@ -115,7 +115,7 @@ def peers(steps: Steps, size: str, pixels: int, batch: HostBatch) -> dict[str, C
     return found
 
 
-def by_layer(parameters: Arrays, layers: int, side: int) -> dict[str, Any]:
+def by_layer(parameters: Arrays, layers: int, side: int, task: str = TASK) -> dict[str, Any]:
     """Our parameters in the words of the peers: layers apart, positions as one table."""
     p = {name: np.asarray(value) for name, value in parameters.items()}
     position = "stems/image/positions"
@@ -141,6 +141,6 @@ def by_layer(parameters: Arrays, layers: int, side: int) -> dict[str, Any]:
         ],
         "norm_scale": p["trunk/norm/scale"],
         "norm_bias": p["trunk/norm/bias"],
-        "classes": p[f"heads/{TASK}/classifier/logits/kernel"],
-        "classes_bias": p[f"heads/{TASK}/classifier/logits/bias"],
+        "classes": p[f"heads/{task}/classifier/logits/kernel"],
+        "classes_bias": p[f"heads/{task}/classifier/logits/bias"],
     }

@@ -22,8 +22,8 @@ are `tf.train.Example` messages:
 - `video_text` (such as HowTo100M, AudioSet): `video`; `audio`, the bytes of a WAV file; `caption`; `concept`.
 - `sounds` (such as VGGSound): `audio`; `label`, below 309.
 
-Hardware: 256 chips of TPU v5e or 128 of v5p, by the plans in `plans/`. Results: none,
-it has not been trained here; see `imp_small.py`, the same recipe with smaller numbers.
+Hardware: 256 chips of TPU v5e or 128 of v5p, by the plans in `plans/`. Results: none, it has not been trained here; see
+`imp_small.py`, the same recipe with smaller numbers.
 """
 
 from typing import Any

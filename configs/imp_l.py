@@ -4,8 +4,8 @@
 
 `imp_b.py`, larger. Data, tasks and settings are those of `imp_b.py`.
 
-Hardware: a slice of a TPU pod; which one, `python -m mmjax.plan` says (no plan of it is committed yet). Results: none,
-it has not been trained here; see `imp_small.py`, the same recipe with smaller numbers.
+Hardware: 256 chips of TPU v5e or 128 of v5p, by the plans in `plans/`. Results: none, it has not been trained here; see
+`imp_small.py`, the same recipe with smaller numbers.
 """
 
 from pathlib import Path

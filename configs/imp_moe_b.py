@@ -5,8 +5,8 @@
 Experts choose tokens (capacity 1, groups of at most 2,048 tokens, softmax over experts, no auxiliary loss). Data, tasks
 and settings are those of `imp_b.py`.
 
-Hardware: 256 chips of TPU v5e, by the plan in `plans/`. Results: none,
-it has not been trained here; see `imp_small.py`, the same recipe with smaller numbers.
+Hardware: 256 chips of TPU v5e or 128 of v5p, by the plans in `plans/`. Results: none, it has not been trained here; see
+`imp_small.py`, the same recipe with smaller numbers.
 """
 
 from pathlib import Path

@@ -5,8 +5,8 @@
 
 Data, settings and what is from memory are those of `limoe_b16.py`.
 
-Hardware: a slice of a TPU pod; which one, `python -m mmjax.plan` says (no plan of it is committed yet). Results: none,
-it has not been trained here; see `limoe_small.py`, the same recipe with smaller numbers.
+Hardware: 256 chips of TPU v5e or 128 of v5p, by the plans in `plans/`. Results: none, it has not been trained here; see
+`limoe_small.py`, the same recipe with smaller numbers.
 """
 
 from pathlib import Path

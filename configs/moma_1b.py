@@ -14,8 +14,8 @@ pieces and codes with 0.13: 1.37; as what comes out has a table of its own, 1.50
 of the second router are ours, as are rate and batch. Tokens compete with those of their sequence and modality (the
 paper's with those of a batch: over more than 2,048 of them, the TPU's compiler takes minutes to sort).
 
-Hardware: a slice of a TPU pod; which one, `python -m mmjax.plan` says (no plan of it is committed yet). Results: none,
-it has not been trained here; see `moma_small.py`, the same recipe with smaller numbers.
+Hardware: 256 chips of TPU v5e or 128 of v5p, by the plans in `plans/`. Results: none, it has not been trained here; see
+`moma_small.py`, the same recipe with smaller numbers.
 """
 
 from pathlib import Path

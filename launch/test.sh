@@ -61,7 +61,7 @@ in_venv() { "$venv/bin/python" -m "$@"; }
 suite() {
   local colour=no
   if [ -t 1 ]; then colour=yes; fi
-  in_venv pytest -n "${MMJAX_TEST_WORKERS:-2}" --dist loadscope --color="$colour" | tee "$log"
+  in_venv pytest -n "${MMJAX_TEST_WORKERS:-2}" --dist loadscope --durations=20 --color="$colour" | tee "$log"
 }
 
 # The smoke on the newest Python, when that is not the one of the full suite.

@@ -12,7 +12,7 @@ from flax import nnx, struct
 from mmjax.errors import UserError
 from mmjax.layers.attend import attend, check_kernel
 from mmjax.layers.by_modality import ONE, TIED, Kinds, Untied, apply
-from mmjax.layers.dense import lecun, norm_of
+from mmjax.layers.dense import lecun, norm_of, product
 from mmjax.layers.masks import Pairs
 from mmjax.layers.positions import rotate
 from mmjax.parameters import Initializer, declare
@@ -141,13 +141,13 @@ def _project(kernel: nnx.Param, x_BSD: jax.Array) -> jax.Array:
     # One plain matrix product: as an einsum with three output axes the CPU backend transposes first.
     kernel_DHK = kernel[...]
     d, h, k = kernel_DHK.shape
-    y = x_BSD @ kernel_DHK.reshape(d, h * k)
+    y = product(x_BSD, kernel_DHK.reshape(d, h * k))
     return constrain(y.reshape(*y.shape[:2], h, k), ("batch", "tokens", "heads", None))
 
 
 def _join_heads(kernel: nnx.Param, y_BSHK: jax.Array) -> jax.Array:
     out_HKD = kernel[...]
-    return y_BSHK.reshape(*y_BSHK.shape[:2], -1) @ out_HKD.reshape(-1, out_HKD.shape[-1])
+    return product(y_BSHK.reshape(*y_BSHK.shape[:2], -1), out_HKD.reshape(-1, out_HKD.shape[-1]))
 
 
 def _flat_init(inputs: int) -> Initializer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,6 +13,33 @@ from mmjax.errors import UserError, nearest
 from mmjax.parameters import Initializer, declare
 
 lecun = initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel`: `[..., n_in], [n_in, n_out] -> [..., n_out]`.
+
+    The kernel's gradient is `x^T g` where x is the narrower of the two, and else the transpose of `g^T x`, which JAX's
+    own always is. What stands first is laid out by columns, with all that is fused into it; on a CPU, where that is
+    slow, JAX's way takes a fifth of a ViT's step.
+    """
+    return x @ kernel
+
+
+def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _backward(held: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = held
+    rows = tuple(range(x.ndim - 1))
+    over = ((rows, rows), ((), ()))
+    if kernel.shape[0] <= kernel.shape[1]:
+        return g @ kernel.T, jax.lax.dot_general(x, g, over)
+    return g @ kernel.T, jax.lax.dot_general(g, x, over).T
+
+
+product.defvjp(_forward, _backward)
 
 
 class Dense(nnx.Module):
@@ -28,8 +57,16 @@ class Dense(nnx.Module):
         self.bias = declare((n_out,), axes[1:], initializers.zeros) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...]
+        y = product(x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...]
+
+
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=(1, 2))
+def _normalised(x: jax.Array, eps: float, centre: bool) -> jax.Array:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if centre:
+        wide = wide - wide.mean(axis=-1, keepdims=True)
+    return wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + eps)
 
 
 class LayerNorm(nnx.Module):
@@ -41,10 +78,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        centred = wide - wide.mean(axis=-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + self.eps)
-        y = y * self.scale[...]
+        y = _normalised(x, self.eps, True) * self.scale[...]
         return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
 
 
@@ -56,9 +90,7 @@ class RmsNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        y = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        return (_normalised(x, self.eps, False) * self.scale[...]).astype(x.dtype)
 
 
 NORMS = ("layer", "rms")
@@ -75,6 +107,16 @@ def norm_of(kind: str, width: int, bias: bool = True) -> LayerNorm | RmsNorm:
     return RmsNorm(width) if kind == "rms" else LayerNorm(width, bias)
 
 
+# What stands between the products of an MLP is computed again in the backward pass: of the hidden layer only what
+# the products gave is kept, where JAX would keep every step on the way, several times as much.
+_gelu = jax.checkpoint(partial(jax.nn.gelu, approximate=True), prevent_cse=False)
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def _swish_times(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return jax.nn.silu(gate) * up
+
+
 class Mlp(nnx.Module):
     """`gelu(x W1) W2`, GELU in its tanh form: `[..., width] -> [..., n_out or width]`."""
 
@@ -83,7 +125,7 @@ class Mlp(nnx.Module):
         self.down = Dense(hidden, n_out or width, ("mlp", "embed"), bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        return self.down(_gelu(self.up(x)))
 
 
 class GatedMlp(nnx.Module):
@@ -95,7 +137,7 @@ class GatedMlp(nnx.Module):
         self.down = Dense(hidden, width, ("mlp", "embed"), bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(_swish_times(self.gate(x), self.up(x)))
 
 
 MLPS = {"gelu": Mlp, "swiglu": GatedMlp}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.layers.dense import Dense, LayerNorm, Mlp
+from mmjax.layers.dense import Dense, LayerNorm, Mlp, mlp_of, norm_of, product
 from mmjax.parameters import Declaration
 
 
@@ -118,3 +118,60 @@ def test_mlp_against_its_definition(x64: None, bias: bool, n_out: int | None) ->
     expected = hidden @ p["down/kernel"] + p.get("down/bias", 0.0)
     assert expected.shape[-1] == (n_out or 4)
     np.testing.assert_allclose(layer(inputs(2, 5, 4)), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), [(3, 5), (5, 3), (4, 4)])
+@pytest.mark.parametrize("lead", [(), (7,), (2, 7)])
+def test_a_product_and_its_gradients_are_those_of_matmul(
+    x64: None, lead: tuple[int, ...], n_in: int, n_out: int
+) -> None:
+    rng = np.random.default_rng(0)
+    x, kernel, g = (rng.normal(size=s) for s in ((*lead, n_in), (n_in, n_out), (*lead, n_out)))
+    (y, back), (wanted, wanted_back) = (
+        jax.vjp(f, jnp.asarray(x), jnp.asarray(kernel)) for f in (product, jnp.matmul)
+    )
+    np.testing.assert_allclose(y, wanted, rtol=1e-13)
+    for found, expected in zip(back(jnp.asarray(g)), wanted_back(jnp.asarray(g)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("n_in", "n_out", "first"), [(3, 5, 3), (5, 3, 3)])
+def test_the_narrower_is_laid_out_by_columns(n_in: int, n_out: int, first: int) -> None:
+    """It stands first in the product over the rows, which is the only one over them."""
+    x, kernel = jnp.ones((7, n_in)), jnp.ones((n_in, n_out))
+    traced = jax.make_jaxpr(lambda x, k, g: jax.vjp(product, x, k)[1](g))(
+        x, kernel, jnp.ones((7, n_out))
+    )
+    lefts = [
+        eqn.invars[0].aval.shape
+        for eqn in traced.jaxpr.eqns
+        if eqn.primitive.name == "dot_general"
+        and eqn.params["dimension_numbers"][0] == ((0,), (0,))
+    ]
+    assert lefts == [(7, first)]
+
+
+@pytest.mark.parametrize(("kind", "most"), [("gelu", 2), ("swiglu", 3)])
+def test_of_the_hidden_layer_only_products_are_kept(kind: str, most: int) -> None:
+    """What the products gave, and what the last one takes."""
+    mlp = mlp_of(kind, 4, 16, False)
+    declaration = Declaration(mlp)
+    parameters = declaration.initialise(0)
+
+    def call(parameters: Any, x: Any) -> Any:
+        return declaration.merge(parameters)(x)
+
+    back = jax.vjp(call, parameters, jnp.ones((8, 4)))[1]
+    kept = [leaf for leaf in jax.tree.leaves(back) if getattr(leaf, "shape", ()) == (8, 16)]
+    assert 1 <= len(kept) <= most
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_of_a_norm_only_what_goes_in_and_the_normalised_are_kept(kind: str) -> None:
+    norm = norm_of(kind, 4)
+    declaration = Declaration(norm)
+    back = jax.vjp(
+        lambda p, x: declaration.merge(p)(x), declaration.initialise(0), jnp.ones((8, 4))
+    )[1]
+    shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(back)]
+    assert 1 <= shapes.count((8, 4)) <= 2 and (8, 1) not in shapes

@@ -73,7 +73,7 @@ def small(block: configs.Block) -> configs.Block:
         name: _capped(m, vocabulary=512, **MODALITIES.get(m["name"], {}))
         for name, m in block["modalities"].items()
     }
-    tasks = {name: _task(task, modalities) for name, task in block["tasks"].items()}
+    tasks = {name: _task(task, modalities) for name, task in _distinct(block["tasks"]).items()}
     return {
         "modalities": modalities,
         "steps": 10,
@@ -83,6 +83,15 @@ def small(block: configs.Block) -> configs.Block:
         "optimizer": {**block.get("optimizer", {}), **RATES, "accumulate": 1},
         "dtype": {"parameters": "float64", "compute": "float64"},
     }
+
+
+def _distinct(tasks: configs.Block) -> configs.Block:
+    """The first of tasks that are one program but for sizes: same objective, same modalities."""
+    first: dict[str, str] = {}
+    for name, task in tasks.items():
+        objective = {k: v for k, v in task["objective"].items() if k not in ("classes", "concept")}
+        first.setdefault(json.dumps([objective, sorted(task["inputs"])], sort_keys=True), name)
+    return {name: tasks[name] for name in first.values()}
 
 
 def _group(group: configs.Block) -> configs.Block:
@@ -102,7 +111,7 @@ def _routed(layer: configs.Block) -> configs.Block:
     """Groups of tokens that compete do not reach over devices, as in a batch of the full size."""
     if not layer.get("experts"):
         return layer
-    return {**layer, "experts": _capped(layer["experts"], group=8, groups=8)}
+    return {**layer, "experts": _capped(layer["experts"], count=8, group=8, groups=8)}
 
 
 def _task(task: configs.Block, modalities: configs.Block) -> configs.Block:
