@@ -142,7 +142,7 @@ class Declaration:
         """The model with these arrays; floating ones cast to `compute_dtype` unless declared `keep`."""
         pairs = []
         for name, (path, variable) in self._variables.items():
-            value = parameters[name]
+            value = jnp.asarray(parameters[name])  # of a file, perhaps
             if compute_dtype is not None and not self.specs[name].keep:
                 value = value.astype(compute_dtype)
             pairs.append((path, variable.replace(value)))

@@ -11,10 +11,8 @@ from pathlib import Path
 # Before JAX starts: eight CPU devices, and a compilation cache that outlives the test run.
 DEVICES = 8
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmjax"
-# Quick to compile rather than to run, which most of the suite's time goes into where nothing is cached yet.
-_QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} {_QUICK} --xla_force_host_platform_device_count={DEVICES}".strip()
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}".strip()
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "xla-tests"))
@@ -83,7 +81,7 @@ def command_line(name: str, *arguments: str) -> list[str]:
 
 def environment(devices: int = 1, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a process with `devices` forced CPU devices."""
-    flags = f"{_QUICK} --xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices}"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path, "COLUMNS": "80", **(more or {})}
 

@@ -111,7 +111,7 @@ def _routed(layer: configs.Block) -> configs.Block:
     """Groups of tokens that compete do not reach over devices, as in a batch of the full size."""
     if not layer.get("experts"):
         return layer
-    return {**layer, "experts": _capped(layer["experts"], count=8, group=8, groups=8)}
+    return {**layer, "experts": _capped(layer["experts"], count=16, group=8, groups=8)}
 
 
 def _task(task: configs.Block, modalities: configs.Block) -> configs.Block:
