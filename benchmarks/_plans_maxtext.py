@@ -2,9 +2,10 @@
 
     python -m benchmarks._plans_maxtext < REQUEST
 
-A process of its own, as MaxText changes settings of JAX. The request is JSON: `sizes` and `text` or `batch`, `what`
-(`decoder` or `ViT`), and either `topology` (MaxText's name), which answers with bytes and FLOPs, or `parameters` (an
-`.npz` file of ours), which answers with the loss. The answer is the last line of what it prints, in JSON.
+A process of its own, as MaxText changes settings of JAX. The request is JSON: `what` (`decoder` or `ViT`), its `sizes`,
+and either `topology` (MaxText's name) with its `chips` and the rows of each, `per_chip`, which is answered with bytes
+and FLOPs, or `parameters` (an `.npz` file of ours and a batch), which is answered with the loss. The answer is the last
+line of what it prints, in JSON.
 
 What compiles is `maxtext.trainers.pre_train.train_compile`. It knows decoders only; for the ViT its training step is
 one of `Gemma3VisionEncoderLayer` with a classifier, all else (sharding, optimizer, compilation) being MaxText's.
@@ -29,7 +30,6 @@ from mmjax.plan import cost, hlo
 from mmjax.plan.groups import Layout
 
 Sizes = Mapping[str, int]
-CHIPS = {"v5e-256": 256, "v5p-256": 128}  # of v5p, MaxText counts cores
 
 
 def arguments(what: str, sizes: Sizes, per_chip: float) -> list[str]:
@@ -102,6 +102,11 @@ def _step(
     return nnx.state(held), {"loss": value}
 
 
+def _of_rows(lies: Any) -> jax.sharding.NamedSharding:
+    """As MaxText cuts a batch of sequences, for arrays that have no second axis to cut."""
+    return jax.sharding.NamedSharding(lies.mesh, jax.sharding.PartitionSpec(lies.spec[0]))
+
+
 def _with_vit(compiler: Any, sizes: Sizes) -> None:
     """`train_compile` with our model, batch and step in the places of MaxText's."""
 
@@ -113,8 +118,7 @@ def _with_vit(compiler: Any, sizes: Sizes) -> None:
 
     def batch(config: Any, batch_sharding: Any) -> Any:
         rows, side = config.global_batch_size_to_load, sizes["pixels"]
-        spec = jax.sharding.PartitionSpec(batch_sharding.spec[0])
-        lies = jax.sharding.NamedSharding(batch_sharding.mesh, spec)
+        lies = _of_rows(batch_sharding)
         return {
             "pixels": jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8, sharding=lies),
             "labels": jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=lies),
@@ -128,9 +132,7 @@ def _with_vit(compiler: Any, sizes: Sizes) -> None:
     def by_rows(
         step: Any, batch: Any, state: Any, model: Any, config: Any, parameters: Any = None
     ) -> Any:
-        spec = jax.sharding.PartitionSpec(batch.spec[0])
-        lies = jax.sharding.NamedSharding(batch.mesh, spec)
-        return signature(step, lies, state, model, config, parameters)
+        return signature(step, _of_rows(batch), state, model, config, parameters)
 
     compiler.maxtext_utils.get_functional_train_with_signature = by_rows
 
@@ -138,7 +140,7 @@ def _with_vit(compiler: Any, sizes: Sizes) -> None:
 # --- what is asked -----------------------------------------------------------------------------
 
 
-def planned(what: str, sizes: Sizes, topology: str, per_chip: float) -> dict[str, Any]:
+def planned(what: str, sizes: Sizes, topology: str, chips: int, per_chip: float) -> dict[str, Any]:
     """Bytes of a chip, FLOPs of all, bytes that a chip sends, counted as `mmjax.plan` counts its own."""
     from maxtext.trainers.pre_train import train_compile
 
@@ -156,7 +158,7 @@ def planned(what: str, sizes: Sizes, topology: str, per_chip: float) -> dict[str
         _with_vit(train_compile, sizes)
     line = [f"compile_topology={topology}", "compile_topology_num_slices=1"]
     train_compile.main([*arguments(what, sizes, per_chip), *line])
-    memory, chips = held["compiled"].memory_analysis(), CHIPS[topology]
+    memory = held["compiled"].memory_analysis()
     found = cost.cost(
         hlo.parse(held["compiled"].as_text()), Layout({"fsdp": chips}, [0] * chips), 1, 1
     )
@@ -233,10 +235,9 @@ def _decoder(p: Mapping[str, Any]) -> dict[str, Any]:
         **{f"self_attention/{n}/kernel": f"attention/{n}" for n in ("query", "key", "value", "out")},
     }.items():  # fmt: skip
         found[f"decoder/layers/{theirs}"] = np.moveaxis(p[f"{trunk}/{name}"], 0, 1)
-    heads = p[f"{trunk}/attention/query"].shape[-1]
-    found["decoder/layers/self_attention/query/kernel"] /= (
-        heads**0.5
-    )  # MaxText has it in the kernel
+    # MaxText divides the logits in the kernel, as it begins.
+    size = p[f"{trunk}/attention/query"].shape[-1]
+    found["decoder/layers/self_attention/query/kernel"] /= size**0.5
     return found
 
 
@@ -272,7 +273,7 @@ def main() -> None:
     asked = json.load(sys.stdin)
     what, sizes = asked["what"], asked["sizes"]
     if "topology" in asked:
-        answer: Any = planned(what, sizes, asked["topology"], asked["per_chip"])
+        answer: Any = planned(what, sizes, asked["topology"], asked["chips"], asked["per_chip"])
     else:
         answer = loss(what, sizes, asked["parameters"])
     print(json.dumps(answer), flush=True)

@@ -73,7 +73,7 @@ def small(block: configs.Block) -> configs.Block:
         name: _capped(m, vocabulary=512, **MODALITIES.get(m["name"], {}))
         for name, m in block["modalities"].items()
     }
-    tasks = {name: _task(task, modalities) for name, task in _distinct(block["tasks"]).items()}
+    tasks = {name: _task(task, modalities) for name, task in block["tasks"].items()}
     return {
         "modalities": modalities,
         "steps": 10,
@@ -83,15 +83,6 @@ def small(block: configs.Block) -> configs.Block:
         "optimizer": {**block.get("optimizer", {}), **RATES, "accumulate": 1},
         "dtype": {"parameters": "float64", "compute": "float64"},
     }
-
-
-def _distinct(tasks: configs.Block) -> configs.Block:
-    """The first of tasks that are one program but for sizes: same objective, same modalities."""
-    first: dict[str, str] = {}
-    for name, task in tasks.items():
-        objective = {k: v for k, v in task["objective"].items() if k not in ("classes", "concept")}
-        first.setdefault(json.dumps([objective, sorted(task["inputs"])], sort_keys=True), name)
-    return {name: tasks[name] for name in first.values()}
 
 
 def _group(group: configs.Block) -> configs.Block:
