@@ -51,15 +51,16 @@ def measure(effort: Effort) -> list[Quantity]:
     found = []
     for size in SIZES:
         pairs = effort.pairs if size == SIZES[0] else max(3, effort.pairs // 10)
-        times = _times(_peers(size), size, pairs)
+        values = arrays(size)
+        times = _times(_peers(values), values, pairs)
         for kind in ("blocked", "saved", "restored"):
             ours = times[OURS, kind]
             for name in dict.fromkeys(n for n, _ in times):
                 each = times[name, kind]
                 what = f"{size:g} GB, {kind}"
                 if name != OURS:
-                    values = [a / b for a, b in zip(ours, each, strict=True)]
-                    found.append(quantity(f"{what}: {OURS} to {name}", values))
+                    ratio = [a / b for a, b in zip(ours, each, strict=True)]
+                    found.append(quantity(f"{what}: {OURS} to {name}", ratio))
                 if kind == "blocked":
                     found.append(quantity(f"{what}: {name}", [1000 * t for t in each], "ms"))
                 else:
@@ -69,10 +70,9 @@ def measure(effort: Effort) -> list[Quantity]:
 
 
 def _times(
-    peers: Mapping[str, Peer], size: float, pairs: int
+    peers: Mapping[str, Peer], expected: Arrays, pairs: int
 ) -> dict[tuple[str, str], list[float]]:
     found: dict[tuple[str, str], list[float]] = {}
-    expected = arrays(size)
     for pair in range(-1, pairs):
         names = list(peers)
         at = pair % len(names)
@@ -107,9 +107,10 @@ def arrays(size: float) -> dict[str, np.ndarray]:
     return {f"part_{i}": rng.random((rows, 1024), np.float32) for i in range(PARTS)}
 
 
-def _peers(size: float) -> dict[str, Peer]:
-    values = arrays(size)
-    found = {OURS: _mmjax(values), "Orbax": _orbax(values)}
+def _peers(values: Arrays) -> dict[str, Peer]:
+    """Ours and those whose packages are there; at 4 GB there is no room for the arrays more often than must be."""
+    on_device = _on_device(values)
+    found = {OURS: _mmjax(*on_device), "Orbax": _orbax(*on_device)}
     if find_spec("torch") is not None:
         found |= _torch(values)
     return found
@@ -124,9 +125,7 @@ def _on_device(values: Arrays) -> tuple[dict[str, Any], dict[str, Any]]:
     return held, abstract
 
 
-def _mmjax(values: Arrays) -> Peer:
-    held, abstract = _on_device(values)
-
+def _mmjax(held: Arrays, abstract: Arrays) -> Peer:
     def save(folder: Path) -> Callable[[], None]:
         made = checkpoint.Checkpoints(epath.Path(folder), checkpoint.CheckpointConfig())
         made.__enter__()
@@ -146,9 +145,7 @@ def _mmjax(values: Arrays) -> Peer:
     return Peer(save, restore)
 
 
-def _orbax(values: Arrays) -> Peer:
-    held, abstract = _on_device(values)
-
+def _orbax(held: Arrays, abstract: Arrays) -> Peer:
     def save(folder: Path) -> Callable[[], None]:
         made = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         made.save(folder / "state", args=ocp.args.StandardSave(held))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import os
 import tarfile
 import tempfile
 import time
@@ -174,7 +173,7 @@ def block(path: Path, view: View) -> Block:
         },
         "model": {"width": 8, "groups": [{"repeat": 1, "pattern": [layer]}]},
         "tasks": {TASK: task},
-        "loader": {"threads": os.cpu_count() or 1, "ahead": others.AHEAD, "cache_mib": 0},
+        "loader": {"processes": others.WORKERS, "ahead": others.AHEAD, "cache_mib": 0},
         "evaluation": {"every": 0},
     }
 

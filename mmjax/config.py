@@ -157,6 +157,16 @@ def add_folder(folder: str) -> None:
         )
     for kind in found:
         _add_path(kind, str((Path(folder) / kind).resolve()))
+    if folder not in _added:
+        _added.append(folder)
+
+
+_added: list[str] = []
+
+
+def added_folders() -> tuple[str, ...]:
+    """The folders of `add_folder`; another process is to add them too."""
+    return tuple(_added)
 
 
 def _add_path(kind: str, path: str) -> None:

@@ -384,7 +384,7 @@ _LEAST = {
     "checkpoint.every": 0, "checkpoint.keep": 1, "checkpoint.keep_every": 0, "checkpoint.keep_minutes": 0,
     "checkpoint.keep_best": 0, "limits.non_finite": 1, "limits.stuck": 0, "limits.divergence": 0,
     "limits.divergence_visits": 1, "log.every": 1, "schedule.measure": 0, "loader.threads": 0,
-    "loader.ahead": 0, "loader.cache_mib": 0,
+    "loader.ahead": 0, "loader.cache_mib": 0, "loader.processes": 0,
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
@@ -113,12 +114,16 @@ class Input:
         made = {name: jax.ShapeDtypeStruct((n, *s.shape), s.dtype) for name, s in one.items()}
         return {**made, PRESENT: jax.ShapeDtypeStruct((n,), np.bool_)}
 
+    @cached_property
+    def _specs(self) -> ArraySpec:  # asked of every example
+        return self.arrays()
+
     def preprocess(
         self, example: Mapping[str, Any], rng: np.random.Generator | None
     ) -> dict[str, np.ndarray]:
         """Arrays of this modality for one example, checked against `arrays()`."""
         made = self._made(example[self.field], rng)
-        for name, spec in self.arrays().items():
+        for name, spec in self._specs.items():
             if made[name].shape != spec.shape or made[name].dtype != spec.dtype:
                 raise UserError(
                     f"modality '{self.name}', array '{name}': expected {spec.dtype}{list(spec.shape)}, "

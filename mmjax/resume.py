@@ -301,7 +301,7 @@ def _open_data(experiment: Experiment) -> dict[str, Examples]:
     for name, task in experiment.tasks.items():
         key = json.dumps(task.config.source, sort_keys=True)
         if key not in shared:
-            shared[key] = Cached(task.source.open(), limit)
+            shared[key] = Cached(task.source.open(), limit, task.source)
         data[name] = shared[key]
         task.rows().check(data[name], f"tasks.{name}")
     return data

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.errors import UserError
+
 Example = Mapping[str, Any]
 
 
@@ -66,10 +68,14 @@ class Source(abc.ABC):
 
 
 class Cached(Examples):
-    """Keeps examples in memory as they are read, up to `limit` bytes."""
+    """Keeps examples in memory as they are read, up to `limit` bytes.
 
-    def __init__(self, inner: Examples, limit: int):
+    Pickled, it is what another process opens anew by `source`, with nothing kept.
+    """
+
+    def __init__(self, inner: Examples, limit: int, source: Source | None = None):
         self._inner, self._left = inner, limit
+        self._again = (source, limit, inner.identity)
         self._kept: dict[int, Example] = {}
         self._lock = threading.Lock()
         self.description, self.identity, self.fields = (
@@ -81,6 +87,9 @@ class Cached(Examples):
 
     def __len__(self) -> int:
         return len(self._inner)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, self._again
 
     def __getitem__(self, index: int) -> Example:
         example = self._kept.get(index)
@@ -95,6 +104,16 @@ class Cached(Examples):
             if index not in self._kept and size <= self._left:
                 self._kept[index] = example
                 self._left -= size
+
+
+def _reopened(source: Source | None, limit: int, identity: str) -> Cached:
+    """The examples of a source, in another process; `UserError` where they are not those that were open."""
+    if source is None:
+        raise TypeError("These examples were opened without word of their source.")
+    made = Cached(source.open(), limit, source)
+    if made.identity != identity:
+        raise UserError(f"{made.description} has changed since the run opened it. Run again.")
+    return made
 
 
 def _size(value: Any) -> int:

@@ -171,7 +171,12 @@ def example_key(seed: int, task: str, position: int) -> NDArray[np.uint64]:
     """
     if position < 0:
         raise ValueError(f"Task '{task}': no position {position}.")
-    return np.array([fold(seed, _EXAMPLE, name_key(task)), position], dtype=np.uint64)
+    return np.array([_examples_key(seed, task), position], dtype=np.uint64)
+
+
+@functools.lru_cache(maxsize=1024)
+def _examples_key(seed: int, task: str) -> int:
+    return fold(seed, _EXAMPLE, name_key(task))
 
 
 def rng(seed: int, task: str, position: int) -> np.random.Generator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,7 +14,7 @@ from etils import epath
 from flax import nnx
 from jax.nn import initializers
 
-from mmjax.data import data_dir
+from mmjax.data import DATA_DIR_VARIABLE, data_dir
 from mmjax.data.tokenizer import EOS_ID, Tokenizer
 from mmjax.errors import UserError
 from mmjax.layers.positions import Positions
@@ -101,15 +102,19 @@ class Text(Modality[TextInput]):
         return (epath.Path(self.folder) if self.folder else data_dir()) / self.tokenizer
 
     def _tokenizer(self) -> Tokenizer:
-        tokenizer = _tokenizer(str(self._path()))
-        if tokenizer.vocab_size > self.vocabulary:
-            raise UserError(
-                f"modalities.text.vocabulary is {self.vocabulary}; the tokenizer has {tokenizer.vocab_size} pieces."
-            )
-        return tokenizer
+        # By what its path is made of: making the path for every text takes longer than finding the pieces.
+        return _opened(self, os.environ.get(DATA_DIR_VARIABLE, ""))
 
 
-_tokenizer = lru_cache(maxsize=8)(Tokenizer)
+@lru_cache(maxsize=8)
+def _opened(text: Text, data: str) -> Tokenizer:
+    """The tokenizer of a text where the folder of data is `data`."""
+    tokenizer = Tokenizer(text._path())
+    if tokenizer.vocab_size > text.vocabulary:
+        raise UserError(
+            f"modalities.text.vocabulary is {text.vocabulary}; the tokenizer has {tokenizer.vocab_size} pieces."
+        )
+    return tokenizer
 
 
 class TextStem(nnx.Module):

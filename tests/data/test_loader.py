@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +18,11 @@ import jax
 import numpy as np
 import pytest
 import toyrun
-from harness import deterministic, log
+from harness import Harness, deterministic, log
 from jax.sharding import NamedSharding
 from toyrun import block, run, watched
 
+from mmjax import train
 from mmjax.data import order
 from mmjax.data.loader import HostBatch, Loader, LoaderConfig, local_rows, make_batch, place
 from mmjax.errors import UserError
@@ -128,6 +133,72 @@ def test_threads_and_reading_ahead_change_nothing(
 ) -> None:
     for batch, expected in zip(toy.batches(toy.clock(0), config=config), whole, strict=True):
         assert batch.step == expected.step and equal(batch.rows, expected.rows)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_processes_change_nothing(toy: World, whole: list[HostBatch], count: int) -> None:
+    """Nor where a record cannot be read, and not from the middle either."""
+    config = LoaderConfig(processes=count)
+    for batch, expected in zip(toy.batches(toy.clock(3), config=config), whole[3:], strict=True):
+        assert batch.step == expected.step and equal(batch.rows, expected.rows)
+
+
+def test_an_error_in_a_process_is_told(toy: World) -> None:
+    wrong = {**toy.data, "one": []}
+    loader = Loader(LoaderConfig(processes=2), toy.settings, wrong, toy.clock(0), 9, 0, WHOLE)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="Task 'one' has no examples"):
+        list(loader)
+    loader.close()
+
+
+ENDLESS = [
+    f"--config.{word}"
+    for word in ("loader.processes=3", "steps=100000", "checkpoint.every=0", "evaluation.every=0")
+]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_end_with_the_run(
+    tmp_path: Path, toy_command: Callable[..., Harness], number: signal.Signals
+) -> None:
+    """A signal for the whole group, as a terminal or a cluster sends it, is for the run: it saves."""
+    harness = toy_command(tmp_path / "run", *ENDLESS)
+    run = subprocess.Popen(harness.command, env=dict(harness.environment), start_new_session=True)
+    try:
+        lines = tmp_path / "run" / "metrics.jsonl"
+        _await(lambda: lines.exists() and '"train"' in lines.read_text())
+        workers, shared = _children(run.pid), _shared(run.pid)
+        assert len(workers) >= 3 and any(p.exists() for p in shared)
+        if number == signal.SIGTERM:
+            os.killpg(run.pid, number)
+        else:
+            run.kill()
+        assert run.wait(120) == (train.STOPPED if number == signal.SIGTERM else -number)
+        _await(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+        # Python's tracker of shared memory gives back what the dead left.
+        _await(lambda: not any(p.exists() for p in shared))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+
+
+def _children(pid: int) -> list[int]:
+    """Children of all threads of a process."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return [int(p) for thread in threads for p in (thread / "children").read_text().split()]
+
+
+def _shared(pid: int) -> list[Path]:
+    """The shared memory that a process sees."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return [Path(line.split()[5]) for line in lines if "/dev/shm/" in line]
+
+
+def _await(there: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 120
+    while not there():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
 
 
 def test_augmentation_belongs_to_the_position_not_to_the_batch(whole: list[HostBatch]) -> None:
