@@ -36,7 +36,8 @@ from mmjax.sources.tfds import Tfds
 
 EXAMPLES = 2048
 BATCH = 64
-BATCHES = 8  # that are timed in a round
+BATCHES = 16  # that are timed in a round
+STOCK = 12  # what any of them has read ahead at most, in batches, with what its processes are about
 SHARDS = 4
 OURS = "mmjax"
 TASK = "pairs"
@@ -82,7 +83,7 @@ def _rates(path: Path, kind: Kind, pairs: int) -> dict[str, list[float]]:
         names = list(streams)
         at = pair % len(names)
         for name in names[at:] + names[:at]:
-            for _ in range(others.AHEAD + 1):
+            for _ in range(STOCK):
                 next(streams[name])
             began = time.perf_counter()
             for _ in range(BATCHES):

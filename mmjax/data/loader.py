@@ -206,7 +206,8 @@ class Loader:
 def _by_processes(steps: _Steps, config: LoaderConfig) -> grain.IterDataset[HostBatch]:
     if not flags.FLAGS.is_parsed():  # Grain asks for flags of its own, which nobody here gives
         flags.FLAGS.mark_as_parsed()
-    each = -(-config.ahead // config.processes)
+    # Grain keeps so many of each process there, and as many again here.
+    each = -(-config.ahead // (2 * config.processes))
     options = grain.MultiprocessingOptions(config.processes, max(each, 1))
     # No threads in there: they would wait for each other.
     batches = grain.MapDataset.source(steps).to_iter_dataset(grain.ReadOptions(0, 0))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,31 +17,46 @@ from mmjax.parameters import Initializer, declare
 lecun = initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
-@jax.custom_vjp
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x @ kernel`: `[..., n_in], [n_in, n_out] -> [..., n_out]`.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product_of(
+    function: Callable[..., jax.Array], given: tuple[jax.Array, ...], kernel: jax.Array
+) -> jax.Array:
+    """`function(*given) @ kernel`: `[..., n_in], [n_in, n_out] -> [..., n_out]`.
+
+    Of what the function gives nothing is kept: the backward pass computes it again from `given`.
 
     The kernel's gradient is `x^T g` where x is the narrower of the two, and else the transpose of `g^T x`, which JAX's
     own always is. What stands first is laid out by columns, with all that is fused into it; on a CPU, where that is
     slow, JAX's way takes a fifth of a ViT's step.
     """
-    return x @ kernel
+    return function(*given) @ kernel
 
 
-def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ kernel, (x, kernel)
+def _forward(function: Any, given: Any, kernel: jax.Array) -> tuple[jax.Array, Any]:
+    return function(*given) @ kernel, (given, kernel)
 
 
-def _backward(held: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = held
+def _backward(function: Any, held: Any, g: jax.Array) -> tuple[Any, jax.Array]:
+    given, kernel = held
+    x, back = jax.vjp(function, *given)
     rows = tuple(range(x.ndim - 1))
     over = ((rows, rows), ((), ()))
+    to_given = back((g @ kernel.T).astype(x.dtype))
     if kernel.shape[0] <= kernel.shape[1]:
-        return g @ kernel.T, jax.lax.dot_general(x, g, over)
-    return g @ kernel.T, jax.lax.dot_general(g, x, over).T
+        return to_given, jax.lax.dot_general(x, g, over)
+    return to_given, jax.lax.dot_general(g, x, over).T
 
 
-product.defvjp(_forward, _backward)
+product_of.defvjp(_forward, _backward)
+
+
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel`: `[..., n_in], [n_in, n_out] -> [..., n_out]`, as `product_of` does it."""
+    return product_of(_itself, (x,), kernel)
+
+
+def _itself(x: jax.Array) -> jax.Array:
+    return x
 
 
 class Dense(nnx.Module):
@@ -57,16 +74,24 @@ class Dense(nnx.Module):
         self.bias = declare((n_out,), axes[1:], initializers.zeros) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = product(x, self.kernel[...])
+        return self.of(_itself, x)
+
+    def of(self, function: Callable[..., jax.Array], *given: jax.Array) -> jax.Array:
+        """As of `function(*given)`, which is not kept for the backward pass."""
+        y = product_of(function, given, self.kernel[...])
         return y if self.bias is None else y + self.bias[...]
 
 
-@partial(jax.checkpoint, prevent_cse=False, static_argnums=(1, 2))
-def _normalised(x: jax.Array, eps: float, centre: bool) -> jax.Array:
+# Of a norm only what goes in is kept, and the backward pass does it again.
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4))
+def _normalised(
+    x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float, centre: bool
+) -> jax.Array:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if centre:
         wide = wide - wide.mean(axis=-1, keepdims=True)
-    return wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + eps)
+    y = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + eps) * scale
+    return (y if bias is None else y + bias).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -78,8 +103,8 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = _normalised(x, self.eps, True) * self.scale[...]
-        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+        bias = None if self.bias is None else self.bias[...]
+        return _normalised(x, self.scale[...], bias, self.eps, True)
 
 
 class RmsNorm(nnx.Module):
@@ -90,7 +115,7 @@ class RmsNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return (_normalised(x, self.eps, False) * self.scale[...]).astype(x.dtype)
+        return _normalised(x, self.scale[...], None, self.eps, False)
 
 
 NORMS = ("layer", "rms")
@@ -107,16 +132,14 @@ def norm_of(kind: str, width: int, bias: bool = True) -> LayerNorm | RmsNorm:
     return RmsNorm(width) if kind == "rms" else LayerNorm(width, bias)
 
 
-# What stands between the products of an MLP is computed again in the backward pass: of the hidden layer only what
-# the products gave is kept, where JAX would keep every step on the way, several times as much.
-_gelu = jax.checkpoint(partial(jax.nn.gelu, approximate=True), prevent_cse=False)
+_gelu = partial(jax.nn.gelu, approximate=True)
 
 
-@partial(jax.checkpoint, prevent_cse=False)
 def _swish_times(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
+# Of the hidden layer only what the products gave is kept, where JAX would keep every step on the way to the next one.
 class Mlp(nnx.Module):
     """`gelu(x W1) W2`, GELU in its tanh form: `[..., width] -> [..., n_out or width]`."""
 
@@ -125,7 +148,7 @@ class Mlp(nnx.Module):
         self.down = Dense(hidden, n_out or width, ("mlp", "embed"), bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(_gelu(self.up(x)))
+        return self.down.of(_gelu, self.up(x))
 
 
 class GatedMlp(nnx.Module):
@@ -137,7 +160,7 @@ class GatedMlp(nnx.Module):
         self.down = Dense(hidden, width, ("mlp", "embed"), bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(_swish_times(self.gate(x), self.up(x)))
+        return self.down.of(_swish_times, self.gate(x), self.up(x))
 
 
 MLPS = {"gelu": Mlp, "swiglu": GatedMlp}

@@ -59,6 +59,17 @@ class Topology:
         return self.name if self.slices == 1 else f"{self.slices} x {self.name}"
 
     @property
+    def wrap(self) -> tuple[bool, bool, bool]:
+        """Which of a slice's sides close to a ring: of whole cubes of 4 all; of v5e and v6e those of 16.
+
+        The compiler is not told by the name, and without rings it makes all-reduces of all-gathers, which send twice
+        as much.
+        """
+        if len(self.shape) == 3:
+            return (all(n % 4 == 0 for n in self.shape),) * 3
+        return (self.shape[0] == 16, self.shape[1] == 16, False)
+
+    @property
     def is_gpu(self) -> bool:
         return self.kind in GPUS
 
@@ -164,7 +175,9 @@ def describe(topology: Topology) -> Sequence[Any]:
             topology.kind, "cuda", target_config=target(topology.kind), topology=f"1x{nodes}x{gpus}"
         )
         return list(made.devices)
-    more: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    more: dict[str, Any] = {"wrap": topology.wrap}
+    if topology.slices > 1:
+        more["num_slices"] = topology.slices
     if topology.kind == "v4":
         more["chip_config_name"] = "megacore"  # one device a chip
     made = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **more)

@@ -266,3 +266,13 @@ def test_a_mask_over_an_attribute_that_is_not_there() -> None:
     q, k, v = projections(4, 4, jnp.float32)
     with pytest.raises(UserError, match="reads attribute 'item'"):
         attend(q, k, v, Pairs(Same("item"), {}, {}))
+
+
+def test_of_the_weights_only_those_that_meet_the_values_are_kept() -> None:
+    """In bfloat16, not in float32 beside it."""
+    length, size = 8, 4
+    arrays = [jnp.ones((BATCH, length, HEADS, size), jnp.bfloat16) for _ in range(3)]
+    pairs = pairs_of(FULL, length)
+    back = jax.vjp(lambda q, k, v: attend(q, k, v, pairs, "plain"), *arrays)[1]
+    kept = [x for x in jax.tree.leaves(back) if getattr(x, "shape", ())[2:] == (length, length)]
+    assert [x.dtype for x in kept] == [jnp.bfloat16]

@@ -151,9 +151,8 @@ def test_the_narrower_is_laid_out_by_columns(n_in: int, n_out: int, first: int) 
     assert lefts == [(7, first)]
 
 
-@pytest.mark.parametrize(("kind", "most"), [("gelu", 2), ("swiglu", 3)])
-def test_of_the_hidden_layer_only_products_are_kept(kind: str, most: int) -> None:
-    """What the products gave, and what the last one takes."""
+@pytest.mark.parametrize(("kind", "count"), [("gelu", 1), ("swiglu", 2)])
+def test_of_the_hidden_layer_only_products_are_kept(kind: str, count: int) -> None:
     mlp = mlp_of(kind, 4, 16, False)
     declaration = Declaration(mlp)
     parameters = declaration.initialise(0)
@@ -163,15 +162,15 @@ def test_of_the_hidden_layer_only_products_are_kept(kind: str, most: int) -> Non
 
     back = jax.vjp(call, parameters, jnp.ones((8, 4)))[1]
     kept = [leaf for leaf in jax.tree.leaves(back) if getattr(leaf, "shape", ()) == (8, 16)]
-    assert 1 <= len(kept) <= most
+    assert len(kept) == count
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])
-def test_of_a_norm_only_what_goes_in_and_the_normalised_are_kept(kind: str) -> None:
+def test_of_a_norm_only_what_goes_in_is_kept(kind: str) -> None:
     norm = norm_of(kind, 4)
     declaration = Declaration(norm)
     back = jax.vjp(
         lambda p, x: declaration.merge(p)(x), declaration.initialise(0), jnp.ones((8, 4))
     )[1]
     shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(back)]
-    assert 1 <= shapes.count((8, 4)) <= 2 and (8, 1) not in shapes
+    assert shapes.count((8, 4)) == 1 and (8, 1) not in shapes
