@@ -165,6 +165,7 @@ def planned(what: str, sizes: Sizes, topology: str, chips: int, per_chip: float)
     parts = (memory.argument_size_in_bytes, memory.temp_size_in_bytes)
     return {
         "parameters": held["parameters"],
+        "state": memory.argument_size_in_bytes,
         "bytes": sum(parts) + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "flops": found.flops * chips,
         "sent": found.sent(cost.ICI),

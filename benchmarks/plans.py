@@ -2,8 +2,9 @@
 
 Nothing where MaxText is not installed (Python 3.12 or later). The same: Llama's decoder of 7 billion on sequences of
 4,096 tokens, rematerialised whole, and a ViT-L/14 classifier on pictures of 224 pixels without rematerialisation;
-AdamW, gradients clipped, bfloat16 products, parameters in float32, all of them cut along one axis (`fsdp`), the
-compiler's own defaults. MaxText compiles by its `train_compile`; see `_plans_maxtext.py` for its ViT. Asserted before:
+AdamW, gradients clipped, bfloat16 products, parameters in float32, the chips as one axis (`fsdp`) that cuts what the
+rules of each cut, which of MaxText's ViT is a part (what lies on a chip as state is told), the compiler's own defaults.
+MaxText compiles by its `train_compile`; see `_plans_maxtext.py` for its ViT. Asserted before:
 with our parameters, at a small size on the CPU, both give the same loss; at full size both have as many parameters, but
 for a table of positions that our texts have and biases of attention that MaxText's ViT has.
 
@@ -97,6 +98,9 @@ def compared(what: str, plans: Mapping[str, Mapping[str, Any]], pairs: int) -> l
     counts = [plans[name]["parameters"] for name in (OURS, PEER)]
     np.testing.assert_allclose(*counts, rtol=CLOSE, err_msg=f"parameters of {what}")
     found = []
+    for each in (OURS, PEER):
+        held = [plans[each]["state"] / 2**30] * pairs
+        found.append(quantity(f"{what}: state and batch on a chip, {each}", held, "GiB"))
     for key, name in {"bytes": "memory of a chip", "sent": "bytes that a chip sends"}.items():
         ratio = plans[OURS][key] / plans[PEER][key]
         found.append(
@@ -161,6 +165,7 @@ def ours(what: str, machine: Machine) -> dict[str, Any]:
     held = told["bytes"]
     return {
         "parameters": _count(make_experiment(given)),
+        "state": held["arguments"],
         "bytes": held["arguments"] + held["temporaries"] + held["outputs"],
         "flops": told["flops"] * machine.chips,
         "sent": sum(each["bytes"] for each in told["collectives"]),

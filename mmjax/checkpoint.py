@@ -150,8 +150,13 @@ class Checkpoints:
                 timeout_secs=_NO_TIMEOUT, create_directories_asynchronously=False
             ),
         )  # fmt: skip
+        # Numbers that were trained shrink by a tenth at most, and take twice as long to read when they did.
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
         self._manager = ocp.CheckpointManager(
-            workdir / FOLDER, options=options, item_names=("state", "meta")
+            workdir / FOLDER, options=options, item_handlers=handlers
         )
         self._hush = _quiet()
 
@@ -164,7 +169,7 @@ class Checkpoints:
             return
         self._retention.saved(step, dict(meta))
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(_without_empty(state)),
+            state=ocp.args.PyTreeSave(_without_empty(state)),
             meta=ocp.args.JsonSave({"format": FORMAT, **meta}),
         )
         self._manager.save(step, args=arguments, force=True)

@@ -269,6 +269,16 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
+def whole_along(x: jax.Array, dimension: int) -> jax.Array:
+    """`x` with this dimension whole on every device, the others as they are; outside a mesh it does nothing."""
+    mesh: Any = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    entries: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    entries[dimension] = None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
 def split_rows(x: jax.Array, count: int) -> jax.Array:
     """`[B, ...]` to `[count, B / count, ...]`: every count-th row, so that no row changes its device."""
     x = jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)

@@ -76,6 +76,13 @@ def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
     assert restored.meta == {**META, "clock": {"step": 5}, "format": checkpoint.FORMAT}
 
 
+def test_arrays_are_written_as_they_are(tmp_path: Path) -> None:
+    """Not made smaller, which for numbers that were trained takes long and gains little."""
+    size = 2**20
+    save(tmp_path, 5, tree=lambda value: {"parameters": {"a": jnp.zeros(size, jnp.uint8)}})
+    assert sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()) >= size
+
+
 def test_the_newest_is_restored_and_the_oldest_go(tmp_path: Path) -> None:
     """By number, not by name: 12 is newer than 9."""
     save(tmp_path, 1, 9, 12, keep=2)

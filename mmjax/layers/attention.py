@@ -141,13 +141,14 @@ def _project(kernel: nnx.Param, x_BSD: jax.Array) -> jax.Array:
     # One plain matrix product: as an einsum with three output axes the CPU backend transposes first.
     kernel_DHK = kernel[...]
     d, h, k = kernel_DHK.shape
-    y = product(x_BSD, kernel_DHK.reshape(d, h * k))
+    y = product(x_BSD, kernel_DHK.reshape(d, h * k), 0)
     return constrain(y.reshape(*y.shape[:2], h, k), ("batch", "tokens", "heads", None))
 
 
 def _join_heads(kernel: nnx.Param, y_BSHK: jax.Array) -> jax.Array:
     out_HKD = kernel[...]
-    return product(y_BSHK.reshape(*y_BSHK.shape[:2], -1), out_HKD.reshape(-1, out_HKD.shape[-1]))
+    out_ED = out_HKD.reshape(-1, out_HKD.shape[-1])
+    return product(y_BSHK.reshape(*y_BSHK.shape[:2], -1), out_ED, 1)
 
 
 def _flat_init(inputs: int) -> Initializer:

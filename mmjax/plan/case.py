@@ -37,7 +37,7 @@ from mmjax.program import Request
 from mmjax.sharding import AXES, make_mesh
 
 # Of cached reports; to be raised when what a report holds, or how it is counted, changes.
-FORMAT = 2
+FORMAT = 3
 # What the compiler says when a program does not fit, with the bytes that it would need.
 _EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED")
 _REQUIRED = re.compile(r"(?:\(|Used )([\d.]+)([KMGT]?)(?:\) exceeds| of )")

@@ -73,13 +73,29 @@ def test_another_loss_is_refused(monkeypatch: pytest.MonkeyPatch, what: str) -> 
 
 
 def test_other_parameters_are_refused() -> None:
-    one = {"parameters": 100, "bytes": 1, "sent": 1, "flops": 1, "model": 1, "unknown": []}
+    one = {
+        "parameters": 100,
+        "bytes": 1,
+        "state": 1,
+        "sent": 1,
+        "flops": 1,
+        "model": 1,
+        "unknown": [],
+    }
     with pytest.raises(AssertionError, match="parameters of a step"):
         plans.compared("a step", {"ours": one, "MaxText": {**one, "parameters": 102}}, 1)
 
 
 def test_flops_that_are_not_all_known_are_not_told() -> None:
-    one = {"parameters": 1, "bytes": 1, "sent": 1, "flops": 2, "model": 1, "unknown": []}
+    one = {
+        "parameters": 1,
+        "bytes": 1,
+        "state": 1,
+        "sent": 1,
+        "flops": 2,
+        "model": 1,
+        "unknown": [],
+    }
     both = {"ours": one, "MaxText": {**one, "unknown": ["kernel x"]}}
     told = [each.name for each in plans.compared("a step", both, 1) if "FLOPs" in each.name]
     assert told == ["a step: compiled to model FLOPs, ours"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from mmjax.layers.stream import Aux, Stream
 from mmjax.layers.transformer import Transformer
 from mmjax.layers.trunk import GroupConfig, Trunk, add_up
 from mmjax.parameters import Declaration, from_canonical, to_canonical
+from mmjax.sharding import MeshConfig, make_mesh, named
 
 WIDTH = 4
 BLOCK = {"name": "transformer", "heads": 2, "hidden": 5}
@@ -279,3 +281,26 @@ def test_a_mask_holds_through_all_layers(x64: None, kernel: str) -> None:
     reached = np.abs(jax.jit(jax.jacrev(outputs))(x)).sum((1, 3)) > 0
     expected = [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     np.testing.assert_array_equal(reached, expected)
+
+
+def test_kernels_of_attention_are_made_whole_once_in_a_pass() -> None:
+    """Query, key, value and out: in the forward pass and in the backward one, which does the layer again."""
+    width = 64
+    trunk = Trunk(
+        [GroupConfig(2, ({"name": "transformer", "heads": 4, "hidden": 192},))], width, "full"
+    )
+    declaration = Declaration(nnx.Dict({"trunk": trunk}))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+
+    def laid(axes: Sequence[str | None], shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=named(axes, shape, mesh))
+
+    def loss(parameters: Any, x: jax.Array) -> jax.Array:
+        out, _ = declaration.merge(parameters)["trunk"](Stream(x), None)
+        return jnp.square(out.x_BSD).mean()
+
+    parameters = {name: laid(spec.axes, spec.shape) for name, spec in declaration.specs.items()}
+    x = laid(("batch", None, None), (16, 8, width))
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss)).lower(parameters, x).compile().as_text()
+    assert len(re.findall(r"= f32\[64,64\]\S* all-gather\(", text)) == 2 * 4

@@ -19,6 +19,18 @@ def test_chips(name: str, slices: int, chips: int) -> None:
     assert (made.name, made.slices, made.chips) == (name, slices, chips)
 
 
+@pytest.mark.parametrize(
+    ("name", "rings"),
+    [
+        ("v5e:16x16", (True, True, False)), ("v6e:8x16", (False, True, False)), ("v5e:8x8", (False, False, False)),
+        ("v5p:4x4x8", (True, True, True)), ("v4:2x4x4", (False, False, False)), ("tpu7x:4x8x12", (True, True, True)),
+    ],
+)  # fmt: skip
+def test_sides_that_close_to_a_ring(name: str, rings: tuple[bool, ...]) -> None:
+    """As MaxText has them for each of these."""
+    assert read_topology(name).wrap == rings
+
+
 def test_every_suggestion_is_a_topology() -> None:
     names = list(topology._known())
     assert {name.split(":")[0] for name in names} == {*TPUS, *GPUS}
