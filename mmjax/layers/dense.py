@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -152,6 +152,10 @@ def _swish_times(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
+def _gelu_times(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return _gelu(gate) * up
+
+
 # Of the hidden layer only what the products gave is kept, where JAX would keep every step on the way to the next one.
 class Mlp(nnx.Module):
     """`gelu(x W1) W2`, GELU in its tanh form: `[..., width] -> [..., n_out or width]`."""
@@ -165,22 +169,27 @@ class Mlp(nnx.Module):
 
 
 class GatedMlp(nnx.Module):
-    """`(silu(x G) * x W1) W2`, SwiGLU (Shazeer 2020): `[..., width] -> [..., width]`."""
+    """`(f(x G) * x W1) W2` (Shazeer 2020): `[..., width] -> [..., width]`."""
 
-    def __init__(self, width: int, hidden: int, bias: bool = True):
+    def __init__(self, times: Callable[..., jax.Array], width: int, hidden: int, bias: bool = True):
         self.gate = Dense(width, hidden, ("embed", "mlp"), bias)
         self.up = Dense(width, hidden, ("embed", "mlp"), bias)
         self.down = Dense(hidden, width, ("mlp", "embed"), bias)
+        self.times = times
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down.of(_swish_times, self.gate(x), self.up(x))
+        return self.down.of(self.times, self.gate(x), self.up(x))
 
 
-MLPS = {"gelu": Mlp, "swiglu": GatedMlp}
+MLPS: Mapping[str, Callable[..., Mlp | GatedMlp]] = {
+    "gelu": Mlp,
+    "swiglu": partial(GatedMlp, _swish_times),
+    "geglu": partial(GatedMlp, _gelu_times),
+}
 
 
 def mlp_of(kind: str, width: int, hidden: int, bias: bool) -> Mlp | GatedMlp:
-    """The MLP of that name.
+    """The MLP of that name: `gelu`, or gated by a swish (`swiglu`) or a GELU (`geglu`).
 
     Raises:
       UserError: no such MLP.

@@ -38,7 +38,7 @@ class Transformer(nnx.Module):
         the MLP (and norms): multiway blocks (VLMo, BEiT-3). Attention is over all tokens whatever is untied.
       modalities: which have one; see `mmjax.layers.by_modality`.
       norm: `layer` or `rms`, of all its norms.
-      mlp: `gelu` or `swiglu`.
+      mlp: `gelu`, `swiglu` or `geglu`.
       order: `pre` or `post`, where the norms are.
       rotary: the base of rotary embeddings of each token's `position`; 0 for none.
       experts: in place of the MLP, several of which a router chooses, see `mmjax.layers.experts`. Untied, each modality

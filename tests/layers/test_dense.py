@@ -120,6 +120,18 @@ def test_mlp_against_its_definition(x64: None, bias: bool, n_out: int | None) ->
     np.testing.assert_allclose(layer(inputs(2, 5, 4)), expected, rtol=1e-10)
 
 
+def swish(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize(("kind", "function"), [("swiglu", swish), ("geglu", gelu)])
+def test_gated_mlp_against_its_definition(x64: None, kind: str, function: Any) -> None:
+    layer, p = built(mlp_of(kind, 4, 7, False))
+    x = inputs(2, 5, 4)
+    expected = (function(x @ p["gate/kernel"]) * (x @ p["up/kernel"])) @ p["down/kernel"]
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-10)
+
+
 @pytest.mark.parametrize(("n_in", "n_out"), [(3, 5), (5, 3), (4, 4)])
 @pytest.mark.parametrize("lead", [(), (7,), (2, 7)])
 def test_a_product_and_its_gradients_are_those_of_matmul(
@@ -151,7 +163,7 @@ def test_the_narrower_is_laid_out_by_columns(n_in: int, n_out: int, first: int) 
     assert lefts == [(7, first)]
 
 
-@pytest.mark.parametrize(("kind", "count"), [("gelu", 1), ("swiglu", 2)])
+@pytest.mark.parametrize(("kind", "count"), [("gelu", 1), ("swiglu", 2), ("geglu", 2)])
 def test_of_the_hidden_layer_only_products_are_kept(kind: str, count: int) -> None:
     mlp = mlp_of(kind, 4, 16, False)
     declaration = Declaration(mlp)
