@@ -60,7 +60,8 @@ def measure(effort: Effort) -> list[Quantity]:
                 what = f"{size:g} GB, {kind}"
                 if name != OURS:
                     ratio = [a / b for a, b in zip(ours, each, strict=True)]
-                    found.append(quantity(f"{what}: {OURS} to {name}", ratio))
+                    wanted = "at most 1" if size == SIZES[-1] else ""
+                    found.append(quantity(f"{what}: {OURS} to {name}", ratio, wanted=wanted))
                 if kind == "blocked":
                     found.append(quantity(f"{what}: {name}", [1000 * t for t in each], "ms"))
                 else:
