@@ -230,19 +230,17 @@ class Segment:
     def _at(self, step: int) -> tuple[Period, int, int]:
         """The period that holds `step`, how many whole ones came before, the place in it."""
         turn, offset = divmod(step - self.start, self._length)
-        varies = RULES[self.rule].varies
-        first = step - offset if varies else 0
+        first, seed = (step - offset, self.seed) if RULES[self.rule].varies else (0, 0)
         period = self._last.get(first)
         if period is None:
-            weights = tuple(self._running.values())
-            period = _period(self.rule, weights, self.seed if varies else 0, first)
+            period = _period(self.rule, tuple(self._running.values()), seed, first)
             self._last.clear()
             self._last[first] = period
         return period, turn, offset
 
     @functools.cached_property
     def _last(self) -> dict[int, Period]:
-        """The last period that was asked for, by its first step; to look it up by its weights takes them all."""
+        """The last period asked for, by its first step; to look it up by weights takes them all."""
         return {}
 
     def task(self, step: int) -> str:

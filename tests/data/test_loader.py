@@ -137,7 +137,7 @@ def test_threads_and_reading_ahead_change_nothing(
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_processes_change_nothing(toy: World, whole: list[HostBatch], count: int) -> None:
-    """Nor where a record cannot be read, and not from the middle either."""
+    """From the middle of a run on."""
     config = LoaderConfig(processes=count)
     for batch, expected in zip(toy.batches(toy.clock(3), config=config), whole[3:], strict=True):
         assert batch.step == expected.step and equal(batch.rows, expected.rows)
