@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from mmjax import processes
+from mmjax import migrations, processes
 from mmjax.errors import UserError, nearest
 from mmjax.monitor import metrics
 
@@ -170,7 +170,7 @@ class Checkpoints:
         self._retention.saved(step, dict(meta))
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(_without_empty(state)),
-            meta=ocp.args.JsonSave({"format": FORMAT, **meta}),
+            meta=ocp.args.JsonSave({"format": FORMAT, migrations.KEY: migrations.VERSION, **meta}),
         )
         self._manager.save(step, args=arguments, force=True)
 
@@ -212,7 +212,7 @@ def read_meta(workdir: epath.Path, step: int) -> dict[str, Any]:
             f"Checkpoint {workdir / FOLDER / str(step)} has format {meta['format']}; this mmjax reads up to {FORMAT}. "
             "Install a newer mmjax."
         )
-    return dict(meta)
+    return migrations.upgrade_meta(meta)
 
 
 def read_shapes(workdir: epath.Path, step: int) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ import toyrun
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mmjax import checkpoint
+from mmjax import checkpoint, migrations
 from mmjax.checkpoint import CheckpointConfig, Checkpoints, Restored
 from mmjax.errors import UserError
 from mmjax.monitor import metrics
@@ -73,7 +73,8 @@ def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
     restored = restore(tmp_path)
     assert restored is not None and restored.step == 5
     assert equal(restored.state, state(5)) and restored.state["buffers"] == {}
-    assert restored.meta == {**META, "clock": {"step": 5}, "format": checkpoint.FORMAT}
+    versions = {"format": checkpoint.FORMAT, migrations.KEY: migrations.VERSION}
+    assert restored.meta == {**META, "clock": {"step": 5}, **versions}
 
 
 def test_arrays_are_written_as_they_are(tmp_path: Path) -> None:

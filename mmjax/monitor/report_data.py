@@ -128,7 +128,7 @@ def read_run(workdir: epath.Path) -> Run:
     """
     lines = metrics.read(workdir)
     meta_step, meta = newest_meta(workdir)
-    config = _json(workdir / "config.json") or (meta or {}).get("config") or {}
+    config = (meta or {}).get("config") or _json(workdir / "config.json") or {}
     if not lines and not config:
         raise UserError(f"No run in '{workdir}': it has neither config.json nor {metrics.FILE}.")
     train = [line for line in lines if line.get("kind") == "train"]

@@ -1,0 +1,104 @@
+"""What configs of earlier versions mean today: the table of changed defaults.
+
+A checkpoint holds the keys that its config set, not the defaults it relied on. When a default changes, a row of
+`ROWS` writes the old default into every older config, so that its run is loaded, evaluated and resumed as before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Block = dict[str, Any]
+
+# Increase it with every change of the table.
+VERSION = 2
+# What the meta data of a checkpoint call the version of their config; checkpoints before version 2 lack it.
+KEY = "config_version"
+
+
+def always(config: Block, block: Block, path: tuple[str, ...]) -> bool:
+    """Accept every block that the path matches."""
+    del config, block, path
+    return True
+
+
+def named(*names: str) -> Callable[[Block, Block, tuple[str, ...]], bool]:
+    """Accept blocks with one of these values of `name`."""
+    return lambda config, block, path: block.get("name") in names
+
+
+def of_modality(*names: str) -> Callable[[Block, Block, tuple[str, ...]], bool]:
+    """Accept blocks `tasks.TASK.inputs.MODALITY` whose modality has one of these names in `config.modalities`."""
+    return lambda config, block, path: (
+        config.get("modalities", {}).get(path[-1], {}).get("name") in names
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """A default that has changed.
+
+    Attributes:
+      version: the first version of configs with the new default; older ones get the old value.
+      path: dotted path of the block that holds the key; `*` stands for any name or index. A block without `*` in its
+        path is made where it is missing, since its defaults hold there too.
+      key: the key whose default changed.
+      old: the value that an absent key stood for.
+      when: `when(config, block, path)`: which of these blocks.
+    """
+
+    version: int
+    path: str
+    key: str
+    old: Any
+    when: Callable[[Block, Block, tuple[str, ...]], bool] = always
+
+
+ROWS: tuple[Row, ...] = ()
+
+
+def upgrade(config: Mapping[str, Any], version: int) -> Block:
+    """Return `config`, written for `version`, as a config of today's version that means the same."""
+    upgraded: Block = copy.deepcopy(dict(config))
+    for row in ROWS:
+        if version < row.version:
+            if "*" not in row.path:
+                _make(upgraded, row.path)
+            for path, block in _blocks(upgraded, tuple(row.path.split("."))):
+                if row.key not in block and row.when(upgraded, block, path):
+                    block[row.key] = copy.deepcopy(row.old)
+    return upgraded
+
+
+def upgrade_meta(meta: Mapping[str, Any]) -> Block:
+    """Return a checkpoint's meta data with the config that today's version reads."""
+    if "config" not in meta:
+        return dict(meta)
+    return {**meta, "config": upgrade(meta["config"], meta.get(KEY, 1)), KEY: VERSION}
+
+
+def _make(config: Block, path: str) -> None:
+    for name in filter(None, path.split(".")):
+        config = config.setdefault(name, {})
+
+
+def _blocks(
+    tree: Any, pattern: tuple[str, ...], before: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Block]]:
+    """The blocks of a config that a path matches, each with its own path; an empty path is the config itself."""
+    if pattern in ((), ("",)):
+        if isinstance(tree, dict):
+            yield before, tree
+        return
+    first, *rest = pattern
+    if isinstance(tree, dict):
+        children = tree.items() if first == "*" else [(first, tree.get(first))]
+    elif isinstance(tree, list) and (first == "*" or first.isdigit()):
+        children = [(str(i), v) for i, v in enumerate(tree) if first in ("*", str(i))]
+    else:
+        return
+    for name, child in children:
+        yield from _blocks(child, tuple(rest), (*before, name))

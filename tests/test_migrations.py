@@ -1,0 +1,63 @@
+"""A changed default is written into older configs, and into no others."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+
+from mmjax import migrations
+from mmjax.migrations import Row, named, of_modality, upgrade, upgrade_meta
+
+CONFIG = {
+    "modalities": {"picture": {"name": "image"}, "text": {"name": "text"}},
+    "model": {"groups": [{"pattern": [{"name": "mamba"}, {"name": "transformer"}]}]},
+    "tasks": {"a": {"inputs": {"picture": {"size": 8}, "text": {}}}},
+}
+
+
+@pytest.fixture(autouse=True)
+def rows() -> object:
+    table = (
+        Row(2, "model.groups.*.pattern.*", "norm", "layer", named("mamba")),
+        Row(3, "tasks.*.inputs.*", "fit", "squash", of_modality("image")),
+        Row(3, "optimizer", "final", 0.0),
+        Row(3, "", "seed", 7),
+    )
+    with mock.patch.object(migrations, "ROWS", table):
+        yield
+
+
+def test_old_defaults_are_written_into_older_configs() -> None:
+    found = upgrade(CONFIG, 1)
+    assert found["model"]["groups"][0]["pattern"] == [
+        {"name": "mamba", "norm": "layer"},
+        {"name": "transformer"},
+    ]
+    assert found["tasks"]["a"]["inputs"] == {"picture": {"size": 8, "fit": "squash"}, "text": {}}
+    assert found["seed"] == 7
+    assert found["optimizer"] == {"final": 0.0}  # its default held, though the block was not there
+
+
+def test_a_config_is_not_changed_in_place() -> None:
+    before = repr(CONFIG)
+    upgrade(CONFIG, 1)
+    assert repr(CONFIG) == before
+
+
+def test_only_rows_after_its_version_apply() -> None:
+    found = upgrade(CONFIG, 2)
+    assert "norm" not in found["model"]["groups"][0]["pattern"][0]
+    assert found["tasks"]["a"]["inputs"]["picture"]["fit"] == "squash"
+    assert upgrade(CONFIG, 3) == CONFIG
+
+
+def test_what_a_config_says_stays() -> None:
+    config = {**CONFIG, "seed": 1}
+    assert upgrade(config, 1)["seed"] == 1
+
+
+def test_meta_data_without_a_version_are_of_the_first() -> None:
+    assert upgrade_meta({"config": CONFIG})["config"]["seed"] == 7
+    assert upgrade_meta({"config": CONFIG, migrations.KEY: 3})["config"] == CONFIG
+    assert upgrade_meta({"format": 1}) == {"format": 1}
