@@ -57,7 +57,12 @@ class Row:
     when: Callable[[Block, Block, tuple[str, ...]], bool] = always
 
 
-ROWS: tuple[Row, ...] = ()
+ROWS: tuple[Row, ...] = (
+    Row(2, "modalities.*", "max_frames", 2**31, named("video")),
+    Row(
+        2, "modalities.*", "max_pixels", 178_956_970, named("colours", "image", "video")
+    ),  # Pillow's
+)
 
 
 def upgrade(config: Mapping[str, Any], version: int) -> Block:

@@ -159,7 +159,7 @@ class Tally:
                 raise ValueError(f"field {name!r} is {found}, in examples before it is {known}")
 
     def leave_out(self, where: str, error: Exception, max_bad: int) -> None:
-        self.bad.append(f"{where}: {error}")
+        self.bad.append(f"{where}: {error}".rstrip("."))
         if len(self.bad) > max_bad:
             raise UserError(
                 f"{_count(len(self.bad), 'bad example')}, over --max_bad={max_bad}; {self.examples} good "

@@ -33,6 +33,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
 
+from mmjax import pictures
 from mmjax.data import packages, tokenizer, writer
 from mmjax.data.build import Made
 from mmjax.data.packages import Source
@@ -210,8 +211,8 @@ def rasterise(path: Path) -> bytes:
             skip_system_fonts=True,  # so that no picture depends on the machine
         )
     )
-    with Image.open(io.BytesIO(png)) as image:
-        return png if image.size == (IMAGE_SIZE, IMAGE_SIZE) else _centred(image)
+    image = pictures.open_picture(png)
+    return png if image.size == (IMAGE_SIZE, IMAGE_SIZE) else _centred(image)
 
 
 def _centred(image: Image.Image) -> bytes:

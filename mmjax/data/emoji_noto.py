@@ -14,8 +14,9 @@ import io
 from pathlib import Path
 
 from etils import epath
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
+from mmjax import pictures
 from mmjax.data import drawings, emoji
 from mmjax.data.build import Made
 from mmjax.data.emoji import IMAGE_SIZE
@@ -63,6 +64,6 @@ def load_files() -> dict[str, Path]:
 def draw(path: Path) -> bytes:
     """The picture as an RGBA PNG of 64x64 pixels: a few files have another size or shape."""
     out, size = io.BytesIO(), (IMAGE_SIZE, IMAGE_SIZE)
-    with Image.open(path) as image:
-        ImageOps.pad(image.convert("RGBA"), size, color=(0, 0, 0, 0)).save(out, "PNG")
+    image = pictures.open_picture(path.read_bytes())
+    ImageOps.pad(image.convert("RGBA"), size, color=(0, 0, 0, 0)).save(out, "PNG")
     return out.getvalue()

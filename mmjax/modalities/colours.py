@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
+from mmjax import pictures
 from mmjax.errors import UserError
 from mmjax.layers.positions import Positions, grid
 from mmjax.layers.stream import Stream
@@ -29,13 +31,16 @@ class Colours(Modality[ImageInput]):
     Attributes:
       levels: of each of red, green and blue.
       buckets: position buckets per axis; the sides of the largest picture at least.
+      max_pixels: as of `image`.
     """
 
     Input = ImageInput
     levels: int = 8
     buckets: int = 64
+    max_pixels: int = pictures.MAX_PIXELS
 
     def __post_init__(self) -> None:
+        pictures.check_bound(self.max_pixels, "colours")
         if not 2 <= self.levels <= 256:
             raise UserError(f"colours: levels is {self.levels}; expected 2 to 256.")
 
@@ -62,13 +67,17 @@ class Colours(Modality[ImageInput]):
         self, settings: ImageInput, value: Any, rng: np.random.Generator | None
     ) -> dict[str, np.ndarray]:
         """`{"ids": int32[size^2], "valid": all}`: rows from the top, red the most significant digit."""
-        pixels = Image().preprocess(settings, value, rng)["pixels"]
+        pixels = self._image.preprocess(settings, value, rng)["pixels"]
         digits = pixels.astype(np.int32) * self.levels // 256
         ids = digits @ np.array([self.levels**2, self.levels, 1], np.int32)
         return {"ids": ids.reshape(-1).astype(np.int32), "valid": np.ones(ids.size, bool)}
 
     def raw(self, value: Any) -> Any:
-        return Image().raw(value)
+        return self._image.raw(value)
+
+    @cached_property
+    def _image(self) -> Image:
+        return Image(max_pixels=self.max_pixels)
 
 
 class ColoursStem(nnx.Module):

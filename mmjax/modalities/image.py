@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mmjax import pictures
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
@@ -45,11 +45,16 @@ class Image(Modality[ImageInput]):
     Attributes:
       patch: side of a patch in pixels.
       buckets: position buckets per axis.
+      max_pixels: pixels of a picture as it is stored, beyond which it is not decoded.
     """
 
     Input = ImageInput
     patch: int = 8
     buckets: int = 64
+    max_pixels: int = pictures.MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        pictures.check_bound(self.max_pixels, "image")
 
     def stem(self, width: int) -> nnx.Module:
         return ImageStem(self.patch, self.buckets, width)
@@ -94,14 +99,20 @@ class Image(Modality[ImageInput]):
         return dropped(values_SP, (side, side), settings.drop, rng)[0]
 
     def raw(self, value: Any) -> Any:
-        """A PIL image (RGB or RGBA) from one, from encoded bytes, or from uint8 or [0, 1] `[H, W, 1, 3 or 4]`."""
+        """Return a PIL image (RGB or RGBA) the right way up.
+
+        Args:
+          value: a PIL image, encoded bytes, or an array `[H, W, 1, 3 or 4]`: uint8, uint16 or floats in [0, 1].
+        """
         from PIL import Image as Pil
 
         if isinstance(value, bytes):
-            value = Pil.open(io.BytesIO(value))
-        if not isinstance(value, Pil.Image):
+            value = pictures.open_picture(value, self.max_pixels)
+        elif isinstance(value, Pil.Image):
+            pictures.check_size(value, self.max_pixels)
+        else:
             value = Pil.fromarray(_as_uint8(np.asarray(value)))
-        return value if value.mode in ("RGB", "RGBA") else value.convert("RGBA")
+        return pictures.rgb(value)
 
 
 def _as_uint8(array: np.ndarray) -> np.ndarray:
@@ -113,11 +124,14 @@ def _as_uint8(array: np.ndarray) -> np.ndarray:
         )
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
-    if not np.issubdtype(array.dtype, np.floating) or not (array.min() >= 0 and array.max() <= 1):
+    if array.dtype == np.uint16:
+        return (array >> 8).astype(np.uint8)
+    if not np.issubdtype(array.dtype, np.floating):
         raise UserError(
-            f"an image is uint8, or float in [0, 1]; found {array.dtype}, {array.min()} to {array.max()}."
+            f"an image is uint8, uint16, or float in [0, 1]; found {array.dtype}, "
+            f"{array.min()} to {array.max()}."
         )
-    return np.round(array * 255).astype(np.uint8)
+    return pictures.from_unit(array)
 
 
 def _crop(

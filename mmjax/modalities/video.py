@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -12,12 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mmjax import pictures
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
 from mmjax.layers.stream import Stream
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays
+
+_MOVING = ("GIF", "PNG", "WEBP")
+_MAX_MOVING = (
+    16  # times the pixels of one picture: all frames of a GIF, which are decoded one after another
+)
+_PREVIEW = 64, 256  # frames of a preview, and pixels of their longer side
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ class Video(Modality[VideoInput]):
       patch: height and width of a tube in pixels.
       time_buckets: position buckets in time; the tubes of the longest video at least.
       buckets: position buckets in height and in width; the tubes of the largest picture at least.
+      max_pixels: pixels of a frame as it is stored, beyond which it is not decoded.
+      max_frames: frames of a stored video, beyond which it is not decoded.
     """
 
     Input = VideoInput
@@ -60,6 +69,13 @@ class Video(Modality[VideoInput]):
     patch: int = 16
     time_buckets: int = 16
     buckets: int = 64
+    max_pixels: int = pictures.MAX_PIXELS
+    max_frames: int = 2**14
+
+    def __post_init__(self) -> None:
+        pictures.check_bound(self.max_pixels, "video")
+        if self.max_frames < 1:
+            raise UserError(f"video: max_frames is {self.max_frames}; expected 1 or more.")
 
     def stem(self, width: int) -> nnx.Module:
         buckets = {"t": self.time_buckets, "y": self.buckets, "x": self.buckets}
@@ -82,14 +98,14 @@ class Video(Modality[VideoInput]):
         self, settings: VideoInput, value: Any, rng: np.random.Generator | None
     ) -> dict[str, np.ndarray]:
         """`{"pixels": uint8[frames, size, size, 3]}`; or patches and coordinates, where tokens are dropped."""
-        frames = self.raw(value)
+        frames = self._frames(value)
         chosen = _indices(len(frames), settings.frames, settings.stride, rng)
-        image = Image(patch=self.patch)
         view = ImageInput("", settings.size, settings.crop, settings.flip, settings.background)
         # Every frame under the same seed, so that all of them are cropped and mirrored alike.
         seed = None if rng is None else int(rng.integers(2**63))
         made = {
-            i: image.preprocess(view, frames[i], _generator(seed))["pixels"] for i in set(chosen)
+            i: self._image.preprocess(view, frames[i], _generator(seed))["pixels"]
+            for i in sorted(set(chosen))
         }
         pixels = np.stack([made[i] for i in chosen])
         if not settings.drop:
@@ -105,18 +121,43 @@ class Video(Modality[VideoInput]):
     def raw(self, value: Any) -> Sequence[Any]:
         """Frames, each as `Image` takes it.
 
-        From an array `[T, H, W, 1, 3 or 4]`, uint8 or [0, 1]; from a list of pictures of one size; from a
+        From an array `[T, H, W, 1, 3 or 4]`, uint8, uint16 or [0, 1]; from a list of pictures of one size; from a
         still (a PIL image or an array `[H, W, 1, 3 or 4]`); from the bytes of a still or moving picture
         (GIF, WebP, PNG).
         """
+        frames = self._frames(value)
+        return frames if isinstance(frames, np.ndarray) else [frames[i] for i in range(len(frames))]
+
+    def preview(self, value: Any) -> Sequence[Any]:
+        """Return some of the frames for a report, in order and small."""
+        frames = self._frames(value)
+        if isinstance(frames, np.ndarray):
+            return frames
+        most, side = _PREVIEW
+        chosen = np.linspace(0, len(frames) - 1, min(len(frames), most)).round().astype(int)
+        small = [frames[int(i)].copy() for i in chosen]
+        for frame in small:
+            frame.thumbnail((side, side))
+        return small
+
+    @cached_property
+    def _image(self) -> Image:
+        return Image(patch=self.patch, max_pixels=self.max_pixels)
+
+    def _frames(self, value: Any) -> Sequence[Any]:
+        """As `raw`, but each encoded frame is decoded only when it is asked for."""
         from PIL import Image as Pil
 
         if isinstance(value, bytes):
-            value = Pil.open(io.BytesIO(value))
+            picture = pictures.open_picture(value, self.max_pixels)
+            if picture.format == "GIF":  # Pillow would walk through all frames to count them
+                self._check_count(pictures.gif_frames(value, self.max_frames))
+            return self._moving(picture)
         if isinstance(value, Pil.Image):
-            return _decoded(value)
+            return self._moving(value)
         if isinstance(value, (list, tuple)):
-            return _of_one_size([Image().raw(frame) for frame in value])
+            self._check_count(len(value))
+            return _Listed(value, self._image)
         array = np.asarray(value)
         if array.ndim == 3:
             array = array[None]
@@ -126,6 +167,66 @@ class Video(Modality[VideoInput]):
             )
         return array  # type: ignore[return-value]
 
+    def _moving(self, picture: Any) -> Sequence[Any]:
+        """The frames of a PIL image; a moving one shows one at a time."""
+        # Other formats hold several pictures that are no video (previews, pages).
+        count = getattr(picture, "n_frames", 1) if picture.format in _MOVING else 1
+        if count == 1:
+            return [self._image.raw(picture)]
+        self._check_count(count)
+        if count * picture.width * picture.height > _MAX_MOVING * self.max_pixels:
+            raise UserError(
+                f"a moving picture of {count} frames of {picture.width} x {picture.height} pixels is over the bound "
+                f"of {_MAX_MOVING} times max_pixels = {self.max_pixels}. Make it smaller or raise max_pixels."
+            )
+        return _Moving(picture, count, self.max_pixels)
+
+    def _check_count(self, count: int) -> None:
+        if count > self.max_frames:
+            raise UserError(
+                f"a video has more than {self.max_frames} frames. Cut it or raise max_frames."
+            )
+
+
+class _Moving(Sequence[Any]):
+    """The frames of a moving picture, each drawn when it is asked for; in ascending order, each is drawn once."""
+
+    def __init__(self, picture: Any, count: int, max_pixels: int):
+        self._picture, self._count, self._max_pixels = picture, count, max_pixels
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        self._picture.seek(index)
+        pictures.check_size(self._picture, self._max_pixels)  # frames of a GIF may grow
+        return pictures.rgb(self._picture.convert("RGBA"))
+
+
+class _Listed(Sequence[Any]):
+    """A list of pictures of one size, each decoded when it is asked for."""
+
+    def __init__(self, frames: Sequence[Any], image: Image):
+        self._frames, self._image = frames, image
+        sizes = sorted({self._size(frame) for frame in frames})
+        if len(sizes) != 1:
+            found = ", ".join(f"{w}x{h}" for w, h in sizes) or "no frame"
+            raise UserError(f"a video has frames of one size, found {found}.")
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._image.raw(self._frames[index])
+
+    def _size(self, frame: Any) -> tuple[int, int]:
+        """Width and height, of an encoded picture as its header says."""
+        if isinstance(frame, bytes):
+            frame = pictures.open_picture(frame, self._image.max_pixels)
+        elif not hasattr(frame, "getbands"):
+            frame = self._image.raw(frame)
+        return int(frame.width), int(frame.height)
+
 
 def _check(what: str, size: int, patch: int, buckets: int) -> None:
     if size < 1 or size % patch:
@@ -134,25 +235,6 @@ def _check(what: str, size: int, patch: int, buckets: int) -> None:
         raise UserError(
             f"video {what} {size} make {size // patch} tubes; there are {buckets} position buckets."
         )
-
-
-def _decoded(picture: Any) -> list[Any]:
-    """The frames of a PIL image, each drawn out: a moving one shows one at a time."""
-    from PIL import ImageSequence
-
-    # Other formats hold several pictures that are no video (previews, pages).
-    moving = picture.format in ("GIF", "PNG", "WEBP") and getattr(picture, "n_frames", 1) > 1
-    if not moving:
-        return [Image().raw(picture)]
-    return [Image().raw(frame.convert("RGBA")) for frame in ImageSequence.Iterator(picture)]
-
-
-def _of_one_size(frames: list[Any]) -> list[Any]:
-    sizes = sorted({frame.size for frame in frames})
-    if len(sizes) != 1:
-        found = ", ".join(f"{w}x{h}" for w, h in sizes) or "no frame"
-        raise UserError(f"a video has frames of one size, found {found}.")
-    return frames
 
 
 def _indices(length: int, frames: int, stride: int, rng: np.random.Generator | None) -> list[int]:

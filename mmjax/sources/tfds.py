@@ -6,16 +6,22 @@ import hashlib
 import json
 import logging
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 import mmjax.data
+from mmjax import pictures
 from mmjax.data import build, data_dir
 from mmjax.errors import UserError, nearest
 from mmjax.source import Example, Examples, Source
+
+_PLAIN = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Modes that TFDS and mmjax decode alike, by their channels."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,8 @@ class TfdsExamples(Examples):
     def __init__(self, source: Tfds):
         builder = _builder(source)
         split = _split(builder, source)
+        for feature in _pictures(builder.info.features):
+            feature.decode_example_np = partial(_decode_picture, feature)
         self._texts = _text_fields(builder.info.features)
         self.labels = _class_names(builder.info.features)
         self._data = builder.as_data_source(split=source.split)
@@ -64,6 +72,39 @@ class TfdsExamples(Examples):
         for name in self._texts:
             example[name] = example[name].decode("utf-8")
         return example
+
+
+def _pictures(feature: Any) -> Iterator[Any]:
+    """Yield the features of encoded pictures within `feature`."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(feature, tfds.features.Image):
+        yield feature
+    elif hasattr(feature, "items"):
+        for _, each in feature.items():
+            yield from _pictures(each)
+    elif hasattr(feature, "feature"):
+        yield from _pictures(feature.feature)
+
+
+def _decode_picture(feature: Any, data: bytes) -> np.ndarray:
+    """Return what TFDS decodes by PIL, `[H, W, channels]`, opened as mmjax opens pictures.
+
+    TFDS itself would try every format that Pillow knows, and would take OpenCV where that is installed.
+    """
+    image = pictures.upright(pictures.open_picture(data))
+    channels = feature.shape[-1]
+    if feature.np_dtype == np.uint16 and image.mode.startswith("I;16"):
+        return np.asarray(image)[..., None]
+    is_mask = channels == 1 and image.mode in ("1", "P")  # its values are classes, not colours
+    if not is_mask and image.mode not in _PLAIN.values():
+        image = pictures.rgb(image)
+        image = image.convert(_PLAIN.get(channels, image.mode))
+    array = np.asarray(image, np.uint8)
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], channels or 1, axis=-1)
+    # TFDS stores a float32 as the four bytes of a pixel.
+    return array.view(np.float32) if feature.np_dtype == np.float32 else array
 
 
 def _text_fields(features: Any) -> list[str]:

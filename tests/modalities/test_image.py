@@ -102,7 +102,7 @@ def test_a_random_background_is_white_without_chance() -> None:
         (np.zeros(8, np.uint8), r"found \[8\]"),
         (np.zeros((0, 8, 3), np.uint8), r"found \[0, 8, 3\]"),
         ("emoji.png", r"found \[\]"),
-        (np.full((8, 8), 200), r"uint8, or float in \[0, 1\]; found int64, 200 to 200"),
+        (np.full((8, 8), 200), r"uint8, uint16, or float in \[0, 1\]; found int64, 200 to 200"),
         (np.full((8, 8), 1.5), r"float in \[0, 1\]; found float64, 1.5 to 1.5"),
         (np.full((8, 8), -0.1), r"found float64, -0.1"),
         (np.full((8, 8), np.nan), r"found float64, nan to nan"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
+
+from mmjax import pictures
+from mmjax.errors import UserError
 
 KEY = "__key__"
 """Field with the stem of an example's files."""
@@ -106,19 +107,16 @@ def _plain(value: Any) -> Value | None:
 
 
 def check_image(data: bytes) -> None:
-    """Decode the whole picture; raises what Pillow raises."""
-    from PIL import Image
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
+    """Decode the whole picture as the `image` modality does; raises what that raises."""
+    pictures.rgb(pictures.open_picture(data))
 
 
 def plain_words(error: Exception) -> str:
     """What an error says, without the address of an object, which differs between runs."""
     if type(error).__name__ == "UnidentifiedImageError":
         return "no image of a known format"
+    if isinstance(error, UserError):
+        return str(error)
     return f"{type(error).__name__}: {error}"
 
 
