@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,6 +21,8 @@ from mmjax.data import build, data_dir
 from mmjax.errors import UserError, nearest
 from mmjax.source import Example, Examples, Source
 
+FEATURES = "features.json"
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
 _PLAIN = {1: "L", 3: "RGB", 4: "RGBA"}
 """Modes that TFDS and mmjax decode alike, by their channels."""
 
@@ -134,13 +137,16 @@ def _builder(source: Tfds) -> Any:
     root = _root(source)
     name = source.dataset.split("/")[0]
     if name in own_data_sets():
-        return tfds.builder_from_directory(build.find(name, root).path)
+        own = build.find(name, root).path
+        _check_classes(source, own)
+        return tfds.builder_from_directory(own)
     path = _version_folder(root / source.dataset)
     if path is None:
         raise UserError(
             f"Data set '{source.dataset}' is not built under {root}.{_others(root / name, name)} "
             f"{_how_to_build(source)}"
         )
+    _check_classes(source, path)
     try:
         builder = tfds.builder_from_directory(path)
     except Exception as error:
@@ -154,6 +160,38 @@ def _builder(source: Tfds) -> Any:
             f"array_record, by which examples are read at random. {_how_to_build(source)}"
         )
     return builder
+
+
+def _check_classes(source: Tfds, path: epath.Path) -> None:
+    """Refuse a data set whose features are classes outside of TFDS: TFDS would import, and so run, their modules."""
+    try:
+        features = json.loads((path / FEATURES).read_text())
+    except (FileNotFoundError, ValueError):
+        return  # TFDS says what is missing
+    for name in _class_names_in(features):
+        if not name.startswith("tensorflow_datasets."):
+            raise UserError(
+                f"Data set '{source.dataset}' in {path}: {FEATURES} names the class '{name}', which is none of "
+                "tensorflow_datasets. mmjax runs no code that data name. Build the data set with the features of "
+                "tfds.features."
+            )
+
+
+def _class_names_in(features: Any) -> Iterator[str]:
+    """Yield the names of classes in a description of features, also in that of TFDS before 4.3."""
+    if isinstance(features, list):
+        for each in features:
+            yield from _class_names_in(each)
+    if not isinstance(features, dict):
+        return
+    for key, value in features.items():
+        if key in _CLASS_KEYS and isinstance(value, str):
+            yield value
+        elif key == "json" and isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                yield from _class_names_in(json.loads(value))
+        else:
+            yield from _class_names_in(value)
 
 
 def _is_asked_for(record: logging.LogRecord) -> bool:

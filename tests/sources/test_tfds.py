@@ -199,6 +199,52 @@ def test_another_file_format_says_which_to_build(broken):
         opened(broken)
 
 
+EVIL = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n"
+HOSTILE = (
+    lambda f: {**f, "pythonClassName": "evil.Image"},
+    lambda f: {"python_class_name": "evil.Image"},
+    lambda f: {"type": "evil.Image", "content": {}},
+    lambda f: _deep(f, "pythonClassName", "evil.Image"),
+    lambda f: _deep(f, "pythonClassName", "tensorflow_datasets_evil.Image"),
+    lambda f: {
+        "pythonClassName": "tensorflow_datasets.core.features.sequence_feature.Sequence",
+        "jsonFeature": {"json": json.dumps({"feature": {"type": "evil.Image", "content": {}}})},
+    },
+    lambda f: {"jsonFeature": {"json": "{"}, "type": "evil.Image", "content": {}},
+)
+
+
+def _deep(features: Any, key: str, value: str) -> Any:
+    """The first feature of a dict of features under another class."""
+    first = next(iter(features["featuresDict"]["features"].values()))
+    first[key] = value
+    return features
+
+
+@pytest.mark.parametrize("index", range(len(HOSTILE)))
+def test_a_data_set_names_no_code_to_run(broken, monkeypatch, index):
+    """TFDS imports the module of a feature's class, also from the current folder."""
+    for name in ("evil", "tensorflow_datasets_evil"):
+        (broken / f"{name}.py").write_text(EVIL)
+    monkeypatch.syspath_prepend(str(broken))
+    file = broken / "grey" / "1.2.0" / "features.json"
+    file.write_text(json.dumps(HOSTILE[index](json.loads(file.read_text()))))
+    with pytest.raises(
+        UserError, match=r"features.json names the class '(tensorflow_datasets_)?evil"
+    ):
+        opened(broken)
+    assert not (broken / "ran").exists()
+
+
+def test_a_built_in_name_is_held_to_it_too(emoji_dir, tmp_path):
+    shutil.copytree(emoji_dir / "emoji", tmp_path / "emoji")
+    file = tmp_path / "emoji" / "1.0.0" / "features.json"
+    text = file.read_text().replace("tensorflow_datasets.core.", "tensorflow_dataset_.core.")
+    file.write_text(text)
+    with pytest.raises(UserError, match="names the class 'tensorflow_dataset_.core"):
+        Tfds("emoji", "test_drawing", str(tmp_path)).open()
+
+
 def test_our_own_data_sets_are_held_to_their_manifest(emoji_dir, tmp_path):
     shutil.copytree(emoji_dir / "emoji", tmp_path / "emoji")
     assert len(Tfds("emoji", "test_drawing", str(tmp_path)).open()) > 100
