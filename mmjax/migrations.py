@@ -62,6 +62,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         2, "modalities.*", "max_pixels", 178_956_970, named("colours", "image", "video")
     ),  # Pillow's
+    Row(2, "modalities.*", "max_seconds", 1e9, named("spectrogram", "waveform")),
 )
 
 

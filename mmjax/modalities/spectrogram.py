@@ -15,7 +15,16 @@ from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
 from mmjax.layers.stream import Stream
-from mmjax.modalities.waveform import Sound, at_rate, loudness, patches, read, window
+from mmjax.modalities.waveform import (
+    MAX_SECONDS,
+    Sound,
+    at_rate,
+    check_max_seconds,
+    loudness,
+    patches,
+    read,
+    window,
+)
 from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays
 
 FLOOR = 1e-8
@@ -70,6 +79,7 @@ class Spectrogram(Modality[SpectrogramInput]):
       hop: samples from frame to frame.
       low, high: Hz where the first band begins and the last one ends; at most half the rate.
       buckets: position buckets in time; the patches of the longest sound at least.
+      max_seconds: length of a sound as it is stored, beyond which it is not decoded.
     """
 
     Input = SpectrogramInput
@@ -82,8 +92,10 @@ class Spectrogram(Modality[SpectrogramInput]):
     low: float = 60.0
     high: float = 7600.0
     buckets: int = 64
+    max_seconds: float = MAX_SECONDS
 
     def __post_init__(self) -> None:
+        check_max_seconds(self.max_seconds, "spectrogram")
         if not 0 <= self.low < self.high <= self.rate / 2:
             raise UserError(
                 f"spectrogram: bands from {self.low:g} to {self.high:g} Hz do not lie in order "
@@ -118,7 +130,7 @@ class Spectrogram(Modality[SpectrogramInput]):
         `valid` says which patches of time hold at least one frame that begins within the sound; the first
         one always is. Where tokens are dropped: patches, coordinates, and which of these tokens are valid.
         """
-        samples = at_rate(read(value, settings.rate or self.rate), self.rate)
+        samples = at_rate(read(value, settings.rate or self.rate, self.max_seconds), self.rate)
         size = (settings.frames - 1) * self.hop + self.window
         samples, length = window(samples, size, rng)
         samples *= loudness(samples[:length], 0.0, settings.gain, rng)
@@ -133,7 +145,7 @@ class Spectrogram(Modality[SpectrogramInput]):
 
     def raw(self, value: Any) -> Sound:
         """`(float32[N], rate)` at the modality's rate, from what `mmjax.modalities.waveform.read` takes."""
-        return at_rate(read(value, self.rate), self.rate), self.rate
+        return at_rate(read(value, self.rate, self.max_seconds), self.rate), self.rate
 
     def log_mel(self, samples: np.ndarray) -> np.ndarray:
         """float32 `[1 + (N - window) // hop, mels]` of the samples float32 `[N]`."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import math
-import wave
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,12 +16,20 @@ from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
 from mmjax.layers.stream import Stream
 from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays
+from mmjax.wav import check_seconds, read_wav
 
 Sound = tuple[np.ndarray, int]  # float32 samples [N], nominally in [-1, 1], and their rate in Hz
 
 _LOUDEST = 2.0  # a resampled or mixed sound may leave [-1, 1]; one in another unit goes far beyond
 _MOST_CHANNELS = 8
-_OTHER_FORMATS = {b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3": "MP3", b"\xff\xfb": "MP3"}
+_MAX_FACTOR = 200_000  # of resampling up or down: the filter has 20 times as many taps
+_OTHER_FORMATS = {
+    b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3": "MP3", b"\xff\xfb": "MP3", b"\xff\xf3": "MP3", b"\xff\xf2": "MP3",
+    b"FORM": "AIFF", b"RF64": "RF64", b"caff": "CAF",
+}  # fmt: skip
+
+MAX_SECONDS = 3600.0
+"""Longest sound that is read, unless a config says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,17 @@ class Waveform(Modality[WaveformInput]):
       patch: samples of a patch.
       rate: samples per second; other sounds are resampled to it.
       buckets: position buckets; the patches of the longest sound at least.
+      max_seconds: length of a sound as it is stored, beyond which it is not decoded.
     """
 
     Input = WaveformInput
     patch: int = 256
     rate: int = 16000
     buckets: int = 512
+    max_seconds: float = MAX_SECONDS
+
+    def __post_init__(self) -> None:
+        check_max_seconds(self.max_seconds, "waveform")
 
     def stem(self, width: int) -> nnx.Module:
         return WaveformStem(self.patch, self.buckets, width)
@@ -84,7 +95,7 @@ class Waveform(Modality[WaveformInput]):
         A patch is valid where it holds at least one sample of the sound; the first one always is. Where tokens are
         dropped: patches, coordinates, and which of these tokens are valid.
         """
-        samples = at_rate(read(value, settings.rate or self.rate), self.rate)
+        samples = at_rate(read(value, settings.rate or self.rate, self.max_seconds), self.rate)
         samples, length = window(samples, settings.samples, rng)
         samples *= loudness(samples[:length], settings.level, settings.gain, rng)
         valid_S = np.arange(0, settings.samples, self.patch) < max(length, 1)
@@ -95,7 +106,7 @@ class Waveform(Modality[WaveformInput]):
 
     def raw(self, value: Any) -> Sound:
         """`(float32[N], rate)` at the modality's rate, from what `read` takes."""
-        return at_rate(read(value, self.rate), self.rate), self.rate
+        return at_rate(read(value, self.rate, self.max_seconds), self.rate), self.rate
 
 
 def patches(what: str, size: int, patch: int, buckets: int) -> int:
@@ -131,56 +142,50 @@ class WaveformStem(nnx.Module):
 # --- reading sound -----------------------------------------------------------------------------
 
 
-def read(value: Any, rate: int) -> Sound:
+def check_max_seconds(max_seconds: float, where: str) -> None:
+    """Refuse a bound that leaves no sound."""
+    if not max_seconds > 0:
+        raise UserError(f"{where}: max_seconds is {max_seconds}; expected more than 0.")
+
+
+def read(value: Any, rate: int, max_seconds: float = MAX_SECONDS) -> Sound:
     """A sound from what a person or a data set has.
 
     Args:
       value: samples `[N]` or `[N, channels]` (at most 8, averaged), float in [-1, 1] or integers of 8
         (unsigned), 16 or 32 bits; int64 as TFDS decodes sounds, in the range of 16 bits; or a tuple
-        (samples, rate); or the bytes of a WAV file of integer samples.
+        (samples, rate); or the bytes of a WAV file of integers or floats.
       rate: samples per second, where `value` does not say so.
+      max_seconds: longest sound that is taken.
 
     Raises:
-      UserError: a wrong type, shape, unit or format.
+      UserError: a wrong type, shape, unit or format, or too long a sound.
       ValueError: damaged data: a WAV file that ends early, or samples that are not finite.
     """
     if isinstance(value, bytes):
-        value = _wav(value)
+        value = _wav(value, max_seconds)
     if isinstance(value, tuple):
         if len(value) != 2 or not _is_rate(value[1]):
             raise UserError("a sound as a tuple is (samples, rate), the rate a whole number of Hz.")
         value, rate = value[0], int(value[1])
-    return _mono(_scaled(np.asarray(value))), rate
+    samples = np.asarray(value)
+    check_seconds(len(samples) if samples.ndim else 0, rate, max_seconds)
+    return _mono(_scaled(samples)), rate
 
 
 def _is_rate(rate: Any) -> bool:
-    return isinstance(rate, (int, np.integer)) and not isinstance(rate, bool) and int(rate) > 0
+    """Whether it is a whole number of Hz, of whatever type: some libraries give floats."""
+    number = np.asarray(rate)
+    if number.ndim or number.dtype.kind not in "iuf":
+        return False
+    return bool(number > 0) and float(number).is_integer()
 
 
-def _wav(data: bytes) -> tuple[np.ndarray, int]:
+def _wav(data: bytes, max_seconds: float) -> tuple[np.ndarray, int]:
     for start, name in _OTHER_FORMATS.items():
         if data.startswith(start):
             raise UserError(f"a sound is {name}; give WAV, or the decoded samples and their rate.")
-    try:
-        with wave.open(io.BytesIO(data)) as file:
-            frames, channels, width = file.getnframes(), file.getnchannels(), file.getsampwidth()
-            content, rate = file.readframes(frames), file.getframerate()
-    except (wave.Error, EOFError) as error:
-        raise ValueError(
-            f"a WAV file that cannot be read: {str(error) or 'it ends early'}"
-        ) from error
-    if len(content) != frames * channels * width:
-        raise ValueError(f"a WAV file of {frames} frames ends early")
-    return _integers(content, width).reshape(frames, channels), rate
-
-
-def _integers(content: bytes, width: int) -> np.ndarray:
-    """The samples of a WAV file, `width` bytes each."""
-    if width != 3:
-        return np.frombuffer(content, {1: "u1", 2: "<i2", 4: "<i4"}[width])
-    padded = np.zeros((len(content) // 3, 4), np.uint8)
-    padded[:, 1:] = np.frombuffer(content, np.uint8).reshape(-1, 3)
-    return padded.view("<i4")[:, 0]
+    return read_wav(data, max_seconds)
 
 
 def _scaled(samples: np.ndarray) -> np.ndarray:
@@ -228,6 +233,11 @@ def at_rate(sound: Sound, rate: int) -> np.ndarray:
 
     common = math.gcd(rate, old)
     up, down = rate // common, old // common
+    if max(up, down) > _MAX_FACTOR:
+        raise UserError(
+            f"a sound of {old} Hz is not resampled to {rate} Hz: {up} samples for {down} are over the bound of "
+            f"{_MAX_FACTOR}. Give it another rate."
+        )
     resampled: np.ndarray = resample_poly(samples, up, down, window=_low_pass(max(up, down)))
     return resampled
 
