@@ -23,6 +23,10 @@ class UserError(Exception):
     """
 
 
+class RecordError(UserError):
+    """What is wrong with one example: a loader makes it an invalid slot, which it counts and names."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the known name closest to `name`, else the known names."""
     known = sorted(known)

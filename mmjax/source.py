@@ -7,6 +7,7 @@ with `open()`.
 from __future__ import annotations
 
 import abc
+import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.errors import UserError
+from mmjax.errors import RecordError, UserError
 
 Example = Mapping[str, Any]
+
+_INT32 = np.iinfo(np.int32)
 
 
 class Examples(abc.ABC):
@@ -49,8 +52,20 @@ class Examples(abc.ABC):
         return (self[i] for i in range(len(self)))
 
     def column(self, name: str) -> list[int]:
-        """An integer field of every example; sources that know it without reading all of them say it faster."""
-        return [int(example[name]) for example in self]
+        """Return an integer field of every example; sources that know it without reading all of them are faster.
+
+        Raises:
+          UserError: an example cannot be read, or its field is no integer.
+        """
+        return [self._integer(name, index) for index in range(len(self))]
+
+    def _integer(self, name: str, index: int) -> int:
+        try:
+            return integer(name, self[index][name])
+        except Exception as error:
+            raise UserError(
+                f"Field '{name}' is needed of every example. {self.description}[{index}]: {error}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -99,7 +114,7 @@ class Cached(Examples):
         return example
 
     def _keep(self, index: int, example: Example) -> None:
-        size = sum(_size(v) for v in example.values())
+        size = memory_of(example, self._left)
         with self._lock:
             if index not in self._kept and size <= self._left:
                 self._kept[index] = example
@@ -116,11 +131,64 @@ def _reopened(source: Source | None, limit: int, identity: str) -> Cached:
     return made
 
 
-def _size(value: Any) -> int:
-    return (
-        int(value.nbytes)
-        if isinstance(value, np.ndarray)
-        else len(value)
-        if isinstance(value, (bytes, str))
-        else 32
-    )
+def integer(name: str, value: Any) -> int:
+    """Return the integer in field `name`; a float, a text or several values are none."""
+    if isinstance(value, int):
+        return int(value)
+    array = np.asarray(value)
+    if array.ndim or array.dtype.kind not in "iub":
+        raise RecordError(
+            f"field '{name}' is {str(value)[:40]!r} ({type(value).__name__}); expected an integer."
+        )
+    return int(array)
+
+
+def int32(name: str, value: Any) -> np.int32:
+    """Return the integer in field `name` as batches hold it."""
+    number = integer(name, value)
+    if not _INT32.min <= number <= _INT32.max:
+        raise RecordError(
+            f"field '{name}' is {number}, outside [{_INT32.min}, {_INT32.max}]: integers of a batch have 32 bits. "
+            "Number its values from 0 on."
+        )
+    return np.int32(number)
+
+
+def memory_of(value: Any, limit: int) -> int:
+    """Return about how many bytes of memory a value holds, with all that is in it; counting ends beyond `limit`.
+
+    An array that is a view holds the whole memory that it views. A value within two others is counted twice.
+    """
+    total, inner = 0, [value]
+    while inner and total <= limit:
+        value = inner.pop()
+        if isinstance(value, np.ndarray):
+            total += _array_memory(value)
+            if value.dtype.hasobject:
+                inner.extend(value.ravel().tolist())
+        elif isinstance(value, Mapping):
+            total += sys.getsizeof(value)
+            inner.extend(value.keys())
+            inner.extend(value.values())
+        elif isinstance(value, list | tuple | set | frozenset):
+            total += sys.getsizeof(value)
+            inner.extend(value)
+        else:
+            total += _object_memory(value)
+    return total
+
+
+def _array_memory(array: np.ndarray) -> int:
+    base: Any = array
+    while isinstance(base, np.ndarray) and base.base is not None:
+        base = base.base
+    whole = base.nbytes if isinstance(base, np.ndarray | memoryview) else sys.getsizeof(base)
+    return sys.getsizeof(array) - (array.nbytes if array.base is None else 0) + max(whole, 0)
+
+
+def _object_memory(value: Any) -> int:
+    """Memory of a value that is no container: a PIL image has its pixels beside it."""
+    if hasattr(value, "getbands") and hasattr(value, "size"):
+        depth = 4 if value.mode in ("I", "F") else len(value.getbands())
+        return sys.getsizeof(value) + int(value.size[0] * value.size[1] * depth)
+    return sys.getsizeof(value) + int(getattr(value, "nbytes", 0))
