@@ -89,9 +89,15 @@ def embedding(task: Task, modality: str, other: str) -> str:
 
 
 def row_spec(task: Task, each: Pass) -> RowSpec:
-    """What a pass reads of each example: what its program takes, and its own fields."""
+    """What a pass reads of each example: what its program takes, and its own fields.
+
+    An example whose fields the objective cannot take is none, where the pass reads these fields.
+    """
     spec = device_spec(task, each.what)
-    return replace(spec, fields=tuple(dict.fromkeys(spec.fields + each.fields)))
+    fields = tuple(dict.fromkeys(spec.fields + each.fields))
+    if set(task.objective.fields()) <= set(fields):
+        spec = replace(spec, check_example=task.objective.check_example)
+    return replace(spec, fields=fields)
 
 
 def device_spec(task: Task, what: str) -> RowSpec:

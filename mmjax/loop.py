@@ -19,6 +19,7 @@ from mmjax.buckets import Variant
 from mmjax.budget import Budget
 from mmjax.checkpoint import Checkpoints
 from mmjax.chips import peak_flops
+from mmjax.data import order
 from mmjax.data.loader import HostBatch, Loader, local_rows, place
 from mmjax.errors import UserError
 from mmjax.evaluate import Evaluation, write_results
@@ -317,22 +318,25 @@ class Loop:
             self._tell_unread()
 
     def _tell_unread(self) -> None:
-        """Count and name the examples that could not be read, by any process, since the last call."""
+        """Count and name the examples that could not be read, by any process, since the last call.
+
+        An example counts once, in whatever epoch it is met.
+        """
         # Processes may share rows: each is counted once.
         found = {(t, p): e for part in processes.gather(self._unread) for t, p, e in part}
         self._unread = []
-        if not found:
-            return
-        invalid = Counter(self._clock.invalid)
         for (task, position), error in sorted(found.items()):
-            invalid[task] += 1
+            count = len(self._session.data[task])
+            [example] = order.example_ids(self._run.seed, task, position, 1, count).tolist()
+            before, self._clock = self._clock, self._clock.with_invalid(task, example)
+            if self._clock is before:
+                continue
             self._tell("invalid example", f"task {task}, position {position}: {error}")
-            if invalid[task] > self._run.limits.invalid:
+            if self._clock.invalid[task] > self._run.limits.invalid:
                 raise UserError(
-                    f"Task '{task}': {invalid[task]} examples could not be read, over limits.invalid = "
+                    f"Task '{task}': {self._clock.invalid[task]} examples could not be read, over limits.invalid = "
                     f"{self._run.limits.invalid}. The last: {error}"
                 )
-        self._clock = replace(self._clock, invalid=dict(invalid))
 
     def _tell_slow(self, seconds: float) -> None:
         """Name the process that the others waited for in this stretch of `seconds`, if one stands out."""

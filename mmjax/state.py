@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -51,9 +52,10 @@ class Clock:
       schedule: which task runs at which step.
       positions: examples consumed by each task.
       skipped: steps of each task whose update was left out for a non-finite loss or gradient.
-      invalid: examples of each task that could not be read.
+      invalid: number of examples of each task that could not be read.
       health: what is remembered of each task's losses.
       quarantined: tasks that the run has left out, and the step from which on.
+      invalid_ids: ids of the examples in `invalid`, ascending; checkpoints of version 1 lack those they counted.
     """
 
     step: int
@@ -63,6 +65,7 @@ class Clock:
     invalid: Mapping[str, int]
     health: Mapping[str, Health] = field(default_factory=dict)
     quarantined: Mapping[str, int] = field(default_factory=dict)
+    invalid_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def is_well(self, bounds: Bounds) -> bool:
         """Whether no task but those left out shows signs of a divergence."""
@@ -77,6 +80,7 @@ class Clock:
             "positions": dict(self.positions),
             "skipped": dict(self.skipped),
             "invalid": dict(self.invalid),
+            "invalid_ids": {task: list(ids) for task, ids in self.invalid_ids.items()},
             "health": {task: health.to_json() for task, health in self.health.items()},
             "quarantined": dict(self.quarantined),
         }
@@ -94,7 +98,18 @@ class Clock:
             data["invalid"],
             health,
             data.get("quarantined", {}),
+            {task: tuple(ids) for task, ids in data.get("invalid_ids", {}).items()},
         )
+
+    def with_invalid(self, task: str, example: int) -> Clock:
+        """Return the clock with one more example that could not be read; itself where the example is known."""
+        known = self.invalid_ids.get(task, ())
+        place = bisect_left(known, example)
+        if known[place : place + 1] == (example,):
+            return self
+        invalid = {**self.invalid, task: self.invalid.get(task, 0) + 1}
+        ids = {**self.invalid_ids, task: (*known[:place], example, *known[place:])}
+        return replace(self, invalid=invalid, invalid_ids=ids)
 
 
 def init_state(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,13 +12,19 @@ import numpy as np
 
 from mmjax import config as configs
 from mmjax.buckets import BucketConfig
-from mmjax.errors import UserError, nearest
+from mmjax.errors import RecordError, UserError, nearest
 from mmjax.modality import Input, Modality
 from mmjax.model import Batch, Model
 from mmjax.objective import Loss, Objective
-from mmjax.source import Example, Examples, Source
+from mmjax.source import Example, Examples, Source, int32
 
 INSTANCES = "instances"  # a key that an input of any modality has
+_PROBED = 16  # examples looked at before data are refused; the first good one ends it
+
+
+def _accept(example: Example) -> None:
+    """Take any example."""
+    del example
 
 
 @dataclass(frozen=True)
@@ -77,15 +83,19 @@ class Task:
 
     def rows(self) -> RowSpec:
         """What one row of a training batch holds."""
-        return RowSpec(self.inputs, self.objective.fields())
+        return RowSpec(self.inputs, self.objective.fields(), self.objective.check_example)
 
 
 @dataclass(frozen=True)
 class RowSpec:
-    """One row of a batch: `inputs` by modality, integer `fields`, and whether the row is `valid`."""
+    """One row of a batch: `inputs` by modality, integer `fields`, and whether the row is `valid`.
+
+    `check_example` raises a `UserError` for an example whose fields cannot be used.
+    """
 
     inputs: Mapping[str, Input]
     fields: tuple[str, ...]
+    check_example: Callable[[Example], None] = _accept
 
     def shapes(self) -> Any:
         """The tree of `jax.ShapeDtypeStruct`s of one row."""
@@ -102,46 +112,71 @@ class RowSpec:
         )
 
     def make(self, example: Example, rng: np.random.Generator | None) -> Any:
-        """The arrays of one example."""
-        return {
-            "inputs": {name: i.preprocess(example, rng) for name, i in self.inputs.items()},
-            "fields": {name: np.int32(example[name]) for name in self.fields},
-            "valid": np.True_,
-        }
+        """The arrays of one example.
+
+        Raises:
+          RecordError: which field has a value that cannot be used, and why.
+        """
+        fields = {name: int32(name, _value(example, name)) for name in self.fields}
+        try:
+            self.check_example(example)
+        except UserError as error:
+            raise RecordError(str(error)) from error
+        inputs = {name: _arrays(each, example, rng) for name, each in self.inputs.items()}
+        return {"inputs": inputs, "fields": fields, "valid": np.True_}
 
     def blank(self) -> Any:
         """An invalid row: zeros."""
         return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self.shapes())
 
     def check(self, examples: Examples, where: str) -> None:
-        """Every field that the rows read must be there, and be of the right kind in the first example."""
-        wanted = [i.field for i in self.inputs.values()] + list(self.fields)
-        for name in wanted:
+        """Refuse data whose examples lack a field that the rows read, or hold nothing that they can use.
+
+        One odd example is left to the loader, which counts it, as are examples that cannot be read at all.
+        """
+        names = [each.field for each in self.inputs.values()] + list(self.fields)
+        for name in names:
             if name not in examples.fields:
                 raise UserError(
                     f"{where} reads field '{name}', which {examples.description} lacks. "
                     f"It has: {', '.join(examples.fields)}.{nearest(name, examples.fields)}"
                 )
-        try:
-            self._check_kinds(examples[0], where)
-        except UserError:
-            raise
-        except Exception:
-            return  # an example that cannot be read is for the loader to count and to tell
-
-    def _check_kinds(self, example: Example, where: str) -> None:
-        for name in self.fields:
-            value = np.asarray(example[name])
-            if value.ndim or value.dtype.kind not in "iub":
-                kind = type(example[name]).__name__
-                raise UserError(f"{where} reads field '{name}' as an integer; it holds a {kind}.")
-        for each in self.inputs.values():
+        odd: list[tuple[int, UserError]] = []
+        for index in _probes(len(examples)):
             try:
-                each.preprocess(example, None)
+                self.make(examples[index], None)
+                return
             except UserError as error:
-                raise UserError(
-                    f"{where} reads field '{each.field}' as modality '{each.name}': {error}"
-                ) from error
+                odd.append((index, error))
+            except Exception:
+                continue  # damaged
+        if odd:
+            index, first = odd[0]
+            raise UserError(f"{where}: {examples.description}[{index}]: {first}") from first
+
+
+def _probes(count: int) -> Iterator[int]:
+    """The first of `count` examples and others spread evenly."""
+    yield from dict.fromkeys(i * count // _PROBED for i in range(_PROBED)) if count else ()
+
+
+def _value(example: Example, name: str) -> Any:
+    if name not in example:
+        raise RecordError(f"it has no field '{name}'")
+    return example[name]
+
+
+def _arrays(
+    each: Input, example: Example, rng: np.random.Generator | None
+) -> dict[str, np.ndarray]:
+    """The arrays of one input; whatever a decoder makes of the value is an error that names its field."""
+    _value(example, each.field)
+    try:
+        return each.preprocess(example, rng)
+    except UserError as error:
+        raise RecordError(f"field '{each.field}' as modality '{each.name}': {error}") from error
+    except Exception as error:
+        raise ValueError(f"field '{each.field}' as modality '{each.name}': {error}") from error
 
 
 def make_task(

@@ -175,9 +175,9 @@ def test_a_field_that_the_data_lacks(emoji_dir, workdir, override, words):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("inputs.text.field=image", "reads field 'image' as modality 'text': a text is a string"),
-        ("inputs.image.field=caption", "reads field 'caption' as modality 'image': an image has"),
-        ("objective.concept=caption", "reads field 'caption' as an integer; it holds a str"),
+        ("inputs.text.field=image", "[0]: field 'image' as modality 'text': a text is a string"),
+        ("inputs.image.field=caption", "[0]: field 'caption' as modality 'image': an image has"),
+        ("objective.concept=caption", "(str); expected an integer"),
         ("source.split=trian", "'emoji' has no split 'trian'. Did you mean 'train'?"),
         ("source.split=train[:0]", "split 'train[:0]' has no examples"),
     ],

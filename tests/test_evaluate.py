@@ -122,7 +122,7 @@ def test_results_are_whole_or_not_at_all(tmp_path, monkeypatch):
         (["--config.evaluation.batch=12"], "batch 12 does not divide over the 8 parts"),
         (["--config.mesh.data=3"], "does not make up the 8 devices here"),
         (["--config.tasks.image_text.evaluators.groups.label=gruop"], "'gruop'"),
-        (["--config.tasks.image_text.evaluators.groups.label=caption"], "'caption' as an integer"),
+        (["--config.tasks.image_text.evaluators.groups.label=caption"], "(str); expected an integer"),
         (["--config.tasks.masked_image.evaluators.drawings.name=retrieval"], "embeds two modalities"),
         (["--stpe=3"], "Unknown argument --stpe=3"),
     ],

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 
 from mmjax import config as configs
 from mmjax.data import order
-from mmjax.errors import UserError
+from mmjax.errors import RecordError, UserError
 from mmjax.settings import Settings
 from mmjax.source import Examples
 from mmjax.state import Clock
@@ -90,10 +90,10 @@ def make_batch(
     for index, example_id in enumerate(ids):
         try:
             rows.append(spec.make(examples[int(example_id)], rng(index)))
-        except UserError:
-            raise
         except Exception as error:
-            # Whatever a corrupt record makes a reader or decoder raise: the slot becomes invalid.
+            # Whatever a corrupt or odd record makes a reader or decoder raise: the slot becomes invalid.
+            if isinstance(error, UserError) and not isinstance(error, RecordError):
+                raise
             failed.append((index, f"{examples.description}[{int(example_id)}]: {error}"))
             rows.append(spec.blank())
     rows += [spec.blank()] * (size - len(rows))

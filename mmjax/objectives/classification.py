@@ -136,5 +136,5 @@ def check_label(name: str, value: Any, classes: int) -> None:
     if not 0 <= label < classes:
         raise UserError(
             f"field '{name}' has the value {label}, outside [0, {classes}): the objective has "
-            f"classes = {classes}. Raise it, or mend the labels (they start at 0)."
+            f"classes = {classes}. Raise it, or correct the labels (they start at 0)."
         )

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from mmjax.data import order
-from mmjax.errors import UserError
+from mmjax.errors import RecordError, UserError
 from mmjax.modalities.image import Image
-from mmjax.source import Cached, Example, Examples, Source
+from mmjax.source import Cached, Example, Examples, Source, integer
 from mmjax.sources.tfds import Tfds
 
 DIRECTIONS = "right|down right|down|down left|left|up left|up|up right".split("|")
@@ -121,9 +121,11 @@ class MovingEmojiExamples(Examples):
         return {
             "video": _film([a["image"] for a in actors], ways, tuple(light), source.size),
             "caption": " and ".join(phrases),
-            "concept": int(actors[0]["concept"]),
+            "concept": integer("concept", actors[0]["concept"]),
             "direction": ways[0].direction,
-            "pair": pair([int(a["concept"]) for a in actors], [w.direction for w in ways]),
+            "pair": pair(
+                [integer("concept", a["concept"]) for a in actors], [w.direction for w in ways]
+            ),
         }
 
     def column(self, name: str) -> list[int]:
@@ -151,12 +153,12 @@ def pair(concepts: list[int], directions: list[int]) -> int:
     """A number below 2^30 for the concepts and their directions; their order does not matter.
 
     Raises:
-      UserError: a concept's number is too large: 2^27 for one drawing, 2^12 for two.
+      RecordError: a concept's number is too large: 2^27 for one drawing, 2^12 for two.
     """
     bits = _PAIR_BITS // len(concepts)
     codes = sorted(c * 8 + d for c, d in zip(concepts, directions, strict=True))
     if codes[0] < 0 or codes[-1] >= 1 << bits:
-        raise UserError(
+        raise RecordError(
             f"moving_emoji: concepts {concepts} are not all in [0, {(1 << bits) // 8}), the numbers that "
             f"'pair' can hold for clips of {len(concepts)}."
         )
