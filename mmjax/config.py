@@ -35,7 +35,7 @@ KEY_CLASSES: tuple[tuple[str, str], ...] = (
     ),  # who is left out, and when
     (r"(steps|log|checkpoint|mesh|loader|limits|evaluation|profile)(\.|$)", "free"),
     (
-        r"model\.(remat|groups\.\d+\.pattern\.\d+\.kernel)$|tasks\.\w+\.(evaluators|microbatches)(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$",
+        r"model\.(remat|groups\.\d+\.pattern\.\d+\.kernel)$|tasks\.\w+\.(evaluators|microbatches)(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$|tasks\.\w+\.source\.partial$",
         "free",
     ),
     (r"modalities\.\w+\.max_(pixels|frames|seconds)$", "free"),

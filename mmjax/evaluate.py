@@ -25,6 +25,7 @@ from mmjax.data.loader import local_rows, make_batch, place
 from mmjax.errors import UserError
 from mmjax.evaluator import Outputs, Pass, Record, device_spec, row_spec
 from mmjax.experiment import Experiment, make_experiment, pass_key, program_key
+from mmjax.identity import is_same
 from mmjax.loading import find_step, read_parameters
 from mmjax.monitor.tables import program_table, results_table
 from mmjax.program import Program, compile_all, ticks, use_cache
@@ -33,24 +34,20 @@ from mmjax.source import Cached, Examples
 from mmjax.task import Task
 
 RESULTS = "results.json"
+_HELD_OUT = "held-out "  # begins the keys of identities of evaluators' data
 
 
 class Evaluation:
-    """All evaluation passes of an experiment, with their data opened."""
+    """All evaluation passes of an experiment, with their data opened.
+
+    Attributes:
+      identities: digests of the held-out data, by their blocks; a checkpoint holds them beside those of a run's data.
+    """
 
     def __init__(self, experiment: Experiment, mesh: Mesh):
         self._experiment, self._mesh = experiment, mesh
-        self._data: dict[str, Examples] = {}
-        for task, each in experiment.passes():
-            self._open(task, each)
-
-    def _open(self, task: Task, each: Pass) -> None:
-        where = f"tasks.{task.name}.evaluators"
-        key = str(sorted(each.block.items()))
-        if key not in self._data:
-            opened = configs.component("sources", each.block, f"{where}.source").open()
-            self._data[key] = Cached(opened, self._experiment.run.loader.cache_mib * 2**20)
-        row_spec(task, each).check(self._data[key], where)
+        self._data = open_held_out(experiment)
+        self.identities = {_HELD_OUT + key: data.identity for key, data in self._data.items()}
 
     def __call__(
         self,
@@ -92,7 +89,7 @@ class Evaluation:
     ) -> Outputs:
         beat(task.name)
         size = self._experiment.run.evaluation.batch
-        examples = self._data[str(sorted(each.block.items()))]
+        examples = self._data[_key(each)]
         found: list[Outputs] = []
         kept: list[Outputs] = []
         first, unread = 0, list[str]()
@@ -137,6 +134,22 @@ class Evaluation:
         return grain.MapDataset.range(count).map(make).to_iter_dataset(options)
 
 
+def open_held_out(experiment: Experiment) -> dict[str, Examples]:
+    """Return the data of all passes, opened and checked, by their blocks."""
+    data: dict[str, Examples] = {}
+    for task, each in experiment.passes():
+        where = f"tasks.{task.name}.evaluators"
+        if _key(each) not in data:
+            opened = configs.component("sources", each.block, f"{where}.source").open()
+            data[_key(each)] = Cached(opened, experiment.run.loader.cache_mib * 2**20)
+        row_spec(task, each).check(data[_key(each)], where)
+    return data
+
+
+def _key(each: Pass) -> str:
+    return json.dumps(each.block, sort_keys=True)
+
+
 def _whole(kept: Sequence[Outputs], first: int, size: int) -> Outputs:
     """Fields of all batches of `size` rows, of which this process read those from `first` on: each `[N]`."""
     mine = {name: np.stack([batch[name] for batch in kept]).tolist() for name in kept[0]}
@@ -145,6 +158,22 @@ def _whole(kept: Sequence[Outputs], first: int, size: int) -> Outputs:
         for name, values in part.items():
             whole[name][:, begin : begin + len(values[0])] = values
     return {name: values.reshape(-1) for name, values in whole.items()}
+
+
+def announce_changed(
+    saved: Mapping[str, str], evaluation: Evaluation, say: Callable[[str], None]
+) -> None:
+    """Say which held-out data differ from those of a checkpoint.
+
+    They are not refused, as a run's own data are: evaluation only reads, and no step depends on it. Results from here
+    on are of the other data.
+    """
+    for key, now in evaluation.identities.items():
+        if not is_same(saved.get(key, now), now):
+            say(
+                f"The {key} has changed since the run's checkpoint was written: results are not comparable with "
+                "earlier ones."
+            )
 
 
 def write_results(workdir: epath.Path, records: Sequence[Record]) -> None:
@@ -163,6 +192,7 @@ def evaluate(workdir: epath.Path, step: int | None, overrides: Sequence[str]) ->
     experiment = make_experiment(block, str(workdir / "assets"))
     mesh = make_mesh(experiment.run.mesh)
     evaluation = Evaluation(experiment, mesh)
+    announce_changed(meta.get("identities", {}), evaluation, print)
     programs = compile_all(experiment.eval_requests(mesh), mesh, experiment.run.limits)
     program_table([p.report for p in programs.values()])
     return evaluation(programs, read_parameters(workdir, step, experiment, mesh))

@@ -25,6 +25,7 @@ from mmjax.errors import UserError
 from mmjax.evaluate import RESULTS
 from mmjax.experiment import Experiment
 from mmjax.health import Bounds, Diverged, quarantine
+from mmjax.identity import is_same
 from mmjax.monitor.report import FILE as REPORT
 from mmjax.parameters import Arrays
 from mmjax.program import compile_silently
@@ -323,7 +324,7 @@ def _file_identities(experiment: Experiment) -> dict[str, str]:
 def _check_identities(
     saved: Mapping[str, str], now: Mapping[str, str], workdir: epath.Path
 ) -> None:
-    changed = [key for key in saved.keys() & now.keys() if saved[key] != now[key]]
+    changed = [key for key in saved.keys() & now.keys() if not is_same(saved[key], now[key])]
     if changed:
         raise UserError(
             f"The data of the run in '{workdir}' has changed since: {', '.join(sorted(changed))}. "

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.errors import RecordError, UserError
+from mmjax.identity import is_same
 
 Example = Mapping[str, Any]
 
@@ -28,7 +29,7 @@ class Examples(abc.ABC):
 
     Attributes:
       description: what errors and reports call it.
-      identity: a digest of the data; another one under a run that exists is refused.
+      identity: a digest of the data, see `mmjax.identity`; other data under a run that exists are refused.
       fields: names of an example's fields.
       credits: whom to name where examples are shown, as their licences ask.
       labels: names of the classes 0, 1, ... of integer fields, where the data has such.
@@ -126,7 +127,7 @@ def _reopened(source: Source | None, limit: int, identity: str) -> Cached:
     if source is None:
         raise TypeError("These examples were opened without word of their source.")
     made = Cached(source.open(), limit, source)
-    if made.identity != identity:
+    if not is_same(identity, made.identity):
         raise UserError(f"{made.description} has changed since the run opened it. Run again.")
     return made
 

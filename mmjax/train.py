@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from etils import epath
 from mmjax import commandline, errors, processes
 from mmjax.config import Block
 from mmjax.dry_run import dry_run
-from mmjax.evaluate import RESULTS, Evaluation
+from mmjax.evaluate import RESULTS, Evaluation, announce_changed
 from mmjax.evaluator import Record
 from mmjax.experiment import make_experiment
 from mmjax.health import Diverged
@@ -74,11 +75,19 @@ def train(block: Block, workdir: epath.PathLike, allow_change: bool = False,
             print(f"Done: {workdir} holds all {experiment.run.steps} steps and their results.")
             return list(records)
         evaluation = Evaluation(experiment, mesh)
+        session = _with_held_out(session, evaluation)
         session.drop_results()
         with phases.phase("compile"):
             programs = _compile(session, {})
         processes.wait_for_all()  # the first collective waits for half a minute only
         return _run(session, programs, evaluation, phases)
+
+
+def _with_held_out(session: Session, evaluation: Evaluation) -> Session:
+    """Return the session that also notes the identities of held-out data; say where these have changed."""
+    if session.restored is not None:
+        announce_changed(session.restored.meta["identities"], evaluation, print)
+    return replace(session, identities={**session.identities, **evaluation.identities})
 
 
 def _report_if_missing(session: Session, phases: PhaseLog) -> None:
@@ -159,6 +168,7 @@ def _run(
                 del state
             phases.event("diverged", text=str(diverged))
             session = roll_back(session, diverged, print, phases.phase)
+            session = _with_held_out(session, evaluation)
             with phases.phase("compile"):
                 programs = _compile(session, programs)
 

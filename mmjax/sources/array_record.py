@@ -7,6 +7,7 @@ import fnmatch
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ import numpy as np
 from etils import epath
 
 from mmjax.errors import UserError
+from mmjax.identity import identity, sample
 from mmjax.source import Example, Examples, Source
 
 MANIFEST = "manifest.json"
 _THREADS = 16
 _TRIES = 1000
+_SHARD = re.compile(r"(.*-)(\d+)(-of-)(\d+)(.*)")
+_MAX_SHARDS = 10**6
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,13 @@ class ArrayRecord(Source):
     Attributes:
       path: a folder.
       glob: which of its files; its stem is the label of results.
+      partial: read the files that are there although others are missing: of those that `manifest.json` names, or of
+        the N in `NAME-00000-of-N`.
     """
 
     path: str
     glob: str = "*.array_record*"
+    partial: bool = False
 
     @property
     def label(self) -> str:
@@ -59,7 +66,8 @@ class ArrayRecordExamples(Examples):
                 f"No ArrayRecord files '{source.glob}' in '{source.path}'.{_deeper(folder)}"
             )
         manifest = _manifest(folder)
-        _check_all_there(source, files, manifest)
+        if not source.partial:
+            _check_all_there(source, files, manifest)
         counts = _counts(files)
         if not sum(counts):
             raise UserError(
@@ -73,9 +81,8 @@ class ArrayRecordExamples(Examples):
         self.description = f"{source.path}/{source.glob}"
         # Files grow by whole blocks, so a length alone does not tell a record more or less.
         sizes = [[f.name, f.stat().length, n] for f, n in zip(files, counts, strict=True)]
-        self.identity = hashlib.sha256(
-            json.dumps([sizes, manifest.get("digest")]).encode()
-        ).hexdigest()
+        facts = hashlib.sha256(json.dumps([sizes, manifest.get("digest")]).encode()).hexdigest()
+        self.identity = identity(facts, sample(sum(counts), self._data.__getitem__))
         self.fields = tuple(sorted(manifest.get("fields") or self._first()))
 
     def __len__(self) -> int:
@@ -145,13 +152,29 @@ def _check_all_there(
     source: ArrayRecord, files: Sequence[epath.Path], manifest: Mapping[str, Any]
 ) -> None:
     there = {file.name for file in files}
-    wanted = [name for name in manifest.get("files", {}) if fnmatch.fnmatch(name, source.glob)]
-    missing = [name for name in wanted if name not in there]
-    if missing:
-        raise UserError(
-            f"'{source.path}' lacks {len(missing)} of the {len(wanted)} files that its {MANIFEST} names, "
-            f"{missing[0]} among them. Copy them again."
-        )
+    stated = {MANIFEST: list(manifest.get("files", {})), "numbering": _shards(sorted(there))}
+    for by, names in stated.items():
+        expected = [name for name in names if fnmatch.fnmatch(name, source.glob)]
+        missing = [name for name in expected if name not in there]
+        if missing:
+            raise UserError(
+                f"'{source.path}' lacks {len(missing)} of the {len(expected)} files that its {by} names, "
+                f"{missing[0]} among them. Copy them again, or set the source's partial = true."
+            )
+
+
+def _shards(names: Sequence[str]) -> list[str]:
+    """Return the names of all shards of the sets to which files called `NAME-00000-of-00004` belong."""
+    found: dict[str, None] = {}
+    for name in names:
+        if match := _SHARD.fullmatch(name):
+            begin, number, of, total, end = match.groups()
+            if name not in found:
+                width, count = len(number), min(int(total), _MAX_SHARDS)
+                found |= dict.fromkeys(
+                    f"{begin}{i:0{width}d}{of}{total}{end}" for i in range(count)
+                )
+    return list(found)
 
 
 def _deeper(folder: epath.Path) -> str:

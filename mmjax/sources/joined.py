@@ -11,6 +11,7 @@ from typing import Any
 
 from mmjax import config as configs
 from mmjax.errors import UserError
+from mmjax.identity import facts_of, identity, records_of
 from mmjax.source import Example, Examples, Source
 
 
@@ -54,8 +55,11 @@ class JoinedExamples(Examples):
         self._check(by)
         self.description = f"{left.description} joined with {right.description}"
         self.fields = (*left.fields, *self._take)
-        whole = json.dumps(["joined", left.identity, right.identity, by, self._take])
-        self.identity = hashlib.sha256(whole.encode()).hexdigest()
+        whole = json.dumps(
+            ["joined", facts_of(left.identity), facts_of(right.identity), by, self._take]
+        )
+        records = [*records_of(left.identity), *records_of(right.identity)]
+        self.identity = identity(hashlib.sha256(whole.encode()).hexdigest(), records)
         self.credits = tuple(dict.fromkeys((*left.credits, *right.credits)))
         self.labels = {**{n: v for n, v in right.labels.items() if n in self._take}, **left.labels}
         self._pairs = _pairs(left.column(by), right.column(by))

@@ -11,6 +11,7 @@ import numpy as np
 
 from mmjax.data import order
 from mmjax.errors import RecordError, UserError
+from mmjax.identity import facts_of, identity, records_of
 from mmjax.modalities.image import Image
 from mmjax.source import Cached, Example, Examples, Source, integer
 from mmjax.sources.tfds import Tfds
@@ -145,8 +146,8 @@ class MovingEmojiExamples(Examples):
 
 def _identity(source: MovingEmoji, inner: Examples) -> str:
     settings = [source.clips, source.actors, source.frames, source.size, source.seed]
-    whole = json.dumps(["moving_emoji", _FORMAT, settings, inner.identity])
-    return hashlib.sha256(whole.encode()).hexdigest()
+    whole = json.dumps(["moving_emoji", _FORMAT, settings, facts_of(inner.identity)])
+    return identity(hashlib.sha256(whole.encode()).hexdigest(), records_of(inner.identity))
 
 
 def pair(concepts: list[int], directions: list[int]) -> int:

@@ -19,6 +19,7 @@ import mmjax.data
 from mmjax import pictures
 from mmjax.data import build, data_dir
 from mmjax.errors import UserError, nearest
+from mmjax.identity import identity, sample
 from mmjax.source import Example, Examples, Source
 
 FEATURES = "features.json"
@@ -63,9 +64,10 @@ class TfdsExamples(Examples):
         self.description = f"{builder.info.full_name}:{source.split}"
         self.fields = tuple(sorted(builder.info.features))
         manifest = _manifest(builder)
-        self.identity = _identity(builder, source.split, manifest)
         self.credits = tuple(s["attribution"] for s in manifest.get("sources", ()))
         _check_files(source, builder, split)
+        records = sample(len(self._data), self._data.data_source.__getitem__)
+        self.identity = identity(_facts(builder, source.split, manifest), records)
 
     def __len__(self) -> int:
         return len(self._data)
@@ -262,8 +264,8 @@ def _manifest(builder: Any) -> dict[str, Any]:
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def _identity(builder: Any, split: str, manifest: Mapping[str, Any]) -> str:
-    """Digest of name, version, split sizes and, where there is a manifest, its digest of the contents."""
+def _facts(builder: Any, split: str, manifest: Mapping[str, Any]) -> str:
+    """Return a digest of name, version, split sizes and, where there is a manifest, its digest of the contents."""
     infos = {name: [list(s.shard_lengths), s.num_bytes] for name, s in builder.info.splits.items()}
     parts = [builder.info.full_name, split, infos, manifest.get("digest")]
     whole = json.dumps(parts, sort_keys=True)
