@@ -63,6 +63,7 @@ ROWS: tuple[Row, ...] = (
         2, "modalities.*", "max_pixels", 178_956_970, named("colours", "image", "video")
     ),  # Pillow's
     Row(2, "modalities.*", "max_seconds", 1e9, named("spectrogram", "waveform")),
+    Row(2, "tasks.*.inputs.*", "fit", "squash", of_modality("colours", "image", "video")),
 )
 
 

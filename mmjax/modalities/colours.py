@@ -16,7 +16,7 @@ from mmjax import pictures
 from mmjax.errors import UserError
 from mmjax.layers.positions import Positions, grid
 from mmjax.layers.stream import Stream
-from mmjax.modalities.image import Image, ImageInput
+from mmjax.modalities.image import Image, ImageInput, check_view
 from mmjax.modality import ArraySpec, Modality
 from mmjax.parameters import declare
 from mmjax.sharding import constrain
@@ -53,6 +53,7 @@ class Colours(Modality[ImageInput]):
         return ColoursStem(self.levels, self.buckets, width)
 
     def arrays(self, settings: ImageInput) -> ArraySpec:
+        check_view(settings)
         if not 1 <= settings.size <= self.buckets:
             raise UserError(
                 f"colours: size is {settings.size}; expected 1 to the {self.buckets} position buckets."

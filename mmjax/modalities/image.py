@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,15 @@ import numpy as np
 from flax import nnx
 
 from mmjax import pictures
-from mmjax.errors import UserError
+from mmjax.errors import UserError, nearest
 from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
 from mmjax.layers.stream import Stream
 from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays
+
+FITS = ("crop", "pad", "squash")
+_BILINEAR = 2  # with support for shrinking
+_TRIES = 10  # of a random crop
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class ImageInput:
       flip: mirror at random in training.
       background: grey value behind transparent pixels, 0 to 255; at random in training where -1.
       drop: the part of the tokens that training drops, see `mmjax.modality.dropped`.
+      fit: how a picture that is not square becomes one. `crop`: its shorter side becomes `size`, and of the longer one
+        the middle is taken; a random crop in training is that of Inception, of `crop_aspect`, and becomes a square.
+        `pad`: its longer side becomes `size`, and the rest is background. `squash`: both sides become `size`.
+        Under these two, a random crop has the aspect of the picture.
+      crop_aspect: least and largest ratio of width to height of a random crop, under `fit: crop`.
     """
 
     field: str = "image"
@@ -36,6 +46,8 @@ class ImageInput:
     flip: bool = False
     background: int = 255
     drop: float = 0.0
+    fit: str = "crop"
+    crop_aspect: tuple[float, ...] = (3 / 4, 4 / 3)
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,7 @@ class Image(Modality[ImageInput]):
         return ImageStem(self.patch, self.buckets, width)
 
     def arrays(self, settings: ImageInput) -> ArraySpec:
+        check_view(settings)
         if settings.size < 1 or settings.size % self.patch:
             raise UserError(
                 f"image size {settings.size} is not a multiple of the patch {self.patch}."
@@ -81,13 +94,7 @@ class Image(Modality[ImageInput]):
 
         Or patches and coordinates, where tokens are dropped.
         """
-        image = self.raw(value)
-        size = (settings.size, settings.size)
-        box = _crop(image.size, settings.crop, rng)
-        if image.size != size or box is not None:
-            image = image.resize(
-                size, resample=2, box=box
-            )  # 2: bilinear, with support for shrinking
+        image = _squared(self.raw(value), settings, rng)
         pixels = np.asarray(image)
         if settings.flip and rng is not None and rng.random() < 0.5:
             pixels = pixels[:, ::-1]
@@ -134,16 +141,84 @@ def _as_uint8(array: np.ndarray) -> np.ndarray:
     return pictures.from_unit(array)
 
 
-def _crop(
-    size: tuple[int, int], least: float, rng: np.random.Generator | None
+def check_view(settings: Any) -> None:
+    """Refuse settings of `fit`, `crop`, `crop_aspect` and `background` that mean nothing."""
+    if settings.fit not in FITS:
+        raise UserError(f"fit is '{settings.fit}'.{nearest(settings.fit, FITS)}")
+    if not 0 < settings.crop <= 1:
+        raise UserError(f"crop is {settings.crop}; expected an area above 0 and up to 1.")
+    aspect = settings.crop_aspect
+    if len(aspect) != 2 or not 0 < aspect[0] <= aspect[1] < math.inf:
+        raise UserError(
+            f"crop_aspect is {list(aspect)}; expected the least and the largest ratio of width to height."
+        )
+    if not -1 <= settings.background <= 255:
+        raise UserError(f"background is {settings.background}; expected 0 to 255, or -1 for any.")
+
+
+def _squared(image: Any, settings: ImageInput, rng: np.random.Generator | None) -> Any:
+    """Return the picture, or a part of it, as a square."""
+    side = settings.size
+    draw = _inception if settings.fit == "crop" else _crop
+    box = draw(image.size, settings, rng)
+    if settings.fit == "pad" and image.width != image.height:
+        return _padded(image, box, side)
+    if image.size == (side, side) and box is None:
+        return image
+    return image.resize((side, side), resample=_BILINEAR, box=box)
+
+
+def _inception(
+    size: tuple[int, int], settings: ImageInput, rng: np.random.Generator | None
 ) -> tuple[float, ...] | None:
-    """A random box (left, top, right, bottom) of at least `least` of the area, sides scaled alike."""
-    if rng is None or least >= 1.0:
+    """Return a random box (left, top, right, bottom) in training, else the middle square; None for all of a square.
+
+    Its area is uniform in [`crop`, 1] of the picture's, and the logarithm of its aspect in `crop_aspect` (Szegedy et
+    al. 2015), drawn until it fits. Where none of ten does, the middle box that is as large as these aspects allow.
+    """
+    width, height = size
+    if rng is None or settings.crop >= 1:
+        side = min(size)
+        return None if width == height else _middle(size, side, side)
+    low, high = (math.log(ratio) for ratio in settings.crop_aspect)
+    for _ in range(_TRIES):
+        area = width * height * rng.uniform(settings.crop, 1)
+        ratio = math.exp(rng.uniform(low, high))
+        wide, tall = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if wide <= width and tall <= height:
+            left, top = rng.uniform(0, width - wide), rng.uniform(0, height - tall)
+            return left, top, min(left + wide, width), min(top + tall, height)
+    ratio = min(max(width / height, settings.crop_aspect[0]), settings.crop_aspect[1])
+    return _middle(size, min(width, height * ratio), min(height, width / ratio))
+
+
+def _middle(size: tuple[int, int], width: float, height: float) -> tuple[float, ...]:
+    left, top = (size[0] - width) / 2, (size[1] - height) / 2
+    return left, top, left + width, top + height
+
+
+def _crop(
+    size: tuple[int, int], settings: ImageInput, rng: np.random.Generator | None
+) -> tuple[float, ...] | None:
+    """A random box (left, top, right, bottom) of at least `crop` of the area, sides scaled alike."""
+    if rng is None or settings.crop >= 1.0:
         return None
-    scale = np.sqrt(rng.uniform(least, 1.0))
+    scale = np.sqrt(rng.uniform(settings.crop, 1.0))
     width, height = size[0] * scale, size[1] * scale
     left, top = rng.uniform(0, size[0] - width), rng.uniform(0, size[1] - height)
     return (left, top, left + width, top + height)
+
+
+def _padded(image: Any, box: tuple[float, ...] | None, side: int) -> Any:
+    """Return the picture with its longer side in the length of the square, in the middle of a transparent one."""
+    from PIL import Image as Pil
+
+    scale = side / max(image.size)  # a crop has the picture's aspect
+    inner = tuple(max(round(length * scale), 1) for length in image.size)
+    square = Pil.new("RGBA", (side, side))
+    place = ((side - inner[0]) // 2, (side - inner[1]) // 2)
+    square.paste(image.resize(inner, resample=_BILINEAR, box=box), place)
+    return square
 
 
 def _flatten(pixels: np.ndarray, background: int, rng: np.random.Generator | None) -> np.ndarray:

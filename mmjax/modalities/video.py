@@ -17,13 +17,13 @@ from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
 from mmjax.layers.stream import Stream
-from mmjax.modalities.image import Image, ImageInput
+from mmjax.modalities.image import Image, ImageInput, check_view
 from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays
 
+_VIEW = ("size", "crop", "flip", "background", "fit", "crop_aspect")  # what every frame is seen by
 _MOVING = ("GIF", "PNG", "WEBP")
-_MAX_MOVING = (
-    16  # times the pixels of one picture: all frames of a GIF, which are decoded one after another
-)
+# Times the pixels of one picture: all frames of a moving one, which are decoded one after another.
+_MAX_MOVING = 16
 _PREVIEW = 64, 256  # frames of a preview, and pixels of their longer side
 
 
@@ -37,7 +37,8 @@ class VideoInput:
         video is cut, at a random place in training and in its middle otherwise; of a shorter one the last frame
         is repeated.
       stride: of every `stride` frames one is taken.
-      size, crop, flip, background: as for images; a crop, a mirroring and a grey are those of all frames.
+      size, crop, flip, background, fit, crop_aspect: as for images; a crop, a mirroring and a grey are those of all
+        frames.
       drop: the part of the tokens that training drops, see `mmjax.modality.dropped`.
     """
 
@@ -49,6 +50,8 @@ class VideoInput:
     flip: bool = False
     background: int = 255
     drop: float = 0.0
+    fit: str = "crop"
+    crop_aspect: tuple[float, ...] = (3 / 4, 4 / 3)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Video(Modality[VideoInput]):
         return VideoStem((self.tube, self.patch, self.patch), buckets, width)
 
     def arrays(self, settings: VideoInput) -> ArraySpec:
+        check_view(settings)
         if settings.stride < 1:
             raise UserError(f"video stride {settings.stride}: it must be at least 1.")
         if settings.frames != 1:
@@ -100,7 +104,7 @@ class Video(Modality[VideoInput]):
         """`{"pixels": uint8[frames, size, size, 3]}`; or patches and coordinates, where tokens are dropped."""
         frames = self._frames(value)
         chosen = _indices(len(frames), settings.frames, settings.stride, rng)
-        view = ImageInput("", settings.size, settings.crop, settings.flip, settings.background)
+        view = ImageInput(**{name: getattr(settings, name) for name in _VIEW})
         # Every frame under the same seed, so that all of them are cropped and mirrored alike.
         seed = None if rng is None else int(rng.integers(2**63))
         made = {
