@@ -40,7 +40,7 @@ KEY_CLASSES: tuple[tuple[str, str], ...] = (
     ),
     (r"modalities\.\w+\.max_(pixels|frames|seconds)$", "free"),
     (r"schedule(\.|$)|optimizer\.(?!(name|moments_dtype|factored|accumulate)$)", "schedule"),
-    (r"tasks\.\w+\.(share|batch|inputs|buckets|objective|view)(\.|$)", "schedule"),
+    (r"tasks\.\w+\.(share|shared_time|batch|inputs|buckets|objective|view)(\.|$)", "schedule"),
     (r"", "structural"),
 )
 

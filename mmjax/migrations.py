@@ -37,6 +37,17 @@ def of_modality(*names: str) -> Callable[[Block, Block, tuple[str, ...]], bool]:
     )
 
 
+def of_several(*names: str) -> Callable[[Block, Block, tuple[str, ...]], bool]:
+    """Accept blocks `tasks.TASK` with two inputs or more whose modalities have these names."""
+
+    def accept(config: Block, block: Block, path: tuple[str, ...]) -> bool:
+        del path
+        known = {m for m, b in config.get("modalities", {}).items() if b.get("name") in names}
+        return len(known & block.get("inputs", {}).keys()) > 1
+
+    return accept
+
+
 @dataclass(frozen=True)
 class Row:
     """A default that has changed.
@@ -63,6 +74,7 @@ ROWS: tuple[Row, ...] = (
         2, "modalities.*", "max_pixels", 178_956_970, named("colours", "image", "video")
     ),  # Pillow's
     Row(2, "modalities.*", "max_seconds", 1e9, named("spectrogram", "waveform")),
+    Row(2, "tasks.*", "shared_time", False, of_several("spectrogram", "video", "waveform")),
     Row(2, "tasks.*.inputs.*", "fit", "squash", of_modality("colours", "image", "video")),
 )
 

@@ -43,10 +43,13 @@ class Modality(abc.ABC, Generic[I]):
     """One kind of signal.
 
     Attributes:
+      temporal: whether a stretch of time is cut out of a longer value; `preprocess` then also takes `time`, where the
+        stretch begins, see `start_of`.
       folder: where files that the modality names lie (a tokenizer); empty for the data folder.
     """
 
     Input: ClassVar[type]
+    temporal: ClassVar[bool] = False
     folder: str = ""
 
     @abc.abstractmethod
@@ -119,10 +122,16 @@ class Input:
         return self.arrays()
 
     def preprocess(
-        self, example: Mapping[str, Any], rng: np.random.Generator | None
+        self,
+        example: Mapping[str, Any],
+        rng: np.random.Generator | None,
+        times: Sequence[float] = (),
     ) -> dict[str, np.ndarray]:
-        """Arrays of this modality for one example, checked against `arrays()`."""
-        made = self._made(example[self.field], rng)
+        """Arrays of this modality for one example, checked against `arrays()`.
+
+        `times` are where the instances of a temporal modality begin; each draws its own where there are none.
+        """
+        made = self._made(example[self.field], rng, times)
         for name, spec in self._specs.items():
             if made[name].shape != spec.shape or made[name].dtype != spec.dtype:
                 raise UserError(
@@ -131,15 +140,36 @@ class Input:
                 )
         return made
 
-    def _made(self, value: Any, rng: np.random.Generator | None) -> dict[str, np.ndarray]:
+    def _made(
+        self, value: Any, rng: np.random.Generator | None, times: Sequence[float]
+    ) -> dict[str, np.ndarray]:
         if not self.instances:
-            return self.modality.preprocess(self.settings, value, rng)
+            return self._one(value, rng, times, 0)
         values = self.modality.instances(value, self.instances, rng)[: self.instances]
-        rows = [self.modality.preprocess(self.settings, each, rng) for each in values]
+        rows = [self._one(each, rng, times, i) for i, each in enumerate(values)]
         present = np.arange(self.instances) < len(rows)
         specs = self.modality.arrays(self.settings)
         rows += [{n: np.zeros(s.shape, s.dtype) for n, s in specs.items()}] * (self.instances - len(rows))  # fmt: skip
         return {**{n: np.stack([row[n] for row in rows]) for n in specs}, PRESENT: present}
+
+    def _one(
+        self, value: Any, rng: np.random.Generator | None, times: Sequence[float], instance: int
+    ) -> dict[str, np.ndarray]:
+        modality: Any = self.modality
+        time = {"time": times[instance]} if modality.temporal and len(times) else {}
+        made: dict[str, np.ndarray] = modality.preprocess(self.settings, value, rng, **time)
+        return made
+
+
+def start_of(over: int, rng: np.random.Generator | None, time: float | None = None) -> int:
+    """Return where a stretch begins that may begin at 0 to `over`: in the middle without `rng`.
+
+    `time` in [0, 1) is a place relative to those that are possible, so that stretches of several signals of one clip
+    begin together; at random where it is None.
+    """
+    if rng is None:
+        return over // 2
+    return int(rng.integers(over + 1)) if time is None else min(int(time * (over + 1)), over)
 
 
 def as_rows(arrays: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array | None]:

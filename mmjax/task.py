@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -43,6 +44,8 @@ class TaskConfig:
       buckets: the shapes that its visits take in turn, by a name of one's own, see `mmjax.buckets`; those of
         `inputs` if empty. Evaluation has those of `inputs`.
       view: how its steps see the optimizer (see `mmjax.views.View`); `optimizer.view` if empty.
+      shared_time: whether the stretches that training cuts out of an example's video and sounds begin at one random
+        time (IMP, MBT), relative to the places where each may begin, or each at its own.
     """
 
     source: dict[str, Any]
@@ -54,6 +57,7 @@ class TaskConfig:
     microbatches: int = 1
     buckets: dict[str, BucketConfig] = field(default_factory=dict)
     view: str = ""
+    shared_time: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,19 +87,21 @@ class Task:
 
     def rows(self) -> RowSpec:
         """What one row of a training batch holds."""
-        return RowSpec(self.inputs, self.objective.fields(), self.objective.check_example)
+        objective, shared_time = self.objective, self.config.shared_time
+        return RowSpec(self.inputs, objective.fields(), objective.check_example, shared_time)
 
 
 @dataclass(frozen=True)
 class RowSpec:
     """One row of a batch: `inputs` by modality, integer `fields`, and whether the row is `valid`.
 
-    `check_example` raises a `UserError` for an example whose fields cannot be used.
+    `check_example` raises a `UserError` for an example whose fields cannot be used; `shared_time` is that of the task.
     """
 
     inputs: Mapping[str, Input]
     fields: tuple[str, ...]
     check_example: Callable[[Example], None] = _accept
+    shared_time: bool = False
 
     def shapes(self) -> Any:
         """The tree of `jax.ShapeDtypeStruct`s of one row."""
@@ -122,8 +128,16 @@ class RowSpec:
             self.check_example(example)
         except UserError as error:
             raise RecordError(str(error)) from error
-        inputs = {name: _arrays(each, example, rng) for name, each in self.inputs.items()}
+        times = () if rng is None or not self._sharing else tuple(rng.random(self._sharing))
+        inputs = {name: _arrays(each, example, rng, times) for name, each in self.inputs.items()}
         return {"inputs": inputs, "fields": fields, "valid": np.True_}
+
+    @cached_property
+    def _sharing(self) -> int:
+        """How many times the inputs share: one for each instance, and none where one input alone has time."""
+        temporal = [each for each in self.inputs.values() if each.modality.temporal]
+        is_shared = self.shared_time and len(temporal) > 1
+        return max(max(each.instances, 1) for each in temporal) if is_shared else 0
 
     def blank(self) -> Any:
         """An invalid row: zeros."""
@@ -167,12 +181,12 @@ def _value(example: Example, name: str) -> Any:
 
 
 def _arrays(
-    each: Input, example: Example, rng: np.random.Generator | None
+    each: Input, example: Example, rng: np.random.Generator | None, times: tuple[float, ...]
 ) -> dict[str, np.ndarray]:
     """The arrays of one input; whatever a decoder makes of the value is an error that names its field."""
     _value(example, each.field)
     try:
-        return each.preprocess(example, rng)
+        return each.preprocess(example, rng, times)
     except UserError as error:
         raise RecordError(f"field '{each.field}' as modality '{each.name}': {error}") from error
     except Exception as error:

@@ -83,6 +83,7 @@ class Spectrogram(Modality[SpectrogramInput]):
     """
 
     Input = SpectrogramInput
+    temporal = True
     patch_frames: int = 16
     patch_mels: int = 16
     mels: int = 64
@@ -123,7 +124,11 @@ class Spectrogram(Modality[SpectrogramInput]):
         }
 
     def preprocess(
-        self, settings: SpectrogramInput, value: Any, rng: np.random.Generator | None
+        self,
+        settings: SpectrogramInput,
+        value: Any,
+        rng: np.random.Generator | None,
+        time: float | None = None,
     ) -> dict[str, np.ndarray]:
         """`{"mel": float32[frames, mels], "valid": bool[frames / patch_frames]}`.
 
@@ -132,7 +137,7 @@ class Spectrogram(Modality[SpectrogramInput]):
         """
         samples = at_rate(read(value, settings.rate or self.rate, self.max_seconds), self.rate)
         size = (settings.frames - 1) * self.hop + self.window
-        samples, length = window(samples, size, rng)
+        samples, length = window(samples, size, rng, time)
         samples *= loudness(samples[:length], 0.0, settings.gain, rng)
         starts = np.arange(0, settings.frames, self.patch_frames) * self.hop
         mel_TM, valid_T = self.log_mel(samples), starts < max(length, 1)

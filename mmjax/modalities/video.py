@@ -18,7 +18,7 @@ from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
 from mmjax.layers.stream import Stream
 from mmjax.modalities.image import Image, ImageInput, check_view
-from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays
+from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays, start_of
 
 _VIEW = ("size", "crop", "flip", "background", "fit", "crop_aspect")  # what every frame is seen by
 _MOVING = ("GIF", "PNG", "WEBP")
@@ -68,6 +68,7 @@ class Video(Modality[VideoInput]):
     """
 
     Input = VideoInput
+    temporal = True
     tube: int = 4
     patch: int = 16
     time_buckets: int = 16
@@ -99,11 +100,15 @@ class Video(Modality[VideoInput]):
         return {"pixels": jax.ShapeDtypeStruct(shape, np.uint8)}
 
     def preprocess(
-        self, settings: VideoInput, value: Any, rng: np.random.Generator | None
+        self,
+        settings: VideoInput,
+        value: Any,
+        rng: np.random.Generator | None,
+        time: float | None = None,
     ) -> dict[str, np.ndarray]:
         """`{"pixels": uint8[frames, size, size, 3]}`; or patches and coordinates, where tokens are dropped."""
         frames = self._frames(value)
-        chosen = _indices(len(frames), settings.frames, settings.stride, rng)
+        chosen = _indices(len(frames), settings.frames, settings.stride, rng, time)
         view = ImageInput(**{name: getattr(settings, name) for name in _VIEW})
         # Every frame under the same seed, so that all of them are cropped and mirrored alike.
         seed = None if rng is None else int(rng.integers(2**63))
@@ -241,10 +246,11 @@ def _check(what: str, size: int, patch: int, buckets: int) -> None:
         )
 
 
-def _indices(length: int, frames: int, stride: int, rng: np.random.Generator | None) -> list[int]:
+def _indices(
+    length: int, frames: int, stride: int, rng: np.random.Generator | None, time: float | None
+) -> list[int]:
     """Which of `length` frames are taken, see `VideoInput`."""
-    over = max(length - ((frames - 1) * stride + 1), 0)
-    start = over // 2 if rng is None else int(rng.integers(over + 1))
+    start = start_of(max(length - ((frames - 1) * stride + 1), 0), rng, time)
     return [min(start + i * stride, length - 1) for i in range(frames)]
 
 

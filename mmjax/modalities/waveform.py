@@ -15,7 +15,7 @@ from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
 from mmjax.layers.stream import Stream
-from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays
+from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays, start_of
 from mmjax.wav import check_seconds, read_wav
 
 Sound = tuple[np.ndarray, int]  # float32 samples [N], nominally in [-1, 1], and their rate in Hz
@@ -66,6 +66,7 @@ class Waveform(Modality[WaveformInput]):
     """
 
     Input = WaveformInput
+    temporal = True
     patch: int = 256
     rate: int = 16000
     buckets: int = 512
@@ -88,7 +89,11 @@ class Waveform(Modality[WaveformInput]):
         }
 
     def preprocess(
-        self, settings: WaveformInput, value: Any, rng: np.random.Generator | None
+        self,
+        settings: WaveformInput,
+        value: Any,
+        rng: np.random.Generator | None,
+        time: float | None = None,
     ) -> dict[str, np.ndarray]:
         """`{"samples": float32[samples], "valid": bool[samples / patch]}`.
 
@@ -96,7 +101,7 @@ class Waveform(Modality[WaveformInput]):
         dropped: patches, coordinates, and which of these tokens are valid.
         """
         samples = at_rate(read(value, settings.rate or self.rate, self.max_seconds), self.rate)
-        samples, length = window(samples, settings.samples, rng)
+        samples, length = window(samples, settings.samples, rng, time)
         samples *= loudness(samples[:length], settings.level, settings.gain, rng)
         valid_S = np.arange(0, settings.samples, self.patch) < max(length, 1)
         if not settings.drop:
@@ -252,16 +257,16 @@ def _low_pass(factor: int) -> np.ndarray:
 
 
 def window(
-    samples: np.ndarray, size: int, rng: np.random.Generator | None
+    samples: np.ndarray, size: int, rng: np.random.Generator | None, time: float | None = None
 ) -> tuple[np.ndarray, int]:
     """A copy float32 `[size]` of the samples, and how many of it are the sound's.
 
-    Of a longer sound, a stretch that begins at a random place, or the middle one where `rng` is None;
-    a shorter one is followed by zeros.
+    Of a longer sound, a stretch that begins at a random place (that of `time`, see `mmjax.modality.start_of`), or the
+    middle one where `rng` is None; a shorter one is followed by zeros.
     """
     over = len(samples) - size
     if over > 0:
-        start = over // 2 if rng is None else int(rng.integers(over + 1))
+        start = start_of(over, rng, time)
         return samples[start : start + size].copy(), size
     whole = np.zeros(size, np.float32)
     whole[: len(samples)] = samples
