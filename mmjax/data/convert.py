@@ -1,7 +1,7 @@
 """Turn data of other formats into ArrayRecord files that `array_record` sources read.
 
     python -m mmjax.data.convert SOURCE [SOURCE ...] --out=DIR [--split=NAME] [--shards=N]
-        [--field=NAME[=A,B] ...] [--max_bad=N] [--force]
+        [--field=NAME[:TYPE][=A,B] ...] [--max_bad=N] [--max_pixels=N] [--force]
 
 SOURCE is of one of three kinds (quote a pattern such as 'pets-*.tar', or let the shell expand it):
 
@@ -17,10 +17,12 @@ DIR (DIR/NAME with a split) then holds records as `tf.train.Example`, dealt over
     source = {"name": "array_record", "path": "DIR"}
 
 Encoded images stay as they are, but each is decoded once as a check. Texts are UTF-8 bytes, integers
-int64, other numbers float32. Tars and folders also give `__key__`, the stem. `--field` takes only the
-fields named, and every example must have them; `--field=image=jpg,png` takes whichever is there as
-`image`. An example that is damaged, twice there or lacks its caption is counted and named, and more than
-`--max_bad` (0) of them end the conversion. Examples pass one at a time, whatever the size of the source.
+int64, other numbers float32. A column of a .csv or .tsv table is one of integers where every cell is an
+integer or empty; `--field=label:int` (or `float`, `text`) states a field's type. Tars and folders also
+give `__key__`, the stem. `--field` takes only the fields named, and every example must have them;
+`--field=image=jpg,png` takes whichever is there as `image`. An example that is damaged, twice there or
+lacks its caption is counted and named, and more than `--max_bad` (0) of them end the conversion.
+Examples pass one at a time, whatever the size of the source.
 """
 
 from __future__ import annotations
@@ -42,10 +44,10 @@ from typing import Any
 
 from etils import epath
 
-from mmjax import errors
+from mmjax import errors, pictures
 from mmjax.data import foreign
 from mmjax.data.foreign import Found, Ignored
-from mmjax.data.foreign.found import KEY, Value, plain_words, type_of, value_of
+from mmjax.data.foreign.found import KEY, TYPES, Value, plain_words, type_of, value_of
 from mmjax.errors import UserError
 
 FORMAT = 1
@@ -75,7 +77,9 @@ def convert(
     split: str = "",
     shards: int = 1,
     fields: Wanted | None = None,
+    types: Mapping[str, str] | None = None,
     max_bad: int = 0,
+    max_pixels: int = pictures.MAX_PIXELS,
     force: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Converted:
@@ -87,7 +91,9 @@ def convert(
       split: a name for the part of the data; the label of its results.
       shards: number of files, at most the number of examples.
       fields: name -> fields of the source of which an example has exactly one; None takes all.
+      types: name -> `int`, `float` or `text`, of fields whose type is not to be that of the source.
       max_bad: examples that may be left out.
+      max_pixels: pixels of a picture, beyond which it is not decoded.
       force: replace an earlier conversion.
       tell: called with a line of progress every few seconds.
 
@@ -100,17 +106,19 @@ def convert(
         )
     if not re.fullmatch(r"(\w[\w.-]*)?", split):
         raise UserError(f"--split={split}: a name of letters, digits, '_', '-' and '.'.")
+    pictures.check_bound(max_pixels, "--max_pixels")
     kind, files = foreign.find(sources)
     path = epath.Path(out).expanduser() / split
     if path.name in ("", ".."):
         raise UserError(f"--out={out}: give the folder a name.")
     _check_free(path, force)
     ignored = Ignored()
+    choice = _Choice(fields, types or {}, max_pixels)
     wanted = {old for olds in (fields or {}).values() for old in olds}
     examples = foreign.read(kind, files, ignored, frozenset(wanted))
     with _part(path) as part, _local(part) as folder:
         names = [f"{path.name}-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
-        tally = _write(examples, [folder / n for n in names], fields, max_bad, tell)
+        tally = _write(examples, [folder / n for n in names], choice, max_bad, tell)
         manifest = {
             "made_by": MADE_BY,
             "format": FORMAT,
@@ -168,7 +176,7 @@ class Tally:
 
 
 def _write(
-    examples: Iterator[Found], files: Sequence[epath.Path], wanted: Wanted | None, max_bad: int,
+    examples: Iterator[Found], files: Sequence[epath.Path], choice: _Choice, max_bad: int,
     tell: Callable[[str], None],
 ) -> Tally:  # fmt: skip
     """Write the examples that are whole, dealt over the files in turn."""
@@ -176,7 +184,7 @@ def _write(
     with _Files(files) as writers:
         for found in examples:
             try:
-                example = _chosen(found, wanted)
+                example = choice.of(found)
                 tally.check_types(example)
             except ValueError as error:
                 tally.leave_out(found.where, error, max_bad)
@@ -196,28 +204,36 @@ def _write(
     return dataclasses.replace(tally, digest=digest.hexdigest())
 
 
-def _chosen(found: Found, wanted: Wanted | None) -> dict[str, Value]:
-    """The wanted fields, decoded as far as it takes to check them; `ValueError` if anything is wrong."""
-    if found.fault:
-        raise ValueError(found.fault)
-    sources = {name: name for name in found.raw}
-    if wanted is not None:
-        sources = {name: _only(found, olds) for name, olds in wanted.items()}
-        sources |= {KEY: KEY} if KEY in found.raw else {}
-    example = {}
-    for name, old in sources.items():
-        try:
-            value = value_of(*found.raw[old])
-        except Exception as error:  # whatever a decoder makes of damaged bytes
-            raise ValueError(f"field {old!r}: {plain_words(error)}") from error
-        if value is not None:
-            example[name] = value
-    missing = [name for name in wanted or {} if name not in example]
-    if missing:
-        raise ValueError(f"field {missing[0]!r} is empty")
-    if not example.keys() - {KEY}:
-        raise ValueError("has no fields")
-    return example
+@dataclass(frozen=True)
+class _Choice:
+    """What is taken of an example: fields, their types, and pictures of at most so many pixels."""
+
+    wanted: Wanted | None
+    types: Mapping[str, str]
+    max_pixels: int
+
+    def of(self, found: Found) -> dict[str, Value]:
+        """The wanted fields, decoded as far as it takes to check them; `ValueError` if anything is wrong."""
+        if found.fault:
+            raise ValueError(found.fault)
+        sources = {name: name for name in found.raw}
+        if self.wanted is not None:
+            sources = {name: _only(found, olds) for name, olds in self.wanted.items()}
+            sources |= {KEY: KEY} if KEY in found.raw else {}
+        example = {}
+        for name, old in sources.items():
+            try:
+                value = value_of(*found.raw[old], self.types.get(name, ""), self.max_pixels)
+            except Exception as error:  # whatever a decoder makes of damaged bytes
+                raise ValueError(f"field {old!r}: {plain_words(error)}") from error
+            if value is not None:
+                example[name] = value
+        missing = [name for name in self.wanted or {} if name not in example]
+        if missing:
+            raise ValueError(f"field {missing[0]!r} is empty")
+        if not example.keys() - {KEY}:
+            raise ValueError("has no fields")
+        return example
 
 
 def _only(found: Found, olds: Sequence[str]) -> str:
@@ -411,15 +427,22 @@ def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
-def _wanted(arguments: Sequence[str]) -> Wanted | None:
-    """`NAME` or `NAME=A,B` each."""
+def _wanted(arguments: Sequence[str]) -> tuple[Wanted | None, dict[str, str]]:
+    """Fields and types of `NAME`, `NAME:TYPE`, `NAME=A,B` or `NAME:TYPE=A,B` each."""
     wanted: dict[str, tuple[str, ...]] = {}
+    types: dict[str, str] = {}
     for argument in arguments:
-        name, _, olds = argument.partition("=")
+        head, _, olds = argument.partition("=")
+        begin, _, end = head.rpartition(":")
+        name, as_type = (begin, end) if ":" in head and end in TYPES else (head, "")
         if not name or name in wanted or (olds and not all(olds.split(","))):
-            raise UserError(f"--field={argument}: write NAME or NAME=A,B, each NAME once.")
+            raise UserError(
+                f"--field={argument}: write NAME, NAME:TYPE or NAME=A,B, each NAME once; TYPE is "
+                f"{', '.join(TYPES)}."
+            )
         wanted[name] = tuple(olds.split(",")) if olds else (name,)
-    return wanted or None
+        types |= {name: as_type} if as_type else {}
+    return wanted or None, types
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -434,14 +457,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument("--split", default="", help="make DIR/NAME; the label of its results")
     parser.add_argument("--shards", type=int, default=1, help="number of files (default 1)")
-    parser.add_argument("--field", action="append", default=[], metavar="NAME[=A,B]")
+    parser.add_argument("--field", action="append", default=[], metavar="NAME[:TYPE][=A,B]")
     parser.add_argument("--max_bad", type=int, default=0, help="examples that may be left out")
+    parser.add_argument(
+        "--max_pixels", type=int, default=pictures.MAX_PIXELS, help="pixels of a picture at most"
+    )
     parser.add_argument("--force", action="store_true", help="replace an earlier conversion")
     args = parser.parse_args(argv)
+    fields, types = _wanted(args.field)
     start = time.perf_counter()
     made = convert(
-        args.source, args.out, split=args.split, shards=args.shards, fields=_wanted(args.field),
-        max_bad=args.max_bad, force=args.force, tell=lambda line: print(line, file=sys.stderr),
+        args.source, args.out, split=args.split, shards=args.shards, fields=fields, types=types,
+        max_bad=args.max_bad, max_pixels=args.max_pixels, force=args.force,
+        tell=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     print(summary(made, time.perf_counter() - start))
 

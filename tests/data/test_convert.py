@@ -32,6 +32,7 @@ from PIL import Image as Pil
 from mmjax.data import foreign
 from mmjax.data.convert import MANIFEST, Converted, convert, main
 from mmjax.data.foreign import found as found_module
+from mmjax.data.foreign.found import type_of
 from mmjax.data.foreign.tar import read_tar
 from mmjax.errors import UserError
 from mmjax.modalities.image import Image, ImageInput
@@ -471,7 +472,7 @@ def test_a_folder_reads_back_into_the_modalities(
         kept = jpeg(whole["image"]) if i % 3 == 0 else whole["image"]
         assert example["image"] == kept
         assert_same_rows(rows.make(example, None), rows.make({**whole, "image": kept}, None))
-        assert example.get("label") == {"csv": b"0", "jsonl": i}.get(captions)
+        assert example.get("label") == {"csv": 0, "jsonl": i}.get(captions)
 
 
 def test_real_files_of_an_installed_package(tmp_path: Path) -> None:
@@ -679,11 +680,116 @@ def test_fields_are_chosen_and_renamed(tmp_path: Path) -> None:
         says(words, lambda wanted=wanted: convert([source], tmp_path / "p", fields=wanted))
 
 
-@pytest.mark.parametrize("word", ["=a", "a=b,", "a=,b", "", "txt"])
+@pytest.mark.parametrize("word", ["=a", "a=b,", "a=,b", "", "txt", "txt:int", ":int=a"])
 def test_fields_that_make_no_sense(tmp_path: Path, word: str) -> None:
     source = write_tar(tmp_path / "a.tar", [("1.txt", b"a")])
     words = [str(source), f"--out={tmp_path / 'o'}", "--field=txt", f"--field={word}"]
     says(f"--field={word}: write NAME", lambda: main(words))
+
+
+def folder_with(folder: Path, table: str, name: str = "captions.csv") -> Path:
+    folder.mkdir()
+    for row in table.splitlines()[1:]:
+        (folder / row.split("\t" if name.endswith("tsv") else ",")[0]).write_bytes(png())
+    (folder / name).write_text(table)
+    return folder
+
+
+COLUMNS = {  # cells of a column, and what a record holds
+    "integers": (["3", "-7", "0"], [3, -7, 0]),
+    "large": (["9223372036854775807", "-9223372036854775808", "1"], [2**63 - 1, -(2**63), 1]),
+    "with gaps": (["3", "", "4"], [3, None, 4]),
+    "empty": (["", "", ""], [b"", b"", b""]),
+    "one text": (["3", "x", "4"], [b"3", b"x", b"4"]),
+    "floats": (["0.50", "1", "2"], [b"0.50", b"1", b"2"]),
+    "leading zeros": (["007", "8", "9"], [b"007", b"8", b"9"]),
+    "beyond 64 bits": (["9223372036854775808", "1", "2"], [b"9223372036854775808", b"1", b"2"]),
+    "plus": (["+1", "2", "3"], [b"+1", b"2", b"3"]),
+    "other digits": (["\u0663", "2", "3"], ["\u0663".encode(), b"2", b"3"]),
+    "blank": ([" 1", "2", "3"], [b" 1", b"2", b"3"]),
+}
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "captions.tsv"])
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_a_column_is_one_of_integers_where_every_cell_is(
+    tmp_path: Path, kind: str, name: str
+) -> None:
+    """Written as integers are, so that nothing of a text is lost."""
+    cells, expected = COLUMNS[kind]
+    rows = ["file,label,caption", *(f"{i}.png,{cell},12" for i, cell in enumerate(cells))]
+    table = "\n".join(rows) + "\n"
+    table = table.replace(",", "\t") if name.endswith("tsv") else table
+    made = convert([folder_with(tmp_path / "in", table, name)], tmp_path / "out")
+    examples = list(open_(made.path))
+    assert [e.get("label") for e in examples] == expected
+    assert all(e["caption"] == b"12" for e in examples)  # a caption is a text always
+    known = made.manifest["fields"]["label"]
+    lacking = expected.count(None)
+    assert known == {"type": type_of(expected[0]), "examples": 3 - lacking}
+
+
+TABLE = "file,caption,label,score,code\n0.png,a,3,0.5,007\n1.png,b,4,2,8\n"
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ("label", [3, 4]),
+        ("label:text", [b"3", b"4"]),
+        ("label:float", [3.0, 4.0]),
+        ("score:float", [0.5, 2.0]),
+        ("score", [b"0.5", b"2"]),
+        ("code:int", [7, 8]),
+        ("code:text", [b"007", b"8"]),
+        ("x:int=label", [3, 4]),
+        ("x:int=missing,code", [7, 8]),
+    ],
+)
+def test_a_type_is_stated_by_hand(tmp_path: Path, field: str, expected: list[Any]) -> None:
+    folder = folder_with(tmp_path / "in", TABLE)
+    main([str(folder), f"--out={tmp_path / 'out'}", f"--field={field}", "--field=image"])
+    name = field.partition("=")[0].partition(":")[0]
+    values = [e[name] for e in open_(tmp_path / "out")]
+    assert values == expected and {type(v) for v in values} == {type(expected[0])}
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("score:int", "'0.png': field 'score': ValueError: is '0.5', no int"),
+        ("caption:float", "field 'caption': ValueError: is 'a', no float"),
+    ],
+)
+def test_a_value_of_another_type_is_named(tmp_path: Path, field: str, words: str) -> None:
+    folder = folder_with(tmp_path / "in", TABLE)
+    says(words, lambda: main([str(folder), f"--out={tmp_path / 'o'}", f"--field={field}"]))
+
+
+def test_types_of_other_sources_are_stated_too(tmp_path: Path) -> None:
+    source = write_tar(tmp_path / "a.tar", [("1.txt", b"41"), ("1.id", b"7\n"), ("1.s", b"1e3")])
+    made = convert(
+        [source], tmp_path / "o",
+        fields={"txt": ("txt",), "id": ("id",), "s": ("s",)}, types={"id": "int", "s": "float"},
+    )  # fmt: skip
+    assert list(open_(made.path)) == [{"__key__": b"1", "txt": b"41", "id": 7, "s": 1000.0}]
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"n": ["5", "6"], "m": [[1, 2], [3, 4]], "f": [2.0, 3.5]}), file)
+    made = convert(
+        [file], tmp_path / "p",
+        fields={"n": ("n",), "m": ("m",), "f": ("f",)}, types={"n": "int", "m": "float", "f": "text"},
+    )  # fmt: skip
+    one, two = open_(made.path)
+    assert (one["n"], two["n"], one["f"], two["f"]) == (5, 6, b"2.0", b"3.5")
+    assert one["m"].dtype == np.float32 and two["m"].tolist() == [3.0, 4.0]
+
+
+def test_the_bound_of_pixels_is_stated_by_hand(tmp_path: Path) -> None:
+    source = write_tar(tmp_path / "a.tar", [("1.png", png(20))])
+    words = "a picture of 20 x 20 pixels is over the bound of 399 pixels"
+    says(words, lambda: main([str(source), f"--out={tmp_path / 'o'}", "--max_pixels=399"]))
+    main([str(source), f"--out={tmp_path / 'o'}", "--max_pixels=400"])
+    says("--max_pixels: max_pixels is 0", lambda: convert([source], tmp_path / "p", max_pixels=0))
 
 
 # --- the output --------------------------------------------------------------------------------

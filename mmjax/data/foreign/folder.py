@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any
 
@@ -14,6 +16,8 @@ from etils import epath
 
 from mmjax.data.foreign.found import IMAGES, KEY, MAX_BYTES, Found, Ignored
 from mmjax.errors import UserError
+
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 
 TABLES = ("captions.csv", "captions.tsv", "captions.jsonl")
 
@@ -109,7 +113,7 @@ def _by_table(table: epath.Path, images: Mapping[str, epath.Path]) -> Iterator[F
         used.add(name)  # type: ignore[arg-type]
         found = _image(name, images[name])  # type: ignore[arg-type, index]
         more = row.keys() - {"file", "caption"}
-        found.raw |= {n: ("value", row[n]) for n in more if row[n] is not None}
+        found.raw |= {n: _cell(row[n]) for n in more if row[n] is not None}
         _caption(found, caption.encode("utf-8", "surrogatepass"))  # type: ignore[union-attr]
         yield found
     for name in sorted(images.keys() - used):
@@ -146,7 +150,43 @@ def _json(lines: IO[str]) -> Iterator[tuple[int, dict[str, Any], str]]:
             yield number, {}, "is no JSON object"
 
 
+@dataclass(frozen=True)
+class _Digits:
+    """A cell of a column that holds nothing but integers."""
+
+    text: str
+
+
+def _cell(value: Any) -> tuple[str, Any]:
+    return ("digits", value.text) if isinstance(value, _Digits) else ("value", value)
+
+
 def _csv(table: epath.Path, lines: IO[str]) -> Iterator[tuple[int, dict[str, Any], str]]:
+    """Rows of a table of texts, the cells of columns of integers as `_Digits`; an empty one of those is None."""
+    with table.open("rb") as opened:
+        again = io.TextIOWrapper(opened, "utf-8-sig", newline="")
+        whole = _integer_columns(row for _, row, fault in _cells(table, again) if not fault)
+    for number, row, fault in _cells(table, lines):
+        if not fault:
+            row |= {n: _Digits(row[n]) if row[n] else None for n in whole}
+        yield number, row, fault
+
+
+def _integer_columns(rows: Iterable[Mapping[str, str]]) -> set[str]:
+    """Columns with an integer in every cell that is not empty, written as Python would write it.
+
+    Those with leading zeros are texts, and so are those that 64 bits do not hold.
+    """
+    integers: dict[str, bool] = {}
+    for row in rows:
+        for name, cell in row.items():
+            if cell and name not in ("file", "caption"):
+                fits = bool(_INTEGER.fullmatch(cell)) and -(2**63) <= int(cell) < 2**63
+                integers[name] = fits and integers.get(name, True)
+    return {name for name, fits in integers.items() if fits}
+
+
+def _cells(table: epath.Path, lines: IO[str]) -> Iterator[tuple[int, dict[str, Any], str]]:
     # Tabs separate plain texts, in which a quotation mark is one; commas need quotation.
     rows = (
         csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)

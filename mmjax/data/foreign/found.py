@@ -67,16 +67,51 @@ def type_of(value: Value) -> str:
     return "int64" if isinstance(first, int) else "float32"
 
 
-def value_of(kind: str, data: Any) -> Value | None:
-    """The value to store, checked; None for an empty one, `ValueError` and others for a damaged one."""
+TYPES = ("int", "float", "text")
+"""Types that a field may be given by hand."""
+
+
+def value_of(
+    kind: str, data: Any, as_type: str = "", max_pixels: int = pictures.MAX_PIXELS
+) -> Value | None:
+    """The value to store, checked; None for an empty one, `ValueError` and others for a damaged one.
+
+    `as_type` is one of `TYPES`, or empty for the type that the source gives.
+    """
+    if as_type and kind != "image":
+        plain = _plain(data["bytes"] if kind == "file" else data)
+        return None if plain is None else _as_type(plain, as_type)
+    return _own_value(kind, data, max_pixels)
+
+
+def _as_type(value: Value, as_type: str) -> Value:
+    if isinstance(value, list):
+        return [_as_type(each, as_type) for each in value]  # type: ignore[misc]
+    text = value.decode("utf-8").strip() if isinstance(value, bytes) else repr(value)
+    if as_type == "text":
+        return value if isinstance(value, bytes) else text.encode()
+    try:
+        if as_type == "float":
+            return _plain(float(text))  # type: ignore[return-value]
+        whole = float(text) if "." in text or "e" in text.lower() else int(text)
+        if int(whole) != whole:
+            raise ValueError
+        return _plain(int(whole))  # type: ignore[return-value]
+    except (ValueError, OverflowError):
+        raise ValueError(f"is {text[:40]!r}, no {as_type}") from None
+
+
+def _own_value(kind: str, data: Any, max_pixels: int) -> Value | None:
     if kind == "image":
-        check_image(data)
+        check_image(data, max_pixels)
     elif kind == "text":
         data.decode("utf-8")
     elif kind == "json":
         json.loads(data)
     elif kind == "integer":
         return _plain(int(data.decode("ascii")))
+    elif kind == "digits":
+        return _plain(int(data))
     elif kind == "file":
         if data["bytes"] is None:
             raise ValueError(f"holds only a path ({data.get('path')!r}), which is not followed")
@@ -106,9 +141,9 @@ def _plain(value: Any) -> Value | None:
     raise ValueError(f"is a {type(value).__name__}, which a record cannot hold")
 
 
-def check_image(data: bytes) -> None:
+def check_image(data: bytes, max_pixels: int = pictures.MAX_PIXELS) -> None:
     """Decode the whole picture as the `image` modality does; raises what that raises."""
-    pictures.rgb(pictures.open_picture(data))
+    pictures.rgb(pictures.open_picture(data, max_pixels))
 
 
 def plain_words(error: Exception) -> str:
