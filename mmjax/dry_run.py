@@ -1,25 +1,27 @@
 """What a run would do, without doing it: `python -m mmjax.train --dry_run ...`.
 
-Nothing is compiled, no data is opened, and the workdir is only read: the clock of its newest checkpoint,
-and the step times of what has run there. The losses are traced where model FLOPs are needed: for the rule
+Nothing is compiled, and the workdir is only read: the clock of its newest checkpoint, the identities of its data, and
+the step times of what has run there. The data are opened, so that what would stop the run at its start stops this, too:
+missing files and fields, and data that have changed. The losses are traced where model FLOPs are needed: for the rule
 `budget`, and for tasks whose step time nobody has measured.
 """
 
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 from etils import epath
 
 from mmjax.config import Block
+from mmjax.evaluate import open_held_out
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.monitor import metrics
 from mmjax.monitor.report_data import newest_meta
 from mmjax.monitor.tables import human_flops, human_seconds, percent, table
 from mmjax.pace import Pace, assumed_rate, measured, pace
-from mmjax.resume import clock_after, fresh_clock
+from mmjax.resume import clock_after, count_examples, fresh_clock
 from mmjax.schedule import BUDGET, Schedule, stretch_at
 from mmjax.state import Clock
 
@@ -32,10 +34,14 @@ def dry_run(block: Block, workdir: epath.Path, allow_change: bool) -> None:
     """Print what a run of the config in `workdir` would do.
 
     Raises:
-      UserError: as the run would: a bad config, or one that does not go with the run in `workdir`.
+      UserError: as the run would: a bad config, data that are missing or lack a field, or either where it does not go
+        with the run in `workdir`.
     """
     experiment = make_experiment(block)
     step, meta = newest_meta(workdir)
+    identities = meta.get("identities", {}) if meta else {}
+    examples = count_examples(experiment, workdir, identities)
+    open_held_out(experiment)
     clock = clock_after(experiment, step, meta, allow_change) if meta else fresh_clock(experiment)
     steps = experiment.run.steps
     verb = "go on from" if meta else "begin at"
@@ -46,7 +52,7 @@ def dry_run(block: Block, workdir: epath.Path, allow_change: bool) -> None:
         return
     print(f"The coming steps, {_ROW} to a line")
     print("\n".join(strip_lines(clock.schedule, clock.step, steps)) + "\n")
-    _tasks_table(experiment, workdir, clock)
+    _tasks_table(experiment, workdir, clock, examples)
 
 
 def _segments_table(experiment: Experiment, schedule: Schedule) -> None:
@@ -91,12 +97,18 @@ def letters_of(tasks: Iterable[str]) -> dict[str, str]:
     return letters
 
 
-def _tasks_table(experiment: Experiment, workdir: epath.Path, clock: Clock) -> None:
-    """A row for each task, and for each program of it where phases or buckets give it several."""
+def _tasks_table(
+    experiment: Experiment, workdir: epath.Path, clock: Clock, examples: Mapping[str, int]
+) -> None:
+    """A row for each task, and for each program of it where phases or buckets give it several.
+
+    `examples` is how many each task has: so many are an epoch.
+    """
     steps, settings = experiment.run.steps, experiment.settings
     counts = settings.visits(clock.schedule, clock.step, steps)
     found = _pace(experiment, workdir, list(counts))
-    batches = {name: task.batch for name, (task, _) in settings.programs.items()}
+    tasks = {name: task for name, (task, _) in settings.programs.items()}
+    read = {name: n * tasks[name].batch for name, n in counts.items()}
     hours = {name: n * found.seconds[name] / 3600 for name, n in counts.items()}
     total = sum(hours.values())
     rows: list[Sequence[object]] = [
@@ -104,16 +116,17 @@ def _tasks_table(experiment: Experiment, workdir: epath.Path, clock: Clock) -> N
             name,
             n,
             percent(n / (steps - clock.step)),
-            n * batches[name],
+            read[name],
+            f"{read[name] / examples[tasks[name].name]:.3g}",
             human_seconds(found.seconds[name]) + ("" if name in found.measured else " ?"),
             f"{hours[name]:.4g} h",
             percent(hours[name] / total),
         )
         for name, n in counts.items()
     ]
-    examples = sum(n * batches[name] for name, n in counts.items())
-    rows.append(("all", steps - clock.step, percent(1.0), examples, "", f"{total:.4g} h", percent(1.0)))  # fmt: skip
-    heads = ("task", "steps", "of steps", "examples", "a step", "expected", "of time")
+    whole = sum(read.values())
+    rows.append(("all", steps - clock.step, percent(1.0), whole, "", "", f"{total:.4g} h", percent(1.0)))  # fmt: skip
+    heads = ("task", "steps", "of steps", "examples", "epochs", "a step", "expected", "of time")
     table("Tasks", heads, rows)
     print("\n".join(_remarks(experiment, found, workdir)))
 

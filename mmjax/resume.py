@@ -321,6 +321,20 @@ def _file_identities(experiment: Experiment) -> dict[str, str]:
     return found
 
 
+def count_examples(
+    experiment: Experiment, workdir: epath.Path, saved: Mapping[str, str]
+) -> dict[str, int]:
+    """Return the number of examples of each task, whose data are opened and checked as a run does it.
+
+    Raises:
+      UserError: data or files that are missing, lack a field, or are not those of the identities `saved`.
+    """
+    data = _open_data(experiment)
+    now = {f"tasks.{n}.source": e.identity for n, e in data.items()} | _file_identities(experiment)
+    _check_identities(saved, now, workdir)
+    return {name: len(examples) for name, examples in data.items()}
+
+
 def _check_identities(
     saved: Mapping[str, str], now: Mapping[str, str], workdir: epath.Path
 ) -> None:

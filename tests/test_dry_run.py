@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import mains
+import numpy as np
 import pytest
 import toyrun
 from harness import deterministic
@@ -60,8 +61,9 @@ def test_a_fresh_run(tmp_path: Path) -> None:
     text = dry(tmp_path / "run", PHASES)
     assert "begin at step 0 of 12" in text
     assert steps_of(text) == {0: "one two one one two one one two two two two two"}
-    assert row(text, "one")[1:5] == ["5", "41.7", "%", "40"]
-    assert row(text, "two")[1:5] == ["7", "58.3", "%", "112"]
+    # The toy has 40 examples.
+    assert row(text, "one")[1:6] == ["5", "41.7", "%", "40", "1"]
+    assert row(text, "two")[1:6] == ["7", "58.3", "%", "112", "2.8"]
     assert "ASSUMED" in text and not (tmp_path / "run").exists()
     assert max(map(len, text.splitlines())) <= 80 and "\x1b" not in text
 
@@ -96,6 +98,53 @@ def test_step_times_of_a_run_whose_checkpoints_are_gone(tmp_path: Path) -> None:
     assert "begin at step 0" in text
     assert "?" not in row(text, "one") and "?" in row(text, "two")
     assert "the rate of the measured tasks" in text
+
+
+def refused_dry(workdir: Path, *overrides: str) -> str:
+    words = [f"--extra={EXTRA}", f"--config={CONFIG}", f"--workdir={workdir}", "--dry_run"]
+    return mains.refused(train.main, *words, *(f"--config.{word}" for word in overrides))
+
+
+LACKING = "tasks.two.inputs.toy.field=valeus"
+EVALUATED = "tasks.two.evaluators={'loss': {'name': 'held_out_loss', 'source': %r}}"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (LACKING, "tasks.two reads field 'valeus', which toy 40 lacks. It has: values, id, label"),
+        (
+            "tasks.two.source={'name': 'tfds', 'dataset': 'none', 'split': 'x'}",
+            "'none' is not built",
+        ),
+        (
+            EVALUATED % {"name": "tfds", "dataset": "emoji", "split": "nowhere"},
+            "data set 'emoji' has no split 'nowhere'",
+        ),
+        (
+            EVALUATED % {"name": "tfds", "dataset": "emoji", "split": "train"},
+            "tasks.two.evaluators reads field 'values'",
+        ),
+    ],
+)
+def test_it_stops_where_the_run_would(
+    tmp_path: Path, emoji_dir: object, override: str, words: str
+) -> None:
+    said = refused_dry(tmp_path / "run", override)
+    assert words in said
+    (tmp_path / "run").mkdir()
+    run_words = [f"--extra={EXTRA}", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}"]
+    assert mains.refused(train.main, *run_words, f"--config.{override}") == said
+
+
+def test_it_stops_where_the_data_have_changed(tmp_path: Path) -> None:
+    values = np.zeros((40, 4, 6), np.float32)
+    np.save(tmp_path / "values.npy", values)
+    source = f"tasks.one.source={{'name': 'toy', 'file': {str(tmp_path / 'values.npy')!r}}}"
+    run(tmp_path / "run", source, "steps=4")
+    assert "go on from step 4" in dry(tmp_path / "run", source)
+    np.save(tmp_path / "values.npy", values + 1)
+    assert "has changed since: tasks.one.source" in refused_dry(tmp_path / "run", source)
 
 
 def test_a_changed_schedule_needs_to_be_allowed(tmp_path: Path) -> None:
