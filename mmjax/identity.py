@@ -54,7 +54,7 @@ def _digest(read: Callable[[int], bytes], place: int) -> str:
 
 
 def is_same(saved: str, now: str) -> bool:
-    """Whether data are those of before: the same facts, and the same records where both could be read."""
+    """Return whether data are those of before: the same facts, and the same records where both could be read."""
     if facts_of(saved) != facts_of(now):
         return False
     before, after = records_of(saved), records_of(now)

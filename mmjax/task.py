@@ -134,7 +134,7 @@ class RowSpec:
 
     @cached_property
     def _sharing(self) -> int:
-        """How many times the inputs share: one for each instance, and none where one input alone has time."""
+        """Return how many times the inputs share: one for each instance, and none where one input alone has time."""
         temporal = [each for each in self.inputs.values() if each.modality.temporal]
         is_shared = self.shared_time and len(temporal) > 1
         return max(max(each.instances, 1) for each in temporal) if is_shared else 0
@@ -170,7 +170,7 @@ class RowSpec:
 
 
 def _probes(count: int) -> Iterator[int]:
-    """The first of `count` examples and others spread evenly."""
+    """Yield the first of `count` examples and others spread evenly."""
     yield from dict.fromkeys(i * count // _PROBED for i in range(_PROBED)) if count else ()
 
 
@@ -183,7 +183,7 @@ def _value(example: Example, name: str) -> Any:
 def _arrays(
     each: Input, example: Example, rng: np.random.Generator | None, times: tuple[float, ...]
 ) -> dict[str, np.ndarray]:
-    """The arrays of one input; whatever a decoder makes of the value is an error that names its field."""
+    """Return the arrays of one input; whatever a decoder makes of the value is an error that names its field."""
     _value(example, each.field)
     try:
         return each.preprocess(example, rng, times)

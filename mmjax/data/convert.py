@@ -184,7 +184,7 @@ def _write(
     with _Files(files) as writers:
         for found in examples:
             try:
-                example = choice.of(found)
+                example = choice.take(found)
                 tally.check_types(example)
             except ValueError as error:
                 tally.leave_out(found.where, error, max_bad)
@@ -206,14 +206,14 @@ def _write(
 
 @dataclass(frozen=True)
 class _Choice:
-    """What is taken of an example: fields, their types, and pictures of at most so many pixels."""
+    """The choice of fields of an example, their types, and the bound of its pictures."""
 
     wanted: Wanted | None
     types: Mapping[str, str]
     max_pixels: int
 
-    def of(self, found: Found) -> dict[str, Value]:
-        """The wanted fields, decoded as far as it takes to check them; `ValueError` if anything is wrong."""
+    def take(self, found: Found) -> dict[str, Value]:
+        """Return the chosen fields, decoded as far as it takes to check them; `ValueError` if anything is wrong."""
         if found.fault:
             raise ValueError(found.fault)
         sources = {name: name for name in found.raw}
@@ -428,7 +428,7 @@ def _count(number: int, thing: str) -> str:
 
 
 def _wanted(arguments: Sequence[str]) -> tuple[Wanted | None, dict[str, str]]:
-    """Fields and types of `NAME`, `NAME:TYPE`, `NAME=A,B` or `NAME:TYPE=A,B` each."""
+    """Return the fields and types that arguments `NAME`, `NAME:TYPE`, `NAME=A,B` or `NAME:TYPE=A,B` state."""
     wanted: dict[str, tuple[str, ...]] = {}
     types: dict[str, str] = {}
     for argument in arguments:

@@ -154,7 +154,7 @@ class Video(Modality[VideoInput]):
         return Image(patch=self.patch, max_pixels=self.max_pixels)
 
     def _frames(self, value: Any) -> Sequence[Any]:
-        """As `raw`, but each encoded frame is decoded only when it is asked for."""
+        """Return the frames as `raw` does, but decode an encoded one only when it is asked for."""
         from PIL import Image as Pil
 
         if isinstance(value, bytes):
@@ -177,7 +177,7 @@ class Video(Modality[VideoInput]):
         return array  # type: ignore[return-value]
 
     def _moving(self, picture: Any) -> Sequence[Any]:
-        """The frames of a PIL image; a moving one shows one at a time."""
+        """Return the frames of a PIL image; a moving one shows one at a time."""
         # Other formats hold several pictures that are no video (previews, pages).
         count = getattr(picture, "n_frames", 1) if picture.format in _MOVING else 1
         if count == 1:

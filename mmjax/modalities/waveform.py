@@ -179,7 +179,7 @@ def read(value: Any, rate: int, max_seconds: float = MAX_SECONDS) -> Sound:
 
 
 def _is_rate(rate: Any) -> bool:
-    """Whether it is a whole number of Hz, of whatever type: some libraries give floats."""
+    """Return whether it is a whole number of Hz, of whatever type: some libraries give floats."""
     number = np.asarray(rate)
     if number.ndim or number.dtype.kind not in "iuf":
         return False

@@ -165,16 +165,16 @@ def _check_all_there(
 
 def _shards(names: Sequence[str]) -> list[str]:
     """Return the names of all shards of the sets to which files called `NAME-00000-of-00004` belong."""
-    found: dict[str, None] = {}
+    shards: dict[str, None] = {}
     for name in names:
         if match := _SHARD.fullmatch(name):
             begin, number, of, total, end = match.groups()
-            if name not in found:
+            if name not in shards:
                 width, count = len(number), min(int(total), _MAX_SHARDS)
-                found |= dict.fromkeys(
+                shards |= dict.fromkeys(
                     f"{begin}{i:0{width}d}{of}{total}{end}" for i in range(count)
                 )
-    return list(found)
+    return list(shards)
 
 
 def _deeper(folder: epath.Path) -> str:

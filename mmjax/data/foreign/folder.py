@@ -162,7 +162,7 @@ def _cell(value: Any) -> tuple[str, Any]:
 
 
 def _csv(table: epath.Path, lines: IO[str]) -> Iterator[tuple[int, dict[str, Any], str]]:
-    """Rows of a table of texts, the cells of columns of integers as `_Digits`; an empty one of those is None."""
+    """Yield rows of a table of texts, the cells of columns of integers as `_Digits`; an empty one of those is None."""
     with table.open("rb") as opened:
         again = io.TextIOWrapper(opened, "utf-8-sig", newline="")
         whole = _integer_columns(row for _, row, fault in _cells(table, again) if not fault)
@@ -173,7 +173,7 @@ def _csv(table: epath.Path, lines: IO[str]) -> Iterator[tuple[int, dict[str, Any
 
 
 def _integer_columns(rows: Iterable[Mapping[str, str]]) -> set[str]:
-    """Columns with an integer in every cell that is not empty, written as Python would write it.
+    """Return the columns with an integer in every cell that is not empty, written as Python would write it.
 
     Those with leading zeros are texts, and so are those that 64 bits do not hold.
     """
