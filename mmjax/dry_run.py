@@ -9,6 +9,7 @@ missing files and fields, and data that have changed. The losses are traced wher
 from __future__ import annotations
 
 import string
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
@@ -100,7 +101,7 @@ def letters_of(tasks: Iterable[str]) -> dict[str, str]:
 def _tasks_table(
     experiment: Experiment, workdir: epath.Path, clock: Clock, examples: Mapping[str, int]
 ) -> None:
-    """A row for each task, and for each program of it where phases or buckets give it several.
+    """Print a row for each task, and for each program of it where phases or buckets give it several; then the data.
 
     `examples` is how many each task has: so many are an epoch.
     """
@@ -117,7 +118,6 @@ def _tasks_table(
             n,
             percent(n / (steps - clock.step)),
             read[name],
-            f"{read[name] / examples[tasks[name].name]:.3g}",
             human_seconds(found.seconds[name]) + ("" if name in found.measured else " ?"),
             f"{hours[name]:.4g} h",
             percent(hours[name] / total),
@@ -125,10 +125,20 @@ def _tasks_table(
         for name, n in counts.items()
     ]
     whole = sum(read.values())
-    rows.append(("all", steps - clock.step, percent(1.0), whole, "", "", f"{total:.4g} h", percent(1.0)))  # fmt: skip
-    heads = ("task", "steps", "of steps", "examples", "epochs", "a step", "expected", "of time")
+    rows.append(("all", steps - clock.step, percent(1.0), whole, "", f"{total:.4g} h", percent(1.0)))  # fmt: skip
+    heads = ("task", "steps", "of steps", "examples", "a step", "expected", "of time")
     table("Tasks", heads, rows)
+    _data_table(examples, {name: (tasks[name].name, count) for name, count in read.items()})
     print("\n".join(_remarks(experiment, found, workdir)))
+
+
+def _data_table(examples: Mapping[str, int], read: Mapping[str, tuple[str, int]]) -> None:
+    """Print what each task has and will read; `read` is task and examples of each program."""
+    to_read = Counter[str]()
+    for task, count in read.values():
+        to_read[task] += count
+    rows = [(t, examples[t], n, f"{n / examples[t]:.3g}") for t, n in to_read.items()]
+    table("Data", ("task", "examples", "to read", "epochs"), rows)
 
 
 def _pace(experiment: Experiment, workdir: epath.Path, programs: Sequence[str]) -> Pace:

@@ -61,9 +61,11 @@ def test_a_fresh_run(tmp_path: Path) -> None:
     text = dry(tmp_path / "run", PHASES)
     assert "begin at step 0 of 12" in text
     assert steps_of(text) == {0: "one two one one two one one two two two two two"}
-    # The toy has 40 examples.
-    assert row(text, "one")[1:6] == ["5", "41.7", "%", "40", "1"]
-    assert row(text, "two")[1:6] == ["7", "58.3", "%", "112", "2.8"]
+    assert row(text, "one")[1:5] == ["5", "41.7", "%", "40"]
+    assert row(text, "two")[1:5] == ["7", "58.3", "%", "112"]
+    data = text.partition("\nData\n")[2]  # of 40 examples
+    assert row(data, "one") == ["one", "40", "40", "1"]
+    assert row(data, "two") == ["two", "40", "112", "2.8"]
     assert "ASSUMED" in text and not (tmp_path / "run").exists()
     assert max(map(len, text.splitlines())) <= 80 and "\x1b" not in text
 
