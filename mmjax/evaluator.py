@@ -19,6 +19,7 @@ import numpy as np
 
 from mmjax import config as configs
 from mmjax.model import Batch, Model
+from mmjax.objective import Loss, with_rows
 from mmjax.source import Source
 from mmjax.task import RowSpec, Task
 
@@ -107,7 +108,12 @@ def device_spec(task: Task, what: str) -> RowSpec:
 
 
 def function(task: Task, what: str) -> Callable[[Model, Batch, jax.Array], dict[str, jax.Array]]:
-    """The function on the devices: outputs with a leading row axis."""
+    """Return the function on the devices: outputs with a leading row axis, of batches whose rows may be invalid."""
+    of_marked = _function(task, what)
+    return lambda model, batch, key: of_marked(model, with_rows(batch), key)
+
+
+def _function(task: Task, what: str) -> Callable[[Model, Batch, jax.Array], dict[str, jax.Array]]:
     if what.startswith("embed/"):
         modality, _, toward = what.removeprefix("embed/").partition(">")
         return lambda model, batch, key: {

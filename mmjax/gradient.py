@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mmjax.errors import UserError
 from mmjax.model import Model
-from mmjax.objective import Coupled, Loss, row_keys
+from mmjax.objective import Coupled, Loss, row_keys, with_rows
 from mmjax.parameters import Arrays
 from mmjax.sharding import joined_rows, split_rows
 from mmjax.task import Task
@@ -33,6 +33,7 @@ def loss_and_gradient(
       key: of the visit; each row has a key of its own, whatever part it is in (see `row_keys`).
     """
     if task.config.microbatches == 1:
+    batch = with_rows(batch)
 
         def value_of(parameters: Arrays) -> tuple[jax.Array, Loss]:
             loss = task.loss(model_of(parameters), batch, key)

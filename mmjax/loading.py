@@ -8,16 +8,20 @@ vectors = model.embed(image=[picture, another])
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from flax import nnx
 from jax.sharding import Mesh
 
 from mmjax import checkpoint, commandline
 from mmjax.errors import UserError, nearest
 from mmjax.experiment import Experiment, make_experiment
+from mmjax.layers.experts import Experts
+from mmjax.modality import EXISTS
 from mmjax.model import Model
 from mmjax.objective import Objective, Span
 from mmjax.parameters import Arrays, from_canonical, to_canonical
@@ -87,11 +91,19 @@ class Embedder:
     @property
     def module(self) -> Model:
         """The Flax NNX module with these parameters, to look at or to call: stems, trunk, heads."""
+    @cached_property
+    def _competes(self) -> bool:
+        """Whether what the model makes of a row depends on the rows beside it."""
+        return any(isinstance(part, Experts) for _, part in nnx.iter_modules(self.module))
+
         merged: Model = self._experiment.declaration.merge(self.parameters)
         return merged
 
     def embed(self, *, task: str | None = None, **values: Sequence[Any]) -> np.ndarray:
-        """Unit vectors of a list of values of one modality.
+        """Return unit vectors of a list of values of one modality.
+
+        Where the model has experts, values that are embedded together compete for them, up to 256 at a time: their
+        vectors depend on each other, as in training.
 
         Args:
           task: whose joint space; by default the first task that embeds the modality.
@@ -248,8 +260,8 @@ class Embedder:
         made = []
         for chunk, start in enumerate(range(0, max(len(rows), 1), _LARGEST)):
             part = rows[start : start + _LARGEST]
-            # Sizes are powers of two, so that few programs serve lists of any length.
-            size = 1 << (max(len(part), 1) - 1).bit_length()
+            size = max(len(part), 1)
+            size = size if self._competes else 1 << (size - 1).bit_length()
             padded = part + [blank] * (size - len(part))
             arrays = {name: np.stack([row[name] for row in padded]) for name in blank}
             given = {"arrays": arrays, "chunk": np.uint32(chunk), **more}
@@ -259,6 +271,7 @@ class Embedder:
     def compiled(self, function: Callable[[Model, Any], Any]) -> Callable[[Any], Any]:
         """`arrays -> function(model, arrays)` with the run's parameters, compiled for each shape it meets."""
         dtype = compute_dtype(self._experiment.run.dtype.compute)
+            arrays[EXISTS] = np.arange(size) < len(part)
         merge = self._experiment.declaration.merge
         made = jax.jit(lambda parameters, arrays: function(merge(parameters, dtype), arrays))
         return lambda arrays: made(self.parameters, arrays)

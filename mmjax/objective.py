@@ -17,7 +17,7 @@ from flax import struct
 
 from mmjax.errors import UserError
 from mmjax.layers.stream import Aux
-from mmjax.modality import Input
+from mmjax.modality import EXISTS, Input
 from mmjax.model import Batch, Model
 from mmjax.source import Example
 
@@ -208,8 +208,22 @@ def refuse_drop(objective: Objective, inputs: Mapping[str, Input]) -> None:
             )
 
 
-def row_keys(batch: Batch, key: jax.Array) -> jax.Array:
-    """A random key for each row, `[B]`: the same for a row whatever part of a batch it comes in."""
+def with_rows(batch: Batch) -> dict[str, Any]:
+    """Return the batch with its `valid` beside the arrays of each modality.
+
+    `Model.tokens` hands it on to the stream, so that every layer knows which rows exist, whatever the objective does
+    with them. Whoever calls an objective with a batch calls it with this.
+    """
+    inputs = {m: {**arrays, EXISTS: batch["valid"]} for m, arrays in batch["inputs"].items()}
+    return {**batch, "inputs": inputs}
+
+
+def row_keys(batch: Batch, key: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+    """Return a random key for each row, `[B]`: the same for a row whatever part of a batch it comes in.
+
+    Args:
+      first: index of the batch's first row, where the rows of several batches draw by one `key`.
+    """
     if "keys" in batch:
         return batch["keys"]
     of_rows = jax.random.fold_in(key, _ROWS)

@@ -290,3 +290,4 @@ def _closed(text: Stream, close_D: jax.Array) -> Stream:
         layout=((text.layout[0][0], length + 1),),
         mask=Causal(),
     )
+        rows_B=text.rows_B,
