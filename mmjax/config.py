@@ -38,6 +38,7 @@ KEY_CLASSES: tuple[tuple[str, str], ...] = (
         r"model\.(remat|groups\.\d+\.pattern\.\d+\.kernel)$|tasks\.\w+\.(evaluators|microbatches)(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$",
         "free",
     ),
+    (r"model\.groups\.\d+\.pattern\.\d+\.experts\.losses_over$", "schedule"),
     (r"schedule(\.|$)|optimizer\.(?!(name|moments_dtype|factored|accumulate)$)", "schedule"),
     (r"tasks\.\w+\.(share|batch|inputs|buckets|objective|view)(\.|$)", "schedule"),
     (r"", "structural"),

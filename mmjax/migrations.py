@@ -57,7 +57,17 @@ class Row:
     when: Callable[[Block, Block, tuple[str, ...]], bool] = always
 
 
-ROWS: tuple[Row, ...] = ()
+def has_losses(config: Block, block: Block, path: tuple[str, ...]) -> bool:
+    """Accept `experts` with auxiliary losses."""
+    del config, path
+    return bool(block.get("losses"))
+
+
+ROWS: tuple[Row, ...] = (
+    Row(2, "model.groups.*.pattern.*.experts", "losses_over", "batch", has_losses),
+    Row(2, "tasks.*.objective.multimodal.*.pattern.*.experts", "losses_over", "batch", has_losses),
+    Row(2, "tasks.*.objective.unimodal.*.pattern.*.experts", "losses_over", "batch", has_losses),
+)
 
 
 def upgrade(config: Mapping[str, Any], version: int) -> Block:
