@@ -328,7 +328,11 @@ def _cross_entropy(
 def _hits(
     logits_RB: jax.Array, positive_RB: jax.Array, valid_R: jax.Array, valid_B: jax.Array
 ) -> jax.Array:
-    """How many valid anchors have a positive as their best candidate."""
-    best_R = jnp.where(valid_B[None, :], logits_RB, -jnp.inf).argmax(axis=1)
-    hit_R = jnp.take_along_axis(positive_RB, best_R[:, None], axis=1)[:, 0]
-    return (hit_R & valid_R).sum()
+    """Return how many valid anchors have a positive as their best candidate.
+
+    Ties count against the model, and so does NaN, as in `mmjax.evaluators.retrieval`: one that maps everything to one
+    point is right of no anchor that has a negative.
+    """
+    best_R = jnp.where(positive_RB, logits_RB, -jnp.inf).max(axis=1)
+    rival_RB = ~(logits_RB < best_R[:, None]) & valid_B[None, :] & ~positive_RB
+    return (positive_RB.any(axis=1) & ~rival_RB.any(axis=1) & valid_R).sum()
