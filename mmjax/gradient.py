@@ -15,6 +15,7 @@ from mmjax.objective import Coupled, Loss, row_keys, with_rows
 from mmjax.parameters import Arrays
 from mmjax.sharding import joined_rows, split_rows
 from mmjax.task import Task
+from mmjax.transforms import wide
 
 ModelOf = Callable[[Arrays], Model]
 
@@ -115,9 +116,9 @@ def _parts(task: Task, batch: Any, key: jax.Array) -> tuple[Any, jax.Array]:
 
 
 def _total(fun: Callable[..., Any], *stacked: Any) -> Any:
-    """The sum of `fun` over the leading axis, one after another."""
+    """Return the sum of `fun` over the leading axis, one after another, in float32 or wider."""
     first = jax.tree.map(lambda x: x[0], stacked)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fun, *first))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s.dtype)), jax.eval_shape(fun, *first))
 
     def add(total: Any, each: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, fun(*each)), None

@@ -26,7 +26,7 @@ from mmjax.model import Model
 from mmjax.objective import Objective, Span
 from mmjax.parameters import Arrays, from_canonical, to_canonical
 from mmjax.sharding import MeshConfig, make_mesh
-from mmjax.state import EMA, compute_dtype, shardings
+from mmjax.state import EMA, compute_dtype, evaluated, shardings
 from mmjax.task import Task
 
 _LARGEST = 256  # rows of one call; more are cut into several
@@ -55,7 +55,7 @@ def find_step(workdir: epath.Path, step: int | None) -> tuple[int, dict[str, Any
 def read_parameters(workdir: epath.Path, step: int, experiment: Experiment, mesh: Mesh) -> Arrays:
     """The parameters for evaluation (their average, where the run keeps one), on `mesh`."""
     specs = experiment.declaration.specs
-    parameters = experiment.abstract_state(mesh).parameters
+    parameters = evaluated(experiment.abstract_state(mesh))
     averaged = bool(experiment.run.optimizer.ema)
     part, prefix = ("buffers", EMA) if averaged else ("parameters", "")
     abstract = jax.eval_shape(lambda p: to_canonical(specs, p), parameters)
@@ -63,7 +63,10 @@ def read_parameters(workdir: epath.Path, step: int, experiment: Experiment, mesh
     where = str(workdir / checkpoint.FOLDER / str(step))
     checkpoint.check_shapes(checkpoint.read_shapes(workdir, step), wanted, where)
     read = checkpoint.read_state(workdir, step, wanted)[part]
-    flat = {name.removeprefix(prefix): np.asarray(value) for name, value in read.items()}
+    flat = {
+        name.removeprefix(prefix): np.asarray(value, wanted[part][name].dtype)
+        for name, value in read.items()
+    }
     return jax.device_put(from_canonical(specs, flat), shardings(parameters))
 
 
@@ -88,14 +91,14 @@ class Embedder:
         self.tasks: Mapping[str, Task] = {n: t.whole() for n, t in self._experiment.tasks.items()}
         self._calls: dict[tuple[Any, ...], Any] = {}
 
-    @property
-    def module(self) -> Model:
-        """The Flax NNX module with these parameters, to look at or to call: stems, trunk, heads."""
     @cached_property
     def _competes(self) -> bool:
         """Whether what the model makes of a row depends on the rows beside it."""
         return any(isinstance(part, Experts) for _, part in nnx.iter_modules(self.module))
 
+    @property
+    def module(self) -> Model:
+        """The Flax NNX module with these parameters, to look at or to call: stems, trunk, heads."""
         merged: Model = self._experiment.declaration.merge(self.parameters)
         return merged
 
@@ -254,7 +257,11 @@ class Embedder:
         of: Callable[[Model, Any], jax.Array],
         **more: Any,
     ) -> np.ndarray:
-        """What `of` makes of the rows, in chunks; compiled once for each verb, task, modality and size."""
+        """Return what `of` makes of the rows, in chunks; compiled once for each verb, task, modality and size.
+
+        Blank rows fill a chunk up to a power of two, so that few programs serve lists of any length. Where rows
+        compete for experts there are none, since an expert's slots grow with the rows: each size has a program.
+        """
         call = self._calls.setdefault((verb, task.name, modality), self.compiled(of))
         blank = _blank(task, modality)
         made = []
@@ -264,6 +271,7 @@ class Embedder:
             size = size if self._competes else 1 << (size - 1).bit_length()
             padded = part + [blank] * (size - len(part))
             arrays = {name: np.stack([row[name] for row in padded]) for name in blank}
+            arrays[EXISTS] = np.arange(size) < len(part)
             given = {"arrays": arrays, "chunk": np.uint32(chunk), **more}
             made.append(np.asarray(call(given))[: len(part)])
         return np.concatenate(made)
@@ -271,7 +279,6 @@ class Embedder:
     def compiled(self, function: Callable[[Model, Any], Any]) -> Callable[[Any], Any]:
         """`arrays -> function(model, arrays)` with the run's parameters, compiled for each shape it meets."""
         dtype = compute_dtype(self._experiment.run.dtype.compute)
-            arrays[EXISTS] = np.arange(size) < len(part)
         merge = self._experiment.declaration.merge
         made = jax.jit(lambda parameters, arrays: function(merge(parameters, dtype), arrays))
         return lambda arrays: made(self.parameters, arrays)

@@ -37,6 +37,7 @@ from mmjax.state import (
     compute_dtype,
     init_state,
     parameter_of,
+    evaluated,
     shardings,
     state_from_canonical,
     state_to_canonical,
@@ -118,7 +119,11 @@ class Session:
             # An average that is new begins at what it averages.
             for name in whole["buffers"].keys() - held.get("buffers", {}).keys():
                 if name.startswith(EMA):
-                    whole["buffers"][name] = whole["parameters"][name.removeprefix(EMA)]
+                    average = whole["parameters"][name.removeprefix(EMA)]
+                    whole["buffers"][name] = average.astype(whole["buffers"][name].dtype)
+            # Earlier versions did not count the steps of a round; what was skipped counted as one.
+            if SUMMED in whole["buffers"] and SUMMED not in held.get("buffers", {}):
+                whole["buffers"][SUMMED] = jnp.int32(step % experiment.run.optimizer.accumulate)
             return state_from_canonical(specs, whole)
 
         return jax.jit(joined, out_shardings=shardings(abstract))(held)
@@ -144,9 +149,7 @@ class Session:
 
     def evaluated(self, state: State) -> Arrays:
         """The parameters that evaluation uses."""
-        if not self.experiment.run.optimizer.ema:
-            return state.parameters
-        return {n.removeprefix(EMA): b for n, b in state.buffers.items() if n.startswith(EMA)}
+        return evaluated(state)
 
     def meta(self, clock: Clock) -> dict[str, Any]:
         """What a checkpoint says beside its arrays."""

@@ -17,7 +17,7 @@ from mmjax.optimizer import Optimizer
 from mmjax.parameters import Arrays, Declaration, Spec, from_canonical, to_canonical
 from mmjax.schedule import Schedule
 from mmjax.sharding import named
-from mmjax.transforms import Axes, LeafState
+from mmjax.transforms import Axes, LeafState, wide
 from mmjax.views import own_name, split_name
 
 EMA = "ema/"
@@ -32,7 +32,8 @@ class State:
       parameters: by name.
       optimizer: parameter name -> its leaf state by field, of what tasks have in common.
       buffers: what changes without an update, by name: `ema/NAME` averages parameter NAME, `sum/NAME`
-        adds up its gradients where several steps make one update.
+        adds up its gradients where several steps make one update, and `summed_steps` counts these. Averages and
+        sums are float32 or wider: a bfloat16 average whose weight is 0.999 stands still.
       moments: as `optimizer`, of tasks that have their own: `TASK:NAME` -> leaf state.
     """
 
@@ -113,8 +114,13 @@ def init_state(
         cast = {name: jnp.asarray(value, dtype) for name, value in given.items()}
         flat = {**to_canonical(declaration.specs, parameters), **cast}
         parameters = from_canonical(declaration.specs, flat)
-    buffers = {EMA + n: p for n, p in parameters.items()} if optimizer.config.ema else {}
-    buffers |= {SUM + n: jnp.zeros_like(parameters[n]) for n in sorted(optimizer.accumulates)}
+    buffers: Arrays = {}
+    if optimizer.config.ema:
+        buffers |= {EMA + n: p.astype(wide(p.dtype)) for n, p in parameters.items()}
+    if optimizer.accumulates:
+        summed = {n: parameters[n] for n in sorted(optimizer.accumulates)}
+        buffers |= {SUM + n: jnp.zeros(p.shape, wide(p.dtype)) for n, p in summed.items()}
+        buffers[SUMMED] = jnp.zeros((), jnp.int32)
     return State(parameters, optimizer.init(parameters), buffers, optimizer.init_own(parameters))
 
 
@@ -149,6 +155,12 @@ def parameter_of(buffer: str) -> str:
 
 def shardings(abstract: Any) -> Any:
     return jax.tree.map(lambda s: s.sharding, abstract)
+
+
+def evaluated(state: State) -> Arrays:
+    """Return the parameters that evaluation uses: their averages where the state keeps them."""
+    averages = {n.removeprefix(EMA): b for n, b in state.buffers.items() if n.startswith(EMA)}
+    return averages or state.parameters
 
 
 # --- the form in which checkpoints hold it -----------------------------------------------------
