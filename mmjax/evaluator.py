@@ -34,7 +34,8 @@ class Pass:
     Attributes:
       what: `embed/MODALITY` (output `vector` [E] of each row), or `embed/MODALITY>OTHER` in the space that it shares
         with the other, `predict/MODALITY` or `predict/ONE+OTHER`
-        (`logits` [C]), `write` (texts, see `Objective.write`), or `loss` (the loss and its metrics, per batch).
+        (`logits` [C]), `write` (texts, see `Objective.write`), or `loss` (the loss and its metrics, per batch, and what
+        the batch counts, see `_shares`).
       block: the source as a config block.
       fields: integer fields of the examples that the score needs, kept beside the outputs.
     """
@@ -125,13 +126,29 @@ def _function(task: Task, what: str) -> Callable[[Model, Batch, jax.Array], dict
         return task.objective.write
 
     def loss(model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        result = task.loss(model, batch, key)
-        rows = batch["valid"].shape
-        values = {"loss": result.value, **result.metrics}
+        result, valid_B = task.loss(model, batch, key), batch["valid"]
+        values = {"loss": result.value, **result.metrics, **_shares(result, valid_B)}
         values = {name: value for name, value in values.items() if not jnp.ndim(value)}
-        return {name: jnp.broadcast_to(value, rows) for name, value in values.items()}
+        return {name: jnp.broadcast_to(value, valid_B.shape) for name, value in values.items()}
 
     return loss
+
+
+def _shares(result: Loss, valid_B: jax.Array) -> dict[str, jax.Array]:
+    """What a score needs to put the means of several batches together, for each part of a loss.
+
+    `terms NAME` says how many terms each valid row stands for, `weight NAME` the part's weight in the loss, and
+    `compared NAME` how many rows are compared with each other, 0 where none are. The whole loss has no NAME.
+    """
+    rows, columns = valid_B.sum(), dict[str, jax.Array]()
+    for name, part in result.means(valid_B).items():
+        shares = {
+            "terms": part.count / jnp.maximum(rows, 1),
+            "weight": jnp.asarray(part.weight, jnp.float32),
+            "compared": rows if part.compares else jnp.zeros_like(rows),
+        }
+        columns |= {f"{what} {name}".strip(): value for what, value in shares.items()}
+    return columns
 
 
 def make_evaluators(task: Task) -> dict[str, Evaluator]:

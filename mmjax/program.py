@@ -23,7 +23,7 @@ from mmjax.errors import UserError
 from mmjax.evaluator import device_spec, function
 from mmjax.gradient import loss_and_gradient
 from mmjax.health import Bounds
-from mmjax.objective import Loss
+from mmjax.objective import Loss, row_keys
 from mmjax.optimizer import Optimizer
 from mmjax.parameters import Arrays, Declaration
 from mmjax.reach import Reach, reach
@@ -286,8 +286,11 @@ def eval_request(
     outputs_of = function(task, what)
 
     def run(parameters: Arrays, batch: Any, ticks: Ticks) -> dict[str, jax.Array]:
-        key = jax.random.fold_in(jax.random.fold_in(task.fold(seed), 2**31), ticks["batch"])
-        outputs = outputs_of(declaration.merge(parameters, compute), batch, key)
+        own = jax.random.fold_in(task.fold(seed), 2**31)
+        key, of_rows = (jax.random.fold_in(own, index) for index in (ticks["batch"], 0))
+        # An example draws the same whatever the size of the batches that it comes in.
+        keyed = {**batch, "keys": row_keys(batch, of_rows, ticks["batch"] * size)}
+        outputs = outputs_of(declaration.merge(parameters, compute), keyed, key)
         return {**outputs, "valid": batch["valid"]}
 
     spec = device_spec(task, what)

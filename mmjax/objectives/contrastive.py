@@ -19,7 +19,7 @@ from mmjax.layers.masks import Same
 from mmjax.layers.stream import Stream, add_up, mean_pool, segments
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Coupled, Loss, Represented
+from mmjax.objective import Coupled, Loss, Part, Represented
 from mmjax.parameters import declare
 from mmjax.sharding import constrain, split_rows
 
@@ -104,11 +104,11 @@ class Contrastive(Coupled):
             )
         if self.form not in FORMS:
             raise UserError(f"contrastive: form is '{self.form}'.{nearest(self.form, FORMS)}")
-        if self.chunk < 0:
         if self.form == "softmax" and self.temperature < 1 / MAX_SCALE:
             raise UserError(
                 f"contrastive: temperature is {self.temperature}; under softmax it is at least {1 / MAX_SCALE}."
             )
+        if self.chunk < 0:
             raise UserError(f"contrastive: chunk is {self.chunk}; it must be at least 0.")
 
     def reads(self) -> tuple[str, ...]:
@@ -174,7 +174,8 @@ class Contrastive(Coupled):
                 value, recall = info_nce(a_BE, b_BE, scale, concept_B, valid_B)
             # What equal logits would cost.
             baseline = jnp.log(jnp.maximum(valid_B.sum(), 1).astype(value.dtype))
-        return Loss(value, {**known, "batch_recall": recall, "baseline": baseline})
+        metrics = {**known, "batch_recall": recall, "baseline": baseline}
+        return Loss(value, metrics, parts={"": Part(1.0, valid_B.sum(), compares=True)})
 
 
 def concepts(batch: Batch, field: str) -> jax.Array:

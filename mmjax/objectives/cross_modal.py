@@ -17,7 +17,7 @@ from mmjax.layers.dense import Dense, LayerNorm
 from mmjax.layers.stream import add_up, mean_pool
 from mmjax.modality import PRESENT, Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Coupled, Loss, Represented
+from mmjax.objective import Coupled, Loss, Part, Represented
 from mmjax.objectives.contrastive import concepts, info_nce_of, unit
 from mmjax.parameters import declare
 
@@ -158,7 +158,8 @@ class CrossModal(Coupled):
         valid_B, one_B1 = batch["valid"], jnp.ones((batch["valid"].shape[0], 1), bool)
         present = {m: batch["inputs"][m].get(PRESENT, one_B1) for m in self.between}
         concept_B = concepts(batch, self.concept)
-        total, metrics = jnp.zeros(()), dict[str, jax.Array]()
+        total = baseline = anchors = jnp.zeros(())
+        metrics: dict[str, jax.Array] = {}
         for (one, two), weight in self._pairs().items():
             t = model.heads[self.head][_temperature((one, two))]()
             logits_BB = bag_logits(
@@ -168,10 +169,13 @@ class CrossModal(Coupled):
             loss, recall = info_nce_of(logits_BB, concept_B, there_B)
             total = total + weight * loss
             metrics |= {f"batch_recall {one} {two}": recall, f"temperature {one} {two}": t}
-        baseline = jnp.log(jnp.maximum(valid_B.sum(), 1).astype(total.dtype))
-        return Loss(total, {**metrics, "baseline": baseline})
+        parts = {"": Part(1.0, anchors, compares=True)}
+        return Loss(total, {**metrics, "baseline": baseline}, parts=parts)
 
 
+            anchors = anchors + weight * count
+            # What equal logits would cost the rows that have both.
+            baseline = baseline + weight * jnp.log(jnp.maximum(count, 1))
 def _temperature(pair: Pair) -> str:
     return f"temperature_{'_'.join(pair)}"
 
