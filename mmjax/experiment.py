@@ -262,8 +262,10 @@ class Experiment:
         return sum(self.settings.consumed(schedule, name, 0, steps) for name in self.tasks)
 
     def progress(self, step: int, positions: Mapping[str, int]) -> dict[str, int]:
-        """What the learning rate asks of the clock besides step and visit, as ticks of a program."""
+        """What an update asks of the clock besides step and visit, as ticks of a program."""
         found = {"phase": self.settings.index(step)} if self.settings.scales else {}
+        if self.run.optimizer.accumulate > 1:
+            found["last"] = int(step + 1 == self.run.steps)
         if self.run.optimizer.unit == "examples":
             found["part"] = min(sum(positions.values()) * PARTS // self._examples, PARTS)
         return found

@@ -33,8 +33,8 @@ def loss_and_gradient(
       model_of: makes the model from `parameters`.
       key: of the visit; each row has a key of its own, whatever part it is in (see `row_keys`).
     """
-    if task.config.microbatches == 1:
     batch = with_rows(batch)
+    if task.config.microbatches == 1:
 
         def value_of(parameters: Arrays) -> tuple[jax.Array, Loss]:
             loss = task.loss(model_of(parameters), batch, key)
@@ -54,6 +54,8 @@ def _separate(
     def weighted(parameters: Arrays, part: Any, key: jax.Array) -> tuple[jax.Array, Any]:
         loss = task.loss(model_of(parameters), part, key)
         _refuse_buffers(loss.buffers, task)
+        if loss.parts:
+            raise ValueError(f"{type(task.objective).__name__}: a loss of several means is Coupled")
         count = loss.terms(part["valid"])
         told = {name: count * metric for name, metric in loss.metrics.items()}
         return count * loss.value, (count, told)
@@ -66,7 +68,7 @@ def _separate(
     value, metrics, grads = jax.tree.map(
         lambda x: x / whole.astype(x.dtype), (value, metrics, grads)
     )
-    return Loss(value, metrics), grads
+    return Loss(value, metrics, count=count), grads
 
 
 def _coupled(

@@ -51,7 +51,9 @@ class OptimizerConfig:
         evaluation; 0 for none.
       accumulate: steps whose gradients make one update, of their mean, whatever their tasks. At the
         length of the schedule's period this is the gradient of the tasks' losses summed by their
-        shares, the baseline of AGD; every view must be `shared` then.
+        shares, the baseline of AGD; every view must be `shared` then. A step whose loss or gradient is not
+        finite, or whose batch has no valid row, is no part of the mean; a round that the run's end cuts short is
+        applied.
     """
 
     name: str = "adamw"
@@ -144,8 +146,9 @@ class Optimizer:
 
     @property
     def ticks(self) -> frozenset[str]:
-        """Names of the ticks that `rate` reads."""
-        return frozenset({UNITS[self.config.unit], *(["phase"] if self.scales else [])})
+        """Names of the ticks that an update reads: those of `rate`, and whether the step is the run's last one."""
+        more = [*(["phase"] if self.scales else []), *(["last"] if self.accumulates else [])]
+        return frozenset({UNITS[self.config.unit], *more})
 
     def rate(self, task: str, ticks: Mapping[str, jax.Array]) -> jax.Array:
         """The learning rate of a task's step, from integers alone."""
@@ -166,10 +169,10 @@ class Optimizer:
         bfloat16 parameter is rounded after its step: what is below half of its last place (1/512 of its value) is
         lost, so that small rates move large parameters not at all.
         """
+        grads = {name: g.astype(wide(g.dtype)) for name, g in grads.items()}
         norm = optax.tree.norm(grads)
         clip = self.config.clip
         factor = jnp.where(norm > clip, clip / norm, 1.0) if clip else jnp.ones_like(norm)
-        grads = {name: g.astype(wide(g.dtype)) for name, g in grads.items()}
         updated = {
             name: self._update_leaf(
                 name, g * factor.astype(g.dtype), state[name], parameters[name], rate

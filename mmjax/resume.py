@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
@@ -32,12 +33,13 @@ from mmjax.schedule import Schedule
 from mmjax.source import Cached, Examples
 from mmjax.state import (
     EMA,
+    SUMMED,
     Clock,
     State,
     compute_dtype,
+    evaluated,
     init_state,
     parameter_of,
-    evaluated,
     shardings,
     state_from_canonical,
     state_to_canonical,
@@ -106,6 +108,7 @@ class Session:
             given = dict(self.given)
             self.given.clear()
             return jax.jit(fresh, out_shardings=shardings(abstract))(given)
+        step = self.restored.step
         specs, held = experiment.declaration.specs, dict(self.restored.state)
         self.restored.state.clear()
         if not _missing(self._canonical_shapes, held):
@@ -420,6 +423,8 @@ def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]
     """
 
     def test(name: str, meta: dict[str, Any]) -> bool:
+        if name == SUMMED:
+            return True
         changed = _movers(meta["config"]) != _movers(experiment.block)
         is_new_average = name.startswith(EMA) and not meta["config"].get("optimizer", {}).get("ema")
         return changed or is_new_average or _is_new_head(name, meta)

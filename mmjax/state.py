@@ -22,6 +22,7 @@ from mmjax.views import own_name, split_name
 
 EMA = "ema/"
 SUM = "sum/"
+SUMMED = "summed_steps"  # how many steps the sums hold; it belongs to no parameter
 
 
 @struct.dataclass
@@ -143,7 +144,10 @@ def abstract_state(declaration: Declaration, optimizer: Optimizer, dtype: Any, m
     return State(
         {n: place(p, specs[n].axes) for n, p in shapes.parameters.items()},
         {n: place_state(n, leaf) for n, leaf in shapes.optimizer.items()},
-        {n: place(b, specs[parameter_of(n)].axes) for n, b in shapes.buffers.items()},
+        {
+            n: place(b, () if n == SUMMED else specs[parameter_of(n)].axes)
+            for n, b in shapes.buffers.items()
+        },
         {n: place_state(split_name(n)[1], leaf) for n, leaf in shapes.moments.items()},
     )
 
@@ -153,14 +157,14 @@ def parameter_of(buffer: str) -> str:
     return buffer.removeprefix(EMA).removeprefix(SUM)
 
 
-def shardings(abstract: Any) -> Any:
-    return jax.tree.map(lambda s: s.sharding, abstract)
-
-
 def evaluated(state: State) -> Arrays:
     """Return the parameters that evaluation uses: their averages where the state keeps them."""
     averages = {n.removeprefix(EMA): b for n, b in state.buffers.items() if n.startswith(EMA)}
     return averages or state.parameters
+
+
+def shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda s: s.sharding, abstract)
 
 
 # --- the form in which checkpoints hold it -----------------------------------------------------
@@ -199,7 +203,7 @@ def _by_prefix(
     buffers: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
     """`buffers` with `change` made to those of each prefix, which stand without it meanwhile."""
-    changed: dict[str, Any] = {}
+    changed = {n: b for n, b in buffers.items() if not n.startswith((EMA, SUM))}
     for prefix in (EMA, SUM):
         part = {n.removeprefix(prefix): b for n, b in buffers.items() if n.startswith(prefix)}
         changed |= {prefix + n: b for n, b in change(part).items()}
