@@ -127,11 +127,12 @@ def _is_measure(record: Mapping[str, Any], measure: str) -> bool:
 
 @dataclass(frozen=True)
 class Restored:
-    """A checkpoint: its step, its state in canonical form, and its meta data."""
+    """A checkpoint: its step, its state in canonical form, its meta data, and what `check_shapes` says of it."""
 
     step: int
     state: Any
     meta: dict[str, Any]
+    widened: tuple[str, ...] = ()
 
 
 class Checkpoints:
@@ -263,9 +264,14 @@ def _without_empty(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {part: leaves for part, leaves in tree.items() if leaves}
 
 
-def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
-    """Compare shapes and dtypes by name; the error lists parameter path, expected and found."""
-    wrong = []
+def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> list[str]:
+    """Compare shapes and dtypes by name; the error lists parameter path, expected and found.
+
+    Returns:
+      What is stored in a narrower dtype than it is kept in today, and is widened as it is read: earlier versions kept
+      averages, sums and second moments of bfloat16 parameters in bfloat16.
+    """
+    wrong, widened = [], list[str]()
     # Parameters first: what is wrong with them is wrong with what follows them.
     for part in sorted(expected, key=lambda part: (part != "parameters", part)):
         have = _flat(found.get(part, {}))
@@ -273,6 +279,8 @@ def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: s
             stored = have.get(name)
             if stored is None:
                 wrong.append(f"{part}/{name}: expected {_words(leaf)}, found nothing")
+            elif part != "parameters" and _widens(stored, leaf):
+                widened.append(f"{part}/{name}")
             elif tuple(stored.shape) != tuple(leaf.shape) or stored.dtype != leaf.dtype:
                 wrong.append(f"{part}/{name}: expected {_words(leaf)}, found {_words(stored)}")
     if wrong:
@@ -281,6 +289,15 @@ def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: s
         raise UserError(
             f"Checkpoint {where} does not fit this config:\n  {lines}{more}\nUse another --workdir."
         )
+    return widened
+
+
+def _widens(stored: Any, leaf: Any) -> bool:
+    """Whether an array is stored in a dtype all of whose values that of `leaf` holds too."""
+    both = [np.dtype(x.dtype) for x in (stored, leaf)]
+    floats = all(jax.numpy.issubdtype(dtype, jax.numpy.floating) for dtype in both)
+    fits = floats and jax.numpy.promote_types(*both) == both[1]
+    return fits and both[0] != both[1] and tuple(stored.shape) == tuple(leaf.shape)
 
 
 def _flat(tree: Any) -> dict[str, Any]:
@@ -322,6 +339,11 @@ def restore_latest(
         # What one process cannot read, none takes.
         torn = [w for w in processes.gather(words) if w is not None]
         if not torn:
+            if restored is not None and restored.widened:
+                say(
+                    f"Checkpoint {step} holds {len(restored.widened)} arrays in a narrower dtype than they are kept in "
+                    f"today ({restored.widened[0]} and so on); they go on in the wider one."
+                )
             return restored
         if processes.is_first():
             aside = set_aside(workdir, step, "torn")
@@ -343,8 +365,8 @@ def restore(
     accept(step, meta)
     found = read_shapes(workdir, step)
     wanted = _without_new(abstract, found, meta, may_be_new)
-    check_shapes(found, wanted, str(workdir / FOLDER / str(step)))
-    return Restored(step, read_state(workdir, step, wanted), meta)
+    widened = check_shapes(found, wanted, str(workdir / FOLDER / str(step)))
+    return Restored(step, read_state(workdir, step, wanted), meta, tuple(widened))
 
 
 def _without_new(

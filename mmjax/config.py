@@ -39,6 +39,7 @@ KEY_CLASSES: tuple[tuple[str, str], ...] = (
         "free",
     ),
     (r"modalities\.\w+\.max_(pixels|frames|seconds)$", "free"),
+    (r"model\.groups\.\d+\.pattern\.\d+\.experts\.losses_over$", "schedule"),
     (r"schedule(\.|$)|optimizer\.(?!(name|moments_dtype|factored|accumulate)$)", "schedule"),
     (r"tasks\.\w+\.(share|shared_time|batch|inputs|buckets|objective|view)(\.|$)", "schedule"),
     (r"", "structural"),

@@ -27,6 +27,7 @@ from mmjax.evaluator import Outputs, Pass, Record, device_spec, row_spec
 from mmjax.experiment import Experiment, make_experiment, pass_key, program_key
 from mmjax.identity import is_same
 from mmjax.loading import find_step, read_parameters
+from mmjax.monitor.metrics import strict
 from mmjax.monitor.tables import program_table, results_table
 from mmjax.program import Program, compile_all, ticks, use_cache
 from mmjax.sharding import batch_sharding, make_mesh
@@ -177,9 +178,9 @@ def announce_changed(
 
 
 def write_results(workdir: epath.Path, records: Sequence[Record]) -> None:
-    """`results.json`, whole or not at all."""
+    """Write `results.json`, whole or not at all; what is not finite as `metrics.jsonl` has it."""
     partial = workdir / f"{RESULTS}.partial"
-    partial.write_text(json.dumps(list(records), indent=1))
+    partial.write_text(json.dumps(strict(list(records)), indent=1, allow_nan=False))
     partial.replace(workdir / RESULTS)
 
 

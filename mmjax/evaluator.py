@@ -19,6 +19,7 @@ import numpy as np
 
 from mmjax import config as configs
 from mmjax.model import Batch, Model
+from mmjax.objective import Loss, with_rows
 from mmjax.source import Source
 from mmjax.task import RowSpec, Task
 
@@ -33,7 +34,8 @@ class Pass:
     Attributes:
       what: `embed/MODALITY` (output `vector` [E] of each row), or `embed/MODALITY>OTHER` in the space that it shares
         with the other, `predict/MODALITY` or `predict/ONE+OTHER`
-        (`logits` [C]), `write` (texts, see `Objective.write`), or `loss` (the loss and its metrics, per batch).
+        (`logits` [C]), `write` (texts, see `Objective.write`), or `loss` (the loss and its metrics, per batch, and what
+        the batch counts, see `_shares`).
       block: the source as a config block.
       fields: integer fields of the examples that the score needs, kept beside the outputs.
     """
@@ -113,7 +115,12 @@ def device_spec(task: Task, what: str) -> RowSpec:
 
 
 def function(task: Task, what: str) -> Callable[[Model, Batch, jax.Array], dict[str, jax.Array]]:
-    """The function on the devices: outputs with a leading row axis."""
+    """Return the function on the devices: outputs with a leading row axis, of batches whose rows may be invalid."""
+    of_marked = _function(task, what)
+    return lambda model, batch, key: of_marked(model, with_rows(batch), key)
+
+
+def _function(task: Task, what: str) -> Callable[[Model, Batch, jax.Array], dict[str, jax.Array]]:
     if what.startswith("embed/"):
         modality, _, toward = what.removeprefix("embed/").partition(">")
         return lambda model, batch, key: {
@@ -125,13 +132,29 @@ def function(task: Task, what: str) -> Callable[[Model, Batch, jax.Array], dict[
         return task.objective.write
 
     def loss(model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        result = task.loss(model, batch, key)
-        rows = batch["valid"].shape
-        values = {"loss": result.value, **result.metrics}
+        result, valid_B = task.loss(model, batch, key), batch["valid"]
+        values = {"loss": result.value, **result.metrics, **_shares(result, valid_B)}
         values = {name: value for name, value in values.items() if not jnp.ndim(value)}
-        return {name: jnp.broadcast_to(value, rows) for name, value in values.items()}
+        return {name: jnp.broadcast_to(value, valid_B.shape) for name, value in values.items()}
 
     return loss
+
+
+def _shares(result: Loss, valid_B: jax.Array) -> dict[str, jax.Array]:
+    """What a score needs to put the means of several batches together, for each part of a loss.
+
+    `terms NAME` says how many terms each valid row stands for, `weight NAME` the part's weight in the loss, and
+    `compared NAME` how many rows are compared with each other, 0 where none are. The whole loss has no NAME.
+    """
+    rows, columns = valid_B.sum(), dict[str, jax.Array]()
+    for name, part in result.means(valid_B).items():
+        shares = {
+            "terms": part.count / jnp.maximum(rows, 1),
+            "weight": jnp.asarray(part.weight, jnp.float32),
+            "compared": rows if part.compares else jnp.zeros_like(rows),
+        }
+        columns |= {f"{what} {name}".strip(): value for what, value in shares.items()}
+    return columns
 
 
 def make_evaluators(task: Task) -> dict[str, Evaluator]:

@@ -29,7 +29,7 @@ from mmjax.rules import apply_rules, trained
 from mmjax.schedule import BUDGET, Schedule, Stretch, from_config, stretches
 from mmjax.settings import Setting, Settings, make_settings
 from mmjax.sharding import MeshConfig, make_mesh
-from mmjax.state import State, abstract_state, compute_dtype
+from mmjax.state import State, abstract_state, compute_dtype, evaluated
 from mmjax.task import Task, make_task
 from mmjax.views import SHARED, View, check_kind, in_common, make_view
 from mmjax.warm_start import WarmStartConfig
@@ -37,7 +37,13 @@ from mmjax.warm_start import WarmStartConfig
 
 @dataclass(frozen=True)
 class DtypeConfig:
-    """Precision: of the parameters and their optimizer state, and of the model's arithmetic."""
+    """Precision.
+
+    Attributes:
+      parameters: of the parameters. Second moments, averages and sums of gradients are float32 or wider whatever it
+        is, and an update is computed in float32; but a bfloat16 parameter loses steps below 1/512 of its value.
+      compute: of the model's arithmetic.
+    """
 
     parameters: str = "float32"
     compute: str = "float32"
@@ -256,8 +262,10 @@ class Experiment:
         return sum(self.settings.consumed(schedule, name, 0, steps) for name in self.tasks)
 
     def progress(self, step: int, positions: Mapping[str, int]) -> dict[str, int]:
-        """What the learning rate asks of the clock besides step and visit, as ticks of a program."""
+        """What an update asks of the clock besides step and visit, as ticks of a program."""
         found = {"phase": self.settings.index(step)} if self.settings.scales else {}
+        if self.run.optimizer.accumulate > 1:
+            found["last"] = int(step + 1 == self.run.steps)
         if self.run.optimizer.unit == "examples":
             found["part"] = min(sum(positions.values()) * PARTS // self._examples, PARTS)
         return found
@@ -325,7 +333,7 @@ class Experiment:
     def eval_requests(self, mesh: Mesh) -> dict[str, Request]:
         """The programs of the evaluation passes, by `program_key`."""
         compute = compute_dtype(self.run.dtype.compute)
-        parameters = self.abstract_state(mesh).parameters
+        parameters = evaluated(self.abstract_state(mesh))
         size = self.run.evaluation.batch
         requests: dict[str, Request] = {}
         for task, each in self.passes():

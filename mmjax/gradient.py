@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from mmjax.errors import UserError
 from mmjax.model import Model
-from mmjax.objective import Coupled, Loss, row_keys
+from mmjax.objective import Coupled, Loss, row_keys, with_rows
 from mmjax.parameters import Arrays
 from mmjax.sharding import joined_rows, split_rows
 from mmjax.task import Task
+from mmjax.transforms import wide
 
 ModelOf = Callable[[Arrays], Model]
 
@@ -32,6 +33,7 @@ def loss_and_gradient(
       model_of: makes the model from `parameters`.
       key: of the visit; each row has a key of its own, whatever part it is in (see `row_keys`).
     """
+    batch = with_rows(batch)
     if task.config.microbatches == 1:
 
         def value_of(parameters: Arrays) -> tuple[jax.Array, Loss]:
@@ -52,6 +54,8 @@ def _separate(
     def weighted(parameters: Arrays, part: Any, key: jax.Array) -> tuple[jax.Array, Any]:
         loss = task.loss(model_of(parameters), part, key)
         _refuse_buffers(loss.buffers, task)
+        if loss.parts:
+            raise ValueError(f"{type(task.objective).__name__}: a loss of several means is Coupled")
         count = loss.terms(part["valid"])
         told = {name: count * metric for name, metric in loss.metrics.items()}
         return count * loss.value, (count, told)
@@ -64,7 +68,7 @@ def _separate(
     value, metrics, grads = jax.tree.map(
         lambda x: x / whole.astype(x.dtype), (value, metrics, grads)
     )
-    return Loss(value, metrics), grads
+    return Loss(value, metrics, count=count), grads
 
 
 def _coupled(
@@ -114,9 +118,9 @@ def _parts(task: Task, batch: Any, key: jax.Array) -> tuple[Any, jax.Array]:
 
 
 def _total(fun: Callable[..., Any], *stacked: Any) -> Any:
-    """The sum of `fun` over the leading axis, one after another."""
+    """Return the sum of `fun` over the leading axis, one after another, in float32 or wider."""
     first = jax.tree.map(lambda x: x[0], stacked)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fun, *first))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s.dtype)), jax.eval_shape(fun, *first))
 
     def add(total: Any, each: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, fun(*each)), None

@@ -8,21 +8,25 @@ vectors = model.embed(image=[picture, another])
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from flax import nnx
 from jax.sharding import Mesh
 
 from mmjax import checkpoint, commandline
 from mmjax.errors import UserError, nearest
 from mmjax.experiment import Experiment, make_experiment
+from mmjax.layers.experts import Experts
+from mmjax.modality import EXISTS
 from mmjax.model import Model
 from mmjax.objective import Objective, Span
 from mmjax.parameters import Arrays, from_canonical, to_canonical
 from mmjax.sharding import MeshConfig, make_mesh
-from mmjax.state import EMA, compute_dtype, shardings
+from mmjax.state import EMA, compute_dtype, evaluated, shardings
 from mmjax.task import Task
 
 _LARGEST = 256  # rows of one call; more are cut into several
@@ -51,7 +55,7 @@ def find_step(workdir: epath.Path, step: int | None) -> tuple[int, dict[str, Any
 def read_parameters(workdir: epath.Path, step: int, experiment: Experiment, mesh: Mesh) -> Arrays:
     """The parameters for evaluation (their average, where the run keeps one), on `mesh`."""
     specs = experiment.declaration.specs
-    parameters = experiment.abstract_state(mesh).parameters
+    parameters = evaluated(experiment.abstract_state(mesh))
     averaged = bool(experiment.run.optimizer.ema)
     part, prefix = ("buffers", EMA) if averaged else ("parameters", "")
     abstract = jax.eval_shape(lambda p: to_canonical(specs, p), parameters)
@@ -59,7 +63,10 @@ def read_parameters(workdir: epath.Path, step: int, experiment: Experiment, mesh
     where = str(workdir / checkpoint.FOLDER / str(step))
     checkpoint.check_shapes(checkpoint.read_shapes(workdir, step), wanted, where)
     read = checkpoint.read_state(workdir, step, wanted)[part]
-    flat = {name.removeprefix(prefix): np.asarray(value) for name, value in read.items()}
+    flat = {
+        name.removeprefix(prefix): np.asarray(value, wanted[part][name].dtype)
+        for name, value in read.items()
+    }
     return jax.device_put(from_canonical(specs, flat), shardings(parameters))
 
 
@@ -84,6 +91,11 @@ class Embedder:
         self.tasks: Mapping[str, Task] = {n: t.whole() for n, t in self._experiment.tasks.items()}
         self._calls: dict[tuple[Any, ...], Any] = {}
 
+    @cached_property
+    def _competes(self) -> bool:
+        """Whether what the model makes of a row depends on the rows beside it."""
+        return any(isinstance(part, Experts) for _, part in nnx.iter_modules(self.module))
+
     @property
     def module(self) -> Model:
         """The Flax NNX module with these parameters, to look at or to call: stems, trunk, heads."""
@@ -91,7 +103,10 @@ class Embedder:
         return merged
 
     def embed(self, *, task: str | None = None, **values: Sequence[Any]) -> np.ndarray:
-        """Unit vectors of a list of values of one modality.
+        """Return unit vectors of a list of values of one modality.
+
+        Where the model has experts, values that are embedded together compete for them, up to 256 at a time: their
+        vectors depend on each other, as in training.
 
         Args:
           task: whose joint space; by default the first task that embeds the modality.
@@ -242,16 +257,21 @@ class Embedder:
         of: Callable[[Model, Any], jax.Array],
         **more: Any,
     ) -> np.ndarray:
-        """What `of` makes of the rows, in chunks; compiled once for each verb, task, modality and size."""
+        """Return what `of` makes of the rows, in chunks; compiled once for each verb, task, modality and size.
+
+        Blank rows fill a chunk up to a power of two, so that few programs serve lists of any length. Where rows
+        compete for experts there are none, since an expert's slots grow with the rows: each size has a program.
+        """
         call = self._calls.setdefault((verb, task.name, modality), self.compiled(of))
         blank = _blank(task, modality)
         made = []
         for chunk, start in enumerate(range(0, max(len(rows), 1), _LARGEST)):
             part = rows[start : start + _LARGEST]
-            # Sizes are powers of two, so that few programs serve lists of any length.
-            size = 1 << (max(len(part), 1) - 1).bit_length()
+            size = max(len(part), 1)
+            size = size if self._competes else 1 << (size - 1).bit_length()
             padded = part + [blank] * (size - len(part))
             arrays = {name: np.stack([row[name] for row in padded]) for name in blank}
+            arrays[EXISTS] = np.arange(size) < len(part)
             given = {"arrays": arrays, "chunk": np.uint32(chunk), **more}
             made.append(np.asarray(call(given))[: len(part)])
         return np.concatenate(made)

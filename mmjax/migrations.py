@@ -68,6 +68,12 @@ class Row:
     when: Callable[[Block, Block, tuple[str, ...]], bool] = always
 
 
+def has_losses(config: Block, block: Block, path: tuple[str, ...]) -> bool:
+    """Accept `experts` with auxiliary losses."""
+    del config, path
+    return bool(block.get("losses"))
+
+
 ROWS: tuple[Row, ...] = (
     Row(2, "modalities.*", "max_frames", 2**31, named("video")),
     Row(
@@ -76,6 +82,9 @@ ROWS: tuple[Row, ...] = (
     Row(2, "modalities.*", "max_seconds", 1e9, named("spectrogram", "waveform")),
     Row(2, "tasks.*", "shared_time", False, of_several("spectrogram", "video", "waveform")),
     Row(2, "tasks.*.inputs.*", "fit", "squash", of_modality("colours", "image", "video")),
+    Row(2, "model.groups.*.pattern.*.experts", "losses_over", "batch", has_losses),
+    Row(2, "tasks.*.objective.multimodal.*.pattern.*.experts", "losses_over", "batch", has_losses),
+    Row(2, "tasks.*.objective.unimodal.*.pattern.*.experts", "losses_over", "batch", has_losses),
 )
 
 

@@ -24,6 +24,9 @@ from mmjax.errors import UserError
 I = TypeVar("I")  # noqa: E741
 ArraySpec = dict[str, jax.ShapeDtypeStruct]
 PRESENT = "present"  # the array that says which instances of an example are there
+EXISTS = (
+    "exists"  # the array that says which rows of a batch exist, see `mmjax.objective.with_rows`
+)
 
 
 class Stem(nnx.Module):
@@ -173,11 +176,16 @@ def start_of(over: int, rng: np.random.Generator | None, time: float | None = No
 
 
 def as_rows(arrays: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array | None]:
-    """Instances as rows, `[B, N, ...] -> [B N, ...]`, and which are present, bool `[B N]`; None without instances."""
+    """Return instances as rows, `[B, N, ...] -> [B N, ...]`, and which rows exist, bool `[B]` or `[B N]`.
+
+    An instance exists where it is present and its row exists. None means that all rows exist.
+    """
+    rows = {name: x for name, x in arrays.items() if name not in (PRESENT, EXISTS)}
+    exists_B = arrays.get(EXISTS)
     if PRESENT not in arrays:
-        return dict(arrays), None
-    rows = {name: x.reshape(-1, *x.shape[2:]) for name, x in arrays.items()}
-    return rows, rows.pop(PRESENT)
+        return rows, exists_B
+    exists_BN = arrays[PRESENT] if exists_B is None else arrays[PRESENT] & exists_B[:, None]
+    return {name: x.reshape(-1, *x.shape[2:]) for name, x in rows.items()}, exists_BN.reshape(-1)
 
 
 # --- dropping tokens ---------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from mmjax.layers.experts import Experts
 from mmjax.layers.masks import FULL, Mask
 from mmjax.layers.stream import Aux, Stream, concatenate
 from mmjax.layers.trunk import GroupConfig, Trunk
-from mmjax.modality import Modality, as_rows
+from mmjax.modality import PRESENT, Modality, as_rows
 from mmjax.parameters import Declaration
 from mmjax.sharding import constrain
 
@@ -63,17 +63,18 @@ class Model(nnx.Module):
     def tokens(
         self, modality: str, arrays: Mapping[str, jax.Array], values: jax.Array | None = None
     ) -> Stream:
-        """The stem's stream for one modality's arrays (leading batch axis), or for other values, see `Stem`.
+        """Return the stem's stream for one modality's arrays (leading batch axis), or for other values, see `Stem`.
 
-        Instances of an example are rows, `[B N, S, D]`; no token of one that is not present is valid.
+        Instances of an example are rows, `[B N, S, D]`; no token of one that is not present is valid. The stream
+        says which rows exist (`rows_B`) where the arrays do, as those of `mmjax.objective.with_rows`.
         """
-        stem, (arrays, present_B) = self.stems[modality], as_rows(arrays)
+        stem, is_instance = self.stems[modality], PRESENT in arrays
+        arrays, exists_B = as_rows(arrays)
         stream: Stream = stem(arrays) if values is None else stem(arrays, values)
         x_BSD = constrain(stream.x_BSD, ("batch", "tokens", None))
-        stream = replace(stream, x_BSD=x_BSD, layout=((modality, x_BSD.shape[1]),))
-        if present_B is None:
-            return stream
-        return replace(stream, valid_BS=stream.mask_BS() & present_B[:, None])
+        layout = ((modality, x_BSD.shape[1]),)
+        stream = replace(stream, x_BSD=x_BSD, layout=layout, rows_B=exists_B)
+        return replace(stream, valid_BS=stream.mask_BS()) if is_instance else stream
 
     def encode(
         self, streams: Iterable[Stream], key: jax.Array | None, mask: Mask = FULL

@@ -17,7 +17,7 @@ from flax import struct
 
 from mmjax.errors import UserError
 from mmjax.layers.stream import Aux
-from mmjax.modality import Input
+from mmjax.modality import EXISTS, Input
 from mmjax.model import Batch, Model
 from mmjax.source import Example
 
@@ -40,6 +40,22 @@ class Span:
 
 
 @struct.dataclass
+class Part:
+    """A mean that a loss is made of.
+
+    Attributes:
+      weight: its factor in the loss.
+      count: how many terms it is a mean of, a scalar.
+      compares: whether a term depends on the other rows of the batch, as where they are its negatives. Such a mean is
+        of one batch: evaluation takes it of batches with equally many valid rows only.
+    """
+
+    weight: jax.Array | float
+    count: jax.Array
+    compares: bool = struct.field(pytree_node=False, default=False)
+
+
+@struct.dataclass
 class Loss:
     """What a loss returns.
 
@@ -47,14 +63,27 @@ class Loss:
       value: the loss, a float32 scalar (auxiliary losses added).
       metrics: further scalars to report, float32.
       buffers: proposed new values of buffers.
-      count: how many terms `value` is a mean of, a scalar; None for the valid rows. It weights
-        micro-batches: a mean over valid tokens gives their number.
+      count: how many terms `value` is a mean of, a scalar; None for the valid rows. It weights micro-batches and
+        batches of an evaluation: a mean over valid tokens gives their number.
+      parts: the means that `value` is a sum of, where it is no single mean over `count` terms: by the metric that holds
+        it, or by "" for `value` itself. What is in none of them (auxiliary losses) counts by row. For losses that
+        derive from `Coupled`; another keeps to `count`.
     """
 
     value: jax.Array
     metrics: dict[str, jax.Array] = field(default_factory=dict)
     buffers: dict[str, jax.Array] = field(default_factory=dict)
     count: jax.Array | None = None
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    def means(self, valid_B: jax.Array) -> dict[str, Part]:
+        """Return `parts`, made explicit."""
+        return self.parts or {"": Part(1.0, self.terms(valid_B))}
+
+    def is_empty(self, valid_B: jax.Array) -> jax.Array:
+        """Return whether the batch holds nothing that the loss is a mean of, a bool scalar."""
+        counts = [part.count for part in self.means(valid_B).values()]
+        return jnp.stack([jnp.asarray(count) <= 0 for count in counts]).all()
 
     def terms(self, valid_B: jax.Array) -> jax.Array:
         """`count`, made explicit, in the dtype of the value."""
@@ -208,10 +237,24 @@ def refuse_drop(objective: Objective, inputs: Mapping[str, Input]) -> None:
             )
 
 
-def row_keys(batch: Batch, key: jax.Array) -> jax.Array:
-    """A random key for each row, `[B]`: the same for a row whatever part of a batch it comes in."""
+def with_rows(batch: Batch) -> dict[str, Any]:
+    """Return the batch with its `valid` beside the arrays of each modality.
+
+    `Model.tokens` hands it on to the stream, so that every layer knows which rows exist, whatever the objective does
+    with them. Whoever calls an objective with a batch calls it with this.
+    """
+    inputs = {m: {**arrays, EXISTS: batch["valid"]} for m, arrays in batch["inputs"].items()}
+    return {**batch, "inputs": inputs}
+
+
+def row_keys(batch: Batch, key: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+    """Return a random key for each row, `[B]`: the same for a row whatever part of a batch it comes in.
+
+    Args:
+      first: index of the batch's first row, where the rows of several batches draw by one `key`.
+    """
     if "keys" in batch:
         return batch["keys"]
     of_rows = jax.random.fold_in(key, _ROWS)
-    rows = jnp.arange(batch["valid"].shape[0])
+    rows = first + jnp.arange(batch["valid"].shape[0])
     return jax.vmap(lambda row: jax.random.fold_in(of_rows, row))(rows)

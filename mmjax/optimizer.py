@@ -18,7 +18,7 @@ from flax import struct
 from mmjax.errors import UserError, nearest
 from mmjax.parameters import Arrays, Spec
 from mmjax.rules import RuleConfig, apply_rules
-from mmjax.transforms import Axes, LeafState, leaf_transform
+from mmjax.transforms import Axes, LeafState, leaf_transform, wide
 from mmjax.views import OWN_MOMENTS, SHARED, View, in_common, own_name
 
 
@@ -37,8 +37,8 @@ class OptimizerConfig:
       b1, b2, eps: Adam's; the first two are Lion's as well.
       momentum: Muon's.
       factored: Adafactor keeps rows and columns apart in matrices with no side below this.
-      moments_dtype: of first moments, `bfloat16` or `float32`; empty for the parameters' own. Second
-        moments keep theirs: a bfloat16 average whose weight is 0.999 stands still.
+      moments_dtype: of first moments, `bfloat16` or `float32`; empty for the parameters' own. Second moments are
+        float32 or wider, like averages and sums: a bfloat16 average whose weight is 0.999 stands still.
       weight_decay: decoupled, times the learning rate; on matrices only, unless a rule says otherwise.
       clip: bound of the norm of the gradient of all that a step moves; 0 for none.
       unit: what `warmup` and the decay count: `steps` of the run, `examples` of all tasks, or `visits`
@@ -51,7 +51,9 @@ class OptimizerConfig:
         evaluation; 0 for none.
       accumulate: steps whose gradients make one update, of their mean, whatever their tasks. At the
         length of the schedule's period this is the gradient of the tasks' losses summed by their
-        shares, the baseline of AGD; every view must be `shared` then.
+        shares, the baseline of AGD; every view must be `shared` then. A step whose loss or gradient is not
+        finite, or whose batch has no valid row, is no part of the mean; a round that the run's end cuts short is
+        applied.
     """
 
     name: str = "adamw"
@@ -144,8 +146,9 @@ class Optimizer:
 
     @property
     def ticks(self) -> frozenset[str]:
-        """Names of the ticks that `rate` reads."""
-        return frozenset({UNITS[self.config.unit], *(["phase"] if self.scales else [])})
+        """Names of the ticks that an update reads: those of `rate`, and whether the step is the run's last one."""
+        more = [*(["phase"] if self.scales else []), *(["last"] if self.accumulates else [])]
+        return frozenset({UNITS[self.config.unit], *more})
 
     def rate(self, task: str, ticks: Mapping[str, jax.Array]) -> jax.Array:
         """The learning rate of a task's step, from integers alone."""
@@ -162,8 +165,11 @@ class Optimizer:
     ) -> Updated:
         """One update of the parameters that have a gradient; all else stays as it is, its state too.
 
-        Clip over all of them, then the transform and decoupled weight decay leaf by leaf.
+        Clip over all of them, then the transform and decoupled weight decay leaf by leaf, in float32 or wider. A
+        bfloat16 parameter is rounded after its step: what is below half of its last place (1/512 of its value) is
+        lost, so that small rates move large parameters not at all.
         """
+        grads = {name: g.astype(wide(g.dtype)) for name, g in grads.items()}
         norm = optax.tree.norm(grads)
         clip = self.config.clip
         factor = jnp.where(norm > clip, clip / norm, 1.0) if clip else jnp.ones_like(norm)
@@ -189,14 +195,15 @@ class Optimizer:
     ) -> tuple[jax.Array, LeafState]:
         rule = self._rules[name]
         rates = rate * jnp.asarray(rule.scale, rate.dtype)
-        decays = jnp.asarray(self.config.weight_decay * rule.decays, parameter.dtype)
+        decays = jnp.asarray(self.config.weight_decay * rule.decays, wide(parameter.dtype))
 
         def update(
             g: jax.Array, s: LeafState, p: jax.Array, rate: jax.Array, decay: jax.Array
         ) -> tuple[jax.Array, LeafState]:
             direction, after = self._leaves[name].update(g, s, p)
-            step = -rate * (direction + decay * p)
-            return p + step.astype(p.dtype), after
+            precise = p.astype(wide(p.dtype))
+            step = -rate * (direction + decay * precise)
+            return (precise + step.astype(precise.dtype)).astype(p.dtype), after
 
         each = jax.vmap(update) if self.specs[name].stack else update
         return each(grad, state, parameter, rates, decays)

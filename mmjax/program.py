@@ -23,13 +23,14 @@ from mmjax.errors import UserError
 from mmjax.evaluator import device_spec, function
 from mmjax.gradient import loss_and_gradient
 from mmjax.health import Bounds
-from mmjax.objective import Loss
+from mmjax.objective import Loss, row_keys
 from mmjax.optimizer import Optimizer
 from mmjax.parameters import Arrays, Declaration
 from mmjax.reach import Reach, reach
 from mmjax.sharding import batch_sharding, noting, replicated
-from mmjax.state import EMA, SUM, State, shardings
+from mmjax.state import EMA, SUM, SUMMED, State, shardings
 from mmjax.task import RowSpec, Task
+from mmjax.transforms import wide
 from mmjax.views import OWN_MOMENTS, View, own_name, split_name
 
 Metrics = dict[str, jax.Array]
@@ -127,16 +128,17 @@ def train_function(
 
         key = jax.random.fold_in(task.fold(seed), ticks["visit"])
         loss, grads = loss_and_gradient(task, model_of, moved, batch, key)
+        finite = jnp.isfinite(loss.value) & jnp.isfinite(_norm(grads))
+        # A non-finite loss or gradient leaves everything as it was, and the host counts it. So does a batch without
+        # a valid row, whose gradient of zero would else decay weights and spend momentum.
+        counts = finite & ~loss.is_empty(batch["valid"])
         if optimizer.accumulates:
-            after, told = _accumulated(state, loss, grads, optimizer, task.name, ticks)
-            without = after  # of the loss's proposals; a bad gradient is not in the sums
+            after, told = _accumulated(state, counts, grads, optimizer, task.name, ticks)
         else:
             after, told = _updated(state, grads, optimizer, task.name, ticks)
-            without = state
-        after = replace(after, buffers={**after.buffers, **loss.buffers})
-        # A non-finite loss or gradient leaves everything as it was; the host counts it.
-        finite = jnp.isfinite(loss.value) & jnp.isfinite(told["grad_norm"])
-        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, without)
+            after = _where(counts, after, state)
+        proposed = {n: jnp.where(counts, b, state.buffers[n]) for n, b in loss.buffers.items()}
+        after = replace(after, buffers={**after.buffers, **proposed})
         metrics = {"loss": loss.value, **told, **loss.metrics, "finite": finite}
         return after, {
             name: jnp.asarray(m, jnp.promote_types(m.dtype, jnp.float32))
@@ -174,28 +176,41 @@ def _updated(
 
 
 def _accumulated(
-    state: State, loss: Loss, grads: Arrays, optimizer: Optimizer, task: str, ticks: Ticks
+    state: State, counts: jax.Array, grads: Arrays, optimizer: Optimizer, task: str, ticks: Ticks
 ) -> tuple[State, Metrics]:
-    """The gradient added to the sums; in the last step of a round, an update with their mean.
+    """Add the gradient to the sums; in the last step of a round, or of the run, update with their mean.
 
-    A non-finite loss or gradient is left out of its round.
+    Args:
+      counts: whether the step is part of its round. The mean is over those that are; without any, nothing moves.
     """
-    every, norm = optimizer.config.accumulate, optax.tree.norm(grads)
-    finite = jnp.isfinite(loss.value) & jnp.isfinite(norm)
-    sums = {n: state.buffers[SUM + n] + jnp.where(finite, g, 0) for n, g in grads.items()}
+    sums = {n: state.buffers[SUM + n] + jnp.where(counts, g, 0) for n, g in grads.items()}
     sums = {n: state.buffers[SUM + n] for n in optimizer.accumulates} | sums
+    steps = state.buffers[SUMMED] + counts.astype(jnp.int32)
 
-    def holding(after: State, sums: Arrays) -> State:
-        return replace(after, buffers={**after.buffers, **{SUM + n: s for n, s in sums.items()}})
+    def holding(after: State, sums: Arrays, steps: jax.Array) -> State:
+        buffers = {**after.buffers, **{SUM + n: s for n, s in sums.items()}, SUMMED: steps}
+        return replace(after, buffers=buffers)
 
     def update() -> State:
-        means = {n: s / every for n, s in sums.items() if n in grads}
+        some = jnp.maximum(steps, 1)
+        means = {n: s / some.astype(s.dtype) for n, s in sums.items() if n in grads}
         after, _ = _updated(state, means, optimizer, task, ticks)
-        return holding(after, jax.tree.map(jnp.zeros_like, sums))
+        after = _where((steps > 0) & jnp.isfinite(_norm(means)), after, state)
+        return holding(after, jax.tree.map(jnp.zeros_like, sums), jnp.zeros_like(steps))
 
-    is_last = (ticks["step"] + 1) % every == 0
-    after: State = jax.lax.cond(is_last, update, lambda: holding(state, sums))
-    return after, {"grad_norm": norm, "learning_rate": optimizer.rate(task, ticks)}
+    is_last = ((ticks["step"] + 1) % optimizer.config.accumulate == 0) | (ticks["last"] > 0)
+    after: State = jax.lax.cond(is_last, update, lambda: holding(state, sums, steps))
+    return after, {"grad_norm": _norm(grads), "learning_rate": optimizer.rate(task, ticks)}
+
+
+def _norm(grads: Arrays) -> jax.Array:
+    """Return the norm of a gradient, in float32 or wider."""
+    return optax.tree.norm({n: g.astype(wide(g.dtype)) for n, g in grads.items()})
+
+
+def _where(chosen: jax.Array, one: State, other: State) -> State:
+    after: State = jax.tree.map(lambda a, b: jnp.where(chosen, a, b), one, other)
+    return after
 
 
 def _averaged(buffers: Arrays, parameters: Arrays, moved: Iterable[str], decay: float) -> Arrays:
@@ -286,8 +301,11 @@ def eval_request(
     outputs_of = function(task, what)
 
     def run(parameters: Arrays, batch: Any, ticks: Ticks) -> dict[str, jax.Array]:
-        key = jax.random.fold_in(jax.random.fold_in(task.fold(seed), 2**31), ticks["batch"])
-        outputs = outputs_of(declaration.merge(parameters, compute), batch, key)
+        own = jax.random.fold_in(task.fold(seed), 2**31)
+        key, of_rows = (jax.random.fold_in(own, index) for index in (ticks["batch"], 0))
+        # An example draws the same whatever the size of the batches that it comes in.
+        keyed = {**batch, "keys": row_keys(batch, of_rows, ticks["batch"] * size)}
+        outputs = outputs_of(declaration.merge(parameters, compute), keyed, key)
         return {**outputs, "valid": batch["valid"]}
 
     spec = device_spec(task, what)

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
@@ -33,9 +34,11 @@ from mmjax.schedule import Schedule
 from mmjax.source import Cached, Examples
 from mmjax.state import (
     EMA,
+    SUMMED,
     Clock,
     State,
     compute_dtype,
+    evaluated,
     init_state,
     parameter_of,
     shardings,
@@ -106,6 +109,7 @@ class Session:
             given = dict(self.given)
             self.given.clear()
             return jax.jit(fresh, out_shardings=shardings(abstract))(given)
+        step = self.restored.step
         specs, held = experiment.declaration.specs, dict(self.restored.state)
         self.restored.state.clear()
         if not _missing(self._canonical_shapes, held):
@@ -119,7 +123,11 @@ class Session:
             # An average that is new begins at what it averages.
             for name in whole["buffers"].keys() - held.get("buffers", {}).keys():
                 if name.startswith(EMA):
-                    whole["buffers"][name] = whole["parameters"][name.removeprefix(EMA)]
+                    average = whole["parameters"][name.removeprefix(EMA)]
+                    whole["buffers"][name] = average.astype(whole["buffers"][name].dtype)
+            # Earlier versions did not count the steps of a round; what was skipped counted as one.
+            if SUMMED in whole["buffers"] and SUMMED not in held.get("buffers", {}):
+                whole["buffers"][SUMMED] = jnp.int32(step % experiment.run.optimizer.accumulate)
             return state_from_canonical(specs, whole)
 
         return jax.jit(joined, out_shardings=shardings(abstract))(held)
@@ -145,9 +153,7 @@ class Session:
 
     def evaluated(self, state: State) -> Arrays:
         """The parameters that evaluation uses."""
-        if not self.experiment.run.optimizer.ema:
-            return state.parameters
-        return {n.removeprefix(EMA): b for n, b in state.buffers.items() if n.startswith(EMA)}
+        return evaluated(state)
 
     def meta(self, clock: Clock) -> dict[str, Any]:
         """What a checkpoint says beside its arrays."""
@@ -432,6 +438,8 @@ def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]
     """
 
     def test(name: str, meta: dict[str, Any]) -> bool:
+        if name == SUMMED:
+            return True
         changed = _movers(meta["config"]) != _movers(experiment.block)
         is_new_average = name.startswith(EMA) and not meta["config"].get("optimizer", {}).get("ema")
         return changed or is_new_average or _is_new_head(name, meta)

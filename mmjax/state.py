@@ -18,11 +18,12 @@ from mmjax.optimizer import Optimizer
 from mmjax.parameters import Arrays, Declaration, Spec, from_canonical, to_canonical
 from mmjax.schedule import Schedule
 from mmjax.sharding import named
-from mmjax.transforms import Axes, LeafState
+from mmjax.transforms import Axes, LeafState, wide
 from mmjax.views import own_name, split_name
 
 EMA = "ema/"
 SUM = "sum/"
+SUMMED = "summed_steps"  # how many steps the sums hold; it belongs to no parameter
 
 
 @struct.dataclass
@@ -33,7 +34,8 @@ class State:
       parameters: by name.
       optimizer: parameter name -> its leaf state by field, of what tasks have in common.
       buffers: what changes without an update, by name: `ema/NAME` averages parameter NAME, `sum/NAME`
-        adds up its gradients where several steps make one update.
+        adds up its gradients where several steps make one update, and `summed_steps` counts these. Averages and
+        sums are float32 or wider: a bfloat16 average whose weight is 0.999 stands still.
       moments: as `optimizer`, of tasks that have their own: `TASK:NAME` -> leaf state.
     """
 
@@ -128,8 +130,13 @@ def init_state(
         cast = {name: jnp.asarray(value, dtype) for name, value in given.items()}
         flat = {**to_canonical(declaration.specs, parameters), **cast}
         parameters = from_canonical(declaration.specs, flat)
-    buffers = {EMA + n: p for n, p in parameters.items()} if optimizer.config.ema else {}
-    buffers |= {SUM + n: jnp.zeros_like(parameters[n]) for n in sorted(optimizer.accumulates)}
+    buffers: Arrays = {}
+    if optimizer.config.ema:
+        buffers |= {EMA + n: p.astype(wide(p.dtype)) for n, p in parameters.items()}
+    if optimizer.accumulates:
+        summed = {n: parameters[n] for n in sorted(optimizer.accumulates)}
+        buffers |= {SUM + n: jnp.zeros(p.shape, wide(p.dtype)) for n, p in summed.items()}
+        buffers[SUMMED] = jnp.zeros((), jnp.int32)
     return State(parameters, optimizer.init(parameters), buffers, optimizer.init_own(parameters))
 
 
@@ -152,7 +159,10 @@ def abstract_state(declaration: Declaration, optimizer: Optimizer, dtype: Any, m
     return State(
         {n: place(p, specs[n].axes) for n, p in shapes.parameters.items()},
         {n: place_state(n, leaf) for n, leaf in shapes.optimizer.items()},
-        {n: place(b, specs[parameter_of(n)].axes) for n, b in shapes.buffers.items()},
+        {
+            n: place(b, () if n == SUMMED else specs[parameter_of(n)].axes)
+            for n, b in shapes.buffers.items()
+        },
         {n: place_state(split_name(n)[1], leaf) for n, leaf in shapes.moments.items()},
     )
 
@@ -160,6 +170,12 @@ def abstract_state(declaration: Declaration, optimizer: Optimizer, dtype: Any, m
 def parameter_of(buffer: str) -> str:
     """The parameter that a buffer belongs to, by its name or canonical name."""
     return buffer.removeprefix(EMA).removeprefix(SUM)
+
+
+def evaluated(state: State) -> Arrays:
+    """Return the parameters that evaluation uses: their averages where the state keeps them."""
+    averages = {n.removeprefix(EMA): b for n, b in state.buffers.items() if n.startswith(EMA)}
+    return averages or state.parameters
 
 
 def shardings(abstract: Any) -> Any:
@@ -202,7 +218,7 @@ def _by_prefix(
     buffers: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
     """`buffers` with `change` made to those of each prefix, which stand without it meanwhile."""
-    changed: dict[str, Any] = {}
+    changed = {n: b for n, b in buffers.items() if not n.startswith((EMA, SUM))}
     for prefix in (EMA, SUM):
         part = {n.removeprefix(prefix): b for n, b in buffers.items() if n.startswith(prefix)}
         changed |= {prefix + n: b for n, b in change(part).items()}

@@ -16,7 +16,7 @@ from mmjax.buckets import BucketConfig
 from mmjax.errors import RecordError, UserError, nearest
 from mmjax.modality import Input, Modality
 from mmjax.model import Batch, Model
-from mmjax.objective import Loss, Objective
+from mmjax.objective import Loss, Objective, with_rows
 from mmjax.source import Example, Examples, Source, int32
 
 INSTANCES = "instances"  # a key that an input of any modality has
@@ -79,7 +79,8 @@ class Task:
         return jax.random.fold_in(jax.random.key(seed), zlib.crc32(self.name.encode()))
 
     def loss(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
-        return self.objective(model, batch, key)
+        """Return the loss of a batch; rows that are not valid reach none of it."""
+        return self.objective(model, with_rows(batch), key)
 
     def whole(self) -> Task:
         """As evaluation has it: with all tokens of one instance of each input."""

@@ -26,7 +26,7 @@ from mmjax.evaluator import Record
 from mmjax.experiment import make_experiment
 from mmjax.health import Diverged
 from mmjax.loop import Loop, Signals
-from mmjax.monitor import report, tally
+from mmjax.monitor import metrics, report, tally
 from mmjax.monitor.muted import MutedPhases
 from mmjax.monitor.phases import PhaseLog
 from mmjax.monitor.tables import program_table, results_table, summary_tables
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if records is not None:
         results_table(records)
     if processes.is_first() and (workdir / tally.FILE).exists():
-        summary_tables(json.loads((workdir / tally.FILE).read_text()))
+        summary_tables(metrics.revived(json.loads((workdir / tally.FILE).read_text())))
     if records is None:
         return STOPPED
     print(f"Finished in {time.monotonic() - started:.0f} s. Everything is in {workdir}.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from optax import contrib
@@ -26,6 +27,11 @@ Axes = tuple[str | None, ...]
 _MUON_RMS = 0.2
 
 
+def wide(dtype: Any) -> Any:
+    """Return the dtype in which sums, averages and second moments of values of `dtype` are kept: float32 at least."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 @dataclass(frozen=True)
 class LeafTransform:
     """An Optax transform of one parameter; of a stacked parameter, of one of its layers.
@@ -35,7 +41,8 @@ class LeafTransform:
       shape: the shape in which the transform sees the parameter.
       fields: what its state keeps between steps: name -> logical axes. What else Optax holds is
         constant, and made anew by each step.
-      moments: dtype in which `mu` is kept between steps; empty for the parameter's.
+      moments: dtype in which `mu` is kept between steps; empty for the parameter's. All else is kept, and everything
+        is computed, in float32 or wider.
     """
 
     transform: optax.GradientTransformation
@@ -45,25 +52,28 @@ class LeafTransform:
 
     def init(self, parameter: jax.Array) -> LeafState:
         """The state at step 0."""
-        return self._kept(self.transform.init(parameter.reshape(self.shape)))
+        return self._kept(self.transform.init(self._shaped(parameter)), parameter.dtype)
 
     def update(
         self, grad: jax.Array, state: LeafState, parameter: jax.Array
     ) -> tuple[jax.Array, LeafState]:
-        """The direction, in the parameter's shape, and the state after it."""
-        shaped = parameter.reshape(self.shape)
+        """Return the direction, in the parameter's shape and float32 or wider, and the state after it."""
+        shaped = self._shaped(parameter)
         pairs, tree = jax.tree_util.tree_flatten_with_path(self.transform.init(shaped))
         # In the dtype that Optax computes in: it would multiply a bfloat16 moment in bfloat16.
         leaves = [state.get(_field(path), leaf).astype(leaf.dtype) for path, leaf in pairs]
         held = jax.tree_util.tree_unflatten(tree, leaves)
-        direction, after = self.transform.update(grad.reshape(self.shape), held, shaped)
-        return jax.numpy.reshape(direction, parameter.shape), self._kept(after)
+        direction, after = self.transform.update(self._shaped(grad), held, shaped)
+        return jnp.reshape(direction, parameter.shape), self._kept(after, parameter.dtype)
 
-    def _kept(self, state: Any) -> LeafState:
+    def _shaped(self, x: jax.Array) -> jax.Array:
+        return x.reshape(self.shape).astype(wide(x.dtype))
+
+    def _kept(self, state: Any, dtype: Any) -> LeafState:
         pairs, _ = jax.tree_util.tree_flatten_with_path(state)
         kept = {_field(path): leaf for path, leaf in pairs if _field(path) in self.fields}
-        if self.moments:
-            kept["mu"] = kept["mu"].astype(self.moments)
+        if "mu" in kept:
+            kept["mu"] = kept["mu"].astype(self.moments or dtype)
         return kept
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 import toyrun
 
+from mmjax import checkpoint
 from mmjax.errors import UserError
 from mmjax.program import loss_function, train_function
-from mmjax.state import EMA, SUM, State, state_from_canonical, state_to_canonical
+from mmjax.state import EMA, SUM, SUMMED, State, state_from_canonical, state_to_canonical
 
 WORDS = ("optimizer.accumulate=3", "dtype.parameters=float64", "dtype.compute=float64")
 ORDER = ("one", "two", "one")  # by the shares 2 and 1
@@ -25,15 +28,18 @@ def _x64() -> Iterator[None]:
         yield
 
 
-def ticks(step: int) -> dict[str, Any]:
-    return {"step": np.int32(step), "visit": np.int32(sum(t == ORDER[step] for t in ORDER[:step]))}
+def ticks(step: int, last: bool = False) -> dict[str, Any]:
+    visit = sum(t == ORDER[step] for t in ORDER[:step])
+    return {"step": np.int32(step), "visit": np.int32(visit), "last": np.int32(last)}
 
 
-def step(parts: toyrun.Parts, state: State, number: int, batch: Any) -> tuple[State, Any]:
+def step(
+    parts: toyrun.Parts, state: State, number: int, batch: Any, last: bool = False
+) -> tuple[State, Any]:
     experiment = parts.experiment
     task = experiment.tasks[ORDER[number]]
     function = train_function(task, experiment.declaration, experiment.optimizer, np.float64, 0)
-    return jax.jit(function)(state, batch, ticks(number))
+    return jax.jit(function)(state, batch, ticks(number, last))
 
 
 def batches(parts: toyrun.Parts) -> list[Any]:
@@ -74,24 +80,62 @@ def test_a_round_is_one_step_on_the_mean_of_its_gradients() -> None:
     assert {int(np.max(leaf["count"])) for leaf in state.optimizer.values()} == {1}
 
 
+def expected_of(parts: toyrun.Parts, before: Any, mean: Any, number: int) -> np.ndarray:
+    """AdamW's first step in NumPy, from the mean gradient of a parameter."""
+    config, [(name, old)] = parts.experiment.run.optimizer, before.items()
+    rate = float(parts.experiment.optimizer.rate("one", ticks(number)))
+    decay = config.weight_decay * parts.experiment.declaration.specs[name].decay
+    return np.asarray(old - rate * (mean / (np.abs(mean) + config.eps) + decay * old))
+
+
 @pytest.mark.parametrize("bad", [0, 2], ids=["within a round", "at its end"])
-def test_a_gradient_that_is_not_finite_is_left_out_of_its_round(bad: int) -> None:
+@pytest.mark.parametrize("how", ["not finite", "no valid row"])
+def test_the_mean_is_over_the_steps_that_are_there(bad: int, how: str) -> None:
     parts = toyrun.parts(*WORDS, "optimizer.clip=0.0")
     made, state = batches(parts), parts.state
     grads = [gradient(parts, i, batch) for i, batch in enumerate(made)]
     before = toyrun.host(parts.state.parameters)
     for number, batch in enumerate(made):
-        if number == bad:
+        if number == bad and how == "not finite":
             batch = jax.tree.map(lambda x: x * np.nan if x.dtype.kind == "f" else x, batch)
+        elif number == bad:
+            batch = {**batch, "valid": np.zeros_like(batch["valid"])}
         state, told = step(parts, state, number, batch)
-        assert bool(told["finite"]) == (number != bad)
+        assert bool(told["finite"]) == (number != bad or how == "no valid row")
     name = next(iter(before))
-    mean = sum(g[name] for i, g in enumerate(grads) if i != bad) / 3
-    config = parts.experiment.run.optimizer
-    rate = float(parts.experiment.optimizer.rate("one", ticks(2)))
-    decay = config.weight_decay * parts.experiment.declaration.specs[name].decay
-    expected = before[name] - rate * (mean / (np.abs(mean) + config.eps) + decay * before[name])
+    mean = sum(g[name] for i, g in enumerate(grads) if i != bad) / 2
+    expected = expected_of(parts, {name: before[name]}, mean, 2)
     np.testing.assert_allclose(state.parameters[name], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_round_of_bad_steps_moves_nothing() -> None:
+    parts = toyrun.parts(*WORDS)
+    state, before = parts.state, toyrun.host(parts.state)
+    for number, batch in enumerate(batches(parts)):
+        bad = jax.tree.map(lambda x: x * np.nan if x.dtype.kind == "f" else x, batch)
+        state, _ = step(parts, state, number, bad)
+    jax.tree.map(np.testing.assert_array_equal, toyrun.host(state), before)
+
+
+def test_the_round_that_the_end_of_the_run_cuts_short_is_applied() -> None:
+    """Of a run of two steps where three make a round: the mean of the two."""
+    parts = toyrun.parts(*WORDS, "optimizer.clip=0.0")
+    made, state = batches(parts)[:2], parts.state
+    grads = [gradient(parts, i, batch) for i, batch in enumerate(made)]
+    before = toyrun.host(parts.state.parameters)
+    for number, batch in enumerate(made):
+        state, _ = step(parts, state, number, batch, last=number == 1)
+    for name, old in before.items():
+        expected = expected_of(parts, {name: old}, (grads[0][name] + grads[1][name]) / 2, 1)
+        np.testing.assert_allclose(state.parameters[name], expected, rtol=1e-10, atol=1e-12)
+        np.testing.assert_array_equal(state.buffers[SUM + name], np.zeros_like(old))
+    assert int(state.buffers[SUMMED]) == 0
+
+
+def test_a_run_says_which_step_is_its_last() -> None:
+    experiment = toyrun.parts(*WORDS, "steps=5").experiment
+    assert [experiment.progress(step, {})["last"] for step in range(5)] == [0, 0, 0, 0, 1]
+    assert "last" not in toyrun.parts("steps=5").experiment.progress(4, {})
 
 
 def test_sums_and_averages_have_canonical_names() -> None:
@@ -99,17 +143,33 @@ def test_sums_and_averages_have_canonical_names() -> None:
     specs = parts.experiment.declaration.specs
     held = state_to_canonical(specs, parts.state)
     names = held["parameters"]
-    assert set(held["buffers"]) == {p + n for p in (EMA, SUM) for n in names}
+    assert set(held["buffers"]) == {p + n for p in (EMA, SUM) for n in names} | {SUMMED}
     back = state_from_canonical(specs, held)
     jax.tree.map(np.testing.assert_array_equal, back, parts.state)
 
 
-def test_a_run_that_stops_within_a_round_ends_in_the_same_bits(tmp_path: Path) -> None:
-    words = ("optimizer.accumulate=3", "checkpoint.every=4", "steps=9")
-    toyrun.run(tmp_path / "whole", *words)
-    toyrun.run(tmp_path / "parted", *words[:2], "steps=4")
-    toyrun.run(tmp_path / "parted", *words)
-    assert toyrun.bits(tmp_path / "parted") == toyrun.bits(tmp_path / "whole")
+@pytest.mark.parametrize("counted", [True, False], ids=["as it is", "as earlier versions wrote it"])
+def test_a_run_that_stops_within_a_round_ends_in_the_same_bits(
+    tmp_path: Path, counted: bool
+) -> None:
+    """At step 4 of rounds of 3 the sums hold one step, which earlier versions did not count."""
+    words = ("optimizer.accumulate=3", "checkpoint.every=4", "steps=8")
+    with jax.enable_x64(False):
+        toyrun.run(tmp_path / "whole", *words)
+        (tmp_path / "parted" / "checkpoints").mkdir(parents=True)
+        at = Path("checkpoints", "4")
+        shutil.copytree(tmp_path / "whole" / at, tmp_path / "parted" / at)
+        read = checkpoint.read_shapes
+
+        def shapes(*arguments: Any) -> Any:
+            found = read(*arguments)
+            if not counted:
+                del found["buffers"][SUMMED]
+            return found
+
+        with mock.patch.object(checkpoint, "read_shapes", shapes):
+            toyrun.run(tmp_path / "parted", *words)
+        assert toyrun.bits(tmp_path / "parted") == toyrun.bits(tmp_path / "whole")
 
 
 def test_what_does_not_go_with_it() -> None:

@@ -9,6 +9,7 @@ import pytest
 from mmjax import migrations
 from mmjax.migrations import Row, named, of_modality, upgrade, upgrade_meta
 
+TABLE = migrations.ROWS
 CONFIG = {
     "modalities": {"picture": {"name": "image"}, "text": {"name": "text"}},
     "model": {"groups": [{"pattern": [{"name": "mamba"}, {"name": "transformer"}]}]},
@@ -55,6 +56,19 @@ def test_only_rows_after_its_version_apply() -> None:
 def test_what_a_config_says_stays() -> None:
     config = {**CONFIG, "seed": 1}
     assert upgrade(config, 1)["seed"] == 1
+
+
+def test_losses_of_experts_were_over_the_batch() -> None:
+    """Where there are any, in the trunk and in a decoder."""
+    some, none = ({"count": 2, "losses": losses} for losses in ({"z": 1.0}, {}))
+    groups = [{"pattern": [{"experts": some}, {"experts": none}, {"name": "mamba"}]}]
+    config = {"model": {"groups": groups}, "tasks": {"a": {"objective": {"unimodal": groups}}}}
+    with mock.patch.object(migrations, "ROWS", TABLE):
+        found = upgrade(config, 1)
+    for each in (found["model"]["groups"], found["tasks"]["a"]["objective"]["unimodal"]):
+        assert [b.get("experts", {}).get("losses_over") for b in each[0]["pattern"]] == [
+            "batch", None, None,
+        ]  # fmt: skip
 
 
 def test_meta_data_without_a_version_are_of_the_first() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -240,6 +241,61 @@ def test_parameters_and_state_keep_their_dtype() -> None:
     assert {p.dtype for p in updated.parameters.values()} == {jnp.dtype(jnp.float32)}
     before, after = (jax.tree.map(lambda x: x.dtype, s) for s in (state, updated.optimizer))
     assert before == after
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "lion"])
+def test_bfloat16_parameters_keep_second_moments_and_counts_wide(name: str) -> None:
+    """And first moments in their own dtype, unless `moments_dtype` says otherwise."""
+    specs = {**SPECS, "wide": spec("wide", (8, 8), True)}
+    optimizer = made(replace(CONFIG, name=name, factored=8), specs)
+    with jax.enable_x64(False):
+        parameters = {n: jnp.ones(s.shape, jnp.bfloat16) for n, s in specs.items()}
+        state = jax.jit(optimizer.init)(parameters)
+        updated = stepper(optimizer)(parameters, state, parameters, jnp.int32(0))
+    assert {p.dtype for p in updated.parameters.values()} == {jnp.dtype(jnp.bfloat16)}
+    for held in (state, updated.optimizer):
+        dtypes = {(field, x.dtype.name) for leaf in held.values() for field, x in leaf.items()}
+        assert dtypes <= {
+            ("count", "int32"), ("mu", "bfloat16"), ("nu", "float32"), ("v", "float32"),
+            ("v_row", "float32"), ("v_col", "float32"),
+        }  # fmt: skip
+    assert updated.metrics["grad_norm"].dtype == jnp.float32
+
+
+def test_a_second_moment_of_bfloat16_parameters_does_not_stand_still() -> None:
+    """Of a gradient of 1: `1 - 0.999^t` after t steps; in bfloat16 it stops where a step is below half a place."""
+    specs = {"bias": SPECS["bias"]}
+    optimizer = made(OptimizerConfig(learning_rate=0.0, clip=0.0, b2=0.999), specs)
+    with jax.enable_x64(False):
+        ones = {"bias": jnp.ones(5, jnp.bfloat16)}
+
+        def step(_: Any, state: Any) -> Any:
+            return optimizer.update(ones, state, ones, jnp.float32(0)).optimizer
+
+        state = jax.lax.fori_loop(0, 2000, step, optimizer.init(ones))
+    np.testing.assert_allclose(state["bias"]["nu"], 1 - 0.999**2000, rtol=1e-3)
+
+
+def test_the_norm_of_bfloat16_gradients_is_summed_wide() -> None:
+    """Of 5,000 ones: in bfloat16 their sum stops at 256."""
+    specs = {"w": spec("w", (5000,), False)}
+    with jax.enable_x64(False):
+        ones = {"w": jnp.ones(5000, jnp.bfloat16)}
+        optimizer = made(replace(CONFIG, clip=0.0), specs)
+        updated = optimizer.update(ones, optimizer.init(ones), ones, jnp.float32(0.1))
+    assert float(updated.metrics["grad_norm"]) == pytest.approx(np.sqrt(5000), rel=1e-6)
+
+
+def test_what_a_bfloat16_parameter_loses() -> None:
+    """A step is added in float32, then the sum is rounded: below half a last place (here 1/256) nothing is left."""
+    specs = {"scale": SPECS["scale"]}
+    optimizer = made(OptimizerConfig(clip=0.0), specs)
+    with jax.enable_x64(False):
+        one = {"scale": jnp.ones((), jnp.bfloat16)}
+        for rate, after in ((0.9 / 512, 1.0), (1.1 / 512, 1 - 1 / 256), (3.9 / 512, 1 - 4 / 512)):
+            # AdamW's first step is the rate itself.
+            updated = optimizer.update(one, optimizer.init(one), one, jnp.float32(rate))
+            assert float(updated.parameters["scale"]) == after
 
 
 # --- the learning rate -------------------------------------------------------------------------

@@ -348,6 +348,15 @@ def test_a_non_finite_step_leaves_every_bit_as_it_was(kind: str) -> None:
         assert not _equal(getattr(after, part), getattr(before, part))
 
 
+def test_a_batch_without_a_valid_row_leaves_every_bit_as_it_was() -> None:
+    """It decays no weight and spends no momentum; it is not a step that failed either."""
+    toy = parts("optimizer.ema=0.9")
+    before = host(toy.state)
+    after, metrics = _stepped(toy, "one", [])
+    assert metrics["finite"] and metrics["loss"] == 0 and metrics["grad_norm"] == 0
+    assert _equal(after, before)
+
+
 def test_an_invalid_row_reaches_neither_loss_nor_gradient() -> None:
     """Five examples and three blank rows are worth as much as a batch of five."""
     bare = ("tasks.one.objective.hidden=0.0",)

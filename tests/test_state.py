@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import toyrun
 from etils import epath
@@ -17,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toyrun import Parts, host, parts, run
 
-from mmjax import checkpoint
+from mmjax import checkpoint, loading
 from mmjax.errors import UserError
 from mmjax.evaluate import Evaluation
 from mmjax.program import LimitsConfig, compile_all, ticks
 from mmjax.resume import begin
 from mmjax.schedule import from_config
-from mmjax.state import EMA, Clock, compute_dtype, state_from_canonical, state_to_canonical
+from mmjax.state import EMA, SUMMED, Clock, compute_dtype, state_from_canonical, state_to_canonical
 
 WIDE = ("model.width=16", "optimizer.ema=0.75")
 
@@ -141,6 +142,54 @@ def test_averages_are_saved_restored_and_evaluated(
     stem = "stems/toy/embed/kernel"
     assert np.array_equal(evaluated[-1][stem], state["buffers"][EMA + stem])
     assert not np.array_equal(evaluated[-1][stem], state["parameters"][stem])
+
+
+BF16 = (
+    "model.width=16", "dtype.parameters=bfloat16", "optimizer.ema=0.999", "optimizer.accumulate=2",
+)  # fmt: skip
+
+
+def test_averages_and_sums_of_bfloat16_parameters_are_float32() -> None:
+    buffers = parts(*BF16).state.buffers
+    assert {n.split("/")[0]: b.dtype.name for n, b in buffers.items()} == {
+        "ema": "float32", "sum": "float32", SUMMED: "int32",
+    }  # fmt: skip
+
+
+def as_earlier(folder: epath.Path, step: int) -> Any:
+    """Rewrite a checkpoint's averages, sums and second moments in bfloat16, as earlier versions kept them."""
+    shapes = checkpoint.read_shapes(folder, step)
+    wanted = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), shapes)
+    state = jax.tree.map(
+        lambda x: np.asarray(x, jnp.bfloat16 if x.dtype == np.float32 else x.dtype),
+        checkpoint.read_state(folder, step, wanted),
+    )
+    kept = {part: leaves for part, leaves in state.items() if leaves}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "checkpoints" / str(step) / "state", kept, force=True)
+    return kept
+
+
+def test_a_run_whose_checkpoint_holds_them_in_bfloat16_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Loaded for use, too: each number is the one that was stored."""
+    words = (*BF16, "tasks.one.evaluators={}", "tasks.two.evaluators={}")
+    run(tmp_path, *words, "steps=4")
+    folder = epath.Path(tmp_path)
+    stored = as_earlier(folder, 4)["buffers"]["ema/stems/toy/embed/kernel"]
+    held = checkpoint.read_shapes(folder, 4)
+    assert {s.dtype.name for n, s in held["buffers"].items() if n != SUMMED} == {"bfloat16"}
+    loaded = loading.load(str(tmp_path)).parameters["stems/toy/embed/kernel"]
+    assert loaded.dtype == jnp.float32 and np.array_equal(loaded, stored.astype(np.float32))
+    capsys.readouterr()
+    run(tmp_path, *words, "steps=8")
+    said = capsys.readouterr().out
+    assert "arrays in a narrower dtype than they are kept in today (buffers/ema/" in said
+    held = checkpoint.read_shapes(folder, 8)
+    assert {s.dtype.name for n, s in held["buffers"].items() if n != SUMMED} == {"float32"}
+    assert {s["nu"].dtype.name for s in held["optimizer"].values()} == {"float32"}
+    assert {s.dtype.name for s in held["parameters"].values()} == {"bfloat16"}
 
 
 def test_without_an_average_the_parameters_are_evaluated(toy: Parts) -> None:

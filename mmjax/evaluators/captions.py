@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from mmjax.data.tokenizer import EOS_ID, PAD_ID
 from mmjax.errors import UserError
 from mmjax.evaluator import Evaluator, Outputs, Pass, Record
 from mmjax.task import Task
@@ -18,7 +18,7 @@ from mmjax.task import Task
 class Captions(Evaluator):
     """Cross-entropy per token of the given texts; and how often, or how far, the model writes just these.
 
-    Tokens are compared, ends and padding left out: a match is of all of them in order, and F1 is of the two bags of
+    Tokens are compared, up to the end of each text: a match is of all of them in order, and F1 is of the two bags of
     tokens, mean over the examples (Rajpurkar et al. 2016). Chance of the loss is the entropy of the split's own token
     frequencies (the best guess that looks at nothing); of the others, what texts of other examples, drawn at random,
     score.
@@ -33,26 +33,37 @@ class Captions(Evaluator):
         return {"all": Pass("write", self.source, ())}
 
     def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
-        rows = outputs["all"]
-        wanted, written = (texts(rows[name]) for name in ("wanted", "written"))
+        rows, end = outputs["all"], _end(task)
+        given = [row[:n] for row, n in zip(rows["wanted"], rows["tokens"].astype(int), strict=True)]
+        wanted, written = texts(given, end), texts(rows["written"], end)
         others = [wanted[i] for i in np.random.default_rng(0).permutation(len(wanted))]
         tokens = int(rows["tokens"].sum())
         return [
             self.record(
                 task, "caption loss", rows["cost"].sum() / max(tokens, 1),
-                entropy(rows["wanted"][rows["wanted"] != PAD_ID]), tokens, unit="loss",
+                entropy(np.concatenate(given)), tokens, unit="loss",
             ),
             self.record(task, "caption match", match(written, wanted), match(others, wanted), len(wanted)),
             self.record(task, "caption F1", f1(written, wanted), f1(others, wanted), len(wanted)),
         ]  # fmt: skip
 
 
-def texts(ids_NS: np.ndarray) -> list[tuple[int, ...]]:
-    """The tokens of each row before its end token, without padding."""
+def _end(task: Task) -> int | None:
+    """Return the token that closes a text of the task; None where all have the whole length, as colours do."""
+    stem: Any = task.inputs[task.objective.writes()[1]].modality.stem(1)
+    end: int | None = stem.end
+    return end
+
+
+def texts(rows: Iterable[np.ndarray], end: int | None) -> list[tuple[int, ...]]:
+    """Return the tokens of each row before its end token, or all of them.
+
+    What else a row holds is a token, whatever its id: padding stands only after an end.
+    """
     found = []
-    for row in ids_NS.tolist():
-        kept = row[: row.index(EOS_ID)] if EOS_ID in row else row
-        found.append(tuple(token for token in kept if token != PAD_ID))
+    for row in rows:
+        ids = row.tolist()
+        found.append(tuple(ids[: ids.index(end)] if end in ids else ids))
     return found
 
 

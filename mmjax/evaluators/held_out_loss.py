@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from mmjax.errors import UserError
 from mmjax.evaluator import Evaluator, Outputs, Pass, Record
@@ -12,10 +14,18 @@ from mmjax.task import Task
 
 @dataclass(frozen=True)
 class HeldOutLoss(Evaluator):
-    """Mean loss over the rows of a split, beside the objective's `baseline` (what knows nothing of the input).
+    """The loss of a split, beside the objective's `baseline` (what knows nothing of the input).
 
-    And each part NAME of the loss for which there is a `baseline NAME`. What a loss draws in training (masks, times,
-    a router's noise) it draws here too, by a key of the evaluation's own; of the inputs it sees all tokens.
+    And each part NAME of the loss for which there is a `baseline NAME`. A loss that is a mean over tokens is the mean
+    over those of the whole split, and so on: it does not depend on `evaluation.batch`, unless the rows of a batch
+    compete for experts.
+
+    A loss that compares the rows of a batch with each other does, since it gets harder with more of them. It is taken
+    of the batches with the most valid rows only, so that a smaller last one does not mix in an easier loss; `compared`
+    in the record says how many rows these have, and `count` how many rows they are in all.
+
+    What a loss draws in training (masks, times) it draws here too, for each example by a key of the evaluation's own;
+    of the inputs it sees all tokens.
     """
 
     def passes(self, task: Task) -> dict[str, Pass]:
@@ -27,10 +37,59 @@ class HeldOutLoss(Evaluator):
             raise UserError(
                 f"tasks.{task.name}: objective {type(task.objective).__name__} reports no 'baseline'."
             )
-        parts = [""] + [n.removeprefix("baseline ") for n in rows if n.startswith("baseline ")]
-        return [self._record(task, rows, part) for part in parts]
+        named = [n.removeprefix("baseline ") for n in rows if n.startswith("baseline ")]
+        return [self._whole(task, rows), *(self._part(task, rows, part) for part in named)]
 
-    def _record(self, task: Task, rows: Outputs, part: str) -> Record:
-        values, baselines = rows[part or "loss"], rows[f"baseline {part}".strip()]
-        name = f"held-out loss {part}".strip()
-        return self.record(task, name, values.mean(), baselines.mean(), len(values), unit="loss")
+    def _part(self, task: Task, rows: Outputs, part: str) -> Record:
+        value, baseline = (mean(rows, name, part) for name in (part, f"baseline {part}"))
+        return self._record(task, rows, f"held-out loss {part}", value, baseline, [part])
+
+    def _whole(self, task: Task, rows: Outputs) -> Record:
+        parts = [n.removeprefix("terms ") for n in rows if n.startswith("terms ")]
+        if not parts:
+            value, baseline = (mean(rows, name, "") for name in ("loss", "baseline"))
+            return self._record(task, rows, "held-out loss", value, baseline, [""])
+        weights = {part: float(rows[f"weight {part}"][0]) for part in parts}
+        with_terms = {part: w for part, w in weights.items() if rows[f"terms {part}"].any()}
+        value, baseline = (
+            sum(w * mean(rows, prefix + part, part) for part, w in with_terms.items())
+            for prefix in ("", "baseline ")
+        )
+        # Auxiliary losses, which are in no part.
+        rest_N = rows["loss"] - sum(w * rows[part] for part, w in weights.items())
+        value += float(rest_N.mean(dtype=np.float64))
+        return self._record(task, rows, "held-out loss", value, baseline, parts)
+
+    def _record(
+        self,
+        task: Task,
+        rows: Outputs,
+        name: str,
+        value: float,
+        baseline: float,
+        parts: Sequence[str],
+    ) -> Record:
+        count = np.logical_and.reduce([used(rows, part) for part in parts]).sum()
+        compared = max(int(_compared(rows, part).max(initial=0)) for part in parts)
+        more = {"compared": compared} if compared else {}
+        return self.record(task, name, value, baseline, count, unit="loss", **more)
+
+
+def _compared(rows: Outputs, part: str) -> np.ndarray:
+    return rows.get(f"compared {part}".strip(), np.zeros(len(rows["loss"]), int))
+
+
+def used(rows: Outputs, part: str) -> np.ndarray:
+    """Return the rows that a part of the loss is taken of: all, or the fullest batches' where it compares rows."""
+    compared_N = _compared(rows, part)
+    chosen_N: np.ndarray = compared_N == compared_N.max(initial=0)
+    return chosen_N
+
+
+def mean(rows: Outputs, name: str, part: str) -> float:
+    """Return the mean of a column over all terms of a part of the loss; NaN where it has none."""
+    chosen_N = used(rows, part)
+    values_N = rows[name][chosen_N].astype(np.float64)
+    terms_N = rows.get(f"terms {part}".strip(), np.ones(len(chosen_N)))[chosen_N].astype(np.float64)
+    total = terms_N.sum()
+    return float((values_N * terms_N).sum() / total) if total > 0 else float("nan")

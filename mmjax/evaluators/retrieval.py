@@ -12,6 +12,8 @@ from mmjax.errors import UserError
 from mmjax.evaluator import Evaluator, Outputs, Pass, Record, embedding
 from mmjax.task import Task
 
+_PAIRS = 2**24  # of a query and a candidate, at a time
+
 
 @dataclass(frozen=True)
 class Retrieval(Evaluator):
@@ -66,9 +68,16 @@ class Retrieval(Evaluator):
         sides: Mapping[str, tuple[np.ndarray, np.ndarray]],
     ) -> list[Record]:
         (queries, wanted), (candidates, concepts) = sides[query], sides[candidate]
-        positive_QC = wanted[:, None] == concepts[None, :]
-        found = recall(queries @ candidates.T, positive_QC, self.at)
-        by_chance = chance(positive_QC.sum(axis=1), len(concepts), self.at)
+        # Some queries at a time: the similarities of all would be the square of the split.
+        size = max(1, _PAIRS // max(len(concepts), 1))
+        places, positives = [], []
+        for start in range(0, len(queries), size):
+            part = slice(start, start + size)
+            positive_QC = wanted[part, None] == concepts[None, :]
+            places.append(place(queries[part] @ candidates.T, positive_QC))
+            positives.append(positive_QC.sum(axis=1))
+        found = [float((np.concatenate(places) < k).mean()) for k in self.at]
+        by_chance = chance(np.concatenate(positives), len(concepts), self.at)
         return [
             self.record(task, f"{query} to {candidate} R@{k}", value, luck, len(wanted))
             for k, value, luck in zip(self.at, found, by_chance, strict=True)
@@ -81,10 +90,15 @@ def recall(similarity_QC: np.ndarray, positive_QC: np.ndarray, at: tuple[int, ..
     Ties count against us: a negative as similar as the best positive stands before it, so that a model
     which maps everything to one point, or to NaN, has recall 0.
     """
+    place_Q = place(similarity_QC, positive_QC)
+    return [float((place_Q < k).mean()) for k in at]
+
+
+def place(similarity_QC: np.ndarray, positive_QC: np.ndarray) -> np.ndarray:
+    """Return how many candidates stand before each query's best positive, int64 `[Q]`; without one, a huge number."""
     best_Q = np.where(positive_QC, similarity_QC, -np.inf).max(axis=1)
     before_Q = (~(similarity_QC < best_Q[:, None]) & ~positive_QC).sum(axis=1)
-    has_Q = positive_QC.any(axis=1)
-    return [float((has_Q & (before_Q < k)).mean()) for k in at]
+    return np.where(positive_QC.any(axis=1), before_Q, np.iinfo(np.int64).max)
 
 
 def chance(positives_Q: np.ndarray, candidates: int, at: tuple[int, ...]) -> list[float]:

@@ -40,6 +40,7 @@ ROUTERS: dict[str, type[Router]] = {
     "soft": Soft,
 }
 LOSSES = ("importance", "load", "balance", "z")
+OVER = ("group", "batch")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class ExpertsConfig:
       groups: how many groups at least, where there are as many rows. Where it is the number of devices that share a
         batch, none spans two of them, whose tokens would have to be gathered; routing does not depend on the mesh.
       losses: weight of `importance`, `load`, `balance` and `z`, see there.
+      losses_over: `group`, where the first three are of each group and their mean is taken, as V-MoE (Riquelme et al.
+        2021) and Switch (Fedus et al. 2022) have it; or `batch`, where they are of all tokens together, a weaker pull.
       local, spread: by modality, the weights of LIMoE's entropy losses: of each token's scores, and of their mean.
       threshold: of `spread`, by modality; log(count) where it is not given.
       causal: of experts that choose: a second router that says of a token alone whether an expert takes it, for
@@ -64,6 +67,7 @@ class ExpertsConfig:
     group: int = 2048
     groups: int = 1
     losses: dict[str, float] = field(default_factory=dict)
+    losses_over: str = "group"
     local: dict[str, float] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
     threshold: dict[str, float] = field(default_factory=dict)
@@ -77,6 +81,16 @@ class ExpertsConfig:
         for name in self.losses:
             if name not in LOSSES:
                 raise UserError(f"experts: no loss '{name}'.{nearest(name, LOSSES)}")
+        if self.losses_over not in OVER:
+            raise UserError(
+                f"experts: losses_over is '{self.losses_over}'.{nearest(self.losses_over, OVER)}"
+            )
+        balancing = {**self.losses, "local": self.local, "spread": self.spread}
+        named = [name for name, value in balancing.items() if value and name != "z"]
+        if self.count == 1 and named:
+            raise UserError(
+                f"experts: count is 1, and '{named[0]}' balances experts. Raise count, or leave it out."
+            )
         self._check_rule(self.make_router())
 
     def _check_rule(self, rule: Router) -> None:
@@ -258,6 +272,11 @@ class Experts(nnx.Module):
         scores_GTE: jax.Array,
         valid_GT: jax.Array,
     ) -> jax.Array:
+        if self.config.losses_over == "batch":
+            logits_GTE, noisy_GTE, scores_GTE, valid_GT = (
+                x.reshape(1, -1, *x.shape[2:])
+                for x in (logits_GTE, noisy_GTE, scores_GTE, valid_GT)
+            )
         if name == "z":
             return z_loss(logits_GTE, valid_GT)
         if name == "load":

@@ -33,6 +33,8 @@ def pack(stream: Stream, count: int) -> Stream:
             f"Take batches (micro-batches, rows of a device) that {count} divides."
         )
 
+    has_mask = stream.valid_BS is not None or stream.rows_B is not None
+
     def joined(x: jax.Array) -> jax.Array:
         return x.reshape(rows // count, count * length, *x.shape[2:])
 
@@ -45,7 +47,9 @@ def pack(stream: Stream, count: int) -> Stream:
     return replace(
         stream,
         x_BSD=joined(stream.x_BSD),
-        valid_BS=None if stream.valid_BS is None else joined(stream.valid_BS),
+        # Rows of one sequence may see each other: those that do not exist must be told apart by token now.
+        valid_BS=joined(stream.mask_BS()) if has_mask else None,
+        rows_B=None,
         attributes={name: joined(x) for name, x in attributes.items()},
         layout=stream.layout * count,
         item_segments=len(stream.layout),

@@ -32,9 +32,10 @@ class Pooler(nnx.Module):
         self.norm = LayerNorm(width)
 
     def __call__(self, stream: Stream) -> Stream:
-        """`queries` tokens, all of which exist."""
+        """Return `queries` tokens, all of which exist in the rows that do."""
         queries_QD = self.queries[...].astype(stream.x_BSD.dtype)
         x_BQD = jnp.broadcast_to(queries_QD, (stream.x_BSD.shape[0], *queries_QD.shape))
         pairs = Pairs(FULL, valid_BT=stream.valid_BS)
         x_BQD = self.norm(self.attention(x_BQD, pairs, stream.x_BSD))
-        return Stream(x_BQD, layout=((stream.layout[0][0], x_BQD.shape[1]),))
+        layout = ((stream.layout[0][0], x_BQD.shape[1]),)
+        return Stream(x_BQD, layout=layout, rows_B=stream.rows_B)

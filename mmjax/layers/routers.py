@@ -120,7 +120,8 @@ class Limited(Router):
     """A rule that gives each slot one token.
 
     Attributes:
-      capacity: slots of all experts together, as a multiple of the tokens (times `top`, where tokens choose).
+      capacity: slots of all experts together, as a multiple of the tokens (times `top`, where tokens choose). Tokens
+        that do not exist count here, so that shapes are static: where many are missing, others find a slot more often.
     """
 
     capacity: float = 1.0
@@ -278,33 +279,53 @@ def widened(x: jax.Array) -> jax.Array:
 
 
 def importance_loss(scores_GTE: jax.Array, valid_GT: jax.Array) -> jax.Array:
-    """The squared coefficient of variation of each expert's summed score (Shazeer et al. 2017, equations 6 and 7)."""
-    return _variation(jnp.where(valid_GT[..., None], scores_GTE, 0).sum(axis=(0, 1)))
+    """Return the squared coefficient of variation of each expert's summed score, mean over the groups.
+
+    Shazeer et al. (2017), equations 6 and 7. A group without a valid token does not count, here and below.
+    """
+    summed_GE = jnp.where(valid_GT[..., None], scores_GTE, 0).sum(axis=1)
+    return _over_groups(_variation(summed_GE), valid_GT)
 
 
-def _variation(x_E: jax.Array) -> jax.Array:
-    return jnp.square(x_E.std() / jnp.maximum(x_E.mean(), 1e-9))
+def _variation(x_GE: jax.Array) -> jax.Array:
+    """Return `variance / mean^2` over experts, `[G]`; its gradient at equal values is 0, where that of std is NaN."""
+    mean_G1 = x_GE.mean(axis=-1, keepdims=True)
+    variance_G = jnp.square(x_GE - mean_G1).mean(axis=-1)
+    return variance_G / jnp.maximum(jnp.square(mean_G1[..., 0]), 1e-18)
+
+
+def _over_groups(loss_G: jax.Array, valid_GT: jax.Array) -> jax.Array:
+    """Return the mean over the groups that have a valid token; 0 without any."""
+    has_G = valid_GT.any(axis=1)
+    return jnp.asarray(jnp.where(has_G, loss_G, 0).sum() / jnp.maximum(has_G.sum(), 1))
 
 
 def load_loss(
     logits_GTE: jax.Array, noisy_GTE: jax.Array, deviation: float, top: int, valid_GT: jax.Array
 ) -> jax.Array:
-    """V-MoE's (Riquelme et al. 2021, appendix A): how unevenly tokens would come, were one expert's noise drawn anew.
+    """Return V-MoE's load loss (Riquelme et al. 2021, appendix A), mean over the groups.
 
-    The squared coefficient of variation over experts of `sum_t 1 - Phi((eta_t - logit_te) / deviation)`, `eta_t` being
-    the token's `top`-th noisy logit.
+    It says how unevenly tokens would come, were one expert's noise drawn again: the squared coefficient of variation
+    over experts of `sum_t 1 - Phi((eta_t - logit_te) / deviation)`, `eta_t` being the token's `top`-th noisy logit.
     """
     eta_GT1 = jax.lax.top_k(noisy_GTE, top)[0][..., -1:]
     chance_GTE = 1 - jax.scipy.stats.norm.cdf((eta_GT1 - logits_GTE) / deviation)
-    return _variation(jnp.where(valid_GT[..., None], chance_GTE, 0).sum(axis=(0, 1)))
+    load_GE = jnp.where(valid_GT[..., None], chance_GTE, 0).sum(axis=1)
+    return _over_groups(_variation(load_GE), valid_GT)
 
 
 def balance_loss(scores_GTE: jax.Array, valid_GT: jax.Array) -> jax.Array:
-    """`E sum_e f_e p_e`: the share of tokens whose first choice an expert is, times its mean (Fedus et al. 2022)."""
-    experts = scores_GTE.shape[-1]
+    """Return `E sum_e f_e p_e`, mean over the groups (Fedus et al. 2022).
+
+    f_e is the share of tokens whose first choice an expert is, p_e the mean of its scores.
+    """
+    experts, there_GT1 = scores_GTE.shape[-1], valid_GT[..., None]
     first_GTE = jax.nn.one_hot(scores_GTE.argmax(axis=-1), experts, dtype=scores_GTE.dtype)
-    share_E, mean_E = (_mean(x, valid_GT) for x in (first_GTE, scores_GTE))
-    return experts * (share_E * mean_E).sum()
+    count_G1 = jnp.maximum(valid_GT.sum(axis=1), 1)[:, None]
+    share_GE, mean_GE = (
+        jnp.where(there_GT1, x, 0).sum(axis=1) / count_G1 for x in (first_GTE, scores_GTE)
+    )
+    return _over_groups(experts * (share_GE * mean_GE).sum(axis=-1), valid_GT)
 
 
 def z_loss(logits_GTE: jax.Array, valid_GT: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import field, replace
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,10 @@ class Stream:
 
     Attributes:
       x_BSD: token vectors.
-      valid_BS: which tokens exist (bool); None means all.
+      valid_BS: which tokens of a row exist (bool); None means all.
+      rows_B: which rows exist (bool); None means all. A row that does not exist has no say outside of itself: its
+        tokens take no expert's slot and count in no statistic. Whoever makes a stream of other tokens for the same
+        rows passes it on.
       coordinates: per-axis positions in [0, 1) of each token, `dict[axis, float[B or 1, S]]`.
       layout: static segments (modality, length) in the order of the tokens.
       attributes: what a mask reads of each token besides the layout, `dict[name, int[B or 1, S]]`.
@@ -39,14 +43,16 @@ class Stream:
     context: Stream | None = None
     item_segments: int = struct.field(pytree_node=False, default=0)
     held_BT: jax.Array | None = None
+    rows_B: jax.Array | None = None
 
     def mask_BS(self) -> jax.Array:
-        """`valid_BS`, made explicit."""
+        """Return which tokens exist, those of rows that do not exist left out."""
         shape = self.x_BSD.shape[:2]
-        return jnp.ones(shape, bool) if self.valid_BS is None else self.valid_BS
+        valid_BS = jnp.ones(shape, bool) if self.valid_BS is None else self.valid_BS
+        return valid_BS if self.rows_B is None else valid_BS & self.rows_B[:, None]
 
     def pairs(self) -> Pairs:
-        """Which tokens may attend to which, for `attend`.
+        """Which tokens may attend to which, for `attend`; within a row, so that `rows_B` has no part in it.
 
         Static attributes are `position` (the index), `segment` (of the layout), `modality` and `item`.
         """
@@ -122,6 +128,7 @@ def concatenate(streams: list[Stream]) -> Stream:
         raise ValueError("streams with a context are not joined: give it to the whole")
     rows = streams[0].x_BSD.shape[0]
     whole = all(s.valid_BS is None for s in streams)
+    exist = [s.rows_B for s in streams if s.rows_B is not None]
     return Stream(
         jnp.concatenate([s.x_BSD for s in streams], axis=1),
         None if whole else jnp.concatenate([s.mask_BS() for s in streams], axis=1),
@@ -137,6 +144,7 @@ def concatenate(streams: list[Stream]) -> Stream:
             for name in streams[0].attributes
         },
         mask=streams[0].mask,
+        rows_B=reduce(jnp.logical_and, exist) if exist else None,
     )
 
 
@@ -146,7 +154,8 @@ def segments(stream: Stream) -> list[Stream]:
     for modality, length in stream.layout:
         at = slice(start, start + length)
         valid = None if stream.valid_BS is None else stream.valid_BS[:, at]
-        found.append(Stream(stream.x_BSD[:, at], valid, layout=((modality, length),)))
+        own = Stream(stream.x_BSD[:, at], valid, layout=((modality, length),), rows_B=stream.rows_B)
+        found.append(own)
         start += length
     return found
 

@@ -182,7 +182,7 @@ def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """
     path = epath.Path(workdir) / FILE
     content = path.read_bytes() if path.exists() else b""
-    return [_revived(record) for _, record in _records(content, path)]
+    return [revived(record) for _, record in _records(content, path)]
 
 
 class _Events:
@@ -262,15 +262,27 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
-def _revived(record: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _revived(value)
-        if isinstance(value, dict)
-        else _NOT_FINITE.get(value, value)
-        if isinstance(value, str) and key not in _WORDS
-        else value
-        for key, value in record.items()
-    }
+def revived(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record whose "nan", "inf" and "-inf" are floats again, also in records within it."""
+
+    def back(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return revived(value)
+        if isinstance(value, list):
+            return [back(key, item) for item in value]
+        is_number = isinstance(value, str) and key not in _WORDS
+        return _NOT_FINITE.get(value, value) if is_number else value
+
+    return {key: back(key, value) for key, value in record.items()}
+
+
+def strict(value: Any) -> Any:
+    """Return plain data with "nan", "inf" and "-inf" for the floats that JSON cannot say, see `revived`."""
+    if isinstance(value, Mapping):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def in_use(shares_E: np.ndarray) -> float:

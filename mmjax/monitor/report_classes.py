@@ -27,6 +27,7 @@ from mmjax.monitor.report_panel import (
 )
 from mmjax.monitor.report_preview import as_given, preview, shown
 from mmjax.monitor.tables import percent
+from mmjax.objective import with_rows
 from mmjax.source import Examples
 from mmjax.task import Task
 
@@ -78,7 +79,7 @@ def guesses(model: Embedder, task: Task, each: Pass, examples: Examples) -> Gues
     for start in range(0, len(ids), BATCH):
         part = ids[start : start + BATCH]
         rows, _ = make_batch(spec, examples, part.tolist(), lambda _: None, BATCH)
-        logits.append(jax.device_get(predict(rows["inputs"]))[: len(part)])
+        logits.append(jax.device_get(predict(with_rows(rows)["inputs"]))[: len(part)])
         labels.append(rows["fields"][each.fields[0]][: len(part)])
         valid.append(rows["valid"][: len(part)])
     kept = np.concatenate(valid)

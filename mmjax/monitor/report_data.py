@@ -237,7 +237,8 @@ def newest_meta(workdir: epath.Path) -> tuple[int, dict[str, Any] | None]:
 
 def _json(path: epath.Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        # In a record of its own, so that a list of records is revived as well.
+        return metrics.revived({"": json.loads(path.read_text())})[""]
     except (OSError, ValueError):
         return None  # not there yet, or being written
 

@@ -14,6 +14,7 @@ from mmjax.loading import Embedder
 from mmjax.monitor.report_html import Html, tag
 from mmjax.monitor.report_panel import Panel, read_of, spread
 from mmjax.monitor.report_preview import preview
+from mmjax.objective import with_rows
 from mmjax.source import Examples
 from mmjax.task import Task
 
@@ -45,7 +46,9 @@ def panel(model: Embedder, task: Task, examples: Examples, split: str, count: in
     ids = spread(len(examples), count)
     batch, failed = make_batch(task.rows(), examples, ids, lambda _: None, len(ids))
     title = f"{split}: {read_of(len(examples), len(ids) - len(failed), len(failed))}"
-    show = model.compiled(lambda m, rows: task.objective.show(m, rows, jax.random.key(0)))
+    show = model.compiled(
+        lambda m, rows: task.objective.show(m, with_rows(rows), jax.random.key(0))
+    )
     made: Mapping[str, np.ndarray] = jax.device_get(show(batch))
     kept = np.flatnonzero(batch["valid"]).tolist()
     names = [name for name in task.objective.shows() if name in made]

@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from mmjax.monitor import metrics, phases
+from mmjax.monitor.metrics import strict
 
 FILE = "summary.json"
 _LATEST = 10  # visits whose mean is a task's loss
@@ -137,7 +138,7 @@ def switch_cost(seconds: Sequence[float], after_other: Sequence[bool | None]) ->
 def write(workdir: epath.Path, found: Mapping[str, Any]) -> None:
     """`summary.json`, whole or not at all."""
     partial = workdir / f"{FILE}.partial"
-    partial.write_text(json.dumps(found, indent=1))
+    partial.write_text(json.dumps(strict(found), indent=1, allow_nan=False))
     partial.replace(workdir / FILE)
 
 

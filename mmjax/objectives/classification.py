@@ -97,13 +97,24 @@ class Classification(Objective):
         logits_BC, aux = self._predict(model, batch["inputs"], key)
         label_B, valid_B = batch["fields"][self.label], batch["valid"]
         value = cross_entropy(logits_BC, label_B, valid_B, self.smoothing)
-        hit_B = (logits_BC.argmax(axis=1) == label_B) & valid_B
+        right_B = is_right(logits_BC, label_B) & valid_B
         metrics = {
-            "accuracy": hit_B.sum() / jnp.maximum(valid_B.sum(), 1),
+            "accuracy": right_B.sum() / jnp.maximum(valid_B.sum(), 1),
             # What equal logits cost, with any smoothing.
             "baseline": jnp.asarray(math.log(self.classes), value.dtype),
         }
         return Loss(value + aux.loss, {**metrics, **aux.metrics()}, aux.buffers)
+
+
+def is_right(logits_BC: jax.Array, label_B: jax.Array) -> jax.Array:
+    """Return whether the label's logit is above all others, `[B]`.
+
+    Ties count against the model, and so does NaN, as in `mmjax.evaluators.accuracy`.
+    """
+    inside_B = (label_B >= 0) & (label_B < logits_BC.shape[1])
+    at_B1 = jnp.where(inside_B, label_B, 0)[:, None]
+    own_B1 = jnp.take_along_axis(logits_BC, at_B1, axis=1)
+    return inside_B & ((~(logits_BC < own_B1)).sum(axis=1) == 1)
 
 
 def cross_entropy(

@@ -22,7 +22,7 @@ from mmjax.layers.stream import Aux, Stream, add_up
 from mmjax.layers.trunk import GroupConfig, Trunk
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Loss, Represented, row_keys
+from mmjax.objective import Loss, Part, Represented, row_keys
 from mmjax.objectives.contrastive import Contrastive, unit
 from mmjax.objectives.transfusion import next_token_losses
 from mmjax.parameters import declare
@@ -203,12 +203,14 @@ class Coca(Contrastive):
 
     def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
         value = baseline = jnp.zeros((), jnp.float32)
-        metrics: dict[str, jax.Array] = {}
+        metrics, parts = dict[str, jax.Array](), dict[str, Part]()
         if self.contrastive_weight:
             pair = super().compare(model, rows["pair"], batch)
             value = value + self.contrastive_weight * pair.value
             baseline = baseline + self.contrastive_weight * pair.metrics["baseline"]
             metrics = {**pair.metrics, "contrastive": pair.value}
+            metrics["baseline contrastive"] = pair.metrics["baseline"]
+            parts["contrastive"] = replace(pair.parts[""], weight=self.contrastive_weight)
         if self.caption_weight:
             cost_B, tokens_B = (jnp.where(batch["valid"], x, 0) for x in rows["caption"])
             caption = cost_B.sum() / jnp.maximum(tokens_B.sum(), 1)
@@ -216,7 +218,9 @@ class Coca(Contrastive):
             vocabulary = model.heads[self.head].decoder.logits.kernel[...].shape[-1]
             baseline = baseline + self.caption_weight * math.log(vocabulary)
             metrics["caption"] = caption
-        return Loss(value, {**metrics, "baseline": baseline})
+            metrics["baseline caption"] = jnp.asarray(math.log(vocabulary), caption.dtype)
+            parts["caption"] = Part(self.caption_weight, tokens_B.sum())
+        return Loss(value, {**metrics, "baseline": baseline}, parts=parts)
 
     # --- captions ------------------------------------------------------------------------------
 
@@ -289,4 +293,5 @@ def _closed(text: Stream, close_D: jax.Array) -> Stream:
         jnp.concatenate([text.mask_BS(), jnp.ones((rows, 1), bool)], axis=1),
         layout=((text.layout[0][0], length + 1),),
         mask=Causal(),
+        rows_B=text.rows_B,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from mmjax.layers.masks import Same
 from mmjax.layers.stream import Stream, add_up, mean_pool, segments
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Coupled, Loss, Represented
+from mmjax.objective import Coupled, Loss, Part, Represented
 from mmjax.parameters import declare
 from mmjax.sharding import constrain, split_rows
 
@@ -28,14 +29,34 @@ MAX_SCALE = 100.0  # bound of CLIP's learned scale
 FORMS = ("softmax", "sigmoid")
 
 
-class Scale(nnx.Module):
-    """A learned positive scale `min(exp(s), 100)`, stored as its logarithm."""
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def bounded(x: jax.Array, bound: float) -> jax.Array:
+    """Return `min(x, bound)`. Its gradient leads back from above the bound, where that of `minimum` is 0 for good."""
+    return jnp.minimum(x, bound)
 
-    def __init__(self, initial: float):
+
+def _bounded_forward(x: jax.Array, bound: float) -> tuple[jax.Array, jax.Array]:
+    return bounded(x, bound), x > bound
+
+
+def _bounded_backward(bound: float, is_over: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    # Against a positive gradient x goes down, toward the bound.
+    return (jnp.where(is_over & (g < 0), 0, g),)
+
+
+bounded.defvjp(_bounded_forward, _bounded_backward)
+
+
+class Scale(nnx.Module):
+    """A learned positive scale `exp(s)`, stored as its logarithm; `min(exp(s), bound)` with a bound, see `bounded`."""
+
+    def __init__(self, initial: float, bound: float | None = MAX_SCALE):
         self.log = declare((), (), initializers.constant(np.log(initial)), keep=True)
+        self.bound = bound
 
     def __call__(self) -> jax.Array:
-        return jnp.exp(jnp.minimum(self.log[...], np.log(MAX_SCALE)))
+        log = self.log[...]
+        return jnp.exp(log if self.bound is None else bounded(log, float(np.log(self.bound))))
 
 
 class Bias(nnx.Module):
@@ -57,7 +78,8 @@ class Contrastive(Coupled):
       form: `softmax`, or `sigmoid`, by which each pair of rows is a decision of its own (Zhai et al. 2023).
       concept: integer field; rows that share its value are positives of each other. Empty: only the pair.
       joint: size of the joint space.
-      temperature: initial temperature, learned as the logarithm of its inverse (SigLIP: 0.1).
+      temperature: initial temperature, learned as the logarithm of its inverse (SigLIP: 0.1). Under `softmax` it stays
+        at 0.01 or above (CLIP), under `sigmoid` it has no bound (a published SigLIP's is 1 / 112.3).
       bias: of the logits under `sigmoid`, learned, to begin with.
       chunk: rows that are compared at a time, so that memory grows with the batch and not with its square
         (see `chunked_info_nce`); 0 for all at once.
@@ -82,6 +104,10 @@ class Contrastive(Coupled):
             )
         if self.form not in FORMS:
             raise UserError(f"contrastive: form is '{self.form}'.{nearest(self.form, FORMS)}")
+        if self.form == "softmax" and self.temperature < 1 / MAX_SCALE:
+            raise UserError(
+                f"contrastive: temperature is {self.temperature}; under softmax it is at least {1 / MAX_SCALE}."
+            )
         if self.chunk < 0:
             raise UserError(f"contrastive: chunk is {self.chunk}; it must be at least 0.")
 
@@ -99,7 +125,8 @@ class Contrastive(Coupled):
             m: Dense(width, self.joint, ("embed", "joint"), bias=False) for m in self.between
         }
         bias = {"bias": Bias(self.bias)} if self.form == "sigmoid" else {}
-        return {**projections, "scale": Scale(1 / self.temperature), **bias}
+        bound = MAX_SCALE if self.form == "softmax" else None
+        return {**projections, "scale": Scale(1 / self.temperature, bound), **bias}
 
     def embed(
         self, model: Model, modality: str, arrays: Mapping[str, jax.Array], toward: str = ""
@@ -147,7 +174,8 @@ class Contrastive(Coupled):
                 value, recall = info_nce(a_BE, b_BE, scale, concept_B, valid_B)
             # What equal logits would cost.
             baseline = jnp.log(jnp.maximum(valid_B.sum(), 1).astype(value.dtype))
-        return Loss(value, {**known, "batch_recall": recall, "baseline": baseline})
+        metrics = {**known, "batch_recall": recall, "baseline": baseline}
+        return Loss(value, metrics, parts={"": Part(1.0, valid_B.sum(), compares=True)})
 
 
 def concepts(batch: Batch, field: str) -> jax.Array:
@@ -301,7 +329,11 @@ def _cross_entropy(
 def _hits(
     logits_RB: jax.Array, positive_RB: jax.Array, valid_R: jax.Array, valid_B: jax.Array
 ) -> jax.Array:
-    """How many valid anchors have a positive as their best candidate."""
-    best_R = jnp.where(valid_B[None, :], logits_RB, -jnp.inf).argmax(axis=1)
-    hit_R = jnp.take_along_axis(positive_RB, best_R[:, None], axis=1)[:, 0]
-    return (hit_R & valid_R).sum()
+    """Return how many valid anchors have a positive as their best candidate.
+
+    Ties count against the model, and so does NaN, as in `mmjax.evaluators.retrieval`: one that maps everything to one
+    point is right of no anchor that has a negative.
+    """
+    best_R = jnp.where(positive_RB, logits_RB, -jnp.inf).max(axis=1)
+    rival_RB = ~(logits_RB < best_R[:, None]) & valid_B[None, :] & ~positive_RB
+    return (positive_RB.any(axis=1) & ~rival_RB.any(axis=1) & valid_R).sum()

@@ -17,7 +17,7 @@ from mmjax.layers.dense import Dense, LayerNorm
 from mmjax.layers.stream import add_up, mean_pool
 from mmjax.modality import PRESENT, Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Coupled, Loss, Represented
+from mmjax.objective import Coupled, Loss, Part, Represented
 from mmjax.objectives.contrastive import concepts, info_nce_of, unit
 from mmjax.parameters import declare
 
@@ -26,7 +26,11 @@ Pair = tuple[str, str]
 
 
 class Temperature(nnx.Module):
-    """`relu(t) + 1e-6`, as IMP has it: it can reach zero. `contrastive` learns the logarithm of a scale instead."""
+    """A learned temperature `relu(t) + 1e-6`, as IMP's released code has it (objectives.py), and by choice no other.
+
+    It can reach 0: from there t has no gradient, logits are times 1e6, and the pair is lost. The metric `temperature`
+    shows it. `contrastive` learns the logarithm of a scale instead, which has no such end.
+    """
 
     def __init__(self, initial: float):
         self.value = declare((), (), initializers.constant(initial), keep=True)
@@ -61,7 +65,7 @@ class CrossModal(Coupled):
       space: `disjoint`, two layers and a norm for each modality towards each other one; or `linear`, one map for
         each modality, to a space of all.
       joint: size of a space.
-      initial: temperature to begin with, learned for each pair.
+      initial: temperature to begin with, learned for each pair as `relu(t) + 1e-6` (see `Temperature`).
     """
 
     between: tuple[str, ...]
@@ -158,7 +162,8 @@ class CrossModal(Coupled):
         valid_B, one_B1 = batch["valid"], jnp.ones((batch["valid"].shape[0], 1), bool)
         present = {m: batch["inputs"][m].get(PRESENT, one_B1) for m in self.between}
         concept_B = concepts(batch, self.concept)
-        total, metrics = jnp.zeros(()), dict[str, jax.Array]()
+        total = baseline = anchors = jnp.zeros(())
+        metrics: dict[str, jax.Array] = {}
         for (one, two), weight in self._pairs().items():
             t = model.heads[self.head][_temperature((one, two))]()
             logits_BB = bag_logits(
@@ -166,10 +171,14 @@ class CrossModal(Coupled):
             )
             there_B = valid_B & present[one].any(axis=1) & present[two].any(axis=1)
             loss, recall = info_nce_of(logits_BB, concept_B, there_B)
+            count = there_B.sum().astype(loss.dtype)
             total = total + weight * loss
+            anchors = anchors + weight * count
+            # What equal logits would cost the rows that have both.
+            baseline = baseline + weight * jnp.log(jnp.maximum(count, 1))
             metrics |= {f"batch_recall {one} {two}": recall, f"temperature {one} {two}": t}
-        baseline = jnp.log(jnp.maximum(valid_B.sum(), 1).astype(total.dtype))
-        return Loss(total, {**metrics, "baseline": baseline})
+        parts = {"": Part(1.0, anchors, compares=True)}
+        return Loss(total, {**metrics, "baseline": baseline}, parts=parts)
 
 
 def _temperature(pair: Pair) -> str:

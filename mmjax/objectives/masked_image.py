@@ -56,7 +56,8 @@ class Decoder(nnx.Module):
         back_BS = jnp.argsort(index_BS, axis=1)
         x_BSD = jnp.take_along_axis(x_BSD, back_BS[..., None], axis=1)
         x_BSD = x_BSD + self.positions(coordinates).astype(x_BSD.dtype)
-        stream, aux = self.trunk(Stream(x_BSD, layout=(("image", x_BSD.shape[1]),)), key)
+        layout = (("image", x_BSD.shape[1]),)
+        stream, aux = self.trunk(Stream(x_BSD, layout=layout, rows_B=seen.rows_B), key)
         return self.pixels(stream.x_BSD), aux
 
 

@@ -26,7 +26,7 @@ from mmjax.layers.unet import UNet
 from mmjax.modalities.image import patchify, unpatchify
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Coupled, Loss, Represented, Span, refuse_drop, row_keys
+from mmjax.objective import Coupled, Loss, Part, Represented, Span, refuse_drop, row_keys
 from mmjax.objectives.masked_image import as_pixels, patch_side
 from mmjax.parameters import declare
 
@@ -337,7 +337,7 @@ class Transfusion(Coupled):
 
     def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
         value = baseline = jnp.zeros((), jnp.float32)
-        metrics: dict[str, jax.Array] = {}
+        metrics, parts = dict[str, jax.Array](), dict[str, Part]()
         for name, row in rows.items():
             total = {k: jnp.where(batch["valid"], v, 0).sum() for k, v in row.items()}
             count = jnp.maximum(total["count"], 1)
@@ -350,7 +350,8 @@ class Transfusion(Coupled):
             metrics |= {name: total["sum"] / count, f"baseline {name}": nothing}
             value = value + weight * metrics[name]
             baseline = baseline + weight * nothing
-        return Loss(value, {**metrics, "baseline": baseline})
+            parts[name] = Part(weight, total["count"])
+        return Loss(value, {**metrics, "baseline": baseline}, parts=parts)
 
     # --- what it writes and draws --------------------------------------------------------------
 

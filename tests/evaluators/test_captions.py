@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import mmjax
 from mmjax.errors import UserError
 from mmjax.evaluators.captions import Captions, entropy, f1, match, texts
+from mmjax.modalities.colours import Colours
 from mmjax.modalities.image import Image
 from mmjax.modalities.text import Text
 from mmjax.task import Task, make_task
@@ -78,8 +79,44 @@ def test_chance_is_what_other_texts_score() -> None:
 
 
 def test_texts_end_where_they_end() -> None:
-    rows = np.array([[4, 5, 3, 9], [3, 4, 4, 4], [4, 0, 5, 6], [0, 0, 0, 0]])
-    assert texts(rows) == [(4, 5), (), (4, 5, 6), ()]
+    rows = np.array([[4, 5, 3, 9], [3, 4, 4, 4], [4, 0, 5, 6]])
+    assert texts(rows, 3) == [(4, 5), (), (4, 0, 5, 6)]
+    assert texts(rows, None) == [(4, 5, 3, 9), (3, 4, 4, 4), (4, 0, 5, 6)]
+
+
+def test_colours_are_compared_to_the_last_whatever_their_ids() -> None:
+    """Ids 0 and 3, which are padding and the end of texts, are colours like others."""
+    modalities = {"text": Text(), "colours": Colours(levels=5, buckets=4)}
+    block = {
+        "source": SOURCE,
+        "inputs": {"text": {"length": 4}, "colours": {"size": 2}},
+        "objective": {
+            "name": "transfusion", "order": ["text", "colours"], "discrete": ["colours", "text"],
+        },
+        "batch": 4,
+    }  # fmt: skip
+    rows = {
+        "wanted": np.array([[3, 10, 20, 30], [0, 0, 7, 0], [3, 3, 3, 3]]),
+        "written": np.array([[3, 99, 98, 97], [0, 0, 7, 0], [3, 3, 0, 0]]),
+        "cost": np.zeros(3),
+        "tokens": np.full(3, 4.0),
+    }
+    chosen = make_task("pictures", block, modalities)
+    assert chosen.objective.writes() == ("text", "colours")
+    loss, exact, bags = Captions(source=SOURCE).score(chosen, {"all": rows})
+    assert exact["value"] == pytest.approx(1 / 3)
+    assert bags["value"] == pytest.approx((1 / 4 + 1 + 1 / 2) / 3)
+    shares = np.array([5, 3, 1, 1, 1, 1]) / 12  # of 3, 0, 7, 10, 20, 30
+    assert loss["chance"] == pytest.approx(-(shares * np.log(shares)).sum())
+
+
+def test_a_text_that_holds_padding_before_its_end_is_not_the_one_without() -> None:
+    rows = {
+        "wanted": np.array([[5, 6, 3, 0]]), "written": np.array([[5, 0, 6, 3]]),
+        "cost": np.zeros(1), "tokens": np.array([3.0]),
+    }  # fmt: skip
+    _, exact, bags = Captions(source=SOURCE).score(task(), {"all": rows})
+    assert exact["value"] == 0 and bags["value"] == pytest.approx(2 * 2 / 5)
 
 
 tokens = st.lists(st.integers(4, 7), max_size=4).map(tuple)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +12,19 @@ import numpy as np
 import pytest
 
 from mmjax.errors import UserError
-from mmjax.evaluator import Pass, function, make_evaluators, row_spec
+from mmjax.evaluator import Pass, Record, function, make_evaluators, row_spec
 from mmjax.evaluators.held_out_loss import HeldOutLoss
 from mmjax.evaluators.retrieval import Retrieval
+from mmjax.layers.trunk import GroupConfig
 from mmjax.modalities.image import Image, ImageInput
+from mmjax.modalities.text import Text, TextInput
 from mmjax.modality import Input
+from mmjax.model import ModelConfig, declare_model
 from mmjax.objective import Loss, Objective
+from mmjax.objectives.transfusion import Transfusion
+from mmjax.parameters import Declaration
+from mmjax.program import eval_request
+from mmjax.sharding import MeshConfig, make_mesh
 from mmjax.task import Task, TaskConfig
 
 SOURCE = {"name": "tfds", "dataset": "emoji", "split": "test_concept"}
@@ -74,6 +81,130 @@ def test_a_part_of_the_loss_with_a_baseline_has_a_record_of_its_own() -> None:
     assert (text["name"], text["value"], text["chance"]) == ("held-out loss text", 2, 3)
 
 
+def columns(**given: Any) -> dict[str, np.ndarray]:
+    """Columns of five rows, of batches of 2, 2 and 1: a value for each batch, or for all."""
+    return {
+        name.replace("_", " "): np.repeat(np.broadcast_to(np.asarray(x, np.float64), 3), [2, 2, 1])
+        for name, x in given.items()
+    }
+
+
+def test_a_mean_over_terms_is_over_those_of_all_batches() -> None:
+    """Of 6, 2 and 10 tokens: each row stands for its batch's share of them."""
+    rows = columns(loss=[1, 2, 3], baseline=[4, 4, 5], terms=[3, 1, 10], weight=1, compared=0)
+    [record] = HeldOutLoss(source=SOURCE).score(task(), {"all": rows})
+    assert record["value"] == pytest.approx((6 * 1 + 2 * 2 + 10 * 3) / 18)
+    assert record["chance"] == pytest.approx((8 * 4 + 10 * 5) / 18)
+    assert record["count"] == 5 and "compared" not in record
+
+
+def test_rows_that_are_compared_with_each_other_are_those_of_the_fullest_batches() -> None:
+    rows = columns(loss=[1, 2, 50], baseline=[4, 6, 0], terms=1, weight=1, compared=[2, 2, 1])
+    [record] = HeldOutLoss(source=SOURCE).score(task(), {"all": rows})
+    assert (record["value"], record["chance"]) == (1.5, 5.0)
+    assert (record["count"], record["compared"]) == (4, 2)
+
+
+def test_a_loss_of_several_means_is_their_sum_with_what_is_in_none() -> None:
+    """3 one + 0.5 two + an auxiliary loss of 0.25, the first compared; each part has its record."""
+    one, two = np.array([1.0, 2.0, 9.0]), np.array([4.0, 8.0, 2.0])
+    rows = columns(
+        loss=3 * one + 0.5 * two + 0.25, baseline=0, one=one, two=two, baseline_one=[5, 5, 0],
+        baseline_two=[6, 6, 7], terms_one=1, terms_two=[1, 3, 4], weight_one=3, weight_two=0.5,
+        compared_one=[2, 2, 1], compared_two=0,
+    )  # fmt: skip
+    whole, first, second = HeldOutLoss(source=SOURCE).score(task(), {"all": rows})
+    mean = (2 * 4 + 6 * 8 + 4 * 2) / 12
+    assert (first["value"], first["chance"], first["count"], first["compared"]) == (1.5, 5, 4, 2)
+    assert second["value"] == pytest.approx(mean) and second["count"] == 5
+    assert second["chance"] == pytest.approx((8 * 6 + 4 * 7) / 12) and "compared" not in second
+    assert whole["value"] == pytest.approx(3 * 1.5 + 0.5 * mean + 0.25)
+    assert whole["chance"] == pytest.approx(3 * 5 + 0.5 * second["chance"])
+    assert (whole["count"], whole["compared"]) == (4, 2)
+
+
+def test_a_loss_of_no_terms_is_not_a_number() -> None:
+    rows = columns(loss=0, baseline=0, terms=0, weight=1, compared=0)
+    [record] = HeldOutLoss(source=SOURCE).score(task(), {"all": rows})
+    assert np.isnan(record["value"])
+    # Of several means, the others are the loss.
+    rows = columns(
+        loss=2, baseline=5, one=2, baseline_one=5, terms_one=1, weight_one=1, two=0, baseline_two=0,
+        terms_two=0, weight_two=3,
+    )  # fmt: skip
+    whole, first, second = HeldOutLoss(source=SOURCE).score(task(), {"all": rows})
+    assert whole["value"] == first["value"] == 2 and np.isnan(second["value"])
+
+
+LENGTHS = (1, 1, 15, 15, 4)
+MODALITIES = {
+    "text": Text(vocabulary=11, buckets=16),
+    "image": Image(patch=2, buckets=2),
+}
+
+
+def sequences(*order: str) -> tuple[Task, Declaration, dict[str, jax.Array]]:
+    """A task of texts of very different lengths (and pictures), and a tiny model of it."""
+    inputs = {"text": Input("text", MODALITIES["text"], TextInput(length=15))}
+    inputs["image"] = Input("image", MODALITIES["image"], ImageInput(size=4))
+    objective = Transfusion(order=order, head="h", drop=0.5)
+    block = {"name": "transformer", "heads": 2, "hidden": 8}
+    config = ModelConfig(8, (GroupConfig(1, (block,)),))
+    chosen = {m: inputs[m] for m in order}
+    heads = [("h", objective.heads(8, chosen))]
+    declaration = declare_model(config, {m: MODALITIES[m] for m in order}, heads)
+    rng = np.random.default_rng(0)
+    p = {n: jnp.asarray(rng.normal(size=s.shape)) for n, s in declaration.specs.items()}
+    source: Any = None
+    return Task("t", TaskConfig({}, {}, {}, 4), chosen, objective, source), declaration, p
+
+
+def evaluated(order: Sequence[str], size: int, rows: Sequence[int]) -> list[Record]:
+    """The records of a split of these rows, by the program of an evaluation with batches of a size."""
+    made, declaration, p = sequences(*order)
+    rng = np.random.default_rng(1)
+    ids = rng.integers(4, 11, (len(LENGTHS), 15)).astype(np.int32)
+    pixels = rng.integers(0, 256, (len(LENGTHS), 4, 4, 3)).astype(np.uint8)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    run = eval_request(made, "loss", size, declaration, jnp.float64, 0, p, mesh).function
+    call, columns = jax.jit(run), []
+    for index, start in enumerate(range(0, len(rows), size)):
+        at = list(rows[start : start + size])
+        valid = np.arange(size) < len(at)
+        at += [0] * (size - len(at))
+        lengths = np.array(LENGTHS)[at]
+        text = {"ids": ids[at], "valid": np.arange(15) < lengths[:, None]}
+        inputs = {m: {"text": text, "image": {"pixels": pixels[at]}}[m] for m in order}
+        batch = {"inputs": inputs, "fields": {}, "valid": valid}
+        found = jax.device_get(call(p, batch, {"batch": np.int32(index)}))
+        columns.append({n: x[valid] for n, x in found.items()})
+    outputs = {n: np.concatenate([c[n] for c in columns]) for n in columns[0] if n != "valid"}
+    return HeldOutLoss(source=SOURCE).score(made, {"all": outputs})
+
+
+@pytest.mark.parametrize("order", [("text",), ("text", "image")])
+def test_it_does_not_depend_on_the_batch_of_the_evaluation(order: tuple[str, ...]) -> None:
+    """Nor do the times, the noise and the choices that are drawn for each example."""
+    with jax.enable_x64(True):
+        wanted = evaluated(order, 5, range(5))
+        for size in (1, 2, 4):
+            for one, other in zip(evaluated(order, size, range(5)), wanted, strict=True):
+                assert one == {
+                    **other,
+                    "value": pytest.approx(other["value"], rel=1e-6),
+                    "chance": pytest.approx(other["chance"], rel=1e-6),
+                }
+
+
+def test_it_is_the_cost_of_all_tokens_over_their_number() -> None:
+    """Of a language model: each text alone, weighted by its tokens."""
+    with jax.enable_x64(True):
+        alone = [evaluated(("text",), 1, [row])[0]["value"] for row in range(5)]
+        [whole, _] = evaluated(("text",), 2, range(5))
+    assert whole["value"] == pytest.approx(np.average(alone, weights=LENGTHS), rel=1e-6)
+    assert abs(whole["value"] - np.mean(alone)) > 1e-2
+
+
 def test_an_objective_that_reports_no_baseline() -> None:
     with pytest.raises(UserError, match="tasks.bright: objective Brightness reports no 'baseline'"):
         HeldOutLoss(source=SOURCE).score(task(), {"all": {"loss": np.ones(3)}})
@@ -93,9 +224,11 @@ def test_rows_of_a_pass_hold_what_its_output_needs() -> None:
 
 
 def test_functions_give_one_output_per_row() -> None:
-    batch = {"inputs": {"image": {"pixels": np.ones((2, 4, 4, 3))}}, "valid": np.ones(2, bool)}
+    batch = {"inputs": {"image": {"pixels": np.ones((2, 4, 4, 3))}}, "valid": jnp.ones(2, bool)}
     model: Any = 2.0
     outputs = function(task(), "loss")(model, batch, jax.random.key(0))
+    assert set(outputs) == {"loss", "baseline", "terms", "weight", "compared"}
+    np.testing.assert_array_equal(outputs["terms"], [1.0, 1.0])
     np.testing.assert_array_equal(outputs["loss"], [6.0, 6.0])
     np.testing.assert_array_equal(outputs["baseline"], [5.0, 5.0])
     outputs = function(task(), "embed/image")(model, batch, jax.random.key(0))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mmjax.errors import UserError
-from mmjax.evaluators.retrieval import Retrieval, chance, recall
+from mmjax.evaluators import retrieval
+from mmjax.evaluators.retrieval import Retrieval, chance, place, recall
 from mmjax.objectives.contrastive import Contrastive
 from mmjax.task import Task, TaskConfig
 
@@ -45,6 +46,45 @@ def test_recall_is_that_of_a_sorted_list(
 ) -> None:
     expected = brute_recall(similarity, positive, k)
     assert recall(similarity.astype(float), positive, (k,)) == [expected]
+
+
+@pytest.mark.parametrize("pairs", [1, 7, 30, 10**6])
+def test_some_queries_at_a_time_are_all_of_them(
+    pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small whole numbers, whose products are exact: the records are those of a sorted list, ties among them."""
+    rng = np.random.default_rng(0)
+    outputs = {
+        m: {"vector": rng.integers(-2, 3, (12, 4)).astype(np.float32), "concept": rng.integers(0, 5, 12)}
+        for m in ("image", "text")
+    }  # fmt: skip
+    monkeypatch.setattr(retrieval, "_PAIRS", pairs)
+    records = Retrieval(source=SOURCE, unique="none").score(task(), outputs)
+    for one, two in (("image", "text"), ("text", "image")):
+        similarity = outputs[one]["vector"] @ outputs[two]["vector"].T
+        positive = outputs[one]["concept"][:, None] == outputs[two]["concept"]
+        found = {r["name"]: r for r in records}
+        for k in (1, 5, 10):
+            record = found[f"{one} to {two} R@{k}"]
+            assert record["value"] == brute_recall(similarity, positive, k)
+            assert record["chance"] == chance(positive.sum(axis=1), 12, (k,))[0]
+
+
+def test_memory_does_not_grow_with_the_square_of_the_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No array of more pairs than are compared at a time, unless of one query."""
+    sizes = []
+
+    def noted(similarity: np.ndarray, positive: np.ndarray) -> np.ndarray:
+        sizes.append(similarity.size)
+        return place(similarity, positive)
+
+    monkeypatch.setattr(retrieval, "_PAIRS", 1000)
+    monkeypatch.setattr(retrieval, "place", noted)
+    made = {"vector": np.zeros((300, 2), np.float32), "concept": np.arange(300)}
+    Retrieval(source=SOURCE).score(task(), {"image": made, "text": made})
+    assert max(sizes) <= 1000 and sum(sizes) == 2 * 300 * 300
 
 
 def test_ties_count_against_us() -> None:

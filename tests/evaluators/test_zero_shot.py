@@ -79,6 +79,16 @@ def test_an_example_of_a_class_without_a_name_is_wrong_and_counts() -> None:
     assert record["chance"] == pytest.approx(1 / 3)
 
 
+@pytest.mark.parametrize("value", [0.5, 0.0, np.nan])
+def test_a_model_that_maps_everything_to_one_point_is_never_right(value: float) -> None:
+    """Of 100 examples, 70 are of the first class; a guess by position would be right of these."""
+    labels = np.repeat([0, 1, 2], [70, 20, 10])
+    alike = np.full((100, 7), value, np.float32)
+    made = {"vector": alike, "group": labels}
+    [record] = ZeroShot(source=SOURCE, names=NAMES).score(task(), {"names": made, "examples": made})
+    assert record["value"] == 0 and record["majority"] == 0.7
+
+
 def test_the_passes_it_needs() -> None:
     passes = ZeroShot(source=SOURCE, names=NAMES, label="subgroup").passes(task())
     assert passes["names"].what == "embed/text" and passes["names"].block == NAMES

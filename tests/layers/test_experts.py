@@ -27,6 +27,7 @@ from experted import (
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from mmjax.errors import UserError
 from mmjax.flops import model_flops
@@ -115,6 +116,39 @@ def test_auxiliary_losses_add_up_and_reach_the_router() -> None:
     assert float(jnp.abs(gradient["router"]).max()) > 0
 
 
+LOSSES = {"importance": 0.5, "balance": 0.1, "load": 0.2}
+
+
+@pytest.mark.parametrize("over", ["group", "batch"])
+def test_losses_are_of_each_group_or_of_the_whole_batch(over: str) -> None:
+    """Of the router's own scores, by loops over groups of two rows, or all rows as one."""
+    router: dict[str, Any] = {"name": "token_choice", "top": 1, "noise": 1.0}
+    config = {"count": COUNT, "router": router, "group": 12, "losses": LOSSES, "losses_over": over}
+    p = random(Declaration(Experts(WIDTH, HIDDEN, config)))
+    valid = VALID.copy()
+    valid[2:] = False  # a group without a token
+    tokens = X.reshape(-1, 12 if over == "group" else 24, WIDTH)
+    each = []
+    for x, there in zip(tokens, valid.reshape(tokens.shape[:2]), strict=True):
+        logits = x[there] @ p["router"]
+        scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        if len(scores):
+            load = 1 - norm.cdf((logits.max(axis=1, keepdims=True) - logits) * COUNT)
+            first = np.bincount(scores.argmax(axis=1), minlength=COUNT) / len(scores)
+            sums = (scores.sum(axis=0), load.sum(axis=0))
+            squares = [float((s.std() / s.mean()) ** 2) for s in sums]
+            balance = COUNT * (first * scores.mean(axis=0)).sum()
+            each.append(0.5 * squares[0] + 0.2 * squares[1] + 0.1 * balance)
+    assert len(each) == 1
+    found = float(run(config, p, valid)[1].loss)
+    assert found == pytest.approx(each[0], rel=1e-6)
+    full = float(run(config, p)[1].loss)
+    other = float(
+        run({**config, "losses_over": "batch" if over == "group" else "group"}, p)[1].loss
+    )
+    assert abs(full - other) > 1e-3
+
+
 # --- in a block --------------------------------------------------------------------------------
 
 
@@ -172,7 +206,8 @@ def test_on_a_mesh_it_is_what_it_is_on_one_device(
     config: dict[str, Any], mesh: dict[str, int]
 ) -> None:
     """Value and gradient in float64, parameters of experts cut along their axis."""
-    declaration = trunk(experts={**config, "count": 4, "losses": {"balance": 0.1}})
+    losses = {"balance": 0.1, "importance": 0.1}
+    declaration = trunk(experts={**config, "count": 4, "losses": losses})
     p = {n: jnp.asarray(v) for n, v in random(declaration).items()}
     x = jnp.asarray(np.random.default_rng(6).normal(size=(8, LENGTH, 8)))
 
@@ -253,6 +288,12 @@ def test_groups_of_the_config_are_those_that_compete() -> None:
         ({"count": 2, "router": {"name": "expert_choise"}}, "no 'expert_choise'. Did you mean"),
         ({"count": 2, "losses": {"blance": 1.0}}, "no loss 'blance'. Did you mean 'balance'"),
         ({"count": 2, "groop": 3}, "groop"),
+        ({"count": 2, "losses_over": "groups"}, "losses_over is 'groups'. Did you mean 'group'"),
+        (
+            {"count": 1, "losses": {"importance": 1.0}},
+            "count is 1, and 'importance' balances experts",
+        ),
+        ({"count": 1, "spread": {"text": 1.0}}, "count is 1, and 'spread' balances experts"),
     ],
 )
 def test_mistakes(config: Any, said: str) -> None:

@@ -133,6 +133,9 @@ def test_the_causal_router_learns_alone_what_experts_took() -> None:
     assert float(count) == 3 * VALID.sum()
     reached = {n for n, g in jax.grad(loss)(values).items() if np.asarray(g).any()}
     assert reached == {n for n in p if n.startswith("causal/")}
+    # Nor do the layers before, of which the tokens come: the trunk does not learn by it.
+    to_tokens = jax.grad(lambda x: model(replace(stream(), x_BSD=x), None)[1].loss)(jnp.asarray(X))
+    assert not np.asarray(to_tokens).any()
 
 
 def trunk(config: Any, **more: Any) -> Declaration:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mmjax.layers.positions import Positions, grid
+from mmjax.modalities import image
+from mmjax.modalities.colours import Colours
+from mmjax.modalities.image import Image
+from mmjax.modalities.spectrogram import Spectrogram
+from mmjax.modalities.text import Text
+from mmjax.modalities.video import Video
+from mmjax.modalities.waveform import Waveform
 from mmjax.parameters import Declaration
 
 WIDTH = 3
@@ -120,3 +128,21 @@ def test_embeddings_begin_at_the_stated_size() -> None:
         start = Declaration(Positions(WIDTH, {"x": 8}, scale)).initialise(0)
         np.testing.assert_allclose(start["norm/scale"], np.full(WIDTH, scale), rtol=1e-6)
         assert not np.any(start["norm/bias"])
+
+
+STEMS: dict[str, Any] = {
+    "colours": Colours(), "image": Image(), "spectrogram": Spectrogram(), "text": Text(), "video": Video(),
+    "waveform": Waveform(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_positions_of_a_stem_begin_small_beside_the_content(name: str) -> None:
+    """Each token's has a root mean square of 0.05 at first, whatever its coordinates."""
+    stem = STEMS[name].stem(16)
+    assert set(STEMS) == {p.stem for p in Path(image.__file__).parent.glob("*.py")} - {"__init__"}
+    positions = Declaration(stem.positions)
+    p = positions.initialise(0)
+    coordinates = {axis: jnp.array([[0.0, 0.3, 0.9]]) for axis in stem.positions.buckets}
+    found = np.asarray(positions.merge(p)(coordinates))
+    np.testing.assert_allclose(np.sqrt(np.square(found).mean(axis=-1)), 0.05, rtol=2e-2)

@@ -163,24 +163,59 @@ LOGITS = RNG.normal(size=(2, 5, 3))
 VALID = np.array([[1, 1, 1, 0, 1], [1, 0, 1, 1, 1]], bool)
 
 
-def test_importance() -> None:
+def squared_variation(x: np.ndarray) -> float:
+    return float((x.std() / x.mean()) ** 2)
+
+
+def test_importance_is_of_each_group() -> None:
+    """V-MoE's: a loss for each group of tokens that compete, then their mean."""
     scores = softmax(LOGITS)
-    summed = scores[VALID].sum(axis=0)
+    each = [squared_variation(scores[g][VALID[g]].sum(axis=0)) for g in range(2)]
     found = importance_loss(jnp.asarray(scores), jnp.asarray(VALID))
-    np.testing.assert_allclose(found, (summed.std() / summed.mean()) ** 2, rtol=1e-10)
+    np.testing.assert_allclose(found, np.mean(each), rtol=1e-10)
 
 
 def test_balance_and_z() -> None:
     scores = softmax(LOGITS)
-    first = np.bincount(scores[VALID].argmax(axis=1), minlength=3) / VALID.sum()
+    each = []
+    for own, valid in zip(scores, VALID, strict=True):
+        first = np.bincount(own[valid].argmax(axis=1), minlength=3) / valid.sum()
+        each.append(3 * (first * own[valid].mean(axis=0)).sum())
     found = balance_loss(jnp.asarray(scores), jnp.asarray(VALID))
-    np.testing.assert_allclose(found, 3 * (first * scores[VALID].mean(axis=0)).sum(), rtol=1e-10)
+    np.testing.assert_allclose(found, np.mean(each), rtol=1e-10)
     even = jnp.full((1, 6, 3), 1 / 3)
     assert float(balance_loss(even, jnp.ones((1, 6), bool))) == pytest.approx(1)
     sizes = np.square(np.log(np.exp(LOGITS[VALID]).sum(axis=1)))
     np.testing.assert_allclose(
         z_loss(jnp.asarray(LOGITS), jnp.asarray(VALID)), sizes.mean(), rtol=1e-10
     )
+
+
+NAMED: dict[str, Any] = {
+    "importance": lambda logits, valid: importance_loss(jax.nn.softmax(logits), valid),
+    "balance": lambda logits, valid: balance_loss(jax.nn.softmax(logits), valid),
+    "load": lambda logits, valid: load_loss(logits, logits + 0.1, 0.25, 1, valid),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_group_without_a_token_does_not_count(name: str) -> None:
+    alone = NAMED[name](jnp.asarray(LOGITS[:1]), jnp.asarray(VALID[:1]))
+    valid = jnp.asarray(np.stack([VALID[0], np.zeros(5, bool)]))
+    assert float(NAMED[name](jnp.asarray(LOGITS), valid)) == float(alone) > 0
+    nothing = jnp.zeros((2, 5), bool)
+    value, gradient = jax.value_and_grad(NAMED[name])(jnp.asarray(LOGITS), nothing)
+    assert float(value) == 0 and not np.asarray(gradient).any()
+
+
+@pytest.mark.parametrize("name", ["importance", "load"])
+@pytest.mark.parametrize("experts", [2, 3, 4])
+def test_equal_loads_cost_nothing_and_pull_nowhere(name: str, experts: int) -> None:
+    """The root of a variance of 0 has no slope there: as a quotient of squares it is 0."""
+    logits, valid = jnp.zeros((2, 6, experts)), jnp.ones((2, 6), bool)
+    value, gradient = jax.value_and_grad(NAMED[name])(logits, valid)
+    assert float(value) == pytest.approx(0, abs=1e-30)
+    np.testing.assert_allclose(gradient, 0, atol=1e-15)
 
 
 def test_entropies_of_a_modality() -> None:
@@ -266,12 +301,12 @@ def test_the_load_loss_by_loops(top: int) -> None:
     logits, deviation = rng.normal(size=(2, 6, 4)), 0.25
     noisy = logits + deviation * rng.normal(size=logits.shape)
     valid = rng.random((2, 6)) < 0.8
-    load = np.zeros(4)
+    load = np.zeros((2, 4))
     for g, t in np.ndindex(2, 6):
         if valid[g, t]:
             eta = sorted(noisy[g, t])[-top]
-            load += [1 - norm.cdf((eta - logit) / deviation) for logit in logits[g, t]]
-    wanted = (load.std() / load.mean()) ** 2
+            load[g] += [1 - norm.cdf((eta - logit) / deviation) for logit in logits[g, t]]
+    wanted = np.mean([squared_variation(own) for own in load])
 
     def loss(logits: Any) -> jax.Array:
         return load_loss(logits, jnp.asarray(noisy), deviation, top, jnp.asarray(valid))

@@ -185,6 +185,20 @@ def test_settings_that_do_not_fit(change, message):
         VIDEO.arrays(VideoInput(**{"frames": 4, "size": 8, **change}))
 
 
+def test_clips_drop_tokens_of_their_own():
+    """Two examples whose generators differ; one generator gives the same tokens again."""
+    view = Input("clip", VIDEO, VideoInput(frames=4, size=16, drop=0.75))
+    video = clip(4, 16, 16)
+    found = [
+        view.preprocess({"video": video}, np.random.default_rng(seed))["coordinates"]
+        for seed in (0, 1, 2, 0)
+    ]
+    assert found[0].shape == (8, 3)
+    np.testing.assert_array_equal(found[0], found[3])
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert not np.array_equal(found[one], found[other])
+
+
 # --- tokens ------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from mmjax.layers.trunk import GroupConfig
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modality import Input
 from mmjax.model import ModelConfig, declare_model
-from mmjax.objectives.classification import Classification, cross_entropy
+from mmjax.objectives.classification import Classification, cross_entropy, is_right
 from mmjax.parameters import Declaration
 from mmjax.sharding import MeshConfig, batch_sharding, make_mesh
 
@@ -170,6 +170,38 @@ def test_loss_and_accuracy_are_those_of_what_it_predicts(x64: None, norm: str) -
     np.testing.assert_allclose(loss.value, reference(found, label, valid, 0.1), rtol=1e-12)
     right = (found.argmax(axis=1) == label)[valid]
     np.testing.assert_allclose(loss.metrics["accuracy"], right.mean())
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_a_model_that_says_the_same_of_every_class_is_never_right(value: float) -> None:
+    """As at step 0, where the head is zero: the accuracy is not the share of class 0."""
+    made = objective(init="zeros")
+    p = declared(made).initialise(0)
+    p["heads/head/classifier/logits/bias"] = jnp.full(CLASSES, value)
+    rows = batch(8)
+    rows["fields"]["label"][:] = 0
+    loss = made(declared(made).merge(p), rows, jax.random.key(0))
+    assert float(loss.metrics["accuracy"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("logits", "label", "right"),
+    [
+        ([1.0, 3.0, 2.0], 1, True),
+        ([1.0, 3.0, 2.0], 2, False),
+        ([3.0, 3.0, 2.0], 0, False),
+        ([3.0, 3.0, 2.0], 1, False),
+        ([np.nan, 3.0, 2.0], 1, False),
+        ([1.0, np.inf, 2.0], 1, True),
+        ([1.0, 2.0, 3.0], -1, False),
+        ([1.0, 2.0, 3.0], 3, False),
+    ],
+)
+def test_a_label_is_right_where_its_logit_is_above_all_others(
+    logits: list[float], label: int, right: bool
+) -> None:
+    found = is_right(jnp.array([logits]), jnp.array([label]))
+    assert bool(found[0]) == right
 
 
 @pytest.mark.parametrize("norm", ["none", "layer"])

@@ -228,6 +228,22 @@ def test_the_loss_against_numpy(pooling: str) -> None:
     np.testing.assert_allclose(loss.metrics["baseline"], expected, rtol=1e-6)
 
 
+def test_each_mean_says_what_it_is_of() -> None:
+    """The contrastive one of the valid rows, compared with each other; the captions' of their tokens."""
+    p, given = parameters(), batch()
+    (_, loss), _ = compiled()(p, given)
+    count = {name: int(part.count) for name, part in loss.parts.items()}
+    tokens = given["inputs"]["text"]["valid"][given["valid"]].sum()
+    assert count == {"contrastive": ROWS - 1, "caption": tokens}
+    assert {n: part.compares for n, part in loss.parts.items()} == {
+        "contrastive": True, "caption": False,
+    }  # fmt: skip
+    for terms in ("", "baseline "):
+        whole = loss.value if not terms else loss.metrics["baseline"]
+        parts = sum(part.weight * loss.metrics[terms + n] for n, part in loss.parts.items())
+        np.testing.assert_allclose(parts, whole, rtol=1e-6)
+
+
 def test_contrastive_some_rows_at_a_time() -> None:
     p, given = parameters(), batch()
     loss = jax.jit(lambda p, x: loss_of(objective(chunk=4), p, x))(p, given)

@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toyrun
+from flax import nnx
 from toyrun import block
 
 from mmjax.errors import UserError
+from mmjax.layers.stream import Aux, Stream, no_aux
 from mmjax.modality import PRESENT
 from mmjax.objectives.contrastive import info_nce
 from mmjax.objectives.cross_modal import CrossModal, bag_logits
+from mmjax.parameters import Declaration
 from mmjax.program import tokens
 
 B, E = 5, 4
@@ -59,12 +62,17 @@ class Head(dict):
 TEMPERATURES = {"vision_sound": 0.5, "vision_text": 0.7, "sound_text": 1.3}
 
 
-def by_loops(rows: Any, weights: dict[str, float], concept: np.ndarray) -> float:
+def by_loops(
+    rows: Any,
+    weights: dict[str, float],
+    concept: np.ndarray,
+    temperatures: dict[str, float] = TEMPERATURES,
+) -> float:
     """Miech et al. (2020), equation 1, for each pair in both directions; the mean over pairs, by weight."""
     total = part = 0.0
     for one, two in combinations(NAMES, 2):
         weight = weights.get(f"{one} {two}", 1.0)
-        t = TEMPERATURES[f"{one}_{two}"]
+        t = temperatures[f"{one}_{two}"]
         a, b = rows["vectors"][f"{one} {two}"], rows["vectors"][f"{two} {one}"]
         here, there = rows["present"][one], rows["present"][two]
         bag = np.full((B, B), -np.inf)
@@ -75,12 +83,12 @@ def by_loops(rows: Any, weights: dict[str, float], concept: np.ndarray) -> float
                 for m in range(b.shape[1])
                 if here[i, n] and there[j, m]
             ]
-            bag[i, j] = np.log(np.exp(each).sum()) if each else -np.inf
+            bag[i, j] = np.logaddexp.reduce(each) if each else -np.inf
         rows_ = [i for i in range(B) if VALID[i] and here[i].any() and there[i].any()]
         losses = []
         for logits in (bag, bag.T):
             for i in rows_:
-                among = np.log(sum(np.exp(logits[i, j]) for j in rows_))
+                among = np.logaddexp.reduce([logits[i, j] for j in rows_])
                 own = [logits[i, j] for j in rows_ if concept[j] == concept[i]]
                 losses.append(among - np.mean(own))
         total, part = total + weight * np.sum(losses) / 2 / len(rows_), part + weight
@@ -161,6 +169,91 @@ def test_heads_are_of_the_pairs_that_count(space: str, parts: set[str]) -> None:
 def test_what_is_wrong_is_said(words: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         CrossModal(**words)
+
+
+# --- the head ----------------------------------------------------------------------------------
+
+WIDTH = 6
+
+
+class Given:
+    """A model whose trunk passes its tokens on: each instance is one token, its pooled vector."""
+
+    def __init__(self, heads: Any):
+        self.heads = {"h": heads}
+
+    def tokens(self, modality: str, arrays: Any) -> Stream:
+        return Stream(arrays["x"].reshape(-1, 1, WIDTH))
+
+    def encode(self, streams: list[Stream], key: Any) -> tuple[Stream, Aux]:
+        return streams[0], no_aux()
+
+
+def in_space(p: dict[str, np.ndarray], part: str, x: np.ndarray) -> np.ndarray:
+    """IMP's disjoint space (heads.py): two layers with a tanh GELU between them, a LayerNorm; then of length one."""
+    up = x @ p[f"{part}/up/kernel"] + p[f"{part}/up/bias"]
+    up = 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
+    out = up @ p[f"{part}/out/kernel"] + p[f"{part}/out/bias"]
+    centred = out - out.mean(axis=-1, keepdims=True)
+    normed = centred / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + 1e-6)
+    made = normed * p[f"{part}/norm/scale"] + p[f"{part}/norm/bias"]
+    return np.asarray(made / np.sqrt(np.square(made).sum(axis=-1, keepdims=True) + 1e-12))
+
+
+# Of the last pair, below 0: its temperature is 1e-6.
+RAW = {"vision_sound": 0.5, "vision_text": 0.7, "sound_text": -0.3}
+
+
+def test_from_pooled_vectors_to_the_loss_as_imp_has_it() -> None:
+    """Spaces, temperatures `relu(t) + 1e-6` and MIL-NCE, in NumPy."""
+    objective = CrossModal(between=NAMES, head="h", joint=E)
+    declaration = Declaration(nnx.Dict(objective.heads(WIDTH, {})))
+    rng = np.random.default_rng(5)
+    p = {n: rng.normal(size=s.shape) for n, s in declaration.specs.items()}
+    p |= {f"temperature_{pair}/value": np.array(t) for pair, t in RAW.items()}
+    pooled = {m: rng.normal(size=(B, COUNTS[m], WIDTH)) for m in NAMES}
+    rows = rows_of()
+    arrays = {
+        m: {"x": jnp.asarray(pooled[m]), PRESENT: jnp.asarray(rows["present"][m])} for m in NAMES
+    }
+    batch: Any = {"valid": jnp.asarray(VALID), "inputs": arrays, "fields": {}}
+
+    def loss(p: Any) -> jax.Array:
+        model: Any = Given(declaration.merge(p))
+        return objective(model, batch, jax.random.key(0)).value
+
+    value, gradient = jax.value_and_grad(loss)({n: jnp.asarray(x) for n, x in p.items()})
+    rows["vectors"] = {
+        f"{one} {two}": in_space(p, f"{one}_to_{two}", pooled[one])
+        for one in NAMES for two in NAMES if one != two
+    }  # fmt: skip
+    temperatures = {pair: max(t, 0) + 1e-6 for pair, t in RAW.items()}
+    assert float(value) == pytest.approx(by_loops(rows, {}, np.arange(B), temperatures), rel=1e-9)
+    slopes = {pair: float(gradient[f"temperature_{pair}/value"]) for pair in RAW}
+    assert slopes["sound_text"] == 0 and slopes["vision_sound"] != 0 != slopes["vision_text"]
+
+
+def test_the_baseline_is_of_the_rows_that_have_both() -> None:
+    """What equal vectors cost: log of how many rows a pair compares, mean over the pairs by weight."""
+    weights = {"vision text": 2.0}
+    objective = CrossModal(between=NAMES, weights=weights, head="h", joint=E)
+    present = {m: np.ones((B, n), bool) for m, n in COUNTS.items()}
+    present["text"][[0, 3]] = False  # of the four valid rows, two have no text
+    vectors = {
+        f"{one} {two}": np.ones((B, COUNTS[one], E)) for one in NAMES for two in NAMES if one != two
+    }
+    inputs = {m: {PRESENT: jnp.asarray(x)} for m, x in present.items()}
+    batch: Any = {"valid": jnp.asarray(VALID), "fields": {}, "inputs": inputs}
+    model: Any = Head(TEMPERATURES)
+    loss = objective.compare(model, vectors, batch)
+    expected = (np.log(4) + 2 * np.log(2) + np.log(2)) / 4
+    assert float(loss.metrics["baseline"]) == pytest.approx(expected, rel=1e-12)
+    assert float(loss.value) == pytest.approx(expected, rel=1e-9)
+    counts = {n: float(part.count) for n, part in loss.parts.items()}
+    assert counts == {"": pytest.approx((4 + 2 * 2 + 2) / 4)} and loss.parts[""].compares
+    nobody = {**batch, "inputs": {m: {PRESENT: x & False} for m, x in present.items()}}
+    empty = objective.compare(model, vectors, nobody)
+    assert bool(empty.is_empty(batch["valid"])) and float(empty.metrics["baseline"]) == 0
 
 
 # --- in a run ----------------------------------------------------------------------------------
