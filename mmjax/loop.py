@@ -155,7 +155,7 @@ class Loop:
             return MutedMetrics()
         workdir, project = self._session.workdir, self._run.log.wandb
         sinks = [WandbRun(project, workdir, self._experiment.block)] if project else []
-        return MetricWriter(workdir, self._clock.step, sinks)
+        return MetricWriter(workdir, self._clock.step, sinks, self._session.check_lease)
 
     def _open_checkpoints(self) -> Checkpoints:
         bounds = self._run.limits.bounds
@@ -234,6 +234,7 @@ class Loop:
 
     def _write(self, records: list[Record]) -> None:
         self._sum_up()
+        self._session.check_lease()
         write_results(self._session.workdir, records)
         if self._run.log.report:
             self._progress.status("writing report.html")
@@ -448,6 +449,7 @@ class Loop:
             # A checkpoint must not know of a step whose line could still be lost.
             self._writer.flush()
             self._checkpoints.wait()
+            self._session.check_lease()
             self._checkpoints.save(
                 self._clock.step, self._session.canonical(state), self._session.meta(self._clock)
             )

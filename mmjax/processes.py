@@ -113,14 +113,14 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
         if keys:
             words = "; ".join(f"{k}: {first.get(k)} there, {other.get(k)} here" for k in keys[:5])
             more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            _let_others_end()
+            let_others_end()
             raise UserError(
                 f"Process {index} was started otherwise than process 0: {words}{more}. Start all with the "
                 "same config, flags and versions."
             )
 
 
-def _let_others_end() -> None:
+def let_others_end() -> None:
     """Process 0 holds the line on which all speak: it ends last, or the others are cut off in mid-sentence."""
     wait_for_all()
     if is_first():

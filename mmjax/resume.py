@@ -56,6 +56,7 @@ class Session:
       identities: digests of the data and of the files that modalities name.
       restored: the checkpoint it goes on from, if any.
       given: parameters that a fresh run begins with, by canonical name.
+      check_lease: raises if this process may no longer write in the workdir.
     """
 
     experiment: Experiment
@@ -66,6 +67,7 @@ class Session:
     identities: Mapping[str, str]
     restored: Restored | None
     given: dict[str, Any] = field(default_factory=dict)
+    check_lease: Callable[[], None] = lambda: None
 
     @property
     def is_done(self) -> bool:
@@ -261,6 +263,7 @@ def roll_back(
       UserError: no other task is left.
     """
     experiment, workdir = session.experiment, session.workdir
+    session.check_lease()
     say(f"{diverged}. Going back; with limits.divergence = 0 a run never does.")
     for step in processes.gather(checkpoint.steps(workdir))[0]:
         if _was_well(workdir, step, experiment.run.limits.bounds):
@@ -284,7 +287,16 @@ def roll_back(
         )
     say(f"From step {now} on without {', '.join(sorted(tasks))}.")
     again.prepare()
-    return replace(again, clock=replace(again.clock, schedule=schedule, quarantined=tasks))
+    clock = replace(again.clock, schedule=schedule, quarantined=tasks)
+    return replace(again, clock=clock, check_lease=session.check_lease)
+
+
+def newest_good(session: Session, before: int | None) -> int | None:
+    """Return the newest checkpoint at which all tasks were well, no later than step `before` if that is given."""
+    steps = processes.gather(checkpoint.steps(session.workdir))[0]
+    bounds = session.experiment.run.limits.bounds
+    early = (step for step in steps if before is None or step <= before)
+    return next((step for step in early if _was_well(session.workdir, step, bounds)), None)
 
 
 def _was_well(workdir: epath.Path, step: int, bounds: Bounds) -> bool:

@@ -25,7 +25,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -75,6 +75,7 @@ class MetricWriter:
       resume_step: complete steps in the restored checkpoint, 0 for a fresh run. Lines of that
         step and later are cut from the file, and hidden from TensorBoard.
       sinks: where the numbers go besides; closed with the writer.
+      guard: called before lines are written; it raises if they must not be.
 
     Raises:
       UserError: a line in the middle of the file is broken.
@@ -83,12 +84,18 @@ class MetricWriter:
     line can still be lost.
     """
 
-    def __init__(self, workdir: epath.Path, resume_step: int, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(
+        self,
+        workdir: epath.Path,
+        resume_step: int,
+        sinks: Sequence[Sink] = (),
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
         workdir = epath.Path(workdir)
         self._resume_step = resume_step
         self._is_local = is_local(workdir)
         _cut(workdir / FILE, resume_step)
-        self._lines = LineFile(workdir / FILE)
+        self._lines = LineFile(workdir / FILE, guard)
         self._sinks = [*sinks]
         if self._is_local:
             self._sinks.append(_Events(workdir / "tensorboard", resume_step))

@@ -59,9 +59,15 @@ class PhaseLog:
     Args:
       workdir: local or an object store (there the file is rewritten at most every two seconds).
       clock: a monotonic clock in seconds.
+      guard: called before lines are written; it raises if they must not be.
     """
 
-    def __init__(self, workdir: epath.Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        workdir: epath.Path,
+        clock: Callable[[], float] = time.monotonic,
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
         path = epath.Path(workdir) / FILE
         self.attempt = sum(line["line"] == "start" for line in _read(path))
         self._clock = clock
@@ -70,7 +76,7 @@ class PhaseLog:
         self._lock = threading.RLock()
         self._open: list[_Open] = []
         self._moved: dict[str, float] = defaultdict(float)
-        self._lines = LineFile(path)
+        self._lines = LineFile(path, guard)
         self._write("start", {})
 
     @contextmanager
