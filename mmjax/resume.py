@@ -24,7 +24,9 @@ from mmjax.data import order
 from mmjax.errors import UserError
 from mmjax.evaluate import RESULTS
 from mmjax.experiment import Experiment
+from mmjax.files import write_whole
 from mmjax.health import Bounds, Diverged, quarantine
+from mmjax.modality import asset_name
 from mmjax.monitor.report import FILE as REPORT
 from mmjax.parameters import Arrays
 from mmjax.program import compile_silently
@@ -328,7 +330,7 @@ def _file_identities(experiment: Experiment) -> dict[str, str]:
                     f"modalities.{name}: file '{path}' is missing. "
                     "Build the data first: python -m mmjax.data.build emoji"
                 )
-            found[f"modalities.{name}/{file}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[f"modalities.{name}/{file}"] = _digest(path.read_bytes())
     return found
 
 
@@ -525,13 +527,26 @@ def _moves_schedule(change: configs.Difference, experiment: Experiment, restored
 
 
 def _write_config(workdir: epath.Path, experiment: Experiment) -> None:
-    (workdir / "config.json").write_text(json.dumps(experiment.block, indent=1, sort_keys=True))
+    """Write `config.json` if the run has none, or if it was accepted with changes."""
+    text = json.dumps(experiment.block, indent=1, sort_keys=True)
+    path = workdir / "config.json"
+    if not path.exists() or path.read_text() != text:
+        write_whole(path, text.encode())
 
 
 def _keep_files(workdir: epath.Path, experiment: Experiment) -> None:
-    """Copy the files that modalities name, so that the workdir can be loaded by itself."""
+    """Copy the files that modalities name to `assets/`, so that the workdir can be loaded by itself.
+
+    A copy that is there already and is the same stays untouched. One that differs is replaced: it is that of a
+    run without a checkpoint, since the digests that a checkpoint holds have been compared before.
+    """
     for modality in experiment.modalities.values():
-        for file, path in modality.files().items():
-            copy = workdir / "assets" / file
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
+        for name, path in modality.files().items():
+            copy, content = workdir / "assets" / asset_name(name), path.read_bytes()
+            if not copy.exists() or _digest(copy.read_bytes()) != _digest(content):
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(copy, content)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
