@@ -28,6 +28,7 @@ from mmjax.files import write_whole
 from mmjax.health import Bounds, Diverged, quarantine
 from mmjax.modality import asset_name
 from mmjax.monitor.report import FILE as REPORT
+from mmjax.origin import beginning, check_code, code_of, mmjax_version
 from mmjax.parameters import Arrays
 from mmjax.program import compile_silently
 from mmjax.schedule import Schedule
@@ -55,7 +56,8 @@ class Session:
     Attributes:
       clock: where it stands.
       data: the opened source of each task.
-      identities: digests of the data and of the files that modalities name.
+      identities: digests of the data, of the files that modalities name, of extension files (`code.KIND/NAME`), and
+        what the parameters were taken from.
       restored: the checkpoint it goes on from, if any.
       given: parameters that a fresh run begins with, by canonical name.
       check_lease: raises if this process may no longer write in the workdir.
@@ -196,6 +198,7 @@ def begin(
     def accept(step: int, meta: dict[str, Any]) -> None:
         changes[:] = configs.check_compatible(meta["config"], experiment.block, allow_change)
         _check_identities(meta["identities"], identities, workdir)
+        check_code(meta["identities"], experiment, allow_change, say)
         _announce(meta["environment"], environment(mesh), say)
 
     abstract = _abstract_canonical(experiment, mesh)
@@ -211,11 +214,12 @@ def begin(
     given = {}
     if restored is None:
         config = experiment.run.init_from
-        step = pin(config, workdir, say)
+        step = pin(config, workdir, say, allow_change)
         given = warm_start(config, experiment.declaration.specs, say, step)
     if processes.is_first():
         _write_config(workdir, experiment)
         _keep_files(workdir, experiment)
+    identities |= code_of(experiment) | beginning(workdir, restored)
     return Session(experiment, workdir, mesh, clock, data, identities, restored, given)
 
 
@@ -237,6 +241,7 @@ def reopen(
 
     def accept(_: int, meta: dict[str, Any]) -> None:
         _check_identities(meta["identities"], now, workdir)
+        check_code(meta["identities"], experiment, True, print)
         _announce(meta["environment"], environment(mesh), print)
 
     if step is None:
@@ -349,6 +354,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
     """What the bits of a run depend on besides its config."""
     device = mesh.devices.flat[0]
     return {
+        **mmjax_version(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _VERSIONED},
         "devices": int(mesh.devices.size),
@@ -360,12 +366,13 @@ def environment(mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def started_with(block: configs.Block, mesh: Mesh) -> dict[str, Any]:
-    """What all processes of a run must have in common, by key: config, versions and mesh."""
+def started_with(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
+    """Return what all processes of a run must have in common, by key: config, code, versions and mesh."""
+    block = experiment.block
     config = {f"config.{key}": value for key, value in configs.flat(block)}
     here = environment(mesh)
-    alike = ("python", *_VERSIONED, "devices", "mesh")
-    return {**config, **{key: here[key] for key in alike}}
+    alike = ("python", *mmjax_version(), *_VERSIONED, "devices", "mesh")
+    return {**config, **code_of(experiment), **{key: here[key] for key in alike}}
 
 
 def _processor() -> str:
@@ -379,7 +386,8 @@ def _processor() -> str:
 
 
 def _announce(saved: Mapping[str, Any], now: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    changed = [f"{k} {saved.get(k)} -> {now[k]}" for k in now if saved.get(k) != now[k]]
+    # An older version has not recorded all of them.
+    changed = [f"{k} {saved[k]} -> {now[k]}" for k in now if k in saved and saved[k] != now[k]]
     if changed:
         say(f"The run began elsewhere, so its bits may differ in rounding: {', '.join(changed)}.")
 
