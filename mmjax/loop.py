@@ -21,7 +21,7 @@ from mmjax.checkpoint import Checkpoints
 from mmjax.chips import peak_flops
 from mmjax.data.loader import HostBatch, Loader, local_rows, place
 from mmjax.errors import UserError
-from mmjax.evaluate import Evaluation, write_results
+from mmjax.evaluate import Evaluation, after, write_results
 from mmjax.evaluator import Record
 from mmjax.health import Diverged, Health, quarantine
 from mmjax.monitor import tally
@@ -211,7 +211,7 @@ class Loop:
                 f"Stopped by {self._signals.received or 'another process'}; saved step {self._clock.step}."
             )
             return None
-        records = self._evaluate(state)
+        records = after(self._clock.step, self._evaluate(state))
         self._wait_for_save()
         if processes.is_first():
             self._write(records)

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from mmjax import commandline, errors, processes
 from mmjax.config import Block
 from mmjax.dry_run import dry_run
-from mmjax.evaluate import RESULTS, Evaluation
+from mmjax.evaluate import Evaluation, read_results
 from mmjax.evaluator import Record
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.health import Diverged
@@ -96,11 +96,12 @@ def _train(
             session = begin(experiment, workdir, mesh, allow_change, print, phases.phase)
             session = replace(session, check_lease=check_lease)
         if session.is_done:
-            records = json.loads((workdir / RESULTS).read_text())
+            records = read_results(workdir)
             _report_if_missing(session, phases)
             print(f"Done: {workdir} holds all {experiment.run.steps} steps and their results.")
-            return list(records)
-        evaluation = Evaluation(experiment, mesh)
+            return records
+        with phases.phase("init"):
+            evaluation = Evaluation(experiment, mesh)
         session.drop_results()
         with phases.phase("compile"):
             programs = _compile(session, {})

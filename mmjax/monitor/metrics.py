@@ -47,6 +47,9 @@ _WORDS = (
     "split",
     "unit",
     "bucket",
+    "evaluator",
+    "time",
+    "command",
 )  # fields that are text, whatever they say
 USAGE = "usage "  # before layer and modality, in the names of what experts have
 _TAG = ("task", "split", "name")
@@ -269,6 +272,16 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
+def plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record as JSON holds it: "nan", "inf" and "-inf" for what JSON cannot say."""
+    return {name: _plain(value) for name, value in record.items()}
+
+
+def revived(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record of JSON as it was before `plain`."""
+    return _revived(record)
+
+
 def _revived(record: dict[str, Any]) -> dict[str, Any]:
     return {
         key: _revived(value)
@@ -301,9 +314,14 @@ def _eval_line(step: int, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _eval_scalars(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    tags = ("/".join(str(record.get(key, "")) for key in _TAG) for record in records)
-    pairs = zip(tags, (record.get("value") for record in records), strict=True)
-    return {f"eval/{tag}": value for tag, value in pairs if value is not None}
+    tags = ["/".join(str(record.get(key, "")) for key in _TAG) for record in records]
+    # Two evaluators of one kind on one split: both stay, under the names they have in the config.
+    pairs = zip(tags, records, strict=True)
+    told = [
+        f"{t}/{r['evaluator']}" if tags.count(t) > 1 and "evaluator" in r else t for t, r in pairs
+    ]
+    values = zip(told, (record.get("value") for record in records), strict=True)
+    return {f"eval/{tag}": value for tag, value in values if value is not None}
 
 
 def _dumps(line: Mapping[str, Any]) -> str:
