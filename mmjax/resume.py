@@ -272,8 +272,9 @@ def roll_back(
     experiment, workdir = session.experiment, session.workdir
     session.check_lease()
     say(f"{diverged}. Going back; with limits.divergence = 0 a run never does.")
+    good = newest_good(session, diverged.before)
     for step in processes.gather(checkpoint.steps(workdir))[0]:
-        if _was_well(workdir, step, experiment.run.limits.bounds):
+        if step == good:
             break
         processes.wait_for_all()
         if processes.is_first():

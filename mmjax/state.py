@@ -65,7 +65,10 @@ class Clock:
     quarantined: Mapping[str, int] = field(default_factory=dict)
 
     def is_well(self, bounds: Bounds) -> bool:
-        """Whether no task but those left out shows signs of a divergence."""
+        """Whether no task but those left out shows signs of a divergence, and the last step was finite."""
+        last = self.schedule.task(self.step - 1) if self.step else ""
+        if last not in self.quarantined and self.health.get(last, Health()).bad:
+            return False
         return not any(
             h.is_suspect(bounds) for t, h in self.health.items() if t not in self.quarantined
         )
