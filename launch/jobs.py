@@ -8,6 +8,7 @@ again, a job goes on from its newest checkpoint.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import difflib
 import json
 import os
@@ -24,7 +25,14 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-STOPPED = 3  # how a run ends that was told to stop, and has saved
+STOPPED = 3  # exit status of a run that was told to stop, and has saved
+STUCK = 4  # exit status of a run that its watchdog has ended
+# What a run that was restarted may get over: a watchdog's end, and the signals by which the others of a job are ended.
+PASSING = (STUCK, 128 + signal.SIGKILL, 128 + signal.SIGTERM)
+LIFELINE = (
+    "MMJAX_LIFELINE"  # the end of a pipe that closes when this launcher ends, see `mmjax.processes`
+)
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 GRACE = 15.0  # seconds that the other processes have to end when one has failed
 POLL = 0.1
 SETTLE = 2.0  # seconds within which one that was killed is the reason why another failed
@@ -63,12 +71,16 @@ def parse(
     """The flags, and the words for `mmjax.train` among them.
 
     Raises:
-      JobError: an unknown flag; a config that is not there; a workdir that the machines cannot share.
+      JobError: an unknown flag; a config that is not there; a control character in a value.
     """
+    for word in argv:
+        # They would end a line of a script or of a manifest, and begin another.
+        if not word.isprintable():
+            raise JobError(f"{word!r}: line breaks and other control characters are not taken.")
     given, rest = parser.parse_known_args(argv)
     known = [s for action in parser._actions for s in action.option_strings]
     for word in rest:
-        if not word.startswith(("--config.", "--allow_change", "--extra=")):
+        if not word.startswith(("--config.", "--allow_change", "--take_over", "--extra=")):
             near = difflib.get_close_matches(word.split("=")[0], known, 1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise JobError(f"unknown argument '{word}'.{hint}")
@@ -99,6 +111,15 @@ def name(text: str) -> str:
     return text
 
 
+def option(text: str) -> str:
+    """A value that Slurm takes on an #SBATCH line, which it splits at spaces, quotes and number signs."""
+    if not re.fullmatch(r"[^\s'\"\\#]*", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: no spaces, quotes, backslashes or number signs"
+        )
+    return text
+
+
 def train_words(given: argparse.Namespace, rest: Sequence[str]) -> list[str]:
     return ["-m", "mmjax.train", f"--config={given.config}", f"--workdir={given.workdir}", *rest]
 
@@ -107,7 +128,7 @@ def worker_command(given: argparse.Namespace, rest: Sequence[str], python: str) 
     """What each machine runs, for a shell: JAX finds the others, unless MMJAX_COORDINATOR says where."""
     words = " ".join(shlex.quote(word) for word in train_words(given, rest))
     where = 'export MMJAX_COORDINATOR="${MMJAX_COORDINATOR:-auto}"'
-    return f"{where} && exec {python} {words}"
+    return f"{where} && exec {shlex.quote(python)} {words}"
 
 
 def need_bucket(given: argparse.Namespace) -> None:
@@ -169,6 +190,7 @@ class Pod:
     def __init__(self, environments: Sequence[dict[str, str]]):
         self._environments = environments
         self._started: list[subprocess.Popen[str]] = []
+        self._lifeline = os.pipe()  # closed by the system when this process ends, however it ends
 
     def run(self, words: Sequence[str]) -> int:
         """Until all have ended: 0, or how the first that failed ended."""
@@ -187,8 +209,9 @@ class Pod:
         pipe = None if index == 0 else subprocess.PIPE
         # A signal of the terminal reaches this process only, which passes it on once.
         each = subprocess.Popen(
-            words, cwd=ROOT, env=environment, stderr=pipe, text=True, start_new_session=True
-        )
+            words, cwd=ROOT, env={**environment, LIFELINE: str(self._lifeline[0])}, stderr=pipe, text=True,
+            start_new_session=True, pass_fds=[self._lifeline[0]], preexec_fn=end_with(os.getpid()),
+        )  # fmt: skip
         self._started.append(each)
         if each.stderr is not None:
             threading.Thread(target=marked, args=(index, each.stderr), daemon=True).start()
@@ -237,6 +260,20 @@ class Pod:
         return status if status > 0 else 128 - status
 
 
+def end_with(launcher: int) -> Callable[[], None] | None:
+    """What a member calls before it begins, so that Linux kills it when its launcher is killed; None elsewhere."""
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None)
+
+    def prepare() -> None:
+        library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:  # it was killed before
+            os._exit(128 + signal.SIGKILL)
+
+    return prepare
+
+
 def how(status: int) -> str:
     """How a process ended, in words."""
     return (
@@ -266,7 +303,7 @@ def tpu(argv: Sequence[str]) -> int:
     flags.add_argument("--project", default="", help="gcloud's own if empty")
     flags.add_argument("--spot", action="store_true", help="may be taken away at any time")
     flags.add_argument(
-        "--restarts", type=positive, default=100, help="preemptions that it survives"
+        "--restarts", type=positive, default=100, help="preemptions and hangs that it survives"
     )
     flags.add_argument("--poll", type=positive, default=30, help="seconds between two looks")
     given, rest = parse(flags, argv)
@@ -285,13 +322,17 @@ class Slice:
         for _ in range(self._given.restarts + 1):
             self._acquire()
             status = self._work()
-            if status in (0, STOPPED) or self._state() == "ACTIVE" or self._given.dry_run:
+            if status in (0, STOPPED) or self._given.dry_run:
                 return status
-            print(
-                f"tpu: the slice was taken away (status {status}); asking for another.", flush=True
-            )
+            if self._state() != "ACTIVE":
+                print(f"tpu: the slice was taken away (status {status}); asking for another.", flush=True)  # fmt: skip
+            elif status in PASSING:
+                print(f"tpu: the run {how(status)}; starting it again.", flush=True)
+            else:
+                return status
         raise JobError(
-            f"the slice was taken away {self._given.restarts + 1} times. Run again to go on."
+            f"the run was started {self._given.restarts + 1} times and has not come to its end; the last "
+            f"status was {status}. Run again to go on."
         )
 
     def _gcloud(self, *words: str) -> list[str]:
@@ -390,6 +431,11 @@ def gke(argv: Sequence[str]) -> int:
     return call(apply, manifest)
 
 
+def for_kubernetes(text: str) -> str:
+    """`text` as a container gets it: Kubernetes puts variables in for `$(NAME)`, and makes `$` of `$$`."""
+    return text.replace("$", "$$")
+
+
 def jobset(given: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
     """The manifest (jobset.x-k8s.io/v1alpha2)."""
     generation, _, grid = given.topology.partition(":")
@@ -406,7 +452,7 @@ def jobset(given: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
     container = {
         "name": "train",
         "image": given.image,
-        "command": ["bash", "-c", worker_command(given, rest, "python")],
+        "command": ["bash", "-c", for_kubernetes(worker_command(given, rest, "python"))],
         "resources": {"limits": {"google.com/tpu": of_host}},
     }
     pod = {
@@ -443,9 +489,12 @@ def slurm(argv: Sequence[str]) -> int:
     flags.add_argument("--nodes", type=positive, default=1)
     flags.add_argument("--gpus", type=positive, default=8, help="of each node")
     flags.add_argument("--cpus", type=positive, default=8, help="of each process")
-    flags.add_argument("--time", default="1-00:00:00", help="limit, in Slurm's form")
-    flags.add_argument("--partition", default="")
-    flags.add_argument("--account", default="")
+    flags.add_argument("--time", type=option, default="1-00:00:00", help="limit, in Slurm's form")
+    flags.add_argument("--partition", type=option, default="")
+    flags.add_argument("--account", type=option, default="")
+    flags.add_argument(
+        "--restarts", type=positive, default=100, help="preemptions and hangs that it survives"
+    )
     flags.add_argument(
         "--python", default=".venv/bin/python", help="with mmjax installed, on every node"
     )
@@ -473,6 +522,7 @@ def batch_script(given: argparse.Namespace, rest: Sequence[str]) -> str:
         "output": f"{given.name}-%j.log",
         "open-mode": "append",
     }
+    again = " | ".join([f"{STOPPED}:*", *(f"{status}:1" for status in PASSING)])
     lines = ["#!/usr/bin/env bash"]
     lines += [f"#SBATCH --{key}={value}" for key, value in options.items() if value != ""]
     lines += [
@@ -480,7 +530,10 @@ def batch_script(given: argparse.Namespace, rest: Sequence[str]) -> str:
         f"cd {shlex.quote(str(ROOT))} || exit 2",
         f"srun --kill-on-bad-exit=1 bash -c {shlex.quote(worker_command(given, rest, given.python))}",
         "status=$?",
-        f'if [ "$status" = {STOPPED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+        # The status is the highest of all tasks: of those that end because another did, the signal's.
+        f'case "$status:$((${{SLURM_RESTART_COUNT:-0}} < {given.restarts}))" in',  # 1 below the limit
+        f'  {again}) scontrol requeue "$SLURM_JOB_ID" ;;',
+        "esac",
         'exit "$status"',
     ]
     return "\n".join(lines) + "\n"

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from etils import epath
 
@@ -28,6 +29,7 @@ def parse(
     made: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, list[str]]:
     """The arguments, and the `KEY=VALUE` of each `--config.KEY=VALUE`."""
+    _skip_absent_tpu()
     # Libraries log much that a person cannot act on, whole tracebacks of an error that is raised
     # besides among it; what matters reaches them as that error.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -40,6 +42,23 @@ def parse(
     for folder in arguments.extra:
         configs.add_folder(folder)
     return arguments, overrides
+
+
+def _skip_absent_tpu() -> None:
+    """Keep JAX from trying a TPU on a machine without one, where libtpu prints errors.
+
+    A TPU may be there if JAX finds a chip, if there is a device file of one, or if the environment speaks of one:
+    then it is tried as ever, and its errors are printed.
+    """
+    said = ("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_LIBRARY_PATH", "TPU_NAME", "TPU_ACCELERATOR_TYPE",
+            "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", "TPU_TOPOLOGY", "CLOUD_TPU_TASK_ID")  # fmt: skip
+    files = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
+    if "jax" not in sys.modules or any(map(os.environ.get, said)) or files:
+        return
+    from jax._src import hardware_utils, xla_bridge  # a light main has no JAX
+
+    if not hardware_utils.num_available_tpu_chips_and_device_id()[0]:
+        getattr(xla_bridge, "_backend_factories", {}).pop("tpu", None)
 
 
 def usage(made: argparse.ArgumentParser) -> str:

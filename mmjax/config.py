@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -17,7 +18,8 @@ import pkgutil
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, Union
 
@@ -171,6 +173,62 @@ def added_folders() -> tuple[str, ...]:
     return tuple(_added)
 
 
+_noting: list[set[tuple[str, str]]] = []
+
+
+@contextmanager
+def noting() -> Iterator[set[tuple[str, str]]]:
+    """Note the (kind, name) of all modules that configs resolve to within the block."""
+    used: set[tuple[str, str]] = set()
+    _noting.append(used)
+    try:
+        yield used
+    finally:
+        _noting.remove(used)
+
+
+def digests_of_extensions(used: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """SHA-256 of the files of modules outside mmjax (`--extra`), by `KIND/NAME`.
+
+    Modules of such folders that these import are among them, and so on.
+
+    Args:
+      used: (kind, name) of the modules; those of mmjax itself are left out.
+    """
+    found: dict[str, str] = {}
+    coming = sorted(used)
+    while coming:
+        kind, name = coming.pop()
+        file = _extension(kind, name)
+        if file is None or f"{kind}/{name}" in found:
+            continue
+        content = file.read_bytes()
+        found[f"{kind}/{name}"] = hashlib.sha256(content).hexdigest()
+        with suppress(SyntaxError, ValueError):  # changed since it was imported
+            coming += _imported(content)
+    return dict(sorted(found.items()))
+
+
+def _extension(kind: str, name: str) -> Path | None:
+    """The file of a module in a folder of `add_folder`; None if it is mmjax's own or there is none."""
+    first, *added = importlib.import_module(f"mmjax.{kind}").__path__
+    files = (Path(path) / f"{name}.py" for path in added)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _imported(content: bytes) -> list[tuple[str, str]]:
+    """(kind, name) of the modules `mmjax.KIND.NAME` that a file imports."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(content)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    parts = [name.split(".") for name in names]
+    kinds = {m.name for m in pkgutil.iter_modules(mmjax.__path__) if m.ispkg}
+    return [(p[1], p[2]) for p in parts if len(p) > 2 and p[0] == "mmjax" and p[1] in kinds]
+
+
 def _add_path(kind: str, path: str) -> None:
     package = importlib.import_module(f"mmjax.{kind}")
     if path in package.__path__:
@@ -192,6 +250,8 @@ def resolve(kind: str, name: Any, where: str) -> Any:
             "(Modules of your own: --extra=DIR.)"
         )
     module = importlib.import_module(f"mmjax.{kind}.{name}")
+    for used in _noting:
+        used.add((kind, name))
     expected = "".join(part.capitalize() for part in name.split("_"))
     if not hasattr(module, expected):
         raise UserError(f"{where}.name: {module.__file__} does not define '{expected}'.")
@@ -261,6 +321,15 @@ def _type_name(hint: Any) -> str:
     if origin is tuple:
         return f"a list, each {_type_name(arguments[0])}"
     return "None" if hint is type(None) else str(getattr(hint, "__name__", hint))
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """Raise unless all `names` can be parts of parameter names, of file names and of tables."""
+    for name in names:
+        if not re.fullmatch(r"\w[\w-]*", name):
+            raise UserError(
+                f"{where}: '{name}' is no name; use letters, digits, underscores and dashes."
+            )
 
 
 # --- comparing with a saved config -------------------------------------------------------------

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import re
+import select
+import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import Any, NoReturn
 
-_FAILED = (1, 2, 130)
+_FAILED = (1, 2, 130, 128 + signal.SIGPIPE)
 # What collectives and JAX's coordination service say of a process that is gone.
 _LOST_PEER = re.compile(r"Gloo .* failed|[Cc]onnection closed by peer|heartbeat timeout")
 
@@ -66,7 +69,11 @@ def run(main: Callable[[], int | None]) -> None:
     """Run a main; turn a `UserError`, a full disk or a missing permission into one line."""
     try:
         code = main() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_unread(sys.stdout):
+            _leave_unread()
         line = report(error)
         if line is None:
             traceback.print_exc()
@@ -77,6 +84,25 @@ def run(main: Callable[[], int | None]) -> None:
         print("mmjax: interrupted", file=sys.stderr)
         code = 130
     _leave(code)
+
+
+def _is_unread(stream: Any) -> bool:
+    """Return whether nobody reads a stream any longer, as when `head` has seen enough."""
+    try:
+        number = stream.fileno()
+        poll = select.poll()
+        poll.register(number, select.POLLOUT)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _leave_unread() -> NoReturn:
+    """Exit without a word, as a program does that SIGPIPE ends."""
+    # Python flushes what is left at its end, and would complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _leave(128 + signal.SIGPIPE)
+    raise SystemExit(128 + signal.SIGPIPE)
 
 
 def _leave(code: int) -> None:

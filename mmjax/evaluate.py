@@ -2,15 +2,18 @@
 
     python -m mmjax.evaluate --workdir=DIR [--step=N] [--config.KEY=VALUE ...]
 
-evaluates the newest checkpoint of a run (or that of step N) with the config it was trained with, and writes
-`DIR/results.json`.
+evaluates the newest checkpoint of a run (or that of step N) with the config it was trained with, and appends a line for
+each measure to `DIR/evaluations.jsonl`. The run's own results stay in `results.json`. A run may train in DIR meanwhile.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import grain
@@ -25,16 +28,21 @@ from mmjax.data.loader import local_rows, make_batch, place
 from mmjax.errors import UserError
 from mmjax.evaluator import Outputs, Pass, Record, device_spec, row_spec
 from mmjax.experiment import Experiment, make_experiment, pass_key, program_key
+from mmjax.files import write_whole
 from mmjax.identity import is_same
+from mmjax.lease_store import object_store
 from mmjax.loading import find_step, read_parameters
-from mmjax.monitor.metrics import strict
+from mmjax.monitor import metrics
+from mmjax.monitor.lines import LineFile, is_local
 from mmjax.monitor.tables import program_table, results_table
+from mmjax.origin import check_code
 from mmjax.program import Program, compile_all, ticks, use_cache
 from mmjax.sharding import batch_sharding, make_mesh
 from mmjax.source import Cached, Examples
 from mmjax.task import Task
 
-RESULTS = "results.json"
+RESULTS = "results.json"  # of the run's own end
+EVALUATIONS = "evaluations.jsonl"  # of each `python -m mmjax.evaluate`
 _HELD_OUT = "held-out "  # begins the keys of identities of evaluators' data
 
 
@@ -73,11 +81,12 @@ class Evaluation:
         records = []
         for name, evaluators in self._experiment.evaluators.items():
             task = self._experiment.tasks[name]
-            for evaluator in evaluators.values():
+            for key, evaluator in evaluators.items():
                 passes = evaluator.passes(task)
-                records += evaluator.score(
+                scores = evaluator.score(
                     task, {n: outputs[pass_key(task, p)] for n, p in passes.items()}
                 )
+                records += [{"evaluator": key, **record} for record in scores]
         return records
 
     def _run(
@@ -177,26 +186,53 @@ def announce_changed(
             )
 
 
+def after(step: int, records: Iterable[Record]) -> list[Record]:
+    """Return the records with the number of complete steps after which they were taken."""
+    return [{**record, "step": step} for record in records]
+
+
 def write_results(workdir: epath.Path, records: Sequence[Record]) -> None:
     """Write `results.json`, whole or not at all; what is not finite as `metrics.jsonl` has it."""
-    partial = workdir / f"{RESULTS}.partial"
-    partial.write_text(json.dumps(strict(list(records)), indent=1, allow_nan=False))
-    partial.replace(workdir / RESULTS)
+    text = json.dumps(metrics.strict(list(records)), indent=1, allow_nan=False)
+    write_whole(workdir / RESULTS, text.encode())
+
+
+def read_results(workdir: epath.Path) -> list[Record]:
+    """Read `results.json`."""
+    return [metrics.revived(record) for record in json.loads((workdir / RESULTS).read_text())]
+
+
+def append_evaluations(workdir: epath.Path, records: Iterable[Record]) -> None:
+    """Append a line for each record to `evaluations.jsonl`; two processes may do so at once."""
+    text = "".join(json.dumps(metrics.strict(record), allow_nan=False) + "\n" for record in records)
+    if is_local(workdir):
+        lines = LineFile(workdir / EVALUATIONS)
+        lines.append(text)
+        lines.close()
+        return
+    store = object_store(workdir, EVALUATIONS)
+    while not store.swap(held := store.read(), (held.text or b"") + text.encode()):
+        pass  # another process has appended; read once more
 
 
 def evaluate(workdir: epath.Path, step: int | None, overrides: Sequence[str]) -> list[Record]:
-    """Evaluate a checkpoint of `workdir`; overrides may change keys that leave the model alone."""
+    """Evaluate a checkpoint of `workdir`; overrides may change keys that leave the model alone.
+
+    Returns:
+      The records; each also has the `evaluator`'s name in the config, and the `step`.
+    """
     step, meta = find_step(workdir, step)
     print(f"The checkpoint of step {step} in {workdir}.\n")
     block = configs.override(meta["config"], overrides)
     configs.check_compatible(meta["config"], block, allow_change=True)
     experiment = make_experiment(block, str(workdir / "assets"))
+    check_code(meta["identities"], experiment, True, print)
     mesh = make_mesh(experiment.run.mesh)
     evaluation = Evaluation(experiment, mesh)
     announce_changed(meta.get("identities", {}), evaluation, print)
     programs = compile_all(experiment.eval_requests(mesh), mesh, experiment.run.limits)
     program_table([p.report for p in programs.values()])
-    return evaluation(programs, read_parameters(workdir, step, experiment, mesh))
+    return after(step, evaluation(programs, read_parameters(workdir, step, experiment, mesh)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -210,9 +246,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     workdir = commandline.folder(arguments.workdir)
     records = evaluate(workdir, arguments.step, overrides)
     if processes.is_first():
-        write_results(workdir, records)
+        words = ["mmjax.evaluate", *(sys.argv[1:] if argv is None else argv)]
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        made_by = {"time": now, "command": shlex.join(words)}
+        append_evaluations(workdir, [{**record, **made_by} for record in records])
     results_table(records)
-    print(f"Written to {workdir / RESULTS}.")
+    print(f"Appended to {workdir / EVALUATIONS}.")
     return 0
 
 

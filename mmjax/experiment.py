@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import attrgetter
@@ -134,6 +134,7 @@ class Experiment:
       run: the config, checked.
       modalities, tasks, evaluators: by name; evaluators by task and name.
       declaration: the model's parameters, declared.
+      extensions: SHA-256 of the files outside mmjax that the config names, by `KIND/NAME`.
     """
 
     block: dict[str, Any]
@@ -142,6 +143,7 @@ class Experiment:
     tasks: Mapping[str, Task]
     evaluators: Mapping[str, Mapping[str, Evaluator]]
     declaration: Declaration
+    extensions: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def settings(self) -> Settings:
@@ -369,6 +371,13 @@ def make_experiment(block: Mapping[str, Any], folder: str = "") -> Experiment:
       block: the config as plain data.
       folder: where modalities find their files instead of the folder the config says (a run's assets).
     """
+    with configs.noting() as used:
+        made = _built(block, folder, used)
+    made.check()
+    return made
+
+
+def _built(block: Mapping[str, Any], folder: str, used: Iterable[tuple[str, str]]) -> Experiment:
     run = configs.build(RunConfig, block, "config")
     _check_values(run)
     modalities: dict[str, Modality] = {}
@@ -381,9 +390,11 @@ def make_experiment(block: Mapping[str, Any], folder: str = "") -> Experiment:
     ]
     declaration = declare_model(run.model, modalities, heads)
     evaluators = {name: make_evaluators(task) for name, task in tasks.items()}
-    made = Experiment(dict(block), run, modalities, tasks, evaluators, declaration)
-    made.check()
-    return made
+    for name, each in evaluators.items():
+        for source in (e.source for e in each.values() if "name" in e.source):
+            configs.component("sources", source, f"tasks.{name}.evaluators.source")
+    extensions = configs.digests_of_extensions(used)
+    return Experiment(dict(block), run, modalities, tasks, evaluators, declaration, extensions)
 
 
 # The least value of numbers without which nothing could run, or nothing would end.

@@ -81,11 +81,39 @@ class Diverged(Exception):
     Attributes:
       task: which.
       quarantined: the tasks that were in quarantine before.
+      before: the last step at which the parameters were certainly whole; None if that is not known.
     """
 
-    def __init__(self, task: str, step: int, quarantined: Collection[str], words: str):
+    def __init__(
+        self,
+        task: str,
+        step: int,
+        quarantined: Collection[str],
+        words: str,
+        before: int | None = None,
+    ):
         super().__init__(f"Task '{task}' has diverged by step {step}: {words}")
-        self.task, self.quarantined = task, tuple(quarantined)
+        self.task, self.quarantined, self.before = task, tuple(quarantined), before
+
+
+def broken_at(schedule: Schedule, health: Mapping[str, Health], step: int) -> int | None:
+    """Return the step whose update has broken the parameters: no task has had a finite step since.
+
+    Args:
+      schedule: of the steps up to `step`.
+      health: of each task, after `step`.
+      step: the last complete one.
+
+    Returns:
+      The last finite step, -1 if there was none; None if a task has not been tried since, or if only one runs.
+    """
+    bad = {task: each.bad for task, each in health.items()}
+    running, tried = schedule.running(step, step + 1), set[str]()
+    while step >= 0 and bad.get(task := schedule.task(step), 0) > 0:
+        bad[task] -= 1
+        tried.add(task)
+        step -= 1
+    return step if len(running) > 1 and running <= tried else None
 
 
 def quarantine(schedule: Schedule, tasks: Collection[str], start: int, now: int) -> Schedule | None:

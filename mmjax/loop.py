@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -22,9 +22,9 @@ from mmjax.chips import peak_flops
 from mmjax.data import order
 from mmjax.data.loader import HostBatch, Loader, local_rows, place
 from mmjax.errors import UserError
-from mmjax.evaluate import Evaluation, write_results
+from mmjax.evaluate import Evaluation, after, write_results
 from mmjax.evaluator import Record
-from mmjax.health import Diverged, Health, quarantine
+from mmjax.health import Diverged, Health, broken_at, quarantine
 from mmjax.monitor import tally
 from mmjax.monitor.display import Progress
 from mmjax.monitor.metrics import MetricWriter
@@ -34,7 +34,7 @@ from mmjax.monitor.report import write_report
 from mmjax.monitor.wandb_run import WandbRun
 from mmjax.profiling import Profile
 from mmjax.program import Program, ticks
-from mmjax.resume import Session
+from mmjax.resume import Session, newest_good
 from mmjax.sharding import batch_sharding
 from mmjax.state import Clock, State
 from mmjax.task import Task
@@ -156,7 +156,7 @@ class Loop:
             return MutedMetrics()
         workdir, project = self._session.workdir, self._run.log.wandb
         sinks = [WandbRun(project, workdir, self._experiment.block)] if project else []
-        return MetricWriter(workdir, self._clock.step, sinks)
+        return MetricWriter(workdir, self._clock.step, sinks, self._session.check_lease)
 
     def _open_checkpoints(self) -> Checkpoints:
         bounds = self._run.limits.bounds
@@ -212,7 +212,7 @@ class Loop:
                 f"Stopped by {self._signals.received or 'another process'}; saved step {self._clock.step}."
             )
             return None
-        records = self._evaluate(state)
+        records = after(self._clock.step, self._evaluate(state))
         self._wait_for_save()
         if processes.is_first():
             self._write(records)
@@ -235,6 +235,7 @@ class Loop:
 
     def _write(self, records: list[Record]) -> None:
         self._sum_up()
+        self._session.check_lease()
         write_results(self._session.workdir, records)
         if self._run.log.report:
             self._progress.status("writing report.html")
@@ -395,6 +396,9 @@ class Loop:
         if done.task in self._clock.quarantined:
             return
         if health.bad >= bounds.non_finite:
+            broken = broken_at(self._clock.schedule, self._clock.health, done.step)
+            if broken is not None:
+                self._give_up(done, broken)
             self._quarantine(done, health.bad)
         elif health.has_diverged(bounds):
             words = (
@@ -402,6 +406,25 @@ class Loop:
                 f"of its first {bounds.visits}"
             )
             raise Diverged(done.task, done.step, self._clock.quarantined, words)
+
+    def _give_up(self, done: _Dispatched, broken: int) -> NoReturn:
+        """Raise: the update of step `broken` has broken the parameters, so that no task has a finite loss.
+
+        Without that step's task the run may continue from an earlier checkpoint. Where there is none, the rate is
+        too high for all of them.
+        """
+        words = (
+            f"no task has had a finite loss and gradient from step {broken + 1} to step {done.step}"
+        )
+        self._checkpoints.wait()  # whether there is one must not depend on how quickly it is written
+        may_go_back = self._run.limits.divergence > 0 and broken >= 0
+        if may_go_back and newest_good(self._session, broken) is not None:
+            task = self._clock.schedule.task(broken)
+            raise Diverged(task, done.step, self._clock.quarantined, words, before=broken)
+        raise UserError(
+            f"The parameters are broken: {words}, and no checkpoint is from before. Lower optimizer.learning_rate, "
+            f"or look at examples {self._examples(done)}."
+        )
 
     def _non_finite(self, done: _Dispatched) -> None:
         skipped = Counter(self._clock.skipped)
@@ -452,6 +475,7 @@ class Loop:
             # A checkpoint must not know of a step whose line could still be lost.
             self._writer.flush()
             self._checkpoints.wait()
+            self._session.check_lease()
             self._checkpoints.save(
                 self._clock.step, self._session.canonical(state), self._session.meta(self._clock)
             )

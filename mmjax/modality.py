@@ -9,9 +9,11 @@ A modality is one file in `mmjax/modalities/`, whose class is a frozen dataclass
 from __future__ import annotations
 
 import abc
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
@@ -79,7 +81,7 @@ class Modality(abc.ABC, Generic[I]):
         return value
 
     def files(self) -> dict[str, epath.Path]:
-        """Files that a run needs for ever, by the name under which the workdir keeps them."""
+        """Files that a run always needs, by the name that the config has for them; see `asset_name`."""
         return {}
 
 
@@ -173,6 +175,19 @@ def start_of(over: int, rng: np.random.Generator | None, time: float | None = No
     if rng is None:
         return over // 2
     return int(rng.integers(over + 1)) if time is None else min(int(time * (over + 1)), over)
+
+
+def asset_name(name: str) -> str:
+    """Return the name under which a workdir keeps a file that a modality names.
+
+    A path below the folder of data is kept under that path; one elsewhere (absolute, or out of the folder) under
+    its last part, in a folder of its own.
+    """
+    parts = PurePosixPath(name).parts
+    inside = not name.startswith(("/", "~")) and ".." not in parts and "://" not in name
+    if inside:
+        return name
+    return f"elsewhere/{hashlib.sha256(name.encode()).hexdigest()[:16]}/{parts[-1]}"
 
 
 def as_rows(arrays: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array | None]:

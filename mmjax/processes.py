@@ -10,11 +10,15 @@ import argparse
 import itertools
 import json
 import os
+import signal
+import socket
 import statistics
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -27,6 +31,8 @@ from mmjax.program import compile_silently
 from mmjax.sharding import replicated
 
 _PATIENCE = 3600  # seconds that a process waits for the slowest; one that died ends all much sooner
+_PATIENT = 15.0  # seconds after which a process says that it waits to join
+LIFELINE = "MMJAX_LIFELINE"  # the descriptor of a pipe whose other end the launcher holds, see launch/jobs.py
 _LAST = 2.0  # seconds by which process 0 outlives the others
 _SLOW = 3  # times the median of the others, from which on a process is named
 _questions = itertools.count()
@@ -55,16 +61,72 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
 def join(arguments: argparse.Namespace) -> None:
     """Join the other processes of the run, before anything asks for devices; alone, do nothing.
 
+    A process of a pod that `launch/local_pod.sh` started ends with its launcher from here on.
+
     Raises:
-      UserError: numbers that name no process.
+      UserError: numbers that name no process; a port of the coordinator that another program listens on.
     """
+    _follow_launcher()
     where, count, index = arguments.coordinator, arguments.processes, arguments.process
     if where == "auto":
         jax.distributed.initialize()
     elif where or count or index:
-        jax.distributed.initialize(where, *_numbers(where, count, index))
+        numbers = _numbers(where, count, index)
+        if numbers[1] == 0:
+            _check_port(where)
+        with _told_after(_PATIENT, f"mmjax: waiting for the other processes of the run at {where}"):
+            jax.distributed.initialize(where, *numbers)
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _check_port(where: str) -> None:
+    """Raise if process 0 cannot listen at the coordinator's port; JAX would end without a word."""
+    port = where.rpartition(":")[2]
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"--coordinator={where}: give HOST:PORT, with a port from 1 to 65535.")
+    families = (
+        [socket.AF_INET6, socket.AF_INET] if socket.has_dualstack_ipv6() else [socket.AF_INET]
+    )
+    for family in families:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", int(port)))
+            except OSError as error:
+                raise UserError(
+                    f"--coordinator={where}: process 0 cannot listen at port {port} of this machine "
+                    f"({error.strerror}). Give another port to all processes."
+                ) from error
+
+
+@contextmanager
+def _told_after(seconds: float, words: str) -> Iterator[None]:
+    """Print a line on standard error if the block takes longer."""
+    timer = threading.Timer(seconds, print, (words,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _follow_launcher() -> None:
+    """End this process when its launcher ends, whose end of a pipe the system closes then."""
+    number = os.environ.pop(LIFELINE, "")
+    if not number.isdecimal():
+        return
+
+    def follow() -> None:
+        try:
+            os.read(int(number), 1)
+        except OSError:
+            return  # the pipe was not handed on: nothing is known of the launcher
+        os.write(2, b"mmjax: the launcher of this process has ended, and so it ends too\n")
+        os._exit(128 + signal.SIGKILL)
+
+    threading.Thread(target=follow, name="mmjax-lifeline", daemon=True).start()
 
 
 def _numbers(where: str, count: str, index: str) -> tuple[int, int]:
@@ -113,14 +175,14 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
         if keys:
             words = "; ".join(f"{k}: {first.get(k)} there, {other.get(k)} here" for k in keys[:5])
             more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-            _let_others_end()
+            let_others_end()
             raise UserError(
                 f"Process {index} was started otherwise than process 0: {words}{more}. Start all with the "
                 "same config, flags and versions."
             )
 
 
-def _let_others_end() -> None:
+def let_others_end() -> None:
     """Process 0 holds the line on which all speak: it ends last, or the others are cut off in mid-sentence."""
     wait_for_all()
     if is_first():

@@ -25,9 +25,12 @@ from mmjax.data import order
 from mmjax.errors import UserError
 from mmjax.evaluate import RESULTS
 from mmjax.experiment import Experiment
+from mmjax.files import write_whole
 from mmjax.health import Bounds, Diverged, quarantine
 from mmjax.identity import is_same
+from mmjax.modality import asset_name
 from mmjax.monitor.report import FILE as REPORT
+from mmjax.origin import beginning, check_code, code_of, mmjax_version
 from mmjax.parameters import Arrays
 from mmjax.program import compile_silently
 from mmjax.schedule import Schedule
@@ -57,9 +60,11 @@ class Session:
     Attributes:
       clock: where it stands.
       data: the opened source of each task.
-      identities: digests of the data and of the files that modalities name.
+      identities: digests of the data, of the files that modalities name, of extension files (`code.KIND/NAME`), and
+        what the parameters were taken from.
       restored: the checkpoint it goes on from, if any.
       given: parameters that a fresh run begins with, by canonical name.
+      check_lease: raises if this process may no longer write in the workdir.
     """
 
     experiment: Experiment
@@ -70,6 +75,7 @@ class Session:
     identities: Mapping[str, str]
     restored: Restored | None
     given: dict[str, Any] = field(default_factory=dict)
+    check_lease: Callable[[], None] = lambda: None
 
     @property
     def is_done(self) -> bool:
@@ -199,6 +205,7 @@ def begin(
     def accept(step: int, meta: dict[str, Any]) -> None:
         changes[:] = configs.check_compatible(meta["config"], experiment.block, allow_change)
         _check_identities(meta["identities"], identities, workdir)
+        check_code(meta["identities"], experiment, allow_change, say)
         _announce(meta["environment"], environment(mesh), say)
 
     abstract = _abstract_canonical(experiment, mesh)
@@ -214,11 +221,12 @@ def begin(
     given = {}
     if restored is None:
         config = experiment.run.init_from
-        step = pin(config, workdir, say)
+        step = pin(config, workdir, say, allow_change)
         given = warm_start(config, experiment.declaration.specs, say, step)
     if processes.is_first():
         _write_config(workdir, experiment)
         _keep_files(workdir, experiment)
+    identities |= code_of(experiment) | beginning(workdir, restored)
     return Session(experiment, workdir, mesh, clock, data, identities, restored, given)
 
 
@@ -240,6 +248,7 @@ def reopen(
 
     def accept(_: int, meta: dict[str, Any]) -> None:
         _check_identities(meta["identities"], now, workdir)
+        check_code(meta["identities"], experiment, True, print)
         _announce(meta["environment"], environment(mesh), print)
 
     if step is None:
@@ -268,9 +277,11 @@ def roll_back(
       UserError: no other task is left.
     """
     experiment, workdir = session.experiment, session.workdir
+    session.check_lease()
     say(f"{diverged}. Going back; with limits.divergence = 0 a run never does.")
+    good = newest_good(session, diverged.before)
     for step in processes.gather(checkpoint.steps(workdir))[0]:
-        if _was_well(workdir, step, experiment.run.limits.bounds):
+        if step == good:
             break
         processes.wait_for_all()
         if processes.is_first():
@@ -291,7 +302,16 @@ def roll_back(
         )
     say(f"From step {now} on without {', '.join(sorted(tasks))}.")
     again.prepare()
-    return replace(again, clock=replace(again.clock, schedule=schedule, quarantined=tasks))
+    clock = replace(again.clock, schedule=schedule, quarantined=tasks)
+    return replace(again, clock=clock, check_lease=session.check_lease)
+
+
+def newest_good(session: Session, before: int | None) -> int | None:
+    """Return the newest checkpoint at which all tasks were well, no later than step `before` if that is given."""
+    steps = processes.gather(checkpoint.steps(session.workdir))[0]
+    bounds = session.experiment.run.limits.bounds
+    early = (step for step in steps if before is None or step <= before)
+    return next((step for step in early if _was_well(session.workdir, step, bounds)), None)
 
 
 def _was_well(workdir: epath.Path, step: int, bounds: Bounds) -> bool:
@@ -323,7 +343,7 @@ def _file_identities(experiment: Experiment) -> dict[str, str]:
                     f"modalities.{name}: file '{path}' is missing. "
                     "Build the data first: python -m mmjax.data.build emoji"
                 )
-            found[f"modalities.{name}/{file}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            found[f"modalities.{name}/{file}"] = _digest(path.read_bytes())
     return found
 
 
@@ -356,6 +376,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
     """What the bits of a run depend on besides its config."""
     device = mesh.devices.flat[0]
     return {
+        **mmjax_version(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _VERSIONED},
         "devices": int(mesh.devices.size),
@@ -367,12 +388,13 @@ def environment(mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def started_with(block: configs.Block, mesh: Mesh) -> dict[str, Any]:
-    """What all processes of a run must have in common, by key: config, versions and mesh."""
+def started_with(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
+    """Return what all processes of a run must have in common, by key: config, code, versions and mesh."""
+    block = experiment.block
     config = {f"config.{key}": value for key, value in configs.flat(block)}
     here = environment(mesh)
-    alike = ("python", *_VERSIONED, "devices", "mesh")
-    return {**config, **{key: here[key] for key in alike}}
+    alike = ("python", *mmjax_version(), *_VERSIONED, "devices", "mesh")
+    return {**config, **code_of(experiment), **{key: here[key] for key in alike}}
 
 
 def _processor() -> str:
@@ -386,7 +408,8 @@ def _processor() -> str:
 
 
 def _announce(saved: Mapping[str, Any], now: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    changed = [f"{k} {saved.get(k)} -> {now[k]}" for k in now if saved.get(k) != now[k]]
+    # An older version has not recorded all of them.
+    changed = [f"{k} {saved[k]} -> {now[k]}" for k in now if k in saved and saved[k] != now[k]]
     if changed:
         say(f"The run began elsewhere, so its bits may differ in rounding: {', '.join(changed)}.")
 
@@ -536,13 +559,26 @@ def _moves_schedule(change: configs.Difference, experiment: Experiment, restored
 
 
 def _write_config(workdir: epath.Path, experiment: Experiment) -> None:
-    (workdir / "config.json").write_text(json.dumps(experiment.block, indent=1, sort_keys=True))
+    """Write `config.json` if the run has none, or if it was accepted with changes."""
+    text = json.dumps(experiment.block, indent=1, sort_keys=True)
+    path = workdir / "config.json"
+    if not path.exists() or path.read_text() != text:
+        write_whole(path, text.encode())
 
 
 def _keep_files(workdir: epath.Path, experiment: Experiment) -> None:
-    """Copy the files that modalities name, so that the workdir can be loaded by itself."""
+    """Copy the files that modalities name to `assets/`, so that the workdir can be loaded by itself.
+
+    A copy that is there already and is the same stays untouched. One that differs is replaced: it is that of a
+    run without a checkpoint, since the digests that a checkpoint holds have been compared before.
+    """
     for modality in experiment.modalities.values():
-        for file, path in modality.files().items():
-            copy = workdir / "assets" / file
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
+        for name, path in modality.files().items():
+            copy, content = workdir / "assets" / asset_name(name), path.read_bytes()
+            if not copy.exists() or _digest(copy.read_bytes()) != _digest(content):
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(copy, content)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

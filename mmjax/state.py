@@ -70,7 +70,10 @@ class Clock:
     invalid_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def is_well(self, bounds: Bounds) -> bool:
-        """Whether no task but those left out shows signs of a divergence."""
+        """Whether no task but those left out shows signs of a divergence, and the last step was finite."""
+        last = self.schedule.task(self.step - 1) if self.step else ""
+        if last not in self.quarantined and self.health.get(last, Health()).bad:
+            return False
         return not any(
             h.is_suspect(bounds) for t, h in self.health.items() if t not in self.quarantined
         )

@@ -200,6 +200,8 @@ def make_task(
     """Build a task from its block, checking every key; `where` is the block's place, if not in `tasks`."""
     where = where or f"tasks.{name}"
     config = configs.build(TaskConfig, block, where)
+    configs.check_names(config.evaluators, f"{where}.evaluators")
+    configs.check_names(config.buckets, f"{where}.buckets")
     if config.batch < 1:
         raise UserError(f"{where}.batch is {config.batch}; it must be at least 1.")
     if config.microbatches < 1 or config.batch % config.microbatches:
@@ -210,7 +212,9 @@ def make_task(
         m: make_input(m, b, modalities, f"{where}.inputs.{m}") for m, b in config.inputs.items()
     }
     objective = configs.component("objectives", config.objective, f"{where}.objective")
-    if not objective.head:
+    if objective.head:
+        configs.check_names([objective.head], f"{where}.objective.head")
+    else:
         objective = replace(objective, head=name)
     for modality in objective.reads():
         if modality not in inputs:

@@ -2,29 +2,32 @@
 
     python -m mmjax.train --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE ...]
 
-Run again, it goes on from the newest checkpoint in DIR, or says that it is done. With --dry_run it prints what
-it would do: the coming steps, the share of each task, and the hours that these would take. Exit status: 0 done, 2 an
-error that its one line explains, 3 stopped by SIGTERM or SIGINT after saving, 4 ended by its watchdog.
+Run again, it resumes from the newest checkpoint in DIR, or says that it is done. One process at a time trains in DIR
+(see `mmjax.lease`). With --dry_run it prints what it would do: the coming steps, the share of each task, and the hours
+that these would take. Exit status: 0 done, 2 an error that its one line explains, 3 stopped by SIGTERM or SIGINT after
+saving, 4 ended by its watchdog.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from mmjax import commandline, errors, processes
 from mmjax.config import Block
 from mmjax.dry_run import dry_run
-from mmjax.evaluate import RESULTS, Evaluation, announce_changed
+from mmjax.evaluate import Evaluation, announce_changed, read_results
 from mmjax.evaluator import Record
-from mmjax.experiment import make_experiment
+from mmjax.experiment import Experiment, make_experiment
 from mmjax.health import Diverged
+from mmjax.lease import hold
 from mmjax.loop import Loop, Signals
 from mmjax.monitor import metrics, report, tally
 from mmjax.monitor.muted import MutedPhases
@@ -39,8 +42,13 @@ from mmjax.sharding import described, make_mesh, undivided
 STOPPED = 3
 
 
-def train(block: Block, workdir: epath.PathLike, allow_change: bool = False,
-          devices: Sequence[jax.Device] | None = None) -> list[Record] | None:  # fmt: skip
+def train(
+    block: Block,
+    workdir: epath.PathLike,
+    allow_change: bool = False,
+    devices: Sequence[jax.Device] | None = None,
+    take_over: bool = False,
+) -> list[Record] | None:
     """Run the config in `workdir` to its last step.
 
     To go on with a run for twenty more steps of one of its tasks, by a changed copy of its config:
@@ -55,26 +63,45 @@ def train(block: Block, workdir: epath.PathLike, allow_change: bool = False,
       workdir: made if it is not there; gone on with if it holds a run.
       allow_change: whether keys of class `schedule` may differ from the saved run's.
       devices: what to run on; all of JAX's if None.
+      take_over: whether to take the workdir over at once from a process on another machine whose heartbeat
+        may have stopped, instead of watching it for a minute.
 
     Returns:
       The records of the last evaluation, or None if a signal stopped the run early.
+
+    Raises:
+      UserError: a wrong config or data; another process that writes in the workdir.
     """
     use_cache()
     workdir = commandline.make_workdir(str(workdir))
     experiment = make_experiment(block)
     if experiment.run.log.wandb:
         require(experiment.run.log.wandb)  # said before minutes of compiling
-    with PhaseLog(workdir) if processes.is_first() else MutedPhases() as phases:
-        mesh = make_mesh(experiment.run.mesh, devices)
-        processes.check_agreement(started_with(block, mesh))
+    mesh = make_mesh(experiment.run.mesh, devices)
+    processes.check_agreement(started_with(experiment, mesh))
+    with hold(workdir, "train", take_over) as check_lease:
+        return _train(experiment, workdir, mesh, allow_change, check_lease)
+
+
+def _train(
+    experiment: Experiment,
+    workdir: epath.Path,
+    mesh: Mesh,
+    allow_change: bool,
+    check_lease: Callable[[], None],
+) -> list[Record] | None:
+    """Run an experiment in a workdir of which this process holds the lease."""
+    with _phase_log(workdir, check_lease) as phases:
         with phases.phase("init"):
             session = begin(experiment, workdir, mesh, allow_change, print, phases.phase)
+            session = replace(session, check_lease=check_lease)
         if session.is_done:
-            records = json.loads((workdir / RESULTS).read_text())
+            records = read_results(workdir)
             _report_if_missing(session, phases)
             print(f"Done: {workdir} holds all {experiment.run.steps} steps and their results.")
-            return list(records)
-        evaluation = Evaluation(experiment, mesh)
+            return records
+        with phases.phase("init"):
+            evaluation = Evaluation(experiment, mesh)
         session = _with_held_out(session, evaluation)
         session.drop_results()
         with phases.phase("compile"):
@@ -88,6 +115,10 @@ def _with_held_out(session: Session, evaluation: Evaluation) -> Session:
     if session.restored is not None:
         announce_changed(session.restored.meta["identities"], evaluation, print)
     return replace(session, identities={**session.identities, **evaluation.identities})
+
+
+def _phase_log(workdir: epath.Path, check_lease: Callable[[], None]) -> PhaseLog:
+    return PhaseLog(workdir, guard=check_lease) if processes.is_first() else MutedPhases()
 
 
 def _report_if_missing(session: Session, phases: PhaseLog) -> None:
@@ -187,6 +218,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="print the coming steps and what they would take; write nothing",
     )
+    made.add_argument(
+        "--take_over",
+        action="store_true",
+        help="do not wait for a sign of life of a process on another machine that held the workdir",
+    )
     processes.add_arguments(made)
     arguments, overrides = commandline.parse(made, argv)
     block = commandline.read_config(arguments.config, overrides)
@@ -196,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     processes.join(arguments)
     workdir = commandline.make_workdir(arguments.workdir)
     started = time.monotonic()
-    records = train(block, workdir, arguments.allow_change)
+    records = train(block, workdir, arguments.allow_change, take_over=arguments.take_over)
     if records is not None:
         results_table(records)
     if processes.is_first() and (workdir / tally.FILE).exists():

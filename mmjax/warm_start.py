@@ -77,11 +77,19 @@ class Taken:
     unused: list[str] = field(default_factory=list)
 
 
-def pin(config: WarmStartConfig, workdir: epath.Path, say: Callable[[str], None]) -> int | None:
+def pin(
+    config: WarmStartConfig,
+    workdir: epath.Path,
+    say: Callable[[str], None],
+    allow_change: bool,
+) -> int | None:
     """The step of the run that `path` names, settled when this run first begins; None of a file.
 
     It is kept in `WORKDIR/init_from.json`, with the digest of a file: begun once more before its first
-    checkpoint, a run takes the same, though the other has gone on, and tells where it cannot.
+    checkpoint, a run takes the same, though the other has gone on.
+
+    Raises:
+      UserError: what is there now is not what it was, and `allow_change` is False; with it, that is said.
     """
     if not config.path:
         return None
@@ -91,7 +99,13 @@ def pin(config: WarmStartConfig, workdir: epath.Path, say: Callable[[str], None]
         same = held if held.get("path") == config.path else {}
         now = _source(config.path, same.get("step"))
         if same and now != same:
-            say(f"init_from has changed since this run first began: it was {same}, it is {now}.")
+            words = f"init_from has changed since this run first began: it was {same}, it is {now}."
+            if not allow_change:
+                raise UserError(
+                    f"{words} Restore it, add --allow_change to begin with what is there now, or use another "
+                    "--workdir."
+                )
+            say(words)
         partial = workdir / f"{PINNED}.partial"
         partial.write_text(json.dumps(now))
         partial.replace(workdir / PINNED)

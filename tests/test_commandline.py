@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import toyrun
 from etils import epath
+from jax._src import hardware_utils, xla_bridge
 
 from mmjax import commandline
 from mmjax.errors import UserError
@@ -98,3 +101,52 @@ def test_a_config_is_read_with_its_overrides(tmp_path):
     path = Path(tmp_path) / "c.py"
     path.write_text("def get_config():\n    return {'a': {'b': 1}}\n")
     assert commandline.read_config(str(path), ["a.b=2"]) == {"a": {"b": 2}}
+
+
+# --- a TPU that is not there -------------------------------------------------------------------
+
+
+@pytest.fixture
+def factories(monkeypatch):
+    """JAX's kinds of devices, of which one can be taken out; the environment says nothing of them."""
+    found = {"tpu": 1, "cpu": 2}
+    monkeypatch.setattr(xla_bridge, "_backend_factories", found)
+    for name in list(os.environ):
+        if name.startswith(("TPU_", "JAX_PLATFORMS", "CLOUD_TPU", "JAX_FORCE")):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(()))
+    monkeypatch.setattr(hardware_utils, "num_available_tpu_chips_and_device_id", lambda: (0, None))
+    return found
+
+
+def test_a_tpu_that_is_not_there_is_not_tried(factories):
+    commandline.parse(commandline.parser("x"), [])
+    assert factories == {"cpu": 2}
+
+
+@pytest.mark.parametrize(
+    "sign", ["chip", "file", "TPU_NAME", "TPU_WORKER_ID", "JAX_PLATFORMS", "JAX_FORCE_TPU_INIT"]
+)
+def test_a_tpu_that_may_be_there_is_tried(factories, monkeypatch, sign):
+    if sign == "chip":
+        chips = lambda: (4, None)  # noqa: E731
+        monkeypatch.setattr(hardware_utils, "num_available_tpu_chips_and_device_id", chips)
+    elif sign == "file":
+        monkeypatch.setattr(Path, "glob", lambda self, p: iter([self / "accel0"] * (p == "accel*")))
+    else:
+        monkeypatch.setenv(sign, "tpu")
+    commandline.parse(commandline.parser("x"), [])
+    assert factories == {"tpu": 1, "cpu": 2}
+
+
+def test_no_command_prints_what_libtpu_misses():
+    pytest.importorskip("libtpu")
+    words = [f"--extra={toyrun.EXTRA}", f"--config={toyrun.CONFIG}"]
+    here = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY")}
+    root = Path(toyrun.EXTRA).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.argv[1:] = {words!r}; from mmjax import errors, show; "
+         "import jax; errors.run(lambda: (show.main(), print(jax.devices()[0].platform))[0])"],
+        env={**here, "PYTHONPATH": str(root)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from mains import run
@@ -93,3 +98,27 @@ def test_nearest_names_the_close_one_or_all():
     assert nearest("lenght", ["length", "width"]) == " Did you mean 'length'?"
     assert nearest("zzz", ["length", "width"]) == " Known: length, width."
     assert nearest("zzz", []) == " Known: none."
+
+
+FLOOD = "from mmjax import errors; errors.run(lambda: [print(i) for i in range({lines})] and 0)"
+
+
+@pytest.mark.parametrize("lines", [3, 100_000])
+def test_a_reader_that_has_seen_enough_ends_a_main_in_silence(lines):
+    """As in `... | head -1`: whether the main is still printing, or Python at its end."""
+    root = Path(__file__).parents[1]
+    code = f"input(); {FLOOD.format(lines=lines)}"
+    main = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    main.stdout.close()
+    main.stdin.write("\n")
+    main.stdin.close()
+    assert main.stderr.read() == ""
+    assert main.wait() == 128 + signal.SIGPIPE
+
+
+def test_another_pipe_that_broke_is_our_own_mistake():
+    ended = run(failing(BrokenPipeError(errno.EPIPE, "Broken pipe")))
+    assert ended.status == 1 and "BrokenPipeError" in ended.err

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tensorstore
 from etils import epath
 from mains import refused, run
 
 from mmjax import evaluate
 from mmjax.data.loader import make_batch
+from mmjax.lease_store import ObjectStore
 from mmjax.monitor import metrics, report_data, tally
 from mmjax.sources.tfds import Tfds
 
@@ -34,11 +38,20 @@ def results(workdir: Any) -> list[dict[str, Any]]:
     return json.loads((Path(workdir) / "results.json").read_text())
 
 
+def appended(workdir: Any) -> list[dict[str, Any]]:
+    path = Path(workdir) / "evaluations.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def evaluated(workdir: Path, *words: str) -> list[dict[str, Any]]:
+    """The records that an evaluation appends; the run's own results stay."""
+    before, own = appended(workdir), (workdir / "results.json").read_bytes()
     ended = run(evaluate.main, f"--workdir={workdir}", *words)
     assert (ended.status, ended.err) == (0, ""), ended.err
-    assert f"{workdir}/results.json" in ended.out
-    return results(workdir)
+    assert f"{workdir}/evaluations.jsonl" in ended.out
+    after = appended(workdir)
+    assert after[: len(before)] == before and (workdir / "results.json").read_bytes() == own
+    return after[len(before) :]
 
 
 def values(records: list[dict[str, Any]]) -> dict[str, float]:
@@ -46,11 +59,15 @@ def values(records: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def test_the_same_numbers_as_at_the_end_of_training(tiny_run, copy, command):
-    (copy / "results.json").unlink()
     done = command("evaluate", f"--workdir={copy}")
     assert (done.returncode, done.stderr) == (0, "")
     assert "step 14" in done.stdout
-    assert results(copy) == results(tiny_run), "the same programs on the same device"
+    records = appended(copy)
+    for record in records:
+        assert record.pop("command") == f"mmjax.evaluate --workdir={copy}"
+        moment = datetime.fromisoformat(record.pop("time"))
+        assert moment.utcoffset() == timedelta(0) and moment.year >= 2025
+    assert records == results(tiny_run), "the same programs on the same device"
 
 
 def test_records_say_what_they_are(tiny_run, emoji_dir):
@@ -62,7 +79,9 @@ def test_records_say_what_they_are(tiny_run, emoji_dir):
         assert (record["split"], record["count"]) == ("test_drawing", DRAWINGS)
         loss = record.get("unit") == "loss"
         assert record["task"] == ("masked_image" if loss else "image_text")
+        assert record["step"] == 14
         assert loss or 0 <= record["value"] <= 1 and 0 < record["chance"] < 1
+    assert {r["evaluator"] for r in records} == {"drawings", "groups"}
     zero_shot = records[NAMES.index("zero-shot group")]
     groups = [int(e["group"]) for e in Tfds("emoji", "test_drawing").open()]
     _, counts = np.unique(groups, return_counts=True)
@@ -78,7 +97,9 @@ def test_the_table_shows_every_record(copy):
 
 
 def test_another_step_gives_other_numbers(tiny_run, copy):
-    older = values(evaluated(copy, "--step=12"))
+    records = evaluated(copy, "--step=12")
+    assert {r["step"] for r in records} == {12}
+    older = values(records)
     assert abs(older["held-out loss"] - values(results(tiny_run))["held-out loss"]) > 1e-3
 
 
@@ -104,11 +125,11 @@ def test_evaluators_are_free(copy):
 def test_results_are_whole_or_not_at_all(tmp_path, monkeypatch):
     evaluate.write_results(epath.Path(tmp_path), [{"value": 1.0}])
 
-    def full(self: Any, text: str) -> None:
-        raise OSError(28, "No space left on device", str(self))
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space.*results.json"):
         evaluate.write_results(epath.Path(tmp_path), [{"value": 2.0}])
     assert results(tmp_path) == [{"value": 1.0}]
 
@@ -131,6 +152,43 @@ def test_what_is_not_finite_is_written_as_metrics_have_it(tmp_path):
     assert held == {"tasks": [{"task": "nan", "loss": "nan"}]}
     assert metrics.revived(held)["tasks"][0]["task"] == "nan"
     assert np.isnan(metrics.revived(held)["tasks"][0]["loss"])
+
+
+def test_results_are_json_whatever_they_are(tmp_path):
+    folder, records = epath.Path(tmp_path), [{"name": "loss", "value": math.inf, "step": 3}]
+    evaluate.write_results(folder, records)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    assert json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
+    assert evaluate.read_results(folder) == records
+    evaluate.append_evaluations(folder, records)
+    assert appended(tmp_path) == [{"name": "loss", "value": "inf", "step": 3}]
+
+
+def test_evaluations_are_appended_whoever_appends_meanwhile(tmp_path, monkeypatch):
+    """In an object store, where an append replaces the object; and after a line that a kill has torn."""
+    memory = tensorstore.KvStore.open({"driver": "memory"}).result()
+    store = ObjectStore(memory, "evaluations.jsonl")
+    monkeypatch.setattr(evaluate, "object_store", lambda workdir, key: store)
+    real, calls = store.swap, [0]
+
+    def raced(*arguments: Any) -> bool:
+        calls[0] += 1
+        if calls[0] == 2:
+            memory.write("evaluations.jsonl", b'{"value": 1}\n{"value": 7}\n').result()
+        return real(*arguments)
+
+    monkeypatch.setattr(store, "swap", raced)
+    for value in (1, 2):
+        evaluate.append_evaluations(epath.Path("gs://bucket/run"), [{"value": value}])
+    lines = memory.read("evaluations.jsonl").result().value.decode().splitlines()
+    assert [json.loads(line)["value"] for line in lines] == [1, 7, 2]
+    (tmp_path / "evaluations.jsonl").write_text('{"value": 1}\n{"val')
+    evaluate.append_evaluations(epath.Path(tmp_path), [{"value": 2}])
+    lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"value": 1} and json.loads(lines[-1]) == {"value": 2}
 
 
 @pytest.mark.parametrize(
@@ -173,9 +231,10 @@ def test_examples_that_cannot_be_read_are_told_and_left_out(copy, monkeypatch):
         return rows, failed
 
     monkeypatch.setattr(evaluate, "make_batch", failing)
+    count = len(appended(copy))
     ended = run(evaluate.main, f"--workdir={copy}")
     assert ended.status == 0 and "emoji[0]: garbage" in ended.out
-    assert {r["count"] for r in results(copy)} == {DRAWINGS - 1}
+    assert {r["count"] for r in appended(copy)[count:]} == {DRAWINGS - 1}
 
 
 def test_no_example_at_all_is_an_error(copy, monkeypatch):
@@ -185,10 +244,10 @@ def test_no_example_at_all_is_an_error(copy, monkeypatch):
         return rows, ()
 
     monkeypatch.setattr(evaluate, "make_batch", failing)
-    before = (copy / "results.json").read_text()
+    before = (copy / "results.json").read_text(), appended(copy)
     message = refused(evaluate.main, f"--workdir={copy}")
     assert "no example of emoji/1.0.0:test_drawing could be read" in message
-    assert (copy / "results.json").read_text() == before
+    assert ((copy / "results.json").read_text(), appended(copy)) == before
 
 
 def test_fields_of_several_processes_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:

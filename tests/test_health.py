@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax.health import Bounds, Health, quarantine
+from mmjax.health import Bounds, Health, broken_at, quarantine
 from mmjax.schedule import Schedule, Segment, from_config
 
 LOSSES = st.lists(st.one_of(st.floats(0.125, 100.0, width=32), st.none()), max_size=40)
@@ -112,3 +112,29 @@ def test_a_segment_of_one_task_cannot_lose_it() -> None:
     assert quarantine(schedule, ["b"], 5, 5) is not None
     with pytest.raises(Exception, match="steps before 5 have run"):
         quarantine(schedule, ["b"], 4, 5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.booleans(), min_size=1, max_size=40), st.sampled_from([(1, 1), (2, 1), (5, 2, 1)])
+)
+def test_parameters_are_broken_where_all_tasks_are_non_finite_since(
+    finite: list[bool], weights: tuple[int, ...]
+) -> None:
+    """By the steps themselves: after the last finite one, every task has been tried."""
+    shares = {name: weight for name, weight in zip("abc", weights, strict=False)}
+    schedule = Schedule((Segment(0, "shares", shares, {}),))
+    bounds, health = Bounds(10, 0.0, 3), dict[str, Health]()
+    for step, is_finite in enumerate(finite):
+        task = schedule.task(step)
+        loss = 1.0 if is_finite else float("nan")
+        health[task] = health.get(task, Health()).after(loss, is_finite, bounds)
+    last = max((step for step, is_finite in enumerate(finite) if is_finite), default=-1)
+    tried = {schedule.task(step) for step in range(last + 1, len(finite))}
+    expected = last if tried == set(shares) else None
+    assert broken_at(schedule, health, len(finite) - 1) == expected
+
+
+def test_one_task_alone_is_at_fault_itself() -> None:
+    schedule = Schedule((Segment(0, "shares", {"a": 1, "b": 0}, {}),))
+    assert broken_at(schedule, {"a": Health(bad=3)}, 2) is None

@@ -24,6 +24,7 @@ from mmjax import config as configs
 from mmjax.checkpoint import CheckpointConfig, Checkpoints
 from mmjax.errors import UserError
 from mmjax.experiment import make_experiment
+from mmjax.layers import trunk
 from mmjax.loading import Embedder
 from mmjax.parameters import to_canonical
 from mmjax.sharding import make_mesh
@@ -332,6 +333,21 @@ def test_a_planted_config_runs_nothing(copy, monkeypatch, key, value):
     with pytest.raises(UserError, match="planted|no '|Unknown config key"):
         mmjax.load(str(copy))
     assert not ran.exists()
+
+
+def test_a_planted_config_of_many_layers_is_refused_before_they_are_built(copy, monkeypatch):
+    def built(*_: Any) -> None:
+        raise AssertionError("a layer was built")
+
+    monkeypatch.setattr(trunk, "Group", built)
+    layer = {"name": "transformer", "heads": 2, "hidden": 64}
+    plant(
+        copy,
+        "model.groups",
+        [{"repeat": 4, "pattern": [layer]}, {"repeat": 50_000, "pattern": [layer] * 2}],
+    )
+    with pytest.raises(UserError, match="model.groups: 100,004 layers; at most 4,096"):
+        mmjax.load(str(copy))
 
 
 def test_the_workdir_holds_no_pickle(tiny_run):

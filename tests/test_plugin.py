@@ -226,11 +226,12 @@ def test_it_trains(run):
 
 
 def test_it_is_evaluated_and_shown(run, extra, command):
-    before = (run / "results.json").read_text()
-    (run / "results.json").unlink()
+    own = (run / "results.json").read_text()
     done = command("evaluate", f"--extra={extra}", f"--workdir={run}")
     assert (done.returncode, done.stderr) == (0, "")
-    assert (run / "results.json").read_text() == before
+    [record] = map(json.loads, (run / "evaluations.jsonl").read_text().splitlines())
+    del record["time"], record["command"]
+    assert [record] == json.loads(own) and (run / "results.json").read_text() == own
     done = command("show", str(run))
     assert (done.returncode, done.stderr) == (0, "")
     trunk = next(line.split() for line in done.stdout.splitlines() if line.startswith("trunk"))

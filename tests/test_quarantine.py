@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 import toyrun
 from etils import epath
@@ -156,6 +159,65 @@ def test_a_run_goes_on_where_a_later_phase_has_no_task_left(tmp_path: Path) -> N
     run(tmp_path / "run", *words)
     assert tasks(tmp_path / "run")[4:] == ["two"] * 8
     assert segments(tmp_path / "run")[1:] == [(4, {"one": 0, "two": 1})]
+
+
+# --- parameters that are broken ----------------------------------------------------------------
+
+
+def test_a_rate_that_breaks_the_parameters_at_once_ends_the_run_with_one_error(
+    tmp_path: Path,
+) -> None:
+    """No task is left out for it: step 0 is finite, steps 1 to 3 are not, and neither task is at fault."""
+    words = ("optimizer.learning_rate=1e30", "optimizer.warmup=0", "limits.non_finite=2")
+    with pytest.raises(
+        UserError, match="no task has had a finite .* from step 1 to step 3, and no check"
+    ) as error:
+        run(tmp_path / "run", *words)
+    assert "Lower optimizer.learning_rate" in str(error.value)
+    assert not events(tmp_path / "run", "quarantine")
+
+
+def broken_after(call: int) -> Callable[..., Any]:
+    """`loop.dispatch`, whose call of this number (from 0) leaves parameters that are NaN."""
+    dispatch, calls = loop.dispatch, [0]
+
+    def dispatched(*arguments: Any) -> Any:
+        state, metrics = dispatch(*arguments)
+        calls[0] += 1
+        if calls[0] != call + 1:
+            return state, metrics
+        nan = {
+            n: jax.device_put(np.full(x.shape, np.nan, x.dtype), x.sharding)
+            for n, x in state.parameters.items()
+        }
+        return replace(state, parameters=nan), metrics
+
+    return dispatched
+
+
+def test_parameters_that_a_step_broke_are_those_of_the_checkpoint_before_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 5 is of task one; the checkpoint of step 8 holds what it broke, that of step 4 does not."""
+    workdir = tmp_path / "run"
+    monkeypatch.setattr(loop, "dispatch", broken_after(5))
+    run(workdir, "limits.non_finite=2")
+    [told] = events(workdir, "diverged")
+    assert told.startswith("Task 'one' has diverged by step 8: no task has had a finite loss")
+    assert tasks(workdir) == ["one", "two", "one", "one"] + ["two"] * 8
+    assert clock(workdir)["quarantined"] == {"one": 4}
+    assert [p.name for p in (workdir / "diverged").iterdir()] == ["8"]
+    assert (workdir / "results.json").exists()
+    assert all(np.isfinite(x).all() for x in toyrun.parameters(workdir).values())
+
+
+@pytest.mark.parametrize("words", [["limits.divergence=0"], ["checkpoint.every=0"]])
+def test_where_a_run_may_or_can_not_go_back_broken_parameters_end_it(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "dispatch", broken_after(5))
+    with pytest.raises(UserError, match="from step 6 to step 8"):
+        run(tmp_path / "run", "limits.non_finite=2", *words)
 
 
 # --- finite divergence -------------------------------------------------------------------------

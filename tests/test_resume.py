@@ -24,6 +24,7 @@ from mmjax.checkpoint import Checkpoints
 from mmjax.data import order
 from mmjax.errors import UserError
 from mmjax.evaluate import Evaluation
+from mmjax.experiment import make_experiment
 from mmjax.schedule import Schedule
 
 BATCH = {"one": 8, "two": 16}
@@ -487,6 +488,46 @@ def test_other_data_under_the_same_config_is_refused(tmp_path: Path) -> None:
     assert contents(tmp_path / "run") == before
 
 
+def test_what_a_run_began_with_is_kept_once_and_written_where_it_changes_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer that lies outside of the data: copied, never written where it lies, and loaded from the copy."""
+    mine = tmp_path / "mine" / "tokenizer.model"
+    mine.parent.mkdir()
+    mine.write_bytes(bytes(range(256)))
+    text = f"modalities.text={{'name': 'text', 'tokenizer': {str(mine)!r}, 'vocabulary': 8, 'buckets': 8}}"
+    workdir = tmp_path / "run"
+
+    def marks() -> dict[str, tuple[int, int]]:
+        files = [mine, workdir / "config.json", *(workdir / "assets").rglob("*.model")]
+        return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
+
+    original = (mine.stat().st_ino, mine.stat().st_mtime_ns)
+    run(workdir, text, "steps=4")
+    assert (mine.stat().st_ino, mine.stat().st_mtime_ns) == original
+    [kept] = (workdir / "assets").rglob("*.model")
+    assert kept.read_bytes() == bytes(range(256)) and not kept.samefile(mine)
+    before = marks()
+    run(workdir, text, "steps=4")
+    assert marks() == before
+    run(workdir, text, "steps=8")
+    assert json.loads((workdir / "config.json").read_text())["steps"] == 8
+    changed = {name for name, mark in marks().items() if mark != before[name]}
+    assert changed == {"config.json"}
+    mine.unlink()
+    experiment = make_experiment(toyrun.meta(workdir)["config"], str(workdir / "assets"))
+    assert [str(p) for p in experiment.modalities["text"].files().values()] == [str(kept)]
+
+
+def test_a_config_that_is_refused_is_not_written(half: Path) -> None:
+    before = (half / "config.json").read_bytes()
+    with pytest.raises(UserError):
+        run(half, "tasks.one.share=3")
+    assert (half / "config.json").read_bytes() == before
+    run(half, "tasks.one.share=3", allow_change=True)
+    assert json.loads((half / "config.json").read_text())["tasks"]["one"]["share"] == 3
+
+
 def test_shapes_that_do_not_fit_are_named(copy: Path) -> None:
     """A checkpoint whose arrays are not what its own config makes, as after a change of the code."""
     path = copy / "checkpoints" / "12" / "meta" / "metadata"
@@ -512,7 +553,8 @@ def test_a_checkpoint_names_everything_a_run_is(straight: Path) -> None:
     assert meta["config"] == block()
     assert meta["clock"]["step"] == 12
     assert meta["clock"]["positions"] == {"one": 64, "two": 64}
-    assert set(meta["identities"]) == {"tasks.one.source", "tasks.two.source"}
+    code = {f"code.{kind}/toy" for kind in ("layers", "modalities", "objectives", "sources")}
+    assert set(meta["identities"]) == {"tasks.one.source", "tasks.two.source", *code}
     assert {"jax", "numpy", "mesh", "cores", "processor"} <= meta["environment"].keys()
     assert meta["environment"]["python"] == sys.version.split()[0]
     state = checkpoint.read_shapes(epath.Path(straight), 12)

@@ -157,6 +157,11 @@ def test_a_corrupt_first_example_is_left_to_the_loader():
         ({"objective": {"between": ["image", "text"]}}, "tasks.image_text.objective: 'name'"),
         ({"source__name": "tfd"}, "tasks.image_text.source.name: no 'tfd'"),
         ({"source__splt": "x"}, "'tasks.image_text.source.splt'. Did you mean 'split'?"),
+        ({"evaluators": {"../../x": {}}}, "tasks.image_text.evaluators: '../../x' is no name"),
+        ({"evaluators": {"": {}}}, "tasks.image_text.evaluators: '' is no name"),
+        ({"buckets": {"a/b": {}}}, "tasks.image_text.buckets: 'a/b' is no name"),
+        ({"objective__head": "../x"}, "tasks.image_text.objective.head: '../x' is no name"),
+        ({"objective__head": "a.b"}, "tasks.image_text.objective.head: 'a.b' is no name"),
     ],
 )
 def test_wrong_blocks_are_refused_by_key(overrides, words):

@@ -243,9 +243,11 @@ def test_begun_again_a_run_takes_the_step_that_it_took_first(
     assert given.keys() == early.keys()
     assert all(np.array_equal(given[name], early[name]) for name in given)
     assert "step 2 of" in capsys.readouterr().out
-    # Where that step is no longer kept, it tells, and takes the newest.
+    # Where that step is no longer kept, it takes the newest with leave only, and tells.
     shutil.rmtree(source / "checkpoints" / "2")
-    given = begin(toy.experiment, epath.Path(workdir), toy.mesh, False, print).given
+    with pytest.raises(UserError, match="init_from has changed since"):
+        begin(toy.experiment, epath.Path(workdir), toy.mesh, False, print)
+    given = begin(toy.experiment, epath.Path(workdir), toy.mesh, True, print).given
     late = toyrun.parameters_of(source, 4)
     assert all(np.array_equal(given[name], late[name]) for name in given)
     assert any(not np.array_equal(early[name], late[name]) for name in late)
@@ -257,10 +259,12 @@ def test_a_file_that_changes_between_two_beginnings_is_told(tmp_path: Path) -> N
     path, said = npz(tmp_path, whole()), list[str]()
     config, workdir = WarmStartConfig(path), epath.Path(_folder(tmp_path / "run"))
     for _ in range(2):
-        assert pin(config, workdir, said.append) is None
+        assert pin(config, workdir, said.append, False) is None
     assert not said
     npz(tmp_path, {**whole(), "more": np.zeros(1)})
-    pin(config, workdir, said.append)
+    with pytest.raises(UserError, match="init_from has changed since .* --allow_change"):
+        pin(config, workdir, said.append, False)
+    pin(config, workdir, said.append, True)
     assert len(said) == 1 and said[0].startswith("init_from has changed")
 
 

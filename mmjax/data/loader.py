@@ -7,6 +7,7 @@ that; its own state is never saved. A process reads only the rows that its devic
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from mmjax.state import Clock
 from mmjax.task import RowSpec, Task
 
 Rows = tuple[slice, ...]
+_ENDED = re.compile(r"terminated unexpectedly with exit code (-?\d+)")  # Grain's words
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,19 @@ class Loader:
         return self
 
     def __next__(self) -> HostBatch:
+        try:
+            return self._next()
+        except RuntimeError as error:
+            ended = _ENDED.search(str(error))
+            if not ended:
+                raise
+            raise UserError(
+                f"A process of the loader was ended from outside (exit code {ended[1]}; -9 is SIGKILL, often for "
+                "want of memory). Run again to resume from the newest checkpoint; if it happens again, lower "
+                "loader.processes, loader.ahead or loader.cache_mib."
+            ) from None
+
+    def _next(self) -> HostBatch:
         if not self._begins:
             return next(self._batches)
         self._begins = False

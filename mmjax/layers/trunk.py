@@ -17,6 +17,8 @@ from mmjax.layers.stream import Aux, Stream, add_up, fold
 from mmjax.parameters import stack_layers
 from mmjax.sharding import constrain
 
+_LAYERS = 4096  # of a trunk: each has names of its own in a checkpoint, and a config may come from anybody
+
 
 @dataclass(frozen=True)
 class GroupConfig:
@@ -140,6 +142,11 @@ class Trunk(nnx.Module):
     ):
         if not groups:
             raise configs.UserError(f"{where} is empty; a trunk needs a group.")
+        layers = sum(max(group.repeat, 0) * len(group.pattern) for group in groups)
+        if layers > _LAYERS:
+            raise configs.UserError(
+                f"{where}: {layers:,} layers; at most {_LAYERS:,} can be built."
+            )
         self.groups: Any = nnx.List([])
         first = 0
         for index, group in enumerate(groups):

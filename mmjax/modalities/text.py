@@ -19,7 +19,7 @@ from mmjax.data.tokenizer import EOS_ID, Tokenizer
 from mmjax.errors import UserError
 from mmjax.layers.positions import Positions
 from mmjax.layers.stream import Stream
-from mmjax.modality import ArraySpec, Modality
+from mmjax.modality import ArraySpec, Modality, asset_name
 from mmjax.parameters import declare
 from mmjax.sharding import constrain
 
@@ -42,7 +42,7 @@ class Text(Modality[TextInput]):
     """Texts in UTF-8.
 
     Attributes:
-      tokenizer: path of the SentencePiece model, under `folder`.
+      tokenizer: path of the SentencePiece model, below `folder` or absolute.
       vocabulary: rows of the embedding table; the tokenizer's size at least.
       buckets: position buckets; the longest text of any task at least.
     """
@@ -99,7 +99,13 @@ class Text(Modality[TextInput]):
         return {self.tokenizer: self._path()}
 
     def _path(self) -> epath.Path:
-        return (epath.Path(self.folder) if self.folder else data_dir()) / self.tokenizer
+        original = data_dir() / epath.Path(self.tokenizer).expanduser()
+        if not self.folder:
+            return original
+        asset = epath.Path(self.folder) / asset_name(self.tokenizer)
+        is_elsewhere = asset_name(self.tokenizer) != self.tokenizer
+        # Version 0.1 kept no copy of a file that lies elsewhere.
+        return original if is_elsewhere and not asset.exists() else asset
 
     def _tokenizer(self) -> Tokenizer:
         # By what its path is made of: making the path for every text takes longer than finding the pieces.

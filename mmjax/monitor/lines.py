@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+_CHECK_SECONDS = 1.0  # between two calls of `guard` by `push`
 # Object stores limit how often one object may be rewritten (about once a second).
 _REMOTE_SECONDS = 2.0
 
@@ -25,10 +27,15 @@ class LineFile:
     A local file is appended to. An object store cannot append: there the lines are kept in
     memory and the whole object is written again. Raises `OSError` with the file's name in it
     when the disk is full or the file may not be written.
+
+    Args:
+      path: the file.
+      guard: called before lines leave this process; it raises if they must not. `push` calls it at most
+        once a second.
     """
 
-    def __init__(self, path: epath.Path) -> None:
-        self._path = path
+    def __init__(self, path: epath.Path, guard: Callable[[], None] = lambda: None) -> None:
+        self._path, self._guard, self._checked = path, guard, -math.inf
         self._local = is_local(path)
         self._written = 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +60,8 @@ class LineFile:
         In an object store the object is rewritten, but at most every two seconds.
         """
         if self._local:
+            if time.monotonic() - self._checked >= _CHECK_SECONDS:
+                self._check()
             self._guarded(self._file.flush)
         elif time.monotonic() - self._written >= _REMOTE_SECONDS:
             self._rewrite()
@@ -62,6 +71,7 @@ class LineFile:
         if not self._local:
             self._rewrite()
             return
+        self._check()
         self._guarded(self._file.flush)
         self._guarded(lambda: os.fsync(self._file.fileno()))
 
@@ -72,13 +82,18 @@ class LineFile:
         elif not self._file.closed:
             try:
                 self.sync()
-            except OSError:
+            except Exception:
                 with suppress(OSError):  # it would try the same again, and name no file
                     self._file.close()
                 raise
             self._file.close()
 
+    def _check(self) -> None:
+        self._guard()
+        self._checked = time.monotonic()
+
     def _rewrite(self) -> None:
+        self._check()
         self._parts = [b"".join(self._parts)]
         self._path.write_bytes(self._parts[0])
         self._written = time.monotonic()

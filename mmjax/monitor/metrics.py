@@ -25,7 +25,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -47,6 +47,9 @@ _WORDS = (
     "split",
     "unit",
     "bucket",
+    "evaluator",
+    "time",
+    "command",
 )  # fields that are text, whatever they say
 USAGE = "usage "  # before layer and modality, in the names of what experts have
 _TAG = ("task", "split", "name")
@@ -75,6 +78,7 @@ class MetricWriter:
       resume_step: complete steps in the restored checkpoint, 0 for a fresh run. Lines of that
         step and later are cut from the file, and hidden from TensorBoard.
       sinks: where the numbers go besides; closed with the writer.
+      guard: called before lines are written; it raises if they must not be.
 
     Raises:
       UserError: a line in the middle of the file is broken.
@@ -83,12 +87,18 @@ class MetricWriter:
     line can still be lost.
     """
 
-    def __init__(self, workdir: epath.Path, resume_step: int, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(
+        self,
+        workdir: epath.Path,
+        resume_step: int,
+        sinks: Sequence[Sink] = (),
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
         workdir = epath.Path(workdir)
         self._resume_step = resume_step
         self._is_local = is_local(workdir)
         _cut(workdir / FILE, resume_step)
-        self._lines = LineFile(workdir / FILE)
+        self._lines = LineFile(workdir / FILE, guard)
         self._sinks = [*sinks]
         if self._is_local:
             self._sinks.append(_Events(workdir / "tensorboard", resume_step))
@@ -306,9 +316,14 @@ def _eval_line(step: int, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _eval_scalars(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    tags = ("/".join(str(record.get(key, "")) for key in _TAG) for record in records)
-    pairs = zip(tags, (record.get("value") for record in records), strict=True)
-    return {f"eval/{tag}": value for tag, value in pairs if value is not None}
+    tags = ["/".join(str(record.get(key, "")) for key in _TAG) for record in records]
+    # Two evaluators of one kind on one split: both stay, under the names they have in the config.
+    pairs = zip(tags, records, strict=True)
+    told = [
+        f"{t}/{r['evaluator']}" if tags.count(t) > 1 and "evaluator" in r else t for t, r in pairs
+    ]
+    values = zip(told, (record.get("value") for record in records), strict=True)
+    return {f"eval/{tag}": value for tag, value in values if value is not None}
 
 
 def _dumps(line: Mapping[str, Any]) -> str:

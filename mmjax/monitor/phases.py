@@ -59,9 +59,15 @@ class PhaseLog:
     Args:
       workdir: local or an object store (there the file is rewritten at most every two seconds).
       clock: a monotonic clock in seconds.
+      guard: called before lines are written; it raises if they must not be.
     """
 
-    def __init__(self, workdir: epath.Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        workdir: epath.Path,
+        clock: Callable[[], float] = time.monotonic,
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
         path = epath.Path(workdir) / FILE
         self.attempt = sum(line["line"] == "start" for line in _read(path))
         self._clock = clock
@@ -70,7 +76,7 @@ class PhaseLog:
         self._lock = threading.RLock()
         self._open: list[_Open] = []
         self._moved: dict[str, float] = defaultdict(float)
-        self._lines = LineFile(path)
+        self._lines = LineFile(path, guard)
         self._write("start", {})
 
     @contextmanager
@@ -166,7 +172,8 @@ def summary(workdir: epath.Path) -> dict[str, float]:
     Besides the phases: `repeated` (steps that a later attempt did again, because it went on from an
     earlier one), `other` (inside no phase), `total` (their sum), `attempts` (a count) and
     `unfinished` (the count of phases that were open when their attempt was killed). Time of a
-    killed attempt counts until its last line. Lines torn by a kill are passed over.
+    killed attempt counts until its last line. Lines torn by a kill are passed over. An attempt that
+    a `UserError` ended before its first step (a wrong config, other data) counts for nothing.
     """
     attempts: dict[tuple[int, int], list[_Attempt]] = {}
     for line in _read(epath.Path(workdir) / FILE):
@@ -174,6 +181,7 @@ def summary(workdir: epath.Path) -> dict[str, float]:
         parts[-1].take(line)
         if line["line"] == "event" and line["name"] == "diverged":
             parts.append(_Attempt(last=parts[-1].last))  # it goes on from an earlier step
+    attempts = {key: parts for key, parts in attempts.items() if not parts[0].is_refused}
     stretches = [part for parts in attempts.values() for part in parts]
     sums: dict[str, float] = defaultdict(float, {OTHER: 0.0})
     again = math.inf  # the first step that a later attempt did
@@ -205,6 +213,12 @@ class _Attempt:
     sums: dict[_Begun, float] = field(default_factory=lambda: defaultdict(float))
     open: list[_Begun] = field(default_factory=list)
     last: float = 0.0
+    errors: set[str] = field(default_factory=set)  # names of the errors that ended phases
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether an error of the user's ended the attempt before its first step."""
+        return "UserError" in self.errors and all(phase != STEP for phase, _ in self.sums)
 
     @property
     def first_step(self) -> float:
@@ -221,6 +235,8 @@ class _Attempt:
         elif line["line"] == "end" and line["phase"] in [phase for phase, _ in self.open]:
             while self.open.pop()[0] != line["phase"]:
                 pass
+            if "error" in line:
+                self.errors.add(line["error"])
 
     def _charge(self, spent: float, moved: Mapping[str, float]) -> None:
         phase = self.open[-1] if self.open else (OTHER, math.inf)

@@ -6,6 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from etils import epath
 
 from mmjax import checkpoint
 from mmjax.errors import UserError
+from mmjax.evaluate import EVALUATIONS, RESULTS
 from mmjax.monitor import metrics, phases, tally
 from mmjax.schedule import RULES, Schedule, from_config
 
@@ -72,10 +74,11 @@ class Run:
       order: the task of each step that `metrics.jsonl` holds.
       records: the newest results.
       records_step: complete steps when they were taken; None where that is not known.
-      history: earlier values and the newest, by (task, split, name).
+      history: earlier values and the newest, by (task, evaluator, split, name).
       seconds: by phase, as `phases.summary` gives them.
       log: the lines of `goodput.jsonl`.
       costs: `summary.json`, empty where the run has not ended or stopped yet.
+      evaluations: records of `mmjax.evaluate`, in the order in which they were taken.
     """
 
     workdir: epath.Path
@@ -90,6 +93,7 @@ class Run:
     seconds: dict[str, float]
     log: list[dict[str, Any]]
     costs: dict[str, Any]
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -147,6 +151,7 @@ def read_run(workdir: epath.Path) -> Run:
         phases.summary(workdir),
         _log(workdir),
         _json(workdir / tally.FILE) or {},
+        _evaluations(workdir),
     )
 
 
@@ -199,18 +204,34 @@ def _records(
 ) -> tuple[list[dict[str, Any]], int | None]:
     """The newest results: of the last evaluation, or of `results.json` where the run is at its end.
 
-    `mmjax.evaluate` may have written that file later, and for another step.
+    `mmjax.evaluate` of version 0.1 may have written that file later, and for another step.
     """
     step = max((line["step"] for line in evals), default=None)
     done = train[-1]["step"] + 1 if train else 0
-    path = workdir / "results.json"
+    path = workdir / RESULTS
     found = _json(path) if step is None or done >= config.get("steps", 0) else None
-    if isinstance(found, list) and found:
-        same = [
-            {k: v for k, v in e.items() if k not in ("kind", "step")} for e in evals[-len(found) :]
-        ]
-        return found, step if found == same else None
+    if isinstance(found, list) and found and all(isinstance(each, dict) for each in found):
+        found = [metrics.revived(each) for each in found]
+        same = [_without(e, "kind", "step") for e in evals[-len(found) :]]
+        is_same = [_without(e, "step") for e in found] == same
+        return found, step if is_same else found[0].get("step")
     return [line for line in evals if line["step"] == step], step
+
+
+def _without(record: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in names}
+
+
+def _evaluations(workdir: epath.Path) -> list[dict[str, Any]]:
+    """The records that `mmjax.evaluate` has appended."""
+    path = workdir / EVALUATIONS
+    found = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with suppress(ValueError):  # being written
+            record = json.loads(line)
+            if isinstance(record, dict):
+                found.append(metrics.revived(record))
+    return found
 
 
 def _history(evals: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], list[float]]:
@@ -221,8 +242,8 @@ def _history(evals: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], list[f
 
 
 def key_of(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """What names a result: task, split and measure."""
-    return tuple(str(record.get(name, "")) for name in ("task", "split", "name"))
+    """What names a result: task, evaluator, split and measure."""
+    return tuple(str(record.get(name, "")) for name in ("task", "evaluator", "split", "name"))
 
 
 def newest_meta(workdir: epath.Path) -> tuple[int, dict[str, Any] | None]:

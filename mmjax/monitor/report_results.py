@@ -20,10 +20,16 @@ _ROOM = 1.25  # of a loss's bar: its end, in losses of what knows nothing
 
 def results(run: Run) -> Iterator[Html]:
     """A tile for each task with the first measure of each split, and a table of all."""
-    if not run.records:
-        if run.step:
-            yield tag("p", "No evaluation yet.", class_="none")
-        return
+    if run.records:
+        yield from _newest(run)
+    elif run.step:
+        yield tag("p", "No evaluation yet.", class_="none")
+    if run.evaluations:
+        yield _later(run)
+
+
+def _newest(run: Run) -> Iterator[Html]:
+    """The run's own newest results."""
     when = "of results.json" if run.records_step is None else f"after {run.records_step:,} steps"
     yield tag(
         "p", f"On held-out data, {when}. ", tag("span", "Green", class_="chip good"),
@@ -38,6 +44,24 @@ def results(run: Run) -> Iterator[Html]:
     yield tag("div", *(_tile(run, n, each) for n, each in evaluated.items()), class_="tiles")
     summary = tag("summary", f"All {len(run.records)} measures")
     yield tag("details", summary, _table(run, evaluated), open="")
+
+
+def _later(run: Run) -> Html:
+    """What `mmjax.evaluate` has found, by command, in the order of time."""
+    heads = ("measure", "evaluator", "#step", "split", "#value", "#chance")
+    groups: dict[str, list[list[Child]]] = defaultdict(list)
+    for record in run.evaluations:
+        said = [str(record.get(name, "")) for name in ("time", "command")]
+        unit = _unit(record)
+        groups[", ".join(said)].append([
+            join([named(run, str(record.get("task", ""))), ", ", _measure(record)]),
+            str(record.get("evaluator", "")),
+            str(record.get("step", "")),
+            str(record.get("split", "")),
+            *(_amount(number_of(record, name), unit) for name in ("value", "chance")),
+        ])  # fmt: skip
+    summary = tag("summary", f"By mmjax.evaluate ({len(run.evaluations)})")
+    return tag("details", summary, grouped_table("By mmjax.evaluate", heads, groups))
 
 
 def is_good(record: Record) -> bool:
@@ -90,7 +114,12 @@ def _table(run: Run, tasks: Mapping[str, Sequence[Record]]) -> Html:
     groups: dict[str, list[list[Child]]] = defaultdict(list)
     for task, records in tasks.items():
         for record in records:
-            title = join([named(run, task), ", ", str(record.get("split", ""))])
+            parts = [
+                named(run, task),
+                str(record.get("evaluator", "")),
+                str(record.get("split", "")),
+            ]
+            title = join([parts[0], *(f", {part}" for part in parts[1:] if part)])
             groups[title].append(_row(run, task, record))
     every = [row for rows in groups.values() for row in rows]
     kept = [i for i in range(len(heads)) if any(row[i] for row in every)]

@@ -128,18 +128,20 @@ def results_table(records: Sequence[Mapping[str, Any]], stream: TextIO | None = 
     """Results of evaluations by task, beside what chance and the largest class would give.
 
     Args:
-      records: name, task, split, value, chance, majority (optional), count, unit (optional).
+      records: name, task, split, value, chance, majority (optional), count, unit (optional), evaluator and
+        step (optional; older runs have none).
         Fractions, the usual unit, are shown in percent; a loss as a number, of which the lower is
         the better; other units beside their number.
       stream: standard output if None.
     """
     heads = ["measure", "split", "value", "chance", "majority", "examples"]
     cells: list[list[Any]] = []
-    task = None
+    group = ""
     for record in records:
-        if record["task"] != task:
-            task = record["task"]
-            cells.append([task, *[None] * (len(heads) - 1)])
+        name = ", ".join(filter(None, [record["task"], record.get("evaluator")]))
+        if name != group:
+            group = name
+            cells.append([group, *[None] * (len(heads) - 1)])
         unit = record.get("unit") or "fraction"
         measure = f"  {record['name']}" + (" (lower is better)" if unit == "loss" else "")
         against = [_amount(record.get(key), unit) for key in ("value", "chance", "majority")]
@@ -147,7 +149,9 @@ def results_table(records: Sequence[Mapping[str, Any]], stream: TextIO | None = 
     if not any(row[4] for row in cells):
         heads.pop(4)
         cells = [row[:4] + row[5:] for row in cells]
-    table("Results", heads, cells, stream)
+    steps = {record.get("step") for record in records} - {None}
+    title = f"Results after {steps.pop():,} steps" if len(steps) == 1 else "Results"
+    table(title, heads, cells, stream)
 
 
 def parameter_table(rows: Sequence[Mapping[str, Any]], stream: TextIO | None = None) -> None:

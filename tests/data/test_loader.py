@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -148,6 +149,20 @@ def test_an_error_in_a_process_is_told(toy: World) -> None:
     loader = Loader(LoaderConfig(processes=2), toy.settings, wrong, toy.clock(0), 9, 0, WHOLE)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="Task 'one' has no examples"):
         list(loader)
+    loader.close()
+
+
+def test_a_process_that_was_killed_is_told_in_one_line(toy: World) -> None:
+    """As by the system, for want of memory."""
+    config = LoaderConfig(processes=1, ahead=1)
+    loader = Loader(config, toy.settings, toy.data, toy.clock(0), 10**6, 0, WHOLE)
+    before = set(active_children())
+    next(loader)
+    [worker] = set(active_children()) - before
+    worker.kill()
+    with pytest.raises(UserError, match=r"exit code -9.*loader.processes"):
+        for _ in loader:
+            pass
     loader.close()
 
 

@@ -133,6 +133,25 @@ def test_a_job_that_fails_on_a_slice_that_is_there_is_not_tried_again(cloud: Clo
     assert verbs(cloud.calls()).count("ssh") == 1
 
 
+@pytest.mark.parametrize("status", [4, 137, 143])
+def test_a_job_that_its_watchdog_ended_is_started_again_on_the_same_slice(
+    cloud: Cloud, status: int
+) -> None:
+    """4 of the watchdog; 128 and a signal of those that ended with it."""
+    cloud.say(["ACTIVE"], [status, 0])
+    done = cloud.launch("tpu", *TPU)
+    assert done.returncode == 0, done.stderr
+    assert [v for v in verbs(cloud.calls()) if v != "describe"] == ["scp", "ssh", "scp", "ssh"]
+    assert f"ended with status {status}; starting it again" in done.stdout
+
+
+def test_a_job_that_is_ended_again_and_again_is_given_up(cloud: Cloud) -> None:
+    cloud.say(["ACTIVE"], [4])
+    done = cloud.launch("tpu", *TPU, "--restarts=2")
+    assert done.returncode == 2 and verbs(cloud.calls()).count("ssh") == 3
+    assert "started 3 times" in done.stderr and "status was 4" in done.stderr
+
+
 def test_a_run_that_was_told_to_stop_has_not_failed(cloud: Cloud) -> None:
     cloud.say(["ACTIVE"], [3])
     assert cloud.launch("tpu", *TPU).returncode == 3
@@ -176,6 +195,60 @@ def test_a_manifest_with_a_wrong_key_is_not_valid(cloud: Cloud) -> None:
         jsonschema.validate(manifest, SCHEMA)
 
 
+def expanded(text: str, variables: dict[str, str]) -> str:
+    """What Kubernetes makes of a word of a command (k8s.io/kubernetes/third_party/forked/golang/expansion).
+
+    `$$` is `$`; `$(NAME)` the variable, or itself where there is none; any other `$` is itself.
+    """
+    made, i = "", 0
+    while i < len(text):
+        if text[i] != "$" or i + 1 == len(text):
+            made, i = made + text[i], i + 1
+        elif text[i + 1] == "$":
+            made, i = made + "$", i + 2
+        elif text[i + 1] == "(" and ")" in text[i + 2 :]:
+            name, _, _ = text[i + 2 :].partition(")")
+            made, i = made + variables.get(name, f"$({name})"), i + len(name) + 3
+        else:
+            made, i = made + text[i : i + 2], i + 2
+    return made
+
+
+HOSTILE = (
+    "$(HOME)", "$$", "$$(HOME)", "$HOME", "`id`", "$", "a b", "'", '"', "\\", "$(", "(*)", "{x,y}", "~", ";", "ü",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_a_value_comes_to_the_run_as_it_was_given(cloud: Cloud, tmp_path: Path, value: str) -> None:
+    """Through the manifest, Kubernetes, bash and Slurm's script, to the arguments of a stand-in for Python."""
+    word = f"--config.tasks.one.source.name={value}"
+    noted = tmp_path / "noted.json"
+    python = tmp_path / "my python"
+    python.write_text(
+        f"#!{sys.executable}\nimport json, sys\njson.dump(sys.argv[1:], open({str(noted)!r}, 'w'))\n"
+    )
+    python.chmod(0o755)
+    (tmp_path / "python").symlink_to(python)
+    (tmp_path / "srun").write_text('#!/usr/bin/env bash\nshift\nexec "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    assert cloud.launch("gke", *GKE, word).returncode == 0
+    manifest = json.loads(cloud.calls()[-1][-1])
+    pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    command = [expanded(w, {"HOME": "/root"}) for w in pod["containers"][0]["command"]]
+    subprocess.run(command, env=environment, check=True)
+    assert json.loads(noted.read_text())[-1] == word
+
+    noted.unlink()
+    words = [w for w in SLURM if not w.startswith("--python")]
+    done = cloud.launch("slurm", *words, f"--workdir={tmp_path}/run", f"--python={python}", word)
+    assert done.returncode == 0, done.stderr
+    subprocess.run(["bash"], input=cloud.calls()[-1][-1], text=True, env=environment, check=True)
+    assert json.loads(noted.read_text())[-1] == word
+
+
 # --- Slurm -------------------------------------------------------------------------------------
 
 
@@ -193,16 +266,24 @@ def test_a_batch_script_asks_for_a_process_per_gpu_and_is_queued_again(
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
 
 
-@pytest.mark.parametrize(("status", "queued"), [(0, False), (3, True), (1, False)])
-def test_only_a_run_that_saved_and_stopped_is_queued_again(
-    cloud: Cloud, tmp_path: Path, status: int, queued: bool
+@pytest.mark.parametrize(
+    ("status", "restarts", "queued"),
+    [
+        (0, "", False), (3, "", True), (1, "", False), (2, "0", False),
+        (4, "", True), (4, "6", True), (4, "7", False),  # of --restarts=7, so many were before
+        (137, "0", True), (143, "7", False), (3, "700", True),
+    ],
+)  # fmt: skip
+def test_a_run_is_queued_again_that_saved_or_that_its_watchdog_ended(
+    cloud: Cloud, tmp_path: Path, status: int, restarts: str, queued: bool
 ) -> None:
-    cloud.launch("slurm", *SLURM, f"--workdir={tmp_path}/run")
+    cloud.launch("slurm", *SLURM, f"--workdir={tmp_path}/run", "--restarts=7")
     script = cloud.calls()[0][-1]
     for tool, body in (("srun", f"exit {status}"), ("scontrol", f'echo "$@" >{tmp_path}/queued')):
         (tmp_path / tool).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tmp_path / tool).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    environment |= {"SLURM_RESTART_COUNT": restarts} if restarts else {}
     done = subprocess.run(["bash"], input=script, text=True, env=environment)
     assert done.returncode == status
     assert (tmp_path / "queued").exists() == queued
@@ -306,6 +387,48 @@ def test_a_pod_is_told_to_stop_loses_a_process_and_comes_to_its_end(
     assert finished_steps(workdir)[-1] == last + 2 and f"Going on from step {last}" in out
 
 
+SLEEPER = "import os, sys, time; print(os.getpid(), flush=True); {more} time.sleep(600)"
+
+
+@pytest.mark.parametrize("by", ["signal", "pipe"])
+def test_a_member_ends_when_its_launcher_is_killed(by: str, tmp_path: Path) -> None:
+    """By the signal that Linux sends then; and without it, by the pipe that the launcher held."""
+    more = {"signal": "", "pipe": "from mmjax import processes; processes._follow_launcher();"}[by]
+    words = [sys.executable, "-c", SLEEPER.format(more=more)]
+    without = "jobs.end_with = lambda launcher: None; " if by == "pipe" else ""
+    code = (
+        f"import os, sys; sys.path.insert(0, 'launch'); import jobs; {without}"
+        f"sys.exit(jobs.Pod([dict(os.environ)]).run({words!r}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert launcher.stdout
+    member = int(launcher.stdout.readline())
+    assert Path(f"/proc/{member}").exists()
+    launcher.kill()
+    launcher.wait()
+    limit = time.monotonic() + 120
+    while Path(f"/proc/{member}").exists() and "Z" not in status_of(member):
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+def status_of(pid: int) -> str:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return "Z"
+    return next(line for line in lines if line.startswith("State"))
+
+
+def test_a_lifeline_that_was_not_handed_on_ends_nobody() -> None:
+    code = "from mmjax import processes; import time; processes._follow_launcher(); time.sleep(0.2)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MMJAX_LIFELINE": "97"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
 def test_an_error_of_a_pod_is_said_by_its_processes(
     tmp_path: Path, machine: dict[str, str]
 ) -> None:
@@ -329,6 +452,19 @@ def test_an_error_of_a_pod_is_said_by_its_processes(
         ("gke", [*GKE, "--slices=0"], "not a whole number above 0"),
         ("slurm", [*SLURM, "--workdir=/r", "--config=configs/none.py"], "no such file"),
         ("local_pod", [CONFIG, "--workdir=r", "--proceses=2"], "Did you mean '--processes'?"),
+        (
+            "slurm",
+            [*SLURM, "--workdir=/r", "--partition=a\n#SBATCH --wrap=id"],
+            "control characters",
+        ),
+        ("slurm", [*SLURM, "--workdir=/r\nid"], "control characters"),
+        ("slurm", [*SLURM, "--workdir=/r", "--config.x=\r"], "control characters"),
+        ("slurm", [*SLURM, "--workdir=/r", "--account=a\u2028b"], "control characters"),
+        ("slurm", [*SLURM, "--workdir=/r", "--partition=a --exclusive"], "no spaces"),
+        ("slurm", [*SLURM, "--workdir=/r", "--time=1#2"], "number signs"),
+        ("gke", [*GKE, "--namespace=a\nb"], "control characters"),
+        ("tpu", [*TPU, "--zone=a\x00b".replace("\x00", "\x01")], "control characters"),
+        ("local_pod", [CONFIG, "--workdir=r\x1b[2J"], "control characters"),
     ],
 )
 def test_arguments_that_cannot_be(cloud: Cloud, kind: str, words: list[str], message: str) -> None:

@@ -209,6 +209,16 @@ def test_reading_nothing(tmp_path: Path) -> None:
     assert read(epath.Path(tmp_path)) == []
 
 
+def test_two_evaluators_of_one_measure_have_events_each(tmp_path: Path) -> None:
+    with MetricWriter(epath.Path(tmp_path), 0) as writer:
+        one = {"task": "a", "split": "s", "name": "r"}
+        records = [one | {"evaluator": e, "value": v} for e, v in (("x", 0.25), ("y", 0.5))]
+        writer.write_eval(4, [*records, one | {"name": "q", "evaluator": "x", "value": 0.75}])
+    ((_, _, evaluation),) = _events(tmp_path)
+    found = {v.tag: v.simple_value for v in evaluation.summary.value}
+    assert found == {"eval/a/s/r/x": 0.25, "eval/a/s/r/y": 0.5, "eval/a/s/q": 0.75}
+
+
 def test_events_hold_every_scalar(tmp_path: Path) -> None:
     with MetricWriter(epath.Path(tmp_path), 0) as writer:
         writer.write(3, "a", {"loss": 0.5, "bad": math.nan}, {"seconds": 2.0})

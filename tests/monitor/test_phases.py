@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmjax.errors import UserError
 from mmjax.monitor.phases import FILE, PhaseLog, goodput, summary
 
 
@@ -185,6 +187,34 @@ def test_a_run_that_goes_on_repeats_nothing(tmp_path: Path) -> None:
     sums = summary(epath.Path(tmp_path))
     assert sums["step"] == 70 and "repeated" not in sums
     assert goodput(summary(epath.Path(tmp_path / "nothing"))) == 0
+
+
+def test_an_attempt_that_was_refused_counts_for_nothing(tmp_path: Path) -> None:
+    """A wrong config, other data: the user's time, not the run's. An attempt that was killed counts."""
+    clock = _Clock()
+    _attempt(tmp_path, clock, [(0, 10)])
+    expected = summary(epath.Path(tmp_path))
+    for phase in ("init", "compile"):
+        with suppress(UserError), PhaseLog(epath.Path(tmp_path), clock) as log:
+            with log.phase("init"):
+                clock.now += 500
+                if phase == "init":
+                    raise UserError("another config")
+            with log.phase(phase):
+                raise UserError("too large")
+    assert summary(epath.Path(tmp_path)) == expected and expected["attempts"] == 1
+    with suppress(OSError), PhaseLog(epath.Path(tmp_path), clock) as log, log.phase("init"):
+        clock.now += 7
+        raise OSError("the disk is gone")
+    with (
+        suppress(UserError),
+        PhaseLog(epath.Path(tmp_path), clock) as log,
+        log.phase("step", step=4),
+    ):
+        clock.now += 20
+        raise UserError("no task is left")
+    sums = summary(epath.Path(tmp_path))
+    assert (sums["init"], sums["step"], sums["attempts"]) == (7, 30, 3)
 
 
 def test_steps_that_a_divergence_gave_up_are_repeated(tmp_path: Path) -> None:

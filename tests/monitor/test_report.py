@@ -220,11 +220,28 @@ def test_going_on_shows_the_last_evaluation(
     assert not page.all("img") and "held-out data\n" not in page.text
 
 
+def test_what_evaluate_finds_stands_on_the_page_with_step_time_and_command(
+    parse: Parse, tiny_run: epath.Path, tmp_path: Any
+) -> None:
+    copy = _unfinished(tiny_run, tmp_path)
+    [record, *_] = json.loads((tiny_run / "results.json").read_text())
+    said = {"step": 12, "time": "2026-01-02T03:04:05+00:00", "command": "mmjax.evaluate <b>"}
+    lines = [json.dumps({**record, **said, "value": 0.4321}), '{"torn']
+    (copy / "evaluations.jsonl").write_text("\n".join(lines))
+    assert [r["value"] for r in read_run(copy).evaluations] == [0.4321]
+    page = parse(write_report(copy, examples=0).read_text())
+    for words in ("By mmjax.evaluate (1)", said["time"], "mmjax.evaluate <b>", "43.2 %"):
+        assert words in page.text
+
+
 def test_results_of_another_evaluation_are_not_given_a_step(
     tiny_run: epath.Path, tmp_path: Any
 ) -> None:
+    """As version 0.1 wrote them, whose `evaluate` replaced the run's results."""
     killed = _unfinished(tiny_run, tmp_path)
     records = json.loads((tiny_run / "results.json").read_text())
+    for record in records:
+        del record["step"]
     (killed / "results.json").write_text(json.dumps(records))
     assert read_run(killed).records_step == 14
     records[0]["value"] = 0.123456

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import toyrun
+from etils import epath
 from harness import LIMIT, deterministic, finished_steps, log
 
 from mmjax import processes, train
 from mmjax.errors import UserError
+from mmjax.lease import Lease
+from mmjax.lease_store import FileStore
 
 HERE = Path(__file__).resolve().parent
 CLOSE = 1e-10
@@ -292,3 +299,60 @@ def test_only_a_process_that_stands_out_is_slow(
     each: list[float], found: tuple[int, float, float] | None
 ) -> None:
     assert processes.stands_out(each, least=0.1) == (found and pytest.approx(found))
+
+
+def test_all_processes_of_a_second_run_end_where_another_lives(team: Callable[[str], Team]) -> None:
+    made = team("second")
+    made.workdir.mkdir()
+    store = FileStore(made.workdir)
+    lease = Lease(epath.Path(made.workdir), "train", store)  # of this process
+    lease.take()
+    before = store.read()
+    ended = made.run(2, 1, "attempt")
+    assert ended.statuses == [2, 2], ended.said
+    assert all(f"is in use: train, process {os.getpid()} on" in said for said in ended.said)
+    assert store.read() == before and [p.name for p in made.workdir.iterdir()] == ["lease.json"]
+
+
+# --- joining -----------------------------------------------------------------------------------
+
+
+def join(where: str, process: int = 0) -> None:
+    processes.join(Namespace(coordinator=where, processes="2", process=str(process)))
+
+
+@pytest.mark.parametrize("host", ["", "127.0.0.1"])
+def test_a_port_that_another_program_listens_on_is_told_before_jax_ends_by_it(host: str) -> None:
+    with socket.create_server((host, 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(
+            UserError, match=f"cannot listen at port {port} of this machine .*in use"
+        ):
+            join(f"10.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("where", ["host", "host:", "host:0", "host:65536", "host:-1", "host:x"])
+def test_a_coordinator_needs_a_port(where: str) -> None:
+    with pytest.raises(UserError, match="give HOST:PORT"):
+        join(where)
+
+
+def test_a_port_that_was_in_use_just_now_is_free() -> None:
+    """Connections of an ended server linger."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        client = socket.create_connection(("127.0.0.1", port))
+        accepted, _ = server.accept()
+        accepted.close()  # closes first, and so lingers
+        client.close()
+    processes._check_port(f"127.0.0.1:{port}")
+
+
+def test_a_process_that_waits_for_the_others_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    told = threading.Event()
+    printing = mock.patch("builtins.print", lambda *a, **k: told.set())
+    with printing, processes._told_after(0.0, "mmjax: waiting for the other processes"):
+        assert told.wait(60)
+    with processes._told_after(1000.0, "never"):
+        pass
+    assert "never" not in capsys.readouterr().err
