@@ -113,7 +113,7 @@ def _tasks_table(experiment: Experiment, workdir: epath.Path, clock: Clock) -> N
     ]
     examples = sum(n * batches[name] for name, n in counts.items())
     rows.append(("all", steps - clock.step, percent(1.0), examples, "", f"{total:.4g} h", percent(1.0)))  # fmt: skip
-    heads = ("task", "steps", "of steps", "examples", "a step", "expected", "of time")
+    heads = ("task", "steps", "of steps", "examples", "on device", "expected", "of hours")
     table("Tasks", heads, rows)
     print("\n".join(_remarks(experiment, found, workdir)))
 
