@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -70,7 +71,6 @@ class Embedder:
       step: completed training steps.
       config: the run's config, as plain data.
       positions: how many examples each task has consumed.
-      parameters: by name, on the default device.
       tasks: the run's tasks by name.
     """
 
@@ -80,14 +80,37 @@ class Embedder:
         self.positions: dict[str, int] = meta["clock"]["positions"]
         self._experiment = make_experiment(self.config, str(workdir / "assets"))
         mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
-        self.parameters = read_parameters(workdir, self.step, self._experiment, mesh)
+        self._stacked = read_parameters(workdir, self.step, self._experiment, mesh)
         self.tasks: Mapping[str, Task] = {n: t.whole() for n, t in self._experiment.tasks.items()}
         self._calls: dict[tuple[Any, ...], Any] = {}
 
     @property
+    def parameters(self) -> Arrays:
+        """The parameters by canonical name, each layer's its own, on the default device.
+
+        These are the names of checkpoints, `optimizer.rules`, `init_from` and `python -m mmjax.show DIR --names`: a
+        file of them is a source for `init_from`. Assign such a dictionary, perhaps of another dtype, to change them.
+        """
+        return to_canonical(self._experiment.declaration.specs, self._stacked)
+
+    @parameters.setter
+    def parameters(self, values: Mapping[str, Any]) -> None:
+        specs = self._experiment.declaration.specs
+        shapes = {name: leaf.shape for name, leaf in self.parameters.items()}
+        for name in sorted(shapes.keys() ^ values.keys()):
+            which = "unknown" if name in values else "missing"
+            raise UserError(f"parameters: '{name}' is {which}.{nearest(name, shapes)}")
+        for name, value in values.items():
+            if np.shape(value) != shapes[name]:
+                raise UserError(
+                    f"parameters: '{name}' has shape {list(np.shape(value))}, expected {list(shapes[name])}."
+                )
+        self._stacked = from_canonical(specs, {n: jnp.asarray(v) for n, v in values.items()})
+
+    @property
     def module(self) -> Model:
         """The Flax NNX module with these parameters, to look at or to call: stems, trunk, heads."""
-        merged: Model = self._experiment.declaration.merge(self.parameters)
+        merged: Model = self._experiment.declaration.merge(self._stacked)
         return merged
 
     def embed(self, *, task: str | None = None, **values: Sequence[Any]) -> np.ndarray:

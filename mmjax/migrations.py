@@ -57,7 +57,17 @@ class Row:
     when: Callable[[Block, Block, tuple[str, ...]], bool] = always
 
 
-ROWS: tuple[Row, ...] = ()
+def begins_from_another(config: Block, block: Block, path: tuple[str, ...]) -> bool:
+    """Accept the block `init_from` where it names a source."""
+    del config
+    return path == ("init_from",) and bool(block.get("path"))
+
+
+# By path. A block that is only changed where it is there has a `*` for its name.
+ROWS: tuple[Row, ...] = (
+    Row(2, "*", "non_finite", True, begins_from_another),
+    Row(2, "*", "strict", False, begins_from_another),
+)
 
 
 def upgrade(config: Mapping[str, Any], version: int) -> Block:

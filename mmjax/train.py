@@ -109,7 +109,8 @@ def _tell_whole(session: Session, reports: Sequence[Mapping[str, Any]]) -> None:
     specs = session.experiment.declaration.specs
     found = {
         name: [str(each) for each in undivided(spec.axes, spec.shape, session.mesh)]
-        for name, spec in specs.items()
+        for spec in specs.values()
+        for name in spec.canonical
     }
     found |= {f"{r['name']} {r['kind']}": r["whole"] for r in reports}
     lines = described(found)

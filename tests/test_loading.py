@@ -25,7 +25,7 @@ from mmjax.checkpoint import CheckpointConfig, Checkpoints
 from mmjax.errors import UserError
 from mmjax.experiment import make_experiment
 from mmjax.loading import Embedder
-from mmjax.parameters import to_canonical
+from mmjax.parameters import from_canonical, to_canonical
 from mmjax.sharding import make_mesh
 from mmjax.sources.tfds import Tfds
 from mmjax.state import shardings
@@ -97,11 +97,13 @@ def test_what_lies_over_eight_devices_loads_on_one(tiny_run, model, tmp_path):
     """The run's parameters, saved again in parts over a mesh of 2 x 4."""
     block = configs.override(model.config, ["mesh.data=2", "mesh.fsdp=4"])
     made = make_experiment(block, str(tiny_run / "assets"))
+    specs = made.declaration.specs
     placed = shardings(made.abstract_state(make_mesh(made.run.mesh)).parameters)
-    parameters = {n: jax.device_put(np.asarray(p), placed[n]) for n, p in model.parameters.items()}
+    stacked = from_canonical(specs, model.parameters)
+    parameters = {n: jax.device_put(np.asarray(p), placed[n]) for n, p in stacked.items()}
     assert max(len({str(s.index) for s in p.addressable_shards}) for p in parameters.values()) == 4
     with Checkpoints(epath.Path(tmp_path / "wide"), CheckpointConfig()) as checkpoints:
-        tree = {"parameters": to_canonical(made.declaration.specs, parameters)}
+        tree = {"parameters": to_canonical(specs, parameters)}
         checkpoints.save(14, tree, {"config": block, "clock": {"positions": model.positions}})
         checkpoints.wait()
     shutil.copytree(tiny_run / "assets", tmp_path / "wide" / "assets")
@@ -225,6 +227,37 @@ def test_a_model_knows_its_run(model, tiny_run):
     total = sum(p.size for p in model.parameters.values())
     shapes = checkpoint.read_shapes(tiny_run, 14)["parameters"]
     assert total == sum(np.prod(s.shape, dtype=int) for s in shapes.values())
+
+
+def test_parameters_have_the_names_of_the_checkpoint(model, tiny_run):
+    shapes = checkpoint.read_shapes(tiny_run, 14)["parameters"]
+    assert {n: p.shape for n, p in model.parameters.items()} == {
+        n: s.shape for n, s in shapes.items()
+    }
+    kernel = "heads/image_text/image/kernel"
+    np.testing.assert_array_equal(
+        model.module.heads["image_text"].image.kernel, model.parameters[kernel]
+    )
+
+
+def test_parameters_may_be_assigned(tiny_run):
+    """In another dtype, or other ones; what is missing, unknown or of another shape is refused."""
+    model = mmjax.load(str(tiny_run))
+    before, vectors = model.parameters, model.embed(text=["dog"])
+    model.parameters = {n: p.astype(jax.numpy.bfloat16) for n, p in before.items()}
+    assert {str(p.dtype) for p in model.parameters.values()} == {"bfloat16"}
+    assert 0 < np.abs(model.embed(text=["dog"]) - vectors).max() < 0.05
+    model.parameters = before
+    np.testing.assert_array_equal(model.embed(text=["dog"]), vectors)
+    layer = "trunk/layers/001/attention/query"
+    for changed, words in (
+        ({n: p for n, p in before.items() if n != layer}, f"'{layer}' is missing"),
+        ({**before, "trunk/groups/0": 0.0}, "'trunk/groups/0' is unknown"),
+        ({**before, layer: np.zeros(3)}, rf"'{layer}' has shape \[3\]"),
+    ):
+        with pytest.raises(UserError, match=words):
+            model.parameters = changed
+    np.testing.assert_array_equal(model.embed(text=["dog"]), vectors)
 
 
 def test_an_older_step_is_another_model(model, tiny_run):

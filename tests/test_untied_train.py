@@ -118,6 +118,7 @@ def trained(workdir: Path, file: Path, freeze: list[str]) -> Mapping[str, np.nda
     names = [{"match": LAYERS, "name": r"\1\3"}]
     rules = [{"match": pattern, "freeze": True} for pattern in freeze]
     more = [f"init_from.path={file}", f"init_from.names={names}", f"optimizer.rules={rules}"]
+    more += ["init_from.skip=['stems/other/.*']"]
     more += ["schedule.rule=shares", "steps=4", "evaluation.every=0"]
     toyrun.run(workdir, *overrides(MOT, norms=NAMES), *more)
     return toyrun.parameters(workdir)

@@ -1,4 +1,4 @@
-"""Where a run's time went and what its tasks cost: the rows of `tally.summary`, each number in one place."""
+"""The report's section on time: the phases of a run and the costs of its tasks, each number in one place."""
 
 from __future__ import annotations
 
