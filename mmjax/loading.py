@@ -210,7 +210,8 @@ class Embedder:
             if modalities and modalities <= set(task.objective.composes()) and name in (None, each):
                 return task
         who, what = f"Task '{name}'" if name else "The run", ", ".join(sorted(modalities)) or "none"
-        raise UserError(f"{who} composes no sequence of: {what}.")
+        tasks = "; ".join(f"{n} {_outputs(t)}" for n, t in self.tasks.items() if name in (None, n))
+        raise UserError(f"{who} composes no sequence of: {what}. What there is: {tasks}.")
 
     def _given(
         self,
@@ -221,8 +222,10 @@ class Embedder:
     ) -> tuple[Task, str, list[dict[str, np.ndarray]]]:
         """The task that does it, the modality, and the arrays of each value."""
         if len(values) != 1:
+            known = sorted({name for each in self.tasks.values() for name in each.inputs})
             raise UserError(
-                f"{verb} takes one modality at a time; given: {', '.join(values) or 'none'}."
+                f"{verb} takes one modality at a time; given: {', '.join(values) or 'none'}. "
+                f"The run has: {', '.join(known)}."
             )
         [(modality, items)] = values.items()
         if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
@@ -243,10 +246,27 @@ class Embedder:
         for each, task in self.tasks.items():
             if modality in able(task.objective) and name in (None, each):
                 return task
-        known = {m for t in self.tasks.values() for m in able(t.objective)}
-        raise UserError(
-            f"{f'Task {name!r}' if name else 'The run'} does not {verb} '{modality}'.{nearest(modality, known)}"
-        )
+        raise UserError(self._cannot(verb, able, name, modality))
+
+    def _cannot(
+        self,
+        verb: str,
+        able: Callable[[Objective], tuple[str, ...]],
+        name: str | None,
+        modality: str,
+    ) -> str:
+        """Why no task does it: what the named one does instead, and which others do."""
+        does = {n: able(t.objective) for n, t in self.tasks.items() if able(t.objective)}
+        others = [n for n, modalities in does.items() if modality in modalities]
+        who = f"Task '{name}'" if name else "The run"
+        why = f": it {_outputs(self.tasks[name])}" if name else ""
+        words = f"{who} does not {verb} '{modality}'{why}."
+        if others:
+            return f"{words} Tasks that do: {', '.join(others)}."
+        if does:
+            return words + nearest(modality, {m for each in does.values() for m in each})
+        tasks = "; ".join(f"{n} {_outputs(t)}" for n, t in self.tasks.items())
+        return f"{words} No task of this run can {verb}: {tasks}."
 
     def _row(self, task: Task, modality: str, index: int, item: Any) -> dict[str, np.ndarray]:
         given = task.inputs[modality]
@@ -284,7 +304,19 @@ class Embedder:
         dtype = compute_dtype(self._experiment.run.dtype.compute)
         merge = self._experiment.declaration.merge
         made = jax.jit(lambda parameters, arrays: function(merge(parameters, dtype), arrays))
-        return lambda arrays: made(self.parameters, arrays)
+        return lambda arrays: made(self._stacked, arrays)
+
+
+def _outputs(task: Task) -> str:
+    """Return what can be asked of a task, in words: `embeds image, text`."""
+    each = task.objective
+    does = {"embeds": each.embeds(), "classifies": each.predicts(), "captions": each.writes()[:1],
+            "composes": each.composes()}  # fmt: skip
+    words = [f"{verb} {', '.join(names)}" for verb, names in does.items() if names]
+    return (
+        " and ".join(words)
+        or f"has the objective {task.config.objective['name']}, which has no such output"
+    )
 
 
 def _blank(task: Task, modality: str) -> dict[str, np.ndarray]:

@@ -277,7 +277,11 @@ def test_an_older_step_is_another_model(model, tiny_run):
         ({"imge": []}, "does not embed 'imge'. Did you mean 'image'?"),
         ({"sound": []}, "does not embed 'sound'. Known: image, text."),
         ({"task": "image_txt", "text": ["a"]}, "no task 'image_txt'. Did you mean 'image_text'?"),
-        ({"task": "masked_image", "image": []}, "Task 'masked_image' does not embed 'image'"),
+        (
+            {"task": "masked_image", "image": []},
+            "Task 'masked_image' does not embed 'image': it has the objective masked_image, which has no such "
+            "output. Tasks that do: image_text.",
+        ),
         ({"text": "dog"}, "embed takes a list: text=[...]"),
         ({"image": Image.new("RGB", (4, 4))}, "embed takes a list: image=[...]"),
         ({"text": 3}, "embed takes a list: text=[...]"),
@@ -296,6 +300,38 @@ def test_what_embed_cannot_take(model, arguments, words):
     with pytest.raises(UserError) as raised:
         model.embed(**arguments)
     assert words in str(raised.value)
+
+
+def test_a_task_that_does_another_thing_says_what_it_does(model):
+    with pytest.raises(UserError) as raised:
+        model.caption(image=[])
+    assert str(raised.value) == (
+        "The run does not caption 'image'. No task of this run can caption: image_text embeds image, text; "
+        "masked_image has the objective masked_image, which has no such output."
+    )
+    with pytest.raises(UserError) as raised:
+        model.compose([("text", "dog"), ("image", None)])
+    assert str(raised.value).startswith(
+        "The run composes no sequence of: image, text. What there is: image_text embeds image, text;"
+    )
+    with pytest.raises(UserError, match="given: image, length. The run has: image, text."):
+        model.caption(image=[], length=[3])
+
+
+def test_a_task_that_classifies_names_the_tasks_that_embed():
+    """Of the quickstart's config, without its parameters."""
+    config = configs.read_file(str(ROOT / "tests" / "configs" / "quickstart_tiny.py"))
+    model = object.__new__(Embedder)
+    model.tasks = make_experiment(config).tasks
+    with pytest.raises(UserError) as raised:
+        model.embed(task="image_classes", image=[])
+    assert str(raised.value) == (
+        "Task 'image_classes' does not embed 'image': it classifies image. Tasks that do: image_text."
+    )
+    with pytest.raises(
+        UserError, match="The run does not embed 'sound'. Known: image, spectrogram, text, video"
+    ):
+        model.embed(sound=[])
 
 
 def test_a_run_that_is_not_there(tmp_path, tiny_run):
