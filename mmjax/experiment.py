@@ -156,7 +156,6 @@ class Experiment:
             self.declaration.specs,
             self._length,
             self._views(setting),
-            self.settings.scales,
             in_common(self.views),
         )
 
@@ -247,20 +246,30 @@ class Experiment:
         """The run's length for a task in `optimizer.unit`: as its schedule has it from step 0."""
         if self.run.optimizer.unit == "steps":
             return self.run.steps
-        visits = self.schedule().visits(self.run.steps)
-        return self._examples if self.run.optimizer.unit == "examples" else visits.get(task, 0)
+        return (
+            self._examples if self.run.optimizer.unit == "examples" else self._visits.get(task, 0)
+        )
+
+    @cached_property
+    def _visits(self) -> Mapping[str, int]:
+        return self.schedule().visits(self.run.steps)
 
     @cached_property
     def _examples(self) -> int:
         schedule, steps = self.schedule(), self.run.steps
         return sum(self.settings.consumed(schedule, name, 0, steps) for name in self.tasks)
 
-    def progress(self, step: int, positions: Mapping[str, int]) -> dict[str, int]:
-        """What the learning rate asks of the clock besides step and visit, as ticks of a program."""
-        found = {"phase": self.settings.index(step)} if self.settings.scales else {}
+    def progress(self, task: str, step: int, positions: Mapping[str, int]) -> dict[str, float]:
+        """Return what a task's learning rate asks for besides step and visit, as ticks of a program."""
+        ticks = {**self._extents[task], "scale": self.settings.at(step).scale}
         if self.run.optimizer.unit == "examples":
-            found["part"] = min(sum(positions.values()) * PARTS // self._examples, PARTS)
-        return found
+            ticks["part"] = min(sum(positions.values()) * PARTS // self._examples, PARTS)
+        return ticks
+
+    @cached_property
+    def _extents(self) -> Mapping[str, Mapping[str, float]]:
+        optimizer = self.optimizer
+        return {task: optimizer.extent(task) for task in self.tasks}
 
     def stretches(self) -> list[Stretch]:
         """The schedule as the config describes it."""
@@ -297,6 +306,7 @@ class Experiment:
     def train_requests(self, mesh: Mesh) -> dict[str, Request]:
         """The training programs of all tasks in all phases, by name (see `Setting.programs`)."""
         compute, state = compute_dtype(self.run.dtype.compute), self.abstract_state(mesh)
+        _ = self._extents  # which may trace, as the loop must not
 
         def request(name: str, task: Task, setting: Setting) -> Request:
             optimizer = self.optimizer_of(setting)

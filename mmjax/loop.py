@@ -49,7 +49,7 @@ def dispatch(
     mesh: Mesh,
     state: State,
     host: HostBatch,
-    clock: Mapping[str, int],
+    clock: Mapping[str, float],
 ) -> tuple[State, Mapping[str, jax.Array]]:
     """Begin one step of a task: its batch to the mesh, then its program. `state` is consumed.
 
@@ -284,16 +284,19 @@ class Loop:
                 self._stopping = self._vote.cast(bool(self._signals.received))
                 if self._stopping or step in self._boundaries - {before}:
                     break
-                task, ticks_now = self._clock.schedule.task(step), self._ticks(step)
+                task, visit = self._clock.schedule.task(step), self._clock.schedule.visit(step)
+                progress = self._experiment.progress(task, step, self._clock.positions)
                 self._watchdog.at("waiting for data", task, step)
                 started = time.monotonic()
                 host = next(self._loader)
                 waited = time.monotonic() - started
                 self._waits.append(waited)
                 self._watchdog.at("in a step", task, step)
-                variant = self._experiment.settings.variant(task, step, ticks_now["visit"])
+                variant = self._experiment.settings.variant(task, step, visit)
                 program = self._programs[variant.program]
-                state, metrics = dispatch(program, variant.task, self._mesh, state, host, ticks_now)
+                state, metrics = dispatch(
+                    program, variant.task, self._mesh, state, host, {"visit": visit, **progress}
+                )
                 sent = time.monotonic()
                 under_way.append(_Dispatched(step, task, variant, metrics, waited, sent))
                 self._count(variant.task, host)
@@ -302,10 +305,6 @@ class Loop:
             while under_way:
                 self._complete(under_way.popleft())
         return state
-
-    def _ticks(self, step: int) -> dict[str, int]:
-        progress = self._experiment.progress(step, self._clock.positions)
-        return {"visit": self._clock.schedule.visit(step), **progress}
 
     def _count(self, task: Task, host: HostBatch) -> None:
         """Move the clock past a dispatched step."""

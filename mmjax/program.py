@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -222,7 +223,8 @@ def train_request(
     batch = abstract_batch(task.rows(), task.batch, mesh, f"tasks.{task.name}")
     parts = task.config.microbatches
     batch_sharding(mesh, task.batch // parts, f"tasks.{task.name} in {parts} microbatches")
-    ticks = {name: _tick(mesh) for name in {"step", "visit", *optimizer.ticks}}
+    names = {"step", "visit", *optimizer.ticks}
+    ticks = {n: _tick(mesh, float if n == "scale" else np.int32) for n in names}
 
     def count() -> int:
         moved, others = _parted(state.parameters, view)
@@ -307,22 +309,28 @@ def abstract_batch(spec: RowSpec, size: int, mesh: Mesh, where: str) -> Any:
     )
 
 
-def _tick(mesh: Mesh) -> Any:
-    return jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh))
+def _tick(mesh: Mesh, dtype: Any = np.int32) -> Any:
+    return jax.ShapeDtypeStruct((), jnp.result_type(dtype), sharding=replicated(mesh))
 
 
-def ticks(mesh: Mesh, **values: int) -> Ticks:
-    """Integers as arguments of a program, on every device."""
+def ticks(mesh: Mesh, **values: float) -> Ticks:
+    """Integers (int32), and floats in the default dtype, as arguments of a program, on every device."""
+    real = np.dtype(jnp.result_type(float)).type
+    return {
+        name: _placed(mesh, real(value) if isinstance(value, float) else np.int32(value))
+        for name, value in values.items()
+    }
+
+
+@lru_cache(maxsize=64, typed=True)
+def _placed(mesh: Mesh, value: Any) -> jax.Array:
+    """Return a number on every device; those that a step has in common with the one before are placed once."""
     sharding = replicated(mesh)
-
-    def put(value: int) -> jax.Array:
-        if sharding.is_fully_addressable:
-            return jax.device_put(np.int32(value), sharding)
-        # Device by device: a `device_put` over several processes has them compare the values first.
-        parts = [jax.device_put(np.int32(value), d) for d in sharding.addressable_devices]
-        return jax.make_array_from_single_device_arrays((), sharding, parts)
-
-    return {name: put(value) for name, value in values.items()}
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    # Device by device: a `device_put` over several processes has them compare the values first.
+    parts = [jax.device_put(value, d) for d in sharding.addressable_devices]
+    return jax.make_array_from_single_device_arrays((), sharding, parts)
 
 
 def _shape(spec: RowSpec, size: int) -> str:

@@ -80,12 +80,6 @@ class Settings:
         return self.variant(task, step, line["visit"]).program
 
     @property
-    def scales(self) -> tuple[float, ...]:
-        """The factors of the learning rate by index; none where all are 1."""
-        found = tuple(setting.scale for setting in self.each)
-        return found if set(found) != {1.0} else ()
-
-    @property
     def programs(self) -> dict[str, tuple[Task, Setting]]:
         """The training programs: name -> task, in its shapes, and a setting that it is for."""
         found: dict[str, tuple[Task, Setting]] = {}

@@ -14,7 +14,7 @@ from toyrun import host, parts
 
 from mmjax.layers.transformer import PARTS
 from mmjax.parameters import from_canonical, to_canonical
-from mmjax.program import LimitsConfig, compile_all, ticks
+from mmjax.program import LimitsConfig, compile_all
 
 # `toy` stands for text, `other` for pictures.
 NAMES = ["toy", "other"]
@@ -54,7 +54,7 @@ def after(tasks: list[str], *more: str) -> list[Any]:
     state, states = toy.state, []
     for step, task in enumerate(tasks):
         visit = tasks[:step].count(task)
-        now = ticks(toy.mesh, step=step, visit=visit)
+        now = toy.ticks(task, step, visit)
         state, told = programs[task].call(state, toy.batch(task, range(8)), now)
         assert told["finite"]
         states.append(host(state))
