@@ -22,7 +22,7 @@ from mmjax.chips import peak_flops
 from mmjax.data.loader import HostBatch, Loader, local_rows, place
 from mmjax.errors import UserError
 from mmjax.evaluate import Evaluation, write_results
-from mmjax.evaluator import Record
+from mmjax.evaluator import Record, evaluators_of
 from mmjax.health import Diverged, Health, quarantine
 from mmjax.monitor import tally
 from mmjax.monitor.display import Progress
@@ -247,6 +247,7 @@ class Loop:
         self._phases.beat(step=self._clock.step)
         flops = {name: float(program.report["flops"]) for name, program in self._programs.items()}
         found = tally.summary(self._session.workdir, flops, self._peak)
+        found["evaluators"] = evaluators_of(self._experiment.block)
         tally.write(self._session.workdir, found)
         self._writer.add(self._clock.step, tally.scalars(found))
 

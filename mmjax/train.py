@@ -21,7 +21,7 @@ from mmjax import commandline, errors, processes
 from mmjax.config import Block
 from mmjax.dry_run import dry_run
 from mmjax.evaluate import RESULTS, Evaluation
-from mmjax.evaluator import Record
+from mmjax.evaluator import Record, evaluators_of
 from mmjax.experiment import make_experiment
 from mmjax.health import Diverged
 from mmjax.loop import Loop, Signals
@@ -68,17 +68,34 @@ def train(block: Block, workdir: epath.PathLike, allow_change: bool = False,
         processes.check_agreement(started_with(block, mesh))
         with phases.phase("init"):
             session = begin(experiment, workdir, mesh, allow_change, print, phases.phase)
-        if session.is_done:
+        missing = _missing_results(session)
+        if session.is_done and not missing:
             records = json.loads((workdir / RESULTS).read_text())
             _report_if_missing(session, phases)
             print(f"Done: {workdir} holds all {experiment.run.steps} steps and their results.")
             return list(records)
+        if session.is_done:
+            print(f"All {experiment.run.steps} steps are done; evaluating {', '.join(missing)}.")
         evaluation = Evaluation(experiment, mesh)
         session.drop_results()
         with phases.phase("compile"):
             programs = _compile(session, {})
         processes.wait_for_all()  # the first collective waits for half a minute only
         return _run(session, programs, evaluation, phases)
+
+
+def _missing_results(session: Session) -> list[str]:
+    """Return the evaluators, as `TASK.NAME`, that the results of a finished run lack or had in another form."""
+    saved = session.restored.meta["config"] if session.restored else {}
+    before = tally.read(session.workdir).get("evaluators", evaluators_of(saved))
+    missing = [
+        f"{task}.{name}"
+        for task, blocks in evaluators_of(session.experiment.block).items()
+        for name, block in blocks.items()
+        if before.get(task, {}).get(name) != block
+    ]
+    agreed: list[str] = processes.gather(missing)[0]
+    return agreed
 
 
 def _report_if_missing(session: Session, phases: PhaseLog) -> None:
@@ -190,8 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = train(block, workdir, arguments.allow_change)
     if records is not None:
         results_table(records)
-    if processes.is_first() and (workdir / tally.FILE).exists():
-        summary_tables(json.loads((workdir / tally.FILE).read_text()))
+    if processes.is_first() and (summary := tally.read(workdir)):
+        summary_tables(summary)
     if records is None:
         return STOPPED
     print(f"Finished in {time.monotonic() - started:.0f} s. Everything is in {workdir}.")

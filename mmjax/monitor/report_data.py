@@ -147,10 +147,8 @@ def read_run(workdir: epath.Path) -> Run:
 
 def _summary(workdir: epath.Path, steps: Any) -> dict[str, Any]:
     """Return the summary that a finished run ended with; of any other run, or without that file, one up to now."""
-    saved = _json(workdir / tally.FILE)
-    if isinstance(saved, dict) and "step" in saved and saved["step"] == steps:
-        return saved
-    return tally.summary(workdir, {})
+    saved = tally.read(workdir)
+    return saved if "step" in saved and saved["step"] == steps else tally.summary(workdir, {})
 
 
 def wanted_shares(schedule: Schedule, steps: int) -> dict[str, float]:

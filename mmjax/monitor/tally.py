@@ -144,6 +144,15 @@ def write(workdir: epath.Path, found: Mapping[str, Any]) -> None:
     partial.replace(workdir / FILE)
 
 
+def read(workdir: epath.Path) -> dict[str, Any]:
+    """Return what `write` has written; empty where there is nothing, or nothing that can be read."""
+    try:
+        summary = json.loads((workdir / FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
 def scalars(found: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a summary by name: `run/goodput`, `run/mfu`, `run/TASK/mfu` and so on."""
     names = ("goodput", "flops_per_second", "mfu")
