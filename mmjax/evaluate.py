@@ -26,6 +26,7 @@ from mmjax.errors import UserError
 from mmjax.evaluator import Outputs, Pass, Record, device_spec, row_spec
 from mmjax.experiment import Experiment, make_experiment, pass_key, program_key
 from mmjax.loading import find_step, read_parameters
+from mmjax.monitor.compiling import compiling
 from mmjax.monitor.tables import program_table, results_table
 from mmjax.program import Program, compile_all, ticks, use_cache
 from mmjax.sharding import batch_sharding, make_mesh
@@ -163,7 +164,9 @@ def evaluate(workdir: epath.Path, step: int | None, overrides: Sequence[str]) ->
     experiment = make_experiment(block, str(workdir / "assets"))
     mesh = make_mesh(experiment.run.mesh)
     evaluation = Evaluation(experiment, mesh)
-    programs = compile_all(experiment.eval_requests(mesh), mesh, experiment.run.limits)
+    requests = experiment.eval_requests(mesh)
+    with compiling(requests) as watch:
+        programs = compile_all(requests, mesh, experiment.run.limits, watch)
     program_table([p.report for p in programs.values()])
     return evaluation(programs, read_parameters(workdir, step, experiment, mesh))
 

@@ -378,16 +378,27 @@ _hits = _CacheHits()
 
 
 def compile_all(
-    requests: Mapping[str, Request], mesh: Mesh, limits: LimitsConfig
+    requests: Mapping[str, Request],
+    mesh: Mesh,
+    limits: LimitsConfig,
+    watch: Callable[[str, str], None] = lambda name, state: None,
 ) -> dict[str, Program]:
-    """Lower in order, compile in parallel, and refuse what does not fit, by name."""
+    """Lower in order, compile in parallel, and refuse what does not fit, by name.
+
+    `watch(name, state)` is called, by several threads, when a program is `tracing`, `compiling`, and `compiled` or
+    `cached` (see `monitor.compiling`).
+    """
     if len(requests) > limits.programs:
         raise UserError(
             f"The config makes {len(requests)} programs, over limits.programs = {limits.programs}: "
             f"{', '.join(requests)}. Use fewer shapes, or raise the limit."
         )
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        futures = {name: pool.submit(_compile, *_lower(r, mesh), r) for name, r in requests.items()}
+        futures = {}
+        for name, request in requests.items():
+            watch(name, "tracing")
+            lowered = _lower(request, mesh)
+            futures[name] = pool.submit(_compile, *lowered, request, partial(watch, name))
         programs = {name: future.result() for name, future in futures.items()}
     _check_fit(programs, limits)
     return programs
@@ -415,8 +426,11 @@ def _lower(request: Request, mesh: Mesh) -> tuple[Any, int, list[str]]:
         return lowered, request.model_flops(), sorted(map(str, whole))
 
 
-def _compile(lowered: Any, model_flops: int, whole: list[str], request: Request) -> Program:
+def _compile(
+    lowered: Any, model_flops: int, whole: list[str], request: Request, watch: Callable[[str], None]
+) -> Program:
     _hits.pop()
+    watch("compiling")
     start = time.monotonic()
     compiled = lowered.compile()
     seconds = time.monotonic() - start
@@ -431,6 +445,7 @@ def _compile(lowered: Any, model_flops: int, whole: list[str], request: Request)
         "whole": whole,
         **request.facts,
     }
+    watch("cached" if report["cached"] else "compiled")
     return Program(compiled, report)
 
 

@@ -26,6 +26,7 @@ from mmjax.experiment import make_experiment
 from mmjax.health import Diverged
 from mmjax.loop import Loop, Signals
 from mmjax.monitor import report, tally
+from mmjax.monitor.compiling import COMPILED, COMPILING, compiling
 from mmjax.monitor.muted import MutedPhases
 from mmjax.monitor.phases import PhaseLog
 from mmjax.monitor.tables import program_table, results_table, summary_tables
@@ -111,8 +112,11 @@ def _compile(session: Session, there: Mapping[str, Program]) -> dict[str, Progra
     experiment, mesh = session.experiment, session.mesh
     requests = _coming(session) | experiment.eval_requests(mesh)
     missing = {name: request for name, request in requests.items() if name not in there}
-    programs = {**there, **compile_all(missing, mesh, experiment.run.limits)}
-    session.prepare()
+    with compiling(missing, "state for checkpoints") as watch:
+        programs = {**there, **compile_all(missing, mesh, experiment.run.limits, watch)}
+        watch("state for checkpoints", COMPILING)
+        session.prepare()
+        watch("state for checkpoints", COMPILED)
     if missing:
         program_table([programs[name].report for name in missing])
         _tell_whole(session, [programs[name].report for name in missing])
@@ -168,8 +172,10 @@ def _run(
     with Signals() as signals:
         while True:
             try:
-                with phases.phase("restore"):
+                with phases.phase("restore"), compiling({}, "initial state") as watch:
+                    watch("initial state", COMPILING)
                     state = session.state()
+                    watch("initial state", COMPILED)
                 return Loop(session, programs, evaluation, phases, signals).run(state)
             except Diverged as error:
                 # Its traceback holds the state, beside which another is about to be made.
