@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from operator import attrgetter
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from mmjax import config as configs
+from mmjax.bounds import COUNT, SIZE, check
 from mmjax.buckets import check_tokens
 from mmjax.checkpoint import CheckpointConfig
 from mmjax.data.loader import LoaderConfig
@@ -62,6 +62,9 @@ class ScheduleConfig:
     phases: tuple[dict[str, Any], ...] = ()
     measure: int = 0
 
+    def __post_init__(self) -> None:
+        check(self, measure=SIZE)
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -74,6 +77,9 @@ class EvaluationConfig:
 
     every: int = 0
     batch: int = 128
+
+    def __post_init__(self) -> None:
+        check(self, every=SIZE, batch=COUNT)
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,9 @@ class LogConfig:
     every: int = 20
     report: bool = True
     wandb: str = ""
+
+    def __post_init__(self) -> None:
+        check(self, every=COUNT)
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,9 @@ class RunConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     log: LogConfig = field(default_factory=LogConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    def __post_init__(self) -> None:
+        check(self, steps=COUNT)
 
 
 @dataclass(frozen=True)
@@ -388,21 +400,7 @@ def make_experiment(block: Mapping[str, Any], folder: str = "") -> Experiment:
     return made
 
 
-# The least value of numbers without which nothing could run, or nothing would end.
-_LEAST = {
-    "steps": 1, "model.width": 1, "optimizer.accumulate": 1, "evaluation.every": 0, "evaluation.batch": 1,
-    "checkpoint.every": 0, "checkpoint.keep": 1, "checkpoint.keep_every": 0, "checkpoint.keep_minutes": 0,
-    "checkpoint.keep_best": 0, "limits.non_finite": 1, "limits.stuck": 0, "limits.divergence": 0,
-    "limits.divergence_visits": 1, "log.every": 1, "schedule.measure": 0, "loader.threads": 0,
-    "loader.ahead": 0, "loader.cache_mib": 0, "loader.processes": 0,
-}  # fmt: skip
-
-
 def _check_values(run: RunConfig) -> None:
-    for key, least in _LEAST.items():
-        value = attrgetter(key)(run)
-        if value < least:
-            raise UserError(f"config.{key} is {value}; it must be at least {least}.")
     if not run.tasks:
         raise UserError("config.tasks is empty; a run needs a task.")
     for kind, names in {"tasks": run.tasks, "modalities": run.modalities}.items():

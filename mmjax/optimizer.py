@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from mmjax.bounds import AMOUNT, COUNT, FRACTION, PART, POSITIVE, check
 from mmjax.errors import UserError, nearest
 from mmjax.parameters import Arrays, Spec
 from mmjax.rules import RuleConfig, apply_rules
@@ -72,6 +73,18 @@ class OptimizerConfig:
     rules: tuple[RuleConfig, ...] = ()
     ema: float = 0.0
     accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            learning_rate=AMOUNT,
+            warmup=AMOUNT,
+            final=FRACTION,
+            weight_decay=AMOUNT,
+            clip=AMOUNT,
+        )
+        check(self, b1=PART, b2=PART, momentum=PART, ema=PART, eps=POSITIVE)
+        check(self, factored=COUNT, accumulate=COUNT)
 
 
 # The tick of a step that each unit counts by. Examples come as parts of the run's, since there may be

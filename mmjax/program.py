@@ -20,6 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mmjax import flops
+from mmjax.bounds import AMOUNT, COUNT, SIZE, check
 from mmjax.errors import UserError
 from mmjax.evaluator import device_spec, function
 from mmjax.gradient import loss_and_gradient
@@ -58,6 +59,10 @@ class LimitsConfig:
     divergence: float = 10.0
     divergence_visits: int = 16
     stuck: float = 1800.0
+
+    def __post_init__(self) -> None:
+        check(self, memory_gib=AMOUNT, programs=COUNT, invalid=SIZE, non_finite=COUNT)
+        check(self, divergence=AMOUNT, divergence_visits=COUNT, stuck=AMOUNT)
 
     @property
     def bounds(self) -> Bounds:

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from mmjax import config as configs
+from mmjax.bounds import AMOUNT, check
 from mmjax.buckets import Variant, Variants, merged
 from mmjax.errors import UserError, nearest
 from mmjax.modality import Modality
@@ -165,6 +166,9 @@ class _Rules:
 @dataclass(frozen=True)
 class _Scale:
     learning_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self, learning_rate=AMOUNT)
 
 
 def _check_tasks(changed: Any, tasks: Mapping[str, Task], where: str) -> None:

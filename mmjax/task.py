@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from mmjax import config as configs
+from mmjax.bounds import COUNT, SIZE, check
 from mmjax.buckets import BucketConfig
 from mmjax.errors import UserError, nearest
 from mmjax.modality import Input, Modality
@@ -48,6 +49,9 @@ class TaskConfig:
     microbatches: int = 1
     buckets: dict[str, BucketConfig] = field(default_factory=dict)
     view: str = ""
+
+    def __post_init__(self) -> None:
+        check(self, batch=COUNT, share=SIZE, microbatches=COUNT)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
+from mmjax.bounds import COUNT, check
 from mmjax.errors import UserError
 from mmjax.layers.positions import Positions, grid
 from mmjax.layers.stream import Stream
@@ -36,6 +37,7 @@ class Colours(Modality[ImageInput]):
     buckets: int = 64
 
     def __post_init__(self) -> None:
+        check(self, buckets=COUNT)
         if not 2 <= self.levels <= 256:
             raise UserError(f"colours: levels is {self.levels}; expected 2 to 256.")
 

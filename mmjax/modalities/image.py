@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mmjax.bounds import COUNT, check
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
@@ -50,6 +51,9 @@ class Image(Modality[ImageInput]):
     Input = ImageInput
     patch: int = 8
     buckets: int = 64
+
+    def __post_init__(self) -> None:
+        check(self, patch=COUNT, buckets=COUNT)
 
     def stem(self, width: int) -> nnx.Module:
         return ImageStem(self.patch, self.buckets, width)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mmjax.bounds import AMOUNT, COUNT, PART, SIZE, check
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
@@ -49,6 +50,9 @@ class SpectrogramInput:
     gain: float = 0.0
     drop: float = 0.0
 
+    def __post_init__(self) -> None:
+        check(self, frames=COUNT, rate=SIZE, gain=AMOUNT, drop=PART)
+
 
 @dataclass(frozen=True)
 class Spectrogram(Modality[SpectrogramInput]):
@@ -84,6 +88,8 @@ class Spectrogram(Modality[SpectrogramInput]):
     buckets: int = 64
 
     def __post_init__(self) -> None:
+        check(self, patch_frames=COUNT, patch_mels=COUNT, mels=COUNT, rate=COUNT, window=COUNT)
+        check(self, hop=COUNT, low=AMOUNT, high=AMOUNT, buckets=COUNT)
         if not 0 <= self.low < self.high <= self.rate / 2:
             raise UserError(
                 f"spectrogram: bands from {self.low:g} to {self.high:g} Hz do not lie in order "

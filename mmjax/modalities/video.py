@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mmjax.bounds import COUNT, check
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
@@ -60,6 +61,9 @@ class Video(Modality[VideoInput]):
     patch: int = 16
     time_buckets: int = 16
     buckets: int = 64
+
+    def __post_init__(self) -> None:
+        check(self, tube=COUNT, patch=COUNT, time_buckets=COUNT, buckets=COUNT)
 
     def stem(self, width: int) -> nnx.Module:
         buckets = {"t": self.time_buckets, "y": self.buckets, "x": self.buckets}

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mmjax.bounds import AMOUNT, COUNT, PART, SIZE, check
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
@@ -47,6 +48,9 @@ class WaveformInput:
     gain: float = 0.0
     drop: float = 0.0
 
+    def __post_init__(self) -> None:
+        check(self, samples=COUNT, rate=SIZE, level=AMOUNT, gain=AMOUNT, drop=PART)
+
 
 @dataclass(frozen=True)
 class Waveform(Modality[WaveformInput]):
@@ -62,6 +66,9 @@ class Waveform(Modality[WaveformInput]):
     patch: int = 256
     rate: int = 16000
     buckets: int = 512
+
+    def __post_init__(self) -> None:
+        check(self, patch=COUNT, rate=COUNT, buckets=COUNT)
 
     def stem(self, width: int) -> nnx.Module:
         return WaveformStem(self.patch, self.buckets, width)
