@@ -109,7 +109,7 @@ class Steps:
 
     def _send(self, task: str, batch: HostBatch) -> Any:
         chosen, program = self.experiment.tasks[task], self._programs[task]
-        now = {"visit": batch.step, **self.experiment.progress(batch.step, {})}
+        now = {"visit": batch.step, **self.experiment.progress(task, batch.step, {})}
         self._state, metrics = dispatch(program, chosen, self._mesh, self._state, batch, now)
         return metrics
 

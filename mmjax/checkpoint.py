@@ -21,6 +21,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mmjax import migrations, processes
+from mmjax.bounds import AMOUNT, COUNT, SIZE, check
 from mmjax.errors import UserError, nearest
 from mmjax.monitor import metrics
 
@@ -54,6 +55,9 @@ class CheckpointConfig:
     best: str = ""
     best_is: str = "highest"
     keep_best: int = 1
+
+    def __post_init__(self) -> None:
+        check(self, every=SIZE, keep=COUNT, keep_every=SIZE, keep_minutes=AMOUNT, keep_best=SIZE)
 
 
 class _Retention(policies.PreservationPolicy):

@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any, TypeVar, Union
 
 import mmjax
+from mmjax.bounds import OutOfBounds
 from mmjax.errors import UserError, nearest
 
 T = TypeVar("T")
+_LARGEST = 2.0**128  # the least number that float32 has not
 Block = dict[str, Any]
 
 # The first pattern that matches a dotted key gives its class; see `compare`.
@@ -37,7 +39,7 @@ KEY_CLASSES: tuple[tuple[str, str], ...] = (
     ),  # who is left out, and when
     (r"(steps|log|checkpoint|mesh|loader|limits|evaluation|profile)(\.|$)", "free"),
     (
-        r"model\.(remat|groups\.\d+\.pattern\.\d+\.kernel)$|tasks\.\w+\.(evaluators|microbatches)(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$|tasks\.\w+\.source\.partial$",
+        r"init_from\.(strict|non_finite)$|model\.(remat|groups\.\d+\.pattern\.\d+\.kernel)$|tasks\.\w+\.(evaluators|microbatches)(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$|tasks\.\w+\.source\.partial$",
         "free",
     ),
     (r"modalities\.\w+\.max_(pixels|frames|seconds)$", "free"),
@@ -282,7 +284,10 @@ def build(cls: type[T], block: Mapping[str, Any], where: str) -> T:
             values[name] = _checked(block[name], hints[name], f"{where}.{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(f"Config key '{where}.{name}' is missing ({_type_name(hints[name])}).")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except OutOfBounds as error:
+        raise UserError(f"{where}.{error.key} {error.words}") from error
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
@@ -300,6 +305,8 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         return {k: _checked(v, arguments[1], f"{where}.{k}") for k, v in value.items()}
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_checked(v, arguments[0], f"{where}[{i}]") for i, v in enumerate(value))
+    if hint in (int, float) and isinstance(value, int | float) and not _fits(value):
+        raise UserError(f"{where} is {value}; expected a finite number that fits into its type.")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if (
@@ -309,6 +316,11 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     ):
         return value
     raise UserError(f"Config key '{where}' is {value!r}; expected {_type_name(hint)}.")
+
+
+def _fits(value: float) -> bool:
+    """Return whether an integer fits into 64 bits, a float into float32."""
+    return abs(value) < 2**63 if isinstance(value, int) else abs(value) < _LARGEST
 
 
 def _type_name(hint: Any) -> str:

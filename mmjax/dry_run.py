@@ -126,7 +126,7 @@ def _tasks_table(
     ]
     whole = sum(read.values())
     rows.append(("all", steps - clock.step, percent(1.0), whole, "", f"{total:.4g} h", percent(1.0)))  # fmt: skip
-    heads = ("task", "steps", "of steps", "examples", "a step", "expected", "of time")
+    heads = ("task", "steps", "of steps", "examples", "on device", "expected", "of hours")
     table("Tasks", heads, rows)
     _data_table(examples, {name: (tasks[name].name, count) for name, count in read.items()})
     print("\n".join(_remarks(experiment, found, workdir)))

@@ -33,6 +33,7 @@ from mmjax.identity import is_same
 from mmjax.lease_store import object_store
 from mmjax.loading import find_step, read_parameters
 from mmjax.monitor import metrics
+from mmjax.monitor.compiling import compiling
 from mmjax.monitor.lines import LineFile, is_local
 from mmjax.monitor.tables import program_table, results_table
 from mmjax.origin import check_code
@@ -230,7 +231,9 @@ def evaluate(workdir: epath.Path, step: int | None, overrides: Sequence[str]) ->
     mesh = make_mesh(experiment.run.mesh)
     evaluation = Evaluation(experiment, mesh)
     announce_changed(meta.get("identities", {}), evaluation, print)
-    programs = compile_all(experiment.eval_requests(mesh), mesh, experiment.run.limits)
+    requests = experiment.eval_requests(mesh)
+    with compiling(requests) as watch:
+        programs = compile_all(requests, mesh, experiment.run.limits, watch)
     program_table([p.report for p in programs.values()])
     return after(step, evaluation(programs, read_parameters(workdir, step, experiment, mesh)))
 

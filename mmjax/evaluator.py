@@ -157,6 +157,13 @@ def _shares(result: Loss, valid_B: jax.Array) -> dict[str, jax.Array]:
     return columns
 
 
+def evaluators_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the blocks of a config's evaluators by task and name."""
+    return {
+        name: dict(task.get("evaluators", {})) for name, task in config.get("tasks", {}).items()
+    }
+
+
 def make_evaluators(task: Task) -> dict[str, Evaluator]:
     """The task's evaluators by name; their source defaults to nothing, so each block gives one."""
     return {

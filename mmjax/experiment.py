@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from operator import attrgetter
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from mmjax import config as configs
+from mmjax.bounds import COUNT, SIZE, check
 from mmjax.buckets import check_tokens
 from mmjax.checkpoint import CheckpointConfig
 from mmjax.data.loader import LoaderConfig
@@ -68,6 +68,9 @@ class ScheduleConfig:
     phases: tuple[dict[str, Any], ...] = ()
     measure: int = 0
 
+    def __post_init__(self) -> None:
+        check(self, measure=SIZE)
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -80,6 +83,9 @@ class EvaluationConfig:
 
     every: int = 0
     batch: int = 128
+
+    def __post_init__(self) -> None:
+        check(self, every=SIZE, batch=COUNT)
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,9 @@ class LogConfig:
     every: int = 20
     report: bool = True
     wandb: str = ""
+
+    def __post_init__(self) -> None:
+        check(self, every=COUNT)
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,9 @@ class RunConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     log: LogConfig = field(default_factory=LogConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    def __post_init__(self) -> None:
+        check(self, steps=COUNT)
 
 
 @dataclass(frozen=True)
@@ -164,7 +176,6 @@ class Experiment:
             self.declaration.specs,
             self._length,
             self._views(setting),
-            self.settings.scales,
             in_common(self.views),
         )
 
@@ -255,22 +266,32 @@ class Experiment:
         """The run's length for a task in `optimizer.unit`: as its schedule has it from step 0."""
         if self.run.optimizer.unit == "steps":
             return self.run.steps
-        visits = self.schedule().visits(self.run.steps)
-        return self._examples if self.run.optimizer.unit == "examples" else visits.get(task, 0)
+        return (
+            self._examples if self.run.optimizer.unit == "examples" else self._visits.get(task, 0)
+        )
+
+    @cached_property
+    def _visits(self) -> Mapping[str, int]:
+        return self.schedule().visits(self.run.steps)
 
     @cached_property
     def _examples(self) -> int:
         schedule, steps = self.schedule(), self.run.steps
         return sum(self.settings.consumed(schedule, name, 0, steps) for name in self.tasks)
 
-    def progress(self, step: int, positions: Mapping[str, int]) -> dict[str, int]:
-        """What an update asks of the clock besides step and visit, as ticks of a program."""
-        found = {"phase": self.settings.index(step)} if self.settings.scales else {}
+    def progress(self, task: str, step: int, positions: Mapping[str, int]) -> dict[str, float]:
+        """Return what a task's update asks of the clock besides step and visit, as ticks of a program."""
+        ticks = {**self._extents[task], "scale": self.settings.at(step).scale}
         if self.run.optimizer.accumulate > 1:
-            found["last"] = int(step + 1 == self.run.steps)
+            ticks["last"] = int(step + 1 == self.run.steps)
         if self.run.optimizer.unit == "examples":
-            found["part"] = min(sum(positions.values()) * PARTS // self._examples, PARTS)
-        return found
+            ticks["part"] = min(sum(positions.values()) * PARTS // self._examples, PARTS)
+        return ticks
+
+    @cached_property
+    def _extents(self) -> Mapping[str, Mapping[str, float]]:
+        optimizer = self.optimizer
+        return {task: optimizer.extent(task) for task in self.tasks}
 
     def stretches(self) -> list[Stretch]:
         """The schedule as the config describes it."""
@@ -307,6 +328,7 @@ class Experiment:
     def train_requests(self, mesh: Mesh) -> dict[str, Request]:
         """The training programs of all tasks in all phases, by name (see `Setting.programs`)."""
         compute, state = compute_dtype(self.run.dtype.compute), self.abstract_state(mesh)
+        _ = self._extents  # which may trace, as the loop must not
 
         def request(name: str, task: Task, setting: Setting) -> Request:
             optimizer = self.optimizer_of(setting)
@@ -397,21 +419,7 @@ def _built(block: Mapping[str, Any], folder: str, used: Iterable[tuple[str, str]
     return Experiment(dict(block), run, modalities, tasks, evaluators, declaration, extensions)
 
 
-# The least value of numbers without which nothing could run, or nothing would end.
-_LEAST = {
-    "steps": 1, "model.width": 1, "optimizer.accumulate": 1, "evaluation.every": 0, "evaluation.batch": 1,
-    "checkpoint.every": 0, "checkpoint.keep": 1, "checkpoint.keep_every": 0, "checkpoint.keep_minutes": 0,
-    "checkpoint.keep_best": 0, "limits.non_finite": 1, "limits.stuck": 0, "limits.divergence": 0,
-    "limits.divergence_visits": 1, "log.every": 1, "schedule.measure": 0, "loader.threads": 0,
-    "loader.ahead": 0, "loader.cache_mib": 0, "loader.processes": 0,
-}  # fmt: skip
-
-
 def _check_values(run: RunConfig) -> None:
-    for key, least in _LEAST.items():
-        value = attrgetter(key)(run)
-        if value < least:
-            raise UserError(f"config.{key} is {value}; it must be at least {least}.")
     if not run.tasks:
         raise UserError("config.tasks is empty; a run needs a task.")
     for kind, names in {"tasks": run.tasks, "modalities": run.modalities}.items():

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -77,7 +78,6 @@ class Embedder:
       step: completed training steps.
       config: the run's config, as plain data.
       positions: how many examples each task has consumed.
-      parameters: by name, on the default device.
       tasks: the run's tasks by name.
     """
 
@@ -87,7 +87,7 @@ class Embedder:
         self.positions: dict[str, int] = meta["clock"]["positions"]
         self._experiment = make_experiment(self.config, str(workdir / "assets"))
         mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
-        self.parameters = read_parameters(workdir, self.step, self._experiment, mesh)
+        self._stacked = read_parameters(workdir, self.step, self._experiment, mesh)
         self.tasks: Mapping[str, Task] = {n: t.whole() for n, t in self._experiment.tasks.items()}
         self._calls: dict[tuple[Any, ...], Any] = {}
 
@@ -97,9 +97,32 @@ class Embedder:
         return any(isinstance(part, Experts) for _, part in nnx.iter_modules(self.module))
 
     @property
+    def parameters(self) -> Arrays:
+        """The parameters by canonical name, each layer's its own, on the default device.
+
+        These are the names of checkpoints, `optimizer.rules`, `init_from` and `python -m mmjax.show DIR --names`: a
+        file of them is a source for `init_from`. Assign such a dictionary, perhaps of another dtype, to change them.
+        """
+        return to_canonical(self._experiment.declaration.specs, self._stacked)
+
+    @parameters.setter
+    def parameters(self, values: Mapping[str, Any]) -> None:
+        specs = self._experiment.declaration.specs
+        shapes = {name: leaf.shape for name, leaf in self.parameters.items()}
+        for name in sorted(shapes.keys() ^ values.keys()):
+            which = "unknown" if name in values else "missing"
+            raise UserError(f"parameters: '{name}' is {which}.{nearest(name, shapes)}")
+        for name, value in values.items():
+            if np.shape(value) != shapes[name]:
+                raise UserError(
+                    f"parameters: '{name}' has shape {list(np.shape(value))}, expected {list(shapes[name])}."
+                )
+        self._stacked = from_canonical(specs, {n: jnp.asarray(v) for n, v in values.items()})
+
+    @property
     def module(self) -> Model:
         """The Flax NNX module with these parameters, to look at or to call: stems, trunk, heads."""
-        merged: Model = self._experiment.declaration.merge(self.parameters)
+        merged: Model = self._experiment.declaration.merge(self._stacked)
         return merged
 
     def embed(self, *, task: str | None = None, **values: Sequence[Any]) -> np.ndarray:
@@ -202,7 +225,8 @@ class Embedder:
             if modalities and modalities <= set(task.objective.composes()) and name in (None, each):
                 return task
         who, what = f"Task '{name}'" if name else "The run", ", ".join(sorted(modalities)) or "none"
-        raise UserError(f"{who} composes no sequence of: {what}.")
+        tasks = "; ".join(f"{n} {_outputs(t)}" for n, t in self.tasks.items() if name in (None, n))
+        raise UserError(f"{who} composes no sequence of: {what}. What there is: {tasks}.")
 
     def _given(
         self,
@@ -213,8 +237,10 @@ class Embedder:
     ) -> tuple[Task, str, list[dict[str, np.ndarray]]]:
         """The task that does it, the modality, and the arrays of each value."""
         if len(values) != 1:
+            known = sorted({name for each in self.tasks.values() for name in each.inputs})
             raise UserError(
-                f"{verb} takes one modality at a time; given: {', '.join(values) or 'none'}."
+                f"{verb} takes one modality at a time; given: {', '.join(values) or 'none'}. "
+                f"The run has: {', '.join(known)}."
             )
         [(modality, items)] = values.items()
         if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
@@ -235,10 +261,27 @@ class Embedder:
         for each, task in self.tasks.items():
             if modality in able(task.objective) and name in (None, each):
                 return task
-        known = {m for t in self.tasks.values() for m in able(t.objective)}
-        raise UserError(
-            f"{f'Task {name!r}' if name else 'The run'} does not {verb} '{modality}'.{nearest(modality, known)}"
-        )
+        raise UserError(self._cannot(verb, able, name, modality))
+
+    def _cannot(
+        self,
+        verb: str,
+        able: Callable[[Objective], tuple[str, ...]],
+        name: str | None,
+        modality: str,
+    ) -> str:
+        """Why no task does it: what the named one does instead, and which others do."""
+        does = {n: able(t.objective) for n, t in self.tasks.items() if able(t.objective)}
+        others = [n for n, modalities in does.items() if modality in modalities]
+        who = f"Task '{name}'" if name else "The run"
+        why = f": it {_outputs(self.tasks[name])}" if name else ""
+        words = f"{who} does not {verb} '{modality}'{why}."
+        if others:
+            return f"{words} Tasks that do: {', '.join(others)}."
+        if does:
+            return words + nearest(modality, {m for each in does.values() for m in each})
+        tasks = "; ".join(f"{n} {_outputs(t)}" for n, t in self.tasks.items())
+        return f"{words} No task of this run can {verb}: {tasks}."
 
     def _row(self, task: Task, modality: str, index: int, item: Any) -> dict[str, np.ndarray]:
         given = task.inputs[modality]
@@ -281,7 +324,19 @@ class Embedder:
         dtype = compute_dtype(self._experiment.run.dtype.compute)
         merge = self._experiment.declaration.merge
         made = jax.jit(lambda parameters, arrays: function(merge(parameters, dtype), arrays))
-        return lambda arrays: made(self.parameters, arrays)
+        return lambda arrays: made(self._stacked, arrays)
+
+
+def _outputs(task: Task) -> str:
+    """Return what can be asked of a task, in words: `embeds image, text`."""
+    each = task.objective
+    does = {"embeds": each.embeds(), "classifies": each.predicts(), "captions": each.writes()[:1],
+            "composes": each.composes()}  # fmt: skip
+    words = [f"{verb} {', '.join(names)}" for verb, names in does.items() if names]
+    return (
+        " and ".join(words)
+        or f"has the objective {task.config.objective['name']}, which has no such output"
+    )
 
 
 def _blank(task: Task, modality: str) -> dict[str, np.ndarray]:

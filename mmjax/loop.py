@@ -23,7 +23,7 @@ from mmjax.data import order
 from mmjax.data.loader import HostBatch, Loader, local_rows, place
 from mmjax.errors import UserError
 from mmjax.evaluate import Evaluation, after, write_results
-from mmjax.evaluator import Record
+from mmjax.evaluator import Record, evaluators_of
 from mmjax.health import Diverged, Health, broken_at, quarantine
 from mmjax.monitor import tally
 from mmjax.monitor.display import Progress
@@ -50,7 +50,7 @@ def dispatch(
     mesh: Mesh,
     state: State,
     host: HostBatch,
-    clock: Mapping[str, int],
+    clock: Mapping[str, float],
 ) -> tuple[State, Mapping[str, jax.Array]]:
     """Begin one step of a task: its batch to the mesh, then its program. `state` is consumed.
 
@@ -249,6 +249,7 @@ class Loop:
         self._phases.beat(step=self._clock.step)
         flops = {name: float(program.report["flops"]) for name, program in self._programs.items()}
         found = tally.summary(self._session.workdir, flops, self._peak)
+        found["evaluators"] = evaluators_of(self._experiment.block)
         tally.write(self._session.workdir, found)
         self._writer.add(self._clock.step, tally.scalars(found))
 
@@ -286,16 +287,19 @@ class Loop:
                 self._stopping = self._vote.cast(bool(self._signals.received))
                 if self._stopping or step in self._boundaries - {before}:
                     break
-                task, ticks_now = self._clock.schedule.task(step), self._ticks(step)
+                task, visit = self._clock.schedule.task(step), self._clock.schedule.visit(step)
+                progress = self._experiment.progress(task, step, self._clock.positions)
                 self._watchdog.at("waiting for data", task, step)
                 started = time.monotonic()
                 host = next(self._loader)
                 waited = time.monotonic() - started
                 self._waits.append(waited)
                 self._watchdog.at("in a step", task, step)
-                variant = self._experiment.settings.variant(task, step, ticks_now["visit"])
+                variant = self._experiment.settings.variant(task, step, visit)
                 program = self._programs[variant.program]
-                state, metrics = dispatch(program, variant.task, self._mesh, state, host, ticks_now)
+                state, metrics = dispatch(
+                    program, variant.task, self._mesh, state, host, {"visit": visit, **progress}
+                )
                 sent = time.monotonic()
                 under_way.append(_Dispatched(step, task, variant, metrics, waited, sent))
                 self._count(variant.task, host)
@@ -304,10 +308,6 @@ class Loop:
             while under_way:
                 self._complete(under_way.popleft())
         return state
-
-    def _ticks(self, step: int) -> dict[str, int]:
-        progress = self._experiment.progress(step, self._clock.positions)
-        return {"visit": self._clock.schedule.visit(step), **progress}
 
     def _count(self, task: Task, host: HostBatch) -> None:
         """Move the clock past a dispatched step."""

@@ -74,7 +74,16 @@ def has_losses(config: Block, block: Block, path: tuple[str, ...]) -> bool:
     return bool(block.get("losses"))
 
 
+def begins_from_another(config: Block, block: Block, path: tuple[str, ...]) -> bool:
+    """Accept the block `init_from` where it names a source."""
+    del config
+    return path == ("init_from",) and bool(block.get("path"))
+
+
+# By path. A block that is only changed where it is there has a `*` for its name.
 ROWS: tuple[Row, ...] = (
+    Row(2, "*", "non_finite", True, begins_from_another),
+    Row(2, "*", "strict", False, begins_from_another),
     Row(2, "modalities.*", "max_frames", 2**31, named("video")),
     Row(
         2, "modalities.*", "max_pixels", 178_956_970, named("colours", "image", "video")

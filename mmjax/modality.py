@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
+from mmjax.bounds import SIZE, check
 from mmjax.errors import UserError
 
 I = TypeVar("I")  # noqa: E741
@@ -97,6 +98,9 @@ class Input:
     modality: Modality
     settings: Any
     instances: int = 0
+
+    def __post_init__(self) -> None:
+        check(self, instances=SIZE)
 
     @property
     def field(self) -> str:

@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from mmjax import config as configs
+from mmjax.bounds import COUNT, check
 from mmjax.errors import UserError
 from mmjax.layers.experts import Experts
 from mmjax.layers.masks import FULL, Mask
@@ -39,6 +40,9 @@ class ModelConfig:
     remat: str = "none"
     norm: str = "layer"
     norm_modalities: Any = ()
+
+    def __post_init__(self) -> None:
+        check(self, width=COUNT)
 
 
 class Model(nnx.Module):

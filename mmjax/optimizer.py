@@ -6,8 +6,8 @@ if its layers stood apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from mmjax.bounds import AMOUNT, COUNT, FRACTION, PART, POSITIVE, check
 from mmjax.errors import UserError, nearest
 from mmjax.parameters import Arrays, Spec
 from mmjax.rules import RuleConfig, apply_rules
@@ -75,11 +76,33 @@ class OptimizerConfig:
     ema: float = 0.0
     accumulate: int = 1
 
+    def __post_init__(self) -> None:
+        check(
+            self,
+            learning_rate=AMOUNT,
+            warmup=AMOUNT,
+            final=FRACTION,
+            weight_decay=AMOUNT,
+            clip=AMOUNT,
+        )
+        check(self, b1=PART, b2=PART, momentum=PART, ema=PART, eps=POSITIVE)
+        check(self, factored=COUNT, accumulate=COUNT)
+
 
 # The tick of a step that each unit counts by. Examples come as parts of the run's, since there may be
 # more of them than 32 bits hold.
 UNITS = {"steps": "step", "examples": "part", "visits": "visit"}
 PARTS = 2**30
+# Ticks that say how long the warm-up and the decay are, in the unit, and a phase's factor of the rate. They are
+# arguments of a program, so that a run of another length needs no other program.
+EXTENT = ("length", "warmup", "scale")
+_MOST = 2**31 - 1
+
+# What is left of the peak after a part of the decay, in [0, 1], that ends at `final`.
+_DECAYS: Mapping[str, Callable[[Any, float], Any]] = {
+    "cosine": lambda part, final: final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * part)),
+    "constant": lambda part, final: jnp.ones_like(part),
+}
 
 
 @struct.dataclass
@@ -100,15 +123,13 @@ class Optimizer:
         specs: Mapping[str, Spec],
         length: Callable[[str], int],
         views: Mapping[str, View],
-        scales: Sequence[float] = (),
         common: frozenset[str] | None = None,
     ):
         """An optimizer of the parameters in `specs`.
 
         Args:
-          length: of the run for a task, in `config.unit`; asked when a step is traced.
+          length: of the run for a task, in `config.unit`.
           views: of the tasks.
-          scales: factors of the rate by the tick `phase`; none for 1.
           common: the parameters of whose state tasks have one in common; those that a view moves, if None.
         """
         if config.unit not in UNITS:
@@ -118,7 +139,6 @@ class Optimizer:
         self._length = length
         self._rules = apply_rules(config.rules, specs)
         self._leaves = {name: leaf_transform(config, spec) for name, spec in specs.items()}
-        self.scales = tuple(scales)
         self._common = in_common(views) if common is None else common
 
     def init(self, parameters: Arrays) -> dict[str, LeafState]:
@@ -147,18 +167,23 @@ class Optimizer:
     @property
     def ticks(self) -> frozenset[str]:
         """Names of the ticks that an update reads: those of `rate`, and whether the step is the run's last one."""
-        more = [*(["phase"] if self.scales else []), *(["last"] if self.accumulates else [])]
-        return frozenset({UNITS[self.config.unit], *more})
+        last = ["last"] if self.accumulates else []
+        return frozenset({UNITS[self.config.unit], *EXTENT, *last})
 
-    def rate(self, task: str, ticks: Mapping[str, jax.Array]) -> jax.Array:
-        """The learning rate of a task's step, from integers alone."""
-        config, length = self.config, self._length(task)
-        if config.unit == "examples":
+    def extent(self, task: str) -> dict[str, float]:
+        """Return the ticks of `EXTENT` for a task, under a factor of 1."""
+        length, warmup = self._length(task), self.config.warmup
+        if self.config.unit == "examples":
             # No warm-up is longer than the run.
-            config = replace(config, warmup=min(config.warmup * PARTS // length, PARTS))
-            length = PARTS
-        rate = jnp.asarray(learning_rate(config, length)(ticks[UNITS[config.unit]]))
-        return rate * jnp.asarray(self.scales, rate.dtype)[ticks["phase"]] if self.scales else rate
+            warmup, length = min(warmup * PARTS // length, PARTS), PARTS
+        return {"length": min(length, _MOST), "warmup": min(warmup, _MOST), "scale": 1.0}
+
+    def rate(self, task: str, ticks: Mapping[str, Any]) -> jax.Array:
+        """Return the learning rate of a task's step, from numbers alone; ticks of `EXTENT` may be left out."""
+        if not set(EXTENT) <= ticks.keys():
+            ticks = {**self.extent(task), **ticks}
+        count, warmup = ticks[UNITS[self.config.unit]], ticks["warmup"]
+        return learning_rate(self.config, ticks["length"], warmup)(count) * ticks["scale"]
 
     def update(
         self, grads: Arrays, state: Mapping[str, LeafState], parameters: Arrays, rate: jax.Array
@@ -209,19 +234,29 @@ class Optimizer:
         return each(grad, state, parameter, rates, decays)
 
 
-def learning_rate(config: OptimizerConfig, length: int) -> Callable[[Any], Any]:
-    """The rate as a function of completed units: linear warm-up, then the decay up to `length`."""
-    peak, tail = config.learning_rate, max(length - config.warmup, 1)
-    if config.decay not in ("cosine", "constant"):
-        raise UserError(
-            f"optimizer.decay: no '{config.decay}'.{nearest(config.decay, ['cosine', 'constant'])}"
-        )
-    if config.decay == "cosine":
-        after = optax.cosine_decay_schedule(peak, tail, alpha=config.final)
-    else:
-        after = optax.constant_schedule(peak)
-    if not config.warmup:
-        return after
-    # The first step of the warm-up already moves: the rate at step t is (t + 1) / warmup of the peak.
-    before = optax.linear_schedule(peak / config.warmup, peak, max(config.warmup - 1, 1))
-    return optax.join_schedules([before, after], [config.warmup])
+def learning_rate(
+    config: OptimizerConfig, length: Any, warmup: Any = None
+) -> Callable[[Any], jax.Array]:
+    """Return the rate as a function of completed units: linear warm-up, then the decay up to `length`.
+
+    `length` and `warmup` (the config's, if None) are integers or traced ones.
+    """
+    if config.decay not in _DECAYS:
+        raise UserError(f"optimizer.decay: no '{config.decay}'.{nearest(config.decay, _DECAYS)}")
+    decay = _DECAYS[config.decay]
+    warmup = config.warmup if warmup is None else warmup
+    tail = jnp.maximum(length - warmup, 1)
+
+    def rate(count: Any) -> jax.Array:
+        # The first step of the warm-up already moves: the rate at step t is (t + 1) / warmup of the peak.
+        before = _ratio(count + 1, jnp.maximum(warmup, 1))
+        after = decay(_ratio(jnp.clip(count - warmup, 0, tail), tail), config.final)
+        return config.learning_rate * jnp.where(count < warmup, before, after)
+
+    return rate
+
+
+def _ratio(part: Any, whole: Any) -> jax.Array:
+    """Return the quotient of two integers, in the default floating-point dtype."""
+    dtype = jnp.result_type(float)
+    return jnp.asarray(part, dtype) / jnp.asarray(whole, dtype)

@@ -23,6 +23,7 @@ MAX_PIXELS = 2**26
 """Pixels of one picture, unless a config says otherwise: 67 million, a quarter of a GB as RGBA."""
 
 LIMIT = 178_956_970
+PIXELS = f"[1, {LIMIT}]"  # bounds of the key `max_pixels`
 """Pixels beyond which Pillow itself refuses a picture."""
 
 _MAX_SCANS = 64  # of a progressive JPEG, which has about 10; each is a pass over all pixels

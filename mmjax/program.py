@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mmjax import flops
+from mmjax.bounds import AMOUNT, COUNT, SIZE, check
 from mmjax.errors import UserError
 from mmjax.evaluator import device_spec, function
 from mmjax.gradient import loss_and_gradient
@@ -58,6 +60,10 @@ class LimitsConfig:
     divergence: float = 10.0
     divergence_visits: int = 16
     stuck: float = 1800.0
+
+    def __post_init__(self) -> None:
+        check(self, memory_gib=AMOUNT, programs=COUNT, invalid=SIZE, non_finite=COUNT)
+        check(self, divergence=AMOUNT, divergence_visits=COUNT, stuck=AMOUNT)
 
     @property
     def bounds(self) -> Bounds:
@@ -237,7 +243,8 @@ def train_request(
     batch = abstract_batch(task.rows(), task.batch, mesh, f"tasks.{task.name}")
     parts = task.config.microbatches
     batch_sharding(mesh, task.batch // parts, f"tasks.{task.name} in {parts} microbatches")
-    ticks = {name: _tick(mesh) for name in {"step", "visit", *optimizer.ticks}}
+    names = {"step", "visit", *optimizer.ticks}
+    ticks = {n: _tick(mesh, float if n == "scale" else np.int32) for n in names}
 
     def count() -> int:
         moved, others = _parted(state.parameters, view)
@@ -325,22 +332,28 @@ def abstract_batch(spec: RowSpec, size: int, mesh: Mesh, where: str) -> Any:
     )
 
 
-def _tick(mesh: Mesh) -> Any:
-    return jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh))
+def _tick(mesh: Mesh, dtype: Any = np.int32) -> Any:
+    return jax.ShapeDtypeStruct((), jnp.result_type(dtype), sharding=replicated(mesh))
 
 
-def ticks(mesh: Mesh, **values: int) -> Ticks:
-    """Integers as arguments of a program, on every device."""
+def ticks(mesh: Mesh, **values: float) -> Ticks:
+    """Integers (int32), and floats in the default dtype, as arguments of a program, on every device."""
+    real = np.dtype(jnp.result_type(float)).type
+    return {
+        name: _placed(mesh, real(value) if isinstance(value, float) else np.int32(value))
+        for name, value in values.items()
+    }
+
+
+@lru_cache(maxsize=64, typed=True)
+def _placed(mesh: Mesh, value: Any) -> jax.Array:
+    """Return a number on every device; those that a step has in common with the one before are placed once."""
     sharding = replicated(mesh)
-
-    def put(value: int) -> jax.Array:
-        if sharding.is_fully_addressable:
-            return jax.device_put(np.int32(value), sharding)
-        # Device by device: a `device_put` over several processes has them compare the values first.
-        parts = [jax.device_put(np.int32(value), d) for d in sharding.addressable_devices]
-        return jax.make_array_from_single_device_arrays((), sharding, parts)
-
-    return {name: put(value) for name, value in values.items()}
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    # Device by device: a `device_put` over several processes has them compare the values first.
+    parts = [jax.device_put(value, d) for d in sharding.addressable_devices]
+    return jax.make_array_from_single_device_arrays((), sharding, parts)
 
 
 def _shape(spec: RowSpec, size: int) -> str:
@@ -388,16 +401,27 @@ _hits = _CacheHits()
 
 
 def compile_all(
-    requests: Mapping[str, Request], mesh: Mesh, limits: LimitsConfig
+    requests: Mapping[str, Request],
+    mesh: Mesh,
+    limits: LimitsConfig,
+    watch: Callable[[str, str], None] = lambda name, state: None,
 ) -> dict[str, Program]:
-    """Lower in order, compile in parallel, and refuse what does not fit, by name."""
+    """Lower in order, compile in parallel, and refuse what does not fit, by name.
+
+    `watch(name, state)` is called, by several threads, when a program is `tracing`, `compiling`, and `compiled` or
+    `cached` (see `monitor.compiling`).
+    """
     if len(requests) > limits.programs:
         raise UserError(
             f"The config makes {len(requests)} programs, over limits.programs = {limits.programs}: "
             f"{', '.join(requests)}. Use fewer shapes, or raise the limit."
         )
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        futures = {name: pool.submit(_compile, *_lower(r, mesh), r) for name, r in requests.items()}
+        futures = {}
+        for name, request in requests.items():
+            watch(name, "tracing")
+            lowered = _lower(request, mesh)
+            futures[name] = pool.submit(_compile, *lowered, request, partial(watch, name))
         programs = {name: future.result() for name, future in futures.items()}
     _check_fit(programs, limits)
     return programs
@@ -425,8 +449,11 @@ def _lower(request: Request, mesh: Mesh) -> tuple[Any, int, list[str]]:
         return lowered, request.model_flops(), sorted(map(str, whole))
 
 
-def _compile(lowered: Any, model_flops: int, whole: list[str], request: Request) -> Program:
+def _compile(
+    lowered: Any, model_flops: int, whole: list[str], request: Request, watch: Callable[[str], None]
+) -> Program:
     _hits.pop()
+    watch("compiling")
     start = time.monotonic()
     compiled = lowered.compile()
     seconds = time.monotonic() - start
@@ -441,6 +468,7 @@ def _compile(lowered: Any, model_flops: int, whole: list[str], request: Request)
         "whole": whole,
         **request.facts,
     }
+    watch("cached" if report["cached"] else "compiled")
     return Program(compiled, report)
 
 

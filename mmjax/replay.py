@@ -25,6 +25,7 @@ from mmjax.experiment import make_experiment
 from mmjax.loading import find_step
 from mmjax.loop import dispatch
 from mmjax.monitor import metrics
+from mmjax.monitor.compiling import compiling
 from mmjax.monitor.tables import table
 from mmjax.program import compile_all, use_cache
 from mmjax.resume import Session, reopen
@@ -102,7 +103,9 @@ def _run(session: Session, last: int) -> dict[str, float]:
     schedule, run = clock.schedule, experiment.run
     requests = experiment.train_requests(mesh)
     needed = experiment.settings.visits(schedule, clock.step, last + 1)
-    programs = compile_all({n: requests[n] for n in requests if n in needed}, mesh, run.limits)
+    chosen = {n: requests[n] for n in requests if n in needed}
+    with compiling(chosen) as watch:
+        programs = compile_all(chosen, mesh, run.limits, watch)
     state = session.state()
     values: Mapping[str, jax.Array] = {}
 
@@ -115,7 +118,7 @@ def _run(session: Session, last: int) -> dict[str, float]:
         name, visit = schedule.task(host.step), schedule.visit(host.step)
         variant = experiment.settings.variant(name, host.step, visit)
         task, program = variant.task, programs[variant.program]
-        now = {"visit": visit, **experiment.progress(host.step, positions)}
+        now = {"visit": visit, **experiment.progress(name, host.step, positions)}
         state, values = dispatch(program, task, mesh, state, host, now)
         positions[task.name] += task.batch
         jax.block_until_ready(values)

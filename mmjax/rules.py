@@ -9,6 +9,7 @@ from difflib import get_close_matches
 
 import numpy as np
 
+from mmjax.bounds import AMOUNT, check
 from mmjax.errors import UserError
 from mmjax.parameters import Spec
 
@@ -29,6 +30,9 @@ class RuleConfig:
     learning_rate: float | None = None
     weight_decay: bool | None = None
     freeze: bool | None = None
+
+    def __post_init__(self) -> None:
+        check(self, learning_rate=AMOUNT)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from mmjax import config as configs
+from mmjax.bounds import AMOUNT, check
 from mmjax.buckets import Variant, Variants, merged
 from mmjax.errors import UserError, nearest
 from mmjax.modality import Modality
@@ -78,12 +79,6 @@ class Settings:
         if task not in self.at(step).variants:
             return task
         return self.variant(task, step, line["visit"]).program
-
-    @property
-    def scales(self) -> tuple[float, ...]:
-        """The factors of the learning rate by index; none where all are 1."""
-        found = tuple(setting.scale for setting in self.each)
-        return found if set(found) != {1.0} else ()
 
     @property
     def programs(self) -> dict[str, tuple[Task, Setting]]:
@@ -171,6 +166,9 @@ class _Rules:
 @dataclass(frozen=True)
 class _Scale:
     learning_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self, learning_rate=AMOUNT)
 
 
 def _check_tasks(changed: Any, tasks: Mapping[str, Task], where: str) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mmjax.bounds import SIZE, check
 from mmjax.errors import UserError, nearest
 
 AXES = ("data", "fsdp", "expert", "tensor", "sequence")
@@ -58,6 +59,7 @@ class MeshConfig:
     rules: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check(self, slices=SIZE, **dict.fromkeys(AXES, "[-1, 2147483647]"))
         if self.across not in AXES:
             raise UserError(f"mesh.across: no axis '{self.across}'.{nearest(self.across, AXES)}")
         for name, axes in self.rules.items():

@@ -1,10 +1,13 @@
 """What a checkpoint or a config holds.
 
     python -m mmjax.show DIR [--step=N] [--digest]
-    python -m mmjax.show --config=configs/NAME.py [--config.KEY=VALUE ...]
+    python -m mmjax.show DIR --names
+    python -m mmjax.show --config=configs/NAME.py [--names] [--config.KEY=VALUE ...]
 
 The first prints step, visits, positions, parameters by part and bytes; with `--digest` its last line is a
-stable SHA-256 of the parameters. The second prints the parameter table of a config without a checkpoint.
+stable SHA-256 of the parameters. The second prints a line for each parameter: name, dtype and shape, as
+`optimizer.rules` and `init_from` call it; DIR may be a .npz or .safetensors file. The third prints the parameter
+table or the names of a config without a checkpoint.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from mmjax.errors import UserError
 from mmjax.experiment import make_experiment
 from mmjax.loading import find_step
 from mmjax.monitor.tables import human_bytes, parameter_table, table
-from mmjax.parameters import Spec, digest
-from mmjax.state import Clock
+from mmjax.parameters import Spec, digest, to_canonical
+from mmjax.state import Clock, compute_dtype
+from mmjax.tensor_files import SUFFIXES, open_tensors, printable
 
 
 def part_of(name: str) -> str:
@@ -60,9 +64,32 @@ def rows_of_checkpoint(shapes: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"part": part, "total": total[part]} for part in sorted(total)]
 
 
-def show_config(path: str, overrides: Sequence[str]) -> None:
+def show_config(path: str, overrides: Sequence[str], with_names: bool = False) -> None:
     experiment = make_experiment(commandline.read_config(path, overrides))
-    parameter_table(rows_of_config(experiment.declaration.specs))
+    specs = experiment.declaration.specs
+    if not with_names:
+        parameter_table(rows_of_config(specs))
+        return
+    shapes = experiment.declaration.shapes(compute_dtype(experiment.run.dtype.parameters))
+    show_names(jax.eval_shape(lambda p: to_canonical(specs, p), shapes))
+
+
+def show_names(shapes: Mapping[str, Any]) -> None:
+    """Print a line for each array: its name, dtype and shape."""
+    width = max((len(printable(name)) for name in shapes), default=0)
+    for name in sorted(shapes):
+        leaf = shapes[name]
+        print(f"{printable(name):<{width}}  {leaf.dtype}{list(leaf.shape)}")
+
+
+def names_in(where: str, step: int | None) -> Mapping[str, Any]:
+    """The parameters of a run's checkpoint, or the arrays of a file, by name: each with dtype and shape."""
+    workdir = commandline.folder(where)
+    if workdir.suffix in SUFFIXES and not workdir.is_dir():
+        return open_tensors(workdir).entries
+    step, _ = find_step(workdir, step)
+    shapes: Mapping[str, Any] = checkpoint.read_shapes(workdir, step)["parameters"]
+    return shapes
 
 
 def show_run(workdir: epath.Path, step: int | None, with_digest: bool) -> None:
@@ -122,11 +149,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument(
         "--digest", action="store_true", help="print a digest of the parameters as the last line"
     )
+    made.add_argument(
+        "--names", action="store_true", help="print the name, dtype and shape of every parameter"
+    )
     arguments, overrides = commandline.parse(made, argv)
     if (arguments.workdir is None) == (arguments.config is None):
         raise UserError(f"Give a run's folder, or --config=FILE. {commandline.usage(made)}")
     if arguments.config is not None:
-        show_config(arguments.config, overrides)
+        show_config(arguments.config, overrides, arguments.names)
+    elif arguments.names:
+        show_names(names_in(arguments.workdir, arguments.step))
     else:
         show_run(commandline.folder(arguments.workdir), arguments.step, arguments.digest)
     return 0

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from mmjax import config as configs
+from mmjax.bounds import COUNT, SIZE, check
 from mmjax.buckets import BucketConfig
 from mmjax.errors import RecordError, UserError, nearest
 from mmjax.modality import Input, Modality
@@ -58,6 +59,9 @@ class TaskConfig:
     buckets: dict[str, BucketConfig] = field(default_factory=dict)
     view: str = ""
     shared_time: bool = True
+
+    def __post_init__(self) -> None:
+        check(self, batch=COUNT, share=SIZE, microbatches=COUNT)
 
 
 @dataclass(frozen=True)

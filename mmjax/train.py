@@ -10,7 +10,6 @@ saving, 4 ended by its watchdog.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,12 +23,13 @@ from mmjax import commandline, errors, processes
 from mmjax.config import Block
 from mmjax.dry_run import dry_run
 from mmjax.evaluate import Evaluation, announce_changed, read_results
-from mmjax.evaluator import Record
+from mmjax.evaluator import Record, evaluators_of
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.health import Diverged
 from mmjax.lease import hold
 from mmjax.loop import Loop, Signals
-from mmjax.monitor import metrics, report, tally
+from mmjax.monitor import report, tally
+from mmjax.monitor.compiling import COMPILED, COMPILING, compiling
 from mmjax.monitor.muted import MutedPhases
 from mmjax.monitor.phases import PhaseLog
 from mmjax.monitor.tables import program_table, results_table, summary_tables
@@ -95,11 +95,14 @@ def _train(
         with phases.phase("init"):
             session = begin(experiment, workdir, mesh, allow_change, print, phases.phase)
             session = replace(session, check_lease=check_lease)
-        if session.is_done:
+        missing = _missing_results(session)
+        if session.is_done and not missing:
             records = read_results(workdir)
             _report_if_missing(session, phases)
             print(f"Done: {workdir} holds all {experiment.run.steps} steps and their results.")
             return records
+        if session.is_done:
+            print(f"All {experiment.run.steps} steps are done; evaluating {', '.join(missing)}.")
         with phases.phase("init"):
             evaluation = Evaluation(experiment, mesh)
         session = _with_held_out(session, evaluation)
@@ -121,6 +124,20 @@ def _phase_log(workdir: epath.Path, check_lease: Callable[[], None]) -> PhaseLog
     return PhaseLog(workdir, guard=check_lease) if processes.is_first() else MutedPhases()
 
 
+def _missing_results(session: Session) -> list[str]:
+    """Return the evaluators, as `TASK.NAME`, that the results of a finished run lack or had in another form."""
+    saved = session.restored.meta["config"] if session.restored else {}
+    before = tally.read(session.workdir).get("evaluators", evaluators_of(saved))
+    missing = [
+        f"{task}.{name}"
+        for task, blocks in evaluators_of(session.experiment.block).items()
+        for name, block in blocks.items()
+        if before.get(task, {}).get(name) != block
+    ]
+    agreed: list[str] = processes.gather(missing)[0]
+    return agreed
+
+
 def _report_if_missing(session: Session, phases: PhaseLog) -> None:
     """The report of a run that was killed between its results and its report."""
     wanted = session.experiment.run.log.report and processes.is_first()
@@ -134,8 +151,11 @@ def _compile(session: Session, there: Mapping[str, Program]) -> dict[str, Progra
     experiment, mesh = session.experiment, session.mesh
     requests = _coming(session) | experiment.eval_requests(mesh)
     missing = {name: request for name, request in requests.items() if name not in there}
-    programs = {**there, **compile_all(missing, mesh, experiment.run.limits)}
-    session.prepare()
+    with compiling(missing, "state for checkpoints") as watch:
+        programs = {**there, **compile_all(missing, mesh, experiment.run.limits, watch)}
+        watch("state for checkpoints", COMPILING)
+        session.prepare()
+        watch("state for checkpoints", COMPILED)
     if missing:
         program_table([programs[name].report for name in missing])
         _tell_whole(session, [programs[name].report for name in missing])
@@ -149,7 +169,8 @@ def _tell_whole(session: Session, reports: Sequence[Mapping[str, Any]]) -> None:
     specs = session.experiment.declaration.specs
     found = {
         name: [str(each) for each in undivided(spec.axes, spec.shape, session.mesh)]
-        for name, spec in specs.items()
+        for spec in specs.values()
+        for name in spec.canonical
     }
     found |= {f"{r['name']} {r['kind']}": r["whole"] for r in reports}
     lines = described(found)
@@ -190,8 +211,10 @@ def _run(
     with Signals() as signals:
         while True:
             try:
-                with phases.phase("restore"):
+                with phases.phase("restore"), compiling({}, "initial state") as watch:
+                    watch("initial state", COMPILING)
                     state = session.state()
+                    watch("initial state", COMPILED)
                 return Loop(session, programs, evaluation, phases, signals).run(state)
             except Diverged as error:
                 # Its traceback holds the state, beside which another is about to be made.
@@ -235,8 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = train(block, workdir, arguments.allow_change, take_over=arguments.take_over)
     if records is not None:
         results_table(records)
-    if processes.is_first() and (workdir / tally.FILE).exists():
-        summary_tables(metrics.revived(json.loads((workdir / tally.FILE).read_text())))
+    if processes.is_first() and (summary := tally.read(workdir)):
+        summary_tables(summary)
     if records is None:
         return STOPPED
     print(f"Finished in {time.monotonic() - started:.0f} s. Everything is in {workdir}.")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
-import struct
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 import jax
@@ -22,16 +20,13 @@ from mmjax.errors import UserError
 from mmjax.parameters import Spec
 from mmjax.rules import matches
 from mmjax.state import EMA
+from mmjax.tensor_files import Entry, open_tensors, printable
 from mmjax.transforms import as_matrix
 
 Values = dict[str, np.ndarray]
 PINNED = "init_from.json"
 EXPERTS = "/mlps/"  # in the names of a block's experts, where its MLP's have nothing
-_LISTED = 12  # names in a line of the list
-_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
+_LISTED = 12  # lines of an error
 
 
 @dataclass(frozen=True)
@@ -57,19 +52,24 @@ class WarmStartConfig:
       path: a workdir of mmjax (its newest checkpoint when the run first begins), or a .npz or .safetensors
         file; empty for none.
       names: the first that matches says what a parameter is called there; else the name is the same.
-      skip: patterns of names here that begin at random all the same.
+      skip: patterns of names here that are initialised randomly all the same.
       average: take the moving averages of a workdir that has them.
+      strict: every parameter that `skip` does not name must be there, in a shape that fits; else what is missing, and
+        a head of another shape, is initialised randomly.
+      non_finite: take values that are NaN or infinite too.
     """
 
     path: str = ""
     names: tuple[NameConfig, ...] = ()
     skip: tuple[str, ...] = ()
     average: bool = False
+    strict: bool = True
+    non_finite: bool = False
 
 
 @dataclass
 class Taken:
-    """What a warm start found: `values` by canonical name, and lists for a person."""
+    """A warm start's `values` by canonical name, and lists to report."""
 
     values: Values = field(default_factory=dict)
     adapted: list[str] = field(default_factory=list)
@@ -126,8 +126,13 @@ def _source(name: str, step: int | None) -> dict[str, Any]:
     if path.is_dir():
         steps = checkpoint.steps(path)
         return {"path": name, "step": step if step in steps else next(iter(steps), None)}
-    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
-    return {"path": name, "sha256": digest}
+    if not path.exists():
+        return {"path": name, "sha256": None}
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**24):
+            digest.update(part)
+    return {"path": name, "sha256": digest.hexdigest()}
 
 
 def warm_start(
@@ -136,34 +141,125 @@ def warm_start(
     say: Callable[[str], None],
     step: int | None = None,
 ) -> Values:
-    """The parameters to begin with, by canonical name, each in its shape here; tells what matched.
+    """Return the parameters to begin with, by canonical name, each in its shape here; say what matched.
 
-    A table of positions with other buckets is resampled. A dense layer's MLP begins every expert that takes its place
-    (sparse upcycling, Komatsuzaki et al. 2023), and the router begins at random. So does a head of another shape, and
-    what is not there. Of a run, the checkpoint of `step` is read, or the newest if None.
+    A table of positions with other buckets is resampled. A dense layer's MLP initialises every expert that takes its
+    place (sparse upcycling, Komatsuzaki et al. 2023); its router is in no dense run, so `skip` must name it. Of a
+    run, the checkpoint of `step` is read, or the newest if None.
 
     Raises:
-      UserError: nothing there; a pattern without a match; a shape that does not fit outside the heads.
+      UserError: a parameter that the source lacks, or has in a shape that does not fit; a pattern without a match;
+        values that are not finite.
     """
     if not config.path:
         return {}
     here = {name: spec for spec in specs.values() for name in spec.canonical}
-    taken = _take(config, here, read(config, step))
-    if not taken.values:
-        raise UserError(
-            f"init_from: none of the {len(here)} parameters is in '{config.path}', which holds "
-            f"{_some(taken.unused)}. Say in init_from.names what they are called there."
-        )
+    taken = _take(config, here, open_source(config, step))
     where = config.path if step is None else f"step {step} of {config.path}"
     say(f"Begins with {len(taken.values)} of {len(here)} parameters from {where}.")
     for words, names in (
         ("  adapted", taken.adapted),
-        ("  at random", taken.random),
+        ("  initialised randomly", taken.random),
         ("  not used of it", taken.unused),
     ):
         if names:
-            say(f"{words} ({len(names)}): {_some(names)}")
+            say(f"{words} ({len(names)}): {', '.join(grouped(names))}")
     return taken.values
+
+
+def grouped(names: Iterable[str]) -> list[str]:
+    """Return names in order, those that differ in a layer's index only as one: `trunk/layers/*/norm (12)`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        head, blank, tail = name.partition(" ")
+        pattern = re.sub(r"(?<![^/.])\d+(?![^/.])", "*", head)
+        groups.setdefault(pattern + blank + tail, []).append(name)
+    return [
+        printable(each[0] if len(each) == 1 else f"{pattern} ({len(each)})")
+        for pattern, each in groups.items()
+    ]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """The name of a parameter's array in the source, and the function that adapts it."""
+
+    source: str
+    adapt: Callable[[np.ndarray], np.ndarray]
+
+
+def _take(config: WarmStartConfig, here: Mapping[str, Spec], source: Source) -> Taken:
+    taken, ways = Taken(), dict[str, _Way]()
+    missing, wrong = list[str](), list[str]()
+    skipped = _skipped(config, here)
+    for name, spec in here.items():
+        origin, transpose = _origin(name, config.names, source.entries)
+        if name in skipped:
+            taken.random.append(name)
+        elif origin not in source.entries:
+            (missing if config.strict else taken.random).append(name)
+        else:
+            there, shape = (
+                source.entries[origin].shape,
+                spec.shape[1:] if spec.stack else spec.shape,
+            )
+            size = there[::-1] if transpose else there
+            adapt = _adapter(size, spec, shape)
+            if adapt is not None:
+                ways[name] = _Way(origin, _transposed(adapt) if transpose else adapt)
+                taken.adapted += [f"{name} {list(size)} -> {list(shape)}"] * (size != shape)
+            elif name.startswith("heads/") and not config.strict:
+                taken.random.append(f"{name} (there {list(size)})")
+            else:
+                wrong.append(f"{name}: expected {list(shape)}, found {list(size)} ({origin})")
+    origins = dict.fromkeys(way.source for way in ways.values())
+    taken.unused = sorted(source.entries.keys() - origins.keys())
+    _check(config, len(here), taken.unused, missing, wrong, is_empty=not ways)
+    values = source.read(origins)
+    _check_values(config, values)
+    taken.values = {name: way.adapt(values[way.source]) for name, way in ways.items()}
+    return taken
+
+
+def _skipped(config: WarmStartConfig, here: Mapping[str, Spec]) -> frozenset[str]:
+    """Return the parameters that `skip` matches; every pattern must match one, those of `names` too."""
+    for index, each in enumerate(config.names):
+        matches(each.match, here, f"init_from.names[{index}].match")
+    patterns = (matches(p, here, f"init_from.skip[{i}]") for i, p in enumerate(config.skip))
+    return frozenset[str]().union(*patterns)
+
+
+def _transposed(adapt: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda value: adapt(value.T)
+
+
+def _check(
+    config: WarmStartConfig,
+    count: int,
+    unused: list[str],
+    missing: list[str],
+    wrong: list[str],
+    is_empty: bool,
+) -> None:
+    """Refuse a source that has nothing of this model, or not all that it must have."""
+    if is_empty and not wrong:
+        raise UserError(
+            f"init_from: none of the {count} parameters is in '{config.path}', which holds "
+            f"{_some(grouped(unused)) or 'nothing'}. Say in init_from.names what they are called there."
+        )
+    lines = wrong[:_LISTED]
+    if len(wrong) > _LISTED:
+        lines.append(f"and {len(wrong) - _LISTED} more")
+    if missing:
+        lines.append(f"{len(missing)} of the {count} parameters are not there:")
+        lines += [f"  {each}{_nearest(each, unused)}" for each in grouped(missing)]
+    if lines:
+        raise UserError(
+            f"init_from '{config.path}' does not fit this config:\n  "
+            + "\n  ".join(lines)
+            + "\nSay in init_from.names what they are called there, name them in init_from.skip to initialise them "
+            "randomly, or change model and modalities. (mmjax.show DIR --names lists the parameters of a run.)"
+        )
 
 
 def _some(names: list[str]) -> str:
@@ -171,61 +267,66 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
-def _take(config: WarmStartConfig, here: Mapping[str, Spec], there: Values) -> Taken:
-    skipped = frozenset().union(
-        *(matches(p, here, f"init_from.skip[{i}]") for i, p in enumerate(config.skip))
-    )
-    for index, each in enumerate(config.names):
-        matches(each.match, here, f"init_from.names[{index}].match")
-    taken, used, wrong = Taken(), set(), []
-    for name, spec in here.items():
-        source, transpose = _there(name, config.names)
-        if source not in there and EXPERTS in source:
-            source = source.replace(EXPERTS, "/", 1)
-        if name in skipped or source not in there:
-            taken.random.append(name)
-            continue
-        used.add(source)
-        value = there[source].T if transpose else there[source]
-        shape = spec.shape[1:] if spec.stack else spec.shape
-        adapted = _adapt(value, spec, shape)
-        if adapted is not None:
-            taken.values[name] = adapted
-            if value.shape != shape:
-                taken.adapted.append(f"{name} {list(value.shape)} -> {list(shape)}")
-        elif name.startswith("heads/"):
-            taken.random.append(f"{name} (there {list(value.shape)})")
-        else:
-            wrong.append(f"{name}: expected {list(shape)}, found {list(value.shape)} ({source})")
-    if wrong:
-        raise UserError(
-            f"init_from '{config.path}' does not fit this config:\n  "
-            + "\n  ".join(wrong[:8])
-            + "\nName them in init_from.skip to begin at random, or change model and modalities."
-        )
-    taken.unused = sorted(there.keys() - used)
-    return taken
+def _nearest(group: str, unused: Iterable[str]) -> str:
+    close = get_close_matches(group, grouped(unused), n=1, cutoff=0.4)
+    return f" (the nearest there: {close[0]})" if close else ""
 
 
-def _there(name: str, names: tuple[NameConfig, ...]) -> tuple[str, bool]:
+def _check_values(config: WarmStartConfig, values: Values) -> None:
+    for name, value in values.items():
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise UserError(
+                f"init_from '{config.path}': '{printable(name)}' is {value.dtype}; a parameter is a floating-point "
+                "array. Store it as one, or name its parameters in init_from.skip."
+            )
+        with np.errstate(over="ignore"):  # what is out of float32's range is infinite in it
+            bad = int((~np.isfinite(value.astype(np.float32))).sum())
+        if bad and not config.non_finite:
+            raise UserError(
+                f"init_from '{config.path}': '{printable(name)}' has {bad} of {value.size} values that are not "
+                "finite in float32. Repair the file, name its parameters in init_from.skip, or set "
+                "init_from.non_finite = True to begin with them all the same."
+            )
+
+
+def _origin(
+    name: str, names: tuple[NameConfig, ...], there: Mapping[str, Entry]
+) -> tuple[str, bool]:
+    """Return a parameter's name in the source, and whether it is transposed there."""
+    origin, transpose = name, False
     for each in names:
-        found = re.fullmatch(each.match, name)
-        if found:
-            return found.expand(each.name), each.transpose
-    return name, False
+        match = re.fullmatch(each.match, name)
+        if match:
+            origin, transpose = _expanded(match, each), each.transpose
+            break
+    if origin not in there and EXPERTS in origin:
+        origin = origin.replace(EXPERTS, "/", 1)
+    return origin, transpose
 
 
-def _adapt(value: np.ndarray, spec: Spec, shape: tuple[int, ...]) -> np.ndarray | None:
-    """`value` in the shape of a parameter, if there is a way."""
-    if value.shape == shape:
-        return value
-    if value.shape == as_matrix(spec)[0]:
-        return value.reshape(shape)
+def _expanded(match: re.Match[str], each: NameConfig) -> str:
+    try:
+        return match.expand(each.name)
+    except (re.error, IndexError) as error:
+        raise UserError(
+            f"init_from.names: '{each.name}' is no name for what '{each.match}' matches: {error}."
+        ) from error
+
+
+def _adapter(
+    size: tuple[int, ...], spec: Spec, shape: tuple[int, ...]
+) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Return a function that makes an array of `size` one of `shape`; None if there is no way."""
+    if size == shape:
+        return lambda value: value
+    if size == as_matrix(spec)[0]:
+        return lambda value: value.reshape(shape)
     axes = spec.axes[1:] if spec.stack else spec.axes
-    if axes[:1] == ("experts",) and value.shape == shape[1:]:
-        return np.broadcast_to(value, shape)
-    if axes[:1] == ("positions",) and value.shape[1:] == shape[1:] and value.ndim == len(shape):
-        return resample(value, shape[0])
+    if axes[:1] == ("experts",) and size == shape[1:]:
+        return lambda value: np.broadcast_to(value, shape)
+    is_table = axes[:1] == ("positions",) and len(size) == len(shape)
+    if is_table and size[0] and size[1:] == shape[1:]:
+        return lambda value: resample(value, shape[0])
     return None
 
 
@@ -246,58 +347,53 @@ def resample(table: np.ndarray, buckets: int) -> np.ndarray:
 # --- reading -----------------------------------------------------------------------------------
 
 
-def read(config: WarmStartConfig, step: int | None = None) -> Values:
-    """The arrays of a workdir's checkpoint (the newest if `step` is None), or of a file, by name."""
+@dataclass(frozen=True)
+class Source:
+    """A run's checkpoint or a file, as a source of parameters.
+
+    Attributes:
+      entries: shape and dtype by name.
+      read: names -> arrays; reads no others.
+    """
+
+    entries: Mapping[str, Entry]
+    read: Callable[[Iterable[str]], Values]
+
+
+def open_source(config: WarmStartConfig, step: int | None = None) -> Source:
+    """List the arrays of a workdir's checkpoint (the newest if `step` is None), or of a file."""
     path = epath.Path(config.path).expanduser()
     if not path.exists():
         raise UserError(f"init_from.path: there is no '{config.path}'.")
     if path.is_dir():
-        return _read_run(path, config.average, step)
-    readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
-    if path.suffix not in readers:
-        raise UserError(
-            f"init_from.path '{config.path}' is no workdir, .npz or .safetensors file. Other formats "
-            "may hold code, and are not read."
-        )
+        return _open_run(path, config.average, step)
     try:
-        return readers[path.suffix](path)
-    except (ValueError, KeyError, struct.error, OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"init_from.path '{config.path}' cannot be read: {error}") from error
+        file = open_tensors(path)
+    except UserError as error:
+        raise UserError(f"init_from.path: {error}") from error
+    return Source(file.entries, file.read)
 
 
-def _read_run(path: epath.Path, average: bool, step: int | None) -> Values:
-    found = checkpoint.steps(path)
-    if not found:
+def _open_run(path: epath.Path, average: bool, step: int | None) -> Source:
+    steps = checkpoint.steps(path)
+    if not steps:
         raise UserError(f"init_from.path: '{path}' holds no checkpoint.")
-    step = found[0] if step is None else step
-    shapes = checkpoint.read_shapes(path, step)
+    chosen = steps[0] if step is None else step
     part, prefix = ("buffers", EMA) if average else ("parameters", "")
-    wanted = {
-        n: jax.ShapeDtypeStruct(s.shape, s.dtype)
-        for n, s in shapes.get(part, {}).items()
-        if n.startswith(prefix)
+    shapes = {
+        name.removeprefix(prefix): leaf
+        for name, leaf in checkpoint.read_shapes(path, chosen).get(part, {}).items()
+        if name.startswith(prefix)
     }
-    if not wanted:
+    if not shapes:
         raise UserError(f"init_from.average: the run in '{path}' keeps no averages.")
-    values = checkpoint.read_state(path, step, {part: wanted})[part]
-    return {n.removeprefix(prefix): value for n, value in values.items()}
 
+    def read(names: Iterable[str]) -> Values:
+        abstract = {
+            prefix + name: jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype)
+            for name in names
+        }
+        values = checkpoint.read_state(path, chosen, {part: abstract})[part]
+        return {name.removeprefix(prefix): np.asarray(value) for name, value in values.items()}
 
-def _read_npz(path: epath.Path) -> Values:
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
-
-
-def _read_safetensors(path: epath.Path) -> Values:
-    """The format is a length (8 bytes, little-endian), a header in JSON, and the bytes of the arrays."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header: dict[str, Any] = json.loads(data[8 : 8 + length])
-    body = memoryview(data)[8 + length :]
-    header.pop("__metadata__", None)
-    values = {}
-    for name, each in header.items():
-        begin, end = each["data_offsets"]
-        array = np.frombuffer(body[begin:end], jnp.dtype(_DTYPES[each["dtype"]]))
-        values[name] = array.reshape(each["shape"])
-    return values
+    return Source({n: Entry(s.shape, str(s.dtype), s.dtype) for n, s in shapes.items()}, read)

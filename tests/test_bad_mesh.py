@@ -72,7 +72,7 @@ def test_what_stays_whole_is_said_once_at_the_start(tmp_path: Path) -> None:
     assert done.out.count("stay whole") == 1
     (line,) = (x for x in done.out[at:].splitlines() if "over tensor 4" in x)
     assert line.strip() == (
-        "mlp 10 over tensor 4: trunk/groups/0/blocks/0/inner/bias, trunk/groups/0/blocks/0/inner/kernel"
+        "mlp 10 over tensor 4: trunk/layers/000/inner/bias, trunk/layers/001/inner/bias and 2 more"
     )
 
 

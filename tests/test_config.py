@@ -387,6 +387,8 @@ def test_every_key_has_its_class(path):
         ("tasks.a.view", "schedule"),
         ("tasks.a.microbatches", "free"),
         ("init_from.path", "structural"),
+        ("init_from.strict", "free"),
+        ("init_from.non_finite", "free"),
         ("optimizer.view", "schedule"),
         ("optimizer.rules.0.freeze", "schedule"),
         ("schedule.rule", "schedule"),

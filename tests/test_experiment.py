@@ -145,8 +145,8 @@ def test_modalities_find_their_files_in_a_runs_assets(tmp_path):
 def test_progress_by_examples_ends_where_the_run_would() -> None:
     """More examples than planned (a task left out, a copy of a run with fewer tasks) leave the rate at its end."""
     made = experiment("optimizer.unit=examples")
-    assert made.progress(0, {"image_text": 0}) == {"part": 0}
-    assert made.progress(0, {"image_text": 10**9}) == {"part": PARTS}
+    assert made.progress("image_text", 0, {"image_text": 0})["part"] == 0
+    assert made.progress("image_text", 0, {"image_text": 10**9})["part"] == PARTS
 
 
 def test_a_warm_up_longer_than_the_run_never_ends() -> None:

@@ -18,7 +18,7 @@ from mmjax.experiment import Experiment, make_experiment
 from mmjax.gradient import loss_and_gradient
 from mmjax.model import Batch, Model
 from mmjax.objective import Coupled, Loss, Objective, row_keys
-from mmjax.program import LimitsConfig, compile_all, ticks
+from mmjax.program import LimitsConfig, compile_all
 from mmjax.task import Task
 
 ROWS = 8
@@ -290,7 +290,7 @@ def test_a_program_of_parts_does_the_same_on_a_mesh() -> None:
             (("tasks.one.microbatches=2", "mesh.fsdp=2", "mesh.data=2"), 4),
         ):
             toy, program = program_of(*overrides, devices=devices)
-            when = ticks(toy.mesh, step=0, visit=0)
+            when = toy.ticks("one", 0, 0)
             state, metrics = program.call(toy.state, toy.batch("one", range(7)), when)
             results.append(host((state.parameters, metrics)))
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):

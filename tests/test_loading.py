@@ -26,7 +26,7 @@ from mmjax.errors import UserError
 from mmjax.experiment import make_experiment
 from mmjax.layers import trunk
 from mmjax.loading import Embedder
-from mmjax.parameters import to_canonical
+from mmjax.parameters import from_canonical, to_canonical
 from mmjax.sharding import make_mesh
 from mmjax.sources.tfds import Tfds
 from mmjax.state import shardings
@@ -98,11 +98,13 @@ def test_what_lies_over_eight_devices_loads_on_one(tiny_run, model, tmp_path):
     """The run's parameters, saved again in parts over a mesh of 2 x 4."""
     block = configs.override(model.config, ["mesh.data=2", "mesh.fsdp=4"])
     made = make_experiment(block, str(tiny_run / "assets"))
+    specs = made.declaration.specs
     placed = shardings(made.abstract_state(make_mesh(made.run.mesh)).parameters)
-    parameters = {n: jax.device_put(np.asarray(p), placed[n]) for n, p in model.parameters.items()}
+    stacked = from_canonical(specs, model.parameters)
+    parameters = {n: jax.device_put(np.asarray(p), placed[n]) for n, p in stacked.items()}
     assert max(len({str(s.index) for s in p.addressable_shards}) for p in parameters.values()) == 4
     with Checkpoints(epath.Path(tmp_path / "wide"), CheckpointConfig()) as checkpoints:
-        tree = {"parameters": to_canonical(made.declaration.specs, parameters)}
+        tree = {"parameters": to_canonical(specs, parameters)}
         checkpoints.save(14, tree, {"config": block, "clock": {"positions": model.positions}})
         checkpoints.wait()
     shutil.copytree(tiny_run / "assets", tmp_path / "wide" / "assets")
@@ -228,6 +230,37 @@ def test_a_model_knows_its_run(model, tiny_run):
     assert total == sum(np.prod(s.shape, dtype=int) for s in shapes.values())
 
 
+def test_parameters_have_the_names_of_the_checkpoint(model, tiny_run):
+    shapes = checkpoint.read_shapes(tiny_run, 14)["parameters"]
+    assert {n: p.shape for n, p in model.parameters.items()} == {
+        n: s.shape for n, s in shapes.items()
+    }
+    kernel = "heads/image_text/image/kernel"
+    np.testing.assert_array_equal(
+        model.module.heads["image_text"].image.kernel, model.parameters[kernel]
+    )
+
+
+def test_parameters_may_be_assigned(tiny_run):
+    """In another dtype, or other ones; what is missing, unknown or of another shape is refused."""
+    model = mmjax.load(str(tiny_run))
+    before, vectors = model.parameters, model.embed(text=["dog"])
+    model.parameters = {n: p.astype(jax.numpy.bfloat16) for n, p in before.items()}
+    assert {str(p.dtype) for p in model.parameters.values()} == {"bfloat16"}
+    assert 0 < np.abs(model.embed(text=["dog"]) - vectors).max() < 0.05
+    model.parameters = before
+    np.testing.assert_array_equal(model.embed(text=["dog"]), vectors)
+    layer = "trunk/layers/001/attention/query"
+    for changed, words in (
+        ({n: p for n, p in before.items() if n != layer}, f"'{layer}' is missing"),
+        ({**before, "trunk/groups/0": 0.0}, "'trunk/groups/0' is unknown"),
+        ({**before, layer: np.zeros(3)}, rf"'{layer}' has shape \[3\]"),
+    ):
+        with pytest.raises(UserError, match=words):
+            model.parameters = changed
+    np.testing.assert_array_equal(model.embed(text=["dog"]), vectors)
+
+
 def test_an_older_step_is_another_model(model, tiny_run):
     older = mmjax.load(str(tiny_run), step=12)
     assert older.step == 12
@@ -245,7 +278,11 @@ def test_an_older_step_is_another_model(model, tiny_run):
         ({"imge": []}, "does not embed 'imge'. Did you mean 'image'?"),
         ({"sound": []}, "does not embed 'sound'. Known: image, text."),
         ({"task": "image_txt", "text": ["a"]}, "no task 'image_txt'. Did you mean 'image_text'?"),
-        ({"task": "masked_image", "image": []}, "Task 'masked_image' does not embed 'image'"),
+        (
+            {"task": "masked_image", "image": []},
+            "Task 'masked_image' does not embed 'image': it has the objective masked_image, which has no such "
+            "output. Tasks that do: image_text.",
+        ),
         ({"text": "dog"}, "embed takes a list: text=[...]"),
         ({"image": Image.new("RGB", (4, 4))}, "embed takes a list: image=[...]"),
         ({"text": 3}, "embed takes a list: text=[...]"),
@@ -264,6 +301,38 @@ def test_what_embed_cannot_take(model, arguments, words):
     with pytest.raises(UserError) as raised:
         model.embed(**arguments)
     assert words in str(raised.value)
+
+
+def test_a_task_that_does_another_thing_says_what_it_does(model):
+    with pytest.raises(UserError) as raised:
+        model.caption(image=[])
+    assert str(raised.value) == (
+        "The run does not caption 'image'. No task of this run can caption: image_text embeds image, text; "
+        "masked_image has the objective masked_image, which has no such output."
+    )
+    with pytest.raises(UserError) as raised:
+        model.compose([("text", "dog"), ("image", None)])
+    assert str(raised.value).startswith(
+        "The run composes no sequence of: image, text. What there is: image_text embeds image, text;"
+    )
+    with pytest.raises(UserError, match="given: image, length. The run has: image, text."):
+        model.caption(image=[], length=[3])
+
+
+def test_a_task_that_classifies_names_the_tasks_that_embed():
+    """Of the quickstart's config, without its parameters."""
+    config = configs.read_file(str(ROOT / "tests" / "configs" / "quickstart_tiny.py"))
+    model = object.__new__(Embedder)
+    model.tasks = make_experiment(config).tasks
+    with pytest.raises(UserError) as raised:
+        model.embed(task="image_classes", image=[])
+    assert str(raised.value) == (
+        "Task 'image_classes' does not embed 'image': it classifies image. Tasks that do: image_text."
+    )
+    with pytest.raises(
+        UserError, match="The run does not embed 'sound'. Known: image, spectrogram, text, video"
+    ):
+        model.embed(sound=[])
 
 
 def test_a_run_that_is_not_there(tmp_path, tiny_run):

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -324,6 +325,29 @@ def test_the_rate_at_any_step(
         expected = 0.02 * (final + (1 - final) * (1 + math.cos(math.pi * part)) / 2)
     # Optax computes in float32.
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-8)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    steps=st.integers(1, 10**6), warmup=st.integers(0, 10**5), part=st.floats(0, 1.1), final=st.floats(0, 1)
+)  # fmt: skip
+def test_a_length_that_is_an_argument_gives_the_rate_of_one_that_is_a_constant(
+    steps: int, warmup: int, part: float, final: float
+) -> None:
+    """To the rounding of float32, beside Optax's schedules with the length in the program."""
+    config, count = (
+        OptimizerConfig(learning_rate=0.3, warmup=warmup, final=final),
+        int(part * steps),
+    )
+    schedules = [optax.cosine_decay_schedule(0.3, max(steps - warmup, 1), alpha=final)]
+    if warmup:
+        schedules.insert(0, optax.linear_schedule(0.3 / warmup, 0.3, max(warmup - 1, 1)))
+    constant = optax.join_schedules(schedules, [warmup] * (len(schedules) - 1))
+    rate = jax.jit(lambda length, warmup, count: learning_rate(config, length, warmup)(count))
+    found = rate(jnp.int32(steps), jnp.int32(warmup), jnp.int32(count))
+    assert found.dtype == jnp.float32
+    expected = float(jax.jit(constant)(jnp.int32(count)))
+    np.testing.assert_allclose(float(found), expected, rtol=0, atol=0.3 * 2**-22)
 
 
 def test_the_rate_meets_its_corners() -> None:

@@ -21,7 +21,7 @@ from toyrun import Parts, host, parts, run, watched
 from mmjax import train
 from mmjax.errors import UserError
 from mmjax.monitor.phases import PhaseLog
-from mmjax.program import LimitsConfig, Program, compile_all, ticks, use_cache
+from mmjax.program import LimitsConfig, Program, compile_all, use_cache
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 TRACED = "/jax/core/compile/jaxpr_trace_duration"
@@ -259,9 +259,38 @@ def test_the_second_compilation_is_a_hit(tmp_path: Path) -> None:
     assert cached == [False, True]
 
 
-def _one_anew() -> Program:
+@pytest.mark.parametrize("unit", ["steps", "examples", "visits"])
+def test_a_run_of_another_length_has_the_same_programs(unit: str) -> None:
+    """To the letter, whatever its length, its warm-up and its phases' rates; another peak is another program."""
+    phase = 'schedule.phases=[{"start": 8, "learning_rate": %s}]'
+
+    def texts(*overrides: str) -> dict[str, str]:
+        toy = parts("optimizer.decay=cosine", f"optimizer.unit={unit}", *overrides)
+        requests, texts = toy.experiment.train_requests(toy.mesh), {}
+        for name, r in requests.items():
+            jitted = jax.jit(r.function, donate_argnums=r.donate, out_shardings=r.out_shardings)
+            with jax.set_mesh(toy.mesh):
+                texts[name] = jitted.lower(*r.arguments).as_text()
+        return texts
+
+    first = texts("steps=40")
+    assert set(first) == {"one", "two"}
+    assert texts("steps=41") == first
+    assert texts("steps=40", "optimizer.warmup=0") == first
+    assert texts("steps=40", phase % 0.1) == first
+    assert texts("steps=40", "optimizer.learning_rate=0.5") != first
+
+
+def test_the_cache_has_the_programs_of_a_run_of_another_length(tmp_path: Path) -> None:
+    words = ("model.width=4", "optimizer.decay=cosine")
+    with _cache(tmp_path / "cache"):
+        cached = [_one_anew(*words, steps).report["cached"] for steps in ("steps=40", "steps=41")]
+    assert cached == [False, True]
+
+
+def _one_anew(*overrides: str) -> Program:
     """The program of a task, traced again."""
-    toy = parts("model.width=4")
+    toy = parts("model.width=4", *overrides)
     requests = {"one": toy.experiment.train_requests(toy.mesh)["one"]}
     return compile_all(requests, toy.mesh, LimitsConfig())["one"]
 
@@ -272,7 +301,7 @@ def test_a_cache_torn_by_a_kill_does_no_harm(tmp_path: Path) -> None:
     with _cache(tmp_path / "cache"):
         for _ in range(2):
             call, toy = _one_anew().call, parts("model.width=4")
-            batch, when = toy.batch("one", range(8)), ticks(toy.mesh, step=3, visit=2)
+            batch, when = toy.batch("one", range(8)), toy.ticks("one", 3, 2)
             results.append(host(call(toy.state, batch, when)))
             entries = [p for p in (tmp_path / "cache").rglob("*-cache") if p.is_file()]
             assert entries
@@ -325,7 +354,7 @@ def _stepped(toy: Parts, task: str, ids: Any, step: int = 3) -> tuple[Any, Any]:
     call = compile_all({task: request}, toy.mesh, LimitsConfig())[task].call
     copied = jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), toy.state)
     batch = toy.batch(task, ids)
-    state, metrics = call(copied, batch, ticks(toy.mesh, step=step, visit=2))
+    state, metrics = call(copied, batch, toy.ticks(task, step, 2))
     assert all(x.is_deleted() for x in jax.tree.leaves(copied.parameters))  # donated
     return host(state), host(metrics)
 
@@ -376,7 +405,7 @@ def test_the_state_keeps_its_shardings() -> None:
     programs = compile_all(toy.experiment.train_requests(toy.mesh), toy.mesh, LimitsConfig())
     for task in ("one", "two", "one"):
         batch = toy.batch(task, range(8))
-        state, _ = programs[task].call(state, batch, ticks(toy.mesh, step=1, visit=1))
+        state, _ = programs[task].call(state, batch, toy.ticks(task, 1, 1))
         pairs = zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True)
         assert all(x.sharding == a.sharding for x, a in pairs)
     assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(state))

@@ -186,6 +186,26 @@ def test_a_finished_run_says_so_and_changes_nothing(
     assert contents(copy) == before
 
 
+def test_a_finished_run_evaluates_what_its_config_has_gained(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A new evaluator, or one with other settings; no step is done, and once evaluated it is done."""
+    before, lines = toyrun.bits(copy), [x for x in deterministic(copy) if x["kind"] == "train"]
+    source = "{'name': 'toy', 'count': 24}"
+    more = f"tasks.two.evaluators.more={{'name': 'held_out_loss', 'source': {source}}}"
+    with watched() as seen:
+        records = run(copy, more)
+        assert "All 12 steps are done; evaluating two.more." in capsys.readouterr().out
+        assert records is not None and [r["count"] for r in records] == [16, 16, 24]
+        assert json.loads((copy / "results.json").read_text()) == records
+        assert run(copy, more) == records
+        assert "Done: " in capsys.readouterr().out
+        again = run(copy, more.replace("24", "20"))
+        assert again is not None and again[-1]["count"] == 20
+    assert not seen.ids and toyrun.bits(copy) == before
+    assert [x for x in deterministic(copy) if x["kind"] == "train"] == lines
+
+
 def test_a_run_killed_before_its_results_evaluates_only(copy: Path, straight: Path) -> None:
     (copy / "results.json").unlink()
     with watched() as seen:

@@ -16,7 +16,7 @@ from toyrun import host, parts, run
 from mmjax import checkpoint
 from mmjax.errors import UserError
 from mmjax.parameters import Spec, Stack
-from mmjax.program import LimitsConfig, compile_all, ticks
+from mmjax.program import LimitsConfig, compile_all
 from mmjax.rules import RuleConfig, apply_rules
 
 LAYERS = Stack(first=0, stride=1, repeat=3, prefix="trunk/layers", inner="kernel")
@@ -89,7 +89,7 @@ def stepped(*overrides: str) -> tuple[Any, Any, dict[str, Any]]:
         {"one": toy.experiment.train_requests(toy.mesh)["one"]}, toy.mesh, LimitsConfig()
     )["one"]
     before = host(toy.state.parameters)
-    state, _ = program.call(toy.state, toy.batch("one", range(8)), ticks(toy.mesh, step=0, visit=0))
+    state, _ = program.call(toy.state, toy.batch("one", range(8)), toy.ticks("one", 0, 0))
     return before, host(state), program.report
 
 

@@ -82,8 +82,8 @@ def test_the_same_settings_are_one_program() -> None:
 
 def test_a_rate_alone_makes_no_program() -> None:
     made = experiment({"start": 4, "learning_rate": 0.1}).settings
-    assert set(made.programs) == {"one", "two"} and made.scales == (1.0, 0.1)
-    assert experiment().settings.scales == ()
+    assert set(made.programs) == {"one", "two"}
+    assert [made.at(step).scale for step in (0, 3, 4, 99)] == [1.0, 1.0, 0.1, 0.1]
 
 
 def test_all_programs_count_and_fit_before_the_first_step() -> None:

@@ -163,6 +163,22 @@ def test_a_config_shows_its_parameters_without_a_checkpoint(tiny_run):
     assert totals(out) == totals(shown(str(tiny_run)))
 
 
+def test_names_are_those_of_the_checkpoint_with_shapes_and_dtypes(tiny_run, tmp_path):
+    """One line for each parameter, the same of the run, of its config, and of a file of them."""
+    lines = shown(str(tiny_run), "--names").splitlines()
+    shapes = checkpoint.read_shapes(tiny_run, 14)["parameters"]
+    assert [line.split(None, 1) for line in lines] == [
+        [name, f"float32{list(shapes[name].shape)}"] for name in sorted(shapes)
+    ]
+    assert shown(f"--config={TINY}", "--names").splitlines() == lines
+    assert "bfloat16[32, 2, 16]" in shown(
+        f"--config={TINY}", "--names", "--config.dtype.parameters=bfloat16"
+    )
+    file = tmp_path / "w.npz"
+    np.savez(file, **{name: np.zeros(s.shape, np.float32) for name, s in shapes.items()})
+    assert shown(str(file), "--names").splitlines() == lines
+
+
 def test_overrides_count():
     wider = totals(shown(f"--config={TINY}", "--config.tasks.image_text.objective.joint=24"))
     assert wider["heads/image_text"] == 2 * 32 * 24 + 1

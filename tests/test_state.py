@@ -21,7 +21,7 @@ from toyrun import Parts, host, parts, run
 from mmjax import checkpoint, loading
 from mmjax.errors import UserError
 from mmjax.evaluate import Evaluation
-from mmjax.program import LimitsConfig, compile_all, ticks
+from mmjax.program import LimitsConfig, compile_all
 from mmjax.resume import begin
 from mmjax.schedule import from_config
 from mmjax.state import EMA, SUMMED, Clock, compute_dtype, state_from_canonical, state_to_canonical
@@ -108,7 +108,7 @@ def test_averages_follow_the_parameters(toy: Parts) -> None:
     start = host(state.parameters)
     for step, task in enumerate(["one", "two", "one", "two"]):
         state, _ = programs[task].call(
-            state, toy.batch(task, range(8)), ticks(toy.mesh, step=step, visit=step // 2)
+            state, toy.batch(task, range(8)), toy.ticks(task, step, step // 2)
         )
         for name, value in host(state.parameters).items():
             averages[name] = 0.75 * averages[name] + 0.25 * value

@@ -14,7 +14,7 @@ from toyrun import host, parts
 
 from mmjax.layers.transformer import PARTS
 from mmjax.parameters import from_canonical, to_canonical
-from mmjax.program import LimitsConfig, compile_all, ticks
+from mmjax.program import LimitsConfig, compile_all
 
 # `toy` stands for text, `other` for pictures.
 NAMES = ["toy", "other"]
@@ -54,7 +54,7 @@ def after(tasks: list[str], *more: str) -> list[Any]:
     state, states = toy.state, []
     for step, task in enumerate(tasks):
         visit = tasks[:step].count(task)
-        now = ticks(toy.mesh, step=step, visit=visit)
+        now = toy.ticks(task, step, visit)
         state, told = programs[task].call(state, toy.batch(task, range(8)), now)
         assert told["finite"]
         states.append(host(state))
@@ -118,6 +118,7 @@ def trained(workdir: Path, file: Path, freeze: list[str]) -> Mapping[str, np.nda
     names = [{"match": LAYERS, "name": r"\1\3"}]
     rules = [{"match": pattern, "freeze": True} for pattern in freeze]
     more = [f"init_from.path={file}", f"init_from.names={names}", f"optimizer.rules={rules}"]
+    more += ["init_from.skip=['stems/other/.*']"]
     more += ["schedule.rule=shares", "steps=4", "evaluation.every=0"]
     toyrun.run(workdir, *overrides(MOT, norms=NAMES), *more)
     return toyrun.parameters(workdir)

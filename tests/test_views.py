@@ -25,7 +25,7 @@ from mmjax.experiment import make_experiment
 from mmjax.monitor.tables import program_table
 from mmjax.optimizer import Optimizer, OptimizerConfig
 from mmjax.parameters import Spec
-from mmjax.program import LimitsConfig, Program, compile_all, ticks
+from mmjax.program import LimitsConfig, Program, compile_all
 from mmjax.state import EMA
 from mmjax.views import SHARED, View
 
@@ -49,7 +49,7 @@ def after(tasks: Sequence[str], *overrides: str) -> tuple[list[Any], list[Any]]:
     for step, task in enumerate(tasks):
         visit = list(tasks[:step]).count(task)
         batch = toy.batch(task, range(8))
-        state, told = programs[task].call(state, batch, ticks(toy.mesh, step=step, visit=visit))
+        state, told = programs[task].call(state, batch, toy.ticks(task, step, visit))
         states.append(host(state))
         metrics.append(host(told))
     return states, metrics
@@ -279,9 +279,9 @@ def rates(unit: str, warmup: int, tasks: Sequence[str]) -> list[float]:
         when = {
             "step": step,
             "visit": tasks[:step].count(task),
-            **experiment.progress(step, positions),
+            **experiment.progress(task, step, positions),
         }
-        ticks = {name: jnp.int32(n) for name, n in when.items()}
+        ticks = {name: jnp.asarray(n) for name, n in when.items()}
         found.append(float(experiment.optimizer.rate(task, ticks)))
         positions[task] += experiment.tasks[task].batch
     return found

@@ -18,8 +18,11 @@ from hypothesis import strategies as st
 from jax.nn import initializers
 from toyrun import parts, run
 
+import mmjax
 from mmjax import checkpoint
+from mmjax.config import check_compatible
 from mmjax.errors import UserError
+from mmjax.migrations import upgrade
 from mmjax.parameters import Spec, Stack
 from mmjax.resume import begin
 from mmjax.state import EMA
@@ -92,6 +95,54 @@ def test_a_file_of_arrays(tmp_path: Path, write: Any) -> None:
     assert said.startswith("Begins with 5 of 5 parameters from ") and "random" not in said
 
 
+def test_what_is_missing_is_an_error_that_names_the_nearest(tmp_path: Path) -> None:
+    """As of a file with the names that parameters have while a model is built: all layers as one."""
+    values = whole()
+    layers = np.stack([values.pop(NAMES[0]), values.pop(NAMES[1])])
+    path = npz(tmp_path, {**values, "trunk/groups/0/query": layers})
+    with pytest.raises(UserError) as raised:
+        start(path)
+    assert (
+        "  2 of the 5 parameters are not there:\n"
+        "    trunk/layers/*/query (2) (the nearest there: trunk/groups/0/query)\n"
+    ) in str(raised.value)
+    found, said = start(path, strict=False)
+    assert found.keys() == set(NAMES[2:])
+    assert "initialised randomly (2): trunk/layers/*/query (2)\n" in said
+    assert said.endswith("not used of it (1): trunk/groups/0/query")
+    found, _ = start(path, skip=("trunk/.*",))
+    assert found.keys() == set(NAMES[2:])
+
+
+def test_every_array_that_is_not_used_is_named(tmp_path: Path) -> None:
+    more = {f"decoder/{i}/kernel": np.zeros(1) for i in range(40)}
+    more |= {f"part_{c}": np.zeros(1) for c in "abcdefghijklmnopqrst"}
+    _, said = start(npz(tmp_path, {**whole(), **more}))
+    assert "not used of it (60): decoder/*/kernel (40), part_a, part_b" in said
+    assert all(f"part_{c}" in said for c in "abcdefghijklmnopqrst")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39])
+def test_values_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: float) -> None:
+    values = {n: v.astype(np.float64) for n, v in whole().items()}
+    values["heads/one/out"][1, 2] = value
+    path = npz(tmp_path, values)
+    with pytest.raises(UserError, match="'heads/one/out' has 1 of 12 values that are not finite"):
+        start(path)
+    assert start(path, skip=("heads/.*",))[0].keys() == set(NAMES[:4])
+    held = start(path, non_finite=True)[0]["heads/one/out"]
+    np.testing.assert_array_equal(held, values["heads/one/out"])
+
+
+def test_what_is_no_number_with_a_point_is_refused_only_where_it_is_needed(tmp_path: Path) -> None:
+    values = {**whole(), "heads/one/out": np.ones((4, 3), np.int64), "step": np.array(3)}
+    path = npz(tmp_path, values)
+    with pytest.raises(UserError, match="'heads/one/out' is int64"):
+        start(path)
+    found, said = start(path, skip=("heads/.*",))
+    assert len(found) == 4 and "not used of it (2): heads/one/out, step" in said
+
+
 def test_bfloat16_is_read(tmp_path: Path) -> None:
     values = {n: v.astype(jnp.bfloat16) for n, v in whole().items()}
     found, _ = start(safetensors(tmp_path, values))
@@ -112,23 +163,34 @@ def test_names_by_pattern_and_matrices_the_other_way_round(tmp_path: Path) -> No
         NameConfig("stems/image/kernel", "patch"),
         NameConfig("stems/.*", "lost"),  # the first that matches counts
     )
-    found, said = start(npz(tmp_path, theirs), names=names)
+    path = npz(tmp_path, theirs)
+    with pytest.raises(
+        UserError, match=r"2 of the 5 parameters are not there:\n    stems/image/table"
+    ):
+        start(path, names=names)
+    found, said = start(path, names=names, skip=("stems/image/table", "heads/.*"))
     assert found.keys() == {NAMES[0], NAMES[1], "stems/image/kernel"}
     assert all(np.array_equal(found[n], values[n]) for n in found)
-    assert f"adapted (2): {NAMES[0]} [4, 6] -> [4, 2, 3]" in said
-    assert "at random (2): stems/image/table, heads/one/out" in said
+    assert "adapted (2): trunk/layers/*/query [4, 6] -> [4, 2, 3] (2)" in said
+    assert "initialised randomly (2): stems/image/table, heads/one/out" in said
     assert "not used of it (1): classifier" in said
 
 
 def test_a_head_of_another_shape_begins_at_random_and_a_stem_is_refused(tmp_path: Path) -> None:
     values = {**whole(), "heads/one/out": np.zeros((4, 7), np.float32)}
-    found, said = start(npz(tmp_path, values))
+    found, said = start(npz(tmp_path, values), strict=False)
     assert "heads/one/out" not in found and len(found) == 4
-    assert "at random (1): heads/one/out (there [4, 7])" in said
-    values["stems/image/kernel"] = np.zeros((8, 4), np.float32)
-    with pytest.raises(UserError, match=r"stems/image/kernel: expected \[5, 4\], found \[8, 4\]"):
+    assert "initialised randomly (1): heads/one/out (there [4, 7])" in said
+    with pytest.raises(UserError, match=r"heads/one/out: expected \[4, 3\], found \[4, 7\]"):
         start(npz(tmp_path, values))
-    found, _ = start(npz(tmp_path, values), skip=("stems/image/kernel",))
+    assert start(npz(tmp_path, values), skip=("heads/one/out",))[0].keys() == found.keys()
+    values["stems/image/kernel"] = np.zeros((8, 4), np.float32)
+    for strict in (True, False):
+        with pytest.raises(
+            UserError, match=r"stems/image/kernel: expected \[5, 4\], found \[8, 4\]"
+        ):
+            start(npz(tmp_path, values), strict=strict)
+    found, _ = start(npz(tmp_path, values), skip=("stems/image/kernel", "heads/.*"))
     assert "stems/image/kernel" not in found and len(found) == 3
 
 
@@ -166,8 +228,9 @@ def test_a_pickle_in_a_file_is_not_run(tmp_path: Path) -> None:
         def __reduce__(self) -> Any:
             return (Path.touch, (tmp_path / "sprung",))
 
-    np.savez(tmp_path / "trap.npz", **{NAMES[0]: np.array([Trap()], dtype=object)})
-    with pytest.raises(UserError, match="cannot be read"):
+    traps = np.full((4, 2, 3), Trap(), dtype=object)
+    np.savez(tmp_path / "trap.npz", **{**whole(), NAMES[0]: traps})
+    with pytest.raises(UserError, match=f"cannot be read: '{NAMES[0]}' has the dtype object"):
         start(str(tmp_path / "trap.npz"))
     assert not (tmp_path / "sprung").exists()
     np.load(tmp_path / "trap.npz", allow_pickle=True)[NAMES[0]]  # the control
@@ -194,9 +257,42 @@ def test_a_pattern_that_matches_nothing_here_is_refused(tmp_path: Path) -> None:
         start(path, skip=("stems/image/kernl",))
     with pytest.raises(UserError, match=r"init_from\.names\[0\]\.match"):
         start(path, names=(NameConfig("stem/.*", "x"),))
+    with pytest.raises(
+        UserError, match=r"init_from\.names: '.2' is no name for what 'stems/\(\.\*\)'"
+    ):
+        start(path, names=(NameConfig("stems/(.*)", r"\2"),))
 
 
 # --- runs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [npz, safetensors])
+def test_the_parameters_of_a_loaded_run_are_a_source(tmp_path: Path, write: Any) -> None:
+    """Every one of them, the layers of the trunk too, under the name that the checkpoint has."""
+    run(tmp_path / "run", "steps=2", "evaluation.every=0")
+    model = mmjax.load(str(tmp_path / "run"))
+    file = write(tmp_path, {name: np.asarray(value) for name, value in model.parameters.items()})
+    specs, said = parts().experiment.declaration.specs, list[str]()
+    found = warm_start(WarmStartConfig(file), specs, said.append)
+    held = toyrun.parameters(tmp_path / "run")
+    assert found.keys() == held.keys() >= {"trunk/layers/001/inner/kernel"}
+    assert all(np.array_equal(found[name], held[name]) for name in held)
+    assert said == [f"Begins with {len(held)} of {len(held)} parameters from {file}."]
+
+
+def test_a_run_that_began_before_names_were_strict_keeps_what_it_began_with() -> None:
+    """Begun once more before its first checkpoint, or replayed: what was missing is random, and NaN is taken."""
+    config = {"init_from": {"path": "x.npz"}, "optimizer": {}}
+    assert upgrade(config, 1) == {
+        "init_from": {"path": "x.npz", "strict": False, "non_finite": True}, "optimizer": {},
+    }  # fmt: skip
+    assert upgrade(config, 2) == config
+    for plain in ({}, {"init_from": {"path": ""}}):
+        assert upgrade(plain, 1) == plain
+    old = upgrade(config, 1)
+    assert not check_compatible(old, old, False)
+    # Neither key says anything about a run that has a checkpoint.
+    assert {d.kind for d in check_compatible(old, config, False)} == {"free"}
 
 
 def test_a_run_begins_where_another_ended_and_never_looks_back(

@@ -23,6 +23,7 @@ from absl import flags
 from jax.sharding import NamedSharding
 
 from mmjax import config as configs
+from mmjax.bounds import SIZE, check
 from mmjax.data import order
 from mmjax.errors import RecordError, UserError
 from mmjax.settings import Settings
@@ -51,6 +52,9 @@ class LoaderConfig:
     ahead: int = 4
     cache_mib: int = 256
     processes: int = 0
+
+    def __post_init__(self) -> None:
+        check(self, threads=SIZE, ahead=SIZE, cache_mib=SIZE, processes=SIZE)
 
 
 @partial(

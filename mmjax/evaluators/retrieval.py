@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import gammaln
 
+from mmjax.bounds import COUNT, check
 from mmjax.errors import UserError
 from mmjax.evaluator import Evaluator, Outputs, Pass, Record, embedding
 from mmjax.task import Task
@@ -30,6 +31,9 @@ class Retrieval(Evaluator):
     unique: str = "text"
     at: tuple[int, ...] = (1, 5, 10)
     between: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check(self, at=COUNT)
 
     def passes(self, task: Task) -> dict[str, Pass]:
         one, two = self._pair(task)

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.nn import initializers
 
 from mmjax import config as configs
+from mmjax.bounds import AMOUNT, COUNT, check
 from mmjax.errors import UserError, nearest
 from mmjax.layers.by_modality import ByModality
 from mmjax.layers.dense import Dense, lecun, mlp_of
@@ -74,6 +75,7 @@ class ExpertsConfig:
     causal: CausalConfig | None = None
 
     def __post_init__(self) -> None:
+        check(self, losses=AMOUNT, local=AMOUNT, spread=AMOUNT, threshold=AMOUNT)
         if min(self.count, self.group, self.groups) < 1:
             raise UserError(
                 f"experts: count is {self.count}, group {self.group}, groups {self.groups}; 1 at least."
@@ -130,6 +132,9 @@ class CausalConfig:
 
     hidden: int
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(self, hidden=COUNT, weight=AMOUNT)
 
 
 class CausalRouter(nnx.Module):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmjax import config as configs
+from mmjax.bounds import AMOUNT, COUNT, OutOfBounds, check, contains
 from mmjax.layers.by_modality import ByModality, Modalities, apply, experts, kinds
 from mmjax.layers.dense import norm_of
 from mmjax.layers.stream import Aux, Stream, add_up, fold
@@ -26,6 +27,9 @@ class GroupConfig:
 
     repeat: int
     pattern: tuple[dict[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        check(self, repeat=COUNT)
 
 
 class Group(nnx.Module):
@@ -104,9 +108,19 @@ class Group(nnx.Module):
         return jax.lax.scan(body, stream, (state, held))
 
 
+def _check_numbers(block: dict[str, Any], where: str) -> None:
+    """Raise for sizes of a block that nothing could be built with."""
+    for key, value in block.items():
+        interval = COUNT if key in ("heads", "hidden") else AMOUNT
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not contains(interval, value):
+            raise OutOfBounds(where, key, value, interval)
+
+
 def _block(block: dict[str, Any], width: int, where: str) -> Any:
     name = block.get("name", "")
     cls = configs.resolve("layers", name, where)
+    _check_numbers(block, where)
     try:
         return cls(width, **{k: v for k, v in block.items() if k != "name"})
     except TypeError as error:

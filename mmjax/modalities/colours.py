@@ -13,6 +13,7 @@ from flax import nnx
 from jax.nn import initializers
 
 from mmjax import pictures
+from mmjax.bounds import COUNT, check
 from mmjax.errors import UserError
 from mmjax.layers.positions import Positions, grid
 from mmjax.layers.stream import Stream
@@ -40,7 +41,7 @@ class Colours(Modality[ImageInput]):
     max_pixels: int = pictures.MAX_PIXELS
 
     def __post_init__(self) -> None:
-        pictures.check_bound(self.max_pixels, "colours")
+        check(self, buckets=COUNT, max_pixels=pictures.PIXELS)
         if not 2 <= self.levels <= 256:
             raise UserError(f"colours: levels is {self.levels}; expected 2 to 256.")
 

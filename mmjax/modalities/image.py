@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from mmjax import pictures
+from mmjax.bounds import COUNT, check
 from mmjax.errors import UserError, nearest
 from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
@@ -66,7 +67,7 @@ class Image(Modality[ImageInput]):
     max_pixels: int = pictures.MAX_PIXELS
 
     def __post_init__(self) -> None:
-        pictures.check_bound(self.max_pixels, "image")
+        check(self, patch=COUNT, buckets=COUNT, max_pixels=pictures.PIXELS)
 
     def stem(self, width: int) -> nnx.Module:
         return ImageStem(self.patch, self.buckets, width)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mmjax.bounds import AMOUNT, COUNT, PART, POSITIVE, SIZE, check
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
@@ -19,7 +20,6 @@ from mmjax.modalities.waveform import (
     MAX_SECONDS,
     Sound,
     at_rate,
-    check_max_seconds,
     loudness,
     patches,
     read,
@@ -57,6 +57,9 @@ class SpectrogramInput:
     rate: int = 0
     gain: float = 0.0
     drop: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(self, frames=COUNT, rate=SIZE, gain=AMOUNT, drop=PART)
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ class Spectrogram(Modality[SpectrogramInput]):
     max_seconds: float = MAX_SECONDS
 
     def __post_init__(self) -> None:
-        check_max_seconds(self.max_seconds, "spectrogram")
+        check(self, patch_frames=COUNT, patch_mels=COUNT, mels=COUNT, rate=COUNT, window=COUNT)
+        check(self, hop=COUNT, low=AMOUNT, high=AMOUNT, buckets=COUNT, max_seconds=POSITIVE)
         if not 0 <= self.low < self.high <= self.rate / 2:
             raise UserError(
                 f"spectrogram: bands from {self.low:g} to {self.high:g} Hz do not lie in order "

@@ -14,6 +14,7 @@ from etils import epath
 from flax import nnx
 from jax.nn import initializers
 
+from mmjax.bounds import COUNT, check
 from mmjax.data import DATA_DIR_VARIABLE, data_dir
 from mmjax.data.tokenizer import EOS_ID, Tokenizer
 from mmjax.errors import UserError
@@ -36,6 +37,9 @@ class TextInput:
     field: str = "caption"
     length: int = 16
 
+    def __post_init__(self) -> None:
+        check(self, length=COUNT)
+
 
 @dataclass(frozen=True)
 class Text(Modality[TextInput]):
@@ -51,6 +55,9 @@ class Text(Modality[TextInput]):
     tokenizer: str = "emoji/1.0.0/tokenizer.model"
     vocabulary: int = 2048
     buckets: int = 128
+
+    def __post_init__(self) -> None:
+        check(self, vocabulary=COUNT, buckets=COUNT)
 
     def stem(self, width: int) -> nnx.Module:
         return TextStem(self.vocabulary, self.buckets, width)

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from mmjax import pictures
+from mmjax.bounds import COUNT, check
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
@@ -77,9 +78,8 @@ class Video(Modality[VideoInput]):
     max_frames: int = 2**14
 
     def __post_init__(self) -> None:
-        pictures.check_bound(self.max_pixels, "video")
-        if self.max_frames < 1:
-            raise UserError(f"video: max_frames is {self.max_frames}; expected 1 or more.")
+        check(self, tube=COUNT, patch=COUNT, time_buckets=COUNT, buckets=COUNT)
+        check(self, max_pixels=pictures.PIXELS, max_frames=COUNT)
 
     def stem(self, width: int) -> nnx.Module:
         buckets = {"t": self.time_buckets, "y": self.buckets, "x": self.buckets}

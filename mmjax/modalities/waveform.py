@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mmjax.bounds import AMOUNT, COUNT, PART, POSITIVE, SIZE, check
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions, grid
@@ -53,6 +54,9 @@ class WaveformInput:
     gain: float = 0.0
     drop: float = 0.0
 
+    def __post_init__(self) -> None:
+        check(self, samples=COUNT, rate=SIZE, level=AMOUNT, gain=AMOUNT, drop=PART)
+
 
 @dataclass(frozen=True)
 class Waveform(Modality[WaveformInput]):
@@ -73,7 +77,7 @@ class Waveform(Modality[WaveformInput]):
     max_seconds: float = MAX_SECONDS
 
     def __post_init__(self) -> None:
-        check_max_seconds(self.max_seconds, "waveform")
+        check(self, patch=COUNT, rate=COUNT, buckets=COUNT, max_seconds=POSITIVE)
 
     def stem(self, width: int) -> nnx.Module:
         return WaveformStem(self.patch, self.buckets, width)
@@ -145,12 +149,6 @@ class WaveformStem(nnx.Module):
 
 
 # --- reading sound -----------------------------------------------------------------------------
-
-
-def check_max_seconds(max_seconds: float, where: str) -> None:
-    """Refuse a bound that leaves no sound."""
-    if not max_seconds > 0:
-        raise UserError(f"{where}: max_seconds is {max_seconds}; expected more than 0.")
 
 
 def read(value: Any, rate: int, max_seconds: float = MAX_SECONDS) -> Sound:

@@ -39,6 +39,20 @@ FILE = "goodput.jsonl"
 OTHER = "other"
 STEP = "step"
 REPEATED = "repeated"
+# Phases of a run, as `summary` names them, in the order of every table and picture.
+LABELS = {
+    "step": "steps that count (goodput)",
+    "repeated": "steps that were done again",
+    "wait_data": "waiting for data",
+    "compile": "compiling",
+    "eval": "evaluating",
+    "save": "saving",
+    "restore": "making or restoring the state",
+    "init": "opening data and checkpoint",
+    "report": "writing the report",
+    OTHER: "between these",
+}
+_COUNTS = ("total", "attempts", "unfinished")  # in `summary`, and no phases
 _SUMS = (OTHER, REPEATED, "total", "attempts", "unfinished")
 _STAMP = ("attempt", "pid", "time", "seconds")
 _OWN = (*_STAMP, "line", "phase", "name", "elapsed", "self", "moved", "error")
@@ -171,7 +185,7 @@ def summary(workdir: epath.Path) -> dict[str, float]:
 
     Besides the phases: `repeated` (steps that a later attempt did again, because it went on from an
     earlier one), `other` (inside no phase), `total` (their sum), `attempts` (a count) and
-    `unfinished` (the count of phases that were open when their attempt was killed). Time of a
+    `unfinished` (the count of attempts that were killed in a phase, or are still in one). Time of a
     killed attempt counts until its last line. Lines torn by a kill are passed over. An attempt that
     a `UserError` ended before its first step (a wrong config, other data) counts for nothing.
     """
@@ -194,13 +208,41 @@ def summary(workdir: epath.Path) -> dict[str, float]:
         **sums,
         "total": sum(sums.values()),
         "attempts": float(len(attempts)),
-        "unfinished": float(sum(len(attempt.open) for attempt in stretches)),
+        "unfinished": float(sum(bool(parts[-1].open) for parts in attempts.values())),
     }
 
 
 def goodput(seconds: Mapping[str, float]) -> float:
     """The share of all time, as `summary` has it, that went into steps which count; 0 for no time."""
-    return seconds.get(STEP, 0.0) / seconds["total"] if seconds["total"] else 0.0
+    return share_of_time(seconds.get(STEP, 0.0), seconds["total"])
+
+
+def share_of_time(seconds: float, total: float) -> float:
+    """Return the share of a run's time: `seconds` of a phase or a task in the `total` of all attempts.
+
+    A task's seconds are those of the steps that count, from the end of the step before to their own: its waiting for
+    data is among them. Every share of time that a table, the report or `summary.json` gives is this one.
+    """
+    return seconds / total if total > 0 else 0.0
+
+
+def rows(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return a row for each phase that took time: `phase`, `label`, `seconds`, and their `share` of all.
+
+    Args:
+      seconds: as `summary` has them.
+    """
+    names = [*LABELS, *(name for name in seconds if name not in (*LABELS, *_COUNTS))]
+    return [
+        {
+            "phase": name,
+            "label": LABELS.get(name, name),
+            "seconds": seconds[name],
+            "share": share_of_time(seconds[name], seconds["total"]),
+        }
+        for name in names
+        if seconds.get(name)
+    ]
 
 
 _Begun = tuple[str, float]  # a phase, and the step at which it began; infinity where it says none

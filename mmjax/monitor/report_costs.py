@@ -1,76 +1,87 @@
-"""What the tasks of a run cost, from its `summary.json`: bars of step times, shares and FLOP/s."""
+"""The report's section on time: the phases of a run and the costs of its tasks, each number in one place."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mmjax.monitor import phases
 from mmjax.monitor.report_data import Run
-from mmjax.monitor.report_html import Child, Html, bar, number, table, tag
-from mmjax.monitor.report_parts import colour_of, coloured, named
-from mmjax.monitor.tables import human_count, human_seconds, percent, signed_seconds
+from mmjax.monitor.report_html import Child, Html, bar, join, number, table, tag
+from mmjax.monitor.report_parts import colour_of, coloured, named, rates
+from mmjax.monitor.tables import human_count, human_flops, human_seconds, percent, signed_seconds
 
-# Of the whole time, in this order: phases of the log, what they are, and their colour.
-_PARTS: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (("step",), "useful steps", "c2"),
-    (("wait_data",), "waiting for data", "c6"),
-    (("repeated",), "repeated steps", "c4"),
-    (("compile",), "compiling", "c0"),
-    (("eval",), "evaluating", "c3"),
-    (("save", "restore"), "checkpoints", "c5"),
-    (("init", "report", "other"), "the rest", "c7"),
-)
-_LEAST = 1e-4  # of the time: what is less is not told
+_COLOURS = {
+    "step": "c2", "repeated": "c4", "wait_data": "c6", "compile": "c0", "eval": "c3", "save": "c5", "restore": "c8",
+    "init": "c9", "report": "c1",
+}  # fmt: skip
+_OTHER = "c7"
 
 
 def costs(run: Run) -> Iterator[Html]:
-    """The goodput split as one bar, and a row of bars for each task."""
+    """Goodput and the phases of the run, then what each task did and what its steps cost."""
     if run.log and run.seconds["total"] > 0:
-        yield _split(run)
-    rows = run.costs.get("tasks", [])
+        yield from _phases(run)
+    rows = run.summary["tasks"]
     if rows:
-        yield _tasks(run, rows)
+        yield _steps(run, rows)
         yield tag(
-            "p", "FLOP/s count the model's dot products in forward and backward pass; MFU is their part of"
+            "p", "A task's share of time is that of its steps, their waiting for data included, in the time of"
+            " all attempts. FLOP/s count the model's dot products in forward and backward pass; MFU is their part of"
             " the chips' peak, where that is known. A switch is what the median step after another task is"
             " longer than after the same.", class_="remark",
         )  # fmt: skip
+        yield _tasks(run, rows)
+        yield rates(run)
 
 
-def _split(run: Run) -> Html:
-    total = run.seconds["total"]
-    found = [
-        (words, colour, sum(run.seconds.get(phase, 0.0) for phase in phases) / total)
-        for phases, words, colour in _PARTS
-    ]
-    told = [part for part in found if part[2] > _LEAST]
+def _phases(run: Run) -> Iterator[Html]:
+    """A bar of all phases, and a row for each, with the colour that it has in the bar."""
+    rows = phases.rows(run.seconds)
     bars = (
-        tag("span", class_=f"fill {colour}", style=f"width:{100 * share:.2f}%")
-        for _, colour, share in told
+        tag("span", class_=f"fill {_colour(row)}", style=f"width:{100 * row['share']:.2f}%")
+        for row in rows
     )
-    legend = (
-        tag("li", coloured(words, colour), " ", number(percent(share), share))
-        for words, colour, share in told
-    )  # fmt: skip
-    good = run.seconds.get("step", 0.0) / total
-    return tag(
-        "div", tag("h3", "Goodput ", number(percent(good), good)),
-        tag("div", *bars, class_="split", aria_hidden="true"), tag("ul", *legend, class_="legend"),
-    )  # fmt: skip
+    good = run.summary["goodput"]
+    yield tag("h3", "Goodput ", number(percent(good), good))
+    yield tag("div", *bars, class_="split", aria_hidden="true")
+    cells: list[Sequence[Child]] = [
+        (
+            coloured(row["label"], _colour(row)),
+            number(human_seconds(row["seconds"]), row["seconds"]),
+            number(percent(row["share"]), row["share"]),
+        )
+        for row in rows
+    ]
+    total = run.seconds["total"]
+    cells.append(("all", number(human_seconds(total), total), percent(1.0)))
+    yield table(_caption(run), ("phase", "#time", "#share"), cells)
 
 
-def _tasks(run: Run, rows: Sequence[Mapping[str, Any]]) -> Html:
+def _caption(run: Run) -> str:
+    words, count = "Where the time went, over all attempts", run.seconds["unfinished"]
+    if not count:
+        return words
+    # An attempt that has no end yet may be under way, but not in a run that is at its end.
+    return f"{words} ({count:.0f} killed{'' if run.is_done else ' or still going'})"
+
+
+def _colour(row: Mapping[str, Any]) -> str:
+    return _COLOURS.get(row["phase"], _OTHER)
+
+
+def _steps(run: Run, rows: Sequence[Mapping[str, Any]]) -> Html:
     """Columns of which nothing is known are left out."""
     heads = ("task", "#step", "of the longest", "#share of time", "", "#waiting", "#switch", "#FLOP/s",
              "#MFU", "")  # fmt: skip
     longest = max(row["step_seconds"] for row in rows) or 1.0
-    cells = [_row(row, colour_of(run, row["task"]), longest, run) for row in rows]
+    cells = [_step(row, colour_of(run, row["task"]), longest, run) for row in rows]
     kept = [i for i in range(len(heads)) if any(row[i] is not None for row in cells)]
     chosen = [[row[i] for i in kept] for row in cells]
     return table("What a step of each task costs", [heads[i] for i in kept], chosen)
 
 
-def _row(row: Mapping[str, Any], colour: str, longest: float, run: Run) -> list[Child]:
+def _step(row: Mapping[str, Any], colour: str, longest: float, run: Run) -> list[Child]:
     step, mfu, switch = row["step_seconds"], row.get("mfu"), row.get("switch_seconds")
     rate = row.get("flops_per_second")
     return [
@@ -81,7 +92,28 @@ def _row(row: Mapping[str, Any], colour: str, longest: float, run: Run) -> list[
         bar(row["share"], colour),
         number(human_seconds(row["wait_seconds"]), row["wait_seconds"]),
         None if switch is None else number(signed_seconds(switch), switch),
-        None if rate is None else number(human_count(rate), rate),
+        None if rate is None else number(human_flops(rate), rate),
         None if mfu is None else number(percent(mfu), mfu),
         None if mfu is None else bar(mfu, colour),
     ]
+
+
+def _tasks(run: Run, rows: Sequence[Mapping[str, Any]]) -> Html:
+    invalid = (run.meta or {}).get("clock", {}).get("invalid", {})
+    cells: list[Sequence[Child]] = [
+        (
+            named(run, row["task"]),
+            f"{row['visits']:,}",
+            number(human_count(row["examples"]), row["examples"]),
+            number(human_count(row["tokens"]), row["tokens"]),
+            f"{row['skipped']:,}",
+            f"{invalid[row['task']]:,}" if row["task"] in invalid else None,
+        )
+        for row in rows
+    ]
+    heads = ("task", "#visits", "#examples", "#tokens", "#skipped", "#invalid")
+    words = (
+        "Skipped: steps whose loss or gradient was not finite, and which changed nothing. Invalid:"
+    )
+    words += f" examples that could not be read, up to the checkpoint of step {run.meta_step:,}."
+    return join([table("What each task did", heads, cells), tag("p", words, class_="remark")])

@@ -29,37 +29,24 @@ class Visits:
     Attributes:
       step: which they were, `[V]`.
       values: each measure `[V]`, NaN where a line lacks it; `seconds` and `wait` among them.
-      batch: examples of a step, 0 where the config does not say.
+      examples: of each step `[V]`; the config's batch where a line lacks them, 0 where that lacks it too.
       usage: `"LAYER MODALITY"` -> each expert's part of the tokens `[V', E]`, of the visits that told it.
     """
 
     step: np.ndarray
     values: Mapping[str, np.ndarray]
-    batch: int
+    examples: np.ndarray
     usage: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def of(self, name: str) -> np.ndarray:
         """A measure `[V]`, NaN where it is not known."""
         return self.values.get(name, np.full(len(self.step), np.nan))
 
-    def sum_of(self, name: str) -> float:
-        """The sum of a measure's finite values."""
-        values = self.of(name)
-        return float(values[np.isfinite(values)].sum())
-
-    @property
-    def skipped(self) -> int:
-        """Steps without an update, for their loss or gradient was not finite."""
-        bad = ~np.isfinite(self.of("loss"))
-        if "grad_norm" in self.values:
-            bad |= ~np.isfinite(self.of("grad_norm"))
-        return int(bad.sum())
-
     @property
     def rates(self) -> np.ndarray:
         """Examples per second of each step, `[V]`."""
         seconds = self.of("seconds")
-        return np.where(seconds > 0, self.batch / np.where(seconds > 0, seconds, 1), np.nan)
+        return np.where(seconds > 0, self.examples / np.where(seconds > 0, seconds, 1), np.nan)
 
 
 @dataclass(frozen=True)
@@ -75,9 +62,9 @@ class Run:
       records: the newest results.
       records_step: complete steps when they were taken; None where that is not known.
       history: earlier values and the newest, by (task, evaluator, split, name).
-      seconds: by phase, as `phases.summary` gives them.
       log: the lines of `goodput.jsonl`.
-      costs: `summary.json`, empty where the run has not ended or stopped yet.
+      summary: what the run did and cost, as `tally.summary` gives it: of a finished run that of its end, which the
+        terminal showed and `summary.json` holds; of others up to now.
       evaluations: records of `mmjax.evaluate`, in the order in which they were taken.
     """
 
@@ -90,9 +77,8 @@ class Run:
     records: list[dict[str, Any]]
     records_step: int | None
     history: dict[tuple[str, ...], list[float]]
-    seconds: dict[str, float]
     log: list[dict[str, Any]]
-    costs: dict[str, Any]
+    summary: dict[str, Any]
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -110,6 +96,16 @@ class Run:
     def is_done(self) -> bool:
         wanted = self.config.get("steps")
         return wanted is not None and self.step >= wanted and bool(self.records)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase, as `phases.summary` gives them."""
+        seconds: dict[str, float] = self.summary["seconds"]
+        return seconds
+
+    def row(self, task: str) -> Mapping[str, Any]:
+        """Return what a task did and cost, as `tally.task_rows` gives it; empty where it has not run."""
+        return next((row for row in self.summary["tasks"] if row["task"] == task), {})
 
     def schedule(self) -> Schedule | None:
         """As the newest checkpoint holds it, else as the config describes it."""
@@ -148,11 +144,16 @@ def read_run(workdir: epath.Path) -> Run:
         records,
         records_step,
         _history(evals),
-        phases.summary(workdir),
         _log(workdir),
-        _json(workdir / tally.FILE) or {},
+        _summary(workdir, config.get("steps")),
         _evaluations(workdir),
     )
+
+
+def _summary(workdir: epath.Path, steps: Any) -> dict[str, Any]:
+    """Return the summary that a finished run ended with; of any other run, or without that file, one up to now."""
+    saved = tally.read(workdir)
+    return saved if "step" in saved and saved["step"] == steps else tally.summary(workdir, {})
 
 
 def wanted_shares(schedule: Schedule, steps: int) -> dict[str, float]:
@@ -189,7 +190,9 @@ def _visits(lines: Sequence[Mapping[str, Any]], batch: int) -> Visits:
         if name.startswith(metrics.USAGE):
             told[name.removeprefix(metrics.USAGE)].append(value)
     usage = {name: np.array(shares, float) for name, shares in told.items()}
-    return Visits(np.array([line["step"] for line in lines], np.int64), known, batch, usage)
+    examples = np.array([line.get("examples", batch) for line in lines], np.int64)
+    steps = np.array([line["step"] for line in lines], np.int64)
+    return Visits(steps, known, examples, usage)
 
 
 def _number(value: Any) -> float:

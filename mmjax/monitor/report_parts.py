@@ -10,26 +10,16 @@ from typing import Any
 import numpy as np
 
 from mmjax.monitor.report_data import Run, Visits, wanted_shares
-from mmjax.monitor.report_html import Child, Html, bar, join, number, table, tag
+from mmjax.monitor.report_html import Child, Html, bar, table, tag
 from mmjax.monitor.report_svg import Line, chart, colour, smoothed, strip
 from mmjax.monitor.tables import human_count, human_seconds, loss_text, percent
+from mmjax.monitor.tally import LATEST, latest
 
 LANE = 200  # steps of the strip
 _MOST_EVENTS = 50
 _SHOWN_APART = ("loss", "baseline", "learning_rate", "seconds", "wait", "busy", "flops_per_second", "mfu",
                 "examples", "tokens")  # fmt: skip
-_PHASES = {
-    "step": "training steps",
-    "repeated": "steps that were done again",
-    "wait_data": "waiting for data",
-    "compile": "compiling",
-    "eval": "evaluating",
-    "save": "saving",
-    "restore": "making or restoring the state",
-    "init": "opening data and checkpoint",
-    "report": "writing the report",
-    "other": "between phases",
-}
+_NOW = f"over the last {LATEST} visits"  # as in the tables: see `tally.latest`
 
 
 def facts(run: Run, parameters: int) -> Iterator[Html]:
@@ -120,15 +110,10 @@ def optimisation(run: Run) -> Iterator[Html]:
         yield tag("details", tag("summary", "Measures of each task in training"), _panels(more))
 
 
-def time_spent(run: Run) -> Iterator[Html]:
-    """Seconds by phase and by task, and examples per second."""
-    if run.log:
-        yield _phase_table(run.seconds)
-    ran = {name: visits for name, visits in run.tasks.items() if len(visits.step)}
-    if ran:
-        yield _task_table(run, ran)
-        rates = {n: v.rates for n, v in ran.items()}
-        yield _panels([_together(run, "examples per second", rates, 1 / 30)])
+def rates(run: Run) -> Html:
+    """Examples per second of each task's steps."""
+    each = {n: v.rates for n, v in run.tasks.items() if len(v.step)}
+    return _panels([_together(run, "examples per second", each, 1 / 30)])
 
 
 def parameters(rows: Sequence[Mapping[str, Any]]) -> Html:
@@ -183,12 +168,13 @@ def _loss_panel(run: Run, name: str, visits: Visits) -> Html:
     raw = Line(visits.step, loss, f"raw {style}")
     flat = smoothed(Line(visits.step, baseline, ""), 3 * _span(count), "flat")
     dark = smoothed(raw, _span(count), f"smooth {style}")
-    words = f"{loss_text(_first(loss))} at first, {loss_text(_last(dark.y))} now"
+    row = run.row(name)
+    words = f"{loss_text(_first(loss))} at first, {loss_text(row.get('loss'))} {_NOW}"
     if np.isfinite(baseline).any():
         words += f"; {loss_text(_last(flat.y))} knowing nothing (dashed)"
     words += f"; {_count(visits.step, 'visit')}"
-    if visits.skipped:
-        words += f", {visits.skipped:,} without update (not finite)"
+    if row.get("skipped"):
+        words += f", {row['skipped']:,} without update (not finite)"
     picture = chart([raw, flat, dark], f"Loss of {name} over steps: {words}", run.step, "loss")
     return _figure(named(run, name), words, picture)
 
@@ -198,7 +184,7 @@ def _measure(run: Run, task: str, key: str, words: str) -> Html:
     visits, style = run.tasks[task], colour_of(run, task)
     raw = Line(visits.step, visits.of(key), f"raw {style}")
     dark = smoothed(raw, _span(len(raw.x)), f"smooth {style}")
-    said = f"{words}: {_short(_first(raw.y))} at first, {_short(_last(dark.y))} now"
+    said = f"{words}: {_short(_first(raw.y))} at first, {_short(_latest(raw.y))} {_NOW}"
     picture = chart([raw, dark], f"{task}, {said}", run.step, words)
     return _figure(named(run, task), said, picture)
 
@@ -206,12 +192,17 @@ def _measure(run: Run, task: str, key: str, words: str) -> Html:
 def _together(
     run: Run, words: str, values: Mapping[str, np.ndarray], part: float, log: bool = False
 ) -> Html:
-    """A panel of one measure of all tasks, smoothed over a `part` of each task's visits."""
+    """A panel of one measure of all tasks, smoothed over a `part` of each task's visits.
+
+    The legend has the mean of each task's latest visits; the very last value where nothing is smoothed.
+    """
     lines, legend = [], []
     for name, each in values.items():
         raw = Line(run.tasks[name].step, each, "")
         lines.append(smoothed(raw, part * len(each), f"smooth {colour_of(run, name)}"))
-        legend.append(tag("li", named(run, name), f" {_short(_last(lines[-1].y))}"))
+        legend.append(
+            tag("li", named(run, name), f" {_short(_latest(each) if part else _last(each))}")
+        )
     picture = chart(lines, f"{words} over steps, by task", run.step, words, log)
     heads = (tag("h3", words.capitalize()), tag("ul", *legend, class_="legend"))
     return tag("figure", tag("figcaption", *heads), picture)
@@ -242,60 +233,6 @@ def _shares_table(run: Run, wanted: Mapping[str, float]) -> Html:
         )
     heads = ("task", "#visits", "#share", "", "#wanted", "#visits off")
     return table("Shares of the steps, realised and wanted", heads, rows)
-
-
-def _phase_table(seconds: Mapping[str, float]) -> Html:
-    apart = ("total", "attempts", "unfinished")
-    total = max(seconds["total"], 1e-9)
-    phases = sorted((n for n in seconds if n not in apart), key=lambda n: -seconds[n])
-    rows: list[Sequence[Child]] = [
-        (
-            _PHASES.get(name, name),
-            number(human_seconds(seconds[name]), seconds[name]),
-            percent(seconds[name] / total),
-            bar(seconds[name] / total, "c2" if name == "step" else "c7"),
-        )
-        for name in phases
-    ]
-    rows.append(("all", number(human_seconds(total), total), percent(1.0), None))
-    caption = "Where the time went, over all attempts"
-    if seconds["unfinished"]:
-        caption += f" ({seconds['unfinished']:.0f} killed or still going)"
-    return table(caption, ("phase", "#time", "#share", ""), rows)
-
-
-def _task_table(run: Run, ran: Mapping[str, Visits]) -> Html:
-    clock = (run.meta or {}).get("clock", {})
-    invalid = clock.get("invalid", {})
-    whole = sum(visits.sum_of("seconds") for visits in ran.values())
-    rows: list[Sequence[Child]] = []
-    for name, visits in ran.items():
-        seconds = visits.sum_of("seconds")
-        rows.append(
-            (
-                named(run, name),
-                f"{len(visits.step):,}",
-                human_count(len(visits.step) * visits.batch),
-                human_seconds(_median(visits.of("seconds"))),
-                _rate(visits),
-                percent(seconds / whole) if whole else None,
-                percent(visits.sum_of("wait") / seconds) if seconds else None,
-                f"{visits.skipped:,}",
-                _maybe(invalid.get(name), "{:,}"),
-            )
-        )
-    heads = ("task", "#visits", "#examples", "#usual step", "#examples/s", "#share of time",
-             "#waiting", "#skipped", "#invalid")  # fmt: skip
-    said = (
-        "Skipped: steps whose loss or gradient was not finite, and which changed nothing. Invalid:"
-    )
-    said += f" examples that could not be read, up to the checkpoint of step {run.meta_step:,}."
-    return join([table("Tasks", heads, rows), tag("p", said, class_="remark")])
-
-
-def _rate(visits: Visits) -> Html | None:
-    rate = _median(visits.rates)
-    return number(human_count(rate), rate) if visits.batch and math.isfinite(rate) else None
 
 
 def _event(line: Mapping[str, Any]) -> Sequence[Child] | None:
@@ -333,9 +270,9 @@ def _last(values: np.ndarray) -> float:
     return _first(values[::-1])
 
 
-def _median(values: np.ndarray) -> float:
-    known = values[np.isfinite(values)]
-    return float(np.median(known)) if len(known) else math.nan
+def _latest(values: np.ndarray) -> float:
+    mean = latest(values.tolist())
+    return math.nan if mean is None else mean
 
 
 def _short(value: float) -> str:

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmjax.monitor import phases
+
 WIDTH = 80  # columns where the stream is no terminal
 _NUMBER = re.compile(
     r"[-+]?(\d[\d.,]*(e[-+]?\d+)?|nan|inf)( ?[A-Za-z%/]{0,8})"
@@ -25,19 +27,6 @@ _CONTROL = re.compile(
     r"|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
 )
 _RULED = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-# Phases of a run, as `phases.summary` names them.
-_SPENT = {
-    "step": "steps that count (goodput)",
-    "repeated": "steps that were done again",
-    "wait_data": "waiting for data",
-    "compile": "compiling",
-    "eval": "evaluating",
-    "save": "saving",
-    "restore": "making or restoring the state",
-    "init": "opening data and checkpoint",
-    "report": "writing the report",
-    "other": "between these",
-}
 _TEXT_CELLS = 8  # a column of text is folded down to this before a table becomes a list
 
 
@@ -212,9 +201,8 @@ def summary_tables(found: Mapping[str, Any], stream: TextIO | None = None) -> No
     table("Steps (switch: longer after another task than after the same)", heads, cost, stream)
     seconds, total = found["seconds"], found["seconds"]["total"]
     spent = [
-        (words, human_seconds(seconds[name]), percent(seconds[name] / total))
-        for name, words in _SPENT.items()
-        if seconds.get(name)
+        (row["label"], human_seconds(row["seconds"]), percent(row["share"]))
+        for row in phases.rows(seconds)
     ]
     attempts = f"{seconds['attempts']:.0f} attempt{'s' if seconds['attempts'] != 1 else ''}"
     table(f"Time ({human_seconds(total)} in {attempts})", ("spent on", "time", "share"), spent, stream)  # fmt: skip

@@ -15,7 +15,7 @@ from mmjax.monitor import metrics, phases
 from mmjax.monitor.metrics import strict
 
 FILE = "summary.json"
-_LATEST = 10  # visits whose mean is a task's loss
+LATEST = 10  # visits whose mean is a task's loss
 _ENOUGH = 3  # steps of either kind, of which a switch cost is the difference
 
 
@@ -38,14 +38,17 @@ def summary(
       peak: FLOP/s of all the run's devices together, where it is known.
 
     Returns:
-      `seconds` by phase as `phases.summary` has them, `goodput` (the share of useful steps in it),
-      `flops_per_second` and `mfu` over the useful steps, and `tasks`: the rows of `task_rows`.
+      `step` (complete steps), `seconds` by phase as `phases.summary` has them, `goodput` (the share of useful
+      steps in it), `flops_per_second` and `mfu` over the useful steps, and `tasks`: the rows of `task_rows`.
     """
     seconds = phases.summary(workdir)
-    rows = task_rows(metrics.read(workdir), flops, seconds["total"], peak)
+    lines = [line for line in metrics.read(workdir) if line.get("kind") == "train"]
+    peak = peak or _peak(lines)
+    rows = task_rows(lines, flops, seconds["total"], peak)
     done = sum(row["flops"] * row["steps"] for row in rows)
     spent = sum(row["seconds_in_all"] for row in rows if row["flops"])
     return {
+        "step": lines[-1]["step"] + 1 if lines else 0,
         "goodput": phases.goodput(seconds),
         **rates(done, spent, peak),
         "seconds": seconds,
@@ -107,14 +110,14 @@ def _row(
         ),
         "examples": sum(line.get("examples", 0) for line in lines),
         "tokens": sum(line.get("tokens", 0) for line in lines),
-        **{name: _latest(line.get(name) for line in lines) for name in ("loss", "grad_norm")},
+        **{name: latest(line.get(name) for line in lines) for name in ("loss", "grad_norm")},
         "step_seconds": statistics.median(seconds),
         "wait_seconds": statistics.fmean(line.get("timing", {}).get("wait", 0.0) for line in lines),
         **({} if switch is None else {"switch_seconds": switch}),
         "flops": flops,
         **rates(flops * len(lines), sum(seconds), peak),
         "seconds_in_all": sum(seconds),
-        "share": sum(seconds) / wall if wall > 0 else 0.0,
+        "share": phases.share_of_time(sum(seconds), wall),
     }
 
 
@@ -142,6 +145,15 @@ def write(workdir: epath.Path, found: Mapping[str, Any]) -> None:
     partial.replace(workdir / FILE)
 
 
+def read(workdir: epath.Path) -> dict[str, Any]:
+    """Return what `write` has written; empty where there is nothing, or nothing that can be read."""
+    try:
+        summary = json.loads((workdir / FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
 def scalars(found: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a summary by name: `run/goodput`, `run/mfu`, `run/TASK/mfu` and so on."""
     names = ("goodput", "flops_per_second", "mfu")
@@ -155,7 +167,13 @@ def scalars(found: Mapping[str, Any]) -> dict[str, float]:
     return of_run | of_tasks
 
 
-def _latest(values: Iterable[float | None]) -> float | None:
-    """The mean of the latest finite values; None where there is none."""
+def latest(values: Iterable[float | None]) -> float | None:
+    """Return the mean of the latest ten finite values; None where there is none."""
     finite = [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
-    return statistics.fmean(finite[-_LATEST:]) if finite else None
+    return statistics.fmean(finite[-LATEST:]) if finite else None
+
+
+def _peak(lines: Iterable[Mapping[str, Any]]) -> float | None:
+    """Return the peak FLOP/s that the latest line with an `mfu` was divided by; None if there is none."""
+    timings = [line["timing"] for line in lines if line.get("timing", {}).get("mfu")]
+    return timings[-1]["flops_per_second"] / timings[-1]["mfu"] if timings else None

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.nn import initializers
 
+from mmjax.bounds import AMOUNT, COUNT, check
 from mmjax.data.tokenizer import BOS_ID, PAD_ID
 from mmjax.errors import UserError, nearest
 from mmjax.generation import Sampling, generate
@@ -124,13 +125,12 @@ class Coca(Contrastive):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(self, pooler_heads=COUNT, queries=COUNT)
+        check(self, contrastive_weight=AMOUNT, caption_weight=AMOUNT)
         if self.pooling not in POOLING:
             raise UserError(f"coca: pooling is '{self.pooling}'.{nearest(self.pooling, POOLING)}")
-        weights = (self.contrastive_weight, self.caption_weight)
-        if min(weights) < 0 or not any(weights) or self.queries < 1:
-            raise UserError(
-                f"coca: weights are not below 0 and not both 0, queries at least 1; found {weights}, {self.queries}."
-            )
+        if not (self.contrastive_weight or self.caption_weight):
+            raise UserError("coca: contrastive_weight and caption_weight are both 0; one may be.")
 
     @property
     def _text(self) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
+from mmjax.bounds import COUNT, check
 from mmjax.errors import UserError, nearest
 from mmjax.layers.dense import Dense
 from mmjax.layers.masks import Same
@@ -97,6 +98,7 @@ class Contrastive(Coupled):
     together: bool = False
 
     def __post_init__(self) -> None:
+        check(self, joint=COUNT)
         if len(self.between) != 2 or self.temperature <= 0:
             raise UserError(
                 "contrastive needs two modalities in 'between' and a positive temperature; "

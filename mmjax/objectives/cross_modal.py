@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
+from mmjax.bounds import AMOUNT, COUNT, check
 from mmjax.errors import UserError, nearest
 from mmjax.layers.dense import Dense, LayerNorm
 from mmjax.layers.stream import add_up, mean_pool
@@ -76,6 +77,7 @@ class CrossModal(Coupled):
     initial: float = 0.2
 
     def __post_init__(self) -> None:
+        check(self, joint=COUNT, weights=AMOUNT)
         if len(set(self.between)) < 2 or len(set(self.between)) < len(self.between):
             raise UserError(
                 f"cross_modal: between is {list(self.between)}; name two different modalities or more."
@@ -85,11 +87,9 @@ class CrossModal(Coupled):
         if self.initial <= 0:
             raise UserError(f"cross_modal: initial is {self.initial}; it must be above 0.")
         known = [" ".join(pair) for pair in combinations(self.between, 2)]
-        for name, weight in self.weights.items():
+        for name in self.weights:
             if name not in known:
                 raise UserError(f"cross_modal: no pair '{name}'.{nearest(name, known)}")
-            if weight < 0:
-                raise UserError(f"cross_modal: weight {weight} of '{name}'; it must be at least 0.")
         if not self._pairs():
             raise UserError("cross_modal: every pair has the weight 0.")
 

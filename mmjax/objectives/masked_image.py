@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
+from mmjax.bounds import COUNT, check
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
 from mmjax.layers.positions import Positions
@@ -76,6 +77,9 @@ class MaskedImage(Objective):
     inner: int = 128
     depth: int = 2
     heads_per_layer: int = 4
+
+    def __post_init__(self) -> None:
+        check(self, ratio="(0, 1)", inner=COUNT, depth=COUNT, heads_per_layer=COUNT)
 
     def reads(self) -> tuple[str, ...]:
         return (self.modality,)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.nn import initializers
 
+from mmjax.bounds import AMOUNT, COUNT, check
 from mmjax.data.tokenizer import PAD_ID
 from mmjax.diffusion import Diffusion, time_features
 from mmjax.errors import UserError
@@ -142,6 +143,7 @@ class Transfusion(Coupled):
 
     def __post_init__(self) -> None:
         Diffusion(self.target)
+        check(self, weight=AMOUNT, weights=AMOUNT, steps=COUNT, guidance=AMOUNT)
         if not self.order or len(set(self.order)) < len(self.order):
             raise UserError(
                 f"transfusion: order is {list(self.order)}; it names each modality once, and one at least."

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.bounds import COUNT, check
 from mmjax.data import order
 from mmjax.errors import RecordError, UserError
 from mmjax.identity import facts_of, identity, records_of
@@ -62,16 +63,14 @@ class MovingEmoji(Source):
     size: int = 64
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check(self, clips=COUNT, actors="[1, 2]", frames=COUNT, size="[8, 2147483647]")
+
     @property
     def label(self) -> str:
         return self.split
 
     def open(self) -> Examples:
-        if self.actors not in (1, 2) or min(self.clips, self.frames) < 1 or self.size < 8:
-            raise UserError(
-                f"moving_emoji: {self.actors} actors (1 or 2), {self.clips} clips and {self.frames} frames "
-                f"(at least 1), size {self.size} (at least 8)."
-            )
         return MovingEmojiExamples(self, Tfds(self.dataset, self.split, self.folder).open())
 
 

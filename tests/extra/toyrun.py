@@ -21,7 +21,7 @@ from mmjax.data.loader import make_batch, place
 from mmjax.evaluator import Record
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.parameters import digest
-from mmjax.program import use_cache
+from mmjax.program import ticks, use_cache
 from mmjax.sharding import batch_sharding, make_mesh
 from mmjax.state import State, compute_dtype, init_state, shardings
 
@@ -131,6 +131,11 @@ class Parts:
         )
         assert not failed
         return place(rows, 0, chosen.batch, batch_sharding(self.mesh, chosen.batch, task))
+
+    def ticks(self, task: str, step: int, visit: int) -> Any:
+        """What a training program of a task takes besides state and batch."""
+        progress = self.experiment.progress(task, step, {})
+        return ticks(self.mesh, step=step, visit=visit, **progress)
 
 
 def parts(*overrides: str, devices: int = 1) -> Parts:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from io import StringIO
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from mmjax.monitor.metrics import MetricWriter
 from mmjax.monitor.phases import PhaseLog
 from mmjax.monitor.report import write_report
 from mmjax.monitor.report_data import read_run
-from mmjax.monitor.tables import loss_text, percent
+from mmjax.monitor.tables import human_seconds, loss_text, percent, summary_tables
 
 Parse = Callable[[str], Any]
 EVIL = "<script>alert(1)</script>"
@@ -96,6 +97,69 @@ def test_costs_are_those_of_the_summary(page: Any, run_copy: epath.Path) -> None
     assert "Goodput" in page.text
 
 
+def test_a_share_of_time_is_shown_once_and_is_that_of_the_terminal(
+    page: Any, run_copy: epath.Path
+) -> None:
+    """Counted from the files: a task's seconds over those of all attempts when the run summed up."""
+    attempts: dict[int, float] = {}
+    for text in (run_copy / "goodput.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        if line.get("phase") == "report":
+            break  # the summary comes before the report
+        attempts[line["attempt"]] = line["seconds"]
+    lines = [x for x in metrics.read(run_copy) if x["kind"] == "train"]
+    heads = [text for element, text in page.texts if element == "th"]
+    assert heads.count("share of time") == 1
+    stream = StringIO()
+    summary_tables(json.loads((run_copy / "summary.json").read_text()), stream)
+    for task in ("image_text", "masked_image"):
+        spent = sum(x["timing"]["seconds"] for x in lines if x["task"] == task)
+        share = spent / sum(attempts.values())
+        assert percent(share) in page.text and f" {percent(share)}" in stream.getvalue()
+    # Each phase has one label, one row and one share on the page, and the same ones in the terminal.
+    spans = [text for element, text in page.texts if element == "span"]
+    rows = [line.split("  ") for line in stream.getvalue().partition("spent on")[2].splitlines()]
+    labels = [row[0] for row in rows[2:] if row[0]]
+    assert len(labels) >= 6
+    for label in labels:
+        assert spans.count(label) == 1, label
+
+
+def test_a_finished_run_has_nothing_that_still_goes_on(
+    parse: Parse, tiny_run: epath.Path, tmp_path: Any
+) -> None:
+    """The run writes its own report inside a phase, which is open then."""
+    copy = epath.Path(tmp_path) / "run"
+    shutil.copytree(tiny_run, copy)
+    with PhaseLog(copy) as log, log.phase("report"):
+        page = parse(write_report(copy, 0).read_text())
+    assert "finished." in page.text and "killed" not in page.text and "still" not in page.text
+    told = json.loads((copy / "summary.json").read_text())
+    assert str(human_seconds(told["seconds"]["total"])) in page.text
+    # A run that is not at its end may have been killed, or be under way.
+    going = _unfinished(tiny_run, tmp_path)
+    log = (going / "goodput.jsonl").read_text().splitlines()
+    (going / "metrics.jsonl").unlink()
+    cut = next(i for i, text in enumerate(log) if '"phase": "step"' in text) + 1
+    (going / "goodput.jsonl").write_text("\n".join(log[:cut]) + "\n")
+    assert "(1 killed or still going)" in parse(write_report(going, 0).read_text()).text
+
+
+def test_a_run_that_is_not_finished_is_summed_up_from_its_lines(
+    parse: Parse, tiny_run: epath.Path, tmp_path: Any
+) -> None:
+    """Whatever an earlier end of it has left in `summary.json`."""
+    going = _unfinished(tiny_run, tmp_path)
+    lines = (going / "metrics.jsonl").read_text().splitlines()
+    train = [line for line in lines if json.loads(line)["kind"] == "train"]
+    (going / "metrics.jsonl").write_text("\n".join(train[:9]) + "\n")
+    stale = json.loads((tiny_run / "summary.json").read_text())
+    (going / "summary.json").write_text(json.dumps({**stale, "step": 5}))
+    run = read_run(going)
+    assert sum(row["visits"] for row in run.summary["tasks"]) == 9
+    assert run.summary["step"] == 9
+
+
 def test_columns_of_what_is_not_known_are_left_out(
     parse: Parse, run_copy: epath.Path, tmp_path: epath.Path
 ) -> None:
@@ -110,8 +174,6 @@ def test_columns_of_what_is_not_known_are_left_out(
     (copy / "summary.json").write_text(json.dumps(told))
     page = parse(write_report(copy, 0).read_text())
     assert "MFU" in [t for tag, t in page.texts if tag == "th"] and percent(0.375) in page.text
-    (copy / "summary.json").unlink()
-    assert "What a step of each task costs" not in write_report(copy, 0).read_text()
 
 
 def test_the_schedule_is_the_one_that_ran(page: Any, run_copy: epath.Path) -> None:
@@ -150,7 +212,7 @@ def test_time_parameters_and_versions(page: Any, run_copy: epath.Path) -> None:
     shapes = checkpoint.read_shapes(run_copy, step)["parameters"]
     total = sum(int(np.prod(leaf.shape)) for leaf in shapes.values())
     assert f"{total:,}" in page.text
-    for words in ("trunk", "stems/text", "heads/masked_image", "compiling", "training steps"):
+    for words in ("trunk", "stems/text", "heads/masked_image", "compiling", "steps that count"):
         assert words in page.text
 
 

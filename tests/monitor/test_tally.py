@@ -111,6 +111,26 @@ def test_every_line_tells_its_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert json.loads((tmp_path / tally.FILE).read_text())["mfu"] > 0
 
 
+def test_shares_of_phases_add_up_to_one_whatever_their_names() -> None:
+    seconds = {"step": 30.0, "mine": 10.0, "other": 10.0, "total": 50.0, "attempts": 2.0}
+    rows = phases.rows({**seconds, "unfinished": 1.0})
+    assert [(row["label"], row["share"]) for row in rows] == [
+        ("steps that count (goodput)", 0.6), ("between these", 0.2), ("mine", 0.2),
+    ]  # fmt: skip
+    assert phases.goodput(seconds) == 0.6
+    assert phases.share_of_time(1.0, 0.0) == 0.0
+
+
+def test_the_peak_is_known_from_the_lines(tmp_path: Path) -> None:
+    """A report that is written elsewhere knows no chip: it divides by what the steps were divided by."""
+    timing = {"seconds": 2.0, "wait": 0.0, "flops_per_second": 6.0, "mfu": 0.25}
+    with metrics.MetricWriter(epath.Path(tmp_path), 0) as writer:
+        for step in range(2):
+            writer.write(step, "a", {"loss": 1.0, "visit": step}, timing)
+    found = tally.summary(epath.Path(tmp_path), {})
+    assert (found["step"], found["mfu"], found["tasks"][0]["mfu"]) == (2, 0.25, 0.25)
+
+
 def test_tables_at_the_end() -> None:
     seconds = {"step": 60.0, "wait_data": 20.0, "repeated": 0.0, "other": 20.0, "total": 100.0}
     rows = tally.task_rows([line(0, "a", 0.5), line(1, "b", 30.0)], FLOPS, 100.0, peak=32.0)

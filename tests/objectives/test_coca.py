@@ -503,9 +503,9 @@ def test_in_bfloat16_but_for_rounding() -> None:
 def test_mistakes() -> None:
     with pytest.raises(UserError, match="pooling is 'casade'.*'cascade'"):
         objective(pooling="casade")
-    with pytest.raises(UserError, match="not both 0"):
+    with pytest.raises(UserError, match="are both 0"):
         objective(contrastive_weight=0.0, caption_weight=0.0)
-    with pytest.raises(UserError, match="queries at least 1"):
+    with pytest.raises(UserError, match="queries is 0; it must be at least 1"):
         objective(queries=0)
     with pytest.raises(UserError, match="two modalities"):
         replace(objective(), between=("image",))

@@ -244,7 +244,7 @@ class Steps:
         return place(batch, 0, task.batch, batch_sharding(self.mesh, task.batch, name))
 
     def _ticks(self, name: str) -> Any:
-        return ticks(self.mesh, **dict.fromkeys(self.requests[name].arguments[2], 0))
+        return ticks(self.mesh, step=0, visit=0, **self.experiment.progress(name, 0, {}))
 
 
 def lies(state: State) -> dict[str, list[Any]]:
