@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from mmjax.data.tokenizer import EOS_ID, PAD_ID
+from mmjax.data.tokenizer import TokenIds
 from mmjax.errors import UserError
 from mmjax.evaluator import Evaluator, Outputs, Pass, Record
 from mmjax.task import Task
@@ -34,26 +35,27 @@ class Captions(Evaluator):
 
     def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
         rows = outputs["all"]
-        wanted, written = (texts(rows[name]) for name in ("wanted", "written"))
+        modality: Any = task.inputs[task.objective.writes()[1]].modality
+        special: TokenIds = modality.token_ids()
+        wanted, written = (texts(rows[name], special) for name in ("wanted", "written"))
         others = [wanted[i] for i in np.random.default_rng(0).permutation(len(wanted))]
         tokens = int(rows["tokens"].sum())
         return [
             self.record(
                 task, "caption loss", rows["cost"].sum() / max(tokens, 1),
-                entropy(rows["wanted"][rows["wanted"] != PAD_ID]), tokens, unit="loss",
+                entropy(rows["wanted"][special.used(rows["wanted"])]), tokens, unit="loss",
             ),
             self.record(task, "caption match", match(written, wanted), match(others, wanted), len(wanted)),
             self.record(task, "caption F1", f1(written, wanted), f1(others, wanted), len(wanted)),
         ]  # fmt: skip
 
 
-def texts(ids_NS: np.ndarray) -> list[tuple[int, ...]]:
-    """The tokens of each row before its end token, without padding."""
-    found = []
-    for row in ids_NS.tolist():
-        kept = row[: row.index(EOS_ID)] if EOS_ID in row else row
-        found.append(tuple(token for token in kept if token != PAD_ID))
-    return found
+def texts(ids_NS: np.ndarray, special: TokenIds) -> list[tuple[int, ...]]:
+    """Return the tokens of each row before its end token, without padding."""
+    used_NS = special.used(ids_NS)
+    if special.end is not None:
+        used_NS = used_NS & (ids_NS != special.end)
+    return [tuple(row[used].tolist()) for row, used in zip(ids_NS, used_NS, strict=True)]
 
 
 def match(one: Sequence[tuple[int, ...]], other: Sequence[tuple[int, ...]]) -> float:

@@ -1,4 +1,4 @@
-"""Text: subword tokens of a trained SentencePiece model."""
+"""Text: subword tokens of a SentencePiece model or a `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flax import nnx
 from jax.nn import initializers
 
 from mmjax.data import DATA_DIR_VARIABLE, data_dir
-from mmjax.data.tokenizer import EOS_ID, Tokenizer
+from mmjax.data.tokenizer import TokenIds, Tokenizer
 from mmjax.errors import UserError
 from mmjax.layers.positions import Positions
 from mmjax.layers.stream import Stream
@@ -42,18 +42,20 @@ class Text(Modality[TextInput]):
     """Texts in UTF-8.
 
     Attributes:
-      tokenizer: path of the SentencePiece model, under `folder`.
+      tokenizer: path of a SentencePiece model or a Hugging Face `tokenizer.json`: absolute, or under `folder`.
       vocabulary: rows of the embedding table; the tokenizer's size at least.
       buckets: position buckets; the longest text of any task at least.
+      end: the piece that closes a text; by default as the tokenizer's file says, or under a usual name.
     """
 
     Input = TextInput
     tokenizer: str = "emoji/1.0.0/tokenizer.model"
     vocabulary: int = 2048
     buckets: int = 128
+    end: str = ""
 
     def stem(self, width: int) -> nnx.Module:
-        return TextStem(self.vocabulary, self.buckets, width)
+        return TextStem(self.vocabulary, self.buckets, width, self.token_ids())
 
     def arrays(self, settings: TextInput) -> ArraySpec:
         if settings.length > self.buckets:
@@ -86,7 +88,10 @@ class Text(Modality[TextInput]):
 
     def raw(self, value: Any) -> str:
         if isinstance(value, bytes):
-            return value.decode("utf-8")
+            try:
+                return value.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"a text is not UTF-8: {error}.") from error
         if not isinstance(value, str):
             raise UserError(f"a text is a string, found {type(value).__name__}.")
         return value
@@ -95,21 +100,39 @@ class Text(Modality[TextInput]):
         """The text of token ids `[S]`, up to its end token."""
         return self._tokenizer().decode(ids)
 
+    def token_ids(self) -> TokenIds:
+        """Return the ids of special tokens; where the tokenizer's file is not there, some that give the same shapes."""
+        if not self._path().exists():
+            return TokenIds(self.vocabulary)
+        _opened.cache_clear()  # a model is made of the file as it is now
+        return self._tokenizer().token_ids
+
     def files(self) -> dict[str, epath.Path]:
-        return {self.tokenizer: self._path()}
+        return {_name_in_assets(self.tokenizer): self._path()}
 
     def _path(self) -> epath.Path:
-        return (epath.Path(self.folder) if self.folder else data_dir()) / self.tokenizer
+        folder = epath.Path(self.folder) if self.folder else data_dir()
+        inside = folder / _name_in_assets(self.tokenizer)
+        if self.folder and inside.exists():
+            return inside
+        is_absolute = self.tokenizer.startswith(("/", "~")) or "://" in self.tokenizer
+        return epath.Path(self.tokenizer).expanduser() if is_absolute else folder / self.tokenizer
 
     def _tokenizer(self) -> Tokenizer:
         # By what its path is made of: making the path for every text takes longer than finding the pieces.
         return _opened(self, os.environ.get(DATA_DIR_VARIABLE, ""))
 
 
+def _name_in_assets(path: str) -> str:
+    """Return the name under which a run keeps the file: `path` itself if relative, and always inside the folder."""
+    parts = path.rpartition("://")[2].split("/")
+    return "/".join(part for part in parts if part not in ("", ".", "..", "~"))
+
+
 @lru_cache(maxsize=8)
 def _opened(text: Text, data: str) -> Tokenizer:
-    """The tokenizer of a text where the folder of data is `data`."""
-    tokenizer = Tokenizer(text._path())
+    """Return the tokenizer of a text where the folder of data is `data`."""
+    tokenizer = Tokenizer(text._path(), text.end)
     if tokenizer.vocab_size > text.vocabulary:
         raise UserError(
             f"modalities.text.vocabulary is {text.vocabulary}; the tokenizer has {tokenizer.vocab_size} pieces."
@@ -120,10 +143,9 @@ def _opened(text: Text, data: str) -> Tokenizer:
 class TextStem(nnx.Module):
     """`{"ids": int32[B, S], "valid": bool[B, S]} ->` a stream of S tokens."""
 
-    end = EOS_ID  # see `mmjax.modality.Stem`
-
-    def __init__(self, vocabulary: int, buckets: int, width: int):
+    def __init__(self, vocabulary: int, buckets: int, width: int, ids: TokenIds):
         init = initializers.normal(0.1)
+        self.token_ids = ids
         self.embedding = declare((vocabulary, width), ("vocabulary", "embed"), init, decay=False)
         self.positions = Positions(width, {"token": buckets}, scale=0.05)
         self.buckets = buckets

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mmjax
+from mmjax.data.tokenizer import TokenIds
 from mmjax.errors import UserError
 from mmjax.evaluators.captions import Captions, entropy, f1, match, texts
 from mmjax.modalities.image import Image
@@ -79,7 +80,26 @@ def test_chance_is_what_other_texts_score() -> None:
 
 def test_texts_end_where_they_end() -> None:
     rows = np.array([[4, 5, 3, 9], [3, 4, 4, 4], [4, 0, 5, 6], [0, 0, 0, 0]])
-    assert texts(rows) == [(4, 5), (), (4, 5, 6), ()]
+    assert texts(rows, TokenIds(16)) == [(4, 5), (), (4, 5, 6), ()]
+    # As Llama's and T5's; and colours, which have neither padding nor an end.
+    assert texts(rows, TokenIds(16, pad=3, begin=1)) == [(4, 5), (), (4, 0, 5, 6), (0,) * 4]
+    assert texts(rows, TokenIds(16, pad=0, begin=0, end=4)) == [(), (3,), (), ()]
+    assert texts(rows, TokenIds(16, end=None)) == [tuple(row) for row in rows.tolist()]
+
+
+def test_ids_are_those_of_the_tasks_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama's: the end is 2, and fills up; nothing is lost of a text that holds 0 and 3."""
+    monkeypatch.setattr(Text, "token_ids", lambda text: TokenIds(16, pad=2, begin=1, end=2))
+    rows = {
+        "wanted": np.array([[0, 3, 2, 2], [3, 2, 2, 2]]),
+        "written": np.array([[0, 3, 2, 2], [0, 2, 2, 2]]),
+        "cost": np.array([3.0, 2.0]),
+        "tokens": np.array([3.0, 2.0]),
+    }
+    loss, exact, bags = Captions(source=SOURCE).score(task(), {"all": rows})
+    shares = np.array([1, 2, 2]) / 5  # of 0, 3 and the end
+    assert loss["chance"] == pytest.approx(-(shares * np.log(shares)).sum())
+    assert exact["value"] == bags["value"] == 1 / 2
 
 
 tokens = st.lists(st.integers(4, 7), max_size=4).map(tuple)
