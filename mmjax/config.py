@@ -35,7 +35,7 @@ KEY_CLASSES: tuple[tuple[str, str], ...] = (
     ),  # who is left out, and when
     (r"(steps|log|checkpoint|mesh|loader|limits|evaluation|profile)(\.|$)", "free"),
     (
-        r"model\.(remat|groups\.\d+\.pattern\.\d+\.kernel)$|tasks\.\w+\.(evaluators|microbatches)(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$",
+        r"model\.(remat|groups\.\d+\.pattern\.\d+\.kernel)$|tasks\.\w+\.(evaluators|microbatches)(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$|modalities\.\w+\.pad_vocabulary_to$",
         "free",
     ),
     (r"schedule(\.|$)|optimizer\.(?!(name|moments_dtype|factored|accumulate)$)", "schedule"),

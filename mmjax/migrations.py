@@ -57,7 +57,11 @@ class Row:
     when: Callable[[Block, Block, tuple[str, ...]], bool] = always
 
 
-ROWS: tuple[Row, ...] = ()
+ROWS: tuple[Row, ...] = (
+    # The tokenizer of the emoji data was the default, and a vocabulary could be larger than its tokenizer's.
+    Row(2, "modalities.*", "pad_vocabulary_to", 0, named("text")),
+    Row(2, "modalities.*", "tokenizer", "emoji/1.0.0/tokenizer.model", named("text")),
+)
 
 
 def upgrade(config: Mapping[str, Any], version: int) -> Block:

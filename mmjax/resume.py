@@ -21,6 +21,7 @@ from mmjax import checkpoint, processes
 from mmjax import config as configs
 from mmjax.checkpoint import Restored
 from mmjax.data import order
+from mmjax.data.tokenizer import how_to_get
 from mmjax.errors import UserError
 from mmjax.evaluate import RESULTS
 from mmjax.experiment import Experiment
@@ -309,13 +310,10 @@ def _open_data(experiment: Experiment) -> dict[str, Examples]:
 
 def _file_identities(experiment: Experiment) -> dict[str, str]:
     found = {}
-    for name, modality in experiment.modalities.items():
+    for name, modality in experiment.used.items():
         for file, path in modality.files().items():
             if not path.exists():
-                raise UserError(
-                    f"modalities.{name}: file '{path}' is missing. "
-                    "Build the data first: python -m mmjax.data.build emoji"
-                )
+                raise UserError(f"modalities.{name}: file '{path}' is missing. {how_to_get(path)}")
             found[f"modalities.{name}/{file}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
@@ -518,7 +516,7 @@ def _write_config(workdir: epath.Path, experiment: Experiment) -> None:
 
 def _keep_files(workdir: epath.Path, experiment: Experiment) -> None:
     """Copy the files that modalities name, so that the workdir can be loaded by itself."""
-    for modality in experiment.modalities.values():
+    for modality in experiment.used.values():
         for file, path in modality.files().items():
             copy = workdir / "assets" / file
             copy.parent.mkdir(parents=True, exist_ok=True)

@@ -42,17 +42,29 @@ class Text(Modality[TextInput]):
     """Texts in UTF-8.
 
     Attributes:
-      tokenizer: path of a SentencePiece model or a Hugging Face `tokenizer.json`: absolute, or under `folder`.
-      vocabulary: rows of the embedding table; the tokenizer's size at least.
+      tokenizer: path of a SentencePiece model or a Hugging Face `tokenizer.json`: absolute, or under `folder`. Needed
+        where texts are read or written; a plan does without.
+      vocabulary: rows of the embedding table: the tokenizer's size, rounded up by `pad_vocabulary_to`.
       buckets: position buckets; the longest text of any task at least.
+      pad_vocabulary_to: the table's rows are the first multiple of it that holds the tokenizer; 0 for any number that
+        does. Ids without a piece are never written.
       end: the piece that closes a text; by default as the tokenizer's file says, or under a usual name.
     """
 
     Input = TextInput
-    tokenizer: str = "emoji/1.0.0/tokenizer.model"
+    tokenizer: str = ""
     vocabulary: int = 2048
     buckets: int = 128
+    pad_vocabulary_to: int = 1
     end: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pad_vocabulary_to < 0:
+            raise UserError(
+                f"modalities.text.pad_vocabulary_to is {self.pad_vocabulary_to}; expected 1 for just the tokenizer's "
+                "size, a multiple such as 128, or 0 for any size that holds it."
+            )
 
     def stem(self, width: int) -> nnx.Module:
         return TextStem(self.vocabulary, self.buckets, width, self.token_ids())
@@ -102,7 +114,7 @@ class Text(Modality[TextInput]):
 
     def token_ids(self) -> TokenIds:
         """Return the ids of special tokens; where the tokenizer's file is not there, some that give the same shapes."""
-        if not self._path().exists():
+        if not self.tokenizer or not self._path().exists():
             return TokenIds(self.vocabulary)
         _opened.cache_clear()  # a model is made of the file as it is now
         return self._tokenizer().token_ids
@@ -111,6 +123,13 @@ class Text(Modality[TextInput]):
         return {_name_in_assets(self.tokenizer): self._path()}
 
     def _path(self) -> epath.Path:
+        if not self.tokenizer:
+            raise UserError(
+                "modalities.text.tokenizer is not set, and texts cannot be read or written without it. Give the path "
+                f"of a SentencePiece model or tokenizer.json of {self.vocabulary} pieces, absolute or under the data "
+                "folder: --config.modalities.text.tokenizer=FILE. To train one on your texts: mmjax tokenizer train "
+                f"SOURCE --field=caption --size={self.vocabulary} --out=FILE"
+            )
         folder = epath.Path(self.folder) if self.folder else data_dir()
         inside = folder / _name_in_assets(self.tokenizer)
         if self.folder and inside.exists():
@@ -133,9 +152,13 @@ def _name_in_assets(path: str) -> str:
 def _opened(text: Text, data: str) -> Tokenizer:
     """Return the tokenizer of a text where the folder of data is `data`."""
     tokenizer = Tokenizer(text._path(), text.end)
-    if tokenizer.vocab_size > text.vocabulary:
+    size, multiple = tokenizer.vocab_size, text.pad_vocabulary_to
+    rows = -(-size // multiple) * multiple if multiple else max(size, text.vocabulary)
+    if text.vocabulary != rows:
         raise UserError(
-            f"modalities.text.vocabulary is {text.vocabulary}; the tokenizer has {tokenizer.vocab_size} pieces."
+            f"modalities.text.vocabulary is {text.vocabulary}; the tokenizer has {size} pieces ({tokenizer.path}). "
+            f"Set it to {rows}, or choose the tokenizer that the recipe is for. A larger table is allowed with "
+            "modalities.text.pad_vocabulary_to=0."
         )
     return tokenizer
 
