@@ -25,7 +25,7 @@ from mmjax.data.loader import local_rows, make_batch, place
 from mmjax.errors import UserError
 from mmjax.evaluator import Outputs, Pass, Record, device_spec, row_spec
 from mmjax.experiment import Experiment, make_experiment, pass_key, program_key
-from mmjax.loading import find_step, read_parameters
+from mmjax.loading import check_files, find_step, read_parameters
 from mmjax.monitor.tables import program_table, results_table
 from mmjax.program import Program, compile_all, ticks, use_cache
 from mmjax.sharding import batch_sharding, make_mesh
@@ -161,6 +161,7 @@ def evaluate(workdir: epath.Path, step: int | None, overrides: Sequence[str]) ->
     block = configs.override(meta["config"], overrides)
     configs.check_compatible(meta["config"], block, allow_change=True)
     experiment = make_experiment(block, str(workdir / "assets"))
+    check_files(workdir, meta, experiment)
     mesh = make_mesh(experiment.run.mesh)
     evaluation = Evaluation(experiment, mesh)
     programs = compile_all(experiment.eval_requests(mesh), mesh, experiment.run.limits)

@@ -81,7 +81,11 @@ def upgrade_meta(meta: Mapping[str, Any]) -> Block:
     """Return a checkpoint's meta data with the config that today's version reads."""
     if "config" not in meta:
         return dict(meta)
-    return {**meta, "config": upgrade(meta["config"], meta.get(KEY, 1)), KEY: VERSION}
+    upgraded = {**meta, "config": upgrade(meta["config"], meta.get(KEY, 1)), KEY: VERSION}
+    if "identities" in meta:
+        # A file outside the data folder was called by its absolute path; it is called by its name in `assets/` now.
+        upgraded["identities"] = {k.replace("//", "/"): v for k, v in meta["identities"].items()}
+    return upgraded
 
 
 def _make(config: Block, path: str) -> None:

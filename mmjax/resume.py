@@ -42,7 +42,7 @@ from mmjax.state import (
     state_from_canonical,
     state_to_canonical,
 )
-from mmjax.warm_start import pin, pinned, warm_start
+from mmjax.warm_start import check_files, pin, pinned, warm_start
 
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -209,7 +209,9 @@ def begin(
     if restored is None:
         config = experiment.run.init_from
         step = pin(config, workdir, say)
-        given = warm_start(config, experiment.declaration.specs, say, step)
+        specs = experiment.declaration.specs
+        given = warm_start(config, specs, say, step)
+        check_files(config, step, specs, given, identities)
     if processes.is_first():
         _write_config(workdir, experiment)
         _keep_files(workdir, experiment)
