@@ -16,6 +16,7 @@ from PIL import Image
 from mmjax.modalities.text import Text, TextInput
 
 LENGTH = 16
+TOKENIZER = "emoji/1.0.0/tokenizer.model"
 AHEAD = 4  # batches that are made ahead, by all
 WORKERS = os.cpu_count() or 1
 SHUFFLE = 256
@@ -39,7 +40,7 @@ class Batch(NamedTuple):
 
 @cache
 def _text() -> Text:
-    return Text(vocabulary=2048)
+    return Text(tokenizer=TOKENIZER)
 
 
 def text_of(example: Mapping[str, Any]) -> str:

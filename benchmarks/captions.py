@@ -99,4 +99,5 @@ def anew(objective: Coca, model: Model, inputs: Any) -> jax.Array:
         logits_BSV, _ = decoder.predict(read, seen.context, keys[0])
         return jax.lax.dynamic_index_in_dim(logits_BSV, at, axis=1, keepdims=False), held
 
-    return generate(step, (), keys, length, objective.sampling)
+    stem: Any = model.stems[text]
+    return generate(step, (), keys, length, objective.sampling, stem.token_ids)

@@ -170,7 +170,7 @@ def block(path: Path, view: View) -> Block:
         "steps": 1_000_000,
         "modalities": {
             "image": {"name": "image", "patch": 32, "buckets": view.size // 32},
-            "text": {"name": "text", "vocabulary": 2048, "buckets": others.LENGTH},
+            "text": {"name": "text", "tokenizer": others.TOKENIZER, "buckets": others.LENGTH},
         },
         "model": {"width": 8, "groups": [{"repeat": 1, "pattern": [layer]}]},
         "tasks": {TASK: task},

@@ -83,7 +83,12 @@ def block(seed: int) -> Block:
         "steps": 1,
         "seed": seed,
         "modalities": {
-            "text": {"name": "text", "vocabulary": VOCABULARY, "buckets": LENGTH},
+            "text": {
+                "name": "text",
+                "tokenizer": "emoji/1.0.0/tokenizer.model",
+                "vocabulary": VOCABULARY,
+                "buckets": LENGTH,
+            },
             "image": {"name": "image", "patch": PATCH, "buckets": SIDE},
         },
         "model": {"width": WIDTH, "groups": [{"repeat": LAYERS, "pattern": [layer]}]},

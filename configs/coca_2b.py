@@ -59,7 +59,8 @@ def get_config(size: str = "2b") -> ConfigDict:
     config.seed = 0
     config.modalities = {
         "image": {"name": "image", "patch": 18, "buckets": 16},
-        "text": {"name": "text", "vocabulary": 64_000, "buckets": 64},
+        # No tokenizer: give one of 64,000 pieces.
+        "text": {"name": "text", "tokenizer": "", "vocabulary": 64_000, "buckets": 64},
     }
     config.model = {**encoder, "remat": "full"}
     config.tasks = {

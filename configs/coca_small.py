@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config = coca.get_config()
     config.steps = 1200
     config.modalities.image.patch = 8
-    config.modalities.text.vocabulary = 2048
+    config.modalities.text.update({"tokenizer": "emoji/1.0.0/tokenizer.model", "vocabulary": 2048})
     config.model.update({**encoder, "remat": "none"})
     task = config.tasks.captions
     task.batch = 64

@@ -124,7 +124,8 @@ def recipe(size: str, experts: int = 0, setting: str = "released") -> ConfigDict
             "name": "spectrogram", "patch_frames": 16, "patch_mels": 16, "mels": 128, "rate": 16_000,
             "window": 2048, "hop": 1024, "low": 80.0, "high": 7600.0, "buckets": 8,
         },
-        "text": {"name": "text", "vocabulary": 32_100, "buckets": 4096},
+        # No tokenizer: give T5's, of 32,000 pieces and 100 sentinels.
+        "text": {"name": "text", "tokenizer": "", "vocabulary": 32_100, "buckets": 4096},
     }  # fmt: skip
     config.model = {
         "width": width, "groups": layers(repeat, heads, hidden, experts), "remat": "full",

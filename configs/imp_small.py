@@ -105,7 +105,9 @@ def get_config(setting: str = "released") -> ConfigDict:
             "low": 60.0, "high": 5500.0, "buckets": 16,
         }
     )  # fmt: skip
-    config.modalities.text.update({"vocabulary": 2048, "buckets": 128})
+    config.modalities.text.update(
+        {"tokenizer": "emoji/1.0.0/tokenizer.model", "vocabulary": 2048, "buckets": 128}
+    )
     groups = imp.layers(4, 4, 512, experts)
     for routed in (b["experts"] for g in groups for b in g["pattern"] if "experts" in b):
         routed["groups"] = 1

@@ -77,7 +77,8 @@ def recipe(size: str, setting: str) -> ConfigDict:
     config.seed = 0
     config.modalities = {
         "image": {"name": "image", "patch": patch, "buckets": 16},
-        "text": {"name": "text", "vocabulary": 32_000, "buckets": 16},
+        # No tokenizer: give one of 32,000 pieces.
+        "text": {"name": "text", "tokenizer": "", "vocabulary": 32_000, "buckets": 16},
     }
     config.model = {
         "width": width, "groups": layers(setting, repeat, paired, heads, hidden), "remat": "full",

@@ -26,7 +26,9 @@ def get_config(setting: str = "entropies") -> ConfigDict:
     config: ConfigDict = limoe.recipe("b16", setting)
     config.steps = 600
     config.modalities.image.update({"patch": 8, "buckets": 4})
-    config.modalities.text.update({"vocabulary": 2048, "buckets": 12})
+    config.modalities.text.update(
+        {"tokenizer": "emoji/1.0.0/tokenizer.model", "vocabulary": 2048, "buckets": 12}
+    )
     groups = limoe.layers(setting, 4, 4, 4, 512)
     for experts in (b["experts"] for g in groups for b in g["pattern"] if "experts" in b):
         experts.update({"count": 8, "group": 512, "groups": 1})

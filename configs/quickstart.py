@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
             "high": 5500.0, "buckets": 16,
         },
         "waveform": {"name": "waveform", "patch": 256, "rate": 11025, "buckets": 32},
-        "text": {"name": "text"},
+        "text": {"name": "text", "tokenizer": "emoji/1.0.0/tokenizer.model"},
     }  # fmt: skip
     config.model = {"width": 128, "groups": [{"repeat": 4, "pattern": [layer]}]}
     config.tasks = {

@@ -65,7 +65,8 @@ def get_config(setting: str = "transfusion") -> ConfigDict:
     config.steps = 500_000
     config.seed = 0
     config.modalities = {
-        "text": {"name": "text", "vocabulary": 32_000, "buckets": 256},
+        # No tokenizer: give Llama 2's, of 32,000 pieces.
+        "text": {"name": "text", "tokenizer": "", "vocabulary": 32_000, "buckets": 256},
         "image": {"name": "image", "patch": 16, "buckets": 16},
     }
     config.model = {

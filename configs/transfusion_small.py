@@ -24,7 +24,9 @@ transfusion = load_module(Path(__file__).with_name("transfusion_7b.py"))
 def make_small(config: ConfigDict) -> ConfigDict:
     """Smaller numbers, of any recipe of these tasks."""
     config.steps = 500
-    config.modalities.text.update({"vocabulary": 2048, "buckets": 32})
+    config.modalities.text.update(
+        {"tokenizer": "emoji/1.0.0/tokenizer.model", "vocabulary": 2048, "buckets": 32}
+    )
     if "image" in config.modalities:
         config.modalities.image.update({"patch": 4, "buckets": 8})
     config.model.update({"width": 128, "remat": "none"})

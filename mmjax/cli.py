@@ -1,4 +1,4 @@
-"""The console command: `mmjax train|evaluate|show|replay|build ...` calls the mains of the modules."""
+"""The console command: `mmjax train|evaluate|show|replay|plan|build|tokenizer ...` calls the mains of the modules."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "replay": "mmjax.replay",
     "plan": "mmjax.plan.__main__",
     "build": "mmjax.data.build",
+    "tokenizer": "mmjax.tokenizer",
 }
 
 

@@ -39,7 +39,7 @@ KEY_CLASSES: tuple[tuple[str, str], ...] = (
     ),  # who is left out, and when
     (r"(steps|log|checkpoint|mesh|loader|limits|evaluation|profile)(\.|$)", "free"),
     (
-        r"init_from\.(strict|non_finite)$|model\.(remat|groups\.\d+\.pattern\.\d+\.kernel)$|tasks\.\w+\.(evaluators|microbatches)(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$|tasks\.\w+\.source\.partial$",
+        r"init_from\.(strict|non_finite)$|model\.(remat|groups\.\d+\.pattern\.\d+\.kernel)$|tasks\.\w+\.(evaluators|microbatches)(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$|tasks\.\w+\.source\.partial$|modalities\.\w+\.pad_vocabulary_to$",
         "free",
     ),
     (r"modalities\.\w+\.max_(pixels|frames|seconds)$", "free"),

@@ -31,7 +31,7 @@ from mmjax.experiment import Experiment, make_experiment, pass_key, program_key
 from mmjax.files import write_whole
 from mmjax.identity import is_same
 from mmjax.lease_store import object_store
-from mmjax.loading import find_step, read_parameters
+from mmjax.loading import check_files, find_step, read_parameters
 from mmjax.monitor import metrics
 from mmjax.monitor.compiling import compiling
 from mmjax.monitor.lines import LineFile, is_local
@@ -228,6 +228,7 @@ def evaluate(workdir: epath.Path, step: int | None, overrides: Sequence[str]) ->
     configs.check_compatible(meta["config"], block, allow_change=True)
     experiment = make_experiment(block, str(workdir / "assets"))
     check_code(meta["identities"], experiment, True, print)
+    check_files(workdir, meta, experiment)
     mesh = make_mesh(experiment.run.mesh)
     evaluation = Evaluation(experiment, mesh)
     announce_changed(meta.get("identities", {}), evaluation, print)

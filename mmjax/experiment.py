@@ -164,6 +164,12 @@ class Experiment:
         return make_settings(self.tasks, phases, rules, self.modalities)
 
     @property
+    def used(self) -> dict[str, Modality]:
+        """The modalities that tasks read, by name: those whose files a run needs."""
+        names = {name for task in self.tasks.values() for name in task.inputs}
+        return {name: m for name, m in self.modalities.items() if name in names}
+
+    @property
     def optimizer(self) -> Optimizer:
         """Of the whole run: its state is of all that any phase moves."""
         return Optimizer(self.run.optimizer, self.declaration.specs, self._length, self.views)

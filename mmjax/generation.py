@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mmjax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
+from mmjax.data.tokenizer import TokenIds
 from mmjax.errors import UserError
 
 Step = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -59,21 +59,21 @@ def generate(
     keys_B: jax.Array,
     length: int,
     sampling: Sampling,
-    end: int | None = EOS_ID,
+    special: TokenIds,
 ) -> jax.Array:
-    """Texts of up to `length` tokens, int32 `[B, length]`: the end token closes them, and padding fills up.
+    """Return texts of up to `length` tokens, int32 `[B, length]`: the end token closes them, and padding fills up.
 
-    It stops when all rows have ended.
+    It stops when all rows have ended. Ids without a piece are never chosen.
 
     Args:
       step: `(ids [B, length + 1], at, held) -> (logits [B, V] of the token after index `at`, held)`. The ids begin with
         the begin token; those after `at` mean nothing.
       held: what `step` remembers, before the first token.
       keys_B: a random key for each row.
-      end: the token that closes a text; None where all have the whole length.
+      special: the ids of padding, begin and end, and those without a piece.
     """
     rows = keys_B.shape[0]
-    ids = jnp.full((rows, length + 1), PAD_ID, jnp.int32).at[:, 0].set(BOS_ID)
+    ids = jnp.full((rows, length + 1), special.pad, jnp.int32).at[:, 0].set(special.begin)
     begin = _Written(jnp.int32(0), ids, jnp.zeros(rows, bool), held)
 
     def goes_on(written: _Written) -> jax.Array:
@@ -82,10 +82,13 @@ def generate(
     def next_token(written: _Written) -> _Written:
         at, ids, ended_B, held = written
         logits_BV, held = step(ids, at, held)
+        without_V = special.without_piece(logits_BV.shape[-1])
+        if without_V.any():
+            logits_BV = jnp.where(without_V, -jnp.inf, logits_BV)
         keys = jax.vmap(lambda key: jax.random.fold_in(key, at))(keys_B)
-        token_B = jnp.where(ended_B, PAD_ID, sampling.choose(logits_BV, keys))
+        token_B = jnp.where(ended_B, special.pad, sampling.choose(logits_BV, keys))
         ids = jax.lax.dynamic_update_slice_in_dim(ids, token_B[:, None], at + 1, axis=1)
-        ended_B = ended_B if end is None else ended_B | (token_B == end)
+        ended_B = ended_B if special.end is None else ended_B | (token_B == special.end)
         return _Written(at + 1, ids, ended_B, held)
 
     return jax.lax.while_loop(goes_on, next_token, begin).ids[:, 1:]

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mmjax.data.tokenizer import PAD_ID
 from mmjax.diffusion import Diffusion
 from mmjax.errors import UserError
 from mmjax.generation import Sampling, generate
@@ -159,8 +158,7 @@ class Composer:
             return self._of.logits(self._model, name, x_BSD)[:, -1], past
 
         length = span.arrays["ids"].shape[1]
-        end = self._stems[name].end
-        return generate(step, past, keys_B, length, self._of.sampling, end)
+        return generate(step, past, keys_B, length, self._of.sampling, self._stems[name].token_ids)
 
     def draw(self, past: Past, free: Past, block: Sequence[Span], keys_B: jax.Array) -> Values:
         """Values `[B, S, P]` of the continuous spans of a block that are made, from noise, together.
@@ -230,9 +228,7 @@ class Composer:
 
     def _as_arrays(self, span: Span, ids_BL: jax.Array) -> dict[str, jax.Array]:
         """A discrete span that was written, to be read."""
-        is_whole = self._stems[span.name].end is None
-        valid = jnp.ones_like(ids_BL, bool) if is_whole else ids_BL != PAD_ID
-        return {"ids": ids_BL, "valid": valid}
+        return {"ids": ids_BL, "valid": self._stems[span.name].token_ids.used(ids_BL)}
 
     def _extend(self, past: Past, stream: Stream, mask: Mask) -> tuple[jax.Array, Past]:
         """The trunk's outputs for the tokens of `stream` after what is held, and what is held with them."""

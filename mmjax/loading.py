@@ -7,6 +7,7 @@ vectors = model.embed(image=[picture, another])
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -71,6 +72,26 @@ def read_parameters(workdir: epath.Path, step: int, experiment: Experiment, mesh
     return jax.device_put(from_canonical(specs, flat), shardings(parameters))
 
 
+def check_files(workdir: epath.Path, meta: Mapping[str, Any], experiment: Experiment) -> None:
+    """Compare the files that modalities name, such as tokenizers, with those that the run was trained with.
+
+    Raises:
+      UserError: a file with another SHA-256 than the one that the checkpoint's meta data hold.
+    """
+    identities = meta.get("identities", {})
+    for name, modality in experiment.used.items():
+        for file, path in modality.files().items():
+            saved = identities.get(f"modalities.{name}/{file}")
+            digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else saved
+            if saved != digest and saved is not None:
+                raise UserError(
+                    f"modalities.{name}: '{path}' is not the file that the run in '{workdir}' was trained with: its "
+                    f"SHA-256 is {digest[:12]}..., the checkpoint has {saved[:12]}... Its ids would mean other pieces. "
+                    f"Put the run's own file at {workdir / 'assets' / file}; or, if this one is meant, "
+                    "mmjax.load(path, allow_change=True)."
+                )
+
+
 class Embedder:
     """A trained run.
 
@@ -81,11 +102,13 @@ class Embedder:
       tasks: the run's tasks by name.
     """
 
-    def __init__(self, workdir: epath.Path, step: int | None):
+    def __init__(self, workdir: epath.Path, step: int | None, allow_change: bool = False):
         self.step, meta = find_step(workdir, step)
         self.config: dict[str, Any] = meta["config"]
         self.positions: dict[str, int] = meta["clock"]["positions"]
         self._experiment = make_experiment(self.config, str(workdir / "assets"))
+        if not allow_change:
+            check_files(workdir, meta, self._experiment)
         mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
         self._stacked = read_parameters(workdir, self.step, self._experiment, mesh)
         self.tasks: Mapping[str, Task] = {n: t.whole() for n, t in self._experiment.tasks.items()}
@@ -354,9 +377,17 @@ def _told(objective: Objective) -> tuple[str, ...]:
     return objective.writes()[:1]
 
 
-def load(path: str, step: int | None = None) -> Embedder:
+def load(path: str, step: int | None = None, *, allow_change: bool = False) -> Embedder:
     """Load the run in `path`: its newest checkpoint, or that of `step`.
 
     Nothing from the checkpoint is executed: its config is data, and names only modules of mmjax.
+
+    Args:
+      path: the run's folder.
+      step: of a checkpoint; the newest if None.
+      allow_change: accept a tokenizer other than the one that the run was trained with.
+
+    Raises:
+      UserError: no such checkpoint, or another tokenizer than the run's.
     """
-    return Embedder(commandline.folder(path), step)
+    return Embedder(commandline.folder(path), step, allow_change)

@@ -94,6 +94,9 @@ ROWS: tuple[Row, ...] = (
     Row(2, "model.groups.*.pattern.*.experts", "losses_over", "batch", has_losses),
     Row(2, "tasks.*.objective.multimodal.*.pattern.*.experts", "losses_over", "batch", has_losses),
     Row(2, "tasks.*.objective.unimodal.*.pattern.*.experts", "losses_over", "batch", has_losses),
+    # The tokenizer of the emoji data was the default, and a vocabulary could be larger than its tokenizer's.
+    Row(2, "modalities.*", "pad_vocabulary_to", 0, named("text")),
+    Row(2, "modalities.*", "tokenizer", "emoji/1.0.0/tokenizer.model", named("text")),
 )
 
 
@@ -114,7 +117,11 @@ def upgrade_meta(meta: Mapping[str, Any]) -> Block:
     """Return a checkpoint's meta data with the config that today's version reads."""
     if "config" not in meta:
         return dict(meta)
-    return {**meta, "config": upgrade(meta["config"], meta.get(KEY, 1)), KEY: VERSION}
+    upgraded = {**meta, "config": upgrade(meta["config"], meta.get(KEY, 1)), KEY: VERSION}
+    if "identities" in meta:
+        # A file outside the data folder was called by its absolute path; it is called by its name in `assets/` now.
+        upgraded["identities"] = {k.replace("//", "/"): v for k, v in meta["identities"].items()}
+    return upgraded
 
 
 def _make(config: Block, path: str) -> None:

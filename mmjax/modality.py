@@ -38,7 +38,8 @@ class Stem(nnx.Module):
     A modality of continuous values, which diffusion can noise, has besides: `values(arrays, dtype) -> [B, S, P]`, what
     each token is made of, about of size 1; `__call__(arrays, values)`, the stream of other values than those of the
     arrays; and `bound`, which values do not exceed, or None. One of discrete tokens, whose arrays are
-    `ids` and `valid`, has `end`, the id that closes a span, or None where all have the whole length.
+    `ids` and `valid`, has `token_ids`, the `mmjax.data.tokenizer.TokenIds` that its modality
+    returns by a method of that name.
 
     Where tokens are dropped (see `dropped`), the arrays are `patches` and `coordinates` instead.
     """
@@ -57,6 +58,9 @@ class Modality(abc.ABC, Generic[I]):
     Input: ClassVar[type]
     temporal: ClassVar[bool] = False
     folder: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the settings; a subclass raises `UserError` for those out of bounds."""
 
     @abc.abstractmethod
     def stem(self, width: int) -> nnx.Module:

@@ -22,6 +22,7 @@ from mmjax import checkpoint, processes
 from mmjax import config as configs
 from mmjax.checkpoint import Restored
 from mmjax.data import order
+from mmjax.data.tokenizer import how_to_get
 from mmjax.errors import UserError
 from mmjax.evaluate import RESULTS
 from mmjax.experiment import Experiment
@@ -48,7 +49,7 @@ from mmjax.state import (
     state_from_canonical,
     state_to_canonical,
 )
-from mmjax.warm_start import pin, pinned, warm_start
+from mmjax.warm_start import check_files, pin, pinned, warm_start
 
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -222,7 +223,9 @@ def begin(
     if restored is None:
         config = experiment.run.init_from
         step = pin(config, workdir, say, allow_change)
-        given = warm_start(config, experiment.declaration.specs, say, step)
+        specs = experiment.declaration.specs
+        given = warm_start(config, specs, say, step)
+        check_files(config, step, specs, given, identities)
     if processes.is_first():
         _write_config(workdir, experiment)
         _keep_files(workdir, experiment)
@@ -336,13 +339,10 @@ def _open_data(experiment: Experiment) -> dict[str, Examples]:
 
 def _file_identities(experiment: Experiment) -> dict[str, str]:
     found = {}
-    for name, modality in experiment.modalities.items():
+    for name, modality in experiment.used.items():
         for file, path in modality.files().items():
             if not path.exists():
-                raise UserError(
-                    f"modalities.{name}: file '{path}' is missing. "
-                    "Build the data first: python -m mmjax.data.build emoji"
-                )
+                raise UserError(f"modalities.{name}: file '{path}' is missing. {how_to_get(path)}")
             found[f"modalities.{name}/{file}"] = _digest(path.read_bytes())
     return found
 
@@ -572,7 +572,7 @@ def _keep_files(workdir: epath.Path, experiment: Experiment) -> None:
     A copy that is there already and is the same stays untouched. One that differs is replaced: it is that of a
     run without a checkpoint, since the digests that a checkpoint holds have been compared before.
     """
-    for modality in experiment.modalities.values():
+    for modality in experiment.used.values():
         for name, path in modality.files().items():
             copy, content = workdir / "assets" / asset_name(name), path.read_bytes()
             if not copy.exists() or _digest(copy.read_bytes()) != _digest(content):

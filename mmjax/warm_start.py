@@ -167,6 +167,46 @@ def warm_start(
     return taken.values
 
 
+def check_files(
+    config: WarmStartConfig,
+    step: int | None,
+    specs: Mapping[str, Spec],
+    values: Values,
+    identities: Mapping[str, str],
+) -> None:
+    """Compare the files of modalities, such as tokenizers, with those of the run that embeddings are taken from.
+
+    Args:
+      step: of that run; None where values are of a file, which does not say.
+      values: those that `warm_start` returned.
+      identities: digests of the files here, by `modalities.NAME/FILE`.
+
+    Raises:
+      UserError: a table with a row for each piece is taken, and its pieces are others here.
+    """
+    if step is None:
+        return
+    there = checkpoint.read_meta(epath.Path(config.path).expanduser(), step).get("identities", {})
+    for modality in sorted({key.partition("/")[0] for key in identities}):
+        one, other = (
+            {digest for key, digest in found.items() if key.startswith(f"{modality}/")}
+            for found in (identities, there)
+        )
+        stem = f"stems/{modality.removeprefix('modalities.')}/"
+        tables = [
+            name
+            for spec in specs.values()
+            for name in spec.canonical
+            if "vocabulary" in spec.axes and name.startswith(stem) and name in values
+        ]
+        if one and other and one != other and tables:
+            raise UserError(
+                f"init_from: the run in '{config.path}' read {modality} by another tokenizer (SHA-256 "
+                f"{min(other)[:12]}..., here {min(one)[:12]}...), so that rows of {tables[0]} are of other pieces. "
+                f"Take its tokenizer, in {config.path}/assets, or init_from.skip=['{tables[0]}']."
+            )
+
+
 def grouped(names: Iterable[str]) -> list[str]:
     """Return names in order, those that differ in a layer's index only as one: `trunk/layers/*/norm (12)`."""
     groups: dict[str, list[str]] = {}

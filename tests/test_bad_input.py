@@ -84,7 +84,7 @@ _EDITS = [
     ('"batch": 16,', "", ["'tasks.image_text.batch' is missing"]),
     ('{"name": "image", "patch": 8}', '{"patch": 8}', ["modalities.image: 'name' is missing"]),
     ('"name": "transformer"', '"name": "transfomer"', ["no 'transfomer'", "'transformer'"]),
-    ('{"name": "text"}', '{"name": "txt"}', ["modalities.text.name: no 'txt'", "'text'"]),
+    ('{"name": "text"', '{"name": "txt"', ["modalities.text.name: no 'txt'", "'text'"]),
     ('"contrastive"', '"contrastiv"', ["image_text.objective.name: no 'contrastiv'", "'contrastive'"]),
     ('"retrieval"', '"retreival"', ["evaluators.drawings.name: no 'retreival'", "'retrieval'"]),
     ('"tfds"', '"tfsd"', ["source.name: no 'tfsd'", "'tfds'"]),
@@ -206,6 +206,19 @@ def test_a_field_or_split_of_the_wrong_kind(emoji_dir, workdir, override, words)
 )  # fmt: skip
 def test_what_does_not_fit(emoji_dir, workdir, override, words):
     assert words in trained(workdir, f"--config.{override}")
+
+
+def test_a_run_without_a_tokenizer_says_what_to_give(emoji_dir, workdir):
+    message = trained(workdir, "--config.modalities.text.tokenizer=''")
+    assert "modalities.text.tokenizer is not set" in message and "of 2048 pieces" in message
+    assert "mmjax tokenizer train SOURCE --field=caption --size=2048 --out=FILE" in message
+
+
+def test_a_tokenizer_that_is_not_there_says_what_to_run(emoji_dir, workdir):
+    message = trained(workdir, "--config.modalities.text.tokenizer=/nowhere/my.model")
+    assert "No tokenizer model at /nowhere/my.model" in message
+    assert "mmjax tokenizer train" in message
+    assert "build emoji" not in message
 
 
 def test_a_mesh_for_other_devices_says_how_many_there_are(command, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
+from mmjax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, TokenIds
 from mmjax.errors import UserError
 from mmjax.generation import Sampling, generate
 
@@ -27,7 +27,7 @@ def follow(script_BL: jax.Array) -> Any:
 
     asked = jnp.full((LENGTH, script_BL.shape[0]), -1)
     keys = jax.random.split(jax.random.key(0), script_BL.shape[0])
-    return generate(step, asked, keys, LENGTH, Sampling())
+    return generate(step, asked, keys, LENGTH, Sampling(), TokenIds(9))
 
 
 @given(
@@ -52,7 +52,9 @@ def test_it_stops_when_all_have_ended(ends: list[int], steps: int) -> None:
         return jax.nn.one_hot(jnp.where(ended, EOS_ID, 5), 9), held
 
     keys = jax.random.split(jax.random.key(0), 2)
-    jax.block_until_ready(jax.jit(lambda: generate(step, (), keys, LENGTH, Sampling()))())
+    jax.block_until_ready(
+        jax.jit(lambda: generate(step, (), keys, LENGTH, Sampling(), TokenIds(20)))()
+    )
     jax.effects_barrier()
     assert sorted(asked) == list(range(steps))
 
@@ -65,8 +67,51 @@ def test_each_step_is_told_what_was_written() -> None:
         return jax.nn.one_hot(jnp.where(begins, before + 1, 0), 20), held
 
     keys = jax.random.split(jax.random.key(0), 2)
-    found = jax.jit(lambda: generate(step, (), keys, LENGTH, Sampling()))()
+    found = jax.jit(lambda: generate(step, (), keys, LENGTH, Sampling(), TokenIds(20)))()
     np.testing.assert_array_equal(found, np.tile(np.arange(4, 4 + LENGTH), (2, 1)))
+
+
+@pytest.mark.parametrize(
+    "special",
+    [
+        TokenIds(20, pad=0, begin=0, end=1),
+        TokenIds(20, pad=2, begin=1, end=2),
+        TokenIds(20, 7, 7, 7),
+    ],
+    ids=["T5", "Llama", "one for all"],
+)
+def test_a_vocabulary_has_ids_of_its_own(special: TokenIds) -> None:
+    """Texts begin, end and are filled up by the vocabulary's ids, also where two of these are one."""
+    script_BL = jnp.array([[4, 5, special.end, 6, 6, 6], [4, 0, 5, 3, 6, 9]])
+
+    def step(ids_BS: jax.Array, at: jax.Array, held: Any) -> Any:
+        begins = (ids_BS[:, 0] == special.begin)[:, None]
+        return jnp.where(begins, jax.nn.one_hot(script_BL[:, at], 20), 0), held
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    found = jax.jit(lambda: generate(step, (), keys, LENGTH, Sampling(), special))()
+    ended = [4, 5, special.end, special.pad, special.pad, special.pad]
+    whole = [4, 0, 5, 3, 6, 9]
+    np.testing.assert_array_equal(found, [ended, whole])
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=5.0), Sampling(1.0, top_k=3)]
+)
+def test_ids_without_a_piece_are_never_chosen(sampling: Sampling) -> None:
+    """A table of 32 rows for 20 pieces, of which two ids have none: the likeliest are such, and are not there."""
+    logits_V = np.full(32, 1.0)
+    logits_V[[6, 11, *range(20, 32)]] = 9.0
+    special = TokenIds(20, missing=(6, 11))
+
+    def step(ids_BS: jax.Array, at: jax.Array, held: Any) -> Any:
+        return jnp.broadcast_to(logits_V, (64, 32)), held
+
+    keys = jax.random.split(jax.random.key(0), 64)
+    found = np.asarray(jax.jit(lambda: generate(step, (), keys, LENGTH, sampling, special))())
+    assert not np.isin(found, [6, 11, *range(20, 32)]).any()
+    if sampling.temperature and not sampling.top_k:
+        assert set(found.ravel().tolist()) >= {1, 2, 3, 4, 5, 7, 10, 12, 19}  # and all others are
 
 
 def test_greedy_is_the_likeliest() -> None:

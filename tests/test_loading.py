@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import io
 import json
 import pickletools
@@ -22,10 +23,12 @@ import mmjax
 from mmjax import checkpoint, evaluate
 from mmjax import config as configs
 from mmjax.checkpoint import CheckpointConfig, Checkpoints
+from mmjax.data.tokenizer import train
 from mmjax.errors import UserError
 from mmjax.experiment import make_experiment
 from mmjax.layers import trunk
 from mmjax.loading import Embedder
+from mmjax.monitor import report
 from mmjax.parameters import from_canonical, to_canonical
 from mmjax.sharding import make_mesh
 from mmjax.sources.tfds import Tfds
@@ -358,6 +361,58 @@ def test_a_missing_tokenizer_is_named(copy):
     shutil.rmtree(copy / "assets")
     with pytest.raises(UserError, match="tokenizer"):
         mmjax.load(str(copy)).embed(text=["dog"])
+
+
+def another_tokenizer(run: Path) -> Path:
+    """Put a tokenizer of the same size and other pieces in the place of the run's own."""
+    [file] = (run / "assets").rglob("tokenizer.model")
+    train([f"a {n} of them" for n in range(3000)], file, vocab_size=2048)
+    return file
+
+
+def test_another_tokenizer_than_the_runs_is_refused(copy):
+    """By its SHA-256: its ids would mean other pieces."""
+    expected = mmjax.load(str(copy)).embed(text=["a red apple"])
+    file = another_tokenizer(copy)
+    with pytest.raises(UserError) as raised:
+        mmjax.load(str(copy))
+    saved = json.loads((copy / "checkpoints" / "14" / "meta" / "metadata").read_text())
+    key = "modalities.text/emoji/1.0.0/tokenizer.model"
+    now = hashlib.sha256(file.read_bytes()).hexdigest()
+    for words in (str(file), now[:12], saved["identities"][key][:12], "allow_change=True"):
+        assert words in str(raised.value)
+    meant = mmjax.load(str(copy), allow_change=True).embed(text=["a red apple"])
+    assert np.abs(meant - expected).max() > 1e-3
+
+
+def test_evaluation_and_report_refuse_another_tokenizer(copy):
+    another_tokenizer(copy)
+    with pytest.raises(UserError, match="is not the file that the run in .* was trained with"):
+        evaluate.evaluate(epath.Path(copy), None, [])
+    report.write_report(epath.Path(copy))
+    assert "is not the file that the run in" in (copy / "report.html").read_text()
+
+
+def test_the_tokenizer_in_assets_is_taken_before_the_one_that_the_config_names(copy, tmp_path):
+    """It is compared, whichever it is: also where the run has the file by an absolute path."""
+    [file] = (copy / "assets").rglob("tokenizer.model")
+    other, name = tmp_path / "other.model", str(tmp_path / "other.model")
+    plant(copy, "modalities.text.tokenizer", name)
+    meta = copy / "checkpoints" / "14" / "meta" / "metadata"
+    data = json.loads(meta.read_text())
+    # As checkpoints called it when such a file was not copied.
+    [digest] = [v for k, v in data["identities"].items() if k.startswith("modalities.text/")]
+    data["identities"] = {f"modalities.text/{name}": digest}
+    meta.write_text(json.dumps(data))
+    other.write_bytes(file.read_bytes())
+    expected = mmjax.load(str(copy)).embed(text=["dog"])
+    train([f"a {n} of them" for n in range(3000)], other, vocab_size=2048)
+    with pytest.raises(UserError, match="other.model' is not the file"):
+        mmjax.load(str(copy))
+    kept = copy / "assets" / name.lstrip("/")
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(file.read_bytes())
+    np.testing.assert_array_equal(mmjax.load(str(copy)).embed(text=["dog"]), expected)
 
 
 def test_a_checkpoint_of_other_shapes_names_parameter_expected_and_found(copy):

@@ -581,6 +581,16 @@ def test_a_checkpoint_names_everything_a_run_is(straight: Path) -> None:
     assert set(state) == {"parameters", "optimizer"}
 
 
+def test_a_modality_that_no_task_reads_needs_no_files(tmp_path: Path) -> None:
+    """Such as texts without a tokenizer, where the tasks on texts were taken out of a config."""
+    run(tmp_path / "run", "steps=1", "modalities.text={'name': 'text', 'vocabulary': 8}")
+    assert set(toyrun.meta(tmp_path / "run")["identities"]) == {
+        "tasks.one.source",
+        "tasks.two.source",
+    }
+    assert not (tmp_path / "run" / "assets").exists()
+
+
 def test_averages_may_begin_later(tmp_path: Path) -> None:
     """At the parameters as they stand, not at new random ones."""
     workdir = tmp_path / "run"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,14 @@ from mmjax.migrations import upgrade
 from mmjax.parameters import Spec, Stack
 from mmjax.resume import begin
 from mmjax.state import EMA
-from mmjax.warm_start import NameConfig, WarmStartConfig, pin, resample, warm_start
+from mmjax.warm_start import (
+    NameConfig,
+    WarmStartConfig,
+    check_files,
+    pin,
+    resample,
+    warm_start,
+)
 
 Values = dict[str, np.ndarray]
 LAYERS = Stack(first=0, stride=1, repeat=2, prefix="trunk/layers", inner="query")
@@ -380,3 +388,30 @@ def test_averages_to_begin_with(tmp_path: Path) -> None:
     assert any(not np.array_equal(found[n], last[n]) for n in found)
     with pytest.raises(UserError, match="none of the"):
         warm_start(WarmStartConfig(str(tmp_path)), SPECS, print)
+
+
+TABLE = spec("stems/text/embedding", (8, 4), ("vocabulary", "embed"))
+
+
+@pytest.mark.parametrize(
+    ("taken", "there", "refused"),
+    [
+        (["stems/text/embedding"], {"modalities.text/a.model": "1" * 64}, True),
+        (["stems/text/embedding"], {"modalities.text/b.model": "2" * 64}, False),
+        (["stems/image/kernel"], {"modalities.text/a.model": "1" * 64}, False),
+        (["stems/text/embedding"], {"modalities.sound/a.model": "1" * 64}, False),
+    ],
+)
+def test_a_table_of_another_tokenizers_pieces_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: list[str], there: Any, refused: bool
+) -> None:
+    """The same file under another name is the same."""
+    monkeypatch.setattr(checkpoint, "read_meta", lambda path, step: {"identities": there})
+    specs = {**SPECS, TABLE.name: TABLE}
+    values = {name: np.zeros(2, np.float32) for name in taken}
+    here = {"modalities.text/my.model": "2" * 64, "tasks.one.source": "3" * 64}
+    config = WarmStartConfig(str(tmp_path))
+    check_files(config, None, specs, values, here)
+    words = r"1{12}.*2{12}.*skip=\['stems/text/embedding'\]"
+    with pytest.raises(UserError, match=words) if refused else nullcontext():
+        check_files(config, 4, specs, values, here)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.data.tokenizer import TokenIds
 from mmjax.errors import UserError
 from mmjax.evaluator import Evaluator, Outputs, Pass, Record
 from mmjax.task import Task
@@ -50,9 +51,9 @@ class Captions(Evaluator):
 
 def _end(task: Task) -> int | None:
     """Return the token that closes a text of the task; None where all have the whole length, as colours do."""
-    stem: Any = task.inputs[task.objective.writes()[1]].modality.stem(1)
-    end: int | None = stem.end
-    return end
+    modality: Any = task.inputs[task.objective.writes()[1]].modality
+    special: TokenIds = modality.token_ids()
+    return special.end
 
 
 def texts(rows: Iterable[np.ndarray], end: int | None) -> list[tuple[int, ...]]:

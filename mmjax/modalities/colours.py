@@ -14,6 +14,7 @@ from jax.nn import initializers
 
 from mmjax import pictures
 from mmjax.bounds import COUNT, check
+from mmjax.data.tokenizer import TokenIds
 from mmjax.errors import UserError
 from mmjax.layers.positions import Positions, grid
 from mmjax.layers.stream import Stream
@@ -81,15 +82,17 @@ class Colours(Modality[ImageInput]):
     def _image(self) -> Image:
         return Image(max_pixels=self.max_pixels)
 
+    def token_ids(self) -> TokenIds:
+        return TokenIds(self.vocabulary, end=None)
+
 
 class ColoursStem(nnx.Module):
     """`{"ids": int32[B, H H]} ->` a stream of `H H` tokens."""
 
-    end = None  # see `mmjax.modality.Stem`
-
     def __init__(self, levels: int, buckets: int, width: int):
         init = initializers.normal(0.1)
         self.levels = levels
+        self.token_ids = TokenIds(levels**3, end=None)
         self.embedding = declare((levels**3, width), ("vocabulary", "embed"), init, decay=False)
         self.positions = Positions(width, {"y": buckets, "x": buckets}, scale=0.05)
 

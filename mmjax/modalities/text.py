@@ -1,4 +1,4 @@
-"""Text: subword tokens of a trained SentencePiece model."""
+"""Text: subword tokens of a SentencePiece model or a `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jax.nn import initializers
 
 from mmjax.bounds import COUNT, check
 from mmjax.data import DATA_DIR_VARIABLE, data_dir
-from mmjax.data.tokenizer import EOS_ID, Tokenizer
+from mmjax.data.tokenizer import TokenIds, Tokenizer
 from mmjax.errors import UserError
 from mmjax.layers.positions import Positions
 from mmjax.layers.stream import Stream
@@ -46,21 +46,33 @@ class Text(Modality[TextInput]):
     """Texts in UTF-8.
 
     Attributes:
-      tokenizer: path of the SentencePiece model, below `folder` or absolute.
-      vocabulary: rows of the embedding table; the tokenizer's size at least.
+      tokenizer: path of a SentencePiece model or a Hugging Face `tokenizer.json`: absolute, or under `folder`. Needed
+        where texts are read or written; a plan does without.
+      vocabulary: rows of the embedding table: the tokenizer's size, rounded up by `pad_vocabulary_to`.
       buckets: position buckets; the longest text of any task at least.
+      pad_vocabulary_to: the table's rows are the first multiple of it that holds the tokenizer; 0 for any number that
+        does. Ids without a piece are never written.
+      end: the piece that closes a text; by default as the tokenizer's file says, or under a usual name.
     """
 
     Input = TextInput
-    tokenizer: str = "emoji/1.0.0/tokenizer.model"
+    tokenizer: str = ""
     vocabulary: int = 2048
     buckets: int = 128
+    pad_vocabulary_to: int = 1
+    end: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self, vocabulary=COUNT, buckets=COUNT)
+        if self.pad_vocabulary_to < 0:
+            raise UserError(
+                f"modalities.text.pad_vocabulary_to is {self.pad_vocabulary_to}; expected 1 for just the tokenizer's "
+                "size, a multiple such as 128, or 0 for any size that holds it."
+            )
 
     def stem(self, width: int) -> nnx.Module:
-        return TextStem(self.vocabulary, self.buckets, width)
+        return TextStem(self.vocabulary, self.buckets, width, self.token_ids())
 
     def arrays(self, settings: TextInput) -> ArraySpec:
         if settings.length > self.buckets:
@@ -93,7 +105,10 @@ class Text(Modality[TextInput]):
 
     def raw(self, value: Any) -> str:
         if isinstance(value, bytes):
-            return value.decode("utf-8")
+            try:
+                return value.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"a text is not UTF-8: {error}.") from error
         if not isinstance(value, str):
             raise UserError(f"a text is a string, found {type(value).__name__}.")
         return value
@@ -102,10 +117,24 @@ class Text(Modality[TextInput]):
         """The text of token ids `[S]`, up to its end token."""
         return self._tokenizer().decode(ids)
 
+    def token_ids(self) -> TokenIds:
+        """Return the ids of special tokens; where the tokenizer's file is not there, some that give the same shapes."""
+        if not self.tokenizer or not self._path().exists():
+            return TokenIds(self.vocabulary)
+        _opened.cache_clear()  # a model is made of the file as it is now
+        return self._tokenizer().token_ids
+
     def files(self) -> dict[str, epath.Path]:
         return {self.tokenizer: self._path()}
 
     def _path(self) -> epath.Path:
+        if not self.tokenizer:
+            raise UserError(
+                "modalities.text.tokenizer is not set, and texts cannot be read or written without it. Give the path "
+                f"of a SentencePiece model or tokenizer.json of {self.vocabulary} pieces, absolute or under the data "
+                "folder: --config.modalities.text.tokenizer=FILE. To train one on your texts: mmjax tokenizer train "
+                f"SOURCE --field=caption --size={self.vocabulary} --out=FILE"
+            )
         original = data_dir() / epath.Path(self.tokenizer).expanduser()
         if not self.folder:
             return original
@@ -121,11 +150,15 @@ class Text(Modality[TextInput]):
 
 @lru_cache(maxsize=8)
 def _opened(text: Text, data: str) -> Tokenizer:
-    """The tokenizer of a text where the folder of data is `data`."""
-    tokenizer = Tokenizer(text._path())
-    if tokenizer.vocab_size > text.vocabulary:
+    """Return the tokenizer of a text where the folder of data is `data`."""
+    tokenizer = Tokenizer(text._path(), text.end)
+    size, multiple = tokenizer.vocab_size, text.pad_vocabulary_to
+    rows = -(-size // multiple) * multiple if multiple else max(size, text.vocabulary)
+    if text.vocabulary != rows:
         raise UserError(
-            f"modalities.text.vocabulary is {text.vocabulary}; the tokenizer has {tokenizer.vocab_size} pieces."
+            f"modalities.text.vocabulary is {text.vocabulary}; the tokenizer has {size} pieces ({tokenizer.path}). "
+            f"Set it to {rows}, or choose the tokenizer that the recipe is for. A larger table is allowed with "
+            "modalities.text.pad_vocabulary_to=0."
         )
     return tokenizer
 
@@ -133,10 +166,9 @@ def _opened(text: Text, data: str) -> Tokenizer:
 class TextStem(nnx.Module):
     """`{"ids": int32[B, S], "valid": bool[B, S]} ->` a stream of S tokens."""
 
-    end = EOS_ID  # see `mmjax.modality.Stem`
-
-    def __init__(self, vocabulary: int, buckets: int, width: int):
+    def __init__(self, vocabulary: int, buckets: int, width: int, ids: TokenIds):
         init = initializers.normal(0.1)
+        self.token_ids = ids
         self.embedding = declare((vocabulary, width), ("vocabulary", "embed"), init, decay=False)
         self.positions = Positions(width, {"token": buckets}, scale=0.05)
         self.buckets = buckets

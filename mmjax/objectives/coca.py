@@ -13,7 +13,7 @@ from flax import nnx, struct
 from jax.nn import initializers
 
 from mmjax.bounds import AMOUNT, COUNT, check
-from mmjax.data.tokenizer import BOS_ID, PAD_ID
+from mmjax.data.tokenizer import TokenIds
 from mmjax.errors import UserError, nearest
 from mmjax.generation import Sampling, generate
 from mmjax.layers.dense import Dense
@@ -159,9 +159,15 @@ class Coca(Contrastive):
 
     def read(self, model: Model, arrays: Any, key: jax.Array | None) -> tuple[Read, Aux]:
         """The text, moved by one: each place knows what stands before its token, and begins with the begin token."""
-        text = model.tokens(self._text, {**arrays, "ids": begun(arrays["ids"])})
+        ids_BS = begun(arrays["ids"], self._special(model).begin)
+        text = model.tokens(self._text, {**arrays, "ids": ids_BS})
         read: tuple[Read, Aux] = model.heads[self.head].decoder.read(text, key)
         return read
+
+    def _special(self, model: Model) -> TokenIds:
+        stem: Any = model.stems[self._text]
+        ids: TokenIds = stem.token_ids
+        return ids
 
     def _vector(self, model: Model, modality: str, whole_BD: jax.Array) -> jax.Array:
         joint_BE = model.heads[self.head][modality](whole_BD)
@@ -241,7 +247,7 @@ class Coca(Contrastive):
             after: tuple[jax.Array, Any] = decoder.extend(self._token(model, ids_BS, at), held, at)
             return after
 
-        return generate(step, held, keys_B, length, self.sampling)
+        return generate(step, held, keys_B, length, self.sampling, self._special(model))
 
     def _token(self, model: Model, ids_BS: jax.Array, at: jax.Array | int) -> Stream:
         """The stem's token at index `at`, alone."""
@@ -262,7 +268,7 @@ class Coca(Contrastive):
         length = given["ids"].shape[1]
         return {
             "written": self._write(model, seen, length, row_keys(batch, key)),
-            "wanted": jnp.where(given["valid"], given["ids"], PAD_ID),
+            "wanted": jnp.where(given["valid"], given["ids"], self._special(model).pad),
             "cost": cost_B,
             "tokens": tokens_B,
         }
@@ -279,9 +285,9 @@ class Coca(Contrastive):
         return {shown: arrays["pixels"], **found} if "pixels" in arrays else found
 
 
-def begun(ids_BS: jax.Array) -> jax.Array:
-    """The begin token, then all ids but the last: what stands before each."""
-    return jnp.pad(ids_BS[:, :-1], ((0, 0), (1, 0)), constant_values=BOS_ID)
+def begun(ids_BS: jax.Array, begin: int) -> jax.Array:
+    """Return the begin token, then all ids but the last: what stands before each."""
+    return jnp.pad(ids_BS[:, :-1], ((0, 0), (1, 0)), constant_values=begin)
 
 
 def _closed(text: Stream, close_D: jax.Array) -> Stream:

@@ -14,7 +14,6 @@ from flax import nnx, struct
 from jax.nn import initializers
 
 from mmjax.bounds import AMOUNT, COUNT, check
-from mmjax.data.tokenizer import PAD_ID
 from mmjax.diffusion import Diffusion, time_features
 from mmjax.errors import UserError
 from mmjax.generation import Sampling
@@ -378,10 +377,11 @@ class Transfusion(Coupled):
         composer = Composer(self, model, [other, text])
         past = composer.read(composer.begin(), [other])
         ids_BL, told_BL = text.arrays["ids"], text.arrays["valid"]
+        stem: Any = model.stems[text.name]
         losses_BL = next_token_losses(composer.logits(past, text), ids_BL)
         return {
             "written": composer.write(past, text, row_keys(batch, key)),
-            "wanted": jnp.where(told_BL, ids_BL, PAD_ID),
+            "wanted": jnp.where(told_BL, ids_BL, stem.token_ids.pad),
             "cost": jnp.where(told_BL, losses_BL, 0).sum(axis=1),
             "tokens": told_BL.sum(axis=1),
         }

@@ -10,10 +10,12 @@ def get_config() -> ConfigDict:
     )
     layer = {"name": "transformer", "heads": 2, "hidden": 64}
 
+    text = {"name": "text", "tokenizer": "emoji/1.0.0/tokenizer.model"}
+
     config = ConfigDict(sort_keys=False)
     config.steps = 14
     config.seed = 0
-    config.modalities = {"image": {"name": "image", "patch": 8}, "text": {"name": "text"}}
+    config.modalities = {"image": {"name": "image", "patch": 8}, "text": text}
     config.model = {"width": 32, "groups": [{"repeat": 2, "pattern": [layer]}]}
     config.tasks = {
         "image_text": {

@@ -79,7 +79,9 @@ def open_(path: Path | epath.Path) -> Examples:
 def spec(image: str, text: str, fields: tuple[str, ...] = ()) -> RowSpec:
     inputs = {
         "image": Input("image", Image(), ImageInput(field=image, size=32)),
-        "text": Input("text", Text(), TextInput(field=text, length=8)),
+        "text": Input(
+            "text", Text(tokenizer="emoji/1.0.0/tokenizer.model"), TextInput(field=text, length=8)
+        ),
     }
     return RowSpec(inputs, fields)
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mmjax
+from mmjax.data.tokenizer import TokenIds
 from mmjax.errors import UserError
 from mmjax.evaluators.captions import Captions, entropy, f1, match, texts
 from mmjax.modalities.colours import Colours
@@ -117,6 +118,21 @@ def test_a_text_that_holds_padding_before_its_end_is_not_the_one_without() -> No
     }  # fmt: skip
     _, exact, bags = Captions(source=SOURCE).score(task(), {"all": rows})
     assert exact["value"] == 0 and bags["value"] == pytest.approx(2 * 2 / 5)
+
+
+def test_ids_are_those_of_the_tasks_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama's: the end is 2, and fills up; nothing is lost of a text that holds 0 and 3."""
+    monkeypatch.setattr(Text, "token_ids", lambda text: TokenIds(16, pad=2, begin=1, end=2))
+    rows = {
+        "wanted": np.array([[0, 3, 2, 2], [3, 2, 2, 2]]),
+        "written": np.array([[0, 3, 2, 2], [0, 2, 2, 2]]),
+        "cost": np.array([3.0, 2.0]),
+        "tokens": np.array([3.0, 2.0]),
+    }
+    loss, exact, bags = Captions(source=SOURCE).score(task(), {"all": rows})
+    shares = np.array([1, 2, 2]) / 5  # of 0, 3 and the end
+    assert loss["chance"] == pytest.approx(-(shares * np.log(shares)).sum())
+    assert exact["value"] == bags["value"] == 1 / 2
 
 
 tokens = st.lists(st.integers(4, 7), max_size=4).map(tuple)

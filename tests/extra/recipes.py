@@ -24,9 +24,10 @@ def experiment(name: str, argument: str = "") -> Experiment:
 
 
 def without_sizes(block: Any) -> Any:
-    """The config without its numbers, and what the hardware decides."""
+    """The config without its numbers, its tokenizer, and what the hardware decides."""
     if isinstance(block, dict):
-        return {k: without_sizes(v) for k, v in block.items() if k not in ("remat", "compute")}
+        left_out = ("remat", "compute", "tokenizer")
+        return {k: without_sizes(v) for k, v in block.items() if k not in left_out}
     if isinstance(block, list | tuple):
         return [without_sizes(each) for each in block]
     return 0 if isinstance(block, int | float) and not isinstance(block, bool) else block

@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizer_files
 
+from mmjax import config as configs
+from mmjax import migrations
 from mmjax.data import tokenizer
-from mmjax.data.tokenizer import EOS_ID, PAD_ID
+from mmjax.data.tokenizer import EOS_ID, PAD_ID, TokenIds, Tokenizer
 from mmjax.errors import UserError
 from mmjax.modalities.text import Text, TextInput
 from mmjax.modality import Input
@@ -82,15 +85,103 @@ def test_a_length_over_the_position_buckets(text: Text) -> None:
     assert text.arrays(TextInput(length=64))["ids"].shape == (64,)
 
 
-def test_a_tokenizer_with_more_pieces_than_the_vocabulary(folder: Path) -> None:
-    small = Text(folder=str(folder), tokenizer="small.model", vocabulary=PIECES - 1)
-    with pytest.raises(UserError, match=f"vocabulary is {PIECES - 1}; the tokenizer has {PIECES}"):
-        row(small, "red apple")
+@pytest.mark.parametrize("rows", [PIECES - 1, PIECES + 1, 2048])
+def test_a_vocabulary_that_is_not_the_tokenizers(folder: Path, rows: int) -> None:
+    """An error where the model is made, and where a text is read."""
+    other = Text(folder=str(folder), tokenizer="small.model", vocabulary=rows)
+    for use in (lambda: other.stem(4), lambda: row(other, "red apple")):
+        with pytest.raises(UserError) as raised:
+            use()
+        for words in (f"vocabulary is {rows}; the tokenizer has {PIECES}", f"Set it to {PIECES}"):
+            assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("multiple", "right", "wrong"),
+    [(128, 384, PIECES), (100, PIECES, 400), (0, 2048, PIECES - 1), (512, 512, 1024)],
+)
+def test_a_table_padded_to_a_multiple(folder: Path, multiple: int, right: int, wrong: int) -> None:
+    """A text gives the same ids; the pieces are still 300."""
+    where = {"folder": str(folder), "tokenizer": "small.model", "pad_vocabulary_to": multiple}
+    padded = Text(**where, vocabulary=right)
+    plain = Text(folder=str(folder), tokenizer="small.model", vocabulary=PIECES)
+    np.testing.assert_array_equal(row(padded, "red apple")[0], row(plain, "red apple")[0])
+    assert padded.token_ids() == TokenIds(PIECES)
+    assert Declaration(padded.stem(4)).specs["embedding"].shape == (right, 4)
+    with pytest.raises(UserError, match="pad_vocabulary_to=0"):
+        row(Text(**where, vocabulary=wrong), "red apple")
+
+
+def test_padding_of_the_table_is_not_below_zero() -> None:
+    with pytest.raises(UserError, match=r"pad_vocabulary_to is -1; expected 1 .* or 0"):
+        Text(pad_vocabulary_to=-1)
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No tokenizer model at .*data.build"):
+    with pytest.raises(
+        UserError, match=r"No tokenizer model at .*none\.model.* mmjax tokenizer train"
+    ):
         row(Text(folder=str(tmp_path), tokenizer="none.model"), "red apple")
+    emoji = Text(folder=str(tmp_path), tokenizer="emoji/1.0.0/tokenizer.model")
+    with pytest.raises(UserError, match=r"python -m mmjax\.data\.build emoji"):
+        row(emoji, "red apple")
+
+
+def test_without_a_tokenizer_there_is_a_model_but_no_text() -> None:
+    """As plans and tables of parameters need it."""
+    none = Text(vocabulary=32_100)
+    assert Declaration(none.stem(4)).specs["embedding"].shape == (32_100, 4)
+    assert none.arrays(TextInput(length=7))["ids"].shape == (7,)
+    words = r"tokenizer is not set.* of 32100 pieces.*--size=32100"
+    for use in (lambda: row(none, "red"), lambda: none.words(np.arange(3)), none.files):
+        with pytest.raises(UserError, match=words):
+            use()
+
+
+def test_an_older_config_keeps_its_tokenizer_and_its_larger_table() -> None:
+    old = {
+        "modalities": {"words": {"name": "text", "vocabulary": 4096}, "image": {"name": "image"}}
+    }
+    assert migrations.upgrade(old, 1)["modalities"]["words"] == {
+        "name": "text", "vocabulary": 4096, "pad_vocabulary_to": 0, "tokenizer": "emoji/1.0.0/tokenizer.model",
+    }  # fmt: skip
+    assert migrations.upgrade(old, 2) == old
+    assert "tokenizer" not in migrations.upgrade(old, 1)["modalities"]["image"]
+    now = {"modalities": {"words": {"name": "text", "vocabulary": 4096}}}
+    changed = configs.compare(migrations.upgrade(now, 1), now)
+    assert {d.key.rpartition(".")[2]: d.kind for d in changed} == {
+        "tokenizer": "structural", "pad_vocabulary_to": "free",
+    }  # fmt: skip
+
+
+def test_a_tokenizer_of_another_kind(tmp_path: Path) -> None:
+    """T5's: 0 pads and begins, 1 ends; the stem has these ids."""
+    size = Tokenizer(tokenizer_files.t5(tmp_path / "t5.model")).vocab_size
+    text = Text(folder=str(tmp_path), tokenizer="t5.model", vocabulary=size, buckets=64)
+    stem: Any = text.stem(4)
+    assert stem.token_ids == text.token_ids() == TokenIds(size, pad=0, begin=0, end=1)
+    pieces = tokenizer_files.by_the_library(tmp_path / "t5.model", "red apple")
+    assert row(text, "red apple", 32)[0].tolist() == [*pieces, 1, *[0] * (31 - len(pieces))]
+    assert text.words(np.array([*pieces, 1, 5, 5])) == "red apple"
+    ended = Text(folder=str(tmp_path), tokenizer="t5.model", vocabulary=size, end="▁a")
+    assert ended.token_ids().end == Tokenizer(tmp_path / "t5.model").subwords.id_of("▁a")
+
+
+def test_a_tokenizer_that_was_trained_again_is_read_again(tmp_path: Path) -> None:
+    tokenizer.train(TEXTS, tmp_path / "a.model", vocab_size=PIECES)
+    text = Text(folder=str(tmp_path), tokenizer="a.model", vocabulary=PIECES)
+    before, _ = row(text, "face with tears")
+    tokenizer.train([*TEXTS, "tears " * 50], tmp_path / "a.model", vocab_size=PIECES)
+    text.stem(4)  # a model is made of it once more
+    after, _ = row(text, "face with tears")
+    pieces = tokenizer_files.by_the_library(tmp_path / "a.model", "face with tears")
+    assert after[: len(pieces)].tolist() == pieces != before[: len(pieces)].tolist()
+
+
+@pytest.mark.parametrize("value", [b"caf\xe9", "\ud83e apple"])
+def test_a_text_that_is_no_unicode(text: Text, value: Any) -> None:
+    with pytest.raises(UserError, match="a text (is not UTF-8|holds half of a surrogate pair)"):
+        row(text, value)
 
 
 def test_the_file_that_a_run_must_keep(text: Text, folder: Path) -> None:
@@ -99,12 +190,36 @@ def test_the_file_that_a_run_must_keep(text: Text, folder: Path) -> None:
     }
 
 
-def test_the_default_tokenizer_lies_in_the_data_folder(
+def test_a_relative_path_lies_in_the_data_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MMJAX_DATA_DIR", str(tmp_path))
-    [(name, path)] = Text().files().items()
-    assert str(path) == str(tmp_path / name)
+    [(name, path)] = Text(tokenizer="emoji/1.0.0/tokenizer.model").files().items()
+    assert name == "emoji/1.0.0/tokenizer.model" and str(path) == str(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "where"),
+    [
+        ("my.model", "my.model", "/data/my.model"),
+        ("/there/my.model", "there/my.model", "/there/my.model"),
+        ("~/my.model", "my.model", "/home/me/my.model"),
+        ("gs://bucket/my.model", "bucket/my.model", "gs://bucket/my.model"),
+        ("../my.model", "my.model", "/data/../my.model"),
+    ],
+)
+def test_a_run_keeps_a_file_inside_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, name: str, where: str
+) -> None:
+    """And finds it there, or else where the config says."""
+    monkeypatch.setenv("MMJAX_DATA_DIR", "/data")
+    monkeypatch.setenv("HOME", "/home/me")
+    [(kept, found)] = Text(tokenizer=path).files().items()
+    assert (kept, str(found)) == (name, where)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    [found] = Text(tokenizer=path, folder=str(tmp_path)).files().values()
+    assert str(found) == str(tmp_path / name)
 
 
 def test_tokens_are_embeddings_plus_the_position_of_their_index() -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID
+from mmjax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, TokenIds
 from mmjax.errors import UserError
 from mmjax.generation import Sampling
 from mmjax.gradient import loss_and_gradient
@@ -449,6 +449,29 @@ def test_greedy_captions_token_by_token() -> None:
     assert ended.any() and not ended.all() and len(set(lengths)) > 2, (
         "the test sees both ways to end"
     )
+
+
+def test_the_numbers_of_special_tokens_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding 9, begin 7 and end 5 in place of 0, 2 and 3: the same texts, renumbered, at the same cost."""
+    number = np.arange(VOCABULARY)
+    number[[0, 9, 2, 7, 3, 5]] = [9, 0, 7, 2, 5, 3]
+    p, given = telling_apart(), batch()
+    expected = written(declared(), p, given)
+    p["stems/text/embedding"] = p["stems/text/embedding"][number]
+    p["heads/coca/decoder/logits/kernel"] = p["heads/coca/decoder/logits/kernel"][:, number]
+    given["inputs"]["text"]["ids"] = number[given["inputs"]["text"]["ids"]].astype(np.int32)
+    monkeypatch.setattr(Text, "token_ids", lambda text: TokenIds(VOCABULARY, 9, 7, 5))
+    found = written(declared.__wrapped__(), p, given)
+    for name in ("written", "wanted"):
+        np.testing.assert_array_equal(found[name], number[expected[name]])
+    np.testing.assert_allclose(found["cost"], expected["cost"], rtol=1e-12)
+    assert (expected["written"] == EOS_ID).any(), "the test sees an end"
+
+
+def written(declaration: Declaration, p: Parameters, given: Any) -> Any:
+    key = jax.random.key(0)
+    call = jax.jit(lambda p, given: objective().write(declaration.merge(p), given, key))
+    return jax.device_get(call(p, given))
 
 
 def test_a_drawn_caption_does_not_depend_on_the_rows_beside_it() -> None:

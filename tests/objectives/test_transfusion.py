@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmjax.data.tokenizer import TokenIds
 from mmjax.errors import UserError
 from mmjax.interleaved import Composer
 from mmjax.layers.trunk import GroupConfig
@@ -425,6 +426,50 @@ def test_text_and_pictures_in_turn() -> None:
         objective, model, [Span("text", inputs["text"]), Span("image", inputs["image"], made=True)]
     )
     np.testing.assert_allclose(np.asarray(shorter.compose(keys)[0]), first, rtol=1e-8)
+
+
+def renumbered(p: dict[str, Any], number: np.ndarray) -> dict[str, Any]:
+    """The parameters of a model whose vocabulary has other numbers: `number[i]` is the old id of the new id i."""
+    table, logits = "stems/text/embedding", "heads/head/adapter/logits/text/kernel"
+    return {**p, table: p[table][number], logits: p[logits][:, number]}
+
+
+def test_the_numbers_of_special_tokens_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding 9 and end 5 in place of 0 and 3, or 5 for both: texts and what is drawn after them are the same."""
+    objective, number = replace(MIXED, steps=2), np.arange(VOCABULARY)
+    number[[0, 9, 3, 5]] = [9, 0, 5, 3]
+    _, p = built(objective)
+    inputs, keys = batch()["inputs"], jax.random.split(jax.random.key(0), ROWS)
+
+    def made(p: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, Any]:
+        model, b = built(objective)[0].merge(p), batch()
+        spans = [
+            Span("image", inputs["image"]),
+            Span("text", inputs["text"], made=True),
+            Span("image", inputs["image"], made=True),
+        ]
+        b["inputs"]["text"]["ids"] = number[b["inputs"]["text"]["ids"]]
+        text, image = Composer(objective, model, spans).compose(keys)
+        return np.asarray(text), np.asarray(image), objective.write(model, b, keys[0])["wanted"]
+
+    # So that some texts end early.
+    p["heads/head/adapter/logits/text/kernel"] = (
+        p["heads/head/adapter/logits/text/kernel"].at[:, 3].multiply(3)
+    )
+    text, image, _ = made(p)
+    ended = (text == 3).any(axis=1)
+    assert ended.any() and (text[ended] == 0).any()
+    monkeypatch.setattr(Text, "token_ids", lambda _: TokenIds(VOCABULARY, pad=9, begin=9, end=5))
+    found, drawn, wanted = made(renumbered(p, number))
+    np.testing.assert_array_equal(found, number[text])
+    np.testing.assert_allclose(drawn, image, rtol=1e-9)
+    np.testing.assert_array_equal(wanted[~VALID], 9)
+    monkeypatch.setattr(Text, "token_ids", lambda _: TokenIds(VOCABULARY, pad=5, begin=5, end=5))
+    found, drawn, wanted = made(renumbered(p, number))
+    after = np.cumsum(text == 3, axis=1) - (text == 3) > 0
+    np.testing.assert_array_equal(found, np.where(after, 5, number[text]))
+    np.testing.assert_allclose(drawn, image, rtol=1e-9)
+    np.testing.assert_array_equal(wanted[~VALID], 5)
 
 
 def test_colours_are_written_after_their_text() -> None:

@@ -70,7 +70,7 @@ def small(block: configs.Block) -> configs.Block:
     """The same modalities, layers, tasks and optimizer; of each, only sizes that the code reads are smaller."""
     model = {"width": 32, "groups": [_group(g) for g in block["model"]["groups"]]}
     modalities = {
-        name: _capped(m, vocabulary=512, **MODALITIES.get(m["name"], {}))
+        name: _capped(_without_file(m), vocabulary=512, **MODALITIES.get(m["name"], {}))
         for name, m in block["modalities"].items()
     }
     tasks = {name: _task(task, modalities) for name, task in block["tasks"].items()}
@@ -83,6 +83,11 @@ def small(block: configs.Block) -> configs.Block:
         "optimizer": {**block.get("optimizer", {}), **RATES, "accumulate": 1},
         "dtype": {"parameters": "float64", "compute": "float64"},
     }
+
+
+def _without_file(modality: configs.Block) -> configs.Block:
+    """Texts are numbers here, and need no tokenizer."""
+    return {**modality, "tokenizer": ""} if "tokenizer" in modality else modality
 
 
 def _group(group: configs.Block) -> configs.Block:

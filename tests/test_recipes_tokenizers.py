@@ -1,0 +1,50 @@
+"""Which tokenizer a recipe reads its texts by: small ones name theirs, large ones are given one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from recipes import ROOT, block
+
+from mmjax import config as configs
+from mmjax.data.tokenizer import TokenIds
+from mmjax.errors import UserError
+from mmjax.experiment import make_experiment
+from mmjax.modalities.text import Text
+
+EMOJI = "emoji/1.0.0/tokenizer.model"
+LARGE = {
+    "coca_2b", "limoe_b16", "limoe_l16", "limoe_h14", "imp_s", "imp_b", "imp_l", "imp_moe_s", "imp_moe_b",
+    "imp_moe_l", "transfusion_7b", "mot_7b", "mixture_of_mamba_1b", "moma_1b",
+}  # fmt: skip
+
+
+def text_of(name: str) -> Text | None:
+    found = block(name)["modalities"].get("text")
+    made: Text | None = found and configs.component("modalities", found, "modalities.text")
+    return made
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs").glob("*.py")))
+def test_a_recipe_has_the_tokenizer_of_its_data_or_asks_for_one(name: str) -> None:
+    text = text_of(name)
+    if text is None:
+        assert name.startswith(("mbt_", "zorro_"))
+    elif name in LARGE:
+        assert text.tokenizer == "" and text.vocabulary >= 32_000
+        assert text.token_ids() == TokenIds(text.vocabulary)
+        with pytest.raises(UserError, match=f"tokenizer is not set.* of {text.vocabulary} pieces"):
+            text.files()
+    else:
+        assert (text.tokenizer, text.vocabulary) == (EMOJI, 2048)
+    if text is not None:
+        assert text.pad_vocabulary_to == 1
+
+
+def test_a_large_recipe_with_the_small_ones_tokenizer_is_an_error(emoji_dir: Path) -> None:
+    """It would train on 2,048 pieces, and leave the rest of its table as it began."""
+    config = block("coca_2b")
+    config["modalities"]["text"]["tokenizer"] = EMOJI
+    with pytest.raises(UserError, match="vocabulary is 64000; the tokenizer has 2048 pieces"):
+        make_experiment(config)
