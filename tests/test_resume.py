@@ -512,7 +512,8 @@ def test_a_checkpoint_names_everything_a_run_is(straight: Path) -> None:
     assert meta["config"] == block()
     assert meta["clock"]["step"] == 12
     assert meta["clock"]["positions"] == {"one": 64, "two": 64}
-    assert set(meta["identities"]) == {"tasks.one.source", "tasks.two.source"}
+    held_out = 'held-out {"count": 16, "name": "toy"}'
+    assert set(meta["identities"]) == {"tasks.one.source", "tasks.two.source", held_out}
     assert {"jax", "numpy", "mesh", "cores", "processor"} <= meta["environment"].keys()
     assert meta["environment"]["python"] == sys.version.split()[0]
     state = checkpoint.read_shapes(epath.Path(straight), 12)
