@@ -169,7 +169,7 @@ class Input:
         self, value: Any, rng: np.random.Generator | None, times: Sequence[float], instance: int
     ) -> dict[str, np.ndarray]:
         modality: Any = self.modality
-        time = {"time": times[instance]} if modality.temporal and len(times) else {}
+        time = {"time": times[instance]} if len(times) and modality.temporal else {}
         made: dict[str, np.ndarray] = modality.preprocess(self.settings, value, rng, **time)
         return made
 

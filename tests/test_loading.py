@@ -293,7 +293,10 @@ def test_an_older_step_is_another_model(model, tiny_run):
         ({"text": [b"\xff\xfe"]}, "text[0]: "),
         ({"image": [np.zeros((4, 4, 2), np.uint8)]}, "image[0]: an image has shape"),
         ({"image": [np.zeros((4, 4, 3), np.int64)]}, "image[0]: an image is uint8"),
-        ({"image": [np.full((4, 4), 7.0)]}, "image[0]: an image is uint8, or float in [0, 1]"),
+        (
+            {"image": [np.full((4, 4), 7.0)]},
+            "image[0]: an image is uint8, uint16, or float in [0, 1]",
+        ),
         ({"image": [np.zeros((4, 4), np.uint8), "cat.png"]}, "image[1]: "),
         ({"image": [b"no image"]}, "image[0]: "),
         ({"image": [None]}, "image[0]: "),

@@ -574,7 +574,9 @@ def test_a_checkpoint_names_everything_a_run_is(straight: Path) -> None:
     assert meta["clock"]["step"] == 12
     assert meta["clock"]["positions"] == {"one": 64, "two": 64}
     code = {f"code.{kind}/toy" for kind in ("layers", "modalities", "objectives", "sources")}
-    assert set(meta["identities"]) == {"tasks.one.source", "tasks.two.source", *code}
+    held_out = 'held-out {"count": 16, "name": "toy"}'
+    sources = {"tasks.one.source", "tasks.two.source", held_out}
+    assert set(meta["identities"]) == {*sources, *code}
     assert {"jax", "numpy", "mesh", "cores", "processor"} <= meta["environment"].keys()
     assert meta["environment"]["python"] == sys.version.split()[0]
     state = checkpoint.read_shapes(epath.Path(straight), 12)

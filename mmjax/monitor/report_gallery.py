@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mmjax import config as configs
-from mmjax.errors import UserError
+from mmjax.errors import RecordError, UserError
 from mmjax.evaluator import Evaluator, make_evaluators
 from mmjax.loading import Embedder
 from mmjax.monitor.report_html import Html, join, tag
@@ -26,7 +26,7 @@ from mmjax.monitor.report_panel import (
 )
 from mmjax.monitor.report_preview import as_given, is_sound, preview, shown, strip
 from mmjax.source import Examples
-from mmjax.task import Task
+from mmjax.task import RowSpec, Task
 
 
 @dataclass(frozen=True)
@@ -124,18 +124,20 @@ def read_shelf(examples: Examples, task: Task, concept: str) -> Shelf:
     """Up to 2048 examples, spread over the split; what cannot be read or decoded is counted."""
     pair = task.objective.embeds()
     values: dict[str, list[Any]] = {modality: [] for modality in pair}
+    rows = RowSpec({modality: task.inputs[modality] for modality in pair}, (concept,))
     concepts, unreadable = [], 0
     for index in spread(len(examples), MOST_READ):
         try:
             example = examples[index]
-            for modality in pair:
-                task.inputs[modality].preprocess(example, None)
-        except UserError:
-            raise
-        except Exception:  # whatever a corrupt record makes a reader or a decoder raise
+            row = rows.make(example, None)
+        except (
+            Exception
+        ) as error:  # whatever a corrupt or odd record makes a reader or a decoder raise
+            if isinstance(error, UserError) and not isinstance(error, RecordError):
+                raise
             unreadable += 1
             continue
-        concepts.append(int(example[concept]))
+        concepts.append(int(row["fields"][concept]))
         for modality in pair:
             each = task.inputs[modality]
             values[modality].append(as_given(each, example[each.field]))

@@ -45,7 +45,9 @@ def _task() -> Any:
         raw=lambda v: v, arrays=lambda s: spec, preprocess=lambda s, v, r: {"x": v}
     )
     inputs = {m: Input(m, modality, SimpleNamespace(field="x")) for m in ("one", "two")}
-    objective = SimpleNamespace(predicts=lambda: ("one", "two"), predict=None)
+    objective = SimpleNamespace(
+        predicts=lambda: ("one", "two"), predict=None, fields=tuple, check_example=lambda _: None
+    )
     return SimpleNamespace(name=EVIL, inputs=inputs, objective=objective)
 
 
@@ -107,7 +109,9 @@ def test_an_objective_shows_what_it_makes_of_examples(parse: Parse) -> None:
         return {f"{EVIL} as it is": picture, "dark": picture // 2}
 
     task = _task()
-    task.objective = SimpleNamespace(shows=lambda: (f"{EVIL} as it is", "dark"), fields=lambda: ())
+    task.objective = SimpleNamespace(
+        shows=lambda: (f"{EVIL} as it is", "dark"), fields=tuple, check_example=lambda _: None
+    )
     task.rows = lambda: report_classes.row_spec(task, _pass())
     model = SimpleNamespace(compiled=lambda function: show)
     panel = report_pictures.panel(model, task, _examples(), "split", 21)

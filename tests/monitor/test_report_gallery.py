@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.evaluators.retrieval import recall
+from mmjax.modalities.image import Image, ImageInput
 from mmjax.modality import Input
 from mmjax.monitor.report_gallery import Shelf, answers, gallery, read_shelf
 from mmjax.monitor.report_html import text
@@ -79,6 +80,21 @@ def test_sounds_with_hostile_words(parse: Parse) -> None:
     assert "12 of 12 have a right one among the 5 nearest of 20." in page.text
     assert f"{EVIL}: 21 held-out examples; 1 could not be read" in page.text
     assert page.text.count("By <i>someone</i>.") == 1
+
+
+def test_an_odd_held_out_example_is_counted_and_ends_no_report() -> None:
+    good = {"image": np.zeros((8, 8, 3), np.uint8), "text": "t", "concept": 1}
+    odd = [
+        {"image": np.zeros((8, 8, 2), np.uint8)},
+        {"concept": 2.5},
+        {"concept": None},
+        {"concept": 2**40},
+    ]
+    examples = _Examples([good, *({**good, **change} for change in odd), good])
+    task = _task(("text", "image"))
+    task.inputs["image"] = Input("image", Image(), ImageInput())
+    shelf = read_shelf(examples, task, "concept")  # type: ignore[arg-type]
+    assert shelf.unreadable == 4 and shelf.concept.tolist() == [1, 1]
 
 
 def test_heavy_panels_show_fewer(parse: Parse) -> None:
