@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -144,7 +145,7 @@ MODALITIES = {
 
 
 def sequences(*order: str) -> tuple[Task, Declaration, dict[str, jax.Array]]:
-    """A task of texts of very different lengths (and pictures), and a tiny model of it."""
+    """Return a task of texts of very different lengths (and pictures), and a tiny model of it."""
     inputs = {"text": Input("text", MODALITIES["text"], TextInput(length=15))}
     inputs["image"] = Input("image", MODALITIES["image"], ImageInput(size=4))
     objective = Transfusion(order=order, head="h", drop=0.5)
@@ -159,15 +160,21 @@ def sequences(*order: str) -> tuple[Task, Declaration, dict[str, jax.Array]]:
     return Task("t", TaskConfig({}, {}, {}, 4), chosen, objective, source), declaration, p
 
 
+@cache
+def program(order: tuple[str, ...], size: int) -> tuple[Task, Any]:
+    """Return the task, and its evaluation of a batch of a size."""
+    made, declaration, p = sequences(*order)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    request = eval_request(made, "loss", size, declaration, jnp.float64, 0, p, mesh)
+    return made, jax.jit(partial(request.function, p))
+
+
 def evaluated(order: Sequence[str], size: int, rows: Sequence[int]) -> list[Record]:
     """The records of a split of these rows, by the program of an evaluation with batches of a size."""
-    made, declaration, p = sequences(*order)
-    rng = np.random.default_rng(1)
+    made, call = program(tuple(order), size)
+    rng, columns = np.random.default_rng(1), []
     ids = rng.integers(4, 11, (len(LENGTHS), 15)).astype(np.int32)
     pixels = rng.integers(0, 256, (len(LENGTHS), 4, 4, 3)).astype(np.uint8)
-    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    run = eval_request(made, "loss", size, declaration, jnp.float64, 0, p, mesh).function
-    call, columns = jax.jit(run), []
     for index, start in enumerate(range(0, len(rows), size)):
         at = list(rows[start : start + size])
         valid = np.arange(size) < len(at)
@@ -176,7 +183,7 @@ def evaluated(order: Sequence[str], size: int, rows: Sequence[int]) -> list[Reco
         text = {"ids": ids[at], "valid": np.arange(15) < lengths[:, None]}
         inputs = {m: {"text": text, "image": {"pixels": pixels[at]}}[m] for m in order}
         batch = {"inputs": inputs, "fields": {}, "valid": valid}
-        found = jax.device_get(call(p, batch, {"batch": np.int32(index)}))
+        found = jax.device_get(call(batch, {"batch": np.int32(index)}))
         columns.append({n: x[valid] for n, x in found.items()})
     outputs = {n: np.concatenate([c[n] for c in columns]) for n in columns[0] if n != "valid"}
     return HeldOutLoss(source=SOURCE).score(made, {"all": outputs})
@@ -187,13 +194,12 @@ def test_it_does_not_depend_on_the_batch_of_the_evaluation(order: tuple[str, ...
     """Nor do the times, the noise and the choices that are drawn for each example."""
     with jax.enable_x64(True):
         wanted = evaluated(order, 5, range(5))
-        for size in (1, 2, 4):
-            for one, other in zip(evaluated(order, size, range(5)), wanted, strict=True):
-                assert one == {
-                    **other,
-                    "value": pytest.approx(other["value"], rel=1e-6),
-                    "chance": pytest.approx(other["chance"], rel=1e-6),
-                }
+        for one, other in zip(evaluated(order, 2, range(5)), wanted, strict=True):
+            assert one == {
+                **other,
+                "value": pytest.approx(other["value"], rel=1e-6),
+                "chance": pytest.approx(other["chance"], rel=1e-6),
+            }
 
 
 def test_it_is_the_cost_of_all_tokens_over_their_number() -> None:

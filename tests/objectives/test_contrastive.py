@@ -212,12 +212,13 @@ def test_a_model_that_maps_all_to_one_point_finds_nothing_in_the_batch(
     loss: Any, value: float
 ) -> None:
     """Not the first row of a class, whose share the recall would else be at step 0."""
-    alike, concept = np.full((6, 3), value, np.float32), np.array([0, 0, 0, 1, 2, 3])
-    found = loss(alike, alike, np.float32(2), concept_B=concept, valid_B=np.ones(6, bool))
-    assert float(found[1]) == 0
-    # A row whose candidates are all positives has nothing to confuse them with.
-    found = loss(alike, alike, np.float32(2), concept_B=np.zeros(6), valid_B=np.ones(6, bool))
-    assert float(found[1]) == 1
+    call, alike = jax.jit(loss), np.full((6, 3), value, np.float32)
+    for concept, wanted in (
+        ([0, 0, 0, 1, 2, 3], 0),
+        ([0] * 6, 1),  # a row whose candidates are all positives has nothing to confuse them with
+    ):
+        given = {"concept_B": np.array(concept), "valid_B": np.ones(6, bool)}
+        assert float(call(alike, alike, np.float32(2), **given)[1]) == wanted
 
 
 def test_unit_vectors_and_their_gradient_at_zero(x64: None) -> None:
@@ -285,7 +286,8 @@ def test_without_a_bound_the_scale_is_exp(x64: None) -> None:
     made = Contrastive(between=("image", "text"), form="sigmoid", temperature=0.005)
     scale = made.heads(4, {})["scale"]
     value, slope = jax.value_and_grad(lambda x: Declaration(scale).merge({"log": x})())(4.7215)
-    assert float(value) == pytest.approx(112.337, rel=1e-4) == pytest.approx(float(slope), rel=1e-9)
+    assert float(value) == pytest.approx(112.337, rel=1e-4)
+    assert float(slope) == pytest.approx(float(value), rel=1e-9)
     assert Contrastive(between=("image", "text")).heads(4, {})["scale"].bound == 100
 
 
