@@ -65,7 +65,7 @@ class Clock:
     quarantined: Mapping[str, int] = field(default_factory=dict)
 
     def is_well(self, bounds: Bounds) -> bool:
-        """Whether no task but those left out shows signs of a divergence, and the last step was finite."""
+        """Return whether no task but those left out shows signs of a divergence, and the last step was finite."""
         last = self.schedule.task(self.step - 1) if self.step else ""
         if last not in self.quarantined and self.health.get(last, Health()).bad:
             return False
