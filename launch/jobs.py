@@ -261,7 +261,7 @@ class Pod:
 
 
 def end_with(launcher: int) -> Callable[[], None] | None:
-    """What a member calls before it begins, so that Linux kills it when its launcher is killed; None elsewhere."""
+    """Return a function that a member calls first, after which Linux kills it with its launcher; None elsewhere."""
     if not sys.platform.startswith("linux"):
         return None
     library = ctypes.CDLL(None)
@@ -432,7 +432,7 @@ def gke(argv: Sequence[str]) -> int:
 
 
 def for_kubernetes(text: str) -> str:
-    """`text` as a container gets it: Kubernetes puts variables in for `$(NAME)`, and makes `$` of `$$`."""
+    """Escape `text` for a container's command, where Kubernetes expands `$(NAME)` and turns `$$` into `$`."""
     return text.replace("$", "$$")
 
 

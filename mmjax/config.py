@@ -197,18 +197,18 @@ def digests_of_extensions(used: Iterable[tuple[str, str]]) -> dict[str, str]:
     Args:
       used: (kind, name) of the modules; those of mmjax itself are left out.
     """
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     coming = sorted(used)
     while coming:
         kind, name = coming.pop()
         file = _extension(kind, name)
-        if file is None or f"{kind}/{name}" in found:
+        if file is None or f"{kind}/{name}" in digests:
             continue
         content = file.read_bytes()
-        found[f"{kind}/{name}"] = hashlib.sha256(content).hexdigest()
+        digests[f"{kind}/{name}"] = hashlib.sha256(content).hexdigest()
         with suppress(SyntaxError, ValueError):  # changed since it was imported
             coming += _imported(content)
-    return dict(sorted(found.items()))
+    return dict(sorted(digests.items()))
 
 
 def _extension(kind: str, name: str) -> Path | None:

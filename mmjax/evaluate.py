@@ -212,7 +212,7 @@ def append_evaluations(workdir: epath.Path, records: Iterable[Record]) -> None:
         lines.close()
         return
     store = object_store(workdir, EVALUATIONS)
-    while not store.swap(held := store.read(), (held.text or b"") + text.encode()):
+    while not store.swap(entry := store.read(), (entry.text or b"") + text.encode()):
         pass  # another process has appended; read once more
 
 
@@ -252,8 +252,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if processes.is_first():
         words = ["mmjax.evaluate", *(sys.argv[1:] if argv is None else argv)]
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        made_by = {"time": now, "command": shlex.join(words)}
-        append_evaluations(workdir, [{**record, **made_by} for record in records])
+        stamp = {"time": now, "command": shlex.join(words)}
+        append_evaluations(workdir, [{**record, **stamp} for record in records])
     results_table(records)
     print(f"Appended to {workdir / EVALUATIONS}.")
     return 0

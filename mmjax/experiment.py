@@ -400,12 +400,12 @@ def make_experiment(block: Mapping[str, Any], folder: str = "") -> Experiment:
       folder: where modalities find their files instead of the folder the config says (a run's assets).
     """
     with configs.noting() as used:
-        made = _built(block, folder, used)
-    made.check()
-    return made
+        experiment = _build(block, folder, used)
+    experiment.check()
+    return experiment
 
 
-def _built(block: Mapping[str, Any], folder: str, used: Iterable[tuple[str, str]]) -> Experiment:
+def _build(block: Mapping[str, Any], folder: str, used: Iterable[tuple[str, str]]) -> Experiment:
     run = configs.build(RunConfig, block, "config")
     _check_values(run)
     modalities: dict[str, Modality] = {}

@@ -79,7 +79,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a process runs.
+    """The machine or container that a process runs on.
 
     Attributes:
       host: its name, which two machines or containers may share.
@@ -95,7 +95,7 @@ class Machine:
 
     @property
     def is_bare(self) -> bool:
-        """Whether this is the machine itself and no container on it."""
+        """True for the machine itself, False for a container on it."""
         return self.namespace in (_INITIAL_NAMESPACE, "darwin")
 
 
@@ -261,23 +261,23 @@ class Lease:
         fate = fate_of(holder, self._here) if holder else "unknown"
         still = watch.stands_still(entry)
         if fate == "alive" or still is None:
-            raise UserError(self._held(holder))
+            raise UserError(self._refusal(holder))
         if fate == "dead":
             return 0.0
         if holder and holder.at.boot and holder.at.boot == self._here.boot:
             still = max(still, self._clock.now() - holder.monotonic)
         left = 0.0 if self._take_over else self._pace.stale - still
         if watch.is_new(entry):
-            self._tell(holder, left)
+            self._announce(holder, left)
         return left
 
-    def _held(self, holder: Holder | None) -> str:
+    def _refusal(self, holder: Holder | None) -> str:
         return (
             f"'{self._workdir}' is in use: {holder or 'another process'} writes there. Wait for its end, "
             "stop it, or use another --workdir. Nothing was changed."
         )
 
-    def _tell(self, holder: Holder | None, left: float) -> None:
+    def _announce(self, holder: Holder | None, left: float) -> None:
         who = str(holder) if holder else f"a {FILE} that cannot be read"
         if self._take_over:
             self._say(f"Taking '{self._workdir}' over from {who}.")
@@ -350,12 +350,12 @@ class Lease:
 
 @dataclass
 class _Watch:
-    """How long an entry has stood still under the eyes of this process."""
+    """Measures how long an entry stands still while this process watches it."""
 
     now: Callable[[], float]
     _first: Entry | None = None
     _since: float = 0.0
-    _told: set[str] = field(default_factory=set)
+    _announced: set[str] = field(default_factory=set)
 
     def stands_still(self, entry: Entry) -> float | None:
         """Return the seconds since the entry was first seen; None if its holder has changed it since."""
@@ -365,8 +365,8 @@ class _Watch:
 
     def is_new(self, entry: Entry) -> bool:
         """Return whether this is the first call with a lease of this id."""
-        is_new = entry.id not in self._told
-        self._told.add(entry.id)
+        is_new = entry.id not in self._announced
+        self._announced.add(entry.id)
         return is_new
 
 

@@ -1,4 +1,4 @@
-"""Where a lease is stored: one file on a file system, or one object in an object store.
+"""Stores of a lease: one file on a file system, or one object in an object store.
 
 Both stores change their entry only if it is still the one that the caller has read, so of several processes that want
 to replace it exactly one does. A process that is killed at any moment leaves an entry that the next one can read.
@@ -30,7 +30,7 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 @dataclass(frozen=True)
 class Entry:
-    """What a store holds.
+    """The content of a store.
 
     Attributes:
       text: the lease as JSON; None for no lease.
@@ -88,11 +88,11 @@ def object_store(workdir: epath.Path, key: str) -> ObjectStore:
 def identity(text: bytes) -> str:
     """Return the id in the text of a lease; a digest of the text if there is none."""
     try:
-        found = json.loads(text)["id"]
+        lease_id = json.loads(text)["id"]
     except (ValueError, TypeError, KeyError):
-        found = ""
-    is_id = isinstance(found, str) and _ID.fullmatch(found)
-    return found if is_id else hashlib.sha256(text).hexdigest()[:32]
+        lease_id = ""
+    is_id = isinstance(lease_id, str) and _ID.fullmatch(lease_id)
+    return lease_id if is_id else hashlib.sha256(text).hexdigest()[:32]
 
 
 class ObjectStore:
@@ -102,8 +102,8 @@ class ObjectStore:
         self._kvstore, self._key = kvstore, key
 
     def read(self) -> Entry:
-        found = self._kvstore.read(self._key).result()
-        return Entry(None if found.state == "missing" else found.value, found.stamp.generation)
+        result = self._kvstore.read(self._key).result()
+        return Entry(None if result.state == "missing" else result.value, result.stamp.generation)
 
     def swap(self, old: Entry, text: bytes | None) -> bool:
         stamp = self._kvstore.write(self._key, text, if_equal=old.version).result()

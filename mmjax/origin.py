@@ -1,4 +1,4 @@
-"""What a run began with besides its config and its data: code, and the parameters of another run or file."""
+"""The origin of a run, apart from config and data: its code, and the run or file that its first parameters are of."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def check_code(
 
 
 def beginning(workdir: epath.Path, restored: Restored | None) -> dict[str, str]:
-    """What the run's first parameters were taken from, as an identity."""
+    """Return the identity of the run or file that the first parameters were taken from."""
     if restored is not None:
         return {k: v for k, v in restored.meta["identities"].items() if k == "init_from"}
-    kept = pinned(workdir)
-    return {"init_from": json.dumps(kept, sort_keys=True)} if kept else {}
+    source = pinned(workdir)
+    return {"init_from": json.dumps(source, sort_keys=True)} if source else {}

@@ -74,7 +74,9 @@ def join(arguments: argparse.Namespace) -> None:
         numbers = _numbers(where, count, index)
         if numbers[1] == 0:
             _check_port(where)
-        with _told_after(_PATIENT, f"mmjax: waiting for the other processes of the run at {where}"):
+        with _notice_after(
+            _PATIENT, f"mmjax: waiting for the other processes of the run at {where}"
+        ):
             jax.distributed.initialize(where, *numbers)
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -101,7 +103,7 @@ def _check_port(where: str) -> None:
 
 
 @contextmanager
-def _told_after(seconds: float, words: str) -> Iterator[None]:
+def _notice_after(seconds: float, words: str) -> Iterator[None]:
     """Print a line on standard error if the block takes longer."""
     timer = threading.Timer(seconds, print, (words,), {"file": sys.stderr, "flush": True})
     timer.daemon = True

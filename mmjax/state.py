@@ -70,7 +70,7 @@ class Clock:
     invalid_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def is_well(self, bounds: Bounds) -> bool:
-        """Whether no task but those left out shows signs of a divergence, and the last step was finite."""
+        """Return whether no task but those left out shows signs of a divergence, and the last step was finite."""
         last = self.schedule.task(self.step - 1) if self.step else ""
         if last not in self.quarantined and self.health.get(last, Health()).bad:
             return False

@@ -197,8 +197,8 @@ class Loader:
             if not ended:
                 raise
             raise UserError(
-                f"A process of the loader was ended from outside (exit code {ended[1]}; -9 is SIGKILL, often for "
-                "want of memory). Run again to resume from the newest checkpoint; if it happens again, lower "
+                f"A process of the loader was ended from outside (exit code {ended[1]}; -9 is SIGKILL, often "
+                "because memory ran out). Run again to resume from the newest checkpoint; if it happens again, lower "
                 "loader.processes, loader.ahead or loader.cache_mib."
             ) from None
 

@@ -319,10 +319,10 @@ def _eval_scalars(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     tags = ["/".join(str(record.get(key, "")) for key in _TAG) for record in records]
     # Two evaluators of one kind on one split: both stay, under the names they have in the config.
     pairs = zip(tags, records, strict=True)
-    told = [
+    names = [
         f"{t}/{r['evaluator']}" if tags.count(t) > 1 and "evaluator" in r else t for t, r in pairs
     ]
-    values = zip(told, (record.get("value") for record in records), strict=True)
+    values = zip(names, (record.get("value") for record in records), strict=True)
     return {f"eval/{tag}": value for tag, value in values if value is not None}
 
 

@@ -259,7 +259,7 @@ class _Attempt:
 
     @property
     def is_refused(self) -> bool:
-        """Whether an error of the user's ended the attempt before its first step."""
+        """True if an error of the user's ended the attempt before its first step."""
         return "UserError" in self.errors and all(phase != STEP for phase, _ in self.sums)
 
     @property

@@ -228,13 +228,13 @@ def _without(record: Mapping[str, Any], *names: str) -> dict[str, Any]:
 def _evaluations(workdir: epath.Path) -> list[dict[str, Any]]:
     """The records that `mmjax.evaluate` has appended."""
     path = workdir / EVALUATIONS
-    found = []
+    records = []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         with suppress(ValueError):  # being written
             record = json.loads(line)
             if isinstance(record, dict):
-                found.append(metrics.revived(record))
-    return found
+                records.append(metrics.revived(record))
+    return records
 
 
 def _history(evals: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], list[float]]:
@@ -245,7 +245,7 @@ def _history(evals: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], list[f
 
 
 def key_of(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """What names a result: task, evaluator, split and measure."""
+    """Return the name of a result: task, evaluator, split and measure."""
     return tuple(str(record.get(name, "")) for name in ("task", "evaluator", "split", "name"))
 
 

@@ -47,13 +47,13 @@ def _newest(run: Run) -> Iterator[Html]:
 
 
 def _later(run: Run) -> Html:
-    """What `mmjax.evaluate` has found, by command, in the order of time."""
+    """Table of the records of `mmjax.evaluate`, grouped by command, in the order of time."""
     heads = ("measure", "evaluator", "#step", "split", "#value", "#chance")
     groups: dict[str, list[list[Child]]] = defaultdict(list)
     for record in run.evaluations:
-        said = [str(record.get(name, "")) for name in ("time", "command")]
+        stamp = [str(record.get(name, "")) for name in ("time", "command")]
         unit = _unit(record)
-        groups[", ".join(said)].append([
+        groups[", ".join(stamp)].append([
             join([named(run, str(record.get("task", ""))), ", ", _measure(record)]),
             str(record.get("evaluator", "")),
             str(record.get("step", "")),

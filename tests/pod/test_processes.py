@@ -351,8 +351,8 @@ def test_a_port_that_was_in_use_just_now_is_free() -> None:
 def test_a_process_that_waits_for_the_others_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     told = threading.Event()
     printing = mock.patch("builtins.print", lambda *a, **k: told.set())
-    with printing, processes._told_after(0.0, "mmjax: waiting for the other processes"):
+    with printing, processes._notice_after(0.0, "mmjax: waiting for the other processes"):
         assert told.wait(60)
-    with processes._told_after(1000.0, "never"):
+    with processes._notice_after(1000.0, "never"):
         pass
     assert "never" not in capsys.readouterr().err
