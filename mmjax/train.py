@@ -211,10 +211,10 @@ def _run(
     with Signals() as signals:
         while True:
             try:
-                with phases.phase("restore"), compiling({}, "initial state") as watch:
-                    watch("initial state", COMPILING)
+                with phases.phase("restore"), compiling({}, "state on the devices") as watch:
+                    watch("state on the devices", COMPILING)
                     state = session.state()
-                    watch("initial state", COMPILED)
+                    watch("state on the devices", COMPILED)
                 return Loop(session, programs, evaluation, phases, signals).run(state)
             except Diverged as error:
                 # Its traceback holds the state, beside which another is about to be made.

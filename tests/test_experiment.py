@@ -51,7 +51,7 @@ def experiment(*overrides: str, **more: Any) -> Experiment:
         ("log.every=0", "config.log.every is 0"),
         ("loader.threads=-1", "config.loader.threads is -1"),
         ("tasks={}", "config.tasks is empty"),
-        ("tasks.image_text.share=-1", "'image_text'"),
+        ("tasks.image_text.share=-1", "tasks.image_text.share is -1; it must be at least 0"),
         ("schedule.rule='share'", "Did you mean 'shares'?"),
         ("schedule.phases=[{'weights': {'image_text': 1}}]", "'start'"),
         ("schedule.phases=[{'start': 3, 'weights': 5}]", "schedule.phases[0].weights' is 5"),

@@ -36,8 +36,8 @@ class Group(nnx.Module):
     """A pattern of blocks, its parameters stacked over the repeats and run by `lax.scan`."""
 
     def __init__(self, group: GroupConfig, width: int, first: int, remat: str, where: str):
-        if group.repeat < 1 or not group.pattern:
-            raise configs.UserError(f"{where}: a group repeats a pattern of blocks at least once.")
+        if not group.pattern:
+            raise configs.UserError(f"{where}.pattern is empty; a group repeats one block or more.")
         self.blocks = nnx.List(
             [_block(b, width, f"{where}.pattern[{i}]") for i, b in enumerate(group.pattern)]
         )
