@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 from etils import epath
 
+from mmjax import checkpoint
 from mmjax.config import Block
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.monitor import metrics
@@ -36,6 +37,8 @@ def dry_run(block: Block, workdir: epath.Path, allow_change: bool) -> None:
     """
     experiment = make_experiment(block)
     step, meta = newest_meta(workdir)
+    if meta is None:
+        checkpoint.check_may_begin(workdir)
     clock = clock_after(experiment, step, meta, allow_change) if meta else fresh_clock(experiment)
     steps = experiment.run.steps
     verb = "go on from" if meta else "begin at"

@@ -26,6 +26,7 @@ from mmjax.errors import UserError
 from mmjax.evaluator import Outputs, Pass, Record, device_spec, row_spec
 from mmjax.experiment import Experiment, make_experiment, pass_key, program_key
 from mmjax.loading import find_step, read_parameters
+from mmjax.monitor.lines import replace_file
 from mmjax.monitor.tables import program_table, results_table
 from mmjax.program import Program, compile_all, ticks, use_cache
 from mmjax.sharding import batch_sharding, make_mesh
@@ -149,9 +150,17 @@ def _whole(kept: Sequence[Outputs], first: int, size: int) -> Outputs:
 
 def write_results(workdir: epath.Path, records: Sequence[Record]) -> None:
     """`results.json`, whole or not at all."""
-    partial = workdir / f"{RESULTS}.partial"
-    partial.write_text(json.dumps(list(records), indent=1))
-    partial.replace(workdir / RESULTS)
+    replace_file(workdir / RESULTS, json.dumps(list(records), indent=1))
+
+
+def read_results(workdir: epath.Path) -> list[Record] | None:
+    """Return the records of `results.json`; None where there are none, or the file is damaged."""
+    try:
+        records = json.loads((workdir / RESULTS).read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    whole = isinstance(records, list) and all(isinstance(record, dict) for record in records)
+    return records if whole else None
 
 
 def evaluate(workdir: epath.Path, step: int | None, overrides: Sequence[str]) -> list[Record]:

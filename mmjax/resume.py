@@ -22,9 +22,11 @@ from mmjax import config as configs
 from mmjax.checkpoint import Restored
 from mmjax.data import order
 from mmjax.errors import UserError
-from mmjax.evaluate import RESULTS
+from mmjax.evaluate import RESULTS, read_results
 from mmjax.experiment import Experiment
 from mmjax.health import Bounds, Diverged, quarantine
+from mmjax.integrity import Damaged
+from mmjax.monitor import metrics
 from mmjax.monitor.report import FILE as REPORT
 from mmjax.parameters import Arrays
 from mmjax.program import compile_silently
@@ -69,11 +71,15 @@ class Session:
 
     @property
     def is_done(self) -> bool:
-        return self.clock.step >= self.experiment.run.steps and (self.workdir / RESULTS).exists()
+        """Whether all steps and the results of the last evaluation are there, whole."""
+        done = self.clock.step >= self.experiment.run.steps
+        return done and processes.gather(done and read_results(self.workdir) is not None)[0]
 
     def drop_results(self) -> None:
         """Remove results and report of an earlier end of the run: they are not those of the steps to come."""
         if processes.is_first():
+            if (self.workdir / RESULTS).exists() and read_results(self.workdir) is None:
+                print(f"{self.workdir / RESULTS} is damaged: it is written again.")
             (self.workdir / RESULTS).unlink(missing_ok=True)
             (self.workdir / REPORT).unlink(missing_ok=True)
 
@@ -202,6 +208,9 @@ def begin(
     if restored is not None:
         _check_parameters(experiment, restored)
         say(f"Going on from step {restored.step} in {workdir}.")
+        if not checkpoint.is_verified(restored.meta):
+            say(checkpoint.UNVERIFIED.format(step=restored.step))
+        _tell_gaps(workdir, restored.step, say)
         for change in changes:
             say(f"Config changed: {change}")
     given = {}
@@ -213,6 +222,20 @@ def begin(
         _write_config(workdir, experiment)
         _keep_files(workdir, experiment)
     return Session(experiment, workdir, mesh, clock, data, identities, restored, given)
+
+
+def _tell_gaps(workdir: epath.Path, step: int, say: Callable[[str], None]) -> None:
+    """Say which steps have no line in `metrics.jsonl`.
+
+    They cannot be had again, and no later step depends on them: an unattended restart goes on.
+    """
+    if not processes.is_first():
+        return
+    missing = [f"{a}" if a == b else f"{a} to {b}" for a, b in metrics.gaps(workdir, step)]
+    if missing:
+        more = f" and {len(missing) - 5} more stretches" if len(missing) > 5 else ""
+        steps = ", ".join(missing[:5])
+        say(f"{workdir / metrics.FILE} lacks the lines of steps {steps}{more}: reports miss them.")
 
 
 def reopen(
@@ -263,10 +286,10 @@ def roll_back(
     experiment, workdir = session.experiment, session.workdir
     say(f"{diverged}. Going back; with limits.divergence = 0 a run never does.")
     for step in processes.gather(checkpoint.steps(workdir))[0]:
-        if _was_well(workdir, step, experiment.run.limits.bounds):
+        was_well = processes.gather(_was_well(workdir, step, experiment.run.limits.bounds))[0]
+        if was_well:
             break
-        processes.wait_for_all()
-        if processes.is_first():
+        if was_well is not None and processes.is_first():
             checkpoint.set_aside(workdir, step, "diverged")
     processes.wait_for_all()
     # The config was accepted when the run began, also against an older checkpoint's.
@@ -287,11 +310,14 @@ def roll_back(
     return replace(again, clock=replace(again.clock, schedule=schedule, quarantined=tasks))
 
 
-def _was_well(workdir: epath.Path, step: int, bounds: Bounds) -> bool:
+def _was_well(workdir: epath.Path, step: int, bounds: Bounds) -> bool | None:
+    """Whether all tasks were well; None for a damaged checkpoint, which `begin` sets aside."""
+    if not processes.is_first():
+        return None
     try:
         return Clock.from_json(checkpoint.read_meta(workdir, step)["clock"]).is_well(bounds)
-    except ValueError:
-        return False  # torn
+    except Damaged:
+        return None
 
 
 def _open_data(experiment: Experiment) -> dict[str, Examples]:

@@ -9,7 +9,6 @@ error that its one line explains, 3 stopped by SIGTERM or SIGINT after saving, 4
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from etils import epath
 from mmjax import commandline, errors, processes
 from mmjax.config import Block
 from mmjax.dry_run import dry_run
-from mmjax.evaluate import RESULTS, Evaluation
+from mmjax.evaluate import Evaluation, read_results
 from mmjax.evaluator import Record
 from mmjax.experiment import make_experiment
 from mmjax.health import Diverged
@@ -69,10 +68,10 @@ def train(block: Block, workdir: epath.PathLike, allow_change: bool = False,
         with phases.phase("init"):
             session = begin(experiment, workdir, mesh, allow_change, print, phases.phase)
         if session.is_done:
-            records = json.loads((workdir / RESULTS).read_text())
+            records = read_results(workdir) or []
             _report_if_missing(session, phases)
             print(f"Done: {workdir} holds all {experiment.run.steps} steps and their results.")
-            return list(records)
+            return records
         evaluation = Evaluation(experiment, mesh)
         session.drop_results()
         with phases.phase("compile"):
@@ -189,8 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = train(block, workdir, arguments.allow_change)
     if records is not None:
         results_table(records)
-    if processes.is_first() and (workdir / tally.FILE).exists():
-        summary_tables(json.loads((workdir / tally.FILE).read_text()))
+    summary = tally.read(workdir) if processes.is_first() else None
+    if summary is not None:
+        summary_tables(summary)
     if records is None:
         return STOPPED
     print(f"Finished in {time.monotonic() - started:.0f} s. Everything is in {workdir}.")

@@ -19,6 +19,7 @@ from etils import epath
 
 from mmjax import checkpoint, processes
 from mmjax.errors import UserError
+from mmjax.monitor.lines import read_bytes, replace_file
 from mmjax.parameters import Spec
 from mmjax.rules import matches
 from mmjax.state import EMA
@@ -92,9 +93,7 @@ def pin(config: WarmStartConfig, workdir: epath.Path, say: Callable[[str], None]
         now = _source(config.path, same.get("step"))
         if same and now != same:
             say(f"init_from has changed since this run first began: it was {same}, it is {now}.")
-        partial = workdir / f"{PINNED}.partial"
-        partial.write_text(json.dumps(now))
-        partial.replace(workdir / PINNED)
+        replace_file(workdir / PINNED, json.dumps(now))
     step: int | None = processes.gather(now)[0].get("step")
     return step
 
@@ -102,7 +101,14 @@ def pin(config: WarmStartConfig, workdir: epath.Path, say: Callable[[str], None]
 def pinned(workdir: epath.Path) -> dict[str, Any]:
     """What `pin` has kept; empty where it has not been called."""
     path = workdir / PINNED
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        found = json.loads(read_bytes(path) or b"{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"'{path}' is damaged. It names what the run began with: delete it to take what is there now."
+        )
     return found
 
 

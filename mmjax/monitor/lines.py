@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from etils import epath
@@ -17,6 +17,39 @@ _REMOTE_SECONDS = 2.0
 def is_local(path: epath.Path) -> bool:
     """Whether `path` is on a mounted file system, where files can be appended to."""
     return "://" not in os.fspath(path)
+
+
+@contextmanager
+def naming(path: epath.PathLike) -> Iterator[None]:
+    """Put the name of a file into the `OSError`s of a block: writes through a descriptor do not know it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
+
+
+def replace_file(path: epath.Path, content: str | bytes) -> None:
+    """Write a file, whole and durable or not at all. Raises `OSError` with its name in it."""
+    data = content.encode() if isinstance(content, str) else content
+    with naming(path):
+        if not is_local(path):
+            path.write_bytes(data)  # an object store replaces the object as a whole
+            return
+        partial = path.with_name(f"{path.name}.partial")
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+def read_bytes(path: epath.Path) -> bytes:
+    """Return a file's bytes, none where there is no file. One that cannot be read is an error, not an empty one."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 class LineFile:
@@ -32,10 +65,10 @@ class LineFile:
         self._local = is_local(path)
         self._written = 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
-        held = not self._local and path.exists()
-        self._parts = [path.read_bytes()] if held else [b""]
+        self._parts = [b"" if self._local else read_bytes(path)]
         self._file: Any = path.open("ab") if self._local else None
-        last = _last_byte(path) if self._local else self._parts[0][-1:]
+        with naming(path):
+            last = _last_byte(path) if self._local else self._parts[0][-1:]
         if last not in (b"", b"\n"):
             self.append("\n")  # a line torn by a kill must not swallow the next one
 
@@ -43,7 +76,8 @@ class LineFile:
         """Adds `text`, one or more lines with their newlines. Not yet visible to others."""
         data = text.encode()
         if self._local:
-            self._guarded(lambda: self._file.write(data))
+            with naming(self._path):
+                self._file.write(data)
         else:
             self._parts.append(data)
 
@@ -53,7 +87,8 @@ class LineFile:
         In an object store the object is rewritten, but at most every two seconds.
         """
         if self._local:
-            self._guarded(self._file.flush)
+            with naming(self._path):
+                self._file.flush()
         elif time.monotonic() - self._written >= _REMOTE_SECONDS:
             self._rewrite()
 
@@ -62,8 +97,9 @@ class LineFile:
         if not self._local:
             self._rewrite()
             return
-        self._guarded(self._file.flush)
-        self._guarded(lambda: os.fsync(self._file.fileno()))
+        with naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """`sync`, then lets go of the file. Calling it again does nothing."""
@@ -80,16 +116,9 @@ class LineFile:
 
     def _rewrite(self) -> None:
         self._parts = [b"".join(self._parts)]
-        self._path.write_bytes(self._parts[0])
+        with naming(self._path):
+            self._path.write_bytes(self._parts[0])
         self._written = time.monotonic()
-
-    def _guarded(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except OSError as error:
-            # Writes through a descriptor do not know their file; the message must name it.
-            error.filename = error.filename or os.fspath(self._path)
-            raise
 
 
 def _last_byte(path: epath.Path) -> bytes:

@@ -23,6 +23,7 @@ from mmjax.errors import UserError
 from mmjax.experiment import make_experiment
 from mmjax.loading import Embedder
 from mmjax.monitor import report_parts as parts
+from mmjax.monitor.lines import replace_file
 from mmjax.monitor.report_classes import classified
 from mmjax.monitor.report_costs import costs
 from mmjax.monitor.report_data import Run, read_run
@@ -60,9 +61,7 @@ def write_report(workdir: epath.Path, examples: int = EXAMPLES) -> epath.Path:
     workdir = commandline.folder(str(workdir))
     run = read_run(workdir)
     content = page(run, _gallery(run, examples) if examples else Html(""))
-    partial = workdir / f"{FILE}.partial"
-    partial.write_text(content)
-    partial.replace(workdir / FILE)
+    replace_file(workdir / FILE, content)
     return workdir / FILE
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from mmjax.monitor import metrics, phases
+from mmjax.monitor.lines import replace_file
 
 FILE = "summary.json"
 _LATEST = 10  # visits whose mean is a task's loss
@@ -136,9 +137,16 @@ def switch_cost(seconds: Sequence[float], after_other: Sequence[bool | None]) ->
 
 def write(workdir: epath.Path, found: Mapping[str, Any]) -> None:
     """`summary.json`, whole or not at all."""
-    partial = workdir / f"{FILE}.partial"
-    partial.write_text(json.dumps(found, indent=1))
-    partial.replace(workdir / FILE)
+    replace_file(workdir / FILE, json.dumps(found, indent=1))
+
+
+def read(workdir: epath.Path) -> dict[str, Any] | None:
+    """Return what `write` has written; None where there is none, or it is damaged."""
+    try:
+        found = json.loads((workdir / FILE).read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("tasks"), list) else None
 
 
 def scalars(found: Mapping[str, Any]) -> dict[str, float]:
