@@ -5,7 +5,7 @@ with Orbax's own handler of trees, which wrote format 1; and with that handler a
 TensorStore compares when it reads a chunk. Asserted: what is restored is what was saved, to the bit. `blocked` is until
 the call returns, `saved` until the checkpoint stands.
 
-Rounds are as many as `--pairs` for the smaller size, a tenth for the other. The config is not read.
+Rounds are as many as `--pairs` for the smaller size, a quarter for the other. The config is not read.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def measure(effort: Effort) -> list[Quantity]:
             NEW: _mmjax(held, abstract),
             CODEC: _orbax(held, abstract, {"use_zarr3": True}),
         }
-        pairs = effort.pairs if size == SIZES[0] else max(3, effort.pairs // 10)
+        pairs = effort.pairs if size == SIZES[0] else max(3, effort.pairs // 4)
         with _crc32c():
             times = _times(peers, values, pairs)
         for kind in ("blocked", "saved", "restored"):

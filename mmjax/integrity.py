@@ -131,7 +131,7 @@ def checksum(array: np.ndarray[Any, Any]) -> str:
     hashed by SHA-256, as is what does not fill a row. A changed word changes the sum of its column, unless another
     word of that column in the same block (of 2 MB) changes by just as much: damage within 8168 bytes in a row, as
     flipped bits or a zeroed sector, is always found. CRC-32C in the codec of the arrays, as TensorStore has it, makes
-    saving 1.3 times and restoring 1.5 times as slow (benchmarks/checkpoints.py).
+    saving 1.3 times and restoring 1.5 times as slow (benchmarks/checksums.py).
     """
     octets = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     rows = len(octets) // (8 * _COLUMNS)

@@ -229,7 +229,7 @@ DELETED = object()
 
 
 @given(place=st.sampled_from(PLACES), value=VALUES | st.just(DELETED), sealed=st.booleans())
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_hostile_meta_data_end_in_words(
     golden: tuple[Path, Experiment], place: tuple[Any, ...], value: Any, sealed: bool
 ) -> None:

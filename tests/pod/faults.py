@@ -8,6 +8,7 @@ changed or its reading is made to fail, and the run is begun again as `mmjax.tra
 - `previous`: the newest checkpoint was called damaged, and the one before it was taken, in its own bits;
 - `refused`: the run ended with status 2 and the cause, and no checkpoint was moved or changed;
 - `harmless`: the newest checkpoint was taken, in its own bits;
+- `died`: a library ended the process, and no checkpoint was moved or changed;
 - `traceback`: another error came out;
 - `silent`: other values were taken, or an older checkpoint without a word.
 
@@ -27,6 +28,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -51,14 +53,13 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 from mmjax import arrays, checkpoint, errors, metadata  # noqa: E402
 from mmjax.checkpoint import CheckpointConfig, Checkpoints, Restored  # noqa: E402
-from mmjax.errors import UserError  # noqa: E402
 from mmjax.experiment import Experiment, make_experiment  # noqa: E402
 from mmjax.integrity import seal  # noqa: E402
 from mmjax.resume import begin  # noqa: E402
 from mmjax.sharding import make_mesh  # noqa: E402
 
 NEWEST, BEFORE = 12, 8
-OUTCOMES = ("previous", "refused", "harmless", "traceback", "silent")
+OUTCOMES = ("previous", "refused", "harmless", "died", "traceback", "silent")
 SECTOR = 512
 
 
@@ -409,6 +410,37 @@ def _uncached() -> Iterator[None]:
 SIZES = (0, 100, 1000, 3000, 10_000, 30_000, 1_000_000)
 
 
+# --- memory that ends --------------------------------------------------------------------------
+
+MEGABYTES = (0, 20, 100, 400)
+
+
+def starve(run: Run, megabytes: int) -> Attempt:
+    """Begin in a process that may take so much more memory than it has when it begins."""
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(shutil.copytree(run.workdir, Path(folder) / "run"))
+        before = _checkpoints(workdir)
+        command = [sys.executable, __file__, f"--begin={run.name}", f"--folder={workdir}"]
+        ended = subprocess.run(
+            [*command, f"--memory={megabytes}"], capture_output=True, text=True, timeout=600
+        )
+        words = ended.stderr.strip().splitlines()[-1:] or [""]
+        if _checkpoints(workdir) != before:
+            return Attempt("silent", f"a checkpoint was moved: {words[0]}")
+        known = {0: "harmless", 2: "refused"}
+        outcome = "died" if ended.returncode < 0 else known.get(ended.returncode, "traceback")
+        return Attempt(outcome, words[0])
+
+
+def begin_starved(name: str, workdir: Path, megabytes: int) -> int:
+    """What `starve` starts."""
+    experiment = make_experiment(toyrun.block("evaluation.every=0", *smallruns.RUNS[name]))
+    status = Path("/proc/self/status").read_text().splitlines()
+    used = next(int(line.split()[1]) for line in status if line.startswith("VmSize"))
+    with limit(resource.RLIMIT_AS, 1024 * used + 10**6 * megabytes):
+        return 0 if _begin(experiment, workdir, print).step == NEWEST else 1
+
+
 # --- counting ----------------------------------------------------------------------------------
 
 
@@ -469,6 +501,11 @@ def inject(names: Sequence[str], folder: Path, seed: int, flips: int) -> Table:
             table.add(
                 name, f"files of at most {size} bytes", "workdir", ("refused", "harmless"), found
             )
+        for megabytes in MEGABYTES if name == names[0] else ():
+            words = f"{megabytes} MB of memory left"
+            table.add(
+                name, words, "process", ("refused", "died", "harmless"), starve(run, megabytes)
+            )
         print(f"{name}: {dict(table.total())}", flush=True)
     return table
 
@@ -480,7 +517,11 @@ def main() -> int:
     made.add_argument("--configs", default=",".join(smallruns.RUNS), help="names, with commas")
     made.add_argument("--folder", default="", help="a new temporary folder if empty")
     made.add_argument("--out", default="", help="a file for the table, in Markdown")
+    made.add_argument("--begin", default="", help=argparse.SUPPRESS)
+    made.add_argument("--memory", type=int, default=0, help=argparse.SUPPRESS)
     given = made.parse_args()
+    if given.begin:
+        return begin_starved(given.begin, Path(given.folder), given.memory)
     folder = Path(given.folder or tempfile.mkdtemp(prefix="faults"))
     table = inject(given.configs.split(","), folder, given.seed, given.flips)
     if given.out:
@@ -495,7 +536,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(str(error))
+    errors.run(main)
