@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from mmjax import config as configs
 from mmjax.experiment import Experiment
+from mmjax.files import read_bytes
 from mmjax.monitor import metrics
 from mmjax.monitor.lines import LineFile
 from mmjax.pace import measured, pace
@@ -129,10 +130,22 @@ def _is_near(now: Mapping[str, int], then: Mapping[str, int]) -> bool:
 
 
 def _read(path: epath.Path) -> list[dict[str, Any]]:
+    """The decisions that are written; no step has run under one that a kill tore, or that is none."""
     found = []
-    for text in path.read_text().splitlines() if path.exists() else []:
+    for text in read_bytes(path).split(b"\n"):
         try:
-            found.append(json.loads(text))
-        except ValueError:
-            continue  # torn by a kill: no step has run under it
-    return found
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and {"start", "config", "wanted", "weights"} <= line.keys():
+            found.append(line)
+    return [line for line in found if _is_decision(line)]
+
+
+def _is_decision(line: Mapping[str, Any]) -> bool:
+    """Whether each of the wanted tasks has a weight."""
+    wanted, weights = line["wanted"], line["weights"]
+    if not isinstance(wanted, dict) or not isinstance(weights, dict):
+        return False
+    whole = all(isinstance(w, int) and not isinstance(w, bool) and w >= 0 for w in weights.values())
+    return whole and {t for t, w in wanted.items() if w} <= weights.keys() and any(weights.values())

@@ -1,18 +1,21 @@
 """Checkpoints: Orbax, asynchronous, under canonical names, with the clock and the config as data.
 
-`WORKDIR/checkpoints/STEP/` holds `state` (arrays) and `meta` (JSON: format, clock, config, identities of
-the data, versions). A step folder gets its name only when all of it is written.
+`WORKDIR/checkpoints/STEP/` holds `state` (arrays, `mmjax.arrays`) and `meta` (JSON: format, clock, config,
+identities of the data, versions, `mmjax.metadata`). A step folder gets its name only when all of it is written.
+Everything that is read is verified by the checksums of format 2; checkpoints of format 1 have none.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -20,13 +23,19 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from mmjax import migrations, processes
+from mmjax import arrays, metadata, processes
 from mmjax.bounds import AMOUNT, COUNT, SIZE, check
 from mmjax.errors import UserError, nearest
+from mmjax.files import is_local, naming
+from mmjax.integrity import DECODING, Damaged, Unreadable, reading, words
+from mmjax.metadata import FORMAT as FORMAT
+from mmjax.metadata import is_verified as is_verified
 from mmjax.monitor import metrics
 
-FORMAT = 1
+T = TypeVar("T")
 FOLDER = "checkpoints"
+TORN = "torn"
+UNVERIFIED = "Checkpoint {step} has format 1, without checksums: it was read unverified."
 # Orbax measures its patience by the clock on the wall, which may jump; a save that hangs is for the watchdog.
 # (For folders made in the background its patience cannot be set, so they are made at once.)
 _NO_TIMEOUT = 10**9
@@ -105,8 +114,10 @@ class _Retention(policies.PreservationPolicy):
             wanted.append(policies.EveryNSteps(config.keep_every))
         if config.keep_minutes:
             wanted.append(policies.EveryNSeconds(int(60 * config.keep_minutes)))
-        well = [c.step for c in checkpoints if self._was_well(c.step)]
-        wanted.append(policies.CustomSteps(well[-1:] + self._best(c.step for c in checkpoints)))
+        steps = [c.step for c in checkpoints]
+        well = [step for step in steps if self._was_well(step)]
+        linked = [step for step in steps if _is_link(self._workdir, step)]
+        wanted.append(policies.CustomSteps(well[-1:] + self._best(steps) + linked))
         return policies.AnyPreservationPolicy(wanted).should_preserve(checkpoints, context=context)
 
     def _best(self, steps: Iterable[int]) -> list[int]:
@@ -119,7 +130,7 @@ class _Retention(policies.PreservationPolicy):
         if step not in self._well:
             try:
                 self._well[step] = self._is_well(read_meta(self._workdir, step))
-            except ValueError:
+            except Damaged:
                 self._well[step] = False
         return self._well[step]
 
@@ -148,6 +159,7 @@ class Checkpoints:
         config: CheckpointConfig,
         is_well: Callable[[dict[str, Any]], bool] = lambda meta: True,
     ):
+        self._folder = workdir / FOLDER
         self._retention = _Retention(workdir, config, is_well)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._retention, create=True, enable_async_checkpointing=True, step_prefix=None,
@@ -155,14 +167,17 @@ class Checkpoints:
                 timeout_secs=_NO_TIMEOUT, create_directories_asynchronously=False
             ),
         )  # fmt: skip
-        # Numbers that were trained shrink by a tenth at most, and take twice as long to read when they did.
-        handlers = {
-            "state": ocp.PyTreeCheckpointHandler(use_compression=False),
-            "meta": ocp.JsonCheckpointHandler(),
-        }
-        self._manager = ocp.CheckpointManager(
-            workdir / FOLDER, options=options, item_handlers=handlers
-        )
+        handlers = {"state": arrays.TreeHandler(), "meta": ocp.JsonCheckpointHandler()}
+        try:
+            with naming(self._folder):
+                self._manager = ocp.CheckpointManager(
+                    self._folder, options=options, item_handlers=handlers
+                )
+        except ValueError as error:
+            raise UserError(
+                f"A file _CHECKPOINT_METADATA in '{self._folder}' is damaged ({words(error)}). It holds times "
+                "of saving only: delete it."
+            ) from error
         self._hush = _quiet()
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
@@ -174,18 +189,20 @@ class Checkpoints:
             return
         self._retention.saved(step, dict(meta))
         arguments = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(_without_empty(state)),
-            meta=ocp.args.JsonSave({"format": FORMAT, migrations.KEY: migrations.VERSION, **meta}),
+            state=arrays.TreeSave(_without_empty(state), step=step),
+            meta=ocp.args.JsonSave(metadata.document(step, meta)),
         )
-        self._manager.save(step, args=arguments, force=True)
+        with naming(self._folder):
+            self._manager.save(step, args=arguments, force=True)
 
     def evaluated(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """What an evaluation after `step` steps found, for `config.checkpoint.best`."""
         self._retention.evaluated(step, records)
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        with naming(self._folder):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
 
     def __enter__(self) -> Checkpoints:
         self._hush.__enter__()
@@ -193,45 +210,97 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         try:
-            self._manager.close()
+            with naming(self._folder):
+                self._manager.close()
         finally:
             self._hush.__exit__(None, None, None)
 
 
 def steps(workdir: epath.Path) -> list[int]:
-    """Steps of the finished checkpoints, newest first."""
-    folder = workdir / FOLDER
-    if not folder.exists():
+    """Return the steps of the finished checkpoints, newest first.
+
+    Raises:
+      Unreadable: the folder cannot be listed; that is no reason to believe that it is empty.
+    """
+    names = [name for name in _listed(workdir / FOLDER) if re.fullmatch("0|[1-9][0-9]*", name)]
+    folders = [name for name in names if not _is_file(workdir / FOLDER / name)]
+    return sorted(map(int, folders), reverse=True)
+
+
+def _listed(folder: epath.Path) -> list[str]:
+    try:
+        return _names(folder)
+    except FileNotFoundError:
         return []
-    return sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True)
+    except (OSError, MemoryError) as error:
+        raise Unreadable(folder, words(error)) from error
+
+
+def _names(folder: epath.Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def _is_file(path: epath.Path) -> bool:
+    return os.path.isfile(path) if is_local(path) else False
+
+
+def _is_link(workdir: epath.Path, step: int) -> bool:
+    """Whether a step is a link to a folder elsewhere, which is not this run's to delete."""
+    return os.path.islink(workdir / FOLDER / str(step))
 
 
 def read_meta(workdir: epath.Path, step: int) -> dict[str, Any]:
-    """The meta data of a checkpoint; `ValueError` if it is torn, `UserError` if it is of a newer format."""
-    try:
-        meta = json.loads((workdir / FOLDER / str(step) / "meta" / "metadata").read_text())
-    except OSError as error:
-        raise ValueError(f"no meta data: {error}") from error
-    if meta["format"] > FORMAT:
-        raise UserError(
-            f"Checkpoint {workdir / FOLDER / str(step)} has format {meta['format']}; this mmjax reads up to {FORMAT}. "
-            "Install a newer mmjax."
-        )
-    return migrations.upgrade_meta(meta)
+    """Return the meta data of a checkpoint, verified.
+
+    Raises:
+      Damaged: it is not what was written for this step.
+      Unreadable: it cannot be read now.
+      UserError: it is of a newer format.
+    """
+    folder = workdir / FOLDER / str(step)
+    with reading(folder):
+        return metadata.read(folder)
 
 
 def read_shapes(workdir: epath.Path, step: int) -> dict[str, dict[str, Any]]:
-    """Shapes and dtypes of what a checkpoint holds: `{"parameters": {canonical name: ...}, ...}`."""
-    with _quiet(), ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(workdir / FOLDER / str(step) / "state")
-    tree = getattr(metadata, "item_metadata", metadata)
-    tree = getattr(tree, "tree", tree)
-    return dict(tree)
+    """Return shapes and dtypes of what a checkpoint holds: `{"parameters": {canonical name: ...}, ...}`.
+
+    Raises:
+      Damaged, Unreadable: as `read_meta`.
+    """
+    folder = workdir / FOLDER / str(step)
+    if _has_checksums(folder):
+        with reading(folder):
+            return arrays.shapes(arrays.index(folder / "state", step))
+    with reading(folder, DECODING), _quiet(), ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.metadata(folder / "state")
+        tree = getattr(found, "item_metadata", found)
+        return dict(getattr(tree, "tree", tree))
 
 
 def read_state(workdir: epath.Path, step: int, abstract: Mapping[str, Any]) -> Any:
-    """Arrays of a checkpoint, as `abstract` asks (shardings included); parts that it leaves out are not read."""
-    wanted = _without_empty(abstract)
+    """Return arrays of a checkpoint, as `abstract` asks (shardings included); what it leaves out is not read.
+
+    Raises:
+      Damaged, Unreadable: as `read_meta`.
+    """
+    folder, wanted = workdir / FOLDER / str(step), _without_empty(abstract)
+    if _has_checksums(folder):
+        with reading(folder):
+            state = arrays.read(folder / "state", arrays.index(folder / "state", step), wanted)
+    else:
+        with reading(folder, DECODING):
+            state = _read_unverified(folder / "state", wanted)
+    return {part: state.get(part, {}) for part in abstract}
+
+
+def _has_checksums(folder: epath.Path) -> bool:
+    with reading(folder):
+        return metadata.is_verified(metadata.read_sealed(folder))
+
+
+def _read_unverified(folder: epath.Path, wanted: Mapping[str, Any]) -> Any:
+    """The arrays of a checkpoint of format 1, by Orbax."""
     restore_args = jax.tree.map(_restore_args, wanted)
     # Each process reads for itself: one that fails must not leave the others at a barrier.
     me = jax.process_index()
@@ -241,8 +310,7 @@ def read_state(workdir: epath.Path, step: int, abstract: Mapping[str, Any]) -> A
         arguments = ocp.args.PyTreeRestore(
             item=wanted, restore_args=restore_args, partial_restore=True
         )
-        state = checkpointer.restore(workdir / FOLDER / str(step) / "state", args=arguments)
-    return {part: state.get(part, {}) for part in abstract}
+        return checkpointer.restore(folder, args=arguments)
 
 
 @contextmanager
@@ -282,11 +350,13 @@ def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: s
         for name, leaf in _flat(expected[part]).items():
             stored = have.get(name)
             if stored is None:
-                wrong.append(f"{part}/{name}: expected {_words(leaf)}, found nothing")
+                wrong.append(f"{part}/{name}: expected {_leaf_words(leaf)}, found nothing")
             elif part != "parameters" and _widens(stored, leaf):
                 widened.append(f"{part}/{name}")
             elif tuple(stored.shape) != tuple(leaf.shape) or stored.dtype != leaf.dtype:
-                wrong.append(f"{part}/{name}: expected {_words(leaf)}, found {_words(stored)}")
+                wrong.append(
+                    f"{part}/{name}: expected {_leaf_words(leaf)}, found {_leaf_words(stored)}"
+                )
     if wrong:
         more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         lines = "\n  ".join(wrong[:8])
@@ -309,7 +379,7 @@ def _flat(tree: Any) -> dict[str, Any]:
     return {"/".join(str(getattr(k, "key", k)) for k in path): leaf for path, leaf in pairs}
 
 
-def _words(leaf: Any) -> str:
+def _leaf_words(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
@@ -320,41 +390,94 @@ def restore_latest(
     say: Callable[[str], None],
     may_be_new: Callable[[str, dict[str, Any]], bool],
 ) -> Restored | None:
-    """The newest checkpoint that can be read; torn ones are set aside, aloud.
+    """Return the newest checkpoint that is whole, None where there never was one; damaged ones are set aside.
 
     Args:
       workdir: the run's folder.
       abstract: shapes, dtypes and shardings of the wanted state, in canonical form.
       accept: `accept(step, meta)` may refuse a checkpoint by raising a `UserError` before its arrays are read.
-      say: tells the person.
+      say: prints a line for the user.
       may_be_new: `may_be_new(name, meta)`: whether a parameter may be absent; it is left out of the result.
+
+    Raises:
+      UserError: a checkpoint cannot be read though it may be whole, or there are damaged ones only. A run that
+        has checkpoints does not begin at step 0 by itself.
     """
-    # Which there are, process 0 says: it also moves what is torn.
-    for step in processes.gather(steps(workdir))[0]:
-        restored: Restored | None = None
-        words: str | None = None
-        try:
-            restored = restore(workdir, step, abstract, accept, may_be_new)
-        except UserError:
-            raise
-        except Exception as error:
-            # Whatever Orbax and TensorStore raise for files that are cut or gone.
-            words = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        # What one process cannot read, none takes.
-        torn = [w for w in processes.gather(words) if w is not None]
-        if not torn:
-            if restored is not None and restored.widened:
-                say(
-                    f"Checkpoint {step} holds {len(restored.widened)} arrays in a narrower dtype than they are kept in "
-                    f"today ({restored.widened[0]} and so on); they go on in the wider one."
-                )
-            return restored
+    # Which there are, process 0 says: it also moves what is damaged.
+    causes: dict[int, str] = {}
+    for step in processes.gather(_together(lambda: steps(workdir)))[0]:
+        found = _together(partial(_try, workdir, step, abstract, accept, may_be_new))
+        # What is damaged for one process, none takes.
+        damage = processes.gather(None if isinstance(found, Restored) else found)
+        damage = [cause for cause in damage if cause is not None]
+        if not damage:
+            assert isinstance(found, Restored)
+            _say_widened(found, say)
+            return found
+        causes[step] = damage[0]
         if processes.is_first():
-            aside = set_aside(workdir, step, "torn")
+            aside = set_aside(workdir, step, TORN)
             say(
-                f"Checkpoint {step} cannot be read ({torn[0]}). Moved to {aside}; trying the one before it."
+                f"Checkpoint {step} is damaged ({damage[0]}). Moved to {aside}; trying the one before it."
             )
+    refusal = processes.gather(_refusal(workdir, causes))[0]
+    if refusal:
+        raise UserError(refusal)
     return None
+
+
+def _say_widened(restored: Restored, say: Callable[[str], None]) -> None:
+    if restored.widened:
+        say(
+            f"Checkpoint {restored.step} holds {len(restored.widened)} arrays in a narrower dtype than they are kept "
+            f"in today ({restored.widened[0]} and so on); they go on in the wider one."
+        )
+
+
+def check_may_begin(workdir: epath.Path) -> None:
+    """Raise a `UserError` where a run may not begin at step 0: its folder holds checkpoints, if only damaged ones."""
+    for step in steps(workdir):
+        read_meta(workdir, step)
+    refusal = _refusal(workdir, {})
+    if refusal:
+        raise UserError(refusal)
+
+
+def _refusal(workdir: epath.Path, causes: Mapping[int, str]) -> str:
+    """Why a run without a whole checkpoint may not begin at step 0; empty where it may."""
+    aside = sorted(_listed(workdir / TORN))
+    if not aside:
+        return ""
+    known = "".join(f"\n  {step}: {cause}" for step, cause in causes.items())
+    return (
+        f"'{workdir}' holds no whole checkpoint, and a run does not throw away its steps by itself. Damaged ones "
+        f"lie in '{workdir / TORN}': {', '.join(aside)}.{known}\nRestore a copy to '{workdir / FOLDER}', use another "
+        f"--workdir, or delete '{workdir / TORN}' to begin at step 0."
+    )
+
+
+def _together(read: Callable[[], T]) -> T:
+    """Return what `read` returns; where it fails in one process, all raise."""
+    value, error = None, None
+    try:
+        value = read()
+    except UserError as caught:
+        error = caught
+    failures = processes.gather(None if error is None else str(error))
+    if error is not None:
+        raise error
+    for index, text in enumerate(failures):
+        if text is not None:
+            raise UserError(f"Process {index}: {text}")
+    return cast(T, value)
+
+
+def _try(workdir: epath.Path, step: int, *arguments: Any) -> Restored | str:
+    """A checkpoint, or what damage it has."""
+    try:
+        return restore(workdir, step, *arguments)
+    except Damaged as error:
+        return error.cause
 
 
 def restore(
@@ -364,7 +487,12 @@ def restore(
     accept: Callable[[int, dict[str, Any]], None],
     may_be_new: Callable[[str, dict[str, Any]], bool],
 ) -> Restored:
-    """The checkpoint of a step; arguments as of `restore_latest`. One that is torn may raise anything."""
+    """Return the checkpoint of a step; arguments as of `restore_latest`.
+
+    Raises:
+      Damaged, Unreadable: as `read_meta`.
+      UserError: it does not go with this config.
+    """
     meta = read_meta(workdir, step)
     accept(step, meta)
     found = read_shapes(workdir, step)

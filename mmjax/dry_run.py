@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import jax
 from etils import epath
 
+from mmjax import checkpoint
 from mmjax.config import Block
 from mmjax.evaluate import open_held_out
 from mmjax.experiment import Experiment, make_experiment
@@ -40,6 +41,8 @@ def dry_run(block: Block, workdir: epath.Path, allow_change: bool) -> None:
     """
     experiment = make_experiment(block)
     step, meta = newest_meta(workdir)
+    if meta is None:
+        checkpoint.check_may_begin(workdir)
     identities = meta.get("identities", {}) if meta else {}
     examples = count_examples(experiment, workdir, identities)
     open_held_out(experiment)

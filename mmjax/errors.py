@@ -46,6 +46,8 @@ def report(error: BaseException) -> str | None:
     number, where = _system_error(error)
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{os.strerror(number)}: {where}. Free some space and run again."
+    if number in (errno.EMFILE, errno.ENFILE):
+        return f"{os.strerror(number)}: {where}. Raise the limit of open files (ulimit -n) and run again."
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"No permission: {where}. Choose another --workdir or mend its owner."
     if _LOST_PEER.search(str(error)):

@@ -28,13 +28,13 @@ from mmjax.data.loader import local_rows, make_batch, place
 from mmjax.errors import UserError
 from mmjax.evaluator import Outputs, Pass, Record, device_spec, row_spec
 from mmjax.experiment import Experiment, make_experiment, pass_key, program_key
-from mmjax.files import write_whole
+from mmjax.files import is_local, replace_file
 from mmjax.identity import is_same
 from mmjax.lease_store import object_store
 from mmjax.loading import check_files, find_step, read_parameters
 from mmjax.monitor import metrics
 from mmjax.monitor.compiling import compiling
-from mmjax.monitor.lines import LineFile, is_local
+from mmjax.monitor.lines import LineFile
 from mmjax.monitor.tables import program_table, results_table
 from mmjax.origin import check_code
 from mmjax.program import Program, compile_all, ticks, use_cache
@@ -195,12 +195,17 @@ def after(step: int, records: Iterable[Record]) -> list[Record]:
 def write_results(workdir: epath.Path, records: Sequence[Record]) -> None:
     """Write `results.json`, whole or not at all; what is not finite as `metrics.jsonl` has it."""
     text = json.dumps(metrics.strict(list(records)), indent=1, allow_nan=False)
-    write_whole(workdir / RESULTS, text.encode())
+    replace_file(workdir / RESULTS, text)
 
 
-def read_results(workdir: epath.Path) -> list[Record]:
-    """Read `results.json`."""
-    return [metrics.revived(record) for record in json.loads((workdir / RESULTS).read_text())]
+def read_results(workdir: epath.Path) -> list[Record] | None:
+    """Return the records of `results.json`; None where there are none, or the file is damaged."""
+    try:
+        records = json.loads((workdir / RESULTS).read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    whole = isinstance(records, list) and all(isinstance(record, dict) for record in records)
+    return [metrics.revived(record) for record in records] if whole else None
 
 
 def append_evaluations(workdir: epath.Path, records: Iterable[Record]) -> None:

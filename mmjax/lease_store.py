@@ -20,7 +20,7 @@ import tensorstore
 from etils import epath
 
 from mmjax.errors import UserError
-from mmjax.monitor.lines import is_local
+from mmjax.files import is_local
 
 FILE = "lease.json"
 _DRIVERS = {"gs": "gcs", "s3": "s3"}  # of TensorStore

@@ -8,6 +8,7 @@ vectors = model.embed(image=[picture, another])
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -35,7 +36,13 @@ _LARGEST = 256  # rows of one call; more are cut into several
 
 
 def find_step(workdir: epath.Path, step: int | None) -> tuple[int, dict[str, Any]]:
-    """A checkpoint's step and meta data: the newest where `step` is None."""
+    """Return a checkpoint's step and meta data: the newest where `step` is None.
+
+    One of format 1, which has no checksums, is reported by a warning.
+
+    Raises:
+      UserError: there is none, or it is damaged or cannot be read.
+    """
     found = checkpoint.steps(workdir)
     if not found:
         raise UserError(
@@ -46,12 +53,10 @@ def find_step(workdir: epath.Path, step: int | None) -> tuple[int, dict[str, Any
             f"No checkpoint of step {step} in '{workdir}'. There are: {', '.join(map(str, found))}."
         )
     chosen = found[0] if step is None else step
-    try:
-        return chosen, checkpoint.read_meta(workdir, chosen)
-    except ValueError as error:
-        raise UserError(
-            f"Checkpoint {chosen} in '{workdir}' is torn: {error}. Choose another step."
-        ) from error
+    meta = checkpoint.read_meta(workdir, chosen)
+    if not checkpoint.is_verified(meta):
+        logging.getLogger(__name__).warning(checkpoint.UNVERIFIED.format(step=chosen))
+    return chosen, meta
 
 
 def read_parameters(workdir: epath.Path, step: int, experiment: Experiment, mesh: Mesh) -> Arrays:

@@ -13,7 +13,7 @@ import jax
 from etils import epath
 
 from mmjax.errors import UserError
-from mmjax.monitor.lines import is_local
+from mmjax.files import is_local
 from mmjax.program import Program
 
 TRACES = "profile"

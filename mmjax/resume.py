@@ -24,12 +24,14 @@ from mmjax.checkpoint import Restored
 from mmjax.data import order
 from mmjax.data.tokenizer import how_to_get
 from mmjax.errors import UserError
-from mmjax.evaluate import RESULTS
+from mmjax.evaluate import RESULTS, read_results
 from mmjax.experiment import Experiment
-from mmjax.files import write_whole
+from mmjax.files import replace_file
 from mmjax.health import Bounds, Diverged, quarantine
 from mmjax.identity import is_same
+from mmjax.integrity import Damaged
 from mmjax.modality import asset_name
+from mmjax.monitor import metrics
 from mmjax.monitor.report import FILE as REPORT
 from mmjax.origin import beginning, check_code, code_of, mmjax_version
 from mmjax.parameters import Arrays
@@ -80,11 +82,15 @@ class Session:
 
     @property
     def is_done(self) -> bool:
-        return self.clock.step >= self.experiment.run.steps and (self.workdir / RESULTS).exists()
+        """Whether all steps and the results of the last evaluation are there, whole."""
+        done = self.clock.step >= self.experiment.run.steps
+        return done and processes.gather(done and read_results(self.workdir) is not None)[0]
 
     def drop_results(self) -> None:
         """Remove results and report of an earlier end of the run: they are not those of the steps to come."""
         if processes.is_first():
+            if (self.workdir / RESULTS).exists() and read_results(self.workdir) is None:
+                print(f"{self.workdir / RESULTS} is damaged: it is written again.")
             (self.workdir / RESULTS).unlink(missing_ok=True)
             (self.workdir / REPORT).unlink(missing_ok=True)
 
@@ -217,6 +223,9 @@ def begin(
     if restored is not None:
         _check_parameters(experiment, restored)
         say(f"Going on from step {restored.step} in {workdir}.")
+        if not checkpoint.is_verified(restored.meta):
+            say(checkpoint.UNVERIFIED.format(step=restored.step))
+        _tell_gaps(workdir, restored.step, say)
         for change in changes:
             say(f"Config changed: {change}")
     given = {}
@@ -231,6 +240,20 @@ def begin(
         _keep_files(workdir, experiment)
     identities |= code_of(experiment) | beginning(workdir, restored)
     return Session(experiment, workdir, mesh, clock, data, identities, restored, given)
+
+
+def _tell_gaps(workdir: epath.Path, step: int, say: Callable[[str], None]) -> None:
+    """Say which steps have no line in `metrics.jsonl`.
+
+    They cannot be had again, and no later step depends on them: an unattended restart goes on.
+    """
+    if not processes.is_first():
+        return
+    missing = [f"{a}" if a == b else f"{a} to {b}" for a, b in metrics.gaps(workdir, step)]
+    if missing:
+        more = f" and {len(missing) - 5} more stretches" if len(missing) > 5 else ""
+        steps = ", ".join(missing[:5])
+        say(f"{workdir / metrics.FILE} lacks the lines of steps {steps}{more}: reports miss them.")
 
 
 def reopen(
@@ -282,12 +305,11 @@ def roll_back(
     experiment, workdir = session.experiment, session.workdir
     session.check_lease()
     say(f"{diverged}. Going back; with limits.divergence = 0 a run never does.")
-    good = newest_good(session, diverged.before)
+    good, bounds = newest_good(session, diverged.before), experiment.run.limits.bounds
     for step in processes.gather(checkpoint.steps(workdir))[0]:
         if step == good:
             break
-        processes.wait_for_all()
-        if processes.is_first():
+        if processes.is_first() and _was_well(workdir, step, bounds) is not None:
             checkpoint.set_aside(workdir, step, "diverged")
     processes.wait_for_all()
     # The config was accepted when the run began, also against an older checkpoint's.
@@ -311,17 +333,22 @@ def roll_back(
 
 def newest_good(session: Session, before: int | None) -> int | None:
     """Return the newest checkpoint at which all tasks were well, no later than step `before` if that is given."""
-    steps = processes.gather(checkpoint.steps(session.workdir))[0]
-    bounds = session.experiment.run.limits.bounds
-    early = (step for step in steps if before is None or step <= before)
-    return next((step for step in early if _was_well(session.workdir, step, bounds)), None)
+    good: int | None = None
+    if processes.is_first():
+        bounds = session.experiment.run.limits.bounds
+        steps = checkpoint.steps(session.workdir)
+        early = (step for step in steps if before is None or step <= before)
+        good = next((step for step in early if _was_well(session.workdir, step, bounds)), None)
+    agreed: int | None = processes.gather(good)[0]
+    return agreed
 
 
-def _was_well(workdir: epath.Path, step: int, bounds: Bounds) -> bool:
+def _was_well(workdir: epath.Path, step: int, bounds: Bounds) -> bool | None:
+    """Whether all tasks were well; None for a damaged checkpoint, which `begin` sets aside."""
     try:
         return Clock.from_json(checkpoint.read_meta(workdir, step)["clock"]).is_well(bounds)
-    except ValueError:
-        return False  # torn
+    except Damaged:
+        return None
 
 
 def _open_data(experiment: Experiment) -> dict[str, Examples]:
@@ -563,7 +590,7 @@ def _write_config(workdir: epath.Path, experiment: Experiment) -> None:
     text = json.dumps(experiment.block, indent=1, sort_keys=True)
     path = workdir / "config.json"
     if not path.exists() or path.read_text() != text:
-        write_whole(path, text.encode())
+        replace_file(path, text.encode())
 
 
 def _keep_files(workdir: epath.Path, experiment: Experiment) -> None:
@@ -577,7 +604,7 @@ def _keep_files(workdir: epath.Path, experiment: Experiment) -> None:
             copy, content = workdir / "assets" / asset_name(name), path.read_bytes()
             if not copy.exists() or _digest(copy.read_bytes()) != _digest(content):
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(copy, content)
+                replace_file(copy, content)
 
 
 def _digest(content: bytes) -> str:

@@ -99,8 +99,9 @@ def show_run(workdir: epath.Path, step: int | None, with_digest: bool) -> None:
     clock = Clock.from_json(meta["clock"])
     visits = clock.schedule.visits(step)
     print(
-        f"{workdir}: checkpoint of step {step} of {meta['config']['steps']}, format {meta['format']}\n"
+        f"{workdir}: checkpoint of step {step} of {meta['config']['steps']}, format {meta['format']}"
     )
+    print(f"Verified: {_verified(meta, with_digest)}.\n")
     counts = [
         (
             name,
@@ -127,6 +128,13 @@ def show_run(workdir: epath.Path, step: int | None, with_digest: bool) -> None:
     table("Bytes", ("held", "arrays", "bytes"), sizes)
     if with_digest:
         print(digest(read_arrays(workdir, step, shapes["parameters"])))
+
+
+def _verified(meta: Mapping[str, Any], with_digest: bool) -> str:
+    """What of a checkpoint has been compared with its checksums here."""
+    if not checkpoint.is_verified(meta):
+        return "no, format 1 has no checksums"
+    return "meta data" + (" and parameters" if with_digest else "; arrays are when they are read")
 
 
 def read_arrays(workdir: epath.Path, step: int, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -97,7 +97,7 @@ def _train(
             session = replace(session, check_lease=check_lease)
         missing = _missing_results(session)
         if session.is_done and not missing:
-            records = read_results(workdir)
+            records = read_results(workdir) or []
             _report_if_missing(session, phases)
             print(f"Done: {workdir} holds all {experiment.run.steps} steps and their results.")
             return records

@@ -17,6 +17,7 @@ from etils import epath
 
 from mmjax import checkpoint, processes
 from mmjax.errors import UserError
+from mmjax.files import read_bytes, replace_file
 from mmjax.parameters import Spec
 from mmjax.rules import matches
 from mmjax.state import EMA
@@ -106,9 +107,7 @@ def pin(
                     "--workdir."
                 )
             say(words)
-        partial = workdir / f"{PINNED}.partial"
-        partial.write_text(json.dumps(now))
-        partial.replace(workdir / PINNED)
+        replace_file(workdir / PINNED, json.dumps(now))
     step: int | None = processes.gather(now)[0].get("step")
     return step
 
@@ -116,7 +115,14 @@ def pin(
 def pinned(workdir: epath.Path) -> dict[str, Any]:
     """What `pin` has kept; empty where it has not been called."""
     path = workdir / PINNED
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        found = json.loads(read_bytes(path) or b"{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"'{path}' is damaged. It names what the run began with: delete it to take what is there now."
+        )
     return found
 
 

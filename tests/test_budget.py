@@ -105,6 +105,27 @@ def test_a_killed_run_takes_the_shares_that_it_had_frozen(
     assert segments(other) != segments(straight)
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["5", "null", "[1]", "{}", '{"start": 4}', "[" * 100_000,
+     '{"start": 4, "config": CONFIG, "wanted": WANTED, "weights": 5}',
+     '{"start": 4, "config": CONFIG, "wanted": WANTED, "weights": {"one": 1}}',
+     '{"start": 4, "config": CONFIG, "wanted": WANTED, "weights": {"one": 1, "two": "1"}}',
+     '{"start": 4, "config": CONFIG, "wanted": [], "weights": {}}'],
+    ids=lambda x: x[:60],
+)  # fmt: skip
+def test_a_line_that_is_no_decision_is_passed_over(tmp_path: Path, line: str) -> None:
+    decision = {
+        "start": 4,
+        "config": "a",
+        "wanted": {"one": 2, "two": 1},
+        "weights": {"one": 14, "two": 1},
+    }
+    line = line.replace("CONFIG", '"a"').replace("WANTED", '{"one": 2, "two": 1}')
+    (tmp_path / FILE).write_text(f"{line}\n{json.dumps(decision)}\n{line}\n")
+    assert budget._read(epath.Path(tmp_path / FILE)) == [decision]
+
+
 def test_frozen_shares_are_for_one_config(tmp_path: Path, slow_two: None) -> None:
     run(tmp_path / "run", *RULE, "steps=6")
     run(tmp_path / "run", *RULE, "tasks.two.share=9", allow_change=True)

@@ -22,11 +22,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mmjax import checkpoint, migrations
 from mmjax.checkpoint import CheckpointConfig, Checkpoints, Restored
 from mmjax.errors import UserError
+from mmjax.integrity import Damaged
 from mmjax.monitor import metrics
+from mmjax.schedule import from_config
 from mmjax.sharding import MeshConfig, make_mesh
+from mmjax.state import Clock
 
-META = {"clock": {"step": 3}, "config": {"tasks": {}}}
+CONFIG = {"steps": 40, "tasks": {"one": {"objective": {}, "inputs": {}}}}
 Tree = dict[str, Any]
+
+
+def meta(step: int) -> Tree:
+    """Meta data of a run of one task."""
+    count = {"one": 0}
+    clock = Clock(step, from_config("shares", {"one": 1}, 0), {"one": 8 * step}, count, count)
+    return {"clock": clock.to_json(), "config": CONFIG, "identities": {}, "environment": {}}
 
 
 def state(value: float = 0.0) -> Tree:
@@ -46,7 +56,7 @@ def abstract(tree: Any) -> Any:
 def save(workdir: Path, *steps: int, keep: int = 9, tree: Callable[[float], Tree] = state) -> None:
     with Checkpoints(epath.Path(workdir), CheckpointConfig(keep=keep)) as checkpoints:
         for step in steps:
-            checkpoints.save(step, tree(float(step)), {**META, "clock": {"step": step}})
+            checkpoints.save(step, tree(float(step)), meta(step))
             checkpoints.wait()
 
 
@@ -74,7 +84,7 @@ def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
     assert restored is not None and restored.step == 5
     assert equal(restored.state, state(5)) and restored.state["buffers"] == {}
     versions = {"format": checkpoint.FORMAT, migrations.KEY: migrations.VERSION}
-    assert restored.meta == {**META, "clock": {"step": 5}, **versions}
+    assert restored.meta == {**meta(5), "step": 5, **versions}
 
 
 def test_arrays_are_written_as_they_are(tmp_path: Path) -> None:
@@ -104,7 +114,7 @@ def kept(workdir: Path, config: CheckpointConfig, steps: int, **more: Any) -> li
 
     with Checkpoints(epath.Path(workdir), config, is_well) as checkpoints:
         for step in range(1, steps + 1):
-            checkpoints.save(step, state(float(step)), {**META, "clock": {"step": step}})
+            checkpoints.save(step, state(float(step)), meta(step))
             checkpoints.wait()
             if step in values:
                 record = {"task": "one", "name": "loss", "split": "toy", "value": values[step]}
@@ -171,7 +181,7 @@ def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
 def test_a_step_that_is_saved_already_is_left_as_it_is(tmp_path: Path) -> None:
     with Checkpoints(epath.Path(tmp_path), CheckpointConfig()) as checkpoints:
         for value in (1.0, 2.0):
-            checkpoints.save(4, state(value), META)
+            checkpoints.save(4, state(value), meta(4))
             checkpoints.wait()
     restored = restore(tmp_path)
     assert restored is not None and equal(restored.state, state(1.0))
@@ -201,7 +211,7 @@ def test_later_steps_do_not_reach_into_a_save_under_way(tmp_path: Path) -> None:
         expected = {}
         for step in range(1, 6):
             expected[step] = jax.tree.map(lambda x: np.array(x, copy=True), current)
-            checkpoints.save(step, current, META)
+            checkpoints.save(step, current, meta(step))
             current = jax.block_until_ready(bump(current))
             overtook = overtook or step not in checkpoint.steps(epath.Path(tmp_path))
             checkpoints.wait()
@@ -215,13 +225,13 @@ def test_a_save_that_fails_in_the_background_is_an_error_and_the_last_good_one_s
 ) -> None:
     """No file may grow past 100 kB, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    large = {"parameters": {"p": np.random.default_rng(0).normal(size=(256, 256))}}
+    large = {"parameters": {"p": jnp.asarray(np.random.default_rng(0).normal(size=(256, 256)))}}
     save(tmp_path, 1)
     with pytest.raises(ValueError, match="os_error_code"):  # noqa: SIM117
         with Checkpoints(epath.Path(tmp_path), CheckpointConfig(keep=1)) as checkpoints:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
             try:
-                checkpoints.save(2, large, META)
+                checkpoints.save(2, large, meta(2))
                 checkpoints.wait()
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -309,7 +319,7 @@ def test_a_torn_one_is_set_aside_aloud(tmp_path: Path) -> None:
     said: list[str] = []
     restored = restore(tmp_path, say=said.append)
     assert restored is not None and restored.step == 2
-    assert len(said) == 1 and said[0].startswith("Checkpoint 4 cannot be read (")
+    assert len(said) == 1 and said[0].startswith("Checkpoint 4 is damaged (")
     assert str(tmp_path / "torn" / "4") in said[0]
     assert (tmp_path / "torn" / "4" / "meta" / "metadata").exists()
     assert checkpoint.steps(epath.Path(tmp_path)) == [2]
@@ -323,10 +333,10 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
         checkpoint.read_meta(epath.Path(tmp_path), 2)
 
 
-def test_missing_meta_data_is_a_torn_checkpoint(tmp_path: Path) -> None:
+def test_missing_meta_data_is_damage(tmp_path: Path) -> None:
     save(tmp_path, 2)
     (tmp_path / "checkpoints" / "2" / "meta" / "metadata").unlink()
-    with pytest.raises(ValueError, match="no meta data"):
+    with pytest.raises(Damaged, match="2' is damaged: .*No such file.*meta/metadata"):
         checkpoint.read_meta(epath.Path(tmp_path), 2)
 
 
@@ -338,9 +348,10 @@ def test_nothing_in_a_checkpoint_is_code(tmp_path: Path) -> None:
     for path in files:
         content = path.read_bytes()
         assert not (content[:1] == b"\x80" and content[1:2] in b"\x02\x03\x04\x05"), path
-    assert json.loads((tmp_path / "checkpoints" / "2" / "meta" / "metadata").read_text())[
-        "config"
-    ] == {"tasks": {}}
+    assert (
+        json.loads((tmp_path / "checkpoints" / "2" / "meta" / "metadata").read_text())["config"]
+        == CONFIG
+    )
 
 
 def test_the_best_of_a_whole_run_stays(tmp_path: Path) -> None:

@@ -37,6 +37,10 @@ def failing(error: BaseException):
         (OSError(errno.EDQUOT, "Quota", "/runs/x/metrics.jsonl"), ["quota", "metrics.jsonl"]),
         (OSError(errno.EFBIG, "File too large", "/runs/x/a"), ["too large", "/runs/x/a"]),
         (OSError(errno.ENOSPC, "No space left on device"), ["No space left on device"]),
+        (
+            OSError(errno.EMFILE, "Too many open files", "/runs/x/a"),
+            ["open files: /runs/x/a", "ulimit"],
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "/runs/x"), ["permission", "/runs/x"]),
         (OSError(errno.EROFS, "Read-only file system", "/runs/x"), ["permission", "/runs/x"]),
         (

@@ -9,14 +9,14 @@ import pytest
 from bucket import bucket
 from etils import epath
 
-from mmjax.files import write_whole
+from mmjax.files import replace_file
 
 
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_file_is_replaced_as_a_whole(remote: bool, tmp_path: Path) -> None:
     folder = bucket() if remote else epath.Path(tmp_path)
     for content in (b"one", b"\x00\xff" * 1000, b""):
-        write_whole(folder / "file", content)
+        replace_file(folder / "file", content)
         assert (folder / "file").read_bytes() == content
     assert [p.name for p in folder.iterdir()] == ["file"]
 
@@ -25,12 +25,12 @@ def test_a_full_disk_leaves_the_old_file_and_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = epath.Path(tmp_path) / "file"
-    write_whole(path, b"old")
+    replace_file(path, b"old")
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match=str(path)):
-        write_whole(path, b"new")
+        replace_file(path, b"new")
     assert path.read_bytes() == b"old"

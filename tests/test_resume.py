@@ -19,12 +19,14 @@ from etils import epath
 from harness import Aim, Harness, contents, deterministic, finished_steps, log
 from toyrun import block, run, watched
 
-from mmjax import checkpoint, loop, train
+from mmjax import arrays, checkpoint, loop, metadata, train
 from mmjax.checkpoint import Checkpoints
 from mmjax.data import order
+from mmjax.dry_run import dry_run
 from mmjax.errors import UserError
 from mmjax.evaluate import Evaluation
 from mmjax.experiment import make_experiment
+from mmjax.integrity import Unreadable, seal, unseal
 from mmjax.schedule import Schedule
 
 BATCH = {"one": 8, "two": 16}
@@ -78,10 +80,18 @@ def _truncate(path: Path) -> None:
     path.write_bytes(content[: len(content) // 2])
 
 
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
 TEARS: dict[str, Callable[[Path], None]] = {
     "data cut short": lambda step: _truncate(_largest(step / "state" / "d")),
     "data gone": lambda step: _largest(step / "state" / "d").unlink(),
-    "metadata of the arrays gone": lambda step: (step / "state" / "_METADATA").unlink(),
+    "list of the arrays gone": lambda step: (step / "state" / "checksums.json").unlink(),
+    "a byte of the data changed": lambda step: _flip(_largest(step / "state" / "d")),
+    "clock changed": lambda step: _flip(step / "meta" / "metadata"),
     "manifest gone": lambda step: (step / "state" / "manifest.ocdbt").unlink(),
     "state gone": lambda step: shutil.rmtree(step / "state"),
     "clock cut short": lambda step: _truncate(step / "meta" / "metadata"),
@@ -99,7 +109,7 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(
     torn = contents(copy / "checkpoints" / "12")
     run(copy)
     said = capsys.readouterr().out
-    assert "Checkpoint 12 cannot be read" in said
+    assert "Checkpoint 12 is damaged" in said
     assert f"Going on from step 8 in {copy}" in said
     assert contents(copy / "torn" / "12") == torn  # set aside, not deleted
     assert str(copy / "torn" / "12") in said.replace("\n", "")
@@ -117,20 +127,73 @@ def test_several_torn_checkpoints_fall_back_further(
     same(copy, straight)
 
 
-@pytest.mark.parametrize("how", ["torn", "missing"])
-def test_without_a_good_checkpoint_the_run_starts_anew(
-    copy: Path, straight: Path, how: str, capsys: pytest.CaptureFixture[str]
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_at_step_0(copy: Path) -> None:
+    lines = (copy / "metrics.jsonl").read_bytes()
+    for step in finished_steps(copy):
+        TEARS["clock gone"](copy / "checkpoints" / str(step))
+    for _ in range(2):  # also not when it is started again, with the folder of checkpoints empty
+        with pytest.raises(UserError) as error, watched() as seen:
+            run(copy)
+        assert "does not throw away its steps" in str(error.value)
+        assert f"'{copy / 'torn'}': 12, 4, 8" in str(error.value)
+        assert "another --workdir" in str(error.value) and "delete" in str(error.value)
+        assert not seen.ids and (copy / "metrics.jsonl").read_bytes() == lines
+    with pytest.raises(UserError, match="does not throw away its steps"):
+        dry_run(block(), epath.Path(copy), False)
+
+
+def test_a_run_without_any_checkpoint_begins_again_and_keeps_the_lines_it_replaces(
+    copy: Path, straight: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if how == "missing":
-        shutil.rmtree(copy / "checkpoints")
-    else:
-        for step in finished_steps(copy):
-            TEARS["clock gone"](copy / "checkpoints" / str(step))
+    shutil.rmtree(copy / "checkpoints")
     with watched() as seen:
         run(copy)
     assert "Going on" not in capsys.readouterr().out
     assert len(seen.ids) == 12
     same(copy, straight)
+    replaced = (copy / "metrics.jsonl.replaced-0").read_bytes()
+    assert replaced == (straight / "metrics.jsonl").read_bytes()
+
+
+# What fails, with which error, and the words of it that the user is to see.
+READS: dict[str, tuple[Any, str, Exception, str]] = {
+    "no permission": (
+        metadata, "_load", PermissionError(13, "Permission denied", "x"), "Permission denied: 'x'",
+    ),
+    "a bad disk": (metadata, "_load", OSError(5, "Input/output error", "x"), "Input/output error"),
+    "many files": (arrays, "_load", OSError(24, "Too many open files", "x"), "Too many open files"),
+    "no answer": (arrays, "_load", TimeoutError(110, "Timed out", "x"), "Timed out"),
+    "no memory": (arrays, "_read_part", MemoryError(), "MemoryError"),
+    "no folder": (checkpoint, "_names", PermissionError(13, "Permission denied", "x"), "denied"),
+    "a store's permission": (
+        arrays, "_read_part", ValueError("UNKNOWN: Opening \"x\" [os_error_code='13'] [source locations=y]"),
+        "UNKNOWN: Opening \"x\" [os_error_code='13']",
+    ),
+    "a store's disk": (
+        arrays, "_open", ValueError("UNKNOWN: Reading \"x\" [os_error_code='5']"), "os_error_code='5'",
+    ),
+    "a store's answer": (arrays, "_open", ValueError("UNAVAILABLE: no answer"), "UNAVAILABLE: no answer"),
+    "the device": (
+        arrays, "_read_part", RuntimeError("INVALID_ARGUMENT: the device"), "INVALID_ARGUMENT: the device",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", READS)
+def test_a_failed_read_ends_the_run_with_its_cause_and_moves_nothing(
+    copy: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, name, error, words = READS[what]
+    before = contents(copy)
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(owner, name, fail)
+    with pytest.raises(Unreadable, match="left as it is") as raised:
+        run(copy)
+    assert words in str(raised.value) and str(copy / "checkpoints") in str(raised.value)
+    assert contents(copy) == before
 
 
 def test_the_same_step_torn_twice_is_set_aside_twice(copy: Path, straight: Path) -> None:
@@ -212,6 +275,64 @@ def test_a_run_killed_before_its_results_evaluates_only(copy: Path, straight: Pa
         run(copy)
     assert not seen.ids
     same(copy, straight)
+
+
+@pytest.mark.parametrize("content", ["", '[{"name"', "{}", "[5]", "null", "[" * 100_000])
+def test_damaged_results_are_made_again(
+    copy: Path, straight: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / "results.json").write_text(content)
+    with watched() as seen:
+        run(copy)
+    assert "results.json is damaged: it is written again" in capsys.readouterr().out.replace(
+        "\n", ""
+    )
+    assert not seen.ids
+    same(copy, straight)
+
+
+def test_steps_without_a_line_in_the_metrics_are_named(
+    half: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the run goes on: they cannot be had again, and the state does not depend on them."""
+    lines = (half / "metrics.jsonl").read_text().splitlines(keepends=True)
+    left = [line for line in lines if json.loads(line)["step"] not in (2, 3, 5)]
+    (half / "metrics.jsonl").write_text("".join(left))
+    run(half)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "metrics.jsonl lacks the lines of steps 2 to 3, 5: reports miss them." in said
+    steps = [x["step"] for x in deterministic(half) if x["kind"] == "train"]
+    assert steps == [0, 1, 4, 6, 7, 8, 9, 10, 11]
+
+
+NAMES = ("0013", "²", "١٢", "1_3", "+13", "-3", "13 ", "1e1", "notes.txt", ".13")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_names_that_are_no_steps_are_left_alone(half: Path, straight: Path, kind: str) -> None:
+    for name in NAMES:
+        path = half / "checkpoints" / name
+        path.mkdir() if kind == "folder" else path.write_text("x")
+    (half / "checkpoints" / "13").write_text("a file under a step's name")
+    run(half)
+    assert {*NAMES, "13"} <= {p.name for p in (half / "checkpoints").iterdir()}
+    assert not (half / "torn").exists()
+    (half / "checkpoints" / "13").unlink()
+    same(half, straight)
+
+
+def test_a_step_that_is_a_link_is_read_and_not_deleted(half: Path, straight: Path) -> None:
+    elsewhere = half.parent / "elsewhere"
+    shutil.move(half / "checkpoints" / "8", elsewhere)
+    (half / "checkpoints" / "8").symlink_to(elsewhere)
+    shutil.rmtree(half / "checkpoints" / "4")
+    before = contents(elsewhere)
+    run(half, "checkpoint.keep=1", "checkpoint.every=2")
+    assert checkpoint.steps(epath.Path(half)) == [12, 8]
+    assert contents(elsewhere) == before
+    assert toyrun.parameters(half).keys() == toyrun.parameters(straight).keys()
+    for name, value in toyrun.parameters(half).items():
+        assert np.array_equal(value, toyrun.parameters(straight)[name])
 
 
 def test_a_run_killed_between_its_results_and_its_report_writes_the_report(
@@ -551,9 +672,9 @@ def test_a_config_that_is_refused_is_not_written(half: Path) -> None:
 def test_shapes_that_do_not_fit_are_named(copy: Path) -> None:
     """A checkpoint whose arrays are not what its own config makes, as after a change of the code."""
     path = copy / "checkpoints" / "12" / "meta" / "metadata"
-    meta = json.loads(path.read_text())
+    meta = unseal(json.loads(path.read_text()), "meta data")
     meta["config"]["model"]["width"] = 16
-    path.write_text(json.dumps(meta))
+    path.write_text(json.dumps(seal(meta)))
     before = contents(copy)
     with pytest.raises(UserError) as error:
         run(copy, "model.width=16")

@@ -11,14 +11,11 @@ from typing import Any
 
 from etils import epath
 
+from mmjax.files import is_local, naming, read_bytes
+
 _CHECK_SECONDS = 1.0  # between two calls of `guard` by `push`
 # Object stores limit how often one object may be rewritten (about once a second).
 _REMOTE_SECONDS = 2.0
-
-
-def is_local(path: epath.Path) -> bool:
-    """Whether `path` is on a mounted file system, where files can be appended to."""
-    return "://" not in os.fspath(path)
 
 
 class LineFile:
@@ -39,10 +36,10 @@ class LineFile:
         self._local = is_local(path)
         self._written = 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
-        held = not self._local and path.exists()
-        self._parts = [path.read_bytes()] if held else [b""]
+        self._parts = [b"" if self._local else read_bytes(path)]
         self._file: Any = path.open("ab") if self._local else None
-        last = _last_byte(path) if self._local else self._parts[0][-1:]
+        with naming(path):
+            last = _last_byte(path) if self._local else self._parts[0][-1:]
         if last not in (b"", b"\n"):
             self.append("\n")  # a line torn by a kill must not swallow the next one
 
@@ -50,7 +47,8 @@ class LineFile:
         """Adds `text`, one or more lines with their newlines. Not yet visible to others."""
         data = text.encode()
         if self._local:
-            self._guarded(lambda: self._file.write(data))
+            with naming(self._path):
+                self._file.write(data)
         else:
             self._parts.append(data)
 
@@ -62,7 +60,8 @@ class LineFile:
         if self._local:
             if time.monotonic() - self._checked >= _CHECK_SECONDS:
                 self._check()
-            self._guarded(self._file.flush)
+            with naming(self._path):
+                self._file.flush()
         elif time.monotonic() - self._written >= _REMOTE_SECONDS:
             self._rewrite()
 
@@ -72,8 +71,9 @@ class LineFile:
             self._rewrite()
             return
         self._check()
-        self._guarded(self._file.flush)
-        self._guarded(lambda: os.fsync(self._file.fileno()))
+        with naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """`sync`, then lets go of the file. Calling it again does nothing."""
@@ -95,16 +95,9 @@ class LineFile:
     def _rewrite(self) -> None:
         self._check()
         self._parts = [b"".join(self._parts)]
-        self._path.write_bytes(self._parts[0])
+        with naming(self._path):
+            self._path.write_bytes(self._parts[0])
         self._written = time.monotonic()
-
-    def _guarded(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except OSError as error:
-            # Writes through a descriptor do not know their file; the message must name it.
-            error.filename = error.filename or os.fspath(self._path)
-            raise
 
 
 def _last_byte(path: epath.Path) -> bytes:

@@ -15,7 +15,8 @@ written as "nan", "inf" and "-inf".
 Restarting from a checkpoint of R complete steps keeps exactly the lines with `step < R`. For
 training this is plain: steps 0 to R-1 are in the checkpoint. An evaluation after R steps belongs
 to what follows the checkpoint of R: the loop evaluates at R *before* it trains step R, and a run
-that starts again from R takes that evaluation again. So each line is written once.
+that starts again from R takes that evaluation again. So each line is written once. The lines that a
+restart does again are moved to `metrics.jsonl.replaced-N`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -37,7 +39,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from mmjax.errors import UserError
-from mmjax.monitor.lines import LineFile, is_local
+from mmjax.files import is_local, naming, read_bytes, replace_file
+from mmjax.monitor.lines import LineFile
 
 FILE = "metrics.jsonl"
 _WORDS = (
@@ -76,7 +79,7 @@ class MetricWriter:
       workdir: where `metrics.jsonl` and `tensorboard/` are. On an object store the file is
         written by `flush` only, and TensorBoard events are left out, with one warning.
       resume_step: complete steps in the restored checkpoint, 0 for a fresh run. Lines of that
-        step and later are cut from the file, and hidden from TensorBoard.
+        step and later are moved to `metrics.jsonl.replaced-N`, and hidden from TensorBoard.
       sinks: where the numbers go besides; closed with the writer.
       guard: called before lines are written; it raises if they must not be.
 
@@ -97,7 +100,7 @@ class MetricWriter:
         workdir = epath.Path(workdir)
         self._resume_step = resume_step
         self._is_local = is_local(workdir)
-        _cut(workdir / FILE, resume_step)
+        _move_replaced(workdir / FILE, resume_step)
         self._lines = LineFile(workdir / FILE, guard)
         self._sinks = [*sinks]
         if self._is_local:
@@ -191,8 +194,16 @@ def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
     out. Raises `UserError` if a line before the last is broken.
     """
     path = epath.Path(workdir) / FILE
-    content = path.read_bytes() if path.exists() else b""
-    return [revived(record) for _, record in _records(content, path)]
+    return [revived(record) for _, record in _records(read_bytes(path), path)]
+
+
+def gaps(workdir: epath.PathLike, stop: int) -> list[tuple[int, int]]:
+    """Return the stretches (first step, last step) of training steps before `stop` that have no line."""
+    path = epath.Path(workdir) / FILE
+    records = [record for _, record in _records(read_bytes(path), path)]
+    steps = sorted({r["step"] for r in records if r.get("kind") == "train" and r["step"] < stop})
+    edges = zip([-1, *steps], [*steps, stop], strict=True)
+    return [(before + 1, after - 1) for before, after in edges if after - before > 1]
 
 
 class _Events:
@@ -203,6 +214,7 @@ class _Events:
     """
 
     def __init__(self, logdir: epath.Path, purge_step: int) -> None:
+        self._logdir = logdir
         logdir.mkdir(parents=True, exist_ok=True)
         attempt = len(list(logdir.glob("events.*")))
         self._writer = EventsWriter(os.path.join(logdir, "events"), f".{attempt:05d}")
@@ -215,35 +227,47 @@ class _Events:
         self._write(Event(step=step, summary=Summary(value=values)))
 
     def flush(self) -> None:
-        self._writer.flush()
+        with naming(self._logdir):
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with naming(self._logdir):
+            self._writer.close()
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
-        self._writer.write_event(event)
+        with naming(self._logdir):
+            self._writer.write_event(event)
 
 
-def _cut(path: epath.Path, resume_step: int) -> None:
-    """Keeps the records with `step < resume_step`, in one atomic change."""
-    content = path.read_bytes() if path.exists() else b""
-    kept = b"".join(
-        line if line.endswith(b"\n") else line + b"\n"
-        for line, record in _records(content, path)
-        if record["step"] < resume_step
-    )
-    if kept == content:
-        return
-    if not is_local(path):
-        path.write_bytes(kept)  # an object store replaces the object as a whole
-        return
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _move_replaced(path: epath.Path, resume_step: int) -> None:
+    """Keep the records with `step < resume_step`, and move the rest of the file to another one.
+
+    That one is whole before this one changes, so that a kill in between loses nothing.
+    """
+    content = read_bytes(path)
+    kept = [line for line, record in _records(content, path) if record["step"] < resume_step]
+    coming, replaced = iter([*kept, None]), []
+    following = next(coming)
+    for line in content.split(b"\n"):
+        if line == following:
+            following = next(coming)
+        elif line:
+            replaced.append(line + b"\n")
+    if replaced:
+        _put_aside(path, b"".join(replaced))
+    remaining = b"".join(line + b"\n" for line in kept)
+    if remaining != content:
+        replace_file(path, remaining)
+
+
+def _put_aside(path: epath.Path, content: bytes) -> None:
+    """Write a new file `NAME.replaced-N`, unless a start that was killed here has just written the same."""
+    pattern = re.compile(re.escape(path.name) + r"\.replaced-(\d+)")
+    matches = [pattern.fullmatch(other.name) for other in path.parent.iterdir()]
+    last = max((int(match[1]) for match in matches if match), default=-1)
+    if last < 0 or read_bytes(path.with_name(f"{path.name}.replaced-{last}")) != content:
+        replace_file(path.with_name(f"{path.name}.replaced-{last + 1}"), content)
 
 
 def _records(content: bytes, path: epath.Path) -> list[tuple[bytes, dict[str, Any]]]:
@@ -257,19 +281,27 @@ def _records(content: bytes, path: epath.Path) -> list[tuple[bytes, dict[str, An
         elif torn:
             raise UserError(
                 f"{path}, line {torn}: not a metrics record, though records follow it. "
-                "Mend or delete that line, or move the file away, and run again."
+                "Repair or delete that line, or move the file away, and run again."
             )
         else:
-            found.append((line + b"\n", record))
+            found.append((line, record))
     return found
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return record if isinstance(record, dict) and _is_record(record) else None
+
+
+def _is_record(record: Mapping[str, Any]) -> bool:
+    """Whether the fields that every reader goes by are there."""
+    step, timing = record.get("step"), record.get("timing", {})
+    is_step = isinstance(step, int) and not isinstance(step, bool)
+    names = (record.get("kind"), record.get("task"))
+    return is_step and isinstance(timing, dict) and all(isinstance(n, str) for n in names)
 
 
 def revived(record: dict[str, Any]) -> dict[str, Any]:

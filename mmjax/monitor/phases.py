@@ -33,6 +33,7 @@ from typing import Any, Self
 
 from etils import epath
 
+from mmjax.files import read_bytes
 from mmjax.monitor.lines import LineFile
 
 FILE = "goodput.jsonl"
@@ -292,11 +293,33 @@ class _Attempt:
 
 def _read(path: epath.Path) -> list[dict[str, Any]]:
     found = []
-    for text in path.read_bytes().split(b"\n") if path.exists() else []:
+    for text in read_bytes(path).split(b"\n"):
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and {"line", "attempt", "pid", "seconds"} <= line.keys():
+        if isinstance(line, dict) and _is_line(line):
             found.append(line)
     return found
+
+
+def _is_line(line: Mapping[str, Any]) -> bool:
+    """Whether the fields that `summary` goes by are of their types."""
+    kind, moved = line.get("line"), line.get("moved", {})
+    named = (
+        {"begin": "phase", "end": "phase", "event": "name"}.get(kind)
+        if isinstance(kind, str)
+        else None
+    )
+    return (
+        isinstance(kind, str)
+        and (named is None or isinstance(line.get(named), str))
+        and isinstance(line.get("attempt"), int)
+        and isinstance(line.get("pid"), int)
+        and isinstance(moved, dict)
+        and all(_is_number(n) for n in (line.get("seconds"), line.get("step", 0), *moved.values()))
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -21,6 +21,7 @@ from etils import epath
 from mmjax import checkpoint, commandline, errors
 from mmjax.errors import UserError
 from mmjax.experiment import make_experiment
+from mmjax.files import replace_file
 from mmjax.loading import Embedder
 from mmjax.monitor import report_parts as parts
 from mmjax.monitor.report_classes import classified
@@ -60,9 +61,7 @@ def write_report(workdir: epath.Path, examples: int = EXAMPLES) -> epath.Path:
     workdir = commandline.folder(str(workdir))
     run = read_run(workdir)
     content = page(run, _gallery(run, examples) if examples else Html(""))
-    partial = workdir / f"{FILE}.partial"
-    partial.write_text(content)
-    partial.replace(workdir / FILE)
+    replace_file(workdir / FILE, content)
     return workdir / FILE
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from mmjax.files import replace_file
 from mmjax.monitor import metrics, phases
 from mmjax.monitor.metrics import strict
 
@@ -140,18 +141,16 @@ def switch_cost(seconds: Sequence[float], after_other: Sequence[bool | None]) ->
 
 def write(workdir: epath.Path, found: Mapping[str, Any]) -> None:
     """`summary.json`, whole or not at all."""
-    partial = workdir / f"{FILE}.partial"
-    partial.write_text(json.dumps(strict(found), indent=1, allow_nan=False))
-    partial.replace(workdir / FILE)
+    replace_file(workdir / FILE, json.dumps(strict(found), indent=1, allow_nan=False))
 
 
 def read(workdir: epath.Path) -> dict[str, Any]:
-    """Return what `write` has written; empty where there is nothing, or nothing that can be read."""
+    """Return what `write` has written; empty where there is none, or it is damaged."""
     try:
-        summary = json.loads((workdir / FILE).read_text())
-    except (OSError, ValueError):
+        found = json.loads((workdir / FILE).read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
-    return summary if isinstance(summary, dict) else {}
+    return found if isinstance(found, dict) and isinstance(found.get("tasks"), list) else {}
 
 
 def scalars(found: Mapping[str, Any]) -> dict[str, float]:

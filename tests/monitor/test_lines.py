@@ -6,7 +6,8 @@ import pytest
 from bucket import Store, bucket
 from etils import epath
 
-from mmjax.monitor.lines import LineFile, is_local
+from mmjax.files import is_local, read_bytes, replace_file
+from mmjax.monitor.lines import LineFile
 from mmjax.monitor.metrics import MetricWriter, read
 from mmjax.monitor.phases import PhaseLog, summary
 
@@ -49,6 +50,48 @@ def test_a_full_disk_names_the_file(call: str) -> None:
     with pytest.raises(OSError, match="/dev/full"):
         lines.close()
     lines.close()
+
+
+def test_a_file_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = epath.Path(tmp_path / "results.json")
+    replace_file(path, "one")
+    replace_file(path, b"two")
+    assert path.read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*results\.json"):
+        replace_file(path, "three")
+    assert path.read_text() == "two"
+
+
+def test_a_file_is_replaced_in_a_store(remote: epath.Path) -> None:
+    for text in ("one", "two"):
+        replace_file(remote / "results.json", text)
+    assert (remote / "results.json").read_text() == "two"
+
+
+def test_only_a_missing_file_is_empty(tmp_path: Path, remote: epath.Path) -> None:
+    assert read_bytes(epath.Path(tmp_path) / "none") == b"" == read_bytes(remote / "none")
+    with pytest.raises(IsADirectoryError):
+        read_bytes(epath.Path(tmp_path))
+
+
+def test_a_store_that_does_not_answer_loses_no_lines(
+    remote: epath.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be read is not taken for an empty file, which would be written over."""
+    (remote / "lines").write_text("one\n")
+
+    def fail(*_: object, **__: object) -> bool:
+        raise TimeoutError("no answer")
+
+    with monkeypatch.context() as patched, pytest.raises(TimeoutError):
+        patched.setattr(Store, "_open", fail)
+        LineFile(remote / "lines")
+    assert (remote / "lines").read_text() == "one\n"
 
 
 def test_remote_keeps_what_is_there_and_syncs(remote: epath.Path) -> None:

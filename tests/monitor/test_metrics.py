@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mmjax.errors import UserError
-from mmjax.monitor.metrics import FILE, MetricWriter, read
+from mmjax.monitor.metrics import FILE, MetricWriter, gaps, read
 
 EVERY = 4  # an evaluation before each fourth step
 
@@ -150,6 +150,7 @@ def test_a_torn_tail_is_cut(tmp_path: Path, tail: bytes) -> None:
     assert len(read(epath.Path(tmp_path))) == len(whole.splitlines())
     MetricWriter(epath.Path(tmp_path), 6).close()
     assert (tmp_path / FILE).read_bytes() == whole
+    assert b"".join(_replaced(tmp_path)).replace(b"\n", b"") == tail.replace(b"\n", b"")
 
 
 def test_a_whole_last_line_without_its_newline_is_kept(tmp_path: Path) -> None:
@@ -168,12 +169,127 @@ def test_the_evaluation_at_the_checkpoint_is_taken_again(tmp_path: Path) -> None
     assert ("eval", 8) not in steps and ("train", 8) not in steps
 
 
+def _replaced(workdir: Path) -> list[bytes]:
+    """The files of replaced lines, oldest first."""
+    paths = workdir.glob(f"{FILE}.replaced-*")
+    return [p.read_bytes() for p in sorted(paths, key=lambda p: int(p.name.rsplit("-", 1)[1]))]
+
+
+def test_lines_that_are_replaced_are_moved_and_not_cut(tmp_path: Path) -> None:
+    _run(tmp_path, 0, 9)
+    lines = (tmp_path / FILE).read_bytes().splitlines(keepends=True)
+    torn = b'{"kind": "train", "st'
+    (tmp_path / FILE).write_bytes(b"".join(lines) + torn)
+    kept = [line for line in lines if json.loads(line)["step"] < 6]
+    MetricWriter(epath.Path(tmp_path), 6).close()
+    assert (tmp_path / FILE).read_bytes() == b"".join(kept)
+    assert _replaced(tmp_path) == [b"".join(lines[len(kept) :]) + torn + b"\n"]
+    _run(tmp_path, 6, 8)
+    _run(tmp_path, 0, 3)
+    assert len(_replaced(tmp_path)) == 2
+    moved = [json.loads(line)["step"] for line in _replaced(tmp_path)[1].splitlines()]
+    assert sorted(set(moved)) == list(range(8))
+    # Nothing to replace makes no file.
+    MetricWriter(epath.Path(tmp_path), 3).close()
+    assert len(_replaced(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("replaces", [1, 2])
+def test_a_kill_between_moving_and_cutting_loses_and_doubles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaces: int
+) -> None:
+    _run(tmp_path, 0, 9)
+    before, calls, replace = (tmp_path / FILE).read_bytes(), iter(range(9)), os.replace
+
+    def killed(*arguments: Any) -> None:
+        if next(calls) == replaces - 1:
+            raise KeyboardInterrupt
+        replace(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", killed)
+        MetricWriter(epath.Path(tmp_path), 5)
+    assert (tmp_path / FILE).read_bytes() == before
+    MetricWriter(epath.Path(tmp_path), 5).close()
+    assert (tmp_path / FILE).read_bytes() + b"".join(_replaced(tmp_path)) == before
+
+
+def test_gaps_are_the_steps_without_a_line(tmp_path: Path) -> None:
+    assert gaps(epath.Path(tmp_path), 0) == []
+    assert gaps(epath.Path(tmp_path), 3) == [(0, 2)]
+    _run(tmp_path, 0, 12)
+    assert gaps(epath.Path(tmp_path), 12) == []
+    lines = (tmp_path / FILE).read_text().splitlines(keepends=True)
+    left = [x for x in lines if json.loads(x)["step"] not in (0, 4, 5, 6, 9)]
+    # A line of an evaluation is none of a step.
+    evaluation = [x for x in lines if '"eval"' in x and json.loads(x)["step"] == 4]
+    (tmp_path / FILE).write_text("".join([*evaluation, *left]))
+    assert gaps(epath.Path(tmp_path), 12) == [(0, 0), (4, 6), (9, 9)]
+    assert gaps(epath.Path(tmp_path), 6) == [(0, 0), (4, 5)]
+    assert gaps(epath.Path(tmp_path), 14) == [(0, 0), (4, 6), (9, 9), (12, 13)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["5", "null", "[1]", '"x"', '{"step": 1}', '{"kind": "train", "task": "a", "step": true}',
+     '{"kind": "train", "task": 3, "step": 1}', '{"kind": "train", "task": "a", "step": "1"}',
+     '{"kind": "train", "task": "a", "step": 1, "timing": 5}', "[" * 100_000],
+    ids=lambda x: x[:40],
+)  # fmt: skip
+def test_a_line_that_is_no_record_is_named_or_left_out_at_the_end(
+    tmp_path: Path, line: str
+) -> None:
+    _run(tmp_path, 1, 4)
+    whole = (tmp_path / FILE).read_text()
+    (tmp_path / FILE).write_text(f"{whole}{line}\n")
+    assert [record["step"] for record in read(epath.Path(tmp_path))] == [1, 2, 3]
+    (tmp_path / FILE).write_text(f"{line}\n{whole}")
+    with pytest.raises(UserError, match="line 1: not a metrics record"):
+        read(epath.Path(tmp_path))
+
+
+def test_a_file_that_cannot_be_read_is_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _run(tmp_path, 0, 3)
+    before = (tmp_path / FILE).read_bytes()
+
+    def fail(*_: Any) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(epath.Path(tmp_path)), "read_bytes", fail)
+        for use in (
+            lambda: MetricWriter(epath.Path(tmp_path), 0),
+            lambda: read(epath.Path(tmp_path)),
+        ):
+            with pytest.raises(PermissionError):
+                use()
+    assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_a_full_disk_names_the_folder_of_events(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    writer = MetricWriter(epath.Path(tmp_path), 0)
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(OSError, match=str(tmp_path / "tensorboard")),
+    ):
+        patched.setattr("tensorboardX.event_file_writer.EventsWriter.flush", full)
+        writer.flush()
+    writer.close()
+
+
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     _run(tmp_path, 1, 4)
     lines = (tmp_path / FILE).read_text().splitlines()
     (tmp_path / FILE).write_text("\n".join([lines[0], "{", lines[2], ""]))
     for use in (lambda: MetricWriter(epath.Path(tmp_path), 4), lambda: read(epath.Path(tmp_path))):
-        with pytest.raises(UserError, match=r"metrics.jsonl, line 2: .*Mend or delete"):
+        with pytest.raises(UserError, match=r"metrics.jsonl, line 2: .*Repair or delete"):
             use()
 
 

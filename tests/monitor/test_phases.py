@@ -299,6 +299,28 @@ def test_nothing_to_sum(tmp_path: Path) -> None:
     assert sums == {"other": 0, "total": 0, "attempts": 0, "unfinished": 0}
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["5", "null", "[1]", "{}", '{"line": "begin", "attempt": 0, "pid": 1, "seconds": 9.0}',
+     '{"line": "begin", "phase": "step", "attempt": [0], "pid": 1, "seconds": 9.0}',
+     '{"line": "begin", "phase": "step", "attempt": 0, "pid": 1, "seconds": "9"}',
+     '{"line": "beat", "attempt": 0, "pid": 1, "seconds": 9.0, "moved": [1]}',
+     '{"line": "beat", "attempt": 0, "pid": 1, "seconds": 9.0, "moved": {"save": "x"}}',
+     '{"line": "event", "attempt": 0, "pid": 1, "seconds": 9.0}',
+     '{"line": ["begin"], "attempt": 0, "pid": 1, "seconds": 9.0}', "[" * 100_000],
+    ids=lambda x: x[:60],
+)  # fmt: skip
+def test_a_line_that_is_none_of_ours_is_passed_over(tmp_path: Path, line: str) -> None:
+    clock = _Clock()
+    with PhaseLog(epath.Path(tmp_path), clock) as log, log.phase("step", step=0):
+        clock.now += 2.0
+    expected = summary(epath.Path(tmp_path))
+    whole = (tmp_path / FILE).read_text()
+    (tmp_path / FILE).write_text(f"{line}\n{whole}{line}\n")
+    assert summary(epath.Path(tmp_path)) == expected and expected["step"] == 2.0
+    assert PhaseLog(epath.Path(tmp_path)).attempt == 1
+
+
 _VICTIM = """
 import sys, time
 from etils import epath

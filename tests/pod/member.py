@@ -4,7 +4,8 @@
 
 takes the arguments of `mmjax.train` after its own, and writes OUT/PROCESS.ATTEMPT.jsonl: of each step a
 line [first row, ids]. SECONDS makes every step last that much longer, so that a signal finds one. With MEMBER_SLOW =
-PROCESS:SECONDS in the environment, the loader of that process takes so much longer for each batch.
+PROCESS:SECONDS in the environment, the loader of that process takes so much longer for each batch; with
+MEMBER_UNREADABLE = PROCESS its disk fails when it reads arrays.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from unittest import mock
 
 import jax
 
-from mmjax import errors, loop, train
+from mmjax import arrays, errors, loop, train
 from mmjax.data import loader
 from mmjax.data.loader import make_batch, place
 
@@ -43,7 +44,17 @@ def main() -> int:
             time.sleep(float(more))
         return make_batch(*arguments)
 
-    with mock.patch.object(loop, "place", noted), mock.patch.object(loader, "make_batch", slowly):
+    def fallibly(*arguments: Any) -> None:
+        if os.environ.get("MEMBER_UNREADABLE") == str(jax.process_index()):
+            raise OSError(5, "Input/output error", "a disk")
+        read_part(*arguments)
+
+    read_part = arrays._read_part
+    with (
+        mock.patch.object(loop, "place", noted),
+        mock.patch.object(loader, "make_batch", slowly),
+        mock.patch.object(arrays, "_read_part", fallibly),
+    ):
         return train.main(words)
 
 

@@ -11,9 +11,10 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from unittest import mock
 
@@ -59,8 +60,9 @@ class Team:
         return self.folder / "run"
 
     def start(
-        self, count: int, devices: int, attempt: str, seconds: float, words: Sequence[str]
-    ) -> list[subprocess.Popen[bytes]]:
+        self, count: int, devices: int, attempt: str, seconds: float, words: Sequence[str],
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> list[subprocess.Popen[bytes]]:  # fmt: skip
         (self.folder / attempt).mkdir(parents=True)
         port = free_port()
         extra, config = HERE.parent / "extra", HERE.parent / "configs" / "toy.py"
@@ -74,7 +76,7 @@ class Team:
                 started.append(
                     subprocess.Popen(
                         [sys.executable, *driver, *common, *together, *mine, *words],
-                        env=self.environment_of(devices, {"JAX_ENABLE_X64": "1"}),
+                        env=self.environment_of(devices, {"JAX_ENABLE_X64": "1", **environment}),
                         stdout=said, stderr=said,
                     )
                 )  # fmt: skip
@@ -88,8 +90,9 @@ class Team:
         *words: str,
         seconds: float = 0.0,
         meanwhile: Callable[[list[subprocess.Popen[bytes]]], None] = lambda started: None,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> Ended:
-        started = self.start(count, devices, attempt, seconds, words)
+        started = self.start(count, devices, attempt, seconds, words, environment)
         try:
             meanwhile(started)
             statuses = [each.wait(LIMIT) for each in started]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,10 +11,15 @@ from pathlib import Path
 
 import pytest
 import toyrun
-from harness import LIMIT
+from etils import epath
+from harness import LIMIT, contents
 from test_processes import CLOSE, HERE, Team, free_port, same
 
+from mmjax import arrays
+
 BAD = (3, 5, 17)
+# Wide enough that arrays are stored by themselves, and not in the nodes of the index.
+WORDS = (f"--config.tasks.one.source.corrupt={BAD}", "--config.model.width=32")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +31,7 @@ def teams(
     made = []
     for count in (1, 2):
         made.append(Team(tmp_path_factory.mktemp(f"of{count}"), environment_of))
-        ended = made[-1].run(count, 1, "whole", f"--config.tasks.one.source.corrupt={BAD}")
+        ended = made[-1].run(count, 1, "whole", *WORDS)
         assert ended.statuses == [0] * count, ended.said
         assert all(f"record {bad} is garbage" in ended.said[0] for bad in BAD)
     return made[0], made[1]
@@ -68,3 +74,30 @@ def test_evaluation_by_two_processes(
     ]
     for now, then in zip(found, before, strict=True):
         assert abs(now["value"] - then["value"]) <= CLOSE * abs(then["value"])
+
+
+def test_what_one_process_cannot_read_ends_all_and_what_is_damaged_none_takes(
+    teams: tuple[Team, Team], tmp_path: Path
+) -> None:
+    """A disk that fails under the second process; then a part that the second process had stored, changed."""
+    team = Team(tmp_path, teams[1].environment_of)
+    shutil.copytree(teams[1].workdir, team.workdir)
+    shutil.rmtree(team.workdir / "checkpoints" / "4")
+    bits, before = toyrun.bits(team.workdir), contents(team.workdir)
+    ended = team.run(2, 1, "unreadable", *WORDS, environment={"MEMBER_UNREADABLE": "1"})
+    assert ended.statuses == [2, 2], ended.said
+    assert "Process 1: Checkpoint" in ended.said[0] and "Input/output error" in ended.said[0]
+    assert contents(team.workdir) == before
+
+    state = epath.Path(team.workdir / "checkpoints" / "12" / "state")
+    stored = arrays.index(state, 12)
+    assert {len(each.parts) for each in stored.values()} == {1, 2}  # each process stores a part
+    path = next(p for p in Path(state).glob("ocdbt.process_1/d/*") if p.stat().st_size > 1024)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 8
+    path.write_bytes(content)
+    ended = team.run(2, 1, "damaged", *WORDS)
+    assert ended.statuses == [0, 0], ended.said
+    assert "Checkpoint 12 is damaged" in ended.said[0] and "Going on from step 8" in ended.said[0]
+    assert (team.workdir / "torn" / "12").exists()
+    assert toyrun.bits(team.workdir) == bits

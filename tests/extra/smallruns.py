@@ -1,0 +1,27 @@
+"""Four small runs that differ in what a checkpoint of them holds: overrides of `tests/configs/toy.py`."""
+
+from __future__ import annotations
+
+_EXPERTS = {
+    "name": "transformer",
+    "heads": 2,
+    "hidden": 16,
+    "experts": {
+        "count": 4,
+        "router": {"name": "token_choice", "top": 2, "noise": 1.0},
+        "group": 8,
+        "losses": {"importance": 0.01, "load": 0.01},
+    },
+}
+# Wide enough that arrays are stored by themselves: what has less than 1 kB lies in the nodes of the index.
+_WIDE = "model.width=32"
+RUNS: dict[str, tuple[str, ...]] = {
+    "toy": (_WIDE,),
+    "experts": (
+        _WIDE,
+        f"model.groups=[{{'repeat': 2, 'pattern': [{{'name': 'toy'}}, {_EXPERTS!r}]}}]",
+        "optimizer.decay=cosine",
+    ),
+    "buffers": (_WIDE, "optimizer.accumulate=2", "optimizer.ema=0.9"),
+    "own_moments": (_WIDE, "optimizer.view=own_moments"),
+}
