@@ -40,6 +40,19 @@ class Span:
 
 
 @struct.dataclass
+class Occupancy:
+    """How many positions of a batch hold a token.
+
+    Attributes:
+      valid: positions with a token of a valid row, an int32 scalar.
+      positions: all positions that are computed, padding included.
+    """
+
+    valid: jax.Array
+    positions: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
 class Loss:
     """What a loss returns.
 
@@ -100,6 +113,17 @@ class Objective(abc.ABC):
                 raise UserError(
                     f"objective {type(self).__name__} takes one instance of '{each.name}'; leave out 'instances'."
                 )
+
+    def occupancy(self, model: Model, batch: Batch, key: jax.Array) -> Occupancy:
+        """Count the positions that hold a token: here the tokens of each modality that it reads."""
+        valid, positions = jnp.zeros((), jnp.int32), 0
+        for name in self.reads():
+            token_BS = model.tokens(name, batch["inputs"][name]).mask_BS()
+            # Instances of an example are rows of their own.
+            row_B = jnp.repeat(batch["valid"], token_BS.shape[0] // batch["valid"].shape[0])
+            valid += (token_BS & row_B[:, None]).sum(dtype=jnp.int32)
+            positions += token_BS.size
+        return Occupancy(valid, positions)
 
     def check_example(self, example: Example) -> None:
         """`UserError` for an example whose fields the loss cannot take, such as a label out of range."""

@@ -17,7 +17,7 @@ from mmjax.monitor.tables import human_count, human_seconds, loss_text, percent
 LANE = 200  # steps of the strip
 _MOST_EVENTS = 50
 _SHOWN_APART = ("loss", "baseline", "learning_rate", "seconds", "wait", "busy", "flops_per_second", "mfu",
-                "examples", "tokens")  # fmt: skip
+                "examples", "tokens", "valid_tokens")  # fmt: skip
 _PHASES = {
     "step": "training steps",
     "repeated": "steps that were done again",
