@@ -108,6 +108,7 @@ def device_spec(task: Task, what: str) -> RowSpec:
 
 def function(task: Task, what: str) -> Callable[[Model, Batch, jax.Array], dict[str, jax.Array]]:
     """The function on the devices: outputs with a leading row axis."""
+    task = task.whole()
     if what.startswith("embed/"):
         modality, _, toward = what.removeprefix("embed/").partition(">")
         return lambda model, batch, key: {

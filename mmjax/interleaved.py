@@ -37,7 +37,7 @@ class Spans(Protocol):
     @property
     def mutual(self) -> bool: ...
     @property
-    def swap(self) -> float: ...
+    def compact(self) -> bool: ...
     @property
     def steps(self) -> int: ...
     @property
@@ -244,7 +244,7 @@ class Composer:
             valid_BS,
             layout=stream.layout,
             # As in training, where rows differ in their order: by tokens that there are, not by slots.
-            attributes={"position": place_BS.astype(jnp.int32)} if self._of.swap else {},
+            attributes={"position": place_BS.astype(jnp.int32)} if self._of.compact else {},
             mask=mask,
             held_BT=there_BT,
         )

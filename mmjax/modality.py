@@ -32,7 +32,8 @@ class Stem(nnx.Module):
     A modality of continuous values, which diffusion can noise, has besides: `values(arrays, dtype) -> [B, S, P]`, what
     each token is made of, about of size 1; `__call__(arrays, values)`, the stream of other values than those of the
     arrays; and `bound`, which values do not exceed, or None. One of discrete tokens, whose arrays are
-    `ids` and `valid`, has `end`, the id that closes a span, or None where all have the whole length.
+    `ids` and `valid`, has `end`, the id that closes a span, or None where all have the whole length. Where spans end,
+    it also takes `index`, the index of each token in its span, of rows that hold several spans.
 
     Where tokens are dropped (see `dropped`), the arrays are `patches` and `coordinates` instead.
     """

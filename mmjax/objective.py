@@ -114,6 +114,22 @@ class Objective(abc.ABC):
                     f"objective {type(self).__name__} takes one instance of '{each.name}'; leave out 'instances'."
                 )
 
+    def whole(self) -> Objective:
+        """Return the objective as evaluation has it, which cuts nothing of an example; here itself."""
+        return self
+
+    def rows_together(self) -> int:
+        """Return how many consecutive rows of a batch stay consecutive in its micro-batches."""
+        return 1
+
+    def window_rows(self, batch: int) -> int:
+        """Return how many consecutive rows of a batch of so many the loader brings into the order of `arranged`."""
+        return 1
+
+    def arranged(self, rows: Sequence[Any]) -> Sequence[int]:
+        """Return the order in which the rows of a window lie in a batch, a pure function of their arrays (NumPy)."""
+        return range(len(rows))
+
     def occupancy(self, model: Model, batch: Batch, key: jax.Array) -> Occupancy:
         """Count the positions that hold a token: here the tokens of each modality that it reads."""
         valid, positions = jnp.zeros((), jnp.int32), 0
