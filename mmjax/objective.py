@@ -32,11 +32,13 @@ class Span:
       name: its modality.
       arrays: what it holds; where it is made, arrays of the same shapes.
       made: whether it is written or drawn.
+      absent: whether nothing is known of it: it stands in the sequence as pure noise, as in training at the last time.
     """
 
     name: str
     arrays: Mapping[str, jax.Array]
     made: bool = False
+    absent: bool = False
 
 
 @struct.dataclass
@@ -186,7 +188,7 @@ class Objective(abc.ABC):
         return ()
 
     def compose(self, model: Model, spans: Sequence[Span], keys_B: jax.Array) -> list[jax.Array]:
-        """The spans of a sequence that are to be made, each after those before it, as a person looks at them.
+        """Return the spans of a sequence that are to be made, each after those before it, in the form for viewing.
 
         A picture is uint8 `[B, H, W, 3]`, a text int32 `[B, L]` as of `write`, anything else its values `[B, S, P]`.
         """
@@ -194,6 +196,10 @@ class Objective(abc.ABC):
 
     def composes(self) -> tuple[str, ...]:
         """The modalities of the spans that `compose` takes."""
+        return ()
+
+    def beside(self, modalities: Sequence[str]) -> tuple[str, ...]:
+        """Return the modalities that a sequence of spans of these modalities holds too, as absent spans."""
         return ()
 
     def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:

@@ -56,6 +56,18 @@ def test_a_loaded_run_writes_and_draws_in_turn(trained: Path) -> None:
     assert model.compose([("text", "red apple")]) == []
 
 
+def test_a_guidance_of_ones_own(trained: Path) -> None:
+    model = mmjax.load(str(trained))
+    strong, plain = (
+        model.compose([("text", "red apple"), ("image", None)], guidance=g)[0] for g in (1e5, 1.0)
+    )
+    assert (strong != plain).any()
+    [alone] = model.compose([("image", None)], guidance=1)
+    assert alone.shape == (16, 16, 3)
+    with pytest.raises(UserError, match="guidance is 5, and nothing guides the drawing of image"):
+        model.compose([("image", None)])
+
+
 def test_sequences_that_cannot_be(trained: Path) -> None:
     model = mmjax.load(str(trained))
     with pytest.raises(UserError, match="The run composes no sequence of: sound, text"):

@@ -113,7 +113,12 @@ class Transfusion(Coupled):
         choose one that divides its rows.
       mutual: continuous spans see each other whatever their order.
       channels: of the first size of a U-Net between the trunk and pictures; 0 for linear adapters.
-      steps, guidance, sampling: of what is drawn and written.
+      steps: of drawing a continuous span.
+      guidance: weight g of a drawn span's guided prediction, `without + g (with - without)`, `without` being without
+        the discrete span that comes first and with other `mutual` spans as pure noise; 1 for no guidance. By default
+        it is 3 where there is something to be guided by. A number for a sequence without such is an error.
+      sampler: `ddim` (deterministic) or `ddpm` (ancestral), see `mmjax.diffusion`.
+      sampling: of what is written.
     """
 
     order: tuple[str, ...] = ("text", "image")
@@ -131,11 +136,12 @@ class Transfusion(Coupled):
     mutual: bool = False
     channels: int = 0
     steps: int = 25
-    guidance: float = 3.0
+    guidance: float | None = None
+    sampler: str = "ddim"
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
-        Diffusion(self.target)
+        Diffusion(self.target, self.sampler)
         if not self.order or len(set(self.order)) < len(self.order):
             raise UserError(
                 f"transfusion: order is {list(self.order)}; it names each modality once, and one at least."
@@ -516,6 +522,11 @@ class Transfusion(Coupled):
 
     def composes(self) -> tuple[str, ...]:
         return self.order
+
+    def beside(self, modalities: Sequence[str]) -> tuple[str, ...]:
+        """Spans that see each other were all there in training: those that are not given are pure noise."""
+        mutual = self.continuous if self.mutual else ()
+        return tuple(m for m in mutual if m not in modalities) if {*mutual} & {*modalities} else ()
 
     def compose(self, model: Model, spans: Sequence[Span], keys_B: jax.Array) -> list[jax.Array]:
         made = Composer(self, model, spans).compose(keys_B)

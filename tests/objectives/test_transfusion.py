@@ -265,7 +265,7 @@ def test_what_is_held_predicts_as_the_whole_sequence_does(block: Any) -> None:
     composer = Composer(TEXT_FIRST, model, plan(TEXT_FIRST, "image"))
     text, image = plan(TEXT_FIRST, "image")
     past = composer.read(composer.begin(), [text])
-    held = composer._predict(past, [image], x_t, jnp.asarray(0.3), x_t)
+    held = composer._predict(past, [image], x_t, {"image": jnp.asarray(0.3)}, ["image"])
     np.testing.assert_allclose(held["image"], whole.values["image"], rtol=1e-9, atol=1e-9)
     told = composer.logits(composer.begin(), text)
     exists = np.asarray(inputs["text"]["valid"])
@@ -396,7 +396,8 @@ def test_what_a_given_span_tells_is_what_it_tells_in_training() -> None:
     whole = UNIDIFFUSER.run(model, inputs, x, drawn, jax.random.key(0))
     spans = plan(UNIDIFFUSER, "image")
     composer = Composer(UNIDIFFUSER, model, spans)
-    held = composer._predict(composer.begin(), spans, x, jnp.asarray(0.3), {"image": x["image"]})
+    times = {"image": jnp.asarray(0.3), "sound": jnp.asarray(0.0)}
+    held = composer._predict(composer.begin(), spans, x, times, ["image"])
     np.testing.assert_allclose(held["image"], whole.values["image"], rtol=1e-9, atol=1e-9)
 
 

@@ -250,7 +250,7 @@ def test_what_is_held_predicts_as_the_shared_slots_do(block: Any) -> None:
     text, image = plan(objective, "image")
     composer = Composer(objective, model, [text, image])
     past = composer.read(composer.begin(), [text])
-    held = composer._predict(past, [image], x_t, jnp.asarray(0.3), x_t)
+    held = composer._predict(past, [image], x_t, {"image": jnp.asarray(0.3)}, ["image"])
     np.testing.assert_allclose(held["image"], whole.values["image"], rtol=1e-9, atol=1e-9)
 
 
