@@ -111,6 +111,7 @@ class Transfusion(Coupled):
       window: consecutive rows of a batch that are grouped by length into sequences, a multiple of `pack` that divides
         the batch (the whole batch, if that is smaller); 0 to take them as they come. A process reads whole windows:
         choose one that divides its rows.
+      z_loss: weight of the mean of `logsumexp(logits)^2` of discrete tokens (Chameleon: 1e-5).
       mutual: continuous spans see each other whatever their order.
       channels: of the first size of a U-Net between the trunk and pictures; 0 for linear adapters.
       steps: of drawing a continuous span.
@@ -135,6 +136,7 @@ class Transfusion(Coupled):
     across: bool = False
     mutual: bool = False
     channels: int = 0
+    z_loss: float = 0.0
     steps: int = 25
     guidance: float | None = None
     sampler: str = "ddim"
@@ -156,6 +158,8 @@ class Transfusion(Coupled):
             raise UserError(
                 f"transfusion: pack is {self.pack}, at least 1; channels {self.channels}, not below 0."
             )
+        if self.z_loss < 0:
+            raise UserError(f"transfusion: z_loss is {self.z_loss}; it must not be below 0.")
         self._check_capacity()
 
     def _check_capacity(self) -> None:
@@ -421,6 +425,8 @@ class Transfusion(Coupled):
             ids, told = region.pick(ids)[:, 1:], region.told_RT()
         logits = out.logits[name]
         terms = {"sum": next_token_losses(logits, ids), "count": told}
+        if self.z_loss:
+            terms["z"] = jnp.square(jax.nn.logsumexp(_wide(logits), axis=-1))
 
         def total(x: jax.Array) -> jax.Array:
             x = jnp.where(told, x, 0)
@@ -483,6 +489,9 @@ class Transfusion(Coupled):
             metrics |= {name: total["sum"] / count, f"baseline {name}": nothing}
             value = value + weight * metrics[name]
             baseline = baseline + weight * nothing
+            if "z" in total:
+                metrics[f"z {name}"] = total["z"] / count
+                value = value + weight * self.z_loss * metrics[f"z {name}"]
             if "cut" in total:
                 metrics[f"cut {name}"] = total["cut"] / jnp.maximum(
                     total["cut"] + total["count"], 1

@@ -195,6 +195,32 @@ def test_the_loss_against_its_formula(name: str, target: str) -> None:
     np.testing.assert_allclose(loss.value, total, rtol=1e-6)
 
 
+@pytest.mark.parametrize("capacity", [{}, {"text": 10}])
+def test_the_z_loss_is_the_mean_square_of_the_log_of_the_sum(capacity: Any) -> None:
+    """Chameleon: 1e-5 log^2 Z of each discrete token that is told; a modality's weight holds for it too."""
+    objective = replace(CHAMELEON, z_loss=0.1, weights={"text": 3.0}, drop=0.0, capacity=capacity)
+    objective = replace(objective, pack=2)
+    declaration, p = built(objective)
+    model, b, key = declaration.merge(p), batch(), jax.random.key(3)
+    drawn = objective.draw(row_keys(b, key), {})
+    plain = replace(objective, capacity={}, pack=1)
+    out = plain.run(model, b["inputs"], {}, drawn, key)
+    told = {
+        "text": VALID & np.asarray(b["valid"])[:, None],
+        "colours": np.repeat(np.asarray(b["valid"])[:, None], 4, 1),
+    }
+    means = {
+        m: np.square(np.log(np.exp(np.asarray(out.logits[m])).sum(-1)))[told[m]].mean()
+        for m in told
+    }
+    with_z, without = (o(model, b, key) for o in (objective, replace(objective, z_loss=0.0)))
+    for m, mean in means.items():
+        np.testing.assert_allclose(with_z.metrics[f"z {m}"], mean, rtol=1e-6)
+    added = 0.1 * (3.0 * means["text"] + means["colours"])
+    np.testing.assert_allclose(with_z.value - without.value, added, rtol=1e-6)
+    assert "z text" not in without.metrics
+
+
 def objective_last(name: str) -> str:
     return CASES[name].order[-1]
 
@@ -473,6 +499,7 @@ def test_a_unet_reads_the_noise_and_the_time() -> None:
         ({"limit": 2}, "limit is 2"),
         ({"pack": 0}, "pack is 0"),
         ({"weights": {"speech": 1.0}}, "'speech' is not in order"),
+        ({"z_loss": -1.0}, "z_loss is -1.0"),
     ],
 )
 def test_settings_that_make_no_sense(words: Any, said: str) -> None:
