@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mmjax.data.tokenizer import PAD_ID
 from mmjax.diffusion import Diffusion
 from mmjax.errors import UserError
 from mmjax.generation import Sampling, generate
@@ -285,9 +284,7 @@ class Composer:
 
     def _as_arrays(self, span: Span, ids_BL: jax.Array) -> dict[str, jax.Array]:
         """A discrete span that was written, to be read."""
-        is_whole = self._stems[span.name].end is None
-        valid = jnp.ones_like(ids_BL, bool) if is_whole else ids_BL != PAD_ID
-        return {"ids": ids_BL, "valid": valid}
+        return {"ids": ids_BL, "valid": up_to_end(ids_BL, self._stems[span.name].end)}
 
     def _extend(self, past: Past, stream: Stream, mask: Mask) -> tuple[jax.Array, Past]:
         """The trunk's outputs for the tokens of `stream` after what is held, and what is held with them."""
@@ -311,6 +308,14 @@ class Composer:
 
 def _wide(past: Past) -> Any:
     return jnp.promote_types(jax.tree.leaves(past.layers)[0].dtype, jnp.float32)
+
+
+def up_to_end(ids_BL: jax.Array, end: int | None) -> jax.Array:
+    """Return which ids of a written span belong to it, `[B, L]`: those up to its first end token, whatever they are."""
+    if end is None:
+        return jnp.ones_like(ids_BL, bool)
+    ends_BL = (ids_BL == end).astype(jnp.int32)
+    return jnp.cumsum(ends_BL, axis=1) - ends_BL == 0
 
 
 def _all_there(span: Span) -> Span:

@@ -129,6 +129,12 @@ class Embedder:
         """
         chosen, modality, rows = self._given("caption", _told, task, values)
         text: Any = chosen.inputs[chosen.objective.writes()[1]]
+        if not hasattr(text.modality, "words"):
+            raise UserError(
+                f"Task '{chosen.name}' writes '{text.name}' of '{modality}', which are no words. Use compose: "
+                f"model.compose([('{modality}', value), ('{text.name}', None)])."
+            )
+
         def of(model: Model, given: Any) -> jax.Array:
             size = jax.tree.leaves(given["arrays"])[0].shape[0]
             key = jax.random.fold_in(jax.random.key(given["seed"]), given["chunk"])

@@ -14,7 +14,7 @@ from sequences import ROWS, TEXT_FIRST, UNIDIFFUSER, batch, built
 
 from mmjax import interleaved
 from mmjax.errors import UserError
-from mmjax.interleaved import Composer
+from mmjax.interleaved import Composer, up_to_end
 from mmjax.objective import Span
 from mmjax.objectives.transfusion import Draws, Transfusion
 
@@ -150,3 +150,30 @@ def test_an_ancestral_sampler_adds_noise_of_its_own(mutual: Any) -> None:
     assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(one, other, strict=True))
     with pytest.raises(UserError, match="no diffusion sampler 'ddmp'. Did you mean 'ddpm'"):
         replace(objective, sampler="ddmp")
+
+
+# --- written ids -------------------------------------------------------------------------------
+
+
+def test_what_was_written_ends_at_its_end_whatever_ids_stand_before() -> None:
+    ids = jnp.array([[5, 0, 7, 3, 0, 0], [3, 0, 0, 0, 0, 0], [0, 4, 0, 4, 0, 4]])
+    assert up_to_end(ids, 3).tolist() == [[1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0], [1] * 6]
+    assert up_to_end(ids, None).all()
+
+
+def test_a_padding_id_in_the_middle_of_a_written_text_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A picture after it is that after the same text when it is given."""
+    ids = jnp.tile(jnp.array([[5, 0, 7, 3, 0]], jnp.int32), (ROWS, 1))
+    text = {"ids": ids, "valid": jnp.arange(5)[None] < jnp.full((ROWS, 1), 4)}
+    declaration, p = built(TEXT_FIRST)
+    objective, model = replace(TEXT_FIRST, steps=2), declaration.merge(p)
+    picture = Span("image", batch()["inputs"]["image"], made=True)
+    monkeypatch.setattr(Composer, "write", lambda self, past, span, keys: ids)
+
+    def after(made: bool) -> np.ndarray:
+        # The keys of a span go by its place, not by what stands before.
+        return drawn(model, objective, [Span("text", text, made=made), picture])[-1]
+
+    np.testing.assert_allclose(after(True), after(False), rtol=1e-9, atol=1e-9)
