@@ -25,6 +25,8 @@ from mmjax.layers.transformer import PARTS
 
 transfusion = load_module(Path(__file__).with_name("transfusion_7b.py"))
 
+# Sequences of 4,288 positions: 4 images of 1,025, whose captions share 188.
+CHAMELEON_PACKING = {"pack": 4, "capacity": {"text": 188}, "window": 64}
 SETTINGS = ("chameleon", "chameleon-dense", "transfusion", "transfusion-dense")
 
 
@@ -56,10 +58,10 @@ def untied(config: ConfigDict, setting: str) -> ConfigDict:
         }
         task.objective = {
             "name": "transfusion", "order": ["text", "colours"], "discrete": ["text", "colours"],
-            "pack": 2, "drop": 0.1, "swap": 0.2,
+            "drop": 0.1, "swap": 0.2, **CHAMELEON_PACKING,
         }  # fmt: skip
         config.modalities.text.buckets = 1024
-        task.batch = 2048
+        task.batch = transfusion.SEQUENCES * task.objective.pack
     if "dense" not in setting:
         config.model.norm_modalities = modalities(setting)
     return config

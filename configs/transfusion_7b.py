@@ -3,8 +3,9 @@
     python -m mmjax.data.build emoji
     python -m mmjax.train --config=configs/transfusion_7b.py --workdir=runs/transfusion_7b
 
-The trunk is Llama's of 7 billion; sequences have 4,096 tokens, here eight captioned images that do not see each other;
-4 million tokens to a batch, for 500,000 steps (2 trillion tokens). Images are 256 pixels a side and become 256 tokens
+The trunk is Llama's of 7 billion; sequences have 4,096 positions, here 14 captioned images that do not see each other
+and whose captions share 512 (36 for a caption; with captions of 25 tokens 4 % are padding); 4 million positions to a
+batch, for 500,000 steps (2 trillion). Images are 256 pixels a side and become 256 tokens
 through U-Net adapters; of each five captions four come before the image and one after it, whose noise is then limited.
 The paper diffuses latents of an autoencoder, 32 a side with patches of 2; here it is pixels in patches of 16. Its data
 are text alone and licensed captioned images; here they are the drawings and names that the data sets here hold: set
@@ -23,6 +24,11 @@ from ml_collections import ConfigDict
 from mmjax.errors import UserError, nearest
 
 SETTINGS = ("transfusion", "monoformer")
+
+# Sequences of 4,096 positions, 14 images of 256 and 512 for their captions; or of 3,456, 128 captions of 27.
+CAPTIONED = {"pack": 14, "capacity": {"text": 512}, "window": 56}
+CAPTIONS = {"pack": 128, "capacity": {"text": 3456}, "window": 1024}
+SEQUENCES = 1024  # of a batch
 
 
 def data(split: str) -> dict[str, Any]:
@@ -47,8 +53,8 @@ def task(share: int, modalities: list[str], objective: dict[str, Any]) -> dict[s
     return {
         "source": data("train"),
         "inputs": {name: inputs[name] for name in modalities},
-        "objective": {"name": "transfusion", "order": modalities, "pack": 8, **objective},
-        "batch": 8192,
+        "objective": {"name": "transfusion", "order": modalities, **objective},
+        "batch": SEQUENCES * objective["pack"],
         "share": share,
         "evaluators": evaluators,
     }
@@ -76,13 +82,13 @@ def get_config(setting: str = "transfusion") -> ConfigDict:
         "remat": "full",
     }
     config.tasks = {
-        "captions": task(1, ["text", "image"], {**draw, "swap": 0.2, "limit": 0.5}),
+        "captions": task(1, ["text", "image"], {**CAPTIONED, **draw, "swap": 0.2, "limit": 0.5}),
     }
     if setting == "monoformer":
         # What is written and what is drawn are two tasks: one's loss is not in the other's step.
         config.tasks = {
-            "write": task(1, ["text"], {}),
-            "draw": task(1, ["text", "image"], {**draw, "weights": {"text": 0.0}}),
+            "write": task(1, ["text"], CAPTIONS),
+            "draw": task(1, ["text", "image"], {**CAPTIONED, **draw, "weights": {"text": 0.0}}),
         }
     config.optimizer = {
         "name": "adamw", "learning_rate": 3e-4, "warmup": 4000, "weight_decay": 0.1, "clip": 1.0,

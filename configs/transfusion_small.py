@@ -33,7 +33,8 @@ def make_small(config: ConfigDict) -> ConfigDict:
     for task in config.tasks.values():
         task.batch = 64
         task.inputs.text.length = 12
-        task.objective.pack = 4
+        # A caption has 4.1 tokens on average, that of its end among them, and one more before it.
+        task.objective.update({"pack": 4, "capacity": {"text": 24}, "window": 32})
         if "image" in task.inputs:
             task.inputs.image.size = 32
             task.objective.steps = 50
@@ -51,4 +52,7 @@ def get_config(setting: str = "transfusion") -> ConfigDict:
         if "image" in task.inputs:
             task.objective.channels = 16
             task.batch = 32
+        else:
+            task.objective.update({"pack": 16, "capacity": {"text": 85}, "window": 128})
+            task.batch = 128
     return config

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from mmjax.errors import UserError
@@ -90,7 +91,7 @@ class Variants:
         return total / sum(self.shares)
 
 
-def check_tokens(tokens: Mapping[str, int], where: str) -> None:
+def check_tokens(tokens: Mapping[str, Fraction], where: str) -> None:
     """All buckets must give as many tokens per example.
 
     Raises:

@@ -121,6 +121,7 @@ def function(task: Task, what: str) -> Callable[[Model, Batch, jax.Array], dict[
 
 
 def _function(task: Task, what: str) -> Callable[[Model, Batch, jax.Array], dict[str, jax.Array]]:
+    task = task.whole()
     if what.startswith("embed/"):
         modality, _, toward = what.removeprefix("embed/").partition(">")
         return lambda model, batch, key: {

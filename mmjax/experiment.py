@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +24,7 @@ from mmjax.model import ModelConfig, declare_model
 from mmjax.optimizer import PARTS, Optimizer, OptimizerConfig
 from mmjax.parameters import Declaration
 from mmjax.profiling import ProfileConfig
-from mmjax.program import LimitsConfig, Request, eval_request, reach_of, tokens, train_request
+from mmjax.program import LimitsConfig, Request, eval_request, positions, reach_of, train_request
 from mmjax.reach import Reach
 from mmjax.rules import apply_rules, trained
 from mmjax.schedule import BUDGET, Schedule, Stretch, from_config, stretches
@@ -246,7 +247,10 @@ class Experiment:
         for setting in self.settings.each:
             for name, variants in setting.variants.items():
                 sizes = {
-                    v.bucket: tokens(v.task, self.declaration, v.task.rows().batch(1))
+                    v.bucket: Fraction(
+                        positions(v.task, self.declaration, v.task.rows().batch(v.task.batch)),
+                        v.task.batch,
+                    )
                     for v in variants
                     if v.bucket
                 }

@@ -94,7 +94,9 @@ def _coupled(
         return loss.value, loss
 
     gradient = jax.value_and_grad(value_of, argnums=(0, 1), has_aux=True)
-    (_, loss), (direct, back) = gradient(parameters, jax.tree.map(joined_rows, rows))
+    together = objective.rows_together()
+    whole = jax.tree.map(lambda x: joined_rows(x, together), rows)
+    (_, loss), (direct, back) = gradient(parameters, whole)
     share = parts["valid"].sum(axis=1) / jnp.maximum(batch["valid"].sum(), 1)
     share = share.astype(aux.dtype)
 
@@ -103,7 +105,7 @@ def _coupled(
         grads: Arrays = pull((back, share))[0]
         return grads
 
-    back = jax.tree.map(lambda x: split_rows(x, task.config.microbatches), back)
+    back = jax.tree.map(lambda x: split_rows(x, task.config.microbatches, together), back)
     grads = _total(pulled, parts, keys, back, share)
     value = loss.value + (share * aux).sum()
     return replace(loss, value=value), jax.tree.map(jnp.add, direct, grads)
@@ -111,10 +113,10 @@ def _coupled(
 
 def _parts(task: Task, batch: Any, key: jax.Array) -> tuple[Any, jax.Array]:
     """The batch in parts, its rows with their keys, and a key for each part: leading axis [n]."""
-    count = task.config.microbatches
+    count, together = task.config.microbatches, task.objective.rows_together()
     whole = {**batch, "keys": row_keys(batch, key)}
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
-    return jax.tree.map(lambda x: split_rows(x, count), whole), keys
+    return jax.tree.map(lambda x: split_rows(x, count, together), whole), keys
 
 
 def _total(fun: Callable[..., Any], *stacked: Any) -> Any:

@@ -1,12 +1,13 @@
 """Sequences made span by span, text and pictures in turn: what was read is held, and each new span reads it.
 
 A discrete span is written token by token; a continuous one is drawn as a whole, each step of its diffusion reading what
-is held. What a span holds once it is made is read into the sequence, as a given one is.
+is held (continuous time; the deterministic DDIM sampler unless `sampler` is `ddpm`, see `mmjax.diffusion`). What a span
+holds once it is made is read into the sequence, as a given one is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -25,6 +26,10 @@ from mmjax.objective import Span
 
 Values = dict[str, jax.Array]
 
+GUIDANCE = 3.0  # where an objective gives none
+# What noise is for: folded into a key before the step, apart from the places of spans in a plan.
+_ABSENT, _SAMPLER = 2**30, 2**30 + 1
+
 
 class Spans(Protocol):
     """What the objective of interleaved sequences says of their spans."""
@@ -32,15 +37,19 @@ class Spans(Protocol):
     @property
     def discrete(self) -> tuple[str, ...]: ...
     @property
+    def continuous(self) -> tuple[str, ...]: ...
+    @property
     def target(self) -> str: ...
     @property
     def mutual(self) -> bool: ...
     @property
-    def swap(self) -> float: ...
+    def compact(self) -> bool: ...
     @property
     def steps(self) -> int: ...
     @property
-    def guidance(self) -> float: ...
+    def guidance(self) -> float | None: ...
+    @property
+    def sampler(self) -> str: ...
     @property
     def sampling(self) -> Sampling: ...
 
@@ -75,18 +84,26 @@ class Composer:
     Args:
       spans: the objective.
       model: its model.
-      plan: all spans that a sequence will have.
+      plan: all spans that a sequence will have. What the arrays of a span hold that is made or absent is not read.
+
+    Raises:
+      UserError: a plan without one of the spans that see each other.
     """
 
     def __init__(self, spans: Spans, model: Model, plan: Sequence[Span]):
-        self._of, self._model, self._plan = spans, model, plan
+        self._of, self._model = spans, model
+        self._plan = [_all_there(span) if span.made or span.absent else span for span in plan]
         self._stems: Any = model.stems
         self._rows = jax.tree.leaves(dict(plan[0].arrays))[0].shape[0]
 
     def compose(self, keys_B: jax.Array) -> list[jax.Array]:
         """What is made, in the plan's order: ids `[B, L]` of a discrete span, values `[B, S, P]` of a continuous one.
 
-        Drawing is guided (Ho and Salimans 2022) away from what is drawn without the discrete span that comes first.
+        Drawing is guided (Ho and Salimans 2022) away from what is drawn without the discrete span that comes first, and
+        with the other spans of its block as pure noise (UniDiffuser, Bao et al. 2023).
+
+        Raises:
+          UserError: a guidance for a span that nothing guides.
         """
         past, free, made = self.begin(), self.begin(), dict[int, jax.Array]()
         for index, places in enumerate(self._blocks()):
@@ -102,6 +119,7 @@ class Composer:
             made |= {
                 place: found[self._plan[place].name] for place in places if self._plan[place].made
             }
+            block = [span for span in block if not span.absent]
             past = self.read(past, block, found)
             free = self.read(free, block, found, kept=index > 0)
         return [made[place] for place in sorted(made)]
@@ -115,6 +133,11 @@ class Composer:
         names = [self._plan[place].name for place in together]
         if len(set(names)) < len(names):
             raise UserError(f"Spans that see each other are of one modality each; given: {names}.")
+        missing = [name for name in self._of.continuous if name not in names]
+        if missing:
+            raise UserError(
+                f"Spans that see each other are all in a sequence; missing: {missing}. Add them as absent spans."
+            )
         others = [[place] for place, is_one in enumerate(is_continuous) if not is_one]
         return sorted([together, *others])
 
@@ -163,7 +186,7 @@ class Composer:
     def draw(self, past: Past, free: Past, block: Sequence[Span], keys_B: jax.Array) -> Values:
         """Values `[B, S, P]` of the continuous spans of a block that are made, from noise, together.
 
-        Those that are given stand still at time 0.
+        Those that are given stand still at time 0; those that are absent are fresh noise at time 1 in each step.
 
         Args:
           past, free: the sequence, and the one to be guided away from.
@@ -171,32 +194,64 @@ class Composer:
         dtype = _wide(past)
         clean = {span.name: self._stems[span.name].values(span.arrays, dtype) for span in block}
         drawn = [span.name for span in block if span.made]
-        given = {name: x for name, x in clean.items() if name not in drawn}
+        given = {s.name: clean[s.name] for s in block if not s.made and not s.absent}
         noise = {}
         for index, name in enumerate(drawn):
             own = jax.vmap(lambda key, i=index: jax.random.fold_in(key, i))(keys_B)
             size = clean[name].shape[1:]
             noise[name] = jax.vmap(lambda k, s=size: jax.random.normal(k, s, dtype))(own)
+        guidance, alone = self._guidance(block), self._of.mutual
 
-        def predict(x_t: Values, t: jax.Array) -> Values:
-            found = self._predict(past, block, {**given, **x_t}, t, x_t)
-            if self._of.guidance == 1 or not self._of.discrete:
+        def predict(x_t: Values, t: jax.Array, step: jax.Array) -> Values:
+            pure = _fresh(keys_B, _ABSENT, step, clean)
+            times = {name: t if name in x_t else jnp.zeros_like(t) for name in {**given, **x_t}}
+            found = self._predict(past, block, {**pure, **given, **x_t}, times, drawn)
+            if guidance == 1:
                 return found
-            without = self._predict(free, block, {**given, **x_t}, t, x_t)
-            return jax.tree.map(lambda a, b: b + self._of.guidance * (a - b), found, without)
+            if not alone:
+                without = self._predict(free, block, {**given, **x_t}, times, drawn)
+            else:
+                without = {}
+                for name in drawn:
+                    others = {**pure, name: x_t[name]}
+                    without |= self._predict(free, block, others, {name: t}, [name])
+            return jax.tree.map(lambda a, b: b + guidance * (a - b), found, without)
+
+        def fresh(step: jax.Array) -> Values:
+            return _fresh(keys_B, _SAMPLER, step, noise)
 
         bounds = {self._stems[name].bound for name in drawn}
         bound = bounds.pop() if len(bounds) == 1 else None
-        made: Values = Diffusion(self._of.target).sample(predict, noise, self._of.steps, bound)
+        diffusion = Diffusion(self._of.target, self._of.sampler)
+        made: Values = diffusion.sample(predict, noise, self._of.steps, bound, fresh)
         return made
 
+    def _guidance(self, block: Sequence[Span]) -> float:
+        """The weight of the guided prediction for the spans of a block that are made."""
+        first = self._plan[0]
+        by_others = self._of.mutual and sum(not span.absent for span in block) > 1
+        if first.name in self._of.discrete or by_others:
+            return GUIDANCE if self._of.guidance is None else self._of.guidance
+        if self._of.guidance not in (None, 1):
+            names = ", ".join(span.name for span in block if span.made)
+            raise UserError(
+                f"guidance is {self._of.guidance:g}, and nothing guides the drawing of {names}: the sequence does not "
+                "begin with a discrete span, and no other span that it sees is given or made. Set guidance to 1."
+            )
+        return 1.0
+
     def _predict(
-        self, past: Past, spans: Sequence[Span], x: Values, t: jax.Array, wanted: Values
+        self,
+        past: Past,
+        spans: Sequence[Span],
+        x: Values,
+        times: Values,
+        wanted: Collection[str],
     ) -> Values:
-        """Predictions for values x, of which those `wanted` are at time t and the others at 0."""
+        """Predictions of the `wanted` spans for values x, each at its time; those without a time are noise, at 1."""
         streams, ways = [], {}
         for span in spans:
-            t_B = jnp.full(self._rows, t if span.name in wanted else 0.0, _wide(past))
+            t_B = jnp.full(self._rows, times.get(span.name, 1.0), _wide(past))
             stream, ways[span.name] = self._of.noisy(
                 self._model, span.name, span.arrays, x[span.name], t_B
             )
@@ -228,7 +283,7 @@ class Composer:
 
     def _as_arrays(self, span: Span, ids_BL: jax.Array) -> dict[str, jax.Array]:
         """A discrete span that was written, to be read."""
-        return {"ids": ids_BL, "valid": self._stems[span.name].token_ids.used(ids_BL)}
+        return {"ids": ids_BL, "valid": up_to_end(ids_BL, self._stems[span.name].token_ids.end)}
 
     def _extend(self, past: Past, stream: Stream, mask: Mask) -> tuple[jax.Array, Past]:
         """The trunk's outputs for the tokens of `stream` after what is held, and what is held with them."""
@@ -240,7 +295,7 @@ class Composer:
             valid_BS,
             layout=stream.layout,
             # As in training, where rows differ in their order: by tokens that there are, not by slots.
-            attributes={"position": place_BS.astype(jnp.int32)} if self._of.swap else {},
+            attributes={"position": place_BS.astype(jnp.int32)} if self._of.compact else {},
             mask=mask,
             held_BT=there_BT,
         )
@@ -252,3 +307,33 @@ class Composer:
 
 def _wide(past: Past) -> Any:
     return jnp.promote_types(jax.tree.leaves(past.layers)[0].dtype, jnp.float32)
+
+
+def up_to_end(ids_BL: jax.Array, end: int | None) -> jax.Array:
+    """Return which ids of a written span belong to it, `[B, L]`: those up to its first end token, whatever they are."""
+    if end is None:
+        return jnp.ones_like(ids_BL, bool)
+    ends_BL = (ids_BL == end).astype(jnp.int32)
+    return jnp.cumsum(ends_BL, axis=1) - ends_BL == 0
+
+
+def _all_there(span: Span) -> Span:
+    """A span whose tokens all exist."""
+    arrays = dict(span.arrays)
+    if "valid" in arrays:
+        arrays["valid"] = jnp.ones_like(arrays["valid"])
+    return replace(span, arrays=arrays)
+
+
+def _fresh(keys_B: jax.Array, purpose: int, step: jax.Array, like: Values) -> Values:
+    """Noise of the shapes of `like` `[B, ...]`, by row, purpose, step and name."""
+    made = {}
+    for index, (name, x) in enumerate(like.items()):
+
+        def of_row(key: jax.Array, index: int = index, x: jax.Array = x) -> jax.Array:
+            for number in (purpose, index, step):
+                key = jax.random.fold_in(key, number)
+            return jax.random.normal(key, x.shape[1:], x.dtype)
+
+        made[name] = jax.vmap(of_row)(keys_B)
+    return made

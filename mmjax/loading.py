@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -194,6 +195,11 @@ class Embedder:
         """
         chosen, modality, rows = self._given("caption", _told, task, values)
         text: Any = chosen.inputs[chosen.objective.writes()[1]]
+        if not hasattr(text.modality, "words"):
+            raise UserError(
+                f"Task '{chosen.name}' writes '{text.name}' of '{modality}', which are no words. Use compose: "
+                f"model.compose([('{modality}', value), ('{text.name}', None)])."
+            )
 
         def of(model: Model, given: Any) -> jax.Array:
             size = jax.tree.leaves(given["arrays"])[0].shape[0]
@@ -207,38 +213,54 @@ class Embedder:
         return [text.modality.words(row) for row in ids]
 
     def compose(
-        self, spans: Sequence[tuple[str, Any]], *, task: str | None = None, seed: int = 0
+        self,
+        spans: Sequence[tuple[str, Any]],
+        *,
+        task: str | None = None,
+        seed: int = 0,
+        guidance: float | None = None,
     ) -> list[Any]:
         """What a task such as Transfusion's makes of a sequence of spans: text and pictures in turn.
+
+        Modalities that see each other whatever their order (`mutual`) and are not in the list are pure noise: then
+        `[("image", None)]` draws from the distribution of pictures, `[("image", None), ("sound", None)]` from both's.
 
         Args:
           spans: `(modality, value)`, a value as of `embed`; where it is None the span is made, after those before it.
           task: by default the first that knows all of these modalities.
           seed: of what is drawn.
+          guidance: in place of the task's, see `mmjax.objectives.transfusion`; 1 for none.
 
         Returns:
           What was made, in order: strings, and arrays, uint8 `[H, W, 3]` of pictures.
 
         Raises:
-          UserError: no such task or modality, or a value that the modality cannot take.
+          UserError: no such task or modality, a value that the modality cannot take, or a guidance that has no effect.
         """
         chosen = self._composing({name for name, _ in spans}, task)
+        objective: Any = chosen.objective
+        if guidance is not None:
+            objective = replace(objective, guidance=float(guidance))
+        absent = objective.beside([name for name, _ in spans])
         rows = [
             _blank(chosen, name) if value is None else self._row(chosen, name, index, value)
             for index, (name, value) in enumerate(spans)
-        ]
+        ] + [_blank(chosen, name) for name in absent]
 
         def of(model: Model, given: Any) -> list[jax.Array]:
             plan = [
                 Span(name, arrays, made=value is None)
-                for (name, value), arrays in zip(spans, given["rows"], strict=True)
+                for (name, value), arrays in zip(spans, given["rows"], strict=False)
             ]
+            beside = zip(absent, given["rows"][len(spans) :], strict=True)
+            plan += [Span(name, arrays, absent=True) for name, arrays in beside]
             keys = jax.random.key(given["seed"])[None]
-            return chosen.objective.compose(model, plan, keys)
+            made: list[jax.Array] = objective.compose(model, plan, keys)
+            return made
 
         given = {"rows": jax.tree.map(lambda x: x[None], rows), "seed": np.uint32(seed)}
         shape = tuple((name, value is None) for name, value in spans)
-        call = self._calls.setdefault(("compose", chosen.name, shape), self.compiled(of))
+        call = self._calls.setdefault(("compose", chosen.name, shape, guidance), self.compiled(of))
         made = iter(call(given))
         modalities = [chosen.inputs[name].modality for name, value in spans if value is None]
         return [

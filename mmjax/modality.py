@@ -39,7 +39,8 @@ class Stem(nnx.Module):
     each token is made of, about of size 1; `__call__(arrays, values)`, the stream of other values than those of the
     arrays; and `bound`, which values do not exceed, or None. One of discrete tokens, whose arrays are
     `ids` and `valid`, has `token_ids`, the `mmjax.data.tokenizer.TokenIds` that its modality
-    returns by a method of that name.
+    returns by a method of that name. Where its spans end, it also takes `index`, the index of each token in its span,
+    of rows that hold several spans.
 
     Where tokens are dropped (see `dropped`), the arrays are `patches` and `coordinates` instead.
     """

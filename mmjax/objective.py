@@ -32,11 +32,26 @@ class Span:
       name: its modality.
       arrays: what it holds; where it is made, arrays of the same shapes.
       made: whether it is written or drawn.
+      absent: whether nothing is known of it: it stands in the sequence as pure noise, as in training at the last time.
     """
 
     name: str
     arrays: Mapping[str, jax.Array]
     made: bool = False
+    absent: bool = False
+
+
+@struct.dataclass
+class Occupancy:
+    """How many positions of a batch hold a token.
+
+    Attributes:
+      valid: positions with a token of a valid row, an int32 scalar.
+      positions: all positions that are computed, padding included.
+    """
+
+    valid: jax.Array
+    positions: int = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -130,6 +145,33 @@ class Objective(abc.ABC):
                     f"objective {type(self).__name__} takes one instance of '{each.name}'; leave out 'instances'."
                 )
 
+    def whole(self) -> Objective:
+        """Return the objective as evaluation has it, which cuts nothing of an example; here itself."""
+        return self
+
+    def rows_together(self) -> int:
+        """Return how many consecutive rows of a batch stay consecutive in its micro-batches."""
+        return 1
+
+    def window_rows(self, batch: int) -> int:
+        """Return how many consecutive rows of a batch of so many the loader brings into the order of `arranged`."""
+        return 1
+
+    def arranged(self, rows: Sequence[Any]) -> Sequence[int]:
+        """Return the order in which the rows of a window lie in a batch, a pure function of their arrays (NumPy)."""
+        return range(len(rows))
+
+    def occupancy(self, model: Model, batch: Batch, key: jax.Array) -> Occupancy:
+        """Count the positions that hold a token: here the tokens of each modality that it reads."""
+        valid, positions = jnp.zeros((), jnp.int32), 0
+        for name in self.reads():
+            token_BS = model.tokens(name, batch["inputs"][name]).mask_BS()
+            # Instances of an example are rows of their own.
+            row_B = jnp.repeat(batch["valid"], token_BS.shape[0] // batch["valid"].shape[0])
+            valid += (token_BS & row_B[:, None]).sum(dtype=jnp.int32)
+            positions += token_BS.size
+        return Occupancy(valid, positions)
+
     def check_example(self, example: Example) -> None:
         """`UserError` for an example whose fields the loss cannot take, such as a label out of range."""
         del example  # any will do
@@ -175,7 +217,7 @@ class Objective(abc.ABC):
         return ()
 
     def compose(self, model: Model, spans: Sequence[Span], keys_B: jax.Array) -> list[jax.Array]:
-        """The spans of a sequence that are to be made, each after those before it, as a person looks at them.
+        """Return the spans of a sequence that are to be made, each after those before it, in the form for viewing.
 
         A picture is uint8 `[B, H, W, 3]`, a text int32 `[B, L]` as of `write`, anything else its values `[B, S, P]`.
         """
@@ -183,6 +225,10 @@ class Objective(abc.ABC):
 
     def composes(self) -> tuple[str, ...]:
         """The modalities of the spans that `compose` takes."""
+        return ()
+
+    def beside(self, modalities: Sequence[str]) -> tuple[str, ...]:
+        """Return the modalities that a sequence of spans of these modalities holds too, as absent spans."""
         return ()
 
     def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:

@@ -145,7 +145,9 @@ def train_function(
             after = _where(counts, after, state)
         proposed = {n: jnp.where(counts, b, state.buffers[n]) for n, b in loss.buffers.items()}
         after = replace(after, buffers={**after.buffers, **proposed})
+        occupancy = task.objective.occupancy(model_of(moved), batch, key)
         metrics = {"loss": loss.value, **told, **loss.metrics, "finite": finite}
+        metrics["valid_tokens"] = occupancy.valid
         return after, {
             name: jnp.asarray(m, jnp.promote_types(m.dtype, jnp.float32))
             for name, m in metrics.items()
@@ -257,23 +259,22 @@ def train_request(
     return Request(
         task.name, "train", step, arguments, outputs, (0,), _shape(task.rows(), task.batch), count,
         {
-            "tokens": tokens(task, declaration, batch),
+            "tokens": positions(task, declaration, batch),
             "view": view.kind,
             "optimizer_bytes": optimizer_bytes(state, view.kind, task.name),
         },
     )  # fmt: skip
 
 
-def tokens(task: Task, declaration: Declaration, batch: Any) -> int:
-    """Tokens that the stems make of a batch's shapes: of what the objective reads, padding included."""
+def positions(task: Task, declaration: Declaration, batch: Any) -> int:
+    """Positions that a step computes for a batch's shapes, padding included."""
 
-    def streams(parameters: Arrays, inputs: Any) -> list[jax.Array]:
+    def occupancy(parameters: Arrays, batch: Any) -> Any:
         model = declaration.merge(parameters, jnp.float32)
-        return [model.tokens(name, inputs[name]).x_BSD for name in task.objective.reads()]
+        return task.objective.occupancy(model, batch, jax.random.key(0))
 
-    parameters = declaration.shapes(jnp.float32)
-    made = jax.eval_shape(streams, parameters, batch["inputs"])
-    return sum(math.prod(x.shape[:2]) for x in made)
+    made = jax.eval_shape(occupancy, declaration.shapes(jnp.float32), batch)
+    return int(made.positions)
 
 
 def optimizer_bytes(state: State, kind: str, task: str) -> int:

@@ -281,13 +281,16 @@ def whole_along(x: jax.Array, dimension: int) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
 
 
-def split_rows(x: jax.Array, count: int) -> jax.Array:
-    """`[B, ...]` to `[count, B / count, ...]`: every count-th row, so that no row changes its device."""
-    x = jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)
+def split_rows(x: jax.Array, count: int, together: int = 1) -> jax.Array:
+    """`[B, ...]` to `[count, B / count, ...]`: every count-th run of `together` rows; none changes its device."""
+    x = jnp.swapaxes(x.reshape(-1, count, together, *x.shape[1:]), 0, 1)
+    x = x.reshape(count, -1, *x.shape[3:])
     return constrain(x, (None, "batch", *(None,) * (x.ndim - 2)))
 
 
-def joined_rows(x: jax.Array) -> jax.Array:
+def joined_rows(x: jax.Array, together: int = 1) -> jax.Array:
     """The inverse of `split_rows`."""
-    x = jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+    count, rows = x.shape[:2]
+    x = jnp.swapaxes(x.reshape(count, rows // together, together, *x.shape[2:]), 0, 1)
+    x = x.reshape(count * rows, *x.shape[3:])
     return constrain(x, ("batch", *(None,) * (x.ndim - 1)))

@@ -88,7 +88,8 @@ class Task:
 
     def whole(self) -> Task:
         """As evaluation has it: with all tokens of one instance of each input."""
-        return replace(self, inputs={name: i.whole() for name, i in self.inputs.items()})
+        inputs = {name: i.whole() for name, i in self.inputs.items()}
+        return replace(self, inputs=inputs, objective=self.objective.whole())
 
     def rows(self) -> RowSpec:
         """What one row of a training batch holds."""
@@ -229,8 +230,23 @@ def make_task(
         objective.check_inputs(inputs)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    check_batch(config, objective, where)
     source = configs.component("sources", config.source, f"{where}.source")
     return Task(name, config, inputs, objective, source)
+
+
+def check_batch(config: TaskConfig, objective: Objective, where: str) -> None:
+    """`UserError` for a batch that does not hold whole windows, or whose micro-batches do not hold whole sequences."""
+    window = objective.window_rows(config.batch)
+    if config.batch % window:
+        raise UserError(
+            f"{where}.batch is {config.batch}; the objective's window of {window} rows must divide it."
+        )
+    if config.batch % (config.microbatches * objective.rows_together()):
+        raise UserError(
+            f"{where}.batch is {config.batch}; {config.microbatches} microbatches of sequences with "
+            f"{objective.rows_together()} items each must divide it."
+        )
 
 
 def make_input(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,11 @@ import pytest
 
 import mmjax
 from mmjax.errors import UserError
+from mmjax.loading import Embedder
+from mmjax.modalities.colours import Colours
+from mmjax.modalities.image import ImageInput
+from mmjax.modality import Input
+from mmjax.objectives.transfusion import Transfusion
 
 CONFIG = Path(__file__).parent / "configs" / "transfusion_tiny.py"
 
@@ -54,6 +60,28 @@ def test_a_loaded_run_writes_and_draws_in_turn(trained: Path) -> None:
     assert (other != drawn).any()
     assert model.compose([("image", picture), ("text", None)]) == model.caption(image=[picture])
     assert model.compose([("text", "red apple")]) == []
+
+
+def test_a_guidance_of_ones_own(trained: Path) -> None:
+    model = mmjax.load(str(trained))
+    strong, plain = (
+        model.compose([("text", "red apple"), ("image", None)], guidance=g)[0] for g in (1e5, 1.0)
+    )
+    assert (strong != plain).any()
+    [alone] = model.compose([("image", None)], guidance=1)
+    assert alone.shape == (16, 16, 3)
+    with pytest.raises(UserError, match="guidance is 5, and nothing guides the drawing of image"):
+        model.compose([("image", None)])
+
+
+def test_a_caption_of_colours_is_no_text() -> None:
+    """An objective that writes colours after texts: what it writes are no words."""
+    colours = Input("colours", Colours(), ImageInput(size=4))
+    objective = Transfusion(order=("text", "colours"), discrete=("colours", "text"))
+    task = SimpleNamespace(name="draw", inputs={"colours": colours}, objective=objective)
+    run: Any = SimpleNamespace(_given=lambda *_: (task, "text", []))
+    with pytest.raises(UserError, match="Task 'draw' writes 'colours' of 'text', .* Use compose"):
+        Embedder.caption(run, text=["red apple"])
 
 
 def test_sequences_that_cannot_be(trained: Path) -> None:

@@ -53,7 +53,7 @@ def test_the_best_prediction_of_normal_data_leads_to_normal_data(target: str) ->
     """x ~ N(m, s^2): E[x | x_t] is linear, and the sampler must end in that distribution."""
     mean, spread, process = 0.3, 0.5, Diffusion(target)
 
-    def predict(x_t: jax.Array, t: jax.Array) -> jax.Array:
+    def predict(x_t: jax.Array, t: jax.Array, step: jax.Array) -> jax.Array:
         alpha, sigma = process.levels(t)
         variance = (alpha * spread) ** 2 + sigma**2
         x = mean + alpha * spread**2 / variance * (x_t - alpha * mean)
@@ -67,11 +67,60 @@ def test_the_best_prediction_of_normal_data_leads_to_normal_data(target: str) ->
     np.testing.assert_array_equal(np.argsort(noise), np.argsort(found))
 
 
+def test_ancestral_sampling_against_the_posterior_of_ddpm() -> None:
+    """Ho et al. 2020, eq. 7, in their discrete terms: betas and products of alphas, in a loop over steps."""
+    steps, rng = 6, np.random.default_rng(1)
+    noise, extra = rng.normal(size=(3, 4)), rng.normal(size=(steps, 3, 4))
+    t = np.linspace(1, 0, steps + 1)
+    bars = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
+    bars[0] = 1e-6  # the least alpha is 1e-3
+    x = noise
+    for at in range(steps):
+        bar, before = bars[at], bars[at + 1]
+        beta = 1 - bar / before
+        e = np.tanh(x) + t[at]
+        data = (x - np.sqrt(1 - bar) * e) / np.sqrt(bar)
+        mean = np.sqrt(before) * beta / (1 - bar) * data
+        mean += np.sqrt(1 - beta) * (1 - before) / (1 - bar) * x
+        x = mean + np.sqrt((1 - before) / (1 - bar) * beta) * extra[at]
+    found = Diffusion("epsilon", "ddpm").sample(
+        lambda x, t, step: jnp.tanh(x) + t,
+        jnp.asarray(noise),
+        steps,
+        fresh=lambda step: jnp.asarray(extra)[step],
+    )
+    np.testing.assert_allclose(found, x, rtol=1e-8)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_ancestral_sampling_leads_to_normal_data_too(target: str) -> None:
+    mean, spread, process = 0.3, 0.5, Diffusion(target, "ddpm")
+
+    def predict(x_t: jax.Array, t: jax.Array, step: jax.Array) -> jax.Array:
+        alpha, sigma = process.levels(t)
+        variance = (alpha * spread) ** 2 + sigma**2
+        x = mean + alpha * spread**2 / variance * (x_t - alpha * mean)
+        e = (x_t - alpha * x) / jnp.maximum(sigma, 1e-12)
+        return process.wanted(x, e, t)
+
+    def fresh(step: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(jax.random.key(0), step), (20000,))
+
+    noise = jnp.asarray(np.random.default_rng(0).normal(size=20000))
+    found = process.sample(predict, noise, steps=400, fresh=fresh)
+    assert abs(found.mean() - mean) < 0.02 and abs(found.std() / spread - 1) < 0.02
+    assert abs(np.corrcoef(found, noise)[0, 1]) < 0.1  # the noise that it began from is forgotten
+
+
 def test_a_bound_holds_for_what_comes_out() -> None:
     noise = jnp.asarray(np.random.default_rng(0).normal(size=100))
-    found = Diffusion("v").sample(lambda x, t: -5 * jnp.ones_like(x), noise, 4, bound=1.0)
+
+    def predict(x_t: jax.Array, t: jax.Array, step: jax.Array) -> jax.Array:
+        return -5 * jnp.ones_like(x_t)
+
+    found = Diffusion("v").sample(predict, noise, 4, bound=1.0)
     assert jnp.abs(found).max() <= 1 + 1e-6
-    assert jnp.abs(Diffusion("v").sample(lambda x, t: -5 * jnp.ones_like(x), noise, 4)).max() > 1
+    assert jnp.abs(Diffusion("v").sample(predict, noise, 4)).max() > 1
 
 
 def test_times_have_features_of_their_own() -> None:

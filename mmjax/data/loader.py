@@ -26,6 +26,7 @@ from mmjax import config as configs
 from mmjax.bounds import SIZE, check
 from mmjax.data import order
 from mmjax.errors import RecordError, UserError
+from mmjax.objective import Objective
 from mmjax.settings import Settings
 from mmjax.source import Examples
 from mmjax.state import Clock
@@ -106,6 +107,38 @@ def make_batch(
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows), tuple(failed)
 
 
+def arranged_rows(
+    task: Task, examples: Examples, seed: int, position: int, share: tuple[int, int]
+) -> tuple[Any, tuple[tuple[int, str], ...]]:
+    """Rows [first, last) of the training batch that begins at `position`; and what failed, by position.
+
+    The rows of a window of the objective lie in its order, which depends on all of them: where the share ends within
+    a window, the whole window is read, so that every process comes to the same order.
+    """
+    (first, last), window = share, task.objective.window_rows(task.batch)
+    begin, end = first // window * window, -(-last // window) * window
+    ids = order.example_ids(seed, task.name, position + begin, end - begin, len(examples))
+
+    def rng(row: int) -> np.random.Generator:
+        return order.rng(seed, task.name, position + begin + row)
+
+    rows, failed = make_batch(task.rows(), examples, list(ids), rng, end - begin)
+    if window > 1:
+        index = _arranged(task.objective, rows, window)[first - begin : last - begin]
+        rows = jax.tree.map(lambda x: x[index], rows)
+    return rows, tuple((position + begin + i, error) for i, error in failed)
+
+
+def _arranged(objective: Objective, rows: Any, window: int) -> np.ndarray:
+    """Which of the rows lies at each place."""
+    count = len(rows["valid"])
+    found = []
+    for start in range(0, count, window):
+        each = [jax.tree.map(lambda x, i=start + i: x[i], rows) for i in range(window)]
+        found += [start + int(i) for i in objective.arranged(each)]
+    return np.array(found, np.int64)
+
+
 class _Steps:
     """The batches from `clock` on, by index; what Grain reads."""
 
@@ -152,16 +185,10 @@ class _Steps:
         passed = self._settings.consumed(clock.schedule, task.name, clock.step, step)
         position = clock.positions.get(task.name, 0) + passed
         first, last = self._shares[task.batch]
-        examples = self._data[task.name]
-        ids = order.example_ids(
-            self._seed, task.name, position + first, last - first, len(examples)
+        rows, failed = arranged_rows(
+            task, self._data[task.name], self._seed, position, (first, last)
         )
-
-        def rng(row: int) -> np.random.Generator:
-            return order.rng(self._seed, task.name, position + first + row)
-
-        rows, failed = make_batch(task.rows(), examples, list(ids), rng, last - first)
-        return HostBatch(step, first, rows, tuple((position + first + i, e) for i, e in failed))
+        return HostBatch(step, first, rows, failed)
 
 
 class Loader:

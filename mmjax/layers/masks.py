@@ -67,13 +67,19 @@ FULL = Full()
 
 @dataclass(frozen=True)
 class Causal(Mask):
-    """Keys whose `position` is not after the query's."""
+    """Keys whose `position` is not after the query's.
+
+    With attribute `index`, keys that do not lie after the query: static even where positions are not, and the same
+    mask where the tokens of an item lie in the order of their positions.
+    """
+
+    attribute: str = "position"
 
     def reads(self) -> frozenset[str]:
-        return frozenset({"position"})
+        return frozenset({self.attribute})
 
     def allows(self, queries: Attributes, keys: Attributes) -> Any:
-        query, key = _pair(queries, keys, "position")
+        query, key = _pair(queries, keys, self.attribute)
         return query >= key
 
 

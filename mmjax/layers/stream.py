@@ -54,13 +54,14 @@ class Stream:
     def pairs(self) -> Pairs:
         """Which tokens may attend to which, for `attend`; within a row, so that `rows_B` has no part in it.
 
-        Static attributes are `position` (the index), `segment` (of the layout), `modality` and `item`.
+        Static attributes are `index`, `position` (the index), `segment` (of the layout), `modality` and `item`.
         """
         attributes = {**self._static(), **self.attributes}
         return Pairs(self.mask, attributes, attributes, self.valid_BS)
 
     def _static(self) -> dict[str, np.ndarray]:
-        static = {"position": np.arange(self.x_BSD.shape[1])[None]}
+        index = np.arange(self.x_BSD.shape[1])[None]
+        static = {"index": index, "position": index}
         if self.layout:
             names, lengths = zip(*self.layout, strict=True)
             segments = np.arange(len(names))

@@ -164,7 +164,10 @@ def _opened(text: Text, data: str) -> Tokenizer:
 
 
 class TextStem(nnx.Module):
-    """`{"ids": int32[B, S], "valid": bool[B, S]} ->` a stream of S tokens."""
+    """`{"ids": int32[B, S], "valid": bool[B, S]} ->` a stream of S tokens.
+
+    With `index`, int `[B, S]`, that is the index of each token in its text, of rows that hold several.
+    """
 
     def __init__(self, vocabulary: int, buckets: int, width: int, ids: TokenIds):
         init = initializers.normal(0.1)
@@ -179,9 +182,8 @@ class TextStem(nnx.Module):
         # gives lie by rows, and XLA cannot go there from cut vectors but by making all of them whole.
         table_VD = constrain(self.embedding[...], ("vocabulary", None))
         # A text's coordinate is its token's index: bucket i holds position i at every length.
-        coordinates = {
-            "token": (jnp.arange(ids_BS.shape[1], dtype=jnp.float32)[None] + 0.5) / self.buckets
-        }
+        index = arrays.get("index", jnp.arange(ids_BS.shape[1])[None])
+        coordinates = {"token": (index.astype(jnp.float32) + 0.5) / self.buckets}
         x_BSD = jnp.take(table_VD, ids_BS, axis=0) + self.positions(coordinates).astype(
             table_VD.dtype
         )

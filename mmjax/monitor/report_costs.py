@@ -29,7 +29,8 @@ def costs(run: Run) -> Iterator[Html]:
             "p", "A task's share of time is that of its steps, their waiting for data included, in the time of"
             " all attempts. FLOP/s count the model's dot products in forward and backward pass; MFU is their part of"
             " the chips' peak, where that is known. A switch is what the median step after another task is"
-            " longer than after the same.", class_="remark",
+            " longer than after the same. Padding is the part of the positions that holds no token; tokens per second"
+            " do not count it.", class_="remark",
         )  # fmt: skip
         yield _tasks(run, rows)
         yield rates(run)
@@ -72,8 +73,8 @@ def _colour(row: Mapping[str, Any]) -> str:
 
 def _steps(run: Run, rows: Sequence[Mapping[str, Any]]) -> Html:
     """Columns of which nothing is known are left out."""
-    heads = ("task", "#step", "of the longest", "#share of time", "", "#waiting", "#switch", "#FLOP/s",
-             "#MFU", "")  # fmt: skip
+    heads = ("task", "#step", "of the longest", "#share of time", "", "#waiting", "#switch", "#tokens/s",
+             "#padding", "#FLOP/s", "#MFU", "")  # fmt: skip
     longest = max(row["step_seconds"] for row in rows) or 1.0
     cells = [_step(row, colour_of(run, row["task"]), longest, run) for row in rows]
     kept = [i for i in range(len(heads)) if any(row[i] is not None for row in cells)]
@@ -92,6 +93,10 @@ def _step(row: Mapping[str, Any], colour: str, longest: float, run: Run) -> list
         bar(row["share"], colour),
         number(human_seconds(row["wait_seconds"]), row["wait_seconds"]),
         None if switch is None else number(signed_seconds(switch), switch),
+        number(human_count(row["tokens_per_second"]), row["tokens_per_second"])
+        if "tokens_per_second" in row
+        else None,
+        number(percent(row["padding"]), row["padding"]) if "padding" in row else None,
         None if rate is None else number(human_flops(rate), rate),
         None if mfu is None else number(percent(mfu), mfu),
         None if mfu is None else bar(mfu, colour),

@@ -18,7 +18,7 @@ from mmjax.monitor.tally import LATEST, latest
 LANE = 200  # steps of the strip
 _MOST_EVENTS = 50
 _SHOWN_APART = ("loss", "baseline", "learning_rate", "seconds", "wait", "busy", "flops_per_second", "mfu",
-                "examples", "tokens")  # fmt: skip
+                "examples", "tokens", "valid_tokens")  # fmt: skip
 _NOW = f"over the last {LATEST} visits"  # as in the tables: see `tally.latest`
 
 

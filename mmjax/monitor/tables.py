@@ -86,17 +86,19 @@ def program_table(rows: Sequence[Mapping[str, Any]], stream: TextIO | None = Non
 
     Args:
       rows: name (the task), kind (train, embed/MODALITY), shape (a short text), bytes (at the peak), flops,
-        compile_seconds, cached (a truth value). What is not known is None or missing. Where a task's
-        `view` of the optimizer is not shared, a second table tells views and `optimizer_bytes`.
+        compile_seconds, cached (a truth value), tokens (positions of a training step, padding included). What is not
+        known is None or missing. Where a task's `view` of the optimizer is not shared, a second table tells views and
+        `optimizer_bytes`.
       stream: standard output if None.
     """
-    heads = ("task", "for", "shape", "memory", "FLOPs", "compile")
+    heads = ("task", "for", "shape", "positions", "memory", "FLOPs", "compile")
     cells = [
         (
             row["name"],
             # Of several modalities, the shape tells.
             row["kind"].split("/")[0] if "+" in row["kind"] else row["kind"],
             row.get("shape"),
+            _known(human_count, row.get("tokens")),
             _known(human_bytes, row.get("bytes")),
             _known(human_flops, row.get("flops")),
             "cached" if row.get("cached") else _known(human_seconds, row.get("compile_seconds")),
@@ -178,26 +180,29 @@ def summary_tables(found: Mapping[str, Any], stream: TextIO | None = None) -> No
             row["task"],
             row["visits"],
             human_count(row["examples"]),
-            human_count(row["tokens"]),
+            _known(human_count, row.get("valid_tokens")),
+            _known(percent, row.get("padding")),
             loss_text(row["loss"]),
             loss_text(row["grad_norm"]),
             row["skipped"] or None,
         )
         for row in found["tasks"]
     ]
-    heads = ("task", "visits", "examples", "tokens", "loss", "gradient", "skipped")
-    table("Tasks (loss and gradient norm: mean of the last 10 visits)", heads, done, stream)
+    heads = ("task", "visits", "examples", "tokens", "padding", "loss", "gradient", "skipped")
+    words = "Tasks (tokens without padding; loss, gradient norm: mean of last 10 visits)"
+    table(words, heads, done, stream)
     cost = [
         (
             row["task"],
             *(_known(human_seconds, row[name]) for name in ("step_seconds", "wait_seconds")),
             _known(signed_seconds, row.get("switch_seconds")),
+            _known(human_count, row.get("tokens_per_second")),
             *_rates(row),
             percent(row["share"]),
         )
         for row in found["tasks"]
     ]
-    heads = ("task", "a step", "wait", "switch", "FLOP/s", "MFU", "of time")
+    heads = ("task", "a step", "wait", "switch", "tokens/s", "FLOP/s", "MFU", "of time")
     table("Steps (switch: longer after another task than after the same)", heads, cost, stream)
     seconds, total = found["seconds"], found["seconds"]["total"]
     spent = [

@@ -65,7 +65,8 @@ def task_rows(
 ) -> list[dict[str, Any]]:
     """A row for each task that ran, in the order of their first steps.
 
-    Keys: `task`, `steps`, `visits`, `skipped` (without update), `examples`, `tokens`, `loss` and
+    Keys: `task`, `steps`, `visits`, `skipped` (without update), `examples`, `tokens` (positions, padding
+    included), `valid_tokens`, `padding` and `tokens_per_second` (see `occupancy`), `loss` and
     `grad_norm` (means of the latest visits), `step_seconds` (median), `wait_seconds` (mean, for the
     loader), `switch_seconds` (see `switch_cost`), `flops` (of a step, mean), `flops_per_second`, `mfu`,
     `seconds_in_all`, `share` of the `wall` seconds. What is not known is missing.
@@ -111,6 +112,7 @@ def _row(
         ),
         "examples": sum(line.get("examples", 0) for line in lines),
         "tokens": sum(line.get("tokens", 0) for line in lines),
+        **occupancy(lines),
         **{name: latest(line.get(name) for line in lines) for name in ("loss", "grad_norm")},
         "step_seconds": statistics.median(seconds),
         "wait_seconds": statistics.fmean(line.get("timing", {}).get("wait", 0.0) for line in lines),
@@ -119,6 +121,24 @@ def _row(
         **rates(flops * len(lines), sum(seconds), peak),
         "seconds_in_all": sum(seconds),
         "share": phases.share_of_time(sum(seconds), wall),
+    }
+
+
+def occupancy(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Count the valid tokens of steps that report them; nothing where none does, as in runs of earlier versions.
+
+    Returns:
+      `valid_tokens`, `padding`, the share of positions without one, and `tokens_per_second`, of valid tokens alone.
+    """
+    told = [line for line in lines if line.get("tokens") and "valid_tokens" in line]
+    if not told:
+        return {}
+    valid, positions = (sum(line[name] for line in told) for name in ("valid_tokens", "tokens"))
+    seconds = sum(line.get("timing", {}).get("seconds", 0.0) for line in told)
+    return {
+        "valid_tokens": round(valid),
+        "padding": 1 - valid / positions,
+        **({"tokens_per_second": valid / seconds} if seconds > 0 else {}),
     }
 
 
@@ -156,11 +176,19 @@ def read(workdir: epath.Path) -> dict[str, Any]:
 def scalars(found: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a summary by name: `run/goodput`, `run/mfu`, `run/TASK/mfu` and so on."""
     names = ("goodput", "flops_per_second", "mfu")
+    of_each = (
+        "step_seconds",
+        "switch_seconds",
+        "tokens_per_second",
+        "padding",
+        *names[1:],
+        "share",
+    )
     of_run = {f"run/{name}": found[name] for name in names if name in found}
     of_tasks = {
         f"run/{row['task']}/{name}": row[name]
         for row in found["tasks"]
-        for name in ("step_seconds", "switch_seconds", "flops_per_second", "mfu", "share")
+        for name in of_each
         if name in row
     }
     return of_run | of_tasks

@@ -11,58 +11,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jax.nn import initializers
 
 from mmjax.bounds import AMOUNT, COUNT, check
-from mmjax.diffusion import Diffusion, time_features
+from mmjax.data.binning import even_groups
+from mmjax.diffusion import Diffusion
 from mmjax.errors import UserError
 from mmjax.generation import Sampling
 from mmjax.interleaved import Composer
-from mmjax.layers.dense import Dense, Mlp
+from mmjax.layers.adapter import Adapter
 from mmjax.layers.masks import FULL, Causal, KeyIs, Mask, QueryIs, Same
-from mmjax.layers.packing import pack, positions, unpack
+from mmjax.layers.packing import Region, lay, lift, pack, positions, share, unpack
 from mmjax.layers.stream import Aux, Stream, concatenate
-from mmjax.layers.unet import UNet
 from mmjax.modalities.image import patchify, unpatchify
 from mmjax.modality import Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Coupled, Loss, Part, Represented, Span, refuse_drop, row_keys
-from mmjax.objectives.masked_image import as_pixels, patch_side
-from mmjax.parameters import declare
+from mmjax.objective import (
+    Coupled,
+    Loss,
+    Objective,
+    Occupancy,
+    Part,
+    Represented,
+    Span,
+    refuse_drop,
+    row_keys,
+)
+from mmjax.objectives.masked_image import patch_side
+from mmjax.viewing import span_values, viewed
 
-_FEATURES = 128  # of a time
-
-
-class Adapter(nnx.Module):
-    """What stands between the trunk and the outputs, by modality.
-
-    `begin` is the token before a discrete span, `logits` its output; `time` tells a continuous span's tokens how noisy
-    they are, `values` is its output, and `unet`, where there is one, a second way in and out.
-    """
-
-    def __init__(
-        self, width: int, vocabularies: Mapping[str, int], sizes: Mapping[str, int], channels: int
-    ):
-        begin = initializers.normal(0.1)
-        self.begin = nnx.Dict(
-            {m: declare((width,), (None,), begin, decay=False) for m in vocabularies}
-        )
-        self.logits = nnx.Dict(
-            {
-                m: Dense(width, n, ("embed", "vocabulary"), bias=False)
-                for m, n in vocabularies.items()
-            }
-        )
-        self.features = nnx.Dict({m: Dense(_FEATURES, width, (None, "embed")) for m in sizes})
-        self.time = nnx.Dict({m: Mlp(width, width) for m in sizes})
-        zeros = initializers.zeros
-        self.values = nnx.Dict(
-            {m: Dense(width, n, ("embed", None), init=zeros) for m, n in sizes.items()}
-        )
-        patch = {m: round((n / 3) ** 0.5) for m, n in sizes.items()}
-        self.unet = nnx.Dict(
-            {m: UNet(patch[m], channels, width) for m in sizes} if channels else {}
-        )
+_ALL = 2**31 - 1  # slots: as many as there can be tokens
 
 
 @struct.dataclass
@@ -85,16 +62,19 @@ class Outputs:
     """What a pass says of the spans, by modality.
 
     Attributes:
-      logits: of each token of a discrete span, `[B, L, V]`.
+      logits: of each token of a discrete span, `[B, L, V]`; of the slots that spans share, from the second on,
+        `[R, T - 1, V]`.
       values: of a continuous span's noise, `[B, S, P]`.
       there: which of its tokens exist, `[B, S]`.
       aux: the trunk's.
+      regions: of the discrete spans that share slots.
     """
 
     logits: dict[str, jax.Array]
     values: dict[str, jax.Array]
     there: dict[str, jax.Array]
     aux: Aux
+    regions: dict[str, Region] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +88,14 @@ class Transfusion(Coupled):
     With discrete spans alone it is Chameleon's objective; with one span alone a language model (MonoFormer alternates
     that with drawing); with several continuous spans that are `mutual`, each with a time of its own, UniDiffuser's.
 
+    Sequences have static shapes. By default each span has slots for the longest text, and most of a short text's are
+    padding. With `capacity`, the texts of a sequence's items lie without gaps in slots that they share. So that their
+    lengths add up to about the same in every sequence, the loader groups the rows of a `window` by length; no example
+    is left out, moves to another step, or meets other random numbers on the host, and each window is a function of its
+    own examples alone, whatever the mesh. Texts that together exceed the capacity are cut to the largest common length
+    that fits, reported as `cut MODALITY` (the share of its tokens). Evaluation cuts nothing: there the shared slots
+    hold every text whole. Of an item that is not cut, loss and gradient are those of the item alone.
+
     Attributes:
       order: the modalities of an item, as they are read.
       discrete: those that are predicted token by token; the first of them is what it writes of another modality.
@@ -119,9 +107,20 @@ class Transfusion(Coupled):
       drop: share of rows that lose a discrete span which comes first, for guidance.
       swap: share of rows that are read from the last span to the first.
       pack: items of a sequence; with `across` they are one document, else they do not see each other.
+      capacity: by discrete modality, slots that the spans of a sequence share, each with the token of its beginning;
+        a modality without an entry has slots for its longest span in each item.
+      window: consecutive rows of a batch that are grouped by length into sequences, a multiple of `pack` that divides
+        the batch (the whole batch, if that is smaller); 0 to take them as they come. A process reads whole windows:
+        choose one that divides its rows.
+      z_loss: weight of the mean of `logsumexp(logits)^2` of discrete tokens (Chameleon: 1e-5).
       mutual: continuous spans see each other whatever their order.
       channels: of the first size of a U-Net between the trunk and pictures; 0 for linear adapters.
-      steps, guidance, sampling: of what is drawn and written.
+      steps: of drawing a continuous span.
+      guidance: weight g of a drawn span's guided prediction, `without + g (with - without)`, `without` being without
+        the discrete span that comes first and with other `mutual` spans as pure noise; 1 for no guidance. By default
+        it is 3 where there is something to be guided by. A number for a sequence without such is an error.
+      sampler: `ddim` (deterministic) or `ddpm` (ancestral), see `mmjax.diffusion`.
+      sampling: of what is written.
     """
 
     order: tuple[str, ...] = ("text", "image")
@@ -133,16 +132,20 @@ class Transfusion(Coupled):
     drop: float = 0.1
     swap: float = 0.0
     pack: int = 1
+    capacity: dict[str, int] = field(default_factory=dict)
+    window: int = 0
     across: bool = False
     mutual: bool = False
     channels: int = 0
+    z_loss: float = 0.0
     steps: int = 25
-    guidance: float = 3.0
+    guidance: float | None = None
+    sampler: str = "ddim"
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
-        Diffusion(self.target)
-        check(self, weight=AMOUNT, weights=AMOUNT, steps=COUNT, guidance=AMOUNT)
+        Diffusion(self.target, self.sampler)
+        check(self, weight=AMOUNT, weights=AMOUNT, steps=COUNT, guidance=AMOUNT, z_loss=AMOUNT)
         if not self.order or len(set(self.order)) < len(self.order):
             raise UserError(
                 f"transfusion: order is {list(self.order)}; it names each modality once, and one at least."
@@ -157,14 +160,76 @@ class Transfusion(Coupled):
             raise UserError(
                 f"transfusion: pack is {self.pack}, at least 1; channels {self.channels}, not below 0."
             )
+        self._check_capacity()
+
+    def _check_capacity(self) -> None:
+        for name, slots in self.capacity.items():
+            if name not in self.discrete:
+                raise UserError(
+                    f"transfusion: capacity names '{name}', which is not in discrete {list(self.discrete)}."
+                )
+            if slots < 2 * self.pack:
+                raise UserError(
+                    f"transfusion: capacity of '{name}' is {slots}; each of the {self.pack} items of a sequence needs "
+                    f"a token for its beginning and one more: at least {2 * self.pack}."
+                )
+        if self.window < 0 or self.window % self.pack:
+            raise UserError(
+                f"transfusion: window is {self.window}; expected 0 or a multiple of pack, {self.pack}."
+            )
+        if self.window and (self.across or not self.capacity):
+            raise UserError(
+                f"transfusion: window is {self.window}, which groups items by length for `capacity`, and not those "
+                "of documents (`across`). Set it to 0."
+            )
 
     @property
     def continuous(self) -> tuple[str, ...]:
         """The modalities that diffusion learns."""
         return tuple(m for m in self.order if m not in self.discrete)
 
+    @property
+    def compact(self) -> bool:
+        """Whether positions count the tokens that exist; else they count slots."""
+        return bool(self.swap or self.capacity)
+
     def reads(self) -> tuple[str, ...]:
         return self.order
+
+    def whole(self) -> Objective:
+        """Slots for all of each text; items that do not see each other are then a sequence each."""
+        pack = self.pack if self.across or not self.capacity else 1
+        return replace(self, capacity=dict.fromkeys(self.capacity, _ALL), window=0, pack=pack)
+
+    def rows_together(self) -> int:
+        return self.pack
+
+    def window_rows(self, batch: int) -> int:
+        return min(self.window, batch) or 1
+
+    def arranged(self, rows: Sequence[Any]) -> Sequence[int]:
+        lengths = [sum(int(r["inputs"][m]["valid"].sum()) for m in self.capacity) for r in rows]
+        return even_groups(lengths, self.pack)
+
+    def occupancy(self, model: Model, batch: Batch, key: jax.Array) -> Occupancy:
+        """Count the tokens of the sequences, with those that begin spans; what is dropped or cut does not count."""
+        inputs, choices = batch["inputs"], self._choices(row_keys(batch, key))
+        counts, total = [], 0
+        for name in self.order:
+            begins = int(name in self.discrete)
+            if begins:
+                valid_BS = inputs[name]["valid"] & self._kept(name, *choices)[:, None]
+            else:
+                valid_BS = model.tokens(name, inputs[name]).mask_BS()
+            if name in self.capacity:
+                region = share(valid_BS, self.pack, self.capacity[name], batch["valid"])
+                counts.append(region.counts_RN.reshape(-1))
+                total += region.item_RT.size
+            else:
+                counts.append(begins + valid_BS.sum(axis=1, dtype=jnp.int32))
+                total += valid_BS.shape[0] * (begins + valid_BS.shape[1])
+        valid_B = jnp.where(batch["valid"], sum(counts[1:], counts[0]), 0)
+        return Occupancy(valid_B.sum(), total)
 
     def check_inputs(self, inputs: Mapping[str, Input]) -> None:
         super().check_inputs(inputs)
@@ -177,6 +242,11 @@ class Transfusion(Coupled):
                     f"transfusion: discrete is {list(self.discrete)}; modality '{name}' "
                     f"{'has' if 'ids' in inputs[name].arrays() else 'has no'} token ids."
                 )
+        for name in self.capacity:
+            if not hasattr(inputs[name].modality, "words"):
+                raise UserError(
+                    f"transfusion: capacity names '{name}', which is no text: its spans have one length. Leave it out."
+                )
         for name in self.continuous if self.channels else ():
             pixels = inputs[name].arrays().get("pixels")
             if pixels is None or len(pixels.shape) != 3:
@@ -185,15 +255,28 @@ class Transfusion(Coupled):
                     "Set channels to 0."
                 )
         vocabularies = {m: _vocabulary(inputs[m]) for m in self.order if m in self.discrete}
-        sizes = {m: _values(inputs[m], width) for m in self.continuous}
+        sizes = {m: _size(inputs[m], width) for m in self.continuous}
         return {"adapter": Adapter(width, vocabularies, sizes, self.channels)}
 
     # --- the spans -----------------------------------------------------------------------------
 
     def written(self, model: Model, name: str, arrays: Any, keep_B: jax.Array) -> Stream:
         """A discrete span: the token of its beginning, and its tokens, which rows that are not kept lack."""
-        adapter = model.heads[self.head].adapter
-        return _begun(model.tokens(name, arrays), adapter.begin[name][...], keep_B)
+        begun: Stream = model.heads[self.head].adapter.begun(
+            name, model.tokens(name, arrays), keep_B
+        )
+        return begun
+
+    def shared(self, model: Model, name: str, arrays: Any, region: Region) -> Stream:
+        """The discrete spans of sequences that share slots, each after the token of its beginning: `[R, T, D]`."""
+        laid = {
+            "ids": region.pick(arrays["ids"]),
+            "valid": region.valid_RT,
+            "index": jnp.maximum(region.index_RT - 1, 0),
+        }
+        adapter: Any = model.heads[self.head].adapter
+        begun: Stream = adapter.begun_in(name, model.tokens(name, laid), region)
+        return begun
 
     def noisy(
         self, model: Model, name: str, arrays: Any, x_t: jax.Array, t_B: jax.Array
@@ -201,7 +284,7 @@ class Transfusion(Coupled):
         """A continuous span of values `x_t` `[B, S, P]`, and what its way back needs; shapes are those of `arrays`."""
         adapter = model.heads[self.head].adapter
         stream = model.tokens(name, arrays, x_t)
-        time_BD = adapter.time[name](adapter.features[name](time_features(t_B, _FEATURES)))
+        time_BD = adapter.times(name, t_B)
         x_BSD, went = stream.x_BSD + time_BD[:, None].astype(stream.x_BSD.dtype), None
         if name in adapter.unet:
             height, width = arrays["pixels"].shape[1:3]
@@ -227,7 +310,9 @@ class Transfusion(Coupled):
     def mask(self) -> Mask:
         """Causal, or of the same continuous span; within an item unless `across`."""
         within = Same("item") if self.pack > 1 else FULL
-        found: Mask = Causal()
+        # Where all items are read in the order in which they lie, a mask that is known before the program runs.
+        lies_in_order = self.capacity and not (self.swap or self.across)
+        found: Mask = Causal("index") if lies_in_order else Causal()
         for name in self.continuous:
             found = found | (Same("segment") & KeyIs("modality", name))
         if self.mutual:
@@ -237,33 +322,56 @@ class Transfusion(Coupled):
         return found if self.across else found & within
 
     def run(
-        self, model: Model, inputs: Any, x_t: Mapping[str, jax.Array], draws: Draws, key: jax.Array
+        self,
+        model: Model,
+        inputs: Any,
+        x_t: Mapping[str, jax.Array],
+        draws: Draws,
+        key: jax.Array,
+        exists_B: jax.Array | None = None,
     ) -> Outputs:
-        """One pass: all spans of noised values `x_t`."""
-        streams, ways = [], {}
-        for index, name in enumerate(self.order):
-            if name in self.discrete:
-                kept_B = draws.keep_B | ~self._comes_first(index, draws.swapped_B)
-                streams.append(self.written(model, name, inputs[name], kept_B))
-            else:
-                stream, ways[name] = self.noisy(
+        """One pass: all spans of noised values `x_t`; rows that do not exist take no shared slots."""
+        streams, ways, regions = dict[str, Stream](), {}, dict[str, Region]()
+        for name in self.order:
+            if name not in self.discrete:
+                streams[name], ways[name] = self.noisy(
                     model, name, inputs[name], x_t[name], draws.times[name]
                 )
-                streams.append(stream)
-        x_BSD, aux = self._trunk(model, streams, draws.swapped_B, key)
-        lengths = [stream.x_BSD.shape[1] for stream in streams]
-        parts = jnp.split(x_BSD, list(accumulate(lengths))[:-1], axis=1)
-        out = dict(zip(self.order, parts, strict=True))
+                continue
+            kept_B = self._kept(name, draws.keep_B, draws.swapped_B)
+            if name in self.capacity:
+                valid_BL = inputs[name]["valid"] & kept_B[:, None]
+                regions[name] = share(valid_BL, self.pack, self.capacity[name], exists_B)
+                streams[name] = self.shared(model, name, inputs[name], regions[name])
+            else:
+                streams[name] = self.written(model, name, inputs[name], kept_B)
+        if regions:
+            out, aux = self._dense(model, streams, regions, draws.swapped_B, key)
+        else:
+            x_BSD, aux = self._trunk(model, list(streams.values()), draws.swapped_B, key)
+            lengths = [stream.x_BSD.shape[1] for stream in streams.values()]
+            parts = jnp.split(x_BSD, list(accumulate(lengths))[:-1], axis=1)
+            out = dict(zip(self.order, parts, strict=True))
         return Outputs(
             {m: self.logits(model, m, out[m][:, :-1]) for m in self.order if m in self.discrete},
             {m: self.predicted(model, m, out[m], ways[m]) for m in self.continuous},
-            {
-                m: stream.mask_BS()
-                for m, stream in zip(self.order, streams, strict=True)
-                if m in self.continuous
-            },
+            {m: streams[m].mask_BS() for m in self.continuous},
             aux,
+            regions,
         )
+
+    def _dense(
+        self,
+        model: Model,
+        streams: Mapping[str, Stream],
+        regions: Mapping[str, Region],
+        swapped_B: jax.Array,
+        key: jax.Array,
+    ) -> tuple[dict[str, jax.Array], Aux]:
+        """The trunk's outputs of sequences whose texts share slots, by modality, see `lift`."""
+        stream = lay(streams, regions, self.pack, swapped_B)
+        stream, aux = model.encode([stream], key, self.mask())
+        return lift(stream.x_BSD, streams, regions, self.pack), aux
 
     def _trunk(
         self, model: Model, streams: Sequence[Stream], swapped_B: jax.Array, key: jax.Array
@@ -275,12 +383,12 @@ class Transfusion(Coupled):
         stream, aux = model.encode([pack(stream, self.pack)], key, self.mask())
         return unpack(stream.x_BSD, self.pack), aux
 
-    def _comes_first(self, index: int, swapped_B: jax.Array) -> jax.Array:
-        """Rows in which the span of this index comes before another."""
-        last = len(self.order) - 1
+    def _kept(self, name: str, keep_B: jax.Array, swapped_B: jax.Array) -> jax.Array:
+        """Rows that have this discrete span: all but those that are to lose the one which comes first."""
+        index, last = self.order.index(name), len(self.order) - 1
         if not last:
-            return jnp.zeros_like(swapped_B)
-        return jnp.where(swapped_B, index == last, index == 0)
+            return jnp.ones_like(keep_B)
+        return keep_B | ~jnp.where(swapped_B, index == last, index == 0)
 
     # --- the loss ------------------------------------------------------------------------------
 
@@ -293,14 +401,12 @@ class Transfusion(Coupled):
         x = {m: stems[m].values(inputs[m], dtype) for m in self.continuous}
         draws = self.draw(row_keys(batch, key), x)
         x_t = {m: diffusion.noised(x[m], draws.noise[m], draws.times[m]) for m in x}
-        out = self.run(model, inputs, x_t, draws, key)
+        out = self.run(model, inputs, x_t, draws, key, batch["valid"])
         rows: dict[str, Any] = {}
-        for index, name in enumerate(self.order):
+        for name in self.order:
             if name in self.discrete:
-                kept_B = draws.keep_B | ~self._comes_first(index, draws.swapped_B)
-                told_BL = inputs[name]["valid"] & kept_B[:, None]
-                losses_BL = next_token_losses(out.logits[name], inputs[name]["ids"])
-                rows[name] = _total(losses_BL, told_BL, dtype)
+                kept_B = self._kept(name, draws.keep_B, draws.swapped_B)
+                rows[name] = self._discrete(name, inputs[name], kept_B, out, dtype)
             else:
                 wanted = diffusion.wanted(x[name], draws.noise[name], draws.times[name])
                 error = jnp.square(out.values[name].astype(dtype) - wanted).mean(axis=-1)
@@ -309,26 +415,58 @@ class Transfusion(Coupled):
                 rows[name] = {**_mean(error, there_BS), "nothing": _mean(nothing, there_BS)["sum"]}
         return Represented(rows, out.aux)
 
+    def _discrete(
+        self, name: str, arrays: Any, kept_B: jax.Array, out: Outputs, dtype: Any
+    ) -> dict[str, jax.Array]:
+        """The summed losses of each row's tokens of a discrete modality, their number, and how many were cut."""
+        ids, told, region = arrays["ids"], arrays["valid"] & kept_B[:, None], None
+        if name in out.regions:
+            region = out.regions[name]
+            ids, told = region.pick(ids)[:, 1:], region.told_RT()
+        logits = out.logits[name]
+        terms = {"sum": next_token_losses(logits, ids), "count": told}
+        if self.z_loss:
+            terms["z"] = jnp.square(jax.nn.logsumexp(_wide(logits), axis=-1))
+
+        def total(x: jax.Array) -> jax.Array:
+            x = jnp.where(told, x, 0)
+            return (x.sum(axis=1) if region is None else region.following(x)).astype(dtype)
+
+        found = {term: total(x) for term, x in terms.items()}
+        if region is not None:
+            found["cut"] = region.cut_RN.reshape(-1).astype(dtype)
+        return found
+
     def draw(self, keys_B: jax.Array, x: Mapping[str, jax.Array]) -> Draws:
         """Of each row by its own key, for clean values `x`."""
         dtype = jax.tree.leaves(dict(x))[0].dtype if x else jnp.float32
 
         def of_row(key: jax.Array) -> Any:
-            time, noise, sees, swap = jax.random.split(key, 4)
+            time, noise, _, _ = jax.random.split(key, 4)
             t = jax.random.uniform(time, (len(self.continuous),), dtype)
             e = {
                 m: jax.random.normal(jax.random.fold_in(noise, i), x[m].shape[1:], dtype)
                 for i, m in enumerate(self.continuous)
             }
-            return t, e, jax.random.uniform(sees), jax.random.uniform(swap)
+            return t, e
 
-        t_BM, noise, sees_B, swap_B = jax.vmap(of_row)(keys_B)
-        swapped_B = swap_B < self.swap
+        t_BM, noise = jax.vmap(of_row)(keys_B)
+        keep_B, swapped_B = self._choices(keys_B)
         times = {
             m: t_BM[:, i] * self._limits(m, swapped_B).astype(dtype)
             for i, m in enumerate(self.continuous)
         }
-        return Draws(times, noise, sees_B >= self.drop, swapped_B)
+        return Draws(times, noise, keep_B, swapped_B)
+
+    def _choices(self, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`keep_B` and `swapped_B` of `Draws`."""
+
+        def of_row(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            _, _, sees, swap = jax.random.split(key, 4)
+            return jax.random.uniform(sees), jax.random.uniform(swap)
+
+        sees_B, swap_B = jax.vmap(of_row)(keys_B)
+        return sees_B >= self.drop, swap_B < self.swap
 
     def _limits(self, name: str, swapped_B: jax.Array) -> jax.Array:
         index = self.order.index(name)
@@ -352,6 +490,14 @@ class Transfusion(Coupled):
             value = value + weight * metrics[name]
             baseline = baseline + weight * nothing
             parts[name] = Part(weight, total["count"])
+            if "z" in total:
+                metrics[f"z {name}"] = total["z"] / count
+                value = value + weight * self.z_loss * metrics[f"z {name}"]
+                parts[f"z {name}"] = Part(weight * self.z_loss, total["count"])
+            if "cut" in total:
+                metrics[f"cut {name}"] = total["cut"] / jnp.maximum(
+                    total["cut"] + total["count"], 1
+                )
         return Loss(value, {**metrics, "baseline": baseline}, parts=parts)
 
     # --- what it writes and draws --------------------------------------------------------------
@@ -389,10 +535,15 @@ class Transfusion(Coupled):
     def composes(self) -> tuple[str, ...]:
         return self.order
 
+    def beside(self, modalities: Sequence[str]) -> tuple[str, ...]:
+        """Spans that see each other were all there in training: those that are not given are pure noise."""
+        mutual = self.continuous if self.mutual else ()
+        return tuple(m for m in mutual if m not in modalities) if {*mutual} & {*modalities} else ()
+
     def compose(self, model: Model, spans: Sequence[Span], keys_B: jax.Array) -> list[jax.Array]:
         made = Composer(self, model, spans).compose(keys_B)
         wanted = [span for span in spans if span.made]
-        return [_seen(model, span, x) for span, x in zip(wanted, made, strict=True)]
+        return [viewed(model, span, x) for span, x in zip(wanted, made, strict=True)]
 
     def shows(self) -> tuple[str, ...]:
         if len(self.order) < 2 or self.order[0] not in self.discrete:
@@ -402,7 +553,7 @@ class Transfusion(Coupled):
     def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """Pictures of the data, and what the model draws from their texts; nothing if they are no pictures."""
         last, keys_B = Span(self.order[-1], batch["inputs"][self.order[-1]]), row_keys(batch, key)
-        given = _as_given(model, last)
+        given = span_values(model, last)
         if given.dtype != jnp.uint8:
             return {}
         before = [Span(m, batch["inputs"][m]) for m in self.order[:-1]]
@@ -410,39 +561,14 @@ class Transfusion(Coupled):
         return dict(zip(self.shows(), (given, drawn), strict=True))
 
 
-def _as_given(model: Model, span: Span) -> jax.Array:
-    """What a given span holds, as `compose` gives what it makes."""
-    stem: Any = model.stems[span.name]
-    if "ids" in span.arrays:
-        return _seen(model, span, span.arrays["ids"])
-    return _seen(model, span, stem.values(span.arrays, jnp.float32))
-
-
-def _seen(model: Model, span: Span, x: jax.Array) -> jax.Array:
-    """Ids or values of a span, as a person looks at them."""
-    stem: Any = model.stems[span.name]
-    if hasattr(stem, "pictures"):
-        return jnp.asarray(stem.pictures(x))
-    pixels = span.arrays.get("pixels")
-    if pixels is None or pixels.ndim != 4:
-        return x
-    height, width = pixels.shape[1:3]
-    return as_pixels((unpatchify(x, height, width, patch_side(x)) + 1) / 2)
-
-
 def next_token_losses(logits_BLV: jax.Array, ids_BL: jax.Array) -> jax.Array:
     """`-log softmax(logits)[id]` of each token, `[B, L]`, in float32 or wider."""
-    wide = logits_BLV.astype(jnp.promote_types(logits_BLV.dtype, jnp.float32))
-    logs_BLV = jax.nn.log_softmax(wide, axis=-1)
+    logs_BLV = jax.nn.log_softmax(_wide(logits_BLV), axis=-1)
     return -jnp.take_along_axis(logs_BLV, ids_BL[..., None], axis=-1)[..., 0]
 
 
-def _total(x_BL: jax.Array, told_BL: jax.Array, dtype: Any) -> dict[str, jax.Array]:
-    """Of each row the sum of what is told, and the number of its terms."""
-    return {
-        "sum": jnp.where(told_BL, x_BL, 0).sum(axis=1).astype(dtype),
-        "count": told_BL.sum(axis=1).astype(dtype),
-    }
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _mean(x_BS: jax.Array, there_BS: jax.Array) -> dict[str, jax.Array]:
@@ -457,7 +583,7 @@ def _vocabulary(given: Input) -> int:
     return int(modality.vocabulary)
 
 
-def _values(given: Input, width: int) -> int:
+def _size(given: Input, width: int) -> int:
     """How many numbers a token of a continuous modality is made of.
 
     Raises:
@@ -470,17 +596,3 @@ def _values(given: Input, width: int) -> int:
         )
     rows = {n: jax.ShapeDtypeStruct((1, *s.shape), s.dtype) for n, s in given.arrays().items()}
     return int(jax.eval_shape(lambda arrays: stem.values(arrays, jnp.float32), rows).shape[-1])
-
-
-def _begun(stream: Stream, begin_D: jax.Array, keep_B: jax.Array) -> Stream:
-    """A span's stream with the token of its beginning; rows that are not kept have nothing else."""
-    rows, length, width = stream.x_BSD.shape
-    begin = jnp.broadcast_to(begin_D.astype(stream.x_BSD.dtype), (rows, 1, width))
-    valid = stream.mask_BS() & keep_B[:, None]
-    return replace(
-        stream,
-        x_BSD=jnp.concatenate([begin, stream.x_BSD], axis=1),
-        valid_BS=jnp.concatenate([jnp.ones((rows, 1), bool), valid], axis=1),
-        coordinates={},
-        layout=((stream.layout[0][0], length + 1),),
-    )

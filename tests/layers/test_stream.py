@@ -110,6 +110,7 @@ def test_a_masks_attributes_are_those_of_the_layout_and_its_own() -> None:
     found = {name: np.asarray(a).tolist() for name, a in pairs.queries.items()}
     names = [[code("image")] * 3 + [code("text")] * 2]
     assert found == {
+        "index": [[0, 1, 2, 3, 4]],
         "position": [[0, 1, 2, 3, 4]],
         "segment": [[0, 0, 0, 1, 1]],
         "modality": names,

@@ -137,17 +137,18 @@ def test_a_terminal_gets_bold_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_programs() -> None:
     rows = [
-        {"name": "image_text", "kind": "train", "shape": "128 x image 64x64x3, text 32"}
-        | {"bytes": 812345678, "flops": 1.23e10, "compile_seconds": 12.3, "cached": False},
+        {"name": "image_text", "kind": "train", "shape": "128 x (64x64x3+32)"}
+        | {"bytes": 812345678, "flops": 1.23e10, "compile_seconds": 12.3, "cached": False}
+        | {"tokens": 12_288},
         {"name": "mim", "kind": "predict/one+other", "shape": None, "bytes": None, "flops": None}
         | {"compile_seconds": 0.4, "cached": True},
     ]
     assert _print(rows, table=display.program_table) == [
         "Programs (2)",
-        "task        for      shape                          memory   FLOPs  compile",
-        "---------------------------------------------------------------------------",
-        "image_text  train    128 x image 64x64x3, text 32  775 MiB  12.3 G  12.3s",
-        "mim         predict                                      -       -  cached",
+        "task        for      shape               positions   memory   FLOPs  compile",
+        "----------------------------------------------------------------------------",
+        "image_text  train    128 x (64x64x3+32)      12.3k  775 MiB  12.3 G  12.3s",
+        "mim         predict                              -        -       -  cached",
         "",
     ]
 

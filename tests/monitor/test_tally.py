@@ -40,6 +40,15 @@ def test_a_row_by_hand() -> None:
     assert "mfu" not in tally.task_rows(lines, FLOPS, wall=12.0)[0]
 
 
+def test_padding_is_no_token() -> None:
+    """Of 12 positions a step, 9 and 6 hold a token: 15 of 24, in 3 seconds. Lines of earlier versions do not count."""
+    lines = [line(0, "a", 1.0, valid_tokens=9.0), line(1, "a", 2.0, valid_tokens=6.0)]
+    [row] = tally.task_rows([*lines, line(2, "a", 7.0)], FLOPS, wall=12.0)
+    told = {name: row[name] for name in ("tokens", "valid_tokens", "padding", "tokens_per_second")}
+    assert told == {"tokens": 36, "valid_tokens": 15, "padding": 0.375, "tokens_per_second": 5.0}
+    assert "padding" not in tally.task_rows([line(2, "a", 7.0)], FLOPS, wall=12.0)[0]
+
+
 def test_a_gradient_that_is_not_finite_is_a_step_without_update() -> None:
     [row] = tally.task_rows([line(0, "a", 1.0, grad_norm=math.inf), line(1, "a", 1.0)], FLOPS, 1.0)
     assert row["skipped"] == 1
@@ -103,6 +112,7 @@ def test_every_line_tells_its_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for found in lines:
         timing = found["timing"]
         assert (found["examples"], found["tokens"]) == sizes[found["task"]]
+        assert found["valid_tokens"] == found["tokens"]  # every toy has all of its tokens
         assert timing["mfu"] == pytest.approx(timing["flops_per_second"] / 1e9)
         assert timing["flops_per_second"] * timing["seconds"] > 1e4
         assert timing.get("busy", 1.0) > 0
@@ -133,22 +143,23 @@ def test_the_peak_is_known_from_the_lines(tmp_path: Path) -> None:
 
 def test_tables_at_the_end() -> None:
     seconds = {"step": 60.0, "wait_data": 20.0, "repeated": 0.0, "other": 20.0, "total": 100.0}
-    rows = tally.task_rows([line(0, "a", 0.5), line(1, "b", 30.0)], FLOPS, 100.0, peak=32.0)
+    lines = [line(0, "a", 0.5, valid_tokens=9.0), line(1, "b", 30.0)]
+    rows = tally.task_rows(lines, FLOPS, 100.0, peak=32.0)
     rows[1]["switch_seconds"] = -0.002
     stream = StringIO()
     summary_tables({"seconds": {**seconds, "attempts": 2.0}, "tasks": rows}, stream)
     assert stream.getvalue().splitlines() == [
-        "Tasks (loss and gradient norm: mean of the last 10 visits)",
-        "task  visits  examples  tokens  loss  gradient  skipped",
-        "-------------------------------------------------------",
-        "a          8         4      12  1.00      2.00",
-        "b          8         4      12  1.00      2.00",
+        "Tasks (tokens without padding; loss, gradient norm: mean of last 10 visits)",
+        "task  visits  examples  tokens  padding  loss  gradient  skipped",
+        "----------------------------------------------------------------",
+        "a          8         4       9   25.0 %  1.00      2.00",
+        "b          8         4       -        -  1.00      2.00",
         "",
         "Steps (switch: longer after another task than after the same)",
-        "task  a step   wait  switch  FLOP/s     MFU  of time",
-        "----------------------------------------------------",
-        "a      500ms  125ms       -      16  50.0 %   0.50 %",
-        "b      30.0s   7.5s    -2ms       1   3.1 %   30.0 %",
+        "task  a step   wait  switch  tokens/s  FLOP/s     MFU  of time",
+        "--------------------------------------------------------------",
+        "a      500ms  125ms       -        18      16  50.0 %   0.50 %",
+        "b      30.0s   7.5s    -2ms         -       1   3.1 %   30.0 %",
         "",
         "Time (1m40s in 2 attempts)",
         "spent on                     time   share",

@@ -12,109 +12,42 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sequences import (
+    BLOCK,
+    CHAMELEON,
+    IMAGE_FIRST,
+    LENGTH,
+    MIXED,
+    MODALITIES,
+    ROWS,
+    SIZE,
+    TEXT_FIRST,
+    TOKENS,
+    UNIDIFFUSER,
+    UNTIED,
+    VALID,
+    VOCABULARY,
+    WIDTH,
+    batch,
+    built,
+    draws,
+    noised,
+    plan,
+)
 
 from mmjax.data.tokenizer import TokenIds
 from mmjax.errors import UserError
 from mmjax.interleaved import Composer
-from mmjax.layers.trunk import GroupConfig
-from mmjax.modalities.colours import Colours
-from mmjax.modalities.image import Image, ImageInput
-from mmjax.modalities.spectrogram import Spectrogram, SpectrogramInput
-from mmjax.modalities.text import Text, TextInput
-from mmjax.modalities.video import Video, VideoInput
-from mmjax.modality import Input
-from mmjax.model import ModelConfig, declare_model
+from mmjax.modalities.text import Text
 from mmjax.objective import Span, row_keys
 from mmjax.objectives.transfusion import Draws, Transfusion
 from mmjax.parameters import Declaration
-
-ROWS, SIZE, LENGTH, WIDTH, VOCABULARY = 4, 4, 5, 8, 11
-VALID = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]], bool)
-BLOCK = {"name": "transformer", "heads": 2, "hidden": 8}
-UNTIED = {**BLOCK, "untie": ["query", "mlp"], "modalities": ["text", "image"]}
-MODALITIES = {
-    "image": Image(patch=2, buckets=2),
-    "text": Text(vocabulary=VOCABULARY, buckets=8),
-    "colours": Colours(levels=2, buckets=4),
-    "video": Video(tube=1, patch=2, buckets=2, time_buckets=2),
-    "sound": Spectrogram(patch_frames=2, patch_mels=2, mels=4, buckets=2),
-}
-INPUTS = {
-    "image": Input("image", MODALITIES["image"], ImageInput(size=SIZE)),
-    "text": Input("text", MODALITIES["text"], TextInput(length=LENGTH)),
-    "colours": Input("colours", MODALITIES["colours"], ImageInput(size=2)),
-    "video": Input("video", MODALITIES["video"], VideoInput(size=SIZE, frames=2)),
-    "sound": Input("sound", MODALITIES["sound"], SpectrogramInput(frames=4)),
-}
-TOKENS = {"text": LENGTH + 1, "image": 4, "colours": 5, "sound": 4}
-TEXT_FIRST = Transfusion(head="head")
-IMAGE_FIRST = replace(TEXT_FIRST, order=("image", "text"))
-MIXED = replace(TEXT_FIRST, swap=0.5)
-CHAMELEON = replace(TEXT_FIRST, order=("text", "colours"), discrete=("text", "colours"))
-UNIDIFFUSER = replace(TEXT_FIRST, order=("image", "sound"), discrete=(), mutual=True)
 
 
 @pytest.fixture(autouse=True)
 def _x64() -> Iterator[None]:
     with jax.enable_x64(True):
         yield
-
-
-def built(objective: Transfusion, *blocks: Any) -> tuple[Declaration, dict[str, Any]]:
-    """The model's declaration, and random parameters."""
-    modalities = {m: MODALITIES[m] for m in objective.order}
-    config = ModelConfig(WIDTH, (GroupConfig(2, blocks or (BLOCK,)),))
-    heads = objective.heads(WIDTH, {m: INPUTS[m] for m in objective.order})
-    declaration = declare_model(config, modalities, [("head", heads)])
-    rng = np.random.default_rng(0)
-    return declaration, {
-        n: jnp.asarray(rng.normal(size=s.shape)) / (4 if "unet" in n else 1)
-        for n, s in declaration.specs.items()
-    }
-
-
-def batch(rows: int = ROWS) -> dict[str, Any]:
-    rng = np.random.default_rng(1)
-    pixels = rng.integers(0, 256, (rows, SIZE, SIZE, 3))
-    return {
-        "inputs": {
-            "image": {"pixels": jnp.asarray(pixels, jnp.uint8)},
-            "text": {
-                "ids": jnp.asarray(rng.integers(4, VOCABULARY, (rows, LENGTH)), jnp.int32),
-                "valid": jnp.asarray(VALID[:rows]),
-            },
-            "colours": {
-                "ids": jnp.asarray(rng.integers(0, 8, (rows, 4)), jnp.int32),
-                "valid": jnp.ones((rows, 4), bool),
-            },
-            "video": {
-                "pixels": jnp.asarray(rng.integers(0, 256, (rows, 2, SIZE, SIZE, 3)), jnp.uint8)
-            },
-            "sound": {
-                "mel": jnp.asarray(rng.normal(size=(rows, 4, 4)), jnp.float32),
-                "valid": jnp.array([[True, True], [True, False], [True, True], [True, True]])[:rows],
-            },
-        },
-        "fields": {},
-        "valid": jnp.array([True, True, False, True])[:rows],
-    }  # fmt: skip
-
-
-def draws(
-    objective: Transfusion, swapped: Any = False, keep: Any = True, time: float = 0.3
-) -> Draws:
-    times = {m: jnp.full(ROWS, time) for m in objective.continuous}
-    return Draws(
-        times,
-        {},
-        jnp.broadcast_to(jnp.asarray(keep), ROWS),
-        jnp.broadcast_to(jnp.asarray(swapped), ROWS),
-    )
-
-
-def noised(objective: Transfusion, model: Any) -> dict[str, jax.Array]:
-    inputs = batch()["inputs"]
-    return {m: 0.5 * model.stems[m].values(inputs[m], jnp.float64) for m in objective.continuous}
 
 
 def reach(objective: Transfusion, drawn: Draws, *blocks: Any) -> np.ndarray:
@@ -264,6 +197,32 @@ def test_the_loss_against_its_formula(name: str, target: str) -> None:
     np.testing.assert_allclose(loss.value, total, rtol=1e-6)
 
 
+@pytest.mark.parametrize("capacity", [{}, {"text": 10}])
+def test_the_z_loss_is_the_mean_square_of_the_log_of_the_sum(capacity: Any) -> None:
+    """Chameleon: 1e-5 log^2 Z of each discrete token that is told; a modality's weight holds for it too."""
+    objective = replace(CHAMELEON, z_loss=0.1, weights={"text": 3.0}, drop=0.0, capacity=capacity)
+    objective = replace(objective, pack=2)
+    declaration, p = built(objective)
+    model, b, key = declaration.merge(p), batch(), jax.random.key(3)
+    drawn = objective.draw(row_keys(b, key), {})
+    plain = replace(objective, capacity={}, pack=1)
+    out = plain.run(model, b["inputs"], {}, drawn, key)
+    told = {
+        "text": VALID & np.asarray(b["valid"])[:, None],
+        "colours": np.repeat(np.asarray(b["valid"])[:, None], 4, 1),
+    }
+    means = {
+        m: np.square(np.log(np.exp(np.asarray(out.logits[m])).sum(-1)))[told[m]].mean()
+        for m in told
+    }
+    with_z, without = (o(model, b, key) for o in (objective, replace(objective, z_loss=0.0)))
+    for m, mean in means.items():
+        np.testing.assert_allclose(with_z.metrics[f"z {m}"], mean, rtol=1e-6)
+    added = 0.1 * (3.0 * means["text"] + means["colours"])
+    np.testing.assert_allclose(with_z.value - without.value, added, rtol=1e-6)
+    assert "z text" not in without.metrics
+
+
 def objective_last(name: str) -> str:
     return CASES[name].order[-1]
 
@@ -325,11 +284,6 @@ def test_a_row_is_what_it_is_in_any_company(order: list[int]) -> None:
 # --- what is made ------------------------------------------------------------------------------
 
 
-def plan(objective: Transfusion, made: str) -> list[Span]:
-    inputs = batch()["inputs"]
-    return [Span(m, inputs[m], made=m == made) for m in objective.order]
-
-
 @pytest.mark.parametrize("block", [BLOCK, UNTIED], ids=["dense", "untied"])
 def test_what_is_held_predicts_as_the_whole_sequence_does(block: Any) -> None:
     declaration, p = built(TEXT_FIRST, block)
@@ -339,7 +293,7 @@ def test_what_is_held_predicts_as_the_whole_sequence_does(block: Any) -> None:
     composer = Composer(TEXT_FIRST, model, plan(TEXT_FIRST, "image"))
     text, image = plan(TEXT_FIRST, "image")
     past = composer.read(composer.begin(), [text])
-    held = composer._predict(past, [image], x_t, jnp.asarray(0.3), x_t)
+    held = composer._predict(past, [image], x_t, {"image": jnp.asarray(0.3)}, ["image"])
     np.testing.assert_allclose(held["image"], whole.values["image"], rtol=1e-9, atol=1e-9)
     told = composer.logits(composer.begin(), text)
     exists = np.asarray(inputs["text"]["valid"])
@@ -514,7 +468,8 @@ def test_what_a_given_span_tells_is_what_it_tells_in_training() -> None:
     whole = UNIDIFFUSER.run(model, inputs, x, drawn, jax.random.key(0))
     spans = plan(UNIDIFFUSER, "image")
     composer = Composer(UNIDIFFUSER, model, spans)
-    held = composer._predict(composer.begin(), spans, x, jnp.asarray(0.3), {"image": x["image"]})
+    times = {"image": jnp.asarray(0.3), "sound": jnp.asarray(0.0)}
+    held = composer._predict(composer.begin(), spans, x, times, ["image"])
     np.testing.assert_allclose(held["image"], whole.values["image"], rtol=1e-9, atol=1e-9)
 
 
@@ -590,6 +545,7 @@ def test_a_unet_reads_the_noise_and_the_time() -> None:
         ({"limit": 2}, "limit is 2"),
         ({"pack": 0}, "pack is 0"),
         ({"weights": {"speech": 1.0}}, "'speech' is not in order"),
+        ({"z_loss": -1.0}, "z_loss is -1.0"),
     ],
 )
 def test_settings_that_make_no_sense(words: Any, said: str) -> None:

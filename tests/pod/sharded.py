@@ -116,7 +116,7 @@ def _task(task: configs.Block, modalities: configs.Block) -> configs.Block:
     objective = _capped(task["objective"], queries=8, pooler_heads=8, joint=32, chunk=4)
     if objective["name"] in ("classification", "fusion"):
         objective["init"] = "lecun"  # at zero, as they begin, no gradient would come to the trunk
-    objective |= _capped(objective, pack=2, channels=4, steps=2, guidance=1.0)
+    objective |= _capped(objective, pack=2, window=2, channels=4, steps=2, guidance=1.0)
     is_groups = {
         k for k, v in objective.items() if isinstance(v, list) and v and isinstance(v[0], dict)
     }
