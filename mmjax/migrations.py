@@ -57,7 +57,11 @@ class Row:
     when: Callable[[Block, Block, tuple[str, ...]], bool] = always
 
 
-ROWS: tuple[Row, ...] = ()
+ROWS: tuple[Row, ...] = (
+    # Mamba's norm became the published one.
+    Row(2, "model.groups.*.pattern.*", "norm", "layer", named("mamba")),
+    Row(2, "tasks.*.objective.*.*.pattern.*", "norm", "layer", named("mamba")),
+)
 
 
 def upgrade(config: Mapping[str, Any], version: int) -> Block:
