@@ -12,7 +12,7 @@ from flax import nnx
 from jax.nn import initializers
 
 from mmjax.errors import UserError
-from mmjax.layers.positions import Positions, grid
+from mmjax.layers.positions import Placed, Positions, Table, grid, place
 from mmjax.layers.stream import Stream
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modality import ArraySpec, Modality
@@ -21,7 +21,7 @@ from mmjax.sharding import constrain
 
 
 @dataclass(frozen=True)
-class Colours(Modality[ImageInput]):
+class Colours(Placed, Modality[ImageInput]):
     """RGB pictures, each pixel one of `levels ** 3` colours.
 
     The paper's 512 colours are learned by k-means; these are a grid, so that no file comes with them.
@@ -29,6 +29,7 @@ class Colours(Modality[ImageInput]):
     Attributes:
       levels: of each of red, green and blue.
       buckets: position buckets per axis; the sides of the largest picture at least.
+      positions, positions_scale: see `mmjax.layers.positions.Placed`; without positions, a picture has any size.
     """
 
     Input = ImageInput
@@ -36,6 +37,7 @@ class Colours(Modality[ImageInput]):
     buckets: int = 64
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 2 <= self.levels <= 256:
             raise UserError(f"colours: levels is {self.levels}; expected 2 to 256.")
 
@@ -45,10 +47,13 @@ class Colours(Modality[ImageInput]):
         return self.levels**3
 
     def stem(self, width: int) -> nnx.Module:
-        return ColoursStem(self.levels, self.buckets, width)
+        buckets = {"y": self.buckets, "x": self.buckets}
+        return ColoursStem(self.levels, width, self.make_positions(width, buckets))
 
     def arrays(self, settings: ImageInput) -> ArraySpec:
-        if not 1 <= settings.size <= self.buckets:
+        if settings.size < 1:
+            raise UserError(f"colours: size is {settings.size}; it must be at least 1.")
+        if settings.size > self.limit(self.buckets):
             raise UserError(
                 f"colours: size is {settings.size}; expected 1 to the {self.buckets} position buckets."
             )
@@ -76,20 +81,18 @@ class ColoursStem(nnx.Module):
 
     end = None  # see `mmjax.modality.Stem`
 
-    def __init__(self, levels: int, buckets: int, width: int):
+    def __init__(self, levels: int, width: int, positions: Positions | Table | None):
         init = initializers.normal(0.1)
         self.levels = levels
         self.embedding = declare((levels**3, width), ("vocabulary", "embed"), init, decay=False)
-        self.positions = Positions(width, {"y": buckets, "x": buckets}, scale=0.05)
+        self.positions = positions
 
     def __call__(self, arrays: dict[str, jax.Array]) -> Stream:
         ids_BS = arrays["ids"]
         table_VD = constrain(self.embedding[...], ("vocabulary", None))
         side = round(ids_BS.shape[1] ** 0.5)
         coordinates = grid(y=side, x=side)
-        x_BSD = jnp.take(table_VD, ids_BS, axis=0) + self.positions(coordinates).astype(
-            table_VD.dtype
-        )
+        x_BSD = place(jnp.take(table_VD, ids_BS, axis=0), self.positions, coordinates)
         return Stream(x_BSD, None, coordinates, (("colours", x_BSD.shape[1]),))
 
     def pictures(self, ids_BS: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
-from mmjax.layers.positions import Positions, grid
+from mmjax.layers.positions import Placed, Positions, Table, grid, place
 from mmjax.layers.stream import Stream
 from mmjax.modalities.waveform import Sound, at_rate, loudness, patches, read, window
 from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays
@@ -51,7 +51,7 @@ class SpectrogramInput:
 
 
 @dataclass(frozen=True)
-class Spectrogram(Modality[SpectrogramInput]):
+class Spectrogram(Placed, Modality[SpectrogramInput]):
     """Log-mel spectrograms, made on the host.
 
     Frame i is the samples `x[i hop : i hop + window]` under a periodic Hann window w, its power spectrum
@@ -70,6 +70,7 @@ class Spectrogram(Modality[SpectrogramInput]):
       hop: samples from frame to frame.
       low, high: Hz where the first band begins and the last one ends; at most half the rate.
       buckets: position buckets in time; the patches of the longest sound at least.
+      positions, positions_scale: see `mmjax.layers.positions.Placed`; without positions, a sound has any length.
     """
 
     Input = SpectrogramInput
@@ -84,6 +85,7 @@ class Spectrogram(Modality[SpectrogramInput]):
     buckets: int = 64
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.low < self.high <= self.rate / 2:
             raise UserError(
                 f"spectrogram: bands from {self.low:g} to {self.high:g} Hz do not lie in order "
@@ -96,10 +98,13 @@ class Spectrogram(Modality[SpectrogramInput]):
 
     def stem(self, width: int) -> nnx.Module:
         size = (self.patch_frames, self.patch_mels)
-        return SpectrogramStem(size, (self.buckets, self.mels // self.patch_mels), width)
+        buckets = {"t": self.buckets, "f": self.mels // self.patch_mels}
+        return SpectrogramStem(size, width, self.make_positions(width, buckets))
 
     def arrays(self, settings: SpectrogramInput) -> ArraySpec:
-        count = patches("spectrogram frames", settings.frames, self.patch_frames, self.buckets)
+        count = patches(
+            "spectrogram frames", settings.frames, self.patch_frames, self.limit(self.buckets)
+        )
         self._bands()
         if settings.drop:
             values, bands = self.patch_frames * self.patch_mels, self.mels // self.patch_mels
@@ -196,10 +201,10 @@ class SpectrogramStem(nnx.Module):
 
     bound = None  # see `mmjax.modality.Stem`
 
-    def __init__(self, patch: tuple[int, int], buckets: tuple[int, int], width: int):
+    def __init__(self, patch: tuple[int, int], width: int, positions: Positions | Table | None):
         self.patch = patch
         self.embed = Dense(patch[0] * patch[1], width, (None, "embed"))
-        self.positions = Positions(width, {"t": buckets[0], "f": buckets[1]}, scale=0.05)
+        self.positions = positions
 
     def values(self, arrays: dict[str, jax.Array], dtype: Any) -> jax.Array:
         if "patches" in arrays:
@@ -212,7 +217,7 @@ class SpectrogramStem(nnx.Module):
         if values_BSP is None:
             values_BSP = self.values(arrays, dtype)
         coordinates, valid_BS = self._places(arrays)
-        x_BSD = self.embed(values_BSP.astype(dtype)) + self.positions(coordinates).astype(dtype)
+        x_BSD = place(self.embed(values_BSP.astype(dtype)), self.positions, coordinates)
         return Stream(x_BSD, valid_BS, coordinates, (("spectrogram", x_BSD.shape[1]),))
 
     def _places(self, arrays: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:

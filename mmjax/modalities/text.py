@@ -17,7 +17,7 @@ from jax.nn import initializers
 from mmjax.data import DATA_DIR_VARIABLE, data_dir
 from mmjax.data.tokenizer import EOS_ID, Tokenizer
 from mmjax.errors import UserError
-from mmjax.layers.positions import Positions
+from mmjax.layers.positions import Placed, Positions, Table, place
 from mmjax.layers.stream import Stream
 from mmjax.modality import ArraySpec, Modality
 from mmjax.parameters import declare
@@ -38,13 +38,14 @@ class TextInput:
 
 
 @dataclass(frozen=True)
-class Text(Modality[TextInput]):
+class Text(Placed, Modality[TextInput]):
     """Texts in UTF-8.
 
     Attributes:
       tokenizer: path of the SentencePiece model, under `folder`.
       vocabulary: rows of the embedding table; the tokenizer's size at least.
       buckets: position buckets; the longest text of any task at least.
+      positions, positions_scale: see `mmjax.layers.positions.Placed`; without positions, a text has any length.
     """
 
     Input = TextInput
@@ -53,10 +54,11 @@ class Text(Modality[TextInput]):
     buckets: int = 128
 
     def stem(self, width: int) -> nnx.Module:
-        return TextStem(self.vocabulary, self.buckets, width)
+        positions = self.make_positions(width, {"token": self.buckets})
+        return TextStem(self.vocabulary, self.buckets, width, positions)
 
     def arrays(self, settings: TextInput) -> ArraySpec:
-        if settings.length > self.buckets:
+        if settings.length > self.limit(self.buckets):
             raise UserError(
                 f"text length {settings.length} is over the {self.buckets} position buckets."
             )
@@ -122,11 +124,12 @@ class TextStem(nnx.Module):
 
     end = EOS_ID  # see `mmjax.modality.Stem`
 
-    def __init__(self, vocabulary: int, buckets: int, width: int):
+    def __init__(
+        self, vocabulary: int, buckets: int, width: int, positions: Positions | Table | None
+    ):
         init = initializers.normal(0.1)
         self.embedding = declare((vocabulary, width), ("vocabulary", "embed"), init, decay=False)
-        self.positions = Positions(width, {"token": buckets}, scale=0.05)
-        self.buckets = buckets
+        self.positions, self.buckets = positions, buckets
 
     def __call__(self, arrays: dict[str, jax.Array]) -> Stream:
         ids_BS = arrays["ids"]
@@ -137,7 +140,5 @@ class TextStem(nnx.Module):
         coordinates = {
             "token": (jnp.arange(ids_BS.shape[1], dtype=jnp.float32)[None] + 0.5) / self.buckets
         }
-        x_BSD = jnp.take(table_VD, ids_BS, axis=0) + self.positions(coordinates).astype(
-            table_VD.dtype
-        )
+        x_BSD = place(jnp.take(table_VD, ids_BS, axis=0), self.positions, coordinates)
         return Stream(x_BSD, arrays["valid"], coordinates, (("text", ids_BS.shape[1]),))

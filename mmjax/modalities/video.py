@@ -14,7 +14,7 @@ from flax import nnx
 
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
-from mmjax.layers.positions import Positions, grid
+from mmjax.layers.positions import Placed, Positions, Table, grid, place
 from mmjax.layers.stream import Stream
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays
@@ -45,7 +45,7 @@ class VideoInput:
 
 
 @dataclass(frozen=True)
-class Video(Modality[VideoInput]):
+class Video(Placed, Modality[VideoInput]):
     """RGB videos (IMP, Akbari et al. 2023: tubes of 4 x 16 x 16).
 
     Attributes:
@@ -53,6 +53,7 @@ class Video(Modality[VideoInput]):
       patch: height and width of a tube in pixels.
       time_buckets: position buckets in time; the tubes of the longest video at least.
       buckets: position buckets in height and in width; the tubes of the largest picture at least.
+      positions, positions_scale: see `mmjax.layers.positions.Placed`; without positions, a video has any size.
     """
 
     Input = VideoInput
@@ -63,14 +64,15 @@ class Video(Modality[VideoInput]):
 
     def stem(self, width: int) -> nnx.Module:
         buckets = {"t": self.time_buckets, "y": self.buckets, "x": self.buckets}
-        return VideoStem((self.tube, self.patch, self.patch), buckets, width)
+        tube = (self.tube, self.patch, self.patch)
+        return VideoStem(tube, width, self.make_positions(width, buckets))
 
     def arrays(self, settings: VideoInput) -> ArraySpec:
         if settings.stride < 1:
             raise UserError(f"video stride {settings.stride}: it must be at least 1.")
         if settings.frames != 1:
-            _check("frames", settings.frames, self.tube, self.time_buckets)
-        _check("size", settings.size, self.patch, self.buckets)
+            _check("frames", settings.frames, self.tube, self.limit(self.time_buckets))
+        _check("size", settings.size, self.patch, self.limit(self.buckets))
         if settings.drop:
             t, y, x = self._grid(settings)
             values = self.tube * self.patch * self.patch * 3
@@ -127,7 +129,7 @@ class Video(Modality[VideoInput]):
         return array  # type: ignore[return-value]
 
 
-def _check(what: str, size: int, patch: int, buckets: int) -> None:
+def _check(what: str, size: int, patch: int, buckets: float) -> None:
     if size < 1 or size % patch:
         raise UserError(f"video {what} {size}: not a positive multiple of the tube's {patch}.")
     if size // patch > buckets:
@@ -171,10 +173,10 @@ class VideoStem(nnx.Module):
 
     bound = 1.0  # see `mmjax.modality.Stem`
 
-    def __init__(self, tube: tuple[int, int, int], buckets: dict[str, int], width: int):
+    def __init__(self, tube: tuple[int, int, int], width: int, positions: Positions | Table | None):
         self.tube = tube
         self.embed = Dense(tube[0] * tube[1] * tube[2] * 3, width, (None, "embed"))
-        self.positions = Positions(width, buckets, scale=0.05)
+        self.positions = positions
 
     def values(self, arrays: dict[str, jax.Array], dtype: Any) -> jax.Array:
         if "patches" in arrays:
@@ -189,7 +191,7 @@ class VideoStem(nnx.Module):
         if values_BSP is None:
             values_BSP = self.values(arrays, dtype)
         coordinates = self._coordinates(arrays)
-        x_BSD = self.embed(values_BSP.astype(dtype)) + self.positions(coordinates).astype(dtype)
+        x_BSD = place(self.embed(values_BSP.astype(dtype)), self.positions, coordinates)
         return Stream(x_BSD, None, coordinates, (("video", x_BSD.shape[1]),))
 
     def _coordinates(self, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:

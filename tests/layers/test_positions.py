@@ -12,7 +12,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mmjax.layers.positions import Positions, grid
+from mmjax.errors import UserError
+from mmjax.layers.positions import Placed, Positions, Table, grid, place
+from mmjax.modalities.colours import Colours
+from mmjax.modalities.image import Image, ImageInput
+from mmjax.modalities.spectrogram import Spectrogram, SpectrogramInput
+from mmjax.modalities.text import Text, TextInput
+from mmjax.modalities.video import Video, VideoInput
+from mmjax.modalities.waveform import Waveform, WaveformInput
 from mmjax.parameters import Declaration
 
 WIDTH = 3
@@ -120,3 +127,64 @@ def test_embeddings_begin_at_the_stated_size() -> None:
         start = Declaration(Positions(WIDTH, {"x": 8}, scale)).initialise(0)
         np.testing.assert_allclose(start["norm/scale"], np.full(WIDTH, scale), rtol=1e-6)
         assert not np.any(start["norm/bias"])
+
+
+# --- a table, and none --------------------------------------------------------------------------
+
+
+def test_a_table_has_a_row_for_each_cell_in_row_major_order(x64: None) -> None:
+    declaration = Declaration(Table(WIDTH, {"t": 2, "y": 3, "x": 4}))
+    (spec,) = declaration.specs.values()
+    assert spec.shape == (24, WIDTH) and not spec.decay
+    rows = np.random.default_rng(0).normal(size=spec.shape)
+    call = jax.jit(lambda p, c: declaration.merge(p)(c))
+    np.testing.assert_array_equal(call({"table": rows}, grid(t=2, y=3, x=4))[0], rows)
+    # Tokens that stayed where others were dropped, by example; beyond the grid, the last cell of an axis.
+    t, y, x = np.array([[0, 1], [1, 0]]), np.array([[2, 0], [1, 7]]), np.array([[3, 1], [0, 2]])
+    cells = {"t": t / 2, "y": y / 3, "x": x / 4}
+    expected = rows[t * 12 + np.minimum(y, 2) * 4 + x]
+    np.testing.assert_array_equal(call({"table": rows}, cells), expected)
+
+
+def test_a_table_begins_as_a_vits() -> None:
+    start = Declaration(Table(64, {"y": 14, "x": 14})).initialise(0)["table"]
+    assert np.std(start) == pytest.approx(0.02, rel=0.05)
+
+
+def test_tokens_without_positions_stay_as_they_are() -> None:
+    x = jnp.ones((1, 2, WIDTH))
+    assert place(x, Placed(positions="none").make_positions(WIDTH, {"x": 2}), grid(x=2)) is x
+    assert isinstance(Placed(positions="table").make_positions(WIDTH, {"x": 2}), Table)
+    learned = Placed(positions_scale=1.0).make_positions(WIDTH, {"x": 2})
+    start = Declaration(learned).initialise(0)
+    np.testing.assert_array_equal(start["norm/scale"], np.ones(WIDTH))
+
+
+def test_mistakes_in_the_config_are_named() -> None:
+    with pytest.raises(UserError, match="positions is 'learnt'. Did you mean 'learned'"):
+        Placed(positions="learnt")
+    with pytest.raises(UserError, match="positions_scale is 0; it must be above 0"):
+        Placed(positions_scale=0)
+
+
+MODALITIES: list[Any] = [
+    (Text(vocabulary=5, buckets=2, positions="none"), TextInput(length=3)),
+    (Colours(levels=2, buckets=1, positions="none"), ImageInput(size=2)),
+    (Image(patch=2, buckets=1, positions="none"), ImageInput(size=4)),
+    (Video(tube=1, patch=2, time_buckets=1, buckets=1, positions="none"), VideoInput(frames=2, size=4)),
+    (Waveform(patch=4, buckets=1, positions="none"), WaveformInput(samples=8)),
+    (Spectrogram(buckets=1, positions="none"), SpectrogramInput(frames=32)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("modality, view", MODALITIES, ids=lambda x: type(x).__name__)
+def test_a_stem_without_positions_has_no_tables_and_no_limit(modality: Any, view: Any) -> None:
+    """Equal content gives equal tokens, and more cells than buckets are no error."""
+    declaration = Declaration(modality.stem(WIDTH))
+    assert not [name for name in declaration.specs if "positions" in name]
+    shapes = modality.arrays(view)
+    arrays = {n: jnp.ones((2, *s.shape), s.dtype) for n, s in shapes.items()}
+    p = declaration.initialise(0)
+    x_BSD = declaration.merge(p)(arrays).x_BSD
+    assert x_BSD.shape[1] > 1
+    np.testing.assert_array_equal(x_BSD, jnp.broadcast_to(x_BSD[:1, :1], x_BSD.shape))
