@@ -33,7 +33,7 @@ class OptimizerConfig:
         of Adam's updates (Liu et al. 2025), and `adamw` for all else.
       learning_rate: the peak.
       warmup: units of linear warm-up from 0.
-      decay: `cosine` to `final` times the peak at the end of the run, or `constant`.
+      decay: `cosine` or `linear`, to `final` times the peak at the end of the run; or `constant`.
       b1, b2, eps: Adam's; the first two are Lion's as well.
       momentum: Muon's.
       factored: Adafactor keeps rows and columns apart in matrices with no side below this.
@@ -74,6 +74,7 @@ class OptimizerConfig:
     accumulate: int = 1
 
 
+DECAYS = ("cosine", "linear", "constant")
 # The tick of a step that each unit counts by. Examples come as parts of the run's, since there may be
 # more of them than 32 bits hold.
 UNITS = {"steps": "step", "examples": "part", "visits": "visit"}
@@ -205,12 +206,12 @@ class Optimizer:
 def learning_rate(config: OptimizerConfig, length: int) -> Callable[[Any], Any]:
     """The rate as a function of completed units: linear warm-up, then the decay up to `length`."""
     peak, tail = config.learning_rate, max(length - config.warmup, 1)
-    if config.decay not in ("cosine", "constant"):
-        raise UserError(
-            f"optimizer.decay: no '{config.decay}'.{nearest(config.decay, ['cosine', 'constant'])}"
-        )
+    if config.decay not in DECAYS:
+        raise UserError(f"optimizer.decay: no '{config.decay}'.{nearest(config.decay, DECAYS)}")
     if config.decay == "cosine":
         after = optax.cosine_decay_schedule(peak, tail, alpha=config.final)
+    elif config.decay == "linear":
+        after = optax.linear_schedule(peak, config.final * peak, tail)
     else:
         after = optax.constant_schedule(peak)
     if not config.warmup:
