@@ -14,7 +14,7 @@ from mmjax.errors import UserError
 from mmjax.show import rows_of_config
 
 SETTINGS = {
-    "transfusion": ("7b", ["transfusion", "monoformer"]),
+    "transfusion": ("7b", ["transfusion", "alternating"]),
     "mot": ("7b", ["chameleon", "chameleon-dense", "transfusion", "transfusion-dense"]),
     "mixture_of_mamba": ("1b", ["chameleon", "chameleon-dense", "transfusion", "transfusion-dense"]),
 }  # fmt: skip
@@ -79,6 +79,7 @@ def test_the_small_recipe_differs_in_sizes_only(system: str, setting: str) -> No
     ends = {
         "steps", "patch", "buckets", "vocabulary", "width", "remat", "groups", "batch", "size", "length", "pack",
         "channels", "levels", "learning_rate", "warmup", "compute", "every", "repeat", "state", "heads", "hidden",
+        "depth",
     }  # fmt: skip
     differences = configs.compare(big, small)
     assert len(differences) > 10 and {d.key.split(".")[-1] for d in differences} <= ends
@@ -102,8 +103,8 @@ def test_the_large_recipe_is_traced_whole(system: str) -> None:
     assert {n: g.shape for n, g in gradient.items()} == {n: p.shape for n, p in parameters.items()}
 
 
-def test_monoformer_writes_and_draws_in_turn() -> None:
-    made = experiment("transfusion_7b", "monoformer")
+def test_the_alternating_setting_writes_and_draws_in_turn() -> None:
+    made = experiment("transfusion_7b", "alternating")
     assert made.tasks["write"].objective.reads() == ("text",)
     draw: Any = made.tasks["draw"].objective
     assert draw.order == ("text", "image") and draw.weights == {"text": 0.0}
