@@ -160,11 +160,13 @@ def test_tokens_without_positions_stay_as_they_are() -> None:
     np.testing.assert_array_equal(start["norm/scale"], np.ones(WIDTH))
 
 
-def test_mistakes_in_the_config_are_named() -> None:
-    with pytest.raises(UserError, match="positions is 'learnt'. Did you mean 'learned'"):
-        Placed(positions="learnt")
-    with pytest.raises(UserError, match="positions_scale is 0; it must be above 0"):
-        Placed(positions_scale=0)
+@pytest.mark.parametrize("modality", [Colours, Image, Spectrogram, Text, Video, Waveform])
+def test_every_modality_names_mistakes_of_its_positions(modality: Any) -> None:
+    name = modality.__name__.lower()
+    with pytest.raises(UserError, match=f"{name}: positions is 'learnt'. Did you mean 'learned'"):
+        modality(positions="learnt")
+    with pytest.raises(UserError, match=f"{name}: positions_scale is 0; it must be above 0"):
+        modality(positions_scale=0)
 
 
 MODALITIES: list[Any] = [
