@@ -242,7 +242,7 @@ def test_a_wrong_config_is_reported(mutation: Mutation) -> None:
 
 
 def test_a_default_that_changes_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of CoCa the loss's form, and of a block where its norms stand: keys that no config sets."""
+    """The form of CoCa's loss, and the place of a block's norms, are keys that no config sets."""
     from mmjax.layers.transformer import Transformer
     from mmjax.objectives.coca import Coca
 

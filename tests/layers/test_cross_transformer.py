@@ -145,7 +145,7 @@ def read(
 
 
 def test_biases_and_a_normed_context_against_numpy() -> None:
-    """As open_clip's CoCa has them; eps is large, so that another would show."""
+    """The block of open_clip's CoCa; eps is large, so that another would show."""
     block = CrossTransformer(WIDTH, **BLOCK, bias=True, **{**OPEN_CLIP, "eps": 0.01})
     declaration = Declaration(block)
     rng = np.random.default_rng(0)

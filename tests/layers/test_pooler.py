@@ -48,7 +48,7 @@ def test_queries_begin_apart_and_do_not_decay() -> None:
 
 
 def test_biases_and_norms_against_numpy() -> None:
-    """As open_clip's pooler: `attention(norm(queries), norm(x))`, its projections with biases."""
+    """open_clip's pooler is `attention(norm(queries), norm(x))`, its projections with biases."""
     eps = 0.01
     with jax.enable_x64(True):
         declaration = Declaration(Pooler(WIDTH, HEADS, 2, bias=True, norms=True, eps=eps))

@@ -43,7 +43,7 @@ def norm(
 
 
 def projected(p: dict[str, np.ndarray], name: str, x: np.ndarray) -> np.ndarray:
-    """Of each head `x W + b`, `[B, H, S, K]`."""
+    """Return `x W + b` of each head, `[B, H, S, K]`."""
     y = np.einsum("bsd,dhk->bshk", x, p[f"attention/{name}"])
     bias = p.get(f"attention/{name}_bias", np.zeros(WIDTH))
     return (y + bias.reshape(HEADS, -1)).swapaxes(1, 2)

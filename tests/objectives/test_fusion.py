@@ -152,7 +152,7 @@ def test_settings_that_say_nothing(change: dict[str, Any], words: str) -> None:
 
 
 def test_a_shared_classifier_is_one() -> None:
-    """Of equal tokens, each modality gives the same logits; without it there is a classifier for each."""
+    """It reads every modality; otherwise there is a classifier for each."""
     for objective, names in ((RELEASED, {"shared"}), (MBT, {"image", "text"})):
         classifiers = objective.heads(WIDTH, {})["fused"].classifiers
         assert set(classifiers) == names

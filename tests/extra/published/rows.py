@@ -1,4 +1,4 @@
-"""What papers and releases say of the systems that `configs/` has at their size, as literals with their sources.
+"""Published values of the systems that `configs/` has at their size: literals with their sources.
 
 Keys are those of `resolved.resolve`, so that a default counts as what is written. A row whose value here is not the
 published one has its reason, and words of the recipe's header that say so. Marks of a source: [C] read in the authors'
