@@ -47,13 +47,13 @@ class ZorroLayer(nn.Module):
 
 
 class MambaLayer(nn.Module):
-    """The port's block behind a layer norm."""
+    """The port's block behind a norm by root mean squares."""
 
     def __init__(self, case: Any):
         from mambapy.mamba import MambaBlock, MambaConfig
 
         super().__init__()
-        self.norm = nn.LayerNorm(case.width, eps=1e-6, bias=False)
+        self.norm = nn.RMSNorm(case.width, eps=1e-6)
         self.mixer = MambaBlock(MambaConfig(d_model=case.width, n_layers=1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

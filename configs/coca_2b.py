@@ -4,10 +4,22 @@
     python -m mmjax.train --config=configs/coca_2b.py --workdir=runs/coca_2b
 
 Sizes are those of the paper's table 1 and section 4.1: images of 288 pixels in patches of 18, 64k pieces of text,
-batches of 65,536, 500,000 steps; `coca_2b.py:base` and `coca_2b.py:large` are its smaller models. The length of a
-text and the crop are ours. The paper trains by Adafactor with momentum, on JFT-3B and ALIGN; here it is Muon with first
-moments in bfloat16, on the drawings and names that the data sets here hold: set `tasks.captions.source` to your own
-pairs, and `modalities.text.tokenizer` to a SentencePiece model of theirs.
+batches of 65,536, 500,000 steps, a warm-up of 2 % and a linear decay; `coca_2b.py:base` and `coca_2b.py:large` are its
+smaller models. Biases, tables of positions, and the norms of the poolers and of what the decoder reads are those of
+open_clip's CoCa, as the paper leaves them open.
+
+What differs, or is ours:
+
+- The optimizer is Muon with first moments in bfloat16; theirs is Adafactor with b1 0.9.
+- The 64 tokens of a text and the crop are ours, as is the bound of the gradient's norm.
+- A layer of the multimodal half has one MLP, as in the paper's count; open_clip's has two.
+- Missing: JFT-3B's labels as texts in half of each batch, and the last epoch at 576 pixels; beam search and top-p; the
+  metrics CIDEr and BLEU; zero-shot classification, and retrieval of videos by their frames.
+
+Pairs are the drawings and names that the data sets here hold (theirs: JFT-3B and ALIGN). For your own, set
+`tasks.captions.source` and `tasks.captions.evaluators.*.source` (records with `image`, an encoded picture; `caption`;
+`concept`, an integer that pairs of one content share: `tasks.captions.objective.concept` names it, an empty name where
+no two do), and `modalities.text.tokenizer` with its number of pieces in `modalities.text.vocabulary`.
 
 Hardware: a TPU pod (the paper: 2,048 TPUv4 chips for 5 days). Results: none, it has not been trained here; see
 `coca_small.py`, the same recipe with smaller numbers.
@@ -32,14 +44,20 @@ def data(split: str) -> dict[str, Any]:
 
 
 def layers(name: str, repeat: int, heads: int, hidden: int) -> list[dict[str, Any]]:
-    return [{"repeat": repeat, "pattern": [{"name": name, "heads": heads, "hidden": hidden}]}]
+    block: dict[str, Any] = {
+        "name": name, "heads": heads, "hidden": hidden, "bias": True, "attention_bias": True, "eps": 1e-5,
+    }  # fmt: skip
+    if name == "cross_transformer":
+        block["context_norm"] = True
+    return [{"repeat": repeat, "pattern": [block]}]
 
 
 def model(
     width: int, heads: int, encoder: int, encoder_mlp: int, decoder: int, decoder_mlp: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The encoder's block, and what the objective's says of the decoder's size."""
-    return {"width": width, "groups": layers("transformer", encoder, heads, encoder_mlp)}, {
+    """Return the encoder's block, and the objective's keys of the decoder's size."""
+    groups = layers("transformer", encoder, heads, encoder_mlp)
+    return {"width": width, "groups": groups, "norm_eps": 1e-5}, {
         "unimodal": layers("transformer", decoder, heads, decoder_mlp),
         "multimodal": layers("cross_transformer", decoder, heads, decoder_mlp),
         "pooler_heads": heads,
@@ -58,9 +76,15 @@ def get_config(size: str = "2b") -> ConfigDict:
     config.steps = 500_000
     config.seed = 0
     config.modalities = {
-        "image": {"name": "image", "patch": 18, "buckets": 16},
+        "image": {"name": "image", "patch": 18, "buckets": 16, "positions": "table"},
         # No tokenizer: give one of 64,000 pieces.
-        "text": {"name": "text", "tokenizer": "", "vocabulary": 64_000, "buckets": 64},
+        "text": {
+            "name": "text",
+            "tokenizer": "",
+            "vocabulary": 64_000,
+            "buckets": 64,
+            "positions": "table",
+        },
     }
     config.model = {**encoder, "remat": "full"}
     config.tasks = {
@@ -72,8 +96,9 @@ def get_config(size: str = "2b") -> ConfigDict:
             },
             "objective": {
                 "name": "coca", "between": ["image", "text"], "concept": "concept", **decoder,
-                "queries": 256, "contrastive_weight": 1.0, "caption_weight": 2.0, "remat": "full",
-                "chunk": 4096,
+                "queries": 256, "pooling": "cascade", "pooler_bias": True, "pooler_norms": True,
+                "norm_eps": 1e-5, "temperature": 0.07, "contrastive_weight": 1.0, "caption_weight": 2.0,
+                "remat": "full", "chunk": 4096,
             },
             "batch": 65_536,
             "evaluators": {
@@ -83,8 +108,8 @@ def get_config(size: str = "2b") -> ConfigDict:
         },
     }  # fmt: skip
     config.optimizer = {
-        "name": "muon", "learning_rate": 8e-4, "warmup": 10_000, "weight_decay": 0.01, "clip": 1.0,
-        "moments_dtype": "bfloat16",
+        "name": "muon", "learning_rate": 8e-4, "warmup": 10_000, "decay": "linear", "final": 0.0,
+        "b1": 0.9, "b2": 0.999, "weight_decay": 0.01, "clip": 1.0, "moments_dtype": "bfloat16",
     }  # fmt: skip
     config.dtype = {"compute": "bfloat16"}
     config.mesh = {"data": 1, "fsdp": -1}

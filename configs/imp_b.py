@@ -1,26 +1,39 @@
-"""IMP-B (Akbari et al. 2023): one encoder of 86 million for pictures, videos, sounds and texts, six tasks in turn.
+"""IMP-B (Akbari et al. 2023): one encoder of 86 million for images, videos, sounds and texts, six tasks in turn.
 
     python -m mmjax.train --config=configs/imp_b.py --workdir=runs/imp_b
 
-Sizes, losses, batches, intervals and rates are those of the released configuration. `imp_s.py` and `imp_l.py` are its
-other sizes; `imp_moe_s.py`, `imp_moe_b.py` and `imp_moe_l.py` have experts in the last six layers. With the argument
-`mixed` (`imp_b.py:mixed`) videos come in three shapes of 256 tokens each: as released, twice as long, and larger.
+Sizes, inputs, losses, batches, intervals and rates are those of the released configuration (google-research, `imp`);
+`tests/test_published.py` holds each with its file. `imp_s.py` and `imp_l.py` are other sizes; `imp_moe_s.py`,
+`imp_moe_b.py` and `imp_moe_l.py` have experts in the last six layers. With the argument `mixed` (`imp_b.py:mixed`)
+videos come in three shapes of 256 tokens each: as released, of twice the frames, and of 320 pixels.
 
-What differs: tasks are keyed by name (in the released loop two loaders share a counter, and one of them never runs); a
-picture is one frame, repeated on the device; a stem is one linear map (theirs: three, two of them in a row without
-anything between); the released code takes steps without a rate first
-(2,000; here the warm-up has them); videos are classified by one label of 700, sounds by one of 309.
+What differs from the release:
 
-The data are not among those that can be built here (the released names are placeholders). Give ArrayRecord files
-`train*.array_record*` and `test*.array_record*` in the folders `~/data/NAME`, or set each task's source, whose records
-are `tf.train.Example` messages:
+- Tasks are keyed by name. In the released loop two loaders share a counter, and one of them never runs.
+- A stem is one linear map. The release has three: two before the encoder, with nothing between, and one after it.
+- The warm-up starts from 0 and includes the release's pre-warm-up, in which the rate falls from 2e-5 to 5e-6 in 2,000
+  steps (large: from 1e-5 to 1e-6 in 5,000; small: none).
+- The model computes in bfloat16, the release in float32: `--config.dtype.compute=float32`.
+- Images have one label of 21,843 and sounds one of 309. The release names placeholders, of 1,000 classes with several
+  labels to an image, and of 50.
+- Every text ends with an end token, and padding never competes for experts.
+- Experts: at least 256 groups of tokens compete, so that none spans two of 256 devices.
+- Colours are not augmented. A crop holds at least half of the area, as released.
+- Missing: the experiments `.img` and `.txt`; the sizes M and XL to 11B, IMPeGe and SoftMoE-IMP; several labels of an
+  example; zero-shot classification with prompts, linear probes, and the mean over 4 clips in evaluation.
 
-- `image_text` (such as ALIGN): `image`, an encoded picture; `caption`, one or several texts; `concept`, an integer
-  that says which examples of the test belong together, such as their number.
+The data are not among those that can be built here. Give ArrayRecord files `train*.array_record*` and
+`test*.array_record*` in the folders `~/data/NAME`, or set `tasks.*.source` and `tasks.*.evaluators.*.source`. The
+records are `tf.train.Example` messages:
+
+- `image_text` (such as ALIGN): `image`, an encoded picture; `caption`, one or several texts, of which up to five are
+  compared; `concept`, an integer that says which examples of the test belong together, such as their number.
 - `images` (ImageNet-21k): `image`; `label`, an integer below 21,843.
 - `videos` (Kinetics-700): `video`, the JPEG frames of a clip; `label`, below 700.
 - `video_text` (such as HowTo100M, AudioSet): `video`; `audio`, the bytes of a WAV file; `caption`; `concept`.
 - `sounds` (such as VGGSound): `audio`; `label`, below 309.
+
+Set `modalities.text.tokenizer` to T5's SentencePiece model, whose 32,100 pieces are the released vocabulary.
 
 Hardware: 256 chips of TPU v5e or 128 of v5p, by the plans in `plans/`. Results: none, it has not been trained here; see
 `imp_small.py`, the same recipe with smaller numbers.
@@ -34,10 +47,32 @@ from mmjax.errors import UserError, nearest
 
 SIZES = {"s": (384, 1536, 12, 6), "b": (768, 3072, 12, 12), "l": (1024, 4096, 24, 16)}
 EXPERT_LAYERS = 6
-BUCKETS = {  # of 1,024, 2,048 and 1,600 tokens, 256 are kept
-    "released": {"inputs": {"vision": {"frames": 16, "size": 256, "drop": 0.75}}, "share": 2},
-    "long": {"inputs": {"vision": {"frames": 32, "size": 256, "drop": 0.875}}},
-    "large": {"inputs": {"vision": {"frames": 16, "size": 320, "drop": 0.84}}},
+# Embeddings by axis, at the size that their norm gives them.
+POSITIONS = {"positions": "learned", "positions_scale": 1.0}
+# Peak rate, its part at the end, steps of warm-up (the release's pre-warm-up among them) and in all.
+RATES = {
+    "s": (8e-4, 0.0, 10_000, 200_000),
+    "b": (1e-3, 1e-3, 27_000, 500_000),
+    "l": (5e-4, 2e-3, 55_000, 500_000),
+}
+
+
+def shapes(frames: int, drop: float, long: float, large: float) -> dict[str, Any]:
+    """Buckets of as many tokens: videos as released, of twice the frames, and of 320 pixels."""
+    views = {
+        "released": {"frames": frames, "size": 256, "drop": drop},
+        "long": {"frames": 2 * frames, "size": 256, "drop": long},
+        "large": {"frames": frames, "size": 320, "drop": large},
+    }
+    buckets: dict[str, Any] = {name: {"inputs": {"vision": view}} for name, view in views.items()}
+    buckets["released"]["share"] = 2
+    return buckets
+
+
+BUCKETS = {
+    "videos": shapes(4, 0.0, 0.5, 0.36),  # of 256, 512 and 400 tokens, 256 are kept
+    "video_text": shapes(16, 0.75, 0.875, 0.84),  # of 1,024, 2,048 and 1,600
+    "video_audio_text": shapes(16, 0.75, 0.875, 0.84),
 }
 SETTINGS = ("released", "mixed")
 
@@ -47,7 +82,7 @@ def data(name: str, split: str = "train") -> dict[str, Any]:
 
 
 def layers(repeat: int, heads: int, hidden: int, experts: int = 0) -> list[dict[str, Any]]:
-    """The trunk; with experts, those of the last layers, and queries and keys are normalised."""
+    """Return the trunk; with experts, those of the last layers, and queries and keys are normalised."""
     block: dict[str, Any] = {"name": "transformer", "heads": heads, "hidden": hidden}
     if not experts:
         return [{"repeat": repeat, "pattern": [block]}]
@@ -64,7 +99,7 @@ def layers(repeat: int, heads: int, hidden: int, experts: int = 0) -> list[dict[
 
 
 def compared(*modalities: str, initial: float) -> dict[str, Any]:
-    """All pairs of modalities, each in spaces of its own; several clips or sentences are a bag (MIL-NCE)."""
+    """Return the loss of all pairs of modalities; several clips or sentences are a bag (MIL-NCE)."""
     return {
         "name": "cross_modal", "between": list(modalities), "space": "disjoint", "joint": 1024,
         "initial": initial, "head": "joint",
@@ -72,14 +107,19 @@ def compared(*modalities: str, initial: float) -> dict[str, Any]:
 
 
 def classified(modality: str, classes: int) -> dict[str, Any]:
-    return {"name": "classification", "modalities": [modality], "classes": classes}
+    return {
+        "name": "classification", "modalities": [modality], "classes": classes, "label": "label", "init": "lecun",
+    }  # fmt: skip
 
 
 def tasks(initial: float) -> dict[str, Any]:
     """The six tasks; under the rule `interval`, a share is the passes from one visit to the next."""
-    image = {"field": "image", "frames": 1, "size": 256, "crop": 0.7, "flip": True}
-    video = {"frames": 16, "stride": 2, "size": 256, "crop": 0.7, "flip": True, "drop": 0.75}
+    image = {"field": "image", "frames": 1, "size": 256, "crop": 0.5, "flip": True}
+    clip = {"frames": 4, "stride": 2, "size": 256, "crop": 0.5, "flip": True}
+    # Captions may read what is written in the picture: it is not mirrored.
+    video = {**clip, "frames": 16, "flip": False, "drop": 0.75}
     sound, text = {"frames": 128}, {"field": "caption", "length": 16}
+    texts = {**text, "instances": 5}
     retrieval, accuracy = {"name": "retrieval"}, {"name": "accuracy"}
 
     def task(
@@ -93,7 +133,7 @@ def tasks(initial: float) -> dict[str, Any]:
     pair = {"between": ["vision", "text"]}
     return {
         "image_text": task(
-            "image_text", {"vision": image, "text": text}, compared("vision", "text", initial=initial),
+            "image_text", {"vision": image, "text": texts}, compared("vision", "text", initial=initial),
             1, 8192, **retrieval,
         ),
         "images": task("images", {"vision": image}, classified("vision", 21_843), 1, 8192, **accuracy),
@@ -101,7 +141,7 @@ def tasks(initial: float) -> dict[str, Any]:
             "video_text", {"vision": video, "text": text}, compared("vision", "text", initial=initial),
             12, 8192, **retrieval,
         ),
-        "videos": task("videos", {"vision": video}, classified("vision", 700), 5, 2048, **accuracy),
+        "videos": task("videos", {"vision": clip}, classified("vision", 700), 5, 2048, **accuracy),
         "video_audio_text": task(
             "video_text", {"vision": video, "spectrogram": sound, "text": text},
             compared("vision", "spectrogram", "text", initial=initial), 12, 8192, **retrieval, **pair,
@@ -115,30 +155,32 @@ def recipe(size: str, experts: int = 0, setting: str = "released") -> ConfigDict
     if setting not in SETTINGS:
         raise UserError(f"There is no setting '{setting}'.{nearest(setting, SETTINGS)}")
     width, hidden, repeat, heads = SIZES[size]
+    peak, final, warmup, steps = RATES[size]
     config = ConfigDict(sort_keys=False)
-    config.steps = {"s": 200_000, "b": 500_000, "l": 500_000}[size]
+    config.steps = steps
     config.seed = 0
     config.modalities = {
-        "vision": {"name": "video", "tube": 4, "patch": 16, "time_buckets": 64, "buckets": 512},
+        "vision": {"name": "video", "tube": 4, "patch": 16, "time_buckets": 16, "buckets": 32, **POSITIONS},
         "spectrogram": {
             "name": "spectrogram", "patch_frames": 16, "patch_mels": 16, "mels": 128, "rate": 16_000,
-            "window": 2048, "hop": 1024, "low": 80.0, "high": 7600.0, "buckets": 8,
+            "window": 2048, "hop": 1024, "low": 80.0, "high": 7600.0, "buckets": 64, **POSITIONS,
         },
         # No tokenizer: give T5's, of 32,000 pieces and 100 sentinels.
-        "text": {"name": "text", "tokenizer": "", "vocabulary": 32_100, "buckets": 4096},
+        "text": {
+            "name": "text", "tokenizer": "", "vocabulary": 32_100, "buckets": 4096, **POSITIONS,
+        },
     }  # fmt: skip
     config.model = {
         "width": width, "groups": layers(repeat, heads, hidden, experts), "remat": "full",
     }  # fmt: skip
     config.tasks = tasks(1.0 if experts else 0.2)
     if setting == "mixed":
-        for name in ("video_text", "videos", "video_audio_text"):
-            config.tasks[name].buckets = BUCKETS
+        for name, buckets in BUCKETS.items():
+            config.tasks[name].buckets = buckets
     config.schedule = {"rule": "interval"}
     config.optimizer = {
-        "name": "adamw", "learning_rate": {"s": 8e-4, "b": 1e-3, "l": 5e-4}[size],
-        "warmup": {"s": 12_000, "b": 27_000, "l": 55_000}[size], "final": 1e-3, "b1": 0.9, "b2": 0.999,
-        "eps": 1e-7, "weight_decay": 1e-4, "clip": 1.0,
+        "name": "adamw", "learning_rate": peak, "warmup": warmup, "decay": "cosine", "final": final,
+        "b1": 0.9, "b2": 0.999, "eps": 1e-7, "weight_decay": 1e-4, "clip": 1.0,
     }  # fmt: skip
     config.dtype = {"compute": "bfloat16"}
     config.mesh = {"data": 1, "fsdp": -1}

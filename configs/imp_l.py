@@ -2,7 +2,8 @@
 
     python -m mmjax.train --config=configs/imp_l.py --workdir=runs/imp_l
 
-`imp_b.py`, larger. Data, tasks and settings are those of `imp_b.py`.
+`imp_b.py`, larger. The release has no dense large experiment: sizes are those of its large model, and the rate and the
+tasks those of its sparse one (`imp_moe_l.py`). Data, settings and what differs are those of `imp_b.py`.
 
 Hardware: 256 chips of TPU v5e or 128 of v5p, by the plans in `plans/`. Results: none, it has not been trained here; see
 `imp_small.py`, the same recipe with smaller numbers.

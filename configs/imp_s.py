@@ -2,8 +2,8 @@
 
     python -m mmjax.train --config=configs/imp_s.py --workdir=runs/imp_s
 
-`imp_b.py`, smaller; its tasks are those of the base model (the released code registers text and pictures only). Data,
-tasks and settings are those of `imp_b.py`.
+`imp_b.py`, smaller. Its tasks are those of the base model; the release has small experiments for texts and for images
+alone (`imp_small.txt`, `imp_small.img`). Data, settings and what differs are those of `imp_b.py`.
 
 Hardware: 256 chips of TPU v5e or 128 of v5p, by the plans in `plans/`. Results: none, it has not been trained here; see
 `imp_small.py`, the same recipe with smaller numbers.

@@ -6,12 +6,14 @@ python -m mmjax.train --config=configs/imp_small.py --workdir=runs/imp_small
 Settings: `imp_small.py:released` (the default), `:mixed` (videos in three shapes), `:moe` (`imp_moe_b.py`: four experts
 in each of the last two layers), `:moe-mixed`, and `:apart`, which has an encoder for each modality. Clips are drawings
 that move; the third modality of a clip is its name, spoken. Examples of one concept are positives of each other, as
-names repeat here.
+names repeat here, and nothing is mirrored. Positions begin at 0.05 of IMP's size: as large as the content, they keep
+contrastive learning still for its first hundreds of steps.
 
 Hardware: a CPU with 2 cores: 360 steps of 6.3 GFLOP in 1 to 3 minutes, measured beside other work. Results of 360 steps
-by Muon (three seeds; `benchmarks/results/imp.md` has those of the other settings), on drawings never seen: picture to
-text, recall at 10 of 25.6 % (chance 4.1 %); clip to text 12.7 %; 99 classes of pictures 23.0 % (chance 1 %); 128
-instruments, pitches never heard, 7.4 % (0.8 %); the direction of a clip, of eight, 16.7 %.
+by Muon (three seeds; `benchmarks/results/imp.md` has those of the other settings; of an earlier version, which
+classified clips of four frames with half of their tokens dropped), on drawings never seen: picture to text, recall at
+10 of 25.6 % (chance 4.1 %); clip to text 12.7 %; 99 classes of pictures 23.0 % (chance 1 %); 128 instruments, pitches
+never heard, 7.4 % (0.8 %); the direction of a clip, of eight, 16.7 %.
 """
 
 from pathlib import Path
@@ -25,11 +27,24 @@ from mmjax.layers.transformer import PARTS
 
 imp = load_module(Path(__file__).with_name("imp_b.py"))
 SETTINGS = ("released", "mixed", "moe", "moe-mixed", "apart")
-# Of 32, 64 and 72 tokens, 16 are kept.
+
+
+def shapes(frames: int, drop: float, long: float, large: float) -> dict[str, Any]:
+    """Buckets of 16 tokens each."""
+    views: dict[str, Any] = {
+        "released": {"frames": frames, "size": 32, "drop": drop},
+        "long": {"frames": 2 * frames, "stride": 1, "size": 32, "drop": long},
+        "large": {"frames": frames, "size": 48, "drop": large},
+    }
+    buckets: dict[str, Any] = {name: {"inputs": {"vision": view}} for name, view in views.items()}
+    buckets["released"]["share"] = 2
+    return buckets
+
+
 BUCKETS = {
-    "released": {"inputs": {"vision": {"frames": 4, "size": 32, "drop": 0.5}}, "share": 2},
-    "long": {"inputs": {"vision": {"frames": 8, "stride": 1, "size": 32, "drop": 0.75}}},
-    "large": {"inputs": {"vision": {"frames": 4, "size": 48, "drop": 0.778}}},
+    "videos": shapes(2, 0.0, 0.5, 0.556),  # of 16, 32 and 36 tokens
+    "video_text": shapes(4, 0.5, 0.75, 0.778),  # of 32, 64 and 72
+    "video_audio_text": shapes(4, 0.5, 0.75, 0.778),
 }
 
 
@@ -70,14 +85,16 @@ def on_emoji(name: str, task: ConfigDict) -> None:
     task.source, test = SOURCES[name]
     task.evaluators.test.source = test
     if "vision" in task.inputs:
-        size = {"frames": 4, "size": 32} if task.inputs.vision.frames > 1 else {"size": 32}
-        task.inputs.vision.update({**size, "flip": False})
+        frames = {1: 1, 4: 2, 16: 4}[task.inputs.vision.frames]
+        task.inputs.vision.update({"frames": frames, "size": 32, "flip": False})
         if "drop" in task.inputs.vision:
             task.inputs.vision.drop = 0.5
     if "spectrogram" in task.inputs:
         task.inputs.spectrogram.update({"frames": 40 if name == "sounds" else 64, "gain": 6.0})
     if "text" in task.inputs:
         task.inputs.text.length = 12
+        if "instances" in task.inputs.text:
+            task.inputs.text.instances = 0  # a drawing has one name
         task.objective.update({"joint": 96, "concept": "concept", "initial": 0.1})
     if name in CLASSES:
         task.objective.label, task.objective.classes = CLASSES[name]
@@ -108,6 +125,9 @@ def get_config(setting: str = "released") -> ConfigDict:
     config.modalities.text.update(
         {"tokenizer": "emoji/1.0.0/tokenizer.model", "vocabulary": 2048, "buckets": 128}
     )
+    for modality in config.modalities.values():
+        # As large as the content, positions keep contrastive learning from its first hundreds of steps.
+        modality.positions_scale = 0.05
     groups = imp.layers(4, 4, 512, experts)
     for routed in (b["experts"] for g in groups for b in g["pattern"] if "experts" in b):
         routed["groups"] = 1
@@ -117,7 +137,7 @@ def get_config(setting: str = "released") -> ConfigDict:
     for name, task in config.tasks.items():
         on_emoji(name, task)
         if "buckets" in task:
-            task.buckets = BUCKETS
+            task.buckets = BUCKETS[name]
     config.optimizer.update({"learning_rate": 2e-3, "warmup": 50})
     config.dtype.compute = "float32"
     config.mesh = {"data": -1}

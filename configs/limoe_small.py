@@ -7,9 +7,10 @@ Settings as there: `limoe_small.py:entropies` (the default), `:classic`, `:none`
 layers, of which pictures are to use five and texts three.
 
 Hardware: a CPU with 2 cores: 300 steps of 9 GFLOP in 1 to 2 minutes, measured beside other work. Results of 300 steps
-by Muon (three seeds, `benchmarks/results/imp.md`): picture to text, recall at 10 of 51.9 % on drawings never seen
-(chance 4.1 %; `:dense` 49.2 %) and 28.5 % on concepts never seen (3.5 %; 28.6 %); texts use 3 to 4 of the eight
-experts, pictures 7 (`:classic`: 6 to 7, and 8).
+by Muon (three seeds, `benchmarks/results/imp.md`; of an earlier version, without biases and tables of positions and
+with a local entropy loss of pictures): picture to text, recall at 10 of 51.9 % on drawings never seen (chance 4.1 %;
+`:dense` 49.2 %) and 28.5 % on concepts never seen (3.5 %; 28.6 %); texts use 3 to 4 of the eight experts, pictures 7
+(`:classic`: 6 to 7, and 8).
 """
 
 from pathlib import Path

@@ -2,18 +2,29 @@
 
     python -m mmjax.train --config=configs/mbt_b.py --workdir=runs/mbt_b
 
-Sizes are those of the paper's B/16: two ViTs of 12 layers, one of each modality, the last 4 of which fuse; 32 frames of
-224 pixels, every other of 25 a second, in tubes of 2 x 16 x 16; 8 seconds of spectrogram, 800 x 128, in patches of 16
-x 16; batches of 64, 50 epochs, label smoothing 0.3. What differs: the data are clips of one class each, such as
-VGGSound's 309 (AudioSet's several labels of a clip want another loss); spectrograms have windows of 50 ms, since 128
-bands need them, and the two stretches of a clip are cut apart from each other; each modality has a classifier of its
-own, on mean-pooled tokens; Muon takes the place of momentum; of the augmentations there are crops and mirrorings only,
-no mixup and no stochastic depth; and layers begin at random, unless `init_from` names weights of a ViT.
+Sizes are those of the paper's B/16 and of its release (scenic, `projects/mbt`): two ViTs of 12 layers with biases, one
+of each modality, the last 4 of which fuse; 32 frames of 224 pixels, every other of 25 a second, in tubes of 2 x 16 x
+16; 8 seconds of spectrogram, 800 x 128, in patches of 16 x 16; a table of positions for each; batches of 64, 50 epochs
+with a warm-up of 2.5, label smoothing 0.3, no weight decay. One classifier reads both modalities; the loss is the mean
+of theirs, and a prediction the mean of their logits.
+
+What differs, or is ours:
+
+- The data are clips of one class each, such as VGGSound's 309; AudioSet's 527, several to a clip, want another loss.
+- The classifier reads the mean of a modality's tokens, in the place of a class token. (The released configuration
+  reads the mean of all tokens of both.)
+- The optimizer is Muon at 1e-3; theirs is momentum at 0.5. The model computes in bfloat16, theirs in float32.
+- Of the augmentations there are crops and mirrorings: no scale jitter, colours, SpecAugment, mixup (0.5) or stochastic
+  depth (0.3). Spectrograms have windows of 50 ms, since 128 bands need them, and fixed units.
+- Evaluation sees the middle of a clip, theirs the mean over 4.
+- Layers are initialised randomly, theirs from a ViT-B/16 of ImageNet-21k. `init_from` can take the layers of such a
+  ViT, biases and norms included. It takes neither its patches' kernel, which lacks the second frame of a tube, nor its
+  table of positions, which has one frame and a class token.
 
 The data set is not among those that can be built here. Give ArrayRecord files `train*.array_record*` and
-`test*.array_record*` in `~/data/vggsound` (or set `tasks.sounds.source` and the evaluators'), whose records are
-`tf.train.Example` messages with `video`, the JPEG frames of a clip, 25 a second and all of one size; `audio`, the
-bytes of a WAV file; and `label`, an integer below 309.
+`test*.array_record*` in `~/data/vggsound`, or set `tasks.sounds.source` and `tasks.sounds.evaluators.*.source`. The
+records are `tf.train.Example` messages with `video`, the JPEG frames of a clip, 25 a second and all of one size;
+`audio`, the bytes of a WAV file; and `label`, an integer below 309 (`tasks.sounds.objective.classes`).
 
 Hardware: 16 chips of TPU v5e, by the plan in `plans/`. Results: none, it has not been trained here; see `mbt_small.py`,
 the same recipe with smaller numbers.
@@ -47,7 +58,10 @@ def layers(
     apart: int, fused: int, heads: int, hidden: int, modalities: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Layers in which modalities keep apart, then those in which fusion tokens pass between them."""
-    block = {"name": "bottleneck", "modalities": list(modalities), "heads": heads, "hidden": hidden}
+    block = {
+        "name": "bottleneck", "modalities": list(modalities), "heads": heads, "hidden": hidden,
+        "bias": True, "attention_bias": True,
+    }  # fmt: skip
     return [
         {"repeat": repeat, "pattern": [{**block, "fuse": fuse}]}
         for repeat, fuse in ((apart, False), (fused, True))
@@ -59,10 +73,13 @@ def get_config() -> ConfigDict:
     config.steps = 140_000
     config.seed = 0
     config.modalities = {
-        "video": {"name": "video", "tube": 2, "patch": 16, "time_buckets": 16, "buckets": 14},
+        "video": {
+            "name": "video", "tube": 2, "patch": 16, "time_buckets": 16, "buckets": 14, "positions": "table",
+        },
         "spectrogram": {
             "name": "spectrogram", "patch_frames": 16, "patch_mels": 16, "mels": 128, "rate": 16_000,
             "window": 800, "hop": 160, "low": 60.0, "high": 7600.0, "buckets": 50,
+            "positions": "table",
         },
     }  # fmt: skip
     config.model = {"width": 768, "groups": layers(8, 4, 12, 3072, [*VIEWS]), "remat": "none"}
@@ -72,14 +89,15 @@ def get_config() -> ConfigDict:
             "inputs": VIEWS,
             "objective": {
                 "name": "fusion", "modalities": [*VIEWS], "classes": 309, "label": "label", "tokens": 4,
-                "mask": "full", "reading": "mean", "smoothing": 0.3,
+                "mask": "full", "reading": "mean", "loss": "each", "shared": True, "smoothing": 0.3,
             },
             "batch": 64,
             "evaluators": evaluators(data("test"), [*VIEWS]),
         },
     }  # fmt: skip
     config.optimizer = {
-        "name": "muon", "learning_rate": 1e-3, "warmup": 7_000, "weight_decay": 0.1, "clip": 1.0,
+        "name": "muon", "learning_rate": 1e-3, "warmup": 7_000, "decay": "cosine", "final": 0.0,
+        "weight_decay": 0.0, "clip": 1.0,
     }  # fmt: skip
     config.dtype = {"compute": "bfloat16"}
     config.mesh = {"data": -1}

@@ -3,12 +3,21 @@
     python -m mmjax.data.build emoji
     python -m mmjax.train --config=configs/mixture_of_mamba_1b.py --workdir=runs/mixture_of_mamba_1b
 
-Mamba's own model of 1.4 billion (Gu and Dao 2023, 48 layers of width 2,048); the projections into a block, to the
-recurrence's parameters, to its step and out of the block have a copy for text and one for images, the convolution and
-the recurrence are shared. The tasks are those of `mot_7b.py`: `mixture_of_mamba_1b.py:transfusion` (the default) and
-`:chameleon`, each also `-dense`, which is Mamba without copies. As the recurrence is causal, an image's tokens do not
-see those after them. Data are the drawings and names that the data sets here hold: set `tasks.captions.source` to your
-own.
+Mamba's own model of 1.4 billion (Gu and Dao 2023, 48 layers of width 2,048, norms by root mean squares, no positions);
+the projections into a block, to the recurrence's parameters, to its step and out of the block have a copy for text and
+one for images, the convolution and the recurrence are shared. The tasks are those of `mot_7b.py`:
+`mixture_of_mamba_1b.py:transfusion` (the default) and `:chameleon`, each also `-dense`, which is Mamba without copies.
+As the recurrence is causal, an image's tokens do not see those after them.
+
+What differs, or is ours:
+
+- Steps, batch and rate are ours: those of `mot_7b.py`, with a quarter of its batch.
+- Missing: the paper's setting with speech.
+- What `mot_7b.py` and `transfusion_7b.py` say of images, texts, time and data holds here.
+
+Data are the drawings and names that the data sets here hold. For your own, set `tasks.captions.source` and
+`tasks.captions.evaluators.*.source` (records with `image`, an encoded picture, and `caption`), and
+`modalities.text.tokenizer` with its number of pieces in `modalities.text.vocabulary`.
 
 Hardware: 64 chips of TPU v5p, by the plan in `plans/`. Results: none, it has not been trained here; see
 `mixture_of_mamba_small.py`, the same recipe with smaller numbers.
@@ -27,7 +36,7 @@ UNTIED = ("in", "x", "dt", "out")
 
 
 def layers(setting: str, repeat: int, **more: Any) -> list[dict[str, Any]]:
-    block = {"name": "mamba", **more}
+    block = {"name": "mamba", "norm": "rms", "eps": 1e-5, "depth": repeat, **more}
     if "dense" not in setting:
         block |= {"untie": list(UNTIED), "modalities": mot.modalities(setting)}
     return [{"repeat": repeat, "pattern": [block]}]

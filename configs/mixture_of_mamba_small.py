@@ -6,8 +6,9 @@ python -m mmjax.train --config=configs/mixture_of_mamba_small.py --workdir=runs/
 Settings as there: `mixture_of_mamba_small.py:transfusion` (the default), `:chameleon`, and each `-dense`.
 
 Hardware: a CPU with 2 cores: 250 steps of 3.5 GFLOP, 3 to 8 minutes, measured beside other work. Results (three seeds,
-`benchmarks/results/mechanisms.md`), on drawings never seen: 0.162 of the noise's variance (without copies: 0.198), 4.55
-nats for a piece of text (4.55; knowing nothing: 7.62).
+`benchmarks/results/mechanisms.md`; of an earlier version, with layer norms and learned positions), on drawings never
+seen: 0.162 of the noise's variance (without copies: 0.198), 4.55 nats for a piece of text (4.55; knowing nothing:
+7.62).
 """
 
 from pathlib import Path

@@ -3,16 +3,30 @@
     python -m mmjax.data.build emoji
     python -m mmjax.train --config=configs/moma_1b.py --workdir=runs/moma_1b
 
-`mot_7b.py:chameleon` with 24 layers of width 2,048, in which only the MLPs have copies: four experts for texts and four
-for images, which choose their tokens by a sigmoid (each a quarter of its modality's; no loss balances them). Such a
-choice depends on later tokens; so a second router learns beside, from a token alone, which experts took it, and
-generation goes by that (the paper trains it afterwards). `moma_1b.py:one` has one expert for each modality,
-`moma_1b.py:mixed` eight for both, `moma_1b.py:dense` none.
+`mot_7b.py:chameleon` with 24 layers of width 2,048 and norms behind their parts, in which only the MLPs have copies:
+four experts for texts and four for images, which choose their tokens by a sigmoid (each a quarter of its modality's; no
+loss balances them). Such a choice depends on later tokens; so a second router with a hidden layer of 1,024 learns
+beside, from a token alone, which experts took it, and generation goes by that. The rate is the paper's, 1e-4 after a
+warm-up of 4,000 steps, falling linearly to 1 %. `moma_1b.py:one` has one expert for each modality, `moma_1b.py:mixed`
+eight for both, `moma_1b.py:dense` none.
 
 The paper calls the model one of 1.4 billion. Ours has 1.23 in what a token meets of the trunk, and a table of 65,344
-pieces and codes with 0.13: 1.37; as what comes out has a table of its own, 1.50 in all. Sizes of the hidden layer and
-of the second router are ours, as are rate and batch. Tokens compete with those of their sequence and modality (the
-paper's with those of a batch: over more than 2,048 of them, the TPU's compiler takes minutes to sort).
+pieces and codes with 0.13: 1.37; as what comes out has a table of its own, 1.50 in all. The hidden layer of 5,632 is
+the paper's 8,192 by Chameleon's rule of two thirds.
+
+What differs, or is ours:
+
+- Tokens compete with those of their sequence and modality; the paper's with those of a batch (over more than 2,048 of
+  them, the TPU's compiler takes minutes to sort).
+- The second router learns along with the model and has biases; the paper's is trained afterwards, without them.
+- Images are 32 pixels a side of 8,000 colours; theirs are 1,024 of 8,192 codes of a learned tokenizer. Texts and
+  colours have a table and a head each (57,344 and 8,000); theirs share one of 65,536.
+- Batch and steps are ours (1 trillion tokens); betas, weight decay and bound of the gradient are Chameleon's.
+- Missing: upcycling from `one` with Gumbel noise, and mixture of depths.
+
+Data are the drawings and names that the data sets here hold. For your own, set `tasks.captions.source` and
+`tasks.captions.evaluators.*.source` (records with `image`, an encoded picture, and `caption`), and
+`modalities.text.tokenizer` with its number of pieces in `modalities.text.vocabulary`.
 
 Hardware: 256 chips of TPU v5e or 128 of v5p, by the plans in `plans/`. Results: none, it has not been trained here; see
 `moma_small.py`, the same recipe with smaller numbers.
@@ -32,18 +46,19 @@ SETTINGS = ("experts", "one", "mixed", "dense")
 
 
 def layers(setting: str, repeat: int, heads: int, hidden: int) -> list[dict[str, Any]]:
-    """Chameleon's block, and its experts."""
+    """Return Chameleon's block with its norms behind their parts, and its experts."""
     if setting not in SETTINGS:
         raise UserError(f"There is no setting '{setting}'.{nearest(setting, SETTINGS)}")
     groups: list[dict[str, Any]] = mot.layers("chameleon-dense", repeat, heads, hidden)
     (block,) = groups[0]["pattern"]
+    block["order"] = "post"
     if setting != "dense":
         block["experts"] = {
             "count": {"experts": 4, "one": 1, "mixed": 8}[setting],
             "router": {"name": "expert_choice", "score": "sigmoid", "capacity": 1.0},
             "group": 2048,
             "groups": 256,
-            "causal": {"hidden": 512},
+            "causal": {"hidden": 1024},
         }
     if setting in ("experts", "one"):
         block |= {"untie": ["mlp"], "modalities": mot.modalities("chameleon")}

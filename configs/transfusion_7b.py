@@ -3,15 +3,27 @@
     python -m mmjax.data.build emoji
     python -m mmjax.train --config=configs/transfusion_7b.py --workdir=runs/transfusion_7b
 
-The trunk is Llama's of 7 billion; sequences have 4,096 positions, here 14 captioned images that do not see each other
-and whose captions share 512 (36 for a caption; with captions of 25 tokens 4 % are padding); 4 million positions to a
-batch, for 500,000 steps (2 trillion). Images are 256 pixels a side and become 256 tokens
-through U-Net adapters; of each five captions four come before the image and one after it, whose noise is then limited.
-The paper diffuses latents of an autoencoder, 32 a side with patches of 2; here it is pixels in patches of 16. Its data
-are text alone and licensed captioned images; here they are the drawings and names that the data sets here hold: set
-`tasks.captions.source` to your own, and `modalities.text.tokenizer` to a SentencePiece model.
-`transfusion_7b.py:monoformer` alternates two tasks on the same trunk, text by its next token and images drawn from
-texts, with neither loss in the other's step (after MonoFormer, Zhao et al. 2024).
+The trunk is Llama's of 7 billion, with rotary embeddings and no others; sequences have 4,096 positions, here
+14 captioned images that do not see each other and whose captions share 512 (36 for a caption; with captions of 25
+tokens 4 % are padding); 4 million positions to a batch, for 500,000 steps (2 trillion), at 3e-4 falling to 1.5e-5.
+Images are 256 pixels a side and become 256 tokens through U-Net adapters; of each five captions four come before the
+image and one after it, whose noise is then limited to half of the time.
+`transfusion_7b.py:alternating` alternates two tasks on the same trunk, text by its next token and images drawn from
+texts, with neither loss in the other's step. MonoFormer (Zhao et al. 2024) shares a trunk in this way too, and is
+another model: 1.1 billion started from TinyLlama, latents of an autoencoder, text loss 0.01, both kinds of example in
+one batch 9:1, a token for the time, learned variance, 1e-4.
+
+What differs, or is ours:
+
+- Images are pixels in patches of 16; theirs are latents of an autoencoder, 32 a side with patches of 2.
+- Time is continuous, and images are drawn by DDIM in 250 steps; theirs has 1,000 steps, drawn by ancestral sampling.
+- A text has up to 255 tokens and its image follows or precedes it in a fixed place; theirs opens and closes images by
+  tokens of their own (BOI, EOI), by which the model itself changes from writing to drawing.
+- Missing: text alone, which is half of their data.
+
+Data are the drawings and names that the data sets here hold. For your own, set `tasks.*.source` and
+`tasks.*.evaluators.*.source` (records with `image`, an encoded picture, and `caption`), and `modalities.text.tokenizer`
+with its number of pieces in `modalities.text.vocabulary`.
 
 Hardware: 256 chips of TPU v5p, by the plan in `plans/`. Results: none, it has not been trained here; see
 `transfusion_small.py`, the same recipe with smaller numbers.
@@ -23,7 +35,7 @@ from ml_collections import ConfigDict
 
 from mmjax.errors import UserError, nearest
 
-SETTINGS = ("transfusion", "monoformer")
+SETTINGS = ("transfusion", "alternating")
 
 # Sequences of 4,096 positions, 14 images of 256 and 512 for their captions; or of 3,456, 128 captions of 27.
 CAPTIONED = {"pack": 14, "capacity": {"text": 512}, "window": 56}
@@ -36,10 +48,10 @@ def data(split: str) -> dict[str, Any]:
 
 
 def layers(repeat: int, heads: int, hidden: int, **more: Any) -> list[dict[str, Any]]:
-    """Llama's block; `more` of its settings."""
+    """Return Llama's block, with `more` of its settings."""
     block = {
         "name": "transformer", "heads": heads, "hidden": hidden, "norm": "rms", "mlp": "swiglu",
-        "rotary": 10_000.0, **more,
+        "rotary": 10_000.0, "eps": 1e-5, **more,
     }  # fmt: skip
     return [{"repeat": repeat, "pattern": [block]}]
 
@@ -61,7 +73,7 @@ def task(share: int, modalities: list[str], objective: dict[str, Any]) -> dict[s
 
 
 def get_config(setting: str = "transfusion") -> ConfigDict:
-    """The config; `setting` is `transfusion` or `monoformer`."""
+    """The config; `setting` is `transfusion` or `alternating`."""
     if setting not in SETTINGS:
         raise UserError(f"There is no setting '{setting}'.{nearest(setting, SETTINGS)}")
     draw = {"weight": 5.0, "target": "epsilon", "drop": 0.1, "channels": 128, "guidance": 5.0}
@@ -71,28 +83,29 @@ def get_config(setting: str = "transfusion") -> ConfigDict:
     config.steps = 500_000
     config.seed = 0
     config.modalities = {
-        # No tokenizer: give Llama 2's, of 32,000 pieces.
-        "text": {"name": "text", "tokenizer": "", "vocabulary": 32_000, "buckets": 256},
-        "image": {"name": "image", "patch": 16, "buckets": 16},
+        # Rotary embeddings alone say where a token is. No tokenizer: give Llama 2's, of 32,000 pieces.
+        "text": {"name": "text", "tokenizer": "", "vocabulary": 32_000, "positions": "none"},
+        "image": {"name": "image", "patch": 16, "positions": "none"},
     }
     config.model = {
         "width": 4096,
         "groups": layers(32, 32, 11_008),
         "norm": "rms",
+        "norm_eps": 1e-5,
         "remat": "full",
     }
     config.tasks = {
         "captions": task(1, ["text", "image"], {**CAPTIONED, **draw, "swap": 0.2, "limit": 0.5}),
     }
-    if setting == "monoformer":
+    if setting == "alternating":
         # What is written and what is drawn are two tasks: one's loss is not in the other's step.
         config.tasks = {
             "write": task(1, ["text"], CAPTIONS),
             "draw": task(1, ["text", "image"], {**CAPTIONED, **draw, "weights": {"text": 0.0}}),
         }
     config.optimizer = {
-        "name": "adamw", "learning_rate": 3e-4, "warmup": 4000, "weight_decay": 0.1, "clip": 1.0,
-        "b1": 0.9, "b2": 0.95,
+        "name": "adamw", "learning_rate": 3e-4, "warmup": 4000, "decay": "cosine", "final": 0.05,
+        "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0,
     }  # fmt: skip
     config.dtype = {"compute": "bfloat16"}
     config.mesh = {"data": 1, "fsdp": -1}

@@ -7,9 +7,9 @@ The data force other modalities: the same note as a spectrogram and as a wavefor
 key more: `--config.tasks.sounds.objective.mask=full`.
 
 Hardware: a CPU with 2 cores: 300 steps of 11.3 GFLOP, 70 seconds in all on idle cores. Results (three seeds,
-`benchmarks/results/mechanisms.md`), top-1 at pitches never heard (chance 0.8 %): both 95.8 %, spectrogram alone 90.4 %,
-waveform alone 30.8 %; under full fusion 94.8 %, 62.4 % and 3.8 %. The learning rate was raised from 2e-3 for Zorro
-alone, in one try, and looked at on these same pitches.
+`benchmarks/results/mechanisms.md`; of an earlier version, without biases and tables of positions), top-1 at pitches
+never heard (chance 0.8 %): both 95.8 %, spectrogram alone 90.4 %, waveform alone 30.8 %; under full fusion 94.8 %, 62.4
+% and 3.8 %. The learning rate was raised from 2e-3 for Zorro alone, in one try, and looked at on these same pitches.
 """
 
 from pathlib import Path

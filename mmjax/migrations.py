@@ -97,6 +97,9 @@ ROWS: tuple[Row, ...] = (
     # The tokenizer of the emoji data was the default, and a vocabulary could be larger than its tokenizer's.
     Row(2, "modalities.*", "pad_vocabulary_to", 0, named("text")),
     Row(2, "modalities.*", "tokenizer", "emoji/1.0.0/tokenizer.model", named("text")),
+    # Mamba's norm became the published one.
+    Row(2, "model.groups.*.pattern.*", "norm", "layer", named("mamba")),
+    Row(2, "tasks.*.objective.*.*.pattern.*", "norm", "layer", named("mamba")),
 )
 
 

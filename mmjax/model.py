@@ -32,6 +32,7 @@ class ModelConfig:
       groups: the trunk's layers.
       remat: what the backward pass computes again: `none`, `dots` or `full`.
       norm: the last norm, `layer` or `rms`.
+      norm_eps: its eps.
       norm_modalities: modalities (or modality: expert) that have a last norm each; empty for one of all.
     """
 
@@ -39,6 +40,7 @@ class ModelConfig:
     groups: tuple[GroupConfig, ...]
     remat: str = "none"
     norm: str = "layer"
+    norm_eps: float = 1e-6
     norm_modalities: Any = ()
 
     def __post_init__(self) -> None:
@@ -58,6 +60,7 @@ class Model(nnx.Module):
             config.remat,
             norm_modalities=config.norm_modalities,
             norm=config.norm,
+            norm_eps=config.norm_eps,
         )
         self.heads = nnx.Dict({name: nnx.Dict(parts) for name, parts in heads.items()})
         for _, part in nnx.iter_modules(self):

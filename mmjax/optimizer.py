@@ -34,7 +34,7 @@ class OptimizerConfig:
         of Adam's updates (Liu et al. 2025), and `adamw` for all else.
       learning_rate: the peak.
       warmup: units of linear warm-up from 0.
-      decay: `cosine` to `final` times the peak at the end of the run, or `constant`.
+      decay: `cosine` or `linear`, to `final` times the peak at the end of the run; or `constant`.
       b1, b2, eps: Adam's; the first two are Lion's as well.
       momentum: Muon's.
       factored: Adafactor keeps rows and columns apart in matrices with no side below this.
@@ -99,8 +99,9 @@ EXTENT = ("length", "warmup", "scale")
 _MOST = 2**31 - 1
 
 # What is left of the peak after a part of the decay, in [0, 1], that ends at `final`.
-_DECAYS: Mapping[str, Callable[[Any, float], Any]] = {
+DECAYS: Mapping[str, Callable[[Any, float], Any]] = {
     "cosine": lambda part, final: final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * part)),
+    "linear": lambda part, final: 1 - (1 - final) * part,
     "constant": lambda part, final: jnp.ones_like(part),
 }
 
@@ -241,9 +242,9 @@ def learning_rate(
 
     `length` and `warmup` (the config's, if None) are integers or traced ones.
     """
-    if config.decay not in _DECAYS:
-        raise UserError(f"optimizer.decay: no '{config.decay}'.{nearest(config.decay, _DECAYS)}")
-    decay = _DECAYS[config.decay]
+    if config.decay not in DECAYS:
+        raise UserError(f"optimizer.decay: no '{config.decay}'.{nearest(config.decay, DECAYS)}")
+    decay = DECAYS[config.decay]
     warmup = config.warmup if warmup is None else warmup
     tail = jnp.maximum(length - warmup, 1)
 

@@ -9,7 +9,7 @@ import pytest
 from mmjax import migrations
 from mmjax.migrations import Row, named, of_modality, upgrade, upgrade_meta
 
-TABLE = migrations.ROWS
+TABLE = migrations.ROWS  # the real ones: tests here patch them
 CONFIG = {
     "modalities": {"picture": {"name": "image"}, "text": {"name": "text"}},
     "model": {"groups": [{"pattern": [{"name": "mamba"}, {"name": "transformer"}]}]},
@@ -75,3 +75,17 @@ def test_meta_data_without_a_version_are_of_the_first() -> None:
     assert upgrade_meta({"config": CONFIG})["config"]["seed"] == 7
     assert upgrade_meta({"config": CONFIG, migrations.KEY: 3})["config"] == CONFIG
     assert upgrade_meta({"format": 1}) == {"format": 1}
+
+
+def test_mambas_of_older_configs_keep_their_norm() -> None:
+    """Version 2 made RMS the default; wherever a config holds layers."""
+    layer = {"repeat": 1, "pattern": [{"name": "mamba"}]}
+    config = {
+        "model": {"groups": [layer]},
+        "tasks": {"a": {"objective": {"unimodal": [layer], "between": ["image", "text"]}}},
+    }
+    with mock.patch.object(migrations, "ROWS", TABLE):
+        old, new = upgrade(config, 1), upgrade(config, migrations.VERSION)
+    assert old["model"]["groups"][0]["pattern"] == [{"name": "mamba", "norm": "layer"}]
+    assert old["tasks"]["a"]["objective"]["unimodal"][0]["pattern"][0]["norm"] == "layer"
+    assert new == config

@@ -99,6 +99,8 @@ def rate(config: OptimizerConfig, step: int) -> float:
     if config.decay == "constant":
         return config.learning_rate
     part = min((step - config.warmup) / (STEPS - config.warmup), 1.0)
+    if config.decay == "linear":
+        return config.learning_rate * (1 + (config.final - 1) * part)
     cosine = (1 + math.cos(math.pi * part)) / 2
     return config.learning_rate * (config.final + (1 - config.final) * cosine)
 
@@ -127,7 +129,14 @@ def adamw(config: OptimizerConfig, rates: Sequence[float]) -> list[Values]:
 
 @pytest.mark.parametrize(
     "changed",
-    [{}, {"clip": 0.0}, {"weight_decay": 0.0}, {"warmup": 0}, {"decay": "constant"}],
+    [
+        {},
+        {"clip": 0.0},
+        {"weight_decay": 0.0},
+        {"warmup": 0},
+        {"decay": "constant"},
+        {"decay": "linear"},
+    ],
     ids=str,
 )
 def test_adamw_is_the_published_one(changed: dict[str, Any]) -> None:
@@ -307,7 +316,7 @@ def test_what_a_bfloat16_parameter_loses() -> None:
     steps=st.integers(1, 400),
     warmup=st.integers(0, 60),
     final=st.floats(0, 1),
-    decay=st.sampled_from(["cosine", "constant"]),
+    decay=st.sampled_from(["cosine", "linear", "constant"]),
     data=st.data(),
 )
 def test_the_rate_at_any_step(
@@ -320,6 +329,9 @@ def test_the_rate_at_any_step(
         expected = 0.02 * (step + 1) / warmup
     elif decay == "constant":
         expected = 0.02
+    elif decay == "linear":
+        left = max(1 - (step - warmup) / max(steps - warmup, 1), 0.0)
+        expected = 0.02 * (final + (1 - final) * left)
     else:
         part = min((step - warmup) / max(steps - warmup, 1), 1.0)
         expected = 0.02 * (final + (1 - final) * (1 + math.cos(math.pi * part)) / 2)
@@ -357,9 +369,21 @@ def test_the_rate_meets_its_corners() -> None:
     np.testing.assert_allclose(corners, [0.25, 1.0, 1.0, 0.55, 0.1, 0.1], rtol=1e-6)
 
 
+def test_a_linear_decay_meets_its_corners() -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup=4, final=0.1, decay="linear")
+    at = learning_rate(config, 24)
+    corners = [float(at(s)) for s in (0, 3, 4, 9, 14, 19, 24, 1000)]
+    np.testing.assert_allclose(corners, [0.25, 1, 1, 0.775, 0.55, 0.325, 0.1, 0.1], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "near"),
-    [("name", "adamx", "adamw"), ("decay", "cosin", "cosine"), ("unit", "step", "steps")],
+    [
+        ("name", "adamx", "adamw"),
+        ("decay", "cosin", "cosine"),
+        ("decay", "liner", "linear"),
+        ("unit", "step", "steps"),
+    ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(key: str, value: str, near: str) -> None:
     with pytest.raises(UserError, match=f"optimizer.{key}: no '{value}'. Did you mean '{near}'"):

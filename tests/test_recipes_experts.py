@@ -69,10 +69,10 @@ def test_moma_is_as_large_as_published() -> None:
     assert trunk + tables == pytest.approx(1.4e9, rel=0.03)
     assert total("moma_1b", "dense") == pytest.approx(1.5e9, rel=0.03)
     mlps = 24 * 3 * 2048 * 5632
-    routers = met("moma_1b", "experts") - trunk
-    assert 0 < routers < 0.03 * trunk
-    held = total("moma_1b", "experts", "trunk/") - trunk - 7 * mlps
-    assert 0 < held < 0.06 * trunk, "two sets of routers in every layer"
+    # A router of four columns, and one with a hidden layer of 1,024 and biases.
+    routers = 24 * (2048 * 4 + 2048 * 1024 + 1024 + 1024 * 4 + 4)
+    assert met("moma_1b", "experts") == trunk + routers
+    assert total("moma_1b", "experts", "trunk/") == trunk + 7 * mlps + 2 * routers
 
 
 def test_moma_has_four_experts_for_each_modality() -> None:

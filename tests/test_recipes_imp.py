@@ -47,7 +47,7 @@ def test_tokens_batches_and_intervals_are_those_released(name: str) -> None:
         n: tokens(task, made.declaration, task.rows().batch(1)) for n, task in made.tasks.items()
     }
     assert found == {
-        "image_text": 256 + 16, "images": 256, "video_text": 256 + 16, "videos": 256,
+        "image_text": 256 + 5 * 16, "images": 256, "video_text": 256 + 16, "videos": 256,
         "video_audio_text": 256 + 64 + 16, "sounds": 64,
     }  # fmt: skip
     assert {n: (t.config.share, t.batch) for n, t in made.tasks.items()} == {
@@ -66,12 +66,15 @@ def test_tokens_batches_and_intervals_are_those_released(name: str) -> None:
 def test_videos_come_in_shapes_of_as_many_tokens(name: str) -> None:
     made = experiment(name, "mixed")
     shapes = {
-        program: task.inputs["vision"].arrays()["patches"].shape
+        program: tokens(task, made.declaration, task.rows().batch(1))
         for program, (task, _) in made.settings.programs.items()
-        if task.name == "videos"
+        if task.name in ("videos", "video_text")
     }
-    assert set(shapes) == {"videos.released", "videos.long", "videos.large"}
-    assert set(shapes.values()) == {(256, 4 * 16 * 16 * 3)}
+    assert shapes == {
+        f"{task}.{bucket}": size
+        for task, size in (("videos", 256), ("video_text", 256 + 16))
+        for bucket in ("released", "long", "large")
+    }
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from mmjax.errors import UserError
 from mmjax.show import rows_of_config
 
 SETTINGS = {
-    "transfusion": ("7b", ["transfusion", "monoformer"]),
+    "transfusion": ("7b", ["transfusion", "alternating"]),
     "mot": ("7b", ["chameleon", "chameleon-dense", "transfusion", "transfusion-dense"]),
     "mixture_of_mamba": ("1b", ["chameleon", "chameleon-dense", "transfusion", "transfusion-dense"]),
 }  # fmt: skip
@@ -80,7 +80,7 @@ def test_the_small_recipe_differs_in_sizes_only(system: str, setting: str) -> No
         "steps", "patch", "buckets", "vocabulary", "width", "remat", "groups", "batch", "size", "length", "pack",
         "capacity", "window",
         "channels", "levels", "learning_rate", "warmup", "compute", "every", "repeat", "state", "heads", "hidden",
-        "tokenizer",
+        "tokenizer", "depth",
     }  # fmt: skip
     differences = configs.compare(big, small)
     changed = {d.key.replace("capacity.text", "capacity").split(".")[-1] for d in differences}
@@ -105,8 +105,8 @@ def test_the_large_recipe_is_traced_whole(system: str) -> None:
     assert {n: g.shape for n, g in gradient.items()} == {n: p.shape for n, p in parameters.items()}
 
 
-def test_monoformer_writes_and_draws_in_turn() -> None:
-    made = experiment("transfusion_7b", "monoformer")
+def test_the_alternating_setting_writes_and_draws_in_turn() -> None:
+    made = experiment("transfusion_7b", "alternating")
     assert made.tasks["write"].objective.reads() == ("text",)
     draw: Any = made.tasks["draw"].objective
     assert draw.order == ("text", "image") and draw.weights == {"text": 0.0}

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jax.nn import initializers
 
 from mmjax.errors import UserError
 from mmjax.layers.attend import attend, check_kernel
@@ -38,23 +39,26 @@ class KeyValues:
 class Attention(nnx.Module):
     """Multi-head attention over what the mask allows: `[B, S, D] -> [B, S, D]`.
 
-    `softmax(q k^T / sqrt(D / heads)) v`, projections without biases. With `qk_norm`, queries and keys are
-    normalised per head (Dehghani et al. 2023). `kernel` is one of `mmjax.layers.attend`. On a mesh with a
-    `sequence` axis each device attends from its own tokens to those of all: only keys and values are gathered,
-    so the result is exact. What is `untied` (`query`, `key`, `value`, `out`, `qk_norm`) is by modality; tokens
-    attend to each other all the same. Where `rotary` is not 0, queries and keys are rotated by the places of their
-    tokens (see `rotate`), it being the base.
+    `softmax(q k^T / sqrt(D / heads)) v`; with `bias`, all four projections have biases (a ViT's). With `qk_norm`,
+    queries and keys are normalised per head (Dehghani et al. 2023): where it is True by the norm `norm` without bias,
+    else by the norm that it names, a layer norm with bias (Chameleon). `kernel` is one of `mmjax.layers.attend`. On a
+    mesh with a `sequence` axis each device attends from its own tokens to those of all: only keys and values are
+    gathered, so the result is exact. What is `untied` (`query`, `key`, `value`, `out`, `qk_norm`) is by modality, its
+    bias as well; tokens attend to each other all the same. Where `rotary` is not 0, queries and keys are rotated by the
+    places of their tokens (see `rotate`), it being the base.
     """
 
     def __init__(
         self,
         width: int,
         heads: int,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         kernel: str = "auto",
         untied: Untied = TIED,
         norm: str = "layer",
         rotary: float = 0.0,
+        bias: bool = False,
+        eps: float = 1e-6,
     ):
         if heads < 1 or width % heads:
             raise UserError(f"attention: width {width} does not divide over {heads} heads.")
@@ -65,8 +69,15 @@ class Attention(nnx.Module):
             untied(part, lambda: _inner(width, heads, size)) for part in ("query", "key", "value")
         )
         self.out = untied("out", lambda: _outer(width, heads, size))
+        self.query_bias, self.key_bias, self.value_bias, self.out_bias = (
+            untied(part, lambda: _bias(width)) if bias else None
+            for part in ("query", "key", "value", "out")
+        )
+        kind = norm if qk_norm is True else str(qk_norm)
         self.query_norm, self.key_norm = (
-            untied("qk_norm", lambda: norm_of(norm, size, bias=False)) if qk_norm else None
+            untied("qk_norm", lambda: norm_of(kind, size, qk_norm is not True, eps))
+            if qk_norm
+            else None
             for _ in range(2)
         )
         if rotary < 0 or (rotary and size % 2):
@@ -96,8 +107,8 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, kinds: Kinds = ONE, places_BT: jax.Array | None = None
     ) -> KeyValues:
         """What of the tokens of `x` others read."""
-        k_BTHK = apply(self.key, x_BTD, kinds, _project)
-        v_BTHK = apply(self.value, x_BTD, kinds, _project)
+        k_BTHK = _with_bias(apply(self.key, x_BTD, kinds, _project), self.key_bias, kinds)
+        v_BTHK = _with_bias(apply(self.value, x_BTD, kinds, _project), self.value_bias, kinds)
         if self.key_norm is not None:
             k_BTHK = apply(self.key_norm, k_BTHK, kinds)
         return KeyValues(self._rotated(k_BTHK, places_BT), v_BTHK)
@@ -118,7 +129,7 @@ class Attention(nnx.Module):
         places_BS: jax.Array | None = None,
     ) -> jax.Array:
         """What the tokens of `x` read of those whose keys and values are `held`."""
-        q_BSHK = apply(self.query, x_BSD, kinds, _project)
+        q_BSHK = _with_bias(apply(self.query, x_BSD, kinds, _project), self.query_bias, kinds)
         if self.query_norm is not None:
             q_BSHK = apply(self.query_norm, q_BSHK, kinds)
         q_BSHK = self._rotated(q_BSHK, places_BS)
@@ -126,7 +137,7 @@ class Attention(nnx.Module):
         k_BTHK, v_BTHK = constrain(held.k_BTHK, gathered), constrain(held.v_BTHK, gathered)
         y_BSHK = attend(q_BSHK, k_BTHK, v_BTHK, pairs, self.kernel)
         y_BSHK = constrain(y_BSHK, ("batch", "tokens", "heads", None))
-        return apply(self.out, y_BSHK, kinds, _join_heads)
+        return _with_bias(apply(self.out, y_BSHK, kinds, _join_heads), self.out_bias, kinds)
 
 
 def _inner(width: int, heads: int, size: int) -> nnx.Param:
@@ -135,6 +146,19 @@ def _inner(width: int, heads: int, size: int) -> nnx.Param:
 
 def _outer(width: int, heads: int, size: int) -> nnx.Param:
     return declare((heads, size, width), ("heads", None, "embed"), _flat_init(2))
+
+
+def _bias(width: int) -> nnx.Param:
+    # A vector, whatever it is added to: no optimizer may take it for a matrix.
+    return declare((width,), (None,), initializers.zeros)
+
+
+def _with_bias(x: jax.Array, bias: Any, kinds: Kinds) -> jax.Array:
+    return x if bias is None else apply(bias, x, kinds, _add)
+
+
+def _add(bias: nnx.Param, x: jax.Array) -> jax.Array:
+    return x + bias[...].reshape(x.shape[2:])
 
 
 def _project(kernel: nnx.Param, x_BSD: jax.Array) -> jax.Array:

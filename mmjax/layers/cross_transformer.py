@@ -9,7 +9,7 @@ from flax import nnx, struct
 
 from mmjax.errors import UserError
 from mmjax.layers.attention import Attention, KeyValues
-from mmjax.layers.dense import LayerNorm, Mlp
+from mmjax.layers.dense import Mlp, norm_of
 from mmjax.layers.masks import FULL, Pairs
 from mmjax.layers.stream import Aux, Stream, no_aux
 from mmjax.layers.transformer import empty
@@ -34,8 +34,11 @@ class CrossTransformer(nnx.Module):
       heads: attention heads, of either attention.
       hidden: size of the MLP's hidden layer.
       bias: biases in the MLP and norms.
-      qk_norm: normalise queries and keys per head.
+      qk_norm: normalise queries and keys per head, see `Attention`.
       kernel: what computes the attention, see `mmjax.layers.attend`.
+      attention_bias: biases of queries, keys, values and outputs, of either attention.
+      eps: of all its norms.
+      context_norm: a norm of the context before its keys and values (open_clip's CoCa).
     """
 
     def __init__(
@@ -44,21 +47,26 @@ class CrossTransformer(nnx.Module):
         heads: int,
         hidden: int,
         bias: bool = False,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         kernel: str = "auto",
+        attention_bias: bool = False,
+        eps: float = 1e-6,
+        context_norm: bool = False,
     ):
-        self.attention_norm = LayerNorm(width, bias)
-        self.attention = Attention(width, heads, qk_norm, kernel)
-        self.cross_norm = LayerNorm(width, bias)
-        self.cross = Attention(width, heads, qk_norm, kernel)
-        self.mlp_norm = LayerNorm(width, bias)
+        self.attention_norm, self.cross_norm, self.mlp_norm = (
+            norm_of("layer", width, bias, eps) for _ in range(3)
+        )
+        self.context_norm = norm_of("layer", width, bias, eps) if context_norm else None
+        self.attention, self.cross = (
+            Attention(width, heads, qk_norm, kernel, bias=attention_bias, eps=eps) for _ in range(2)
+        )
         self.mlp = Mlp(width, hidden, bias)
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         del key  # no dropout
         x, context = stream.x_BSD, _context(stream)
         x = x + self.attention(self.attention_norm(x), stream.pairs())
-        x = self._rest(x, self.cross.key_values(context.x_BSD), context.valid_BS)
+        x = self._rest(x, self._key_values(context), context.valid_BS)
         return replace(stream, x_BSD=x), no_aux()
 
     def _rest(self, x: jax.Array, held: KeyValues, valid_BT: jax.Array | None) -> jax.Array:
@@ -70,7 +78,12 @@ class CrossTransformer(nnx.Module):
         """Empty slots for the stream's own tokens, and what of the context is read; see `Trunk.begin`."""
         context = _context(stream)
         own = empty(self.attention, stream, slots)
-        return Held(own, self.cross.key_values(context.x_BSD), context.valid_BS)
+        return Held(own, self._key_values(context), context.valid_BS)
+
+    def _key_values(self, context: Stream) -> KeyValues:
+        """Return the keys and values of the context."""
+        norm = self.context_norm
+        return self.cross.key_values(context.x_BSD if norm is None else norm(context.x_BSD))
 
     def extend(self, stream: Stream, held: Held, at: jax.Array | int) -> tuple[Stream, Held]:
         """The block for the tokens from `at` on, given those before, see `Trunk.extend`."""

@@ -134,15 +134,17 @@ class RmsNorm(nnx.Module):
 NORMS = ("layer", "rms")
 
 
-def norm_of(kind: str, width: int, bias: bool = True) -> LayerNorm | RmsNorm:
-    """The norm of that name; `bias` is a layer norm's.
+def norm_of(kind: str, width: int, bias: bool = True, eps: float = 1e-6) -> LayerNorm | RmsNorm:
+    """Return the norm of that name; `bias` is a layer norm's.
 
     Raises:
-      UserError: no such norm.
+      UserError: no such norm, or an eps that is not above 0.
     """
     if kind not in NORMS:
         raise UserError(f"There is no norm '{kind}'.{nearest(kind, NORMS)}")
-    return RmsNorm(width) if kind == "rms" else LayerNorm(width, bias)
+    if not eps > 0:
+        raise UserError(f"eps of a norm is {eps}; it must be above 0.")
+    return RmsNorm(width, eps) if kind == "rms" else LayerNorm(width, bias, eps)
 
 
 _gelu = partial(jax.nn.gelu, approximate=True)

@@ -14,7 +14,7 @@ from jax.nn import initializers
 
 from mmjax.errors import UserError
 from mmjax.layers.by_modality import Modalities, apply, kinds, untied
-from mmjax.layers.dense import Dense, LayerNorm
+from mmjax.layers.dense import Dense, norm_of
 from mmjax.layers.masks import Causal, Mask, Or, Same, factors
 from mmjax.layers.selective_scan import Tokens, scan_from, selective_scan
 from mmjax.layers.stream import Aux, Stream, no_aux
@@ -44,6 +44,10 @@ class Mamba(nnx.Module):
       untie: which of `PARTS` have a copy per modality. `in`, `x`, `dt` and `out`: Mixture-of-Mamba (Liang et al.
         2025); it shares the convolution, A and D.
       modalities: which have one; see `mmjax.layers.by_modality`.
+      norm: `rms` (as all published models have it) or `layer`, without bias.
+      eps: of the norm.
+      depth: number of such blocks that add to one residual stream; `out` is initialised `1 / sqrt(depth)` times as
+        large (Radford et al. 2019, as in Mamba's code).
     """
 
     def __init__(
@@ -55,20 +59,24 @@ class Mamba(nnx.Module):
         rank: int | None = None,
         untie: Sequence[str] = (),
         modalities: Modalities = (),
+        norm: str = "rms",
+        eps: float = 1e-6,
+        depth: int = 1,
     ):
         self.rank = math.ceil(width / 16) if rank is None else rank
-        sizes = {"state": state, "expand": expand, "taps": taps, "rank": self.rank}
+        sizes = {"state": state, "expand": expand, "taps": taps, "rank": self.rank, "depth": depth}
         for name, size in sizes.items():
             if size < 1:
                 raise UserError(f"mamba: {name} is {size}; it must be at least 1.")
         inner, self.state, self.taps = expand * width, state, taps
         copies = untied(untie, modalities, PARTS)
-        self.norm = copies("norm", lambda: LayerNorm(width, bias=False))
+        self.norm = copies("norm", lambda: norm_of(norm, width, False, eps))
         self.inner, self.gate = (copies("in", lambda: _dense(width, inner)) for _ in range(2))
         self.conv = copies("conv", lambda: Taps(taps, inner))
-        self.x = copies("x", lambda: Dense(inner, self.rank + 2 * state, ("mlp", None), bias=False))
+        parts = self.rank + 2 * state
+        self.x = copies("x", lambda: _dense(inner, parts, ("mlp", None)))
         self.dt = copies("dt", lambda: Step(self.rank, inner))
-        self.out = copies("out", lambda: Dense(inner, width, ("mlp", "embed"), bias=False))
+        self.out = copies("out", lambda: _dense(inner, width, ("mlp", "embed"), depth**-0.5))
         self.a_log = declare((inner, state), ("mlp", None), _a_log, keep=True, decay=False)
         self.skip = declare((inner,), ("mlp",), initializers.ones, keep=True)
 
@@ -192,7 +200,7 @@ class Taps(nnx.Module):
     def __init__(self, taps: int, inner: int):
         bound = taps**-0.5
         self.kernel = declare((taps, inner), (None, "mlp"), _uniform(bound))
-        self.bias = declare((inner,), ("mlp",), initializers.zeros)
+        self.bias = declare((inner,), ("mlp",), _uniform(bound))
 
     def __call__(self, window_BSKE: jax.Array) -> jax.Array:
         return (window_BSKE * self.kernel[...]).sum(axis=2) + self.bias[...]
@@ -263,8 +271,14 @@ def _behind(x_BSE: jax.Array, taps: int, order: Order | None) -> jax.Array:
     return jnp.where(nth_BSK[..., None] >= 0, found.reshape(*nth_BSK.shape, -1), 0)
 
 
-def _dense(width: int, inner: int) -> Dense:
-    return Dense(width, inner, ("embed", "mlp"), bias=False)
+def _dense(
+    n_in: int,
+    n_out: int,
+    axes: tuple[str | None, str | None] = ("embed", "mlp"),
+    scale: float = 1.0,
+) -> Dense:
+    """Return a map without bias, initialised as PyTorch's `Linear`, times `scale`."""
+    return Dense(n_in, n_out, axes, bias=False, init=_uniform(scale * n_in**-0.5))
 
 
 def _uniform(bound: float) -> Any:
@@ -280,6 +294,7 @@ def _a_log(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> 
 
 
 def _step_bias(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """The inverse of softplus at exp(U(log 0.001, log 0.1))."""
+    """The inverse of softplus at exp(U(log 0.001, log 0.1)), at least 0.0001."""
     step = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
+    step = jnp.maximum(step, 1e-4)
     return step + jnp.log(-jnp.expm1(-step))

@@ -7,7 +7,7 @@ from jax import numpy as jnp
 from jax.nn import initializers
 
 from mmjax.layers.attention import Attention
-from mmjax.layers.dense import LayerNorm
+from mmjax.layers.dense import norm_of
 from mmjax.layers.masks import FULL, Pairs
 from mmjax.layers.stream import Stream
 from mmjax.parameters import declare
@@ -22,20 +22,37 @@ class Pooler(nnx.Module):
       width: size of a token.
       heads: attention heads.
       queries: tokens that come out, whatever the stream's length.
+      bias: biases of the attention's projections.
+      norms: normalise the queries, and the stream that they read (open_clip's CoCa).
+      eps: of all its norms.
     """
 
-    def __init__(self, width: int, heads: int, queries: int, kernel: str = "auto"):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        queries: int,
+        kernel: str = "auto",
+        bias: bool = False,
+        norms: bool = False,
+        eps: float = 1e-6,
+    ):
         # At the size of normed tokens: smaller ones would all read the plain mean.
         init = initializers.normal(1.0)
         self.queries = declare((queries, width), (None, "embed"), init, decay=False)
-        self.attention = Attention(width, heads, kernel=kernel)
-        self.norm = LayerNorm(width)
+        self.attention = Attention(width, heads, kernel=kernel, bias=bias)
+        self.query_norm, self.stream_norm = (
+            norm_of("layer", width, eps=eps) if norms else None for _ in range(2)
+        )
+        self.norm = norm_of("layer", width, eps=eps)
 
     def __call__(self, stream: Stream) -> Stream:
         """Return `queries` tokens, all of which exist in the rows that do."""
-        queries_QD = self.queries[...].astype(stream.x_BSD.dtype)
+        queries_QD, read_BSD = self.queries[...].astype(stream.x_BSD.dtype), stream.x_BSD
+        if self.query_norm is not None and self.stream_norm is not None:
+            queries_QD, read_BSD = self.query_norm(queries_QD), self.stream_norm(read_BSD)
         x_BQD = jnp.broadcast_to(queries_QD, (stream.x_BSD.shape[0], *queries_QD.shape))
         pairs = Pairs(FULL, valid_BT=stream.valid_BS)
-        x_BQD = self.norm(self.attention(x_BQD, pairs, stream.x_BSD))
+        x_BQD = self.norm(self.attention(x_BQD, pairs, read_BSD))
         layout = ((stream.layout[0][0], x_BQD.shape[1]),)
         return Stream(x_BQD, layout=layout, rows_B=stream.rows_B)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
+from mmjax.bounds import POSITIVE, check
+from mmjax.errors import UserError, nearest
 from mmjax.layers.dense import LayerNorm
 from mmjax.parameters import declare
 from mmjax.sharding import constrain
@@ -43,15 +47,86 @@ class Positions(nnx.Module):
         """`dict[axis, float[..., S]] -> [..., S, width]`."""
         parts = []
         for axis, count in self.buckets.items():
-            # Nudged: 15 / 22 * 22 is below 15 in float32, and would read the bucket before its own.
-            bucket = (coordinates[axis] * count + 1e-3).astype(jnp.int32)
-            table = self.tables[axis][...]
-            if bucket.shape[0] > 1:
-                # Whole before the lookup where each row has its own coordinates, as a text's vectors are: what it
-                # gives lies by rows, and XLA cannot go there from a cut table but by making all of it whole.
-                table = constrain(table, ("positions", None))
-            parts.append(jnp.take(table, bucket, axis=0, mode="clip"))
+            parts.append(_rows(self.tables[axis][...], _bucket(coordinates[axis], count)))
         return self.norm(sum(parts[1:], parts[0]))
+
+
+class Table(nnx.Module):
+    """One learned embedding for each cell of the grid of buckets, as a ViT has it (Dosovitskiy et al. 2021).
+
+    The cells are in row-major order: the table of `{"y": 14, "x": 14}` is that of a ViT-B/16 at 224 pixels without the
+    row of its class token.
+    """
+
+    def __init__(self, width: int, buckets: Mapping[str, int]):
+        self.buckets = dict(buckets)
+        cells = math.prod(buckets.values())
+        init = initializers.normal(0.02)
+        self.table = declare((cells, width), ("positions", "embed"), init, decay=False)
+
+    def __call__(self, coordinates: Mapping[str, jax.Array]) -> jax.Array:
+        """`dict[axis, float[..., S]] -> [..., S, width]`."""
+        cell = jnp.zeros((), jnp.int32)
+        for axis, count in self.buckets.items():
+            cell = cell * count + jnp.clip(_bucket(coordinates[axis], count), 0, count - 1)
+        return _rows(self.table[...], cell)
+
+
+def _bucket(coordinate: jax.Array, count: int) -> jax.Array:
+    # Nudged: 15 / 22 * 22 is below 15 in float32, and would read the bucket before its own.
+    return (coordinate * count + 1e-3).astype(jnp.int32)
+
+
+def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    if index.shape[0] > 1:
+        # Whole before the lookup where each row has its own coordinates, as a text's vectors are: what it
+        # gives lies by rows, and XLA cannot go there from a cut table but by making all of it whole.
+        table = constrain(table, ("positions", None))
+    return jnp.take(table, index, axis=0, mode="clip")
+
+
+KINDS = ("learned", "table", "none")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Keys of a modality whose stem tells its tokens where they are.
+
+    Attributes:
+      positions: `learned`, embeddings per axis (see `Positions`); `table`, one for each cell of the buckets (see
+        `Table`); `none`, for layers that know positions by themselves: by rotary embeddings, or by reading in order.
+      positions_scale: initial size of `learned` ones, see there (IMP: 1).
+    """
+
+    positions: str = "learned"
+    positions_scale: float = 0.05
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__.lower()
+        if self.positions not in KINDS:
+            raise UserError(
+                f"{name}: positions is '{self.positions}'.{nearest(self.positions, KINDS)}"
+            )
+        check(self, positions_scale=POSITIVE)
+
+    def limit(self, buckets: int) -> float:
+        """Return how many cells an axis may have: any number where there are no positions."""
+        return math.inf if self.positions == "none" else buckets
+
+    def make_positions(self, width: int, buckets: Mapping[str, int]) -> Positions | Table | None:
+        """Return the stem's part that `place` takes."""
+        if self.positions == "none":
+            return None
+        if self.positions == "table":
+            return Table(width, buckets)
+        return Positions(width, buckets, self.positions_scale)
+
+
+def place(
+    x_BSD: jax.Array, positions: Positions | Table | None, coordinates: Mapping[str, jax.Array]
+) -> jax.Array:
+    """Return tokens `[B, S, D]` with their positions added, if there are any."""
+    return x_BSD if positions is None else x_BSD + positions(coordinates).astype(x_BSD.dtype)
 
 
 def grid(**sizes: int) -> dict[str, jax.Array]:

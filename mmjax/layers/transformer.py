@@ -32,7 +32,8 @@ class Transformer(nnx.Module):
       heads: attention heads.
       hidden: size of the MLP's hidden layer.
       bias: biases in the MLP and layer norms (`rms` has none).
-      qk_norm: normalise queries and keys per head.
+      qk_norm: normalise queries and keys per head: true for the block's `norm` without bias, or `layer` (with bias) or
+        `rms`.
       kernel: what computes the attention, see `mmjax.layers.attend`; whatever it is, the model is the same.
       untie: which of `PARTS` have a copy per modality. All of them: Mixture-of-Transformers (Liang et al. 2024);
         the MLP (and norms): multiway blocks (VLMo, BEiT-3). Attention is over all tokens whatever is untied.
@@ -43,6 +44,8 @@ class Transformer(nnx.Module):
       rotary: the base of rotary embeddings of each token's `position`; 0 for none.
       experts: in place of the MLP, several of which a router chooses, see `mmjax.layers.experts`. Untied, each modality
         has experts of its own (MoMa, Lin et al. 2024).
+      attention_bias: biases of queries, keys, values and the attention's output. With `bias`, a ViT's block.
+      eps: of all its norms.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class Transformer(nnx.Module):
         heads: int,
         hidden: int,
         bias: bool = False,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         kernel: str = "auto",
         untie: Sequence[str] = (),
         modalities: Modalities = (),
@@ -60,6 +63,8 @@ class Transformer(nnx.Module):
         order: str = "pre",
         rotary: float = 0.0,
         experts: Mapping[str, Any] | None = None,
+        attention_bias: bool = False,
+        eps: float = 1e-6,
     ):
         if order not in ORDERS:
             raise UserError(f"There is no order '{order}' of a block.{nearest(order, ORDERS)}")
@@ -67,9 +72,11 @@ class Transformer(nnx.Module):
             raise UserError("untie names 'qk_norm', which the block does not have: set qk_norm.")
         copies = untied(untie, modalities, PARTS)
         self.order = order
-        self.attention_norm = copies("attention_norm", lambda: norm_of(norm, width, bias))
-        self.attention = Attention(width, heads, qk_norm, kernel, copies, norm, rotary)
-        self.mlp_norm = copies("mlp_norm", lambda: norm_of(norm, width, bias))
+        self.attention_norm = copies("attention_norm", lambda: norm_of(norm, width, bias, eps))
+        self.attention = Attention(
+            width, heads, qk_norm, kernel, copies, norm, rotary, attention_bias, eps
+        )
+        self.mlp_norm = copies("mlp_norm", lambda: norm_of(norm, width, bias, eps))
         self.mlp = copies(
             "mlp",
             lambda: (

@@ -153,6 +153,7 @@ class Trunk(nnx.Module):
         where: str = "model.groups",
         norm_modalities: Modalities = (),
         norm: str = "layer",
+        norm_eps: float = 1e-6,
     ):
         if not groups:
             raise configs.UserError(f"{where} is empty; a trunk needs a group.")
@@ -166,9 +167,10 @@ class Trunk(nnx.Module):
         for index, group in enumerate(groups):
             self.groups.append(Group(group, width, first, remat, f"{where}[{index}]"))
             first += group.repeat * len(group.pattern)
-        self.norm: Any = norm_of(norm, width)
+        self.norm: Any = norm_of(norm, width, eps=norm_eps)
         if norm_modalities:
-            self.norm = ByModality(lambda: norm_of(norm, width), experts(norm_modalities))
+            copies = experts(norm_modalities)
+            self.norm = ByModality(lambda: norm_of(norm, width, eps=norm_eps), copies)
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         stream, aux = self.layers(stream, key)

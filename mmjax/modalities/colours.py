@@ -16,7 +16,7 @@ from mmjax import pictures
 from mmjax.bounds import COUNT, check
 from mmjax.data.tokenizer import TokenIds
 from mmjax.errors import UserError
-from mmjax.layers.positions import Positions, grid
+from mmjax.layers.positions import Placed, Positions, Table, grid, place
 from mmjax.layers.stream import Stream
 from mmjax.modalities.image import Image, ImageInput, check_view
 from mmjax.modality import ArraySpec, Modality
@@ -25,7 +25,7 @@ from mmjax.sharding import constrain
 
 
 @dataclass(frozen=True)
-class Colours(Modality[ImageInput]):
+class Colours(Placed, Modality[ImageInput]):
     """RGB pictures, each pixel one of `levels ** 3` colours.
 
     The paper's 512 colours are learned by k-means; these are a grid, so that no file comes with them.
@@ -34,6 +34,7 @@ class Colours(Modality[ImageInput]):
       levels: of each of red, green and blue.
       buckets: position buckets per axis; the sides of the largest picture at least.
       max_pixels: as of `image`.
+      positions, positions_scale: see `mmjax.layers.positions.Placed`; without positions, a picture has any size.
     """
 
     Input = ImageInput
@@ -42,6 +43,7 @@ class Colours(Modality[ImageInput]):
     max_pixels: int = pictures.MAX_PIXELS
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self, buckets=COUNT, max_pixels=pictures.PIXELS)
         if not 2 <= self.levels <= 256:
             raise UserError(f"colours: levels is {self.levels}; expected 2 to 256.")
@@ -52,11 +54,12 @@ class Colours(Modality[ImageInput]):
         return self.levels**3
 
     def stem(self, width: int) -> nnx.Module:
-        return ColoursStem(self.levels, self.buckets, width)
+        buckets = {"y": self.buckets, "x": self.buckets}
+        return ColoursStem(self.levels, width, self.make_positions(width, buckets))
 
     def arrays(self, settings: ImageInput) -> ArraySpec:
         check_view(settings)
-        if not 1 <= settings.size <= self.buckets:
+        if settings.size > self.limit(self.buckets):
             raise UserError(
                 f"colours: size is {settings.size}; expected 1 to the {self.buckets} position buckets."
             )
@@ -89,21 +92,19 @@ class Colours(Modality[ImageInput]):
 class ColoursStem(nnx.Module):
     """`{"ids": int32[B, H H]} ->` a stream of `H H` tokens."""
 
-    def __init__(self, levels: int, buckets: int, width: int):
+    def __init__(self, levels: int, width: int, positions: Positions | Table | None):
         init = initializers.normal(0.1)
         self.levels = levels
         self.token_ids = TokenIds(levels**3, end=None)
         self.embedding = declare((levels**3, width), ("vocabulary", "embed"), init, decay=False)
-        self.positions = Positions(width, {"y": buckets, "x": buckets}, scale=0.05)
+        self.positions = positions
 
     def __call__(self, arrays: dict[str, jax.Array]) -> Stream:
         ids_BS = arrays["ids"]
         table_VD = constrain(self.embedding[...], ("vocabulary", None))
         side = round(ids_BS.shape[1] ** 0.5)
         coordinates = grid(y=side, x=side)
-        x_BSD = jnp.take(table_VD, ids_BS, axis=0) + self.positions(coordinates).astype(
-            table_VD.dtype
-        )
+        x_BSD = place(jnp.take(table_VD, ids_BS, axis=0), self.positions, coordinates)
         return Stream(x_BSD, None, coordinates, (("colours", x_BSD.shape[1]),))
 
     def pictures(self, ids_BS: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from mmjax import pictures
 from mmjax.bounds import COUNT, check
 from mmjax.errors import UserError, nearest
 from mmjax.layers.dense import Dense
-from mmjax.layers.positions import Positions, grid
+from mmjax.layers.positions import Placed, Positions, Table, grid, place
 from mmjax.layers.stream import Stream
 from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays
 
@@ -52,13 +52,14 @@ class ImageInput:
 
 
 @dataclass(frozen=True)
-class Image(Modality[ImageInput]):
+class Image(Placed, Modality[ImageInput]):
     """RGB images.
 
     Attributes:
       patch: side of a patch in pixels.
       buckets: position buckets per axis.
       max_pixels: pixels of a picture as it is stored, beyond which it is not decoded.
+      positions, positions_scale: see `mmjax.layers.positions.Placed`; without positions, a picture has any size.
     """
 
     Input = ImageInput
@@ -67,10 +68,12 @@ class Image(Modality[ImageInput]):
     max_pixels: int = pictures.MAX_PIXELS
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self, patch=COUNT, buckets=COUNT, max_pixels=pictures.PIXELS)
 
     def stem(self, width: int) -> nnx.Module:
-        return ImageStem(self.patch, self.buckets, width)
+        buckets = {"y": self.buckets, "x": self.buckets}
+        return ImageStem(self.patch, width, self.make_positions(width, buckets))
 
     def arrays(self, settings: ImageInput) -> ArraySpec:
         check_view(settings)
@@ -78,7 +81,7 @@ class Image(Modality[ImageInput]):
             raise UserError(
                 f"image size {settings.size} is not a multiple of the patch {self.patch}."
             )
-        if settings.size // self.patch > self.buckets:
+        if settings.size // self.patch > self.limit(self.buckets):
             raise UserError(
                 f"image size {settings.size} has {settings.size // self.patch} patches a side, over the "
                 f"{self.buckets} position buckets."
@@ -250,10 +253,10 @@ class ImageStem(nnx.Module):
 
     bound = 1.0  # see `mmjax.modality.Stem`
 
-    def __init__(self, patch: int, buckets: int, width: int):
+    def __init__(self, patch: int, width: int, positions: Positions | Table | None):
         self.patch = patch
         self.embed = Dense(patch * patch * 3, width, (None, "embed"))
-        self.positions = Positions(width, {"y": buckets, "x": buckets}, scale=0.05)
+        self.positions = positions
 
     def values(self, arrays: dict[str, jax.Array], dtype: Any) -> jax.Array:
         if "patches" in arrays:
@@ -266,7 +269,7 @@ class ImageStem(nnx.Module):
         if values_BSP is None:
             values_BSP = self.values(arrays, dtype)
         coordinates = self._coordinates(arrays)
-        x_BSD = self.embed(values_BSP.astype(dtype)) + self.positions(coordinates).astype(dtype)
+        x_BSD = place(self.embed(values_BSP.astype(dtype)), self.positions, coordinates)
         return Stream(x_BSD, None, coordinates, (("image", x_BSD.shape[1]),))
 
     def _coordinates(self, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:

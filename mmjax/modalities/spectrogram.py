@@ -14,7 +14,7 @@ from flax import nnx
 from mmjax.bounds import AMOUNT, COUNT, PART, POSITIVE, SIZE, check
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
-from mmjax.layers.positions import Positions, grid
+from mmjax.layers.positions import Placed, Positions, Table, grid, place
 from mmjax.layers.stream import Stream
 from mmjax.modalities.waveform import (
     MAX_SECONDS,
@@ -63,7 +63,7 @@ class SpectrogramInput:
 
 
 @dataclass(frozen=True)
-class Spectrogram(Modality[SpectrogramInput]):
+class Spectrogram(Placed, Modality[SpectrogramInput]):
     """Log-mel spectrograms, made on the host.
 
     Frame i is the samples `x[i hop : i hop + window]` under a periodic Hann window w, its power spectrum
@@ -83,6 +83,7 @@ class Spectrogram(Modality[SpectrogramInput]):
       low, high: Hz where the first band begins and the last one ends; at most half the rate.
       buckets: position buckets in time; the patches of the longest sound at least.
       max_seconds: length of a sound as it is stored, beyond which it is not decoded.
+      positions, positions_scale: see `mmjax.layers.positions.Placed`; without positions, a sound has any length.
     """
 
     Input = SpectrogramInput
@@ -99,6 +100,7 @@ class Spectrogram(Modality[SpectrogramInput]):
     max_seconds: float = MAX_SECONDS
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self, patch_frames=COUNT, patch_mels=COUNT, mels=COUNT, rate=COUNT, window=COUNT)
         check(self, hop=COUNT, low=AMOUNT, high=AMOUNT, buckets=COUNT, max_seconds=POSITIVE)
         if not 0 <= self.low < self.high <= self.rate / 2:
@@ -113,10 +115,13 @@ class Spectrogram(Modality[SpectrogramInput]):
 
     def stem(self, width: int) -> nnx.Module:
         size = (self.patch_frames, self.patch_mels)
-        return SpectrogramStem(size, (self.buckets, self.mels // self.patch_mels), width)
+        buckets = {"t": self.buckets, "f": self.mels // self.patch_mels}
+        return SpectrogramStem(size, width, self.make_positions(width, buckets))
 
     def arrays(self, settings: SpectrogramInput) -> ArraySpec:
-        count = patches("spectrogram frames", settings.frames, self.patch_frames, self.buckets)
+        count = patches(
+            "spectrogram frames", settings.frames, self.patch_frames, self.limit(self.buckets)
+        )
         self._bands()
         if settings.drop:
             values, bands = self.patch_frames * self.patch_mels, self.mels // self.patch_mels
@@ -217,10 +222,10 @@ class SpectrogramStem(nnx.Module):
 
     bound = None  # see `mmjax.modality.Stem`
 
-    def __init__(self, patch: tuple[int, int], buckets: tuple[int, int], width: int):
+    def __init__(self, patch: tuple[int, int], width: int, positions: Positions | Table | None):
         self.patch = patch
         self.embed = Dense(patch[0] * patch[1], width, (None, "embed"))
-        self.positions = Positions(width, {"t": buckets[0], "f": buckets[1]}, scale=0.05)
+        self.positions = positions
 
     def values(self, arrays: dict[str, jax.Array], dtype: Any) -> jax.Array:
         if "patches" in arrays:
@@ -233,7 +238,7 @@ class SpectrogramStem(nnx.Module):
         if values_BSP is None:
             values_BSP = self.values(arrays, dtype)
         coordinates, valid_BS = self._places(arrays)
-        x_BSD = self.embed(values_BSP.astype(dtype)) + self.positions(coordinates).astype(dtype)
+        x_BSD = place(self.embed(values_BSP.astype(dtype)), self.positions, coordinates)
         return Stream(x_BSD, valid_BS, coordinates, (("spectrogram", x_BSD.shape[1]),))
 
     def _places(self, arrays: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:

@@ -18,7 +18,7 @@ from mmjax.bounds import COUNT, check
 from mmjax.data import DATA_DIR_VARIABLE, data_dir
 from mmjax.data.tokenizer import TokenIds, Tokenizer
 from mmjax.errors import UserError
-from mmjax.layers.positions import Positions
+from mmjax.layers.positions import Placed, Positions, Table, place
 from mmjax.layers.stream import Stream
 from mmjax.modality import ArraySpec, Modality, asset_name
 from mmjax.parameters import declare
@@ -42,7 +42,7 @@ class TextInput:
 
 
 @dataclass(frozen=True)
-class Text(Modality[TextInput]):
+class Text(Placed, Modality[TextInput]):
     """Texts in UTF-8.
 
     Attributes:
@@ -53,6 +53,7 @@ class Text(Modality[TextInput]):
       pad_vocabulary_to: the table's rows are the first multiple of it that holds the tokenizer; 0 for any number that
         does. Ids without a piece are never written.
       end: the piece that closes a text; by default as the tokenizer's file says, or under a usual name.
+      positions, positions_scale: see `mmjax.layers.positions.Placed`; without positions, a text has any length.
     """
 
     Input = TextInput
@@ -72,10 +73,11 @@ class Text(Modality[TextInput]):
             )
 
     def stem(self, width: int) -> nnx.Module:
-        return TextStem(self.vocabulary, self.buckets, width, self.token_ids())
+        positions = self.make_positions(width, {"token": self.buckets})
+        return TextStem(self.vocabulary, self.buckets, width, positions, self.token_ids())
 
     def arrays(self, settings: TextInput) -> ArraySpec:
-        if settings.length > self.buckets:
+        if settings.length > self.limit(self.buckets):
             raise UserError(
                 f"text length {settings.length} is over the {self.buckets} position buckets."
             )
@@ -169,12 +171,18 @@ class TextStem(nnx.Module):
     With `index`, int `[B, S]`, that is the index of each token in its text, of rows that hold several.
     """
 
-    def __init__(self, vocabulary: int, buckets: int, width: int, ids: TokenIds):
+    def __init__(
+        self,
+        vocabulary: int,
+        buckets: int,
+        width: int,
+        positions: Positions | Table | None,
+        ids: TokenIds,
+    ):
         init = initializers.normal(0.1)
         self.token_ids = ids
         self.embedding = declare((vocabulary, width), ("vocabulary", "embed"), init, decay=False)
-        self.positions = Positions(width, {"token": buckets}, scale=0.05)
-        self.buckets = buckets
+        self.positions, self.buckets = positions, buckets
 
     def __call__(self, arrays: dict[str, jax.Array]) -> Stream:
         ids_BS = arrays["ids"]
@@ -184,7 +192,5 @@ class TextStem(nnx.Module):
         # A text's coordinate is its token's index: bucket i holds position i at every length.
         index = arrays.get("index", jnp.arange(ids_BS.shape[1])[None])
         coordinates = {"token": (index.astype(jnp.float32) + 0.5) / self.buckets}
-        x_BSD = jnp.take(table_VD, ids_BS, axis=0) + self.positions(coordinates).astype(
-            table_VD.dtype
-        )
+        x_BSD = place(jnp.take(table_VD, ids_BS, axis=0), self.positions, coordinates)
         return Stream(x_BSD, arrays["valid"], coordinates, (("text", ids_BS.shape[1]),))

@@ -16,7 +16,7 @@ from mmjax import pictures
 from mmjax.bounds import COUNT, check
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
-from mmjax.layers.positions import Positions, grid
+from mmjax.layers.positions import Placed, Positions, Table, grid, place
 from mmjax.layers.stream import Stream
 from mmjax.modalities.image import Image, ImageInput, check_view
 from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays, start_of
@@ -56,7 +56,7 @@ class VideoInput:
 
 
 @dataclass(frozen=True)
-class Video(Modality[VideoInput]):
+class Video(Placed, Modality[VideoInput]):
     """RGB videos (IMP, Akbari et al. 2023: tubes of 4 x 16 x 16).
 
     Attributes:
@@ -66,6 +66,7 @@ class Video(Modality[VideoInput]):
       buckets: position buckets in height and in width; the tubes of the largest picture at least.
       max_pixels: pixels of a frame as it is stored, beyond which it is not decoded.
       max_frames: frames of a stored video, beyond which it is not decoded.
+      positions, positions_scale: see `mmjax.layers.positions.Placed`; without positions, a video has any size.
     """
 
     Input = VideoInput
@@ -78,20 +79,22 @@ class Video(Modality[VideoInput]):
     max_frames: int = 2**14
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self, tube=COUNT, patch=COUNT, time_buckets=COUNT, buckets=COUNT)
         check(self, max_pixels=pictures.PIXELS, max_frames=COUNT)
 
     def stem(self, width: int) -> nnx.Module:
         buckets = {"t": self.time_buckets, "y": self.buckets, "x": self.buckets}
-        return VideoStem((self.tube, self.patch, self.patch), buckets, width)
+        tube = (self.tube, self.patch, self.patch)
+        return VideoStem(tube, width, self.make_positions(width, buckets))
 
     def arrays(self, settings: VideoInput) -> ArraySpec:
         check_view(settings)
         if settings.stride < 1:
             raise UserError(f"video stride {settings.stride}: it must be at least 1.")
         if settings.frames != 1:
-            _check("frames", settings.frames, self.tube, self.time_buckets)
-        _check("size", settings.size, self.patch, self.buckets)
+            _check("frames", settings.frames, self.tube, self.limit(self.time_buckets))
+        _check("size", settings.size, self.patch, self.limit(self.buckets))
         if settings.drop:
             t, y, x = self._grid(settings)
             values = self.tube * self.patch * self.patch * 3
@@ -237,7 +240,7 @@ class _Listed(Sequence[Any]):
         return int(frame.width), int(frame.height)
 
 
-def _check(what: str, size: int, patch: int, buckets: int) -> None:
+def _check(what: str, size: int, patch: int, buckets: float) -> None:
     if size < 1 or size % patch:
         raise UserError(f"video {what} {size}: not a positive multiple of the tube's {patch}.")
     if size // patch > buckets:
@@ -263,10 +266,10 @@ class VideoStem(nnx.Module):
 
     bound = 1.0  # see `mmjax.modality.Stem`
 
-    def __init__(self, tube: tuple[int, int, int], buckets: dict[str, int], width: int):
+    def __init__(self, tube: tuple[int, int, int], width: int, positions: Positions | Table | None):
         self.tube = tube
         self.embed = Dense(tube[0] * tube[1] * tube[2] * 3, width, (None, "embed"))
-        self.positions = Positions(width, buckets, scale=0.05)
+        self.positions = positions
 
     def values(self, arrays: dict[str, jax.Array], dtype: Any) -> jax.Array:
         if "patches" in arrays:
@@ -281,7 +284,7 @@ class VideoStem(nnx.Module):
         if values_BSP is None:
             values_BSP = self.values(arrays, dtype)
         coordinates = self._coordinates(arrays)
-        x_BSD = self.embed(values_BSP.astype(dtype)) + self.positions(coordinates).astype(dtype)
+        x_BSD = place(self.embed(values_BSP.astype(dtype)), self.positions, coordinates)
         return Stream(x_BSD, None, coordinates, (("video", x_BSD.shape[1]),))
 
     def _coordinates(self, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -14,7 +14,7 @@ from flax import nnx
 from mmjax.bounds import AMOUNT, COUNT, PART, POSITIVE, SIZE, check
 from mmjax.errors import UserError
 from mmjax.layers.dense import Dense
-from mmjax.layers.positions import Positions, grid
+from mmjax.layers.positions import Placed, Positions, Table, grid, place
 from mmjax.layers.stream import Stream
 from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays, start_of
 from mmjax.wav import check_seconds, read_wav
@@ -59,7 +59,7 @@ class WaveformInput:
 
 
 @dataclass(frozen=True)
-class Waveform(Modality[WaveformInput]):
+class Waveform(Placed, Modality[WaveformInput]):
     """Sound as it is sampled (VATT, Akbari et al. 2021: patches of 128; IMP: 256).
 
     Attributes:
@@ -67,6 +67,7 @@ class Waveform(Modality[WaveformInput]):
       rate: samples per second; other sounds are resampled to it.
       buckets: position buckets; the patches of the longest sound at least.
       max_seconds: length of a sound as it is stored, beyond which it is not decoded.
+      positions, positions_scale: see `mmjax.layers.positions.Placed`; without positions, a sound has any length.
     """
 
     Input = WaveformInput
@@ -77,13 +78,14 @@ class Waveform(Modality[WaveformInput]):
     max_seconds: float = MAX_SECONDS
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self, patch=COUNT, rate=COUNT, buckets=COUNT, max_seconds=POSITIVE)
 
     def stem(self, width: int) -> nnx.Module:
-        return WaveformStem(self.patch, self.buckets, width)
+        return WaveformStem(self.patch, width, self.make_positions(width, {"t": self.buckets}))
 
     def arrays(self, settings: WaveformInput) -> ArraySpec:
-        count = patches("waveform samples", settings.samples, self.patch, self.buckets)
+        count = patches("waveform samples", settings.samples, self.patch, self.limit(self.buckets))
         if settings.drop:
             made = dropped_arrays(count, self.patch, 1, settings.drop, np.float32)
             return {**made, "valid": jax.ShapeDtypeStruct(made["patches"].shape[:1], np.bool_)}
@@ -118,7 +120,7 @@ class Waveform(Modality[WaveformInput]):
         return at_rate(read(value, self.rate, self.max_seconds), self.rate), self.rate
 
 
-def patches(what: str, size: int, patch: int, buckets: int) -> int:
+def patches(what: str, size: int, patch: int, buckets: float) -> int:
     """How many patches `size` makes; a `UserError` where it is no multiple, or outnumbers the buckets."""
     if size < 1 or size % patch:
         raise UserError(f"{what} {size}: not a positive multiple of the patch {patch}.")
@@ -132,10 +134,10 @@ def patches(what: str, size: int, patch: int, buckets: int) -> int:
 class WaveformStem(nnx.Module):
     """`{"samples": float32[B, N], "valid": bool[B, N/p]} ->` a stream of N/p tokens."""
 
-    def __init__(self, patch: int, buckets: int, width: int):
+    def __init__(self, patch: int, width: int, positions: Positions | Table | None):
         self.patch = patch
         self.embed = Dense(patch, width, (None, "embed"))
-        self.positions = Positions(width, {"t": buckets}, scale=0.05)
+        self.positions = positions
 
     def __call__(self, arrays: dict[str, jax.Array]) -> Stream:
         dtype = self.embed.kernel[...].dtype
@@ -144,7 +146,7 @@ class WaveformStem(nnx.Module):
         else:
             patches_BSP = arrays["samples"].reshape(arrays["samples"].shape[0], -1, self.patch)
             coordinates = grid(t=patches_BSP.shape[1])
-        x_BSD = self.embed(patches_BSP.astype(dtype)) + self.positions(coordinates).astype(dtype)
+        x_BSD = place(self.embed(patches_BSP.astype(dtype)), self.positions, coordinates)
         return Stream(x_BSD, arrays["valid"], coordinates, (("waveform", x_BSD.shape[1]),))
 
 

@@ -46,10 +46,11 @@ class TextDecoder(nnx.Module):
         multimodal: tuple[GroupConfig, ...],
         remat: str,
         where: str,
+        norm_eps: float = 1e-6,
     ):
         self.close = declare((width,), ("embed",), initializers.normal(0.1), decay=False)
-        self.unimodal = Trunk(unimodal, width, remat, f"{where}.unimodal")
-        self.multimodal = Trunk(multimodal, width, remat, f"{where}.multimodal")
+        self.unimodal = Trunk(unimodal, width, remat, f"{where}.unimodal", norm_eps=norm_eps)
+        self.multimodal = Trunk(multimodal, width, remat, f"{where}.multimodal", norm_eps=norm_eps)
         self.logits = Dense(width, vocabulary, ("embed", "vocabulary"), bias=False)
 
     def read(self, text: Stream, key: jax.Array | None) -> tuple[Read, Aux]:
@@ -110,6 +111,9 @@ class Coca(Contrastive):
       contrastive_weight, caption_weight: of the losses.
       remat: of the decoder, as `model.remat`.
       sampling: of captions.
+      pooler_bias: biases of the poolers' projections.
+      pooler_norms: normalise the poolers' queries, and what they read (open_clip).
+      norm_eps: eps of the poolers' norms and of the last one of either half of the decoder.
     """
 
     between: tuple[str, ...] = ("image", "text")
@@ -122,6 +126,9 @@ class Coca(Contrastive):
     caption_weight: float = 2.0
     remat: str = "none"
     sampling: Sampling = field(default_factory=Sampling)
+    pooler_bias: bool = False
+    pooler_norms: bool = False
+    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,12 +145,20 @@ class Coca(Contrastive):
 
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
         text: Any = inputs[self._text].modality
+        halves = (self.unimodal, self.multimodal)
+
+        def pooler(queries: int) -> Pooler:
+            bias, norms = self.pooler_bias, self.pooler_norms
+            return Pooler(
+                width, self.pooler_heads, queries, bias=bias, norms=norms, eps=self.norm_eps
+            )
+
         return {
             **super().heads(width, inputs),
-            "generative": Pooler(width, self.pooler_heads, self.queries),
-            "contrastive": Pooler(width, self.pooler_heads, 1),
+            "generative": pooler(self.queries),
+            "contrastive": pooler(1),
             "decoder": TextDecoder(
-                width, text.vocabulary, self.unimodal, self.multimodal, self.remat, "objective"
+                width, text.vocabulary, *halves, self.remat, "objective", self.norm_eps
             ),
         }
 

@@ -26,6 +26,8 @@ MASKS: Mapping[str, Mask] = {
     "zorro": Same("modality") | QueryIs("modality", FUSION),
 }
 READINGS = ("each", "mean")
+LOSSES = ("mean_logits", "each")
+SHARED = "shared"  # the name of a classifier that reads every modality
 
 
 class Fused(nnx.Module):
@@ -45,17 +47,23 @@ class Fusion(Classification):
     Zorro (Recasens et al. 2023): `mask` is `zorro` (a modality's tokens see their own kind only, the fusion tokens see
     all) and `reading` is `each` (the loss is the mean of those of each modality's output and of the fusion output), so
     that one modality alone is classified as if the others had never been there. MBT (Nagrani et al. 2021): layers are
-    `bottleneck`s, and `reading` is `mean` (the loss is that of the modalities' mean logits).
+    `bottleneck`s, `reading` is `mean` (a prediction is the mean of the modalities' logits), `loss` is `each`, and the
+    classifier is `shared`.
 
     Attributes:
       tokens: number of fusion tokens.
       mask: `zorro`, or `full`.
       reading: `each` or `mean`.
+      loss: under the reading `mean`, the loss of the mean of the modalities' logits (`mean_logits`), or the mean of
+        each modality's loss (`each`); under the reading `each` it is the latter whatever this says.
+      shared: one classifier for all outputs, in place of one for each.
     """
 
     tokens: int = 4
     mask: str = "zorro"
     reading: str = "each"
+    loss: str = "mean_logits"
+    shared: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,15 +73,19 @@ class Fusion(Classification):
             )
         if self.tokens < 1:
             raise UserError(f"fusion: tokens is {self.tokens}; it must be at least 1.")
-        for key, known in (("mask", tuple(MASKS)), ("reading", READINGS)):
+        for key, known in (("mask", tuple(MASKS)), ("reading", READINGS), ("loss", LOSSES)):
             if getattr(self, key) not in known:
                 value = getattr(self, key)
                 raise UserError(f"fusion: {key} is '{value}'.{nearest(value, known)}")
 
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
-        outputs = (*self.modalities, *([FUSION] if self.reading == "each" else []))
-        made = {name: Classifier(width, self.classes, self.norm, self.init) for name in outputs}
+        names = (SHARED,) if self.shared else self._read()
+        made = {name: Classifier(width, self.classes, self.norm, self.init) for name in names}
         return {"fused": Fused(width, self.tokens, made)}
+
+    def _read(self) -> tuple[str, ...]:
+        """Return the names of the outputs: modalities, and the fusion tokens where these are read."""
+        return (*self.modalities, *([FUSION] if self.reading == "each" else []))
 
     def outputs(
         self, model: Model, inputs: Mapping[str, Any], key: jax.Array | None
@@ -91,8 +103,9 @@ class Fusion(Classification):
         )
         pooled = {part.layout[0][0]: mean_pool(part) for part in segments(out)}
         wide = jnp.promote_types(first.dtype, jnp.float32)
-        read = {name: x for name, x in pooled.items() if name in fused.classifiers}
-        return {name: fused.classifiers[name](x).astype(wide) for name, x in read.items()}, aux
+        read = {name: x for name, x in pooled.items() if name in self._read()}
+        classifiers = {n: fused.classifiers[SHARED if self.shared else n] for n in read}
+        return {name: classifiers[name](x).astype(wide) for name, x in read.items()}, aux
 
     def predict(self, model: Model, inputs: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
         """Of one modality, its own output's; of several, the fusion output's or the mean of theirs."""
@@ -104,9 +117,10 @@ class Fusion(Classification):
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         logits, aux = self.outputs(model, batch["inputs"], key)
         label_B, valid_B = batch["fields"][self.label], batch["valid"]
-        told = {"all": mean(logits)} if self.reading == "mean" else logits
+        if self.reading == "mean" and self.loss == "mean_logits":
+            logits = {"all": mean(logits)}
         losses = {
-            name: cross_entropy(x, label_B, valid_B, self.smoothing) for name, x in told.items()
+            name: cross_entropy(x, label_B, valid_B, self.smoothing) for name, x in logits.items()
         }
         value = sum(losses.values()) / len(losses)
         return Loss(

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from mmjax.errors import UserError
+from mmjax.layers.cross_transformer import CrossTransformer
 from mmjax.layers.masks import Causal, Same
 from mmjax.layers.stream import Stream, concatenate
 from mmjax.layers.trunk import GroupConfig, Trunk
@@ -20,6 +21,7 @@ from mmjax.parameters import Declaration
 
 WIDTH, LENGTH = 4, 6
 BLOCK = {"heads": 2, "hidden": 5}
+OPEN_CLIP: dict[str, Any] = {"attention_bias": True, "context_norm": True, "eps": 1e-5}
 THERE = np.array([[1, 1, 1], [1, 0, 1]], bool)
 
 
@@ -67,7 +69,9 @@ def test_only_the_context_that_exists_is_read() -> None:
 @pytest.mark.parametrize("parts", [[1] * LENGTH, [2, 1, 3]])
 def test_part_by_part_as_at_once(parts: list[int]) -> None:
     """Blocks of both kinds, in groups and patterns, with biases and normalised queries."""
-    mixed = GroupConfig(2, (plain(1).pattern[0], crossing(1, bias=True, qk_norm=True).pattern[0]))
+    mixed = GroupConfig(
+        2, (plain(1).pattern[0], crossing(1, bias=True, qk_norm=True, **OPEN_CLIP).pattern[0])
+    )
     declaration, p = built(plain(2), mixed)
     given = stream()
     whole = jax.jit(lambda p, s: declaration.merge(p).trunk.layers(s, jax.random.key(0))[0].x_BSD)(
@@ -116,3 +120,46 @@ def test_mistakes() -> None:
     model = declaration.merge(p).trunk
     with pytest.raises(UserError, match="reads attribute 'item'"):
         model.extend(part, model.begin(alone, LENGTH), 0)
+
+
+def normed(p: dict[str, np.ndarray], name: str, x: np.ndarray, eps: float) -> np.ndarray:
+    spread = np.sqrt(x.var(axis=-1, keepdims=True) + eps)
+    return (x - x.mean(axis=-1, keepdims=True)) / spread * p[f"{name}/scale"] + p[f"{name}/bias"]
+
+
+def read(
+    p: dict[str, np.ndarray], at: str, x: np.ndarray, source: np.ndarray, sees: np.ndarray
+) -> np.ndarray:
+    """Attention of one example: queries of `x`, keys and values of `source`, where `sees[s, t]`."""
+    out = np.tile(p[f"{at}/out_bias"], (len(x), 1))
+    heads = p[f"{at}/query"].shape[1]
+    biases = {n: p[f"{at}/{n}_bias"].reshape(heads, -1) for n in ("query", "key", "value")}
+    for h in range(heads):
+        q, k, v = (
+            given @ p[f"{at}/{n}"][:, h] + biases[n][h]
+            for given, n in ((x, "query"), (source, "key"), (source, "value"))
+        )
+        weight = np.exp(q @ k.T / np.sqrt(q.shape[1])) * sees
+        out = out + weight / weight.sum(axis=1, keepdims=True) @ v @ p[f"{at}/out"][h]
+    return out
+
+
+def test_biases_and_a_normed_context_against_numpy() -> None:
+    """The block of open_clip's CoCa; eps is large, so that another would show."""
+    block = CrossTransformer(WIDTH, **BLOCK, bias=True, **{**OPEN_CLIP, "eps": 0.01})
+    declaration = Declaration(block)
+    rng = np.random.default_rng(0)
+    p = {n: rng.normal(size=s.shape) for n, s in declaration.specs.items()}
+    given = stream()
+    out = jax.jit(lambda p, s: declaration.merge(p)(s, None)[0].x_BSD)(p, given)
+    causal = np.tril(np.ones((LENGTH, LENGTH)))
+    for b in range(2):
+        x, context = np.asarray(given.x_BSD[b]), np.asarray(given.context.x_BSD[b])
+        own = normed(p, "attention_norm", x, 0.01)
+        x = x + read(p, "attention", own, own, causal)
+        asked, seen = normed(p, "cross_norm", x, 0.01), normed(p, "context_norm", context, 0.01)
+        x = x + read(p, "cross", asked, seen, np.tile(THERE[b], (LENGTH, 1)))
+        up = normed(p, "mlp_norm", x, 0.01) @ p["mlp/up/kernel"] + p["mlp/up/bias"]
+        gelu = 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
+        x = x + gelu @ p["mlp/down/kernel"] + p["mlp/down/bias"]
+        np.testing.assert_allclose(out[b], x, rtol=1e-10)

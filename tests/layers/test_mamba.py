@@ -70,13 +70,22 @@ def silu(x: np.ndarray) -> np.ndarray:
     return x / (1 + np.exp(-x))
 
 
-def normed(p: Arrays, x: np.ndarray, kind: str) -> np.ndarray:
-    return (x - x.mean()) / np.sqrt(x.var() + 1e-6) * own(p, "norm", "/scale", kind)
+def rms(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
+    """The norm of mamba-1.4b (`rms_norm` in its config; Zhang and Sennrich 2019)."""
+    return x / np.sqrt(np.square(x).mean() + eps) * scale
 
 
-def mixer(p: Arrays, x: np.ndarray, kinds: list[str]) -> np.ndarray:
+def layer(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
+    return (x - x.mean()) / np.sqrt(x.var() + eps) * scale
+
+
+def mixer(
+    p: Arrays, x: np.ndarray, kinds: list[str], norm: Any = rms, eps: float = 1e-6
+) -> np.ndarray:
     """One sequence `[S, D]` without packing or padding."""
-    inputs = [normed(p, each, k) for each, k in zip(x, kinds, strict=True)]
+    inputs = [
+        norm(each, own(p, "norm", "/scale", k), eps) for each, k in zip(x, kinds, strict=True)
+    ]
     u = [each @ own(p, "inner", "/kernel", k) for each, k in zip(inputs, kinds, strict=True)]
     u = [np.zeros(INNER)] * (TAPS - 1) + u
     state, out = np.zeros((INNER, STATE)), []
@@ -94,10 +103,15 @@ def mixer(p: Arrays, x: np.ndarray, kinds: list[str]) -> np.ndarray:
     return np.stack(out)
 
 
-def test_against_numpy() -> None:
-    declaration = declared()
+@pytest.mark.parametrize(
+    "words, norm, eps",
+    [({}, rms, 1e-6), ({"eps": 1e-5}, rms, 1e-5), ({"norm": "layer", "eps": 0.1}, layer, 0.1)],
+    ids=["default", "published", "layer"],
+)
+def test_against_numpy(words: dict[str, Any], norm: Any, eps: float) -> None:
+    declaration = declared(**words)
     p = random(declaration)
-    expected = np.stack([mixer(p, x, TOKENS) for x in tokens()])
+    expected = np.stack([mixer(p, x, TOKENS, norm, eps) for x in tokens()])
     np.testing.assert_allclose(run(declaration, p), expected, rtol=1e-9, atol=1e-12)
 
 
@@ -307,6 +321,19 @@ def test_it_begins_as_published() -> None:
     step = np.log1p(np.exp(np.asarray(p["dt/bias"], np.float64)))
     assert 0.99e-3 < step.min() < 4e-3 and 3e-2 < step.max() < 1.01e-1
     assert p["x/kernel"].shape == (64, 2 + 32) and (p["skip"] == 1).all()
+
+
+def test_its_projections_begin_as_pytorchs_and_out_by_depth() -> None:
+    """Uniform to `1 / sqrt(inputs)`, the convolution's bias to `1 / sqrt(taps)`; `out` over `sqrt(depth)`."""
+    p = jax.jit(lambda: Declaration(Mamba(32, depth=9)).initialise(0))()
+    bounds = {
+        "inner/kernel": 32**-0.5, "gate/kernel": 32**-0.5, "x/kernel": 64**-0.5, "dt/kernel": 2**-0.5,
+        "conv/kernel": 0.5, "conv/bias": 0.5, "out/kernel": 64**-0.5 / 3,
+    }  # fmt: skip
+    for name, bound in bounds.items():
+        drawn = np.abs(np.asarray(p[name]))
+        assert 0.9 * bound < drawn.max() < bound, name
+        assert drawn.mean() == pytest.approx(bound / 2, rel=0.15), name
 
 
 @pytest.mark.parametrize(

@@ -45,3 +45,36 @@ def test_queries_begin_apart_and_do_not_decay() -> None:
     assert np.std(start) == pytest.approx(1, rel=0.1)
     assert np.abs(np.corrcoef(start) - np.eye(16)).max() < 0.6
     assert not declaration.specs["queries"].decay
+
+
+def test_biases_and_norms_against_numpy() -> None:
+    """open_clip's pooler is `attention(norm(queries), norm(x))`, its projections with biases."""
+    eps = 0.01
+    with jax.enable_x64(True):
+        declaration = Declaration(Pooler(WIDTH, HEADS, 2, bias=True, norms=True, eps=eps))
+        rng = np.random.default_rng(0)
+        p = {n: rng.normal(size=s.shape) for n, s in declaration.specs.items()}
+        x = rng.normal(size=(2, 5, WIDTH))
+        stream = Stream(jnp.asarray(x), jnp.asarray(VALID), layout=(("image", 5),))
+        out = jax.jit(lambda p, s: declaration.merge(p)(s).x_BSD)(p, stream)
+
+    def norm(name: str, x: np.ndarray) -> np.ndarray:
+        spread = np.sqrt(x.var(axis=1, keepdims=True) + eps)
+        return (x - x.mean(axis=1, keepdims=True)) / spread * p[f"{name}/scale"] + p[f"{name}/bias"]
+
+    def project(name: str, x: np.ndarray, head: int) -> np.ndarray:
+        bias = p[f"attention/{name}_bias"].reshape(HEADS, -1)[head]
+        return x @ p[f"attention/{name}"][:, head] + bias
+
+    queries = norm("query_norm", p["queries"])
+    for b in range(2):
+        seen, read = norm("stream_norm", x[b][VALID[b]]), p["attention/out_bias"]
+        for h in range(HEADS):
+            q, k, v = (
+                project("query", queries, h),
+                project("key", seen, h),
+                project("value", seen, h),
+            )
+            weight = np.exp(q @ k.T / np.sqrt(WIDTH / HEADS))
+            read = read + weight / weight.sum(axis=1, keepdims=True) @ v @ p["attention/out"][h]
+        np.testing.assert_allclose(out[b], norm("norm", read), rtol=1e-10)

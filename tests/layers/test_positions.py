@@ -13,14 +13,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mmjax.layers.positions import Positions, grid
+from mmjax.errors import UserError
+from mmjax.layers.positions import Placed, Positions, Table, grid, place
 from mmjax.modalities import image
 from mmjax.modalities.colours import Colours
-from mmjax.modalities.image import Image
-from mmjax.modalities.spectrogram import Spectrogram
-from mmjax.modalities.text import Text
-from mmjax.modalities.video import Video
-from mmjax.modalities.waveform import Waveform
+from mmjax.modalities.image import Image, ImageInput
+from mmjax.modalities.spectrogram import Spectrogram, SpectrogramInput
+from mmjax.modalities.text import Text, TextInput
+from mmjax.modalities.video import Video, VideoInput
+from mmjax.modalities.waveform import Waveform, WaveformInput
 from mmjax.parameters import Declaration
 
 WIDTH = 3
@@ -146,3 +147,68 @@ def test_positions_of_a_stem_begin_small_beside_the_content(name: str) -> None:
     coordinates = {axis: jnp.array([[0.0, 0.3, 0.9]]) for axis in stem.positions.buckets}
     found = np.asarray(positions.merge(p)(coordinates))
     np.testing.assert_allclose(np.sqrt(np.square(found).mean(axis=-1)), 0.05, rtol=2e-2)
+
+
+# --- a table, and none --------------------------------------------------------------------------
+
+
+def test_a_table_has_a_row_for_each_cell_in_row_major_order(x64: None) -> None:
+    declaration = Declaration(Table(WIDTH, {"t": 2, "y": 3, "x": 4}))
+    (spec,) = declaration.specs.values()
+    assert spec.shape == (24, WIDTH) and not spec.decay
+    rows = np.random.default_rng(0).normal(size=spec.shape)
+    call = jax.jit(lambda p, c: declaration.merge(p)(c))
+    np.testing.assert_array_equal(call({"table": rows}, grid(t=2, y=3, x=4))[0], rows)
+    # Tokens that stayed where others were dropped, by example; beyond the grid, the last cell of an axis.
+    t, y, x = np.array([[0, 1], [1, 0]]), np.array([[2, 0], [1, 7]]), np.array([[3, 1], [0, 2]])
+    cells = {"t": t / 2, "y": y / 3, "x": x / 4}
+    expected = rows[t * 12 + np.minimum(y, 2) * 4 + x]
+    np.testing.assert_array_equal(call({"table": rows}, cells), expected)
+
+
+def test_a_table_begins_as_a_vits() -> None:
+    start = Declaration(Table(64, {"y": 14, "x": 14})).initialise(0)["table"]
+    assert np.std(start) == pytest.approx(0.02, rel=0.05)
+
+
+def test_tokens_without_positions_stay_as_they_are() -> None:
+    x = jnp.ones((1, 2, WIDTH))
+    assert place(x, Placed(positions="none").make_positions(WIDTH, {"x": 2}), grid(x=2)) is x
+    assert isinstance(Placed(positions="table").make_positions(WIDTH, {"x": 2}), Table)
+    learned = Placed(positions_scale=1.0).make_positions(WIDTH, {"x": 2})
+    start = Declaration(learned).initialise(0)
+    np.testing.assert_array_equal(start["norm/scale"], np.ones(WIDTH))
+
+
+@pytest.mark.parametrize("modality", [Colours, Image, Spectrogram, Text, Video, Waveform])
+def test_every_modality_names_mistakes_of_its_positions(modality: Any) -> None:
+    name = modality.__name__.lower()
+    with pytest.raises(UserError, match=f"{name}: positions is 'learnt'. Did you mean 'learned'"):
+        modality(positions="learnt")
+    with pytest.raises(
+        UserError, match=f"{modality.__name__}.positions_scale is 0; it must be above 0"
+    ):
+        modality(positions_scale=0)
+
+
+MODALITIES: list[Any] = [
+    (Text(vocabulary=5, buckets=2, positions="none"), TextInput(length=3)),
+    (Colours(levels=2, buckets=1, positions="none"), ImageInput(size=2)),
+    (Image(patch=2, buckets=1, positions="none"), ImageInput(size=4)),
+    (Video(tube=1, patch=2, time_buckets=1, buckets=1, positions="none"), VideoInput(frames=2, size=4)),
+    (Waveform(patch=4, buckets=1, positions="none"), WaveformInput(samples=8)),
+    (Spectrogram(buckets=1, positions="none"), SpectrogramInput(frames=32)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("modality, view", MODALITIES, ids=lambda x: type(x).__name__)
+def test_a_stem_without_positions_has_no_tables_and_no_limit(modality: Any, view: Any) -> None:
+    """Equal content gives equal tokens, and more cells than buckets are no error."""
+    declaration = Declaration(modality.stem(WIDTH))
+    assert not [name for name in declaration.specs if "positions" in name]
+    shapes = modality.arrays(view)
+    arrays = {n: jnp.ones((2, *s.shape), s.dtype) for n, s in shapes.items()}
+    p = declaration.initialise(0)
+    x_BSD = declaration.merge(p)(arrays).x_BSD
+    assert x_BSD.shape[1] > 1
+    np.testing.assert_array_equal(x_BSD, jnp.broadcast_to(x_BSD[:1, :1], x_BSD.shape))

@@ -24,6 +24,7 @@ ROWS, WIDTH, CLASSES = 4, 8, 3
 ZORRO = Fusion(head="head", classes=CLASSES, modalities=("image", "text"))
 FULL = replace(ZORRO, mask="full")
 MBT = replace(FULL, reading="mean")
+RELEASED = replace(MBT, loss="each", shared=True)  # scenic's, with class tokens
 PLAIN = {"name": "transformer", "heads": 2, "hidden": 8}
 BOTTLENECK = {"name": "bottleneck", "modalities": ["image", "text"], "heads": 2, "hidden": 8}
 
@@ -94,8 +95,11 @@ def test_under_full_fusion_they_are_not() -> None:
 
 @pytest.mark.parametrize(
     ("objective", "block"),
-    [(ZORRO, PLAIN), (MBT, BOTTLENECK), (replace(ZORRO, smoothing=0.2), PLAIN)],
-)
+    [
+        (ZORRO, PLAIN), (MBT, BOTTLENECK), (replace(ZORRO, smoothing=0.2), PLAIN),
+        (RELEASED, BOTTLENECK), (replace(RELEASED, smoothing=0.3), BOTTLENECK),
+    ],
+)  # fmt: skip
 def test_the_loss_is_that_of_what_is_read(objective: Fusion, block: dict[str, Any]) -> None:
     call, model = built(objective, block)
     b = batch()
@@ -113,7 +117,11 @@ def test_the_loss_is_that_of_what_is_read(objective: Fusion, block: dict[str, An
         expected = np.mean([entropy(x) for x in logits.values()])
     else:
         assert set(logits) == {"image", "text"}
-        expected = entropy((logits["image"] + logits["text"]) / 2)
+        both = (logits["image"] + logits["text"]) / 2
+        apart = (entropy(logits["image"]) + entropy(logits["text"])) / 2
+        assert abs(entropy(both) - apart) > 1e-3  # so that one taken for the other shows
+        expected = entropy(both) if objective.loss == "mean_logits" else apart
+        np.testing.assert_allclose(objective.predict(model, b["inputs"]), both, rtol=1e-10)
     loss = objective(model, b, jax.random.key(0))
     np.testing.assert_allclose(loss.value, expected, rtol=1e-10)
 
@@ -141,3 +149,20 @@ def test_one_modality_is_classified_by_its_own_output_and_several_by_fusion() ->
 def test_settings_that_say_nothing(change: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         replace(ZORRO, **change)
+
+
+def test_a_shared_classifier_is_one() -> None:
+    """It reads every modality; otherwise there is a classifier for each."""
+    for objective, names in ((RELEASED, {"shared"}), (MBT, {"image", "text"})):
+        classifiers = objective.heads(WIDTH, {})["fused"].classifiers
+        assert set(classifiers) == names
+    call, model = built(RELEASED, BOTTLENECK)
+    logits = call(batch()["inputs"])
+    assert set(logits) == {"image", "text"}
+    kernel = model.heads["head"].fused.classifiers["shared"].logits.kernel[...]
+    assert kernel.shape == (WIDTH, CLASSES)
+
+
+def test_a_loss_of_fusion_that_is_not_there() -> None:
+    with pytest.raises(UserError, match="loss is 'eech'. Did you mean 'each'"):
+        replace(MBT, loss="eech")

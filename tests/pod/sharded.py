@@ -57,7 +57,9 @@ MODALITIES = {
     "image": {"patch": 4, "buckets": 8},
     "colours": {"levels": 8, "buckets": 8},
 }
-RATES = {"learning_rate": 1e-3, "weight_decay": 0.1, "warmup": 0}
+# A bias of keys has no gradient but rounding, as it adds the same to all logits of a query; with an eps as small as
+# Adam's own, its update would be as large as the others'.
+RATES = {"learning_rate": 1e-3, "weight_decay": 0.1, "warmup": 0, "eps": 1e-6}
 LEAST = 1e-3  # arrays smaller than this are compared with this
 MARK = "compiles: "
 CONTROL = "control"

@@ -1,0 +1,282 @@
+"""Transfusion, Mixture-of-Transformers, MoMa and Mixture-of-Mamba, which read texts and images as one sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from published.rows import ADAMW, Recipe, Row, missing, ours, same
+
+LLAMA = "[C] llama/model.py of Llama 2; [P] Touvron et al. 2023"
+ZHOU = "[P] Zhou et al. 2024"
+LLAMA_BLOCK = {
+    "layers.name": "transformer", "layers.bias": False, "layers.attention_bias": False, "layers.norm": "rms",
+    "layers.mlp": "swiglu", "layers.rotary": 10_000.0, "layers.eps": 1e-5, "model.norm": "rms", "model.norm_eps": 1e-5,
+}  # fmt: skip
+SEVEN_BILLION = {
+    "model.width": 4096,
+    "layers.count": 32,
+    "layers.heads": 32,
+    "layers.hidden": 11_008,
+}
+ADAM_OF_LLAMA = {
+    **ADAMW,
+    "optimizer.b1": 0.9,
+    "optimizer.b2": 0.95,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.clip": 1.0,
+}
+NO_POSITIONS = {"modalities.text.positions": "none", "modalities.image.positions": "none"}
+
+
+def sequences(task: str, order: tuple[str, ...], drawn: bool) -> list[Row]:
+    """Return the rows of one task of texts and images."""
+    at = f"tasks.{task}."
+    rows = same(
+        f"{ZHOU}, section 4.4",
+        {"batch": 8192, "objective.name": "transfusion", "objective.order": order},
+        at,
+    )
+    rows += same(
+        f"{ZHOU}: 4,096 tokens", {"objective.pack": 8, "objective.across": False, "share": 1}, at
+    )
+    rows += ours(
+        "a fixed place for a text", "A text has up to 255 tokens", {"inputs.text.length": 255}, at
+    )
+    if drawn:
+        rows += same(f"{ZHOU}, sections 3 and 4", {
+            "objective.weight": 5.0, "objective.target": "epsilon", "objective.drop": 0.1, "objective.steps": 250,
+            "objective.guidance": 5.0, "objective.discrete": ("text",), "inputs.image.size": 256,
+            "objective.mutual": False,
+        }, at)  # fmt: skip
+        rows += ours(
+            "not said", "Images are pixels in patches of 16", {"inputs.image.crop": 0.7}, at
+        )
+    return rows
+
+
+def transfusion_rate() -> list[Row]:
+    return same(f"{ZHOU}, section 4.1 [K]", {
+        "steps": 500_000, **ADAM_OF_LLAMA, "optimizer.learning_rate": 3e-4, "optimizer.warmup": 4000,
+        "optimizer.decay": "cosine", "optimizer.final": 0.05, "optimizer.eps": 1e-8,
+    }) + ours("not said", "4 million tokens to a batch", {"dtype.compute": "bfloat16"})  # fmt: skip
+
+
+def transfusion_images() -> list[Row]:
+    """Return how images and texts come into a model that draws, and what is missing there."""
+    rows = same(LLAMA, {"modalities.text.vocabulary": 32_000, **NO_POSITIONS})
+    rows.append(
+        Row(
+            "modalities.image.patch",
+            16,
+            2,
+            f"{ZHOU}: of latents",
+            "no autoencoder",
+            "theirs are latents of an autoencoder",
+        )
+    )
+    return rows + missing(
+        ZHOU, "drawn by ancestral sampling", "(BOI, EOI)", "text alone, which is half of their data"
+    )
+
+
+def transfusion(setting: str) -> Recipe:
+    rows = same(LLAMA, {
+        **LLAMA_BLOCK, **SEVEN_BILLION, "layers.qk_norm": False, "layers.order": "pre", "layers.untie": (),
+        "layers.experts": (), "model.norm_modalities": (),
+    })  # fmt: skip
+    rows += transfusion_rate() + transfusion_images()
+    adapters = {"objective.channels": 128}
+    words = "through U-Net adapters"
+    if setting == "transfusion":
+        rows += sequences("captions", ("text", "image"), True)
+        rows += same(
+            f"{ZHOU}, section 4.2", {"swap": 0.2, "limit": 0.5}, "tasks.captions.objective."
+        )
+        rows += ours("from pixels", words, adapters, "tasks.captions.")
+        return Recipe("transfusion_7b", setting, ("transfusion_7b",), tuple(rows))
+    alternates = "alternates two tasks on the same trunk"
+    rows += sequences("write", ("text",), False) + sequences("draw", ("text", "image"), True)
+    rows += ours("from pixels", words, adapters, "tasks.draw.")
+    rows += ours("after MonoFormer", alternates, {
+        "tasks.draw.objective.weights": {"text": 0.0}, "tasks.draw.objective.swap": 0.0,
+    })  # fmt: skip
+    rows += missing(
+        "[C] MonoFormer, train.py",
+        "is another\nmodel: 1.1 billion started from TinyLlama",
+        "text loss 0.01",
+    )
+    return Recipe("transfusion_7b", setting, ("transfusion_7b",), tuple(rows))
+
+
+MOT = "[C] Mixture-of-Transformers/src; [P] Liang et al. 2024"
+CHAMELEON = "[C] chameleon/inference/transformer.py; [K] Chameleon 2024"
+MOMA = "[P] Lin et al. 2024"
+ALL_PARTS = ("query", "key", "value", "out", "attention_norm", "mlp_norm", "mlp")
+
+
+def chameleon_rows(moma: bool) -> list[Row]:
+    """Return the rows of images as discrete tokens, and of the rate that goes with them."""
+    rows = same(f"{MOMA}; betas, eps, decay of weights, bound: {CHAMELEON}", {
+        **ADAM_OF_LLAMA, "optimizer.learning_rate": 1e-4, "optimizer.warmup": 4000, "optimizer.eps": 1e-5,
+    })  # fmt: skip
+    falls = "falling linearly to 1 %" if moma else "falls linearly to 1 %"
+    rows += [
+        Row(
+            "optimizer.decay",
+            "linear",
+            "linear" if moma else "exponential",
+            MOMA if moma else CHAMELEON,
+            "as MoMa",
+            falls,
+        ),
+        Row(
+            "optimizer.final",
+            0.01,
+            0.01 if moma else 0.0,
+            MOMA if moma else CHAMELEON,
+            "as MoMa",
+            falls,
+        ),
+        Row(
+            "modalities.colours.levels",
+            20,
+            None,
+            CHAMELEON,
+            "no image tokenizer: 8,000 colours for 8,192 codes",
+            "8,000 colours",
+        ),
+    ]
+    rows += same(
+        f"{MOMA}: 1,024 tokens",
+        {
+            "inputs.colours.size": 32,
+            "objective.name": "transfusion",
+            "objective.order": ("text", "colours"),
+            "objective.discrete": ("text", "colours"),
+            "objective.across": False,
+            "share": 1,
+        },
+        "tasks.captions.",
+    )
+    rows += same(
+        LLAMA, {"modalities.text.positions": "none", "modalities.colours.positions": "none"}
+    )
+    return rows + ours("two images to 4,096 tokens", "Batch and steps are ours", {
+        "steps": 250_000 if moma else 500_000, "tasks.captions.batch": 2048, "tasks.captions.objective.pack": 2,
+        "tasks.captions.inputs.text.length": 1022, "tasks.captions.objective.channels": 0,
+        "tasks.captions.objective.drop": 0.1, "tasks.captions.objective.swap": 0.2,
+        "tasks.captions.inputs.colours.crop": 0.7, "dtype.compute": "bfloat16",
+    })  # fmt: skip
+
+
+def mot_tasks(setting: str) -> list[Row]:
+    if "chameleon" in setting:
+        return chameleon_rows(False) + two_heads("a head each (32,000 and 8,000)", 32_000)
+    rows = (
+        transfusion_rate() + transfusion_images() + sequences("captions", ("text", "image"), True)
+    )
+    rows += same(f"{ZHOU}, section 4.2", {"swap": 0.2, "limit": 0.5}, "tasks.captions.objective.")
+    return rows + same(MOT, {"tasks.captions.objective.channels": 0})
+
+
+def two_heads(words: str, vocabulary: int) -> list[Row]:
+    return [
+        Row("modalities.text.vocabulary", vocabulary, 65_536, CHAMELEON, "codes are apart", words)
+    ]
+
+
+def mot(setting: str) -> Recipe:
+    names = ("text", "colours" if "chameleon" in setting else "image")
+    rows = same(LLAMA, {**LLAMA_BLOCK, **SEVEN_BILLION, "layers.experts": ()}) + mot_tasks(setting)
+    chameleon, dense = "chameleon" in setting, "dense" in setting
+    parts = ALL_PARTS[:4] + (("qk_norm",) if chameleon else ()) + ALL_PARTS[4:]
+    copies: dict[str, Any] = {
+        "layers.untie": parts,
+        "layers.modalities": names,
+        "model.norm_modalities": names,
+    }
+    rows += same(MOT, dict.fromkeys(copies, ()) if dense else copies)
+    if not chameleon:
+        rows += same(LLAMA, {"layers.qk_norm": False, "layers.order": "pre"})
+        return Recipe("mot_7b", setting, ("mot_7b", "transfusion_7b"), tuple(rows))
+    said = "norms behind its parts"
+    rows += [
+        Row(
+            "layers.order",
+            "pre",
+            "pre" if dense else "post",
+            CHAMELEON if dense else MOT,
+            "the dense model's block",
+            said,
+        ),
+        Row(
+            "layers.qk_norm",
+            "layer",
+            "layer" if dense else "rms",
+            CHAMELEON if dense else MOT,
+            "the dense model's block",
+            said,
+        ),
+    ]
+    rows += missing(
+        f"{MOT}; {CHAMELEON}", "speech as a third modality", "beside a dense one", "no dropout"
+    )
+    return Recipe("mot_7b", setting, ("mot_7b", "transfusion_7b"), tuple(rows))
+
+
+def moma(setting: str) -> Recipe:
+    rows = chameleon_rows(True) + two_heads("a head each (57,344 and 8,000)", 57_344) + same(MOMA, {
+        **LLAMA_BLOCK, "model.width": 2048, "layers.count": 24, "layers.heads": 16, "layers.hidden": 5632,
+        "layers.order": "post", "model.norm_modalities": (),
+    }) + same(CHAMELEON, {"layers.qk_norm": "layer"})  # fmt: skip
+    own = setting in ("experts", "one")
+    rows += same(
+        MOMA,
+        {"layers.untie": ("mlp",), "layers.modalities": ("text", "colours")}
+        if own
+        else {"layers.untie": ()},
+    )
+    if setting == "dense":
+        rows += same(MOMA, {"layers.experts": ()})
+    else:
+        rows += same(MOMA, {
+            "layers.experts": tuple(range(24)), "layers.experts.count": {"experts": 4, "one": 1, "mixed": 8}[setting],
+            "layers.experts.router.name": "expert_choice", "layers.experts.router.score": "sigmoid",
+            "layers.experts.router.capacity": 1.0, "layers.experts.losses": {}, "layers.experts.local": {},
+            "layers.experts.spread": {}, "layers.experts.causal.hidden": 1024,
+        })  # fmt: skip
+        rows += ours("a sort of a batch compiles for minutes", "Tokens compete with those of their sequence", {
+            "layers.experts.group": 2048, "layers.experts.groups": 256,
+        })  # fmt: skip
+    rows += missing(
+        MOMA,
+        "has biases; the paper's is trained afterwards",
+        "upcycling from `one` with Gumbel noise",
+        "mixture of depths",
+    )
+    return Recipe("moma_1b", setting, ("moma_1b",), tuple(rows))
+
+
+MAMBA = "[C] state-spaces/mamba, mamba-1.4b; [P] Gu and Dao 2023"
+
+
+def mixture_of_mamba(setting: str) -> Recipe:
+    names = ("text", "colours" if "chameleon" in setting else "image")
+    quarter = {"tasks.captions.batch": (512 if "chameleon" in setting else 2048)}
+    rows = [row for row in mot_tasks(setting) if row.key not in quarter]
+    rows += ours("a quarter of mot_7b's", "with a quarter of its batch", quarter)
+    rows += same(MAMBA, {
+        "model.width": 2048, "layers.count": 48, "layers.name": "mamba", "layers.state": 16, "layers.expand": 2,
+        "layers.taps": 4, "layers.rank": None, "layers.norm": "rms", "layers.eps": 1e-5, "layers.depth": 48,
+        "model.norm": "rms", "model.norm_eps": 1e-5, "model.norm_modalities": (), "layers.experts": (),
+    })  # fmt: skip
+    copies: dict[str, Any] = {"layers.untie": ("in", "x", "dt", "out"), "layers.modalities": names}
+    source = "[C] Mixture-of-Mamba/MixtureOfMamba.py"
+    rows += same(source, dict.fromkeys(copies, ()) if "dense" in setting else copies)
+    rows += missing("[P] Liang et al. 2025", "the paper's setting with speech")
+    return Recipe(
+        "mixture_of_mamba_1b",
+        setting,
+        ("mixture_of_mamba_1b", "mot_7b", "transfusion_7b"),
+        tuple(rows),
+    )

@@ -1,0 +1,111 @@
+"""A config with every default written out: what is built, by dotted key."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mmjax import config as configs
+from mmjax.experiment import Experiment
+from mmjax.layers.bottleneck import Bottleneck
+from mmjax.layers.experts import ExpertsConfig
+from mmjax.layers.transformer import Transformer
+from mmjax.layers.trunk import GroupConfig
+
+Values = dict[str, Any]
+
+
+def resolve(made: Experiment) -> Values:
+    """Return the values of all keys that decide what is trained, and of the layers (see `layers`)."""
+    run = made.run
+    values = {
+        "steps": run.steps,
+        "model.width": run.model.width,
+        "model.norm": run.model.norm,
+        "model.norm_eps": run.model.norm_eps,
+        "model.norm_modalities": tuple(run.model.norm_modalities),
+        **layers(run.model.groups, "layers"),
+        **flat(run.optimizer, "optimizer"),
+        **flat(run.dtype, "dtype"),
+        "schedule.rule": run.schedule.rule,
+    }
+    for name, modality in made.modalities.items():
+        values |= named(modality, f"modalities.{name}")
+    for name, task in made.tasks.items():
+        at = f"tasks.{name}"
+        values |= {f"{at}.batch": task.batch, f"{at}.share": task.config.share}
+        values |= named(task.objective, f"{at}.objective")
+        for modality, given in task.inputs.items():
+            values |= flat(given.settings, f"{at}.inputs.{modality}")
+            values[f"{at}.inputs.{modality}.instances"] = given.instances
+    return values
+
+
+def named(made: Any, at: str) -> Values:
+    """Return the keys of what a block names, with the name itself."""
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(made).__name__).lower()
+    return {f"{at}.name": name, **flat(made, at)}
+
+
+def flat(value: Any, at: str) -> Values:
+    """Return the fields of a dataclass, and of those in it."""
+    values: Values = {}
+    for field in dataclasses.fields(value):
+        key, own = f"{at}.{field.name}", getattr(value, field.name)
+        if dataclasses.is_dataclass(own):
+            values |= flat(own, key)
+        elif isinstance(own, Sequence) and own and isinstance(own[0], GroupConfig):
+            values |= layers(own, key)
+        else:
+            values[key] = tuple(own) if isinstance(own, list) else own
+    return values
+
+
+def layers(groups: Sequence[GroupConfig], at: str) -> Values:
+    """Return `count`, and each key of the layers: its value where all have the same, else by layer.
+
+    `experts` are the numbers of the layers that have some; their keys are those of `ExpertsConfig` and of its router.
+    """
+    all_of_them = [
+        written(block) for group in groups for _ in range(group.repeat) for block in group.pattern
+    ]
+    values: Values = {f"{at}.count": len(all_of_them)}
+    for key in dict.fromkeys(key for layer in all_of_them for key in layer):
+        own = [layer[key] for layer in all_of_them if key in layer]
+        same = all(each == own[0] for each in own)
+        values[f"{at}.{key}"] = own[0] if same else tuple(own)
+    sparse = tuple(i for i, layer in enumerate(all_of_them) if "experts.count" in layer)
+    return {**values, f"{at}.experts": sparse}
+
+
+def written(block: Mapping[str, Any]) -> Values:
+    """Return a block with its defaults."""
+    cls = configs.resolve("layers", block["name"], "layer")
+    layer = {**defaults(cls), **block}
+    if cls is Bottleneck:
+        layer = {**defaults(Transformer), **layer}
+    experts = layer.pop("experts", None)
+    layer = {k: tuple(v) if isinstance(v, list) else v for k, v in layer.items()}
+    if not experts:
+        return layer
+    made = configs.build(ExpertsConfig, experts, "experts")
+    own = flat(made, "experts") | named(made.make_router(), "experts.router")
+    return {**layer, **{k: v for k, v in own.items() if k != "experts.router"}}
+
+
+def defaults(cls: Any) -> Values:
+    """Return the defaults of a layer's arguments."""
+    parameters = inspect.signature(cls.__init__).parameters.items()
+    return {n: p.default for n, p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def set_keys(block: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the keys that a config sets, named as `resolve` names them."""
+    for key, _ in configs.flat(block):
+        key = re.sub(r"^model\.groups\.\d+\.pattern\.\d+", "layers", key)
+        key = re.sub(r"^model\.groups\.\d+\.repeat", "layers.count", key)
+        key = re.sub(r"(objective\.\w+)\.\d+\.pattern\.\d+", r"\1", key)
+        yield re.sub(r"(objective\.\w+)\.\d+\.repeat", r"\1.count", key)

@@ -1,0 +1,256 @@
+"""Recipes at a system's own size against the table of published values (`tests/extra/published`)."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import fnmatch
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+from published import RECIPES
+from published.rows import Recipe
+from recipes import ROOT, block
+from resolved import resolve, set_keys
+
+from mmjax import config as configs
+from mmjax.experiment import make_experiment
+
+# Keys that a config sets and no paper knows of: data and their fields, hardware, and how much is kept.
+FREE = re.compile(
+    r"seed$|(mesh|checkpoint|evaluation)\.|model\.remat$|tasks\.\w+\.(source|evaluators)\."
+    r"|modalities\.\w+\.name$|tasks\.\w+\.inputs\.\w+\.field$|tasks\.\w+\.objective\.(label|concept|chunk|remat)$"
+    r"|tasks\.\w+\.buckets\."  # IMP's setting `mixed`, which is ours
+)
+
+
+def identity(recipe: Recipe) -> str:
+    return f"{recipe.name}:{recipe.argument}" if recipe.argument else recipe.name
+
+
+every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=identity)
+
+
+@cache
+def config(name: str, argument: str) -> configs.Block:
+    return block(name, argument)
+
+
+def mismatches(recipe: Recipe, config: configs.Block) -> dict[str, tuple[Any, Any]]:
+    """Return the keys of a config whose values are not those of the table, with both."""
+    values = resolve(make_experiment(config))
+    absent = "no such key"
+    rows = [row for row in recipe.rows if row.key]
+    found = {row.key: (values.get(row.key, absent), row.here) for row in rows}
+    return {key: pair for key, pair in found.items() if pair[0] != pair[1]}
+
+
+@cache
+def header(name: str) -> str:
+    """Return a config's docstring in lower case, as one line."""
+    text = (ROOT / "configs" / f"{name}.py").read_text()
+    return " ".join((ast.get_docstring(ast.parse(text)) or "").split()).lower()
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+def test_every_recipe_at_its_own_size_is_in_the_table() -> None:
+    names = {path.stem for path in (ROOT / "configs").glob("*.py")}
+    ours = {name for name in names if name.endswith("_small") or name.startswith("quickstart")}
+    assert {recipe.name for recipe in RECIPES} == names - ours
+    assert len({identity(recipe) for recipe in RECIPES}) == len(RECIPES)
+
+
+@every_recipe
+def test_every_row_has_a_source_and_every_difference_a_reason(recipe: Recipe) -> None:
+    keys = [row.key for row in recipe.rows if row.key]
+    assert len(keys) == len(set(keys))
+    for row in recipe.rows:
+        assert row.source, row.key
+        assert row.here == row.published or (row.why and row.words), row.key
+
+
+@every_recipe
+def test_every_key_that_a_config_sets_is_in_the_table(recipe: Recipe) -> None:
+    """A key added to a recipe is a published value, or a difference with its reason."""
+    known = {row.key for row in recipe.rows}
+    left = [
+        key
+        for key in set_keys(config(recipe.name, recipe.argument))
+        if not FREE.match(key) and key not in known and key.rpartition(".")[0] not in known
+    ]
+    assert not left
+
+
+# --- what is built ------------------------------------------------------------------------------
+
+
+@every_recipe
+def test_a_recipe_is_as_published_or_as_its_difference_says(recipe: Recipe) -> None:
+    """With all defaults: a default that changes is a mismatch as well."""
+    assert not mismatches(recipe, config(recipe.name, recipe.argument))
+
+
+@every_recipe
+def test_the_header_states_every_difference(recipe: Recipe) -> None:
+    said = " ".join(header(name) for name in recipe.headers)
+    differ = [row for row in recipe.rows if row.words]
+    unsaid = [row.words for row in differ if " ".join(row.words.split()).lower() not in said]
+    assert not unsaid
+
+
+@every_recipe
+def test_the_header_names_all_keys_to_set_for_other_data(recipe: Recipe) -> None:
+    """Sources of tasks and of evaluators, the tokenizer, and the field by which pairs belong together."""
+    own = config(recipe.name, recipe.argument)
+    keys = {"modalities.text.tokenizer"} if "text" in own["modalities"] else set()
+    for name, task in own["tasks"].items():
+        keys |= {f"tasks.{name}.source"}
+        keys |= {f"tasks.{name}.evaluators.{e}.source" for e in task["evaluators"]}
+        if task["objective"].get("concept"):
+            keys |= {f"tasks.{name}.objective.concept"}
+    named = [w for file in recipe.headers for w in re.findall(r"`([\w.*]+)`", header(file))]
+    assert not {key for key in keys if not any(fnmatch.fnmatch(key, word) for word in named)}
+
+
+# --- mutations ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A wrong config: values by dotted path (a function is applied to what is there, None deletes).
+
+    Attributes:
+      reported: a key that must be among the mismatches.
+    """
+
+    name: str
+    argument: str
+    changes: Mapping[str, Any]
+    reported: str
+
+
+LAST, FIRST = "model.groups.1.pattern.0", "model.groups.0.pattern.0"
+PAIR, SOUNDS = "tasks.image_text.objective", "tasks.sounds.objective"
+CAPTIONS = "tasks.captions.objective"
+
+
+def imp(changes: Mapping[str, Any], reported: str) -> Mutation:
+    return Mutation("imp_moe_b", "released", changes, reported)
+
+
+def limoe(changes: Mapping[str, Any], reported: str) -> Mutation:
+    return Mutation("limoe_b16", "entropies", changes, reported)
+
+
+def mot(changes: Mapping[str, Any], reported: str) -> Mutation:
+    return Mutation("mot_7b", "transfusion", changes, reported)
+
+
+def whole(vision: Any) -> Any:
+    """Return a view of four frames without dropped tokens."""
+    return {**vision, "frames": 4, "drop": 0.0}
+
+
+def dropped(vision: Any) -> Any:
+    return {**vision, "frames": 16, "drop": 0.75}
+
+
+SPARSE = f"{LAST}.experts"
+MUTATIONS = (
+    imp({"tasks.video_text.inputs.vision": whole}, "tasks.video_text.inputs.vision.drop"),
+    imp({"tasks.video_audio_text.inputs.vision": whole}, "tasks.video_audio_text.inputs.vision.frames"),
+    imp({"tasks.videos.inputs.vision": dropped}, "tasks.videos.inputs.vision.frames"),
+    imp({"tasks.videos.inputs.vision": dropped}, "tasks.videos.inputs.vision.drop"),
+    imp({"optimizer.learning_rate": 1e-2}, "optimizer.learning_rate"),
+    imp({"optimizer.b1": 0.5}, "optimizer.b1"),
+    imp({"optimizer.b2": 0.9}, "optimizer.b2"),
+    imp({"optimizer.final": 0.5}, "optimizer.final"),
+    imp({"optimizer.eps": 1e-3}, "optimizer.eps"),
+    imp({"optimizer.weight_decay": 0.1}, "optimizer.weight_decay"),
+    imp({"optimizer.clip": 9.0}, "optimizer.clip"),
+    imp({"model.groups": lambda groups: groups[::-1]}, "layers.experts"),
+    imp({f"{FIRST}.qk_norm": None, f"{LAST}.qk_norm": None}, "layers.qk_norm"),
+    imp({f"{PAIR}.initial": 0.2}, f"{PAIR}.initial"),
+    imp({f"{PAIR}.space": "linear"}, f"{PAIR}.space"),
+    imp({f"{SPARSE}.router": {"name": "token_choice"}}, "layers.experts.router.name"),
+    imp({f"{PAIR}.head": "own"}, f"{PAIR}.head"),
+    imp({"modalities.spectrogram.window": 1024, "modalities.spectrogram.hop": 512}, "modalities.spectrogram.window"),
+    imp({"modalities.vision.time_buckets": 64, "modalities.vision.buckets": 512}, "modalities.vision.buckets"),
+    imp({"modalities.spectrogram.buckets": 8}, "modalities.spectrogram.buckets"),
+    imp({"steps": 50}, "steps"),
+    imp({"tasks.video_text.inputs.vision.flip": True}, "tasks.video_text.inputs.vision.flip"),
+    Mutation("imp_s", "released", {"optimizer.warmup": 12_000}, "optimizer.warmup"),
+    Mutation("imp_l", "released", {"optimizer.final": 1e-3}, "optimizer.final"),
+    limoe({f"{PAIR}.together": False}, f"{PAIR}.together"),
+    limoe({"model.groups.0.pattern.1.experts.router.priority": False}, "layers.experts.router.priority"),
+    limoe({"model.groups.0.pattern.1.experts.threshold": {"text": 0.0, "image": 0.0}}, "layers.experts.threshold"),
+    limoe({"model.groups.0.pattern.1.experts.local.text": -0.01}, "layers.experts.local"),
+    limoe({"model.groups.0.pattern.1.experts.local.image": 0.01}, "layers.experts.local"),
+    limoe({"optimizer.learning_rate": 1.0}, "optimizer.learning_rate"),
+    limoe({f"{FIRST}.attention_bias": None}, "layers.attention_bias"),
+    Mutation("moma_1b", "experts", {f"{FIRST}.experts.router.capacity": 4.0}, "layers.experts.router.capacity"),
+    Mutation("moma_1b", "experts", {f"{FIRST}.experts.causal": None}, "layers.experts.causal.hidden"),
+    Mutation("moma_1b", "experts", {f"{FIRST}.order": "pre"}, "layers.order"),
+    Mutation("mot_7b", "chameleon", {f"{FIRST}.order": "post"}, "layers.order"),
+    Mutation("mot_7b", "chameleon", {f"{FIRST}.qk_norm": True}, "layers.qk_norm"),
+    mot({f"{CAPTIONS}.weight": 1.0}, f"{CAPTIONS}.weight"),
+    mot({f"{CAPTIONS}.limit": 1.0}, f"{CAPTIONS}.limit"),
+    mot({f"{FIRST}.rotary": None}, "layers.rotary"),
+    mot({f"{CAPTIONS}.target": "v"}, f"{CAPTIONS}.target"),
+    mot({f"{CAPTIONS}.swap": 0.8}, f"{CAPTIONS}.swap"),
+    mot({"optimizer.b2": 0.5}, "optimizer.b2"),
+    mot({"modalities.text.positions": "learned", "modalities.text.buckets": 255}, "modalities.text.positions"),
+    Mutation("coca_2b", "2b", {f"{CAPTIONS}.caption_weight": 1.0}, f"{CAPTIONS}.caption_weight"),
+    Mutation("coca_2b", "2b", {"optimizer.learning_rate": 0.8}, "optimizer.learning_rate"),
+    Mutation("coca_2b", "2b", {f"{CAPTIONS}.pooling": "parallel"}, f"{CAPTIONS}.pooling"),
+    Mutation("coca_2b", "2b", {"optimizer.decay": None}, "optimizer.decay"),
+    Mutation("mbt_b", "", {f"{SOUNDS}.smoothing": 0.0}, f"{SOUNDS}.smoothing"),
+    Mutation("mbt_b", "", {f"{SOUNDS}.reading": "each"}, f"{SOUNDS}.reading"),
+    Mutation("zorro_b", "", {f"{SOUNDS}.mask": "full"}, f"{SOUNDS}.mask"),
+    Mutation("mixture_of_mamba_1b", "transfusion", {f"{FIRST}.norm": "layer"}, "layers.norm"),
+)  # fmt: skip
+
+
+def mutated(config: configs.Block, changes: Mapping[str, Any]) -> configs.Block:
+    config = copy.deepcopy(config)
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        at: Any = config
+        for name in parents:
+            at = at[int(name)] if isinstance(at, list) else at[name]
+        if value is None:
+            del at[last]
+        else:
+            at[last] = value(at[last]) if callable(value) else value
+    return config
+
+
+@pytest.mark.parametrize(
+    "mutation", MUTATIONS, ids=lambda m: f"{m.name}-{m.reported.rpartition('.')[2]}"
+)
+def test_a_wrong_config_is_reported(mutation: Mutation) -> None:
+    recipe = next(r for r in RECIPES if (r.name, r.argument) == (mutation.name, mutation.argument))
+    wrong = mutated(config(mutation.name, mutation.argument), mutation.changes)
+    assert wrong != config(mutation.name, mutation.argument)
+    assert mutation.reported in mismatches(recipe, wrong)
+
+
+def test_a_default_that_changes_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form of CoCa's loss, and the place of a block's norms, are keys that no config sets."""
+    from mmjax.layers.transformer import Transformer
+    from mmjax.objectives.coca import Coca
+
+    recipe = next(r for r in RECIPES if identity(r) == "coca_2b:base")
+    defaults = list(Transformer.__init__.__defaults__ or ())
+    defaults[defaults.index("pre")] = "post"
+    monkeypatch.setattr(Transformer.__init__, "__defaults__", tuple(defaults))
+    changed = {**Coca.__init__.__kwdefaults__, "form": "sigmoid"}
+    monkeypatch.setattr(Coca.__init__, "__kwdefaults__", changed)
+    wrong = mismatches(recipe, config(recipe.name, recipe.argument))
+    assert set(wrong) == {"layers.order", f"{CAPTIONS}.form"}
