@@ -25,7 +25,7 @@ from mmjax import checkpoint, commandline
 from mmjax.errors import UserError, nearest
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.layers.experts import Experts
-from mmjax.modality import EXISTS
+from mmjax.modality import EXISTS, asset_name
 from mmjax.model import Model
 from mmjax.objective import Objective, Span
 from mmjax.parameters import Arrays, from_canonical, to_canonical
@@ -93,7 +93,7 @@ def check_files(workdir: epath.Path, meta: Mapping[str, Any], experiment: Experi
                 raise UserError(
                     f"modalities.{name}: '{path}' is not the file that the run in '{workdir}' was trained with: its "
                     f"SHA-256 is {digest[:12]}..., the checkpoint has {saved[:12]}... Its ids would mean other pieces. "
-                    f"Put the run's own file at {workdir / 'assets' / file}; or, if this one is meant, "
+                    f"Put the run's own file at {workdir / 'assets' / asset_name(file)}; or, if this one is meant, "
                     "mmjax.load(path, allow_change=True)."
                 )
 

@@ -6,7 +6,6 @@ data); otherwise through the same mains in this process.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 import toyrun
 from etils import epath
 from mains import refused, run
+from metafile import edited
 
 from mmjax import train
 
@@ -254,10 +254,8 @@ def test_a_free_change_is_taken_up_and_told(toy_copy):
 
 def test_a_checkpoint_of_other_shapes(toy_copy):
     """Width is structural, so that only a checkpoint that was changed gets this far."""
-    meta = toy_copy / "checkpoints" / "4" / "meta" / "metadata"
-    data = json.loads(meta.read_text())
-    data["config"]["model"]["width"] = 16
-    meta.write_text(json.dumps(data))
+    with edited(toy_copy, 4) as meta:
+        meta["config"]["model"]["width"] = 16
     words = ("--config.steps=4", "--config.model.width=16")
     message = refused(train.main, *TOY, f"--workdir={toy_copy}", *words)
     assert str(toy_copy / "checkpoints" / "4") in message

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from metafile import edited
 from PIL import Image
 
 import mmjax
@@ -28,6 +29,7 @@ from mmjax.errors import UserError
 from mmjax.experiment import make_experiment
 from mmjax.layers import trunk
 from mmjax.loading import Embedder
+from mmjax.modality import asset_name
 from mmjax.monitor import report
 from mmjax.parameters import from_canonical, to_canonical
 from mmjax.sharding import make_mesh
@@ -350,14 +352,12 @@ def test_a_run_that_is_not_there(tmp_path, tiny_run):
 
 def plant(run: Path, key: str, value: Any) -> None:
     """Change a key of the config that the newest checkpoint holds."""
-    meta = run / "checkpoints" / "14" / "meta" / "metadata"
-    data = json.loads(meta.read_text())
     *parents, last = key.split(".")
-    block = data["config"]
-    for parent in parents:
-        block = block[parent]
-    block[last] = value
-    meta.write_text(json.dumps(data))
+    with edited(run, 14) as meta:
+        block = meta["config"]
+        for parent in parents:
+            block = block[parent]
+        block[last] = value
 
 
 def test_a_missing_tokenizer_is_named(copy):
@@ -401,18 +401,16 @@ def test_the_tokenizer_in_assets_is_taken_before_the_one_that_the_config_names(c
     [file] = (copy / "assets").rglob("tokenizer.model")
     other, name = tmp_path / "other.model", str(tmp_path / "other.model")
     plant(copy, "modalities.text.tokenizer", name)
-    meta = copy / "checkpoints" / "14" / "meta" / "metadata"
-    data = json.loads(meta.read_text())
-    # As checkpoints called it when such a file was not copied.
-    [digest] = [v for k, v in data["identities"].items() if k.startswith("modalities.text/")]
-    data["identities"] = {f"modalities.text/{name}": digest}
-    meta.write_text(json.dumps(data))
+    with edited(copy, 14) as meta:
+        # As checkpoints called it when such a file was not copied.
+        [digest] = [v for k, v in meta["identities"].items() if k.startswith("modalities.text/")]
+        meta["identities"] = {f"modalities.text/{name}": digest}
     other.write_bytes(file.read_bytes())
     expected = mmjax.load(str(copy)).embed(text=["dog"])
     train([f"a {n} of them" for n in range(3000)], other, vocab_size=2048)
     with pytest.raises(UserError, match="other.model' is not the file"):
         mmjax.load(str(copy))
-    kept = copy / "assets" / name.lstrip("/")
+    kept = copy / "assets" / asset_name(name)
     kept.parent.mkdir(parents=True)
     kept.write_bytes(file.read_bytes())
     np.testing.assert_array_equal(mmjax.load(str(copy)).embed(text=["dog"]), expected)
@@ -466,7 +464,8 @@ def test_a_planted_config_of_many_layers_is_refused_before_they_are_built(copy, 
     group = trunk.Group
 
     def built(config: trunk.GroupConfig, *more: Any) -> Any:
-        assert config.repeat < 50_000, "the layers were built"
+        is_trunk = more[-1].startswith("model.groups")
+        assert not is_trunk, "the layers were built"
         return group(config, *more)
 
     monkeypatch.setattr(trunk, "Group", built)

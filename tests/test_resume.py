@@ -17,6 +17,7 @@ import pytest
 import toyrun
 from etils import epath
 from harness import Aim, Harness, contents, deterministic, finished_steps, log
+from metafile import edited
 from toyrun import block, run, watched
 
 from mmjax import arrays, checkpoint, loop, metadata, train
@@ -26,7 +27,7 @@ from mmjax.dry_run import dry_run
 from mmjax.errors import UserError
 from mmjax.evaluate import Evaluation
 from mmjax.experiment import make_experiment
-from mmjax.integrity import Unreadable, seal, unseal
+from mmjax.integrity import Unreadable
 from mmjax.schedule import Schedule
 
 BATCH = {"one": 8, "two": 16}
@@ -671,10 +672,8 @@ def test_a_config_that_is_refused_is_not_written(half: Path) -> None:
 
 def test_shapes_that_do_not_fit_are_named(copy: Path) -> None:
     """A checkpoint whose arrays are not what its own config makes, as after a change of the code."""
-    path = copy / "checkpoints" / "12" / "meta" / "metadata"
-    meta = unseal(json.loads(path.read_text()), "meta data")
-    meta["config"]["model"]["width"] = 16
-    path.write_text(json.dumps(seal(meta)))
+    with edited(copy, 12) as meta:
+        meta["config"]["model"]["width"] = 16
     before = contents(copy)
     with pytest.raises(UserError) as error:
         run(copy, "model.width=16")

@@ -179,7 +179,7 @@ def test_a_sound_of_another_rate_is_resampled():
         ({"high": 9000.0}, "between 0 and 8000, half the rate"),
         ({"low": 7700.0}, "do not lie in order"),
         ({"mels": 60}, "mels 60: not a positive multiple of the patch 16"),
-        ({"mels": 0}, "not a positive multiple"),
+        ({"mels": 0}, "Spectrogram.mels is 0; it must be at least 1"),
     ],
 )
 def test_structural_settings_that_do_not_fit(change, message):

@@ -17,7 +17,7 @@ from mmjax.data import tokenizer
 from mmjax.data.tokenizer import EOS_ID, PAD_ID, TokenIds, Tokenizer
 from mmjax.errors import UserError
 from mmjax.modalities.text import Text, TextInput
-from mmjax.modality import Input
+from mmjax.modality import Input, asset_name
 from mmjax.parameters import Declaration
 
 TEXTS = ["red apple", "green apple", "grinning face", "face with tears of joy"]
@@ -199,27 +199,29 @@ def test_a_relative_path_lies_in_the_data_folder(
 
 
 @pytest.mark.parametrize(
-    ("path", "name", "where"),
+    ("path", "where"),
     [
-        ("my.model", "my.model", "/data/my.model"),
-        ("/there/my.model", "there/my.model", "/there/my.model"),
-        ("~/my.model", "my.model", "/home/me/my.model"),
-        ("gs://bucket/my.model", "bucket/my.model", "gs://bucket/my.model"),
-        ("../my.model", "my.model", "/data/../my.model"),
+        ("my.model", "/data/my.model"),
+        ("/there/my.model", "/there/my.model"),
+        ("~/my.model", "/home/me/my.model"),
+        ("gs://bucket/my.model", "gs://bucket/my.model"),
+        ("../my.model", "/data/../my.model"),
     ],
 )
 def test_a_run_keeps_a_file_inside_its_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, name: str, where: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, where: str
 ) -> None:
     """And finds it there, or else where the config says."""
     monkeypatch.setenv("MMJAX_DATA_DIR", "/data")
     monkeypatch.setenv("HOME", "/home/me")
-    [(kept, found)] = Text(tokenizer=path).files().items()
-    assert (kept, str(found)) == (name, where)
-    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / name).touch()
+    [(name, found)] = Text(tokenizer=path).files().items()
+    assert (name, str(found)) == (path, where)
+    kept = tmp_path / asset_name(path)
+    assert kept.resolve().is_relative_to(tmp_path.resolve()) and kept.name == "my.model"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.touch()
     [found] = Text(tokenizer=path, folder=str(tmp_path)).files().values()
-    assert str(found) == str(tmp_path / name)
+    assert str(found) == str(kept)
 
 
 def test_tokens_are_embeddings_plus_the_position_of_their_index() -> None:
