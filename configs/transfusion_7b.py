@@ -3,15 +3,15 @@
     python -m mmjax.data.build emoji
     python -m mmjax.train --config=configs/transfusion_7b.py --workdir=runs/transfusion_7b
 
-The trunk is Llama's of 7 billion, with rotary embeddings and no others; sequences have 4,096 positions, here
-14 captioned images that do not see each other and whose captions share 512 (36 for a caption; with captions of 25
-tokens 4 % are padding); 4 million positions to a batch, for 500,000 steps (2 trillion), at 3e-4 falling to 1.5e-5.
-Images are 256 pixels a side and become 256 tokens through U-Net adapters; of each five captions four come before the
-image and one after it, whose noise is then limited to half of the time.
-`transfusion_7b.py:alternating` alternates two tasks on the same trunk, text by its next token and images drawn from
-texts, with neither loss in the other's step. MonoFormer (Zhao et al. 2024) shares a trunk in this way too, and is
-another model: 1.1 billion started from TinyLlama, latents of an autoencoder, text loss 0.01, both kinds of example in
-one batch 9:1, a token for the time, learned variance, 1e-4.
+The trunk is Llama's of 7 billion, with rotary embeddings and no others; sequences have 4,096 positions, here 14
+captioned images that do not see each other and whose captions share 512 (36 for a caption; with captions of 25 tokens 4
+% are padding); 4 million tokens to a batch, for 500,000 steps (2 trillion), at 3e-4 falling to 1.5e-5. Images are 256
+pixels a side and become 256 tokens through U-Net adapters; of each five captions four come before the image and one
+after it, whose noise is then limited to half of the time. `transfusion_7b.py:alternating` alternates two tasks on the
+same trunk, text by its next token and images drawn from texts, with neither loss in the other's step; sequences of
+captions alone hold 128 in 3,456. MonoFormer (Zhao et al. 2024) shares a trunk in this way too, and is another model:
+1.1 billion started from TinyLlama, latents of an autoencoder, text loss 0.01, both kinds of example in one batch 9:1, a
+token for the time, learned variance, 1e-4.
 
 What differs, or is ours:
 

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from mmjax import config as configs
-from mmjax.bounds import COUNT, check
+from mmjax.bounds import COUNT, POSITIVE, check
 from mmjax.errors import UserError
 from mmjax.layers.experts import Experts
 from mmjax.layers.masks import FULL, Mask
@@ -44,7 +44,7 @@ class ModelConfig:
     norm_modalities: Any = ()
 
     def __post_init__(self) -> None:
-        check(self, width=COUNT)
+        check(self, width=COUNT, norm_eps=POSITIVE)
 
 
 class Model(nnx.Module):

@@ -23,7 +23,7 @@ from mmjax.experiment import make_experiment
 # Keys that a config sets and no paper knows of: data and their fields, hardware, and how much is kept.
 FREE = re.compile(
     r"seed$|(mesh|checkpoint|evaluation)\.|model\.remat$|tasks\.\w+\.(source|evaluators)\."
-    r"|modalities\.\w+\.name$|tasks\.\w+\.inputs\.\w+\.field$|tasks\.\w+\.objective\.(label|concept|chunk|remat)$"
+    r"|modalities\.\w+\.(name|tokenizer)$|tasks\.\w+\.inputs\.\w+\.field$|tasks\.\w+\.objective\.(label|concept|chunk|remat)$"
     r"|tasks\.\w+\.buckets\."  # IMP's setting `mixed`, which is ours
 )
 
@@ -190,7 +190,7 @@ MUTATIONS = (
     limoe({f"{PAIR}.together": False}, f"{PAIR}.together"),
     limoe({"model.groups.0.pattern.1.experts.router.priority": False}, "layers.experts.router.priority"),
     limoe({"model.groups.0.pattern.1.experts.threshold": {"text": 0.0, "image": 0.0}}, "layers.experts.threshold"),
-    limoe({"model.groups.0.pattern.1.experts.local.text": -0.01}, "layers.experts.local"),
+    limoe({"model.groups.0.pattern.1.experts.local.text": 0.5}, "layers.experts.local"),
     limoe({"model.groups.0.pattern.1.experts.local.image": 0.01}, "layers.experts.local"),
     limoe({"optimizer.learning_rate": 1.0}, "optimizer.learning_rate"),
     limoe({f"{FIRST}.attention_bias": None}, "layers.attention_bias"),

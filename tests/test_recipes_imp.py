@@ -12,7 +12,7 @@ from recipes import ROOT, block, experiment, without_sizes
 
 from mmjax import config as configs
 from mmjax import train
-from mmjax.program import tokens
+from mmjax.program import positions
 
 NAMES = ("imp_s", "imp_b", "imp_l", "imp_moe_s", "imp_moe_b", "imp_moe_l")
 
@@ -44,7 +44,7 @@ def test_parameters_per_token_are_those_published() -> None:
 def test_tokens_batches_and_intervals_are_those_released(name: str) -> None:
     made = experiment(name)
     found = {
-        n: tokens(task, made.declaration, task.rows().batch(1)) for n, task in made.tasks.items()
+        n: positions(task, made.declaration, task.rows().batch(1)) for n, task in made.tasks.items()
     }
     assert found == {
         "image_text": 256 + 5 * 16, "images": 256, "video_text": 256 + 16, "videos": 256,
@@ -66,7 +66,7 @@ def test_tokens_batches_and_intervals_are_those_released(name: str) -> None:
 def test_videos_come_in_shapes_of_as_many_tokens(name: str) -> None:
     made = experiment(name, "mixed")
     shapes = {
-        program: tokens(task, made.declaration, task.rows().batch(1))
+        program: positions(task, made.declaration, task.rows().batch(1))
         for program, (task, _) in made.settings.programs.items()
         if task.name in ("videos", "video_text")
     }

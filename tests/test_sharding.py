@@ -67,7 +67,6 @@ def test_a_mesh_takes_all_devices(config, sizes):
         MeshConfig(fsdp=16),
         MeshConfig(fsdp=-1),
         MeshConfig(data=0),
-        MeshConfig(data=-2),
     ],
 )
 def test_a_mesh_that_is_not_all_devices_is_refused(config):

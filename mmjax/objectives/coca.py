@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.nn import initializers
 
-from mmjax.bounds import AMOUNT, COUNT, check
+from mmjax.bounds import AMOUNT, COUNT, POSITIVE, check
 from mmjax.data.tokenizer import TokenIds
 from mmjax.errors import UserError, nearest
 from mmjax.generation import Sampling, generate
@@ -132,7 +132,7 @@ class Coca(Contrastive):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, pooler_heads=COUNT, queries=COUNT)
+        check(self, pooler_heads=COUNT, queries=COUNT, norm_eps=POSITIVE)
         check(self, contrastive_weight=AMOUNT, caption_weight=AMOUNT)
         if self.pooling not in POOLING:
             raise UserError(f"coca: pooling is '{self.pooling}'.{nearest(self.pooling, POOLING)}")

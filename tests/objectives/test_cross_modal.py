@@ -21,7 +21,7 @@ from mmjax.modality import PRESENT
 from mmjax.objectives.contrastive import info_nce
 from mmjax.objectives.cross_modal import CrossModal, bag_logits
 from mmjax.parameters import Declaration
-from mmjax.program import tokens
+from mmjax.program import positions
 
 B, E = 5, 4
 NAMES = ("vision", "sound", "text")
@@ -289,7 +289,7 @@ def test_three_modalities_with_instances_train_and_are_retrieved(tmp_path: Path)
         task = made.tasks["one"]
         shapes = task.rows().shapes()["inputs"]
         assert shapes["toy"]["rows"].shape == (2, 2, 6) and shapes["other"][PRESENT].shape == (3,)
-        assert tokens(task, made.declaration, task.rows().batch(4)) == 4 * (2 * 2 + 3 * 1 + 2)
+        assert positions(task, made.declaration, task.rows().batch(4)) == 4 * (2 * 2 + 3 * 1 + 2)
 
 
 def test_micro_batches_keep_its_value(tmp_path: Path) -> None:

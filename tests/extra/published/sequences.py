@@ -31,13 +31,24 @@ NO_POSITIONS = {"modalities.text.positions": "none", "modalities.image.positions
 def sequences(task: str, order: tuple[str, ...], drawn: bool) -> list[Row]:
     """Return the rows of one task of texts and images."""
     at = f"tasks.{task}."
+    pack, slots = (14, 512) if drawn else (128, 3456)
     rows = same(
-        f"{ZHOU}, section 4.4",
-        {"batch": 8192, "objective.name": "transfusion", "objective.order": order},
+        f"{ZHOU}, section 4.4: 4 million tokens",
+        {"batch": 1024 * pack, "objective.name": "transfusion", "objective.order": order},
         at,
     )
-    rows += same(
-        f"{ZHOU}: 4,096 tokens", {"objective.pack": 8, "objective.across": False, "share": 1}, at
+    rows += same(f"{ZHOU}, section 4.4", {"objective.across": False, "share": 1}, at)
+    rows += ours(
+        "captions have 25 tokens here",
+        "14 captioned images that do not see each other and whose captions share 512"
+        if drawn
+        else "sequences of captions alone hold 128 in 3,456",
+        {
+            "objective.pack": pack,
+            "objective.capacity": {"text": slots},
+            "objective.window": 4 * pack if drawn else 1024,
+        },
+        at,
     )
     rows += ours(
         "a fixed place for a text", "A text has up to 255 tokens", {"inputs.text.length": 255}, at
@@ -161,8 +172,9 @@ def chameleon_rows(moma: bool) -> list[Row]:
     rows += same(
         LLAMA, {"modalities.text.positions": "none", "modalities.colours.positions": "none"}
     )
-    return rows + ours("two images to 4,096 tokens", "Batch and steps are ours", {
-        "steps": 250_000 if moma else 500_000, "tasks.captions.batch": 2048, "tasks.captions.objective.pack": 2,
+    return rows + ours("four images to 4,288 positions", "Batch and steps are ours", {
+        "steps": 250_000 if moma else 500_000, "tasks.captions.batch": 4096, "tasks.captions.objective.pack": 4,
+        "tasks.captions.objective.capacity": {"text": 188}, "tasks.captions.objective.window": 64,
         "tasks.captions.inputs.text.length": 1022, "tasks.captions.objective.channels": 0,
         "tasks.captions.objective.drop": 0.1, "tasks.captions.objective.swap": 0.2,
         "tasks.captions.inputs.colours.crop": 0.7, "dtype.compute": "bfloat16",
@@ -262,7 +274,7 @@ MAMBA = "[C] state-spaces/mamba, mamba-1.4b; [P] Gu and Dao 2023"
 
 def mixture_of_mamba(setting: str) -> Recipe:
     names = ("text", "colours" if "chameleon" in setting else "image")
-    quarter = {"tasks.captions.batch": (512 if "chameleon" in setting else 2048)}
+    quarter = {"tasks.captions.batch": (1024 if "chameleon" in setting else 3584)}
     rows = [row for row in mot_tasks(setting) if row.key not in quarter]
     rows += ours("a quarter of mot_7b's", "with a quarter of its batch", quarter)
     rows += same(MAMBA, {
