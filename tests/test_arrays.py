@@ -110,7 +110,7 @@ MESHES: Mapping[str, tuple[dict[str, int], PartitionSpec]] = {
 }
 
 
-@pytest.mark.parametrize(("one", "other"), itertools.product(MESHES, MESHES))
+@pytest.mark.parametrize(("one", "other"), list(itertools.product(MESHES, MESHES)))
 def test_any_mesh_reads_and_verifies_what_any_mesh_wrote(
     tmp_path: Path, one: str, other: str
 ) -> None:

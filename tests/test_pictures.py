@@ -122,7 +122,9 @@ BOMB = encoded(Pil.new("1", (9000, 9000)))  # 10 kB, 324 MB as RGBA
 
 
 @pytest.mark.parametrize(
-    "opener", [Image().raw, Video().raw, Colours().raw, check_image, decoded], ids=str
+    "opener",
+    [Image().raw, Video().raw, Colours().raw, check_image, decoded],
+    ids=["image", "video", "colours", "check_image", "decoded"],
 )
 def test_a_picture_that_would_fill_the_memory_is_not_decoded(opener: Any) -> None:
     """Before any pixel: what is allocated stays small."""
