@@ -116,8 +116,8 @@ class FileStore:
 
     `lease.json` is the lease. A process that takes over the lease with id X first creates
     `lease.json.after-X`, which only one can, with its own lease as content. From then on its lease is the valid one,
-    whether or not `lease.json` was replaced before the process died. It keeps that file until it removes its lease,
-    so a former holder that wakes up in the middle of a write and restores `lease.json` stays replaced.
+    whether or not `lease.json` was replaced before the process died. That file stays until the lease, or one after
+    it, is removed, so a former holder that wakes up in the middle of a write and restores `lease.json` stays replaced.
     """
 
     def __init__(self, folder: Path):
@@ -131,12 +131,17 @@ class FileStore:
         return self._folder / f"{FILE}.after-{lease_id}"
 
     def read(self) -> Entry:
-        text, seen = _read(self._path), set[str]()
+        chain = self._chain()
+        return Entry(chain[-1] if chain else None)
+
+    def _chain(self) -> list[bytes]:
+        """Return the lease in the file, and those that succeeded it."""
+        chain, seen, text = list[bytes](), set[str](), _read(self._path)
         while text is not None and identity(text) not in seen:
+            chain.append(text)
             seen.add(identity(text))
-            successor = _read(self._after(identity(text)))
-            text = text if successor is None else successor
-        return Entry(text)
+            text = _read(self._after(identity(text)))
+        return chain
 
     def swap(self, old: Entry, text: bytes | None) -> bool:
         if text is None:
@@ -152,9 +157,7 @@ class FileStore:
             try:
                 new.replace(self._path)
             except FileNotFoundError:
-                return False  # a later holder has cleaned up
-            if old.id != lease_id:
-                self._clean(old.id, lease_id)
+                return self.read().id == lease_id  # another holder has cleaned up
             return True
         finally:
             new.unlink(missing_ok=True)
@@ -163,7 +166,7 @@ class FileStore:
         """Create the successor of `old_id`; False if another process did, or `old_id` was replaced before."""
         if not _create(self._after(old_id), new, text):
             return False
-        if self.read().id == identity(text):
+        if text in self._chain():  # perhaps succeeded by now
             return True
         self._after(old_id).unlink(missing_ok=True)
         return False
@@ -171,18 +174,22 @@ class FileStore:
     def _remove(self, old: Entry) -> bool:
         if self.read().id != old.id:
             return False
+        predecessors = self._predecessors(old.id)
         self._path.unlink(missing_ok=True)
-        for successor in self._folder.glob(f"{FILE}.after-*"):
-            if identity(_read(successor) or b"") == old.id:
-                successor.unlink(missing_ok=True)
+        for path in (*predecessors, *self._folder.glob(f"{FILE}.*.new")):
+            path.unlink(missing_ok=True)
         return True
 
-    def _clean(self, old_id: str, lease_id: str) -> None:
-        """Remove what processes left that were killed while they took over a lease before this one."""
-        mine = {self._after(old_id), self._after(lease_id)}
-        for path in self._folder.glob(f"{FILE}.*"):
-            if path not in mine:
-                path.unlink(missing_ok=True)
+    def _predecessors(self, lease_id: str) -> list[Path]:
+        """Return the files by which one lease after another led to this one."""
+        left = {path: identity(_read(path) or b"") for path in self._folder.glob(f"{FILE}.after-*")}
+        known, files = {lease_id}, list[Path]()
+        while found := [path for path, successor in left.items() if successor in known]:
+            files += found
+            for path in found:
+                known.add(path.name.removeprefix(f"{FILE}.after-"))
+                del left[path]
+        return files
 
 
 def _read(path: Path) -> bytes | None:

@@ -84,7 +84,7 @@ def begins_from_another(config: Block, block: Block, path: tuple[str, ...]) -> b
 ROWS: tuple[Row, ...] = (
     Row(2, "*", "non_finite", True, begins_from_another),
     Row(2, "*", "strict", False, begins_from_another),
-    Row(2, "modalities.*", "max_frames", 2**31, named("video")),
+    Row(2, "modalities.*", "max_frames", 2**31 - 1, named("video")),
     Row(
         2, "modalities.*", "max_pixels", 178_956_970, named("colours", "image", "video")
     ),  # Pillow's
@@ -120,11 +120,7 @@ def upgrade_meta(meta: Mapping[str, Any]) -> Block:
     """Return a checkpoint's meta data with the config that today's version reads."""
     if "config" not in meta:
         return dict(meta)
-    upgraded = {**meta, "config": upgrade(meta["config"], meta.get(KEY, 1)), KEY: VERSION}
-    if "identities" in meta:
-        # A file outside the data folder was called by its absolute path; it is called by its name in `assets/` now.
-        upgraded["identities"] = {k.replace("//", "/"): v for k, v in meta["identities"].items()}
-    return upgraded
+    return {**meta, "config": upgrade(meta["config"], meta.get(KEY, 1)), KEY: VERSION}
 
 
 def _make(config: Block, path: str) -> None:

@@ -110,7 +110,8 @@ def test_a_released_lease_leaves_no_file(tmp_path: Path) -> None:
     store = FileStore(tmp_path)
     for number in range(4):
         put(store, lease_text(number))
-    assert sorted(p.name for p in tmp_path.iterdir()) == [FILE, f"{FILE}.after-{ID}2"]
+    kept = [f"{FILE}.after-{ID}{number}" for number in range(3)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [FILE, *kept]
     store.swap(store.read(), None)
     assert list(tmp_path.iterdir()) == []
 

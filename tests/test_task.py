@@ -19,7 +19,7 @@ from mmjax.source import Cached, Example, Examples
 from mmjax.task import RowSpec, Task, make_input, make_task
 
 TINY = Path(__file__).resolve().parent / "configs" / "tiny.py"
-MODALITIES = {"image": Image(), "text": Text()}
+MODALITIES = {"image": Image(), "text": Text(tokenizer="emoji/1.0.0/tokenizer.model")}
 
 
 class Listed(Examples):
@@ -120,7 +120,7 @@ def test_a_field_that_is_no_integer_names_task_and_field(value):
         spec("concept", size=16).check(Listed(example(concept=value)), "tasks.a")
 
 
-def test_a_field_of_another_modality_names_task_field_and_what_was_found():
+def test_a_field_of_another_modality_names_task_field_and_what_was_found(emoji_dir):
     with pytest.raises(UserError) as raised:
         spec(size=16, field="caption").check(Listed(example()), "tasks.a")
     words = "tasks.a: listed[0]: field 'caption' as modality 'image': an image has shape"
@@ -149,7 +149,7 @@ def test_a_corrupt_first_example_is_left_to_the_loader():
         ({"inputs__image__sise": 8}, "'tasks.image_text.inputs.image.sise'. Did you mean 'size'?"),
         ({"inputs__image__size": 17}, "tasks.image_text.inputs.image: image size 17"),
         ({"inputs__image__size": 0}, "tasks.image_text.inputs.image: "),
-        ({"inputs__text__length": 0}, "tasks.image_text.inputs.text: "),
+        ({"inputs__text__length": 0}, "tasks.image_text.inputs.text.length is 0"),
         ({"inputs__text__length": 500}, "tasks.image_text.inputs.text: text length 500"),
         ({"objective__between": ["image", "sound"]}, "modality 'sound'"),
         ({"objective__name": "contrastif"}, "Did you mean 'contrastive'?"),
