@@ -50,7 +50,7 @@ def _skip_absent_tpu() -> None:
     A TPU may be there if JAX finds a chip, if there is a device file of one, or if the environment speaks of one:
     then it is tried, and its errors are printed.
     """
-    variables = ("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_LIBRARY_PATH", "TPU_NAME", "TPU_ACCELERATOR_TYPE",
+    variables = ("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_NAME", "TPU_ACCELERATOR_TYPE",
             "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", "TPU_TOPOLOGY", "CLOUD_TPU_TASK_ID")  # fmt: skip
     files = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
     if "jax" not in sys.modules or any(map(os.environ.get, variables)) or files:
