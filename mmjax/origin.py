@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import platform
 import subprocess
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import jax
 from etils import epath
+from jax.sharding import Mesh
 
+from mmjax import config as configs
 from mmjax.checkpoint import Restored
 from mmjax.errors import UserError
 from mmjax.experiment import Experiment
 from mmjax.warm_start import pinned
+
+_VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def code_of(experiment: Experiment) -> dict[str, str]:
@@ -77,3 +85,48 @@ def beginning(workdir: epath.Path, restored: Restored | None) -> dict[str, str]:
         return {k: v for k, v in restored.meta["identities"].items() if k == "init_from"}
     source = pinned(workdir)
     return {"init_from": json.dumps(source, sort_keys=True)} if source else {}
+
+
+def environment(mesh: Mesh) -> dict[str, Any]:
+    """Return what the bits of a run depend on besides its config."""
+    device = mesh.devices.flat[0]
+    return {
+        **mmjax_version(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _VERSIONED},
+        "devices": int(mesh.devices.size),
+        "mesh": {axis: int(size) for axis, size in mesh.shape.items()},
+        "device_kind": device.device_kind,
+        "processes": jax.process_count(),
+        "cores": os.cpu_count(),
+        "processor": _processor(),
+    }
+
+
+def started_with(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
+    """Return what all processes of a run must have in common, by key: config, code, versions and mesh."""
+    block = experiment.block
+    config = {f"config.{key}": value for key, value in configs.flat(block)}
+    here = environment(mesh)
+    alike = ("python", *mmjax_version(), *_VERSIONED, "devices", "mesh")
+    return {**config, **code_of(experiment), **{key: here[key] for key in alike}}
+
+
+def _processor() -> str:
+    try:
+        lines = epath.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def announce_environment(
+    saved: Mapping[str, Any], now: Mapping[str, Any], say: Callable[[str], None]
+) -> None:
+    """Say what differs from the environment that a checkpoint was made in."""
+    # An older version has not recorded all of them.
+    changed = [f"{k} {saved[k]} -> {now[k]}" for k in now if k in saved and saved[k] != now[k]]
+    if changed:
+        say(f"The run began elsewhere, so its bits may differ in rounding: {', '.join(changed)}.")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import os
-import platform
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -33,7 +30,13 @@ from mmjax.integrity import Damaged
 from mmjax.modality import asset_name
 from mmjax.monitor import metrics
 from mmjax.monitor.report import FILE as REPORT
-from mmjax.origin import beginning, check_code, code_of, mmjax_version
+from mmjax.origin import (
+    announce_environment,
+    beginning,
+    check_code,
+    code_of,
+    environment,
+)
 from mmjax.parameters import Arrays
 from mmjax.program import compile_silently
 from mmjax.schedule import Schedule
@@ -52,8 +55,6 @@ from mmjax.state import (
     state_to_canonical,
 )
 from mmjax.warm_start import check_files, pin, pinned, warm_start
-
-_VERSIONED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def begin(
         changes[:] = configs.check_compatible(meta["config"], experiment.block, allow_change)
         _check_identities(meta["identities"], identities, workdir)
         check_code(meta["identities"], experiment, allow_change, say)
-        _announce(meta["environment"], environment(mesh), say)
+        announce_environment(meta["environment"], environment(mesh), say)
 
     abstract = _abstract_canonical(experiment, mesh)
     may_be_new = _may_be_new(experiment)
@@ -275,7 +276,7 @@ def reopen(
     def accept(_: int, meta: dict[str, Any]) -> None:
         _check_identities(meta["identities"], now, workdir)
         check_code(meta["identities"], experiment, True, print)
-        _announce(meta["environment"], environment(mesh), print)
+        announce_environment(meta["environment"], environment(mesh), print)
 
     if step is None:
         clock = replace(fresh_clock(experiment), schedule=schedule)
@@ -397,48 +398,6 @@ def _check_identities(
             f"The data of the run in '{workdir}' has changed since: {', '.join(sorted(changed))}. "
             "Restore the data it began with, or use another --workdir."
         )
-
-
-def environment(mesh: Mesh) -> dict[str, Any]:
-    """What the bits of a run depend on besides its config."""
-    device = mesh.devices.flat[0]
-    return {
-        **mmjax_version(),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in _VERSIONED},
-        "devices": int(mesh.devices.size),
-        "mesh": {axis: int(size) for axis, size in mesh.shape.items()},
-        "device_kind": device.device_kind,
-        "processes": jax.process_count(),
-        "cores": os.cpu_count(),
-        "processor": _processor(),
-    }
-
-
-def started_with(experiment: Experiment, mesh: Mesh) -> dict[str, Any]:
-    """Return what all processes of a run must have in common, by key: config, code, versions and mesh."""
-    block = experiment.block
-    config = {f"config.{key}": value for key, value in configs.flat(block)}
-    here = environment(mesh)
-    alike = ("python", *mmjax_version(), *_VERSIONED, "devices", "mesh")
-    return {**config, **code_of(experiment), **{key: here[key] for key in alike}}
-
-
-def _processor() -> str:
-    try:
-        lines = epath.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _announce(saved: Mapping[str, Any], now: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    # An older version has not recorded all of them.
-    changed = [f"{k} {saved[k]} -> {now[k]}" for k in now if k in saved and saved[k] != now[k]]
-    if changed:
-        say(f"The run began elsewhere, so its bits may differ in rounding: {', '.join(changed)}.")
 
 
 def _abstract_canonical(experiment: Experiment, mesh: Mesh) -> Any:

@@ -34,9 +34,10 @@ from mmjax.monitor.muted import MutedPhases
 from mmjax.monitor.phases import PhaseLog
 from mmjax.monitor.tables import program_table, results_table, summary_tables
 from mmjax.monitor.wandb_run import require
+from mmjax.origin import started_with
 from mmjax.profiling import dump
 from mmjax.program import Program, Request, compile_all, use_cache
-from mmjax.resume import Session, begin, roll_back, started_with
+from mmjax.resume import Session, begin, roll_back
 from mmjax.sharding import described, make_mesh, undivided
 
 STOPPED = 3

@@ -85,7 +85,7 @@ def test_changed_code_is_refused_and_with_leave_announced(
 
 def test_all_processes_must_have_the_same_code() -> None:
     toy = toyrun.parts()
-    facts = resume.started_with(toy.experiment, toy.mesh)
+    facts = origin.started_with(toy.experiment, toy.mesh)
     assert facts["code.objectives/toy"] == digest(OBJECTIVE) and facts["mmjax"]
 
 

@@ -462,7 +462,9 @@ def test_non_finite_steps_that_are_not_in_a_row_are_no_reason(tmp_path: Path) ->
 
 
 def test_a_rate_that_is_too_high_ends_the_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no task has had a finite loss and gradient.*learning_rate"):
+    with pytest.raises(
+        UserError, match=r"no task has had a finite loss and gradient.*learning_rate"
+    ):
         run(tmp_path / "run", "optimizer.learning_rate=1e30", "limits.non_finite=2", "steps=30")
     skipped = _events(tmp_path / "run", "non-finite")
     assert len(skipped) >= 2

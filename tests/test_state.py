@@ -21,6 +21,7 @@ from toyrun import Parts, host, parts, run
 from mmjax import checkpoint, loading
 from mmjax.errors import UserError
 from mmjax.evaluate import Evaluation
+from mmjax.integrity import unseal
 from mmjax.program import LimitsConfig, compile_all
 from mmjax.resume import begin
 from mmjax.schedule import from_config
@@ -167,6 +168,9 @@ def as_earlier(folder: epath.Path, step: int) -> Any:
     kept = {part: leaves for part, leaves in state.items() if leaves}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "checkpoints" / str(step) / "state", kept, force=True)
+    path = folder / "checkpoints" / str(step) / "meta" / "metadata"
+    meta = unseal(json.loads(path.read_text()), "meta data")
+    path.write_text(json.dumps({**meta, "format": 1}))  # which had no checksums
     return kept
 
 
