@@ -51,7 +51,7 @@ def ran(
     more = {"JAX_ENABLE_X64": "1", "XLA_FLAGS": FLAGS, "NPROC": "64"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/pod/sharded.py"), str(out), *CONFIGS],
-        capture_output=True, text=True, timeout=3000, env=environment_of(8, more), check=False,
+        capture_output=True, text=True, timeout=4500, env=environment_of(8, more), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     parts = re.split(r"^compiles: (.*)\n", done.stderr, flags=re.MULTILINE)[1:]
