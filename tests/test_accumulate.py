@@ -134,8 +134,8 @@ def test_the_round_that_the_end_of_the_run_cuts_short_is_applied() -> None:
 
 def test_a_run_says_which_step_is_its_last() -> None:
     experiment = toyrun.parts(*WORDS, "steps=5").experiment
-    assert [experiment.progress(step, {})["last"] for step in range(5)] == [0, 0, 0, 0, 1]
-    assert "last" not in toyrun.parts("steps=5").experiment.progress(4, {})
+    assert [experiment.progress("one", step, {})["last"] for step in range(5)] == [0, 0, 0, 0, 1]
+    assert "last" not in toyrun.parts("steps=5").experiment.progress("one", 4, {})
 
 
 def test_sums_and_averages_have_canonical_names() -> None:

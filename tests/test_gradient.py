@@ -153,7 +153,7 @@ class Apart(Objective):
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         loss: Loss = self.inner(model, batch, key)
-        return loss
+        return replace(loss, parts={})
 
 
 def test_parts_of_a_contrastive_loss_alone_are_another_loss(cases: Cases) -> None:
