@@ -231,12 +231,18 @@ class Pod:
             time.sleep(POLL)
 
     def _culprit(self) -> tuple[int, int]:
-        """Which has failed first, and how: one killed takes the others with it, who may be seen to end before it."""
-        limit = time.monotonic() + SETTLE
+        """Which has failed first, and how: one killed takes the others with it, who may be seen to end before it.
+
+        One that has aborted is no such: JAX ends a process like that when another is gone.
+        """
+        limit, failed = time.monotonic() + SETTLE, dict[int, int]()
         while True:
             ended = {i: each.poll() for i, each in enumerate(self._started)}
-            failed = {i: status for i, status in ended.items() if status and status != STOPPED}
-            killed = {i: status for i, status in failed.items() if status < 0}
+            now = {i: status for i, status in ended.items() if status and status != STOPPED}
+            # In the order in which they were seen to end; of those seen together, aborted ones come last.
+            new = [i for i in now if i not in failed]
+            failed |= {i: now[i] for i in sorted(new, key=lambda i: now[i] == -signal.SIGABRT)}
+            killed = {i: s for i, s in failed.items() if s < 0 and s != -signal.SIGABRT}
             if killed or None not in ended.values() or time.monotonic() > limit:
                 return next(iter((killed or failed).items()))
             time.sleep(POLL)

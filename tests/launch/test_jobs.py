@@ -499,13 +499,17 @@ def test_a_tool_that_is_not_installed(tmp_path: Path) -> None:
     [
         ("exit 2; sleep 0.4; kill -9 $$", "process 1 was ended by SIGKILL"),
         ("exit 2; sleep 0.4; exit 3", "process 0 ended with status 2"),
+        ("exit 2; sleep 0.4; kill -ABRT $$", "process 0 ended with status 2"),
+        ("exit 2; kill -ABRT $$", "process 0 ended with status 2"),
+        ("sleep 0.8; exit 2; kill -ABRT $$", "process 1 was ended by SIGABRT"),
     ],
 )
 def test_the_process_that_was_killed_is_named_though_another_ended_before_it(
     ends: str, blamed: str
 ) -> None:
     """As when a connection closes at once, and the memory of the one that was killed is given back slowly."""
-    first, second = ends.split("; ", 1)
+    first, _, second = ends.partition("exit 2; ")
+    first += "exit 2"
     job = f'if [ "$WHICH" = 0 ]; then {first}; else {second}; fi'
     made = f"sys.exit(jobs.Pod([dict(os.environ, WHICH=str(i)) for i in range(2)]).run(['bash', '-c', {job!r}]))"
     done = subprocess.run(
