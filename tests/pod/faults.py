@@ -117,17 +117,18 @@ def attempt(run: Run, injection: Injection, rng: random.Random) -> Attempt:
     """Begin a copy of a run again under an injection."""
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(shutil.copytree(run.workdir, Path(folder) / "run"))
+        refused: str | None = None
         with injection.apply(workdir, rng):
             before = _checkpoints(workdir)
             said: list[str] = []
             try:
                 restored = _begin(run.experiment, workdir, said.append)
             except Exception as error:
-                words = errors.report(error)
-                if words is None:
+                refused = errors.report(error)
+                if refused is None:
                     return Attempt("traceback", f"{type(error).__name__}: {error}")
-                unchanged = _checkpoints(workdir) == before
-                return Attempt("refused" if unchanged else "silent", words)
+        if refused is not None:
+            return Attempt("refused" if _checkpoints(workdir) == before else "silent", refused)
         return Attempt(_judge(run, restored, " ".join(said)), " ".join(said))
 
 

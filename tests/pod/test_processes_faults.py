@@ -51,7 +51,6 @@ def test_evaluation_by_two_processes(
 ) -> None:
     workdir, port = teams[1].workdir, free_port()
     before = json.loads((workdir / "results.json").read_text())
-    (workdir / "results.json").unlink()
     words = [
         f"--extra={HERE.parent / 'extra'}", f"--workdir={workdir}", f"--coordinator=127.0.0.1:{port}",
         "--processes=2",
@@ -68,7 +67,9 @@ def test_evaluation_by_two_processes(
     finally:
         for each in started:
             each.kill()
-    found = json.loads((workdir / "results.json").read_text())
+    found = [json.loads(x) for x in (workdir / "evaluations.jsonl").read_text().splitlines()]
+    for record in found:
+        assert "mmjax.evaluate" in record.pop("command") and record.pop("time")
     assert [{**r, "value": 0, "chance": 0} for r in found] == [
         {**r, "value": 0, "chance": 0} for r in before
     ]
