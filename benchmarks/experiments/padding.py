@@ -74,7 +74,7 @@ class _Texts(Task):
     tokens: int = 0
 
     def rows(self) -> RowSpec:
-        return Blank(self.inputs, (), self.tokens)
+        return Blank(self.inputs, (), tokens=self.tokens)
 
 
 class _Nothing:
