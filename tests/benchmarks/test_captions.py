@@ -29,7 +29,10 @@ def test_both_ways_write_the_same() -> None:
     }
     with jax.enable_x64(True):
         # Larger than they begin: then the tokens depend on what was before.
-        drawn = {n: (0.02 if "bias" in n else 0.5) * rng.normal(size=s.shape) for n, s in made.declaration.specs.items()}
+        drawn = {
+            n: (0.02 if "bias" in n else 0.5) * rng.normal(size=s.shape)
+            for n, s in made.declaration.specs.items()
+        }
         one, other = (
             np.asarray(jax.jit(lambda p, f=f: f(task.objective, made.declaration.merge(p), inputs))(drawn))
             for f in (cached, anew)
