@@ -1,8 +1,9 @@
 """One step of every task of some configs, made small, on many meshes of this process's eight devices, in float64.
 
-    python tests/pod/sharded.py OUT.json CONFIG ...
+    python tests/pod/sharded.py OUT.json [--every_case] CONFIG ...
 
-writes, by config, what each case of `CASES` differs in from one device, and how its state lies. Before each
+writes, by config, what each case of `CASES` differs in from one device, and how its state lies. Configs that are not in
+`EVERY_CASE` are compared on the meshes of `FEW` only, unless all are asked for. Before each
 compilation it says on standard error which one comes, so that what XLA says there can be told apart.
 """
 
@@ -12,6 +13,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,11 @@ CASES: dict[str, dict[str, Any]] = {
     # Slices that are not the outermost blocks of the mesh, so that devices lie in another order.
     "data 2 fsdp 2 tensor 2": {"data": 2, "fsdp": 2, "tensor": 2, "slices": 2, "across": "fsdp"},
 }
+# Each axis alone, and the meshes on which whole programs are compiled: enough for a system whose mechanisms are those
+# of layers and objectives that another one has on every mesh.
+FEW = ("data 8", "fsdp 8", "expert 8", "tensor 8", "sequence 8", "data 2 fsdp 2 sequence 2",
+       "data 2 fsdp 2 tensor 2")  # fmt: skip
+EVERY_CASE = ("moma_1b", "quickstart", "transfusion_7b")
 # Here each task's program is compiled as training does it; elsewhere its gradient, and its update, which
 # tasks have in common.
 WHOLE = ("data 2 fsdp 2 sequence 2", "data 2 fsdp 2 tensor 2")
@@ -274,15 +281,16 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, list[Any
     return worst
 
 
-def compare(block: configs.Block) -> dict[str, Any]:
-    """One device against every case."""
+def compare(block: configs.Block, cases: Sequence[str]) -> dict[str, Any]:
+    """One device against some cases."""
     experiment = make_experiment(block)
     before = begun(experiment)
     alone = Steps(experiment, before, make_mesh(MeshConfig(data=1), jax.devices()[:1]), "one")
     one = {name: alone.whole(name) for name in experiment.tasks}
     found: dict[str, Any] = {"moved": moved(flat({"state": before}), one), "cases": {}, "lies": {}}
     found["specs"] = {n: [s.shape, s.axes] for n, s in experiment.declaration.specs.items()}
-    for case, sizes in CASES.items():
+    for case in cases:
+        sizes = CASES[case]
         steps = Steps(experiment, before, make_mesh(MeshConfig(**sizes)), case)
         step = steps.whole if case in WHOLE else steps.parted
         found["cases"][case] = {name: difference(one[name], step(name)) for name in one}
@@ -314,7 +322,7 @@ def control() -> None:
 
 
 def main() -> None:
-    out, *files = sys.argv[1:]
+    out, *files = (word for word in sys.argv[1:] if word != "--every_case")
     # A program that is kept on disk is not compiled, and nothing is said of it.
     jax.config.update("jax_enable_compilation_cache", False)
     found: dict[str, Any] = {"configs": {}, "found": {}}
@@ -323,7 +331,8 @@ def main() -> None:
         key = hashlib.sha256(json.dumps(block, sort_keys=True).encode()).hexdigest()[:16]
         found["configs"][file] = key
         if key not in found["found"]:  # another config may be the same when it is small
-            found["found"][key] = compare(block)
+            is_every = Path(file).stem in EVERY_CASE or "--every_case" in sys.argv
+            found["found"][key] = compare(block, tuple(CASES) if is_every else FEW)
     control()
     Path(out).write_text(json.dumps(found))
 
