@@ -283,7 +283,7 @@ class Composer:
 
     def _as_arrays(self, span: Span, ids_BL: jax.Array) -> dict[str, jax.Array]:
         """A discrete span that was written, to be read."""
-        return {"ids": ids_BL, "valid": up_to_end(ids_BL, self._stems[span.name].token_ids.end)}
+        return {"ids": ids_BL, "valid": self._stems[span.name].token_ids.used(ids_BL)}
 
     def _extend(self, past: Past, stream: Stream, mask: Mask) -> tuple[jax.Array, Past]:
         """The trunk's outputs for the tokens of `stream` after what is held, and what is held with them."""
@@ -307,14 +307,6 @@ class Composer:
 
 def _wide(past: Past) -> Any:
     return jnp.promote_types(jax.tree.leaves(past.layers)[0].dtype, jnp.float32)
-
-
-def up_to_end(ids_BL: jax.Array, end: int | None) -> jax.Array:
-    """Return which ids of a written span belong to it, `[B, L]`: those up to its first end token, whatever they are."""
-    if end is None:
-        return jnp.ones_like(ids_BL, bool)
-    ends_BL = (ids_BL == end).astype(jnp.int32)
-    return jnp.cumsum(ends_BL, axis=1) - ends_BL == 0
 
 
 def _all_there(span: Span) -> Span:

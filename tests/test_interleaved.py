@@ -14,7 +14,7 @@ from sequences import ROWS, TEXT_FIRST, UNIDIFFUSER, batch, built
 
 from mmjax import interleaved
 from mmjax.errors import UserError
-from mmjax.interleaved import Composer, up_to_end
+from mmjax.interleaved import Composer
 from mmjax.objective import Span
 from mmjax.objectives.transfusion import Draws, Transfusion
 
@@ -150,15 +150,6 @@ def test_an_ancestral_sampler_adds_noise_of_its_own(mutual: Any) -> None:
     assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(one, other, strict=True))
     with pytest.raises(UserError, match="no diffusion sampler 'ddmp'. Did you mean 'ddpm'"):
         replace(objective, sampler="ddmp")
-
-
-# --- written ids -------------------------------------------------------------------------------
-
-
-def test_what_was_written_ends_at_its_end_whatever_ids_stand_before() -> None:
-    ids = jnp.array([[5, 0, 7, 3, 0, 0], [3, 0, 0, 0, 0, 0], [0, 4, 0, 4, 0, 4]])
-    assert up_to_end(ids, 3).tolist() == [[1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0], [1] * 6]
-    assert up_to_end(ids, None).all()
 
 
 def test_a_padding_id_in_the_middle_of_a_written_text_is_read(

@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from mmjax.data import subwords
 from mmjax.data.subwords import Subwords
 from mmjax.errors import UserError
+from mmjax.files import replace_file
 
 # As `train` numbers them; those of other vocabularies are in their `TokenIds`.
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = range(4)
@@ -54,11 +55,11 @@ class TokenIds:
     missing: tuple[int, ...] = ()
 
     def used(self, ids: Any) -> Any:
-        """Return which ids of rows `[..., L]` are of a text: those up to its end token, without padding."""
+        """Return which ids of written rows `[..., L]` are of a text: those up to its first end token."""
         if self.end is None:
             return ids == ids
         is_end = ids == self.end
-        return (is_end.cumsum(-1) - is_end == 0) & (is_end | (ids != self.pad))
+        return is_end.cumsum(-1) - is_end == 0
 
     def without_piece(self, count: int) -> NDArray[np.bool_]:
         """Return which of the ids [0, count) have no piece, `[count]`."""
@@ -95,9 +96,7 @@ def train(
     texts = list(texts)
     proto = _train_proto(texts, vocab_size, model_type, normalization)
     path = epath.Path(path)
-    partial = path.parent / f"{path.name}.partial"
-    partial.write_bytes(proto)
-    partial.replace(path)
+    replace_file(path, proto)
     return Tokenizer(path)
 
 

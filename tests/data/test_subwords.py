@@ -248,12 +248,13 @@ def test_holes_in_the_numbers_of_a_file(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("special", "used"),
     [
-        (TokenIds(9), [[1, 1, 1, 0], [1, 0, 0, 0], [1, 0, 1, 1], [1, 1, 1, 1]]),
+        (TokenIds(9), [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]),
         (TokenIds(9, pad=3, begin=3), [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]),
         (TokenIds(9, end=None), [[1, 1, 1, 1]] * 4),
     ],
 )
 def test_which_ids_of_a_row_are_its_text(special: TokenIds, used: list[list[int]]) -> None:
+    """Up to its end, also where a padding id was written before it."""
     end_or_pad = special.pad if special.pad == 3 else 0
     rows = np.array([[4, 5, 3, end_or_pad], [3, 3, 3, 3], [4, 0, 5, 6], [4, 5, 6, 3]])
     np.testing.assert_array_equal(special.used(rows), np.array(used, bool))
