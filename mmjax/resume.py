@@ -549,7 +549,7 @@ def _write_config(workdir: epath.Path, experiment: Experiment) -> None:
     text = json.dumps(experiment.block, indent=1, sort_keys=True)
     path = workdir / "config.json"
     if not path.exists() or path.read_text() != text:
-        replace_file(path, text.encode())
+        replace_file(path, text)
 
 
 def _keep_files(workdir: epath.Path, experiment: Experiment) -> None:
