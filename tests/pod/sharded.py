@@ -63,6 +63,8 @@ MODALITIES = {
     "text": {"buckets": 32},
     "image": {"patch": 4, "buckets": 8},
     "colours": {"levels": 8, "buckets": 8},
+    "video": {"time_buckets": 2, "buckets": 8},
+    "spectrogram": {"buckets": 8},
 }
 # A bias of keys has no gradient but rounding, as it adds the same to all logits of a query; with an eps as small as
 # Adam's own, its update would be as large as the others'.
