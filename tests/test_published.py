@@ -18,6 +18,7 @@ from recipes import ROOT, block
 from resolved import resolve, set_keys
 
 from mmjax import config as configs
+from mmjax.errors import UserError
 from mmjax.experiment import make_experiment
 
 # Keys that a config sets and no paper knows of: data and their fields, hardware, and how much is kept.
@@ -239,6 +240,14 @@ def test_a_wrong_config_is_reported(mutation: Mutation) -> None:
     wrong = mutated(config(mutation.name, mutation.argument), mutation.changes)
     assert wrong != config(mutation.name, mutation.argument)
     assert mutation.reported in mismatches(recipe, wrong)
+
+
+def test_a_weight_of_the_wrong_sign_is_refused() -> None:
+    """LIMoE's local entropy of texts, with which routing would be pushed to one expert."""
+    changes = {"model.groups.0.pattern.1.experts.local.text": -0.01}
+    wrong = mutated(config("limoe_b16", "entropies"), changes)
+    with pytest.raises(UserError, match=r"local\.text is -0.01; it must be at least 0"):
+        make_experiment(wrong)
 
 
 def test_a_default_that_changes_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,20 +58,21 @@ def test_a_mesh_takes_all_devices(config, sizes):
 
 
 @pytest.mark.parametrize(
-    "config",
+    "sizes",
     [
-        MeshConfig(data=3),
-        MeshConfig(data=16),
-        MeshConfig(data=4),
-        MeshConfig(fsdp=3),
-        MeshConfig(fsdp=16),
-        MeshConfig(fsdp=-1),
-        MeshConfig(data=0),
+        {"data": 3},
+        {"data": 16},
+        {"data": 4},
+        {"fsdp": 3},
+        {"fsdp": 16},
+        {"fsdp": -1},
+        {"data": 0},
+        {"data": -2},
     ],
 )
-def test_a_mesh_that_is_not_all_devices_is_refused(config):
-    with pytest.raises(UserError, match="mesh"):
-        make_mesh(config)
+def test_a_mesh_that_is_not_all_devices_is_refused(sizes):
+    with pytest.raises(UserError, match=r"(?i)mesh"):
+        make_mesh(MeshConfig(**sizes))
 
 
 def test_a_mesh_of_some_devices():
