@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from mmjax.experiment import Experiment
-from mmjax.layers.trunk import GroupConfig
 from mmjax.modalities.image import patchify
 from mmjax.model import Batch
+from mmjax.nn.trunk import GroupConfig
 from mmjax.task import Task
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmjax.config import Block
+from mmjax.core.config import Block
 
 CONFIDENCE = 0.95
 

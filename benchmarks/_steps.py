@@ -14,15 +14,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from mmjax.config import Block
-from mmjax.data.loader import HostBatch, Loader, local_rows
+from mmjax.core.config import Block
+from mmjax.core.parameters import Arrays
+from mmjax.core.sharding import batch_sharding, make_mesh
+from mmjax.engine.compile import Program, compile_all
+from mmjax.engine.loader import HostBatch, Loader, local_rows
 from mmjax.experiment import Experiment, make_experiment
-from mmjax.loop import dispatch
-from mmjax.parameters import Arrays
-from mmjax.program import Program, compile_all
-from mmjax.resume import Session, begin
-from mmjax.schedule import RULES
-from mmjax.sharding import batch_sharding, make_mesh
+from mmjax.schedule.rules import RULES
+from mmjax.training.loop import dispatch
+from mmjax.training.session import Session, begin
 
 
 @dataclass(frozen=True)

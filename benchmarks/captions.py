@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from benchmarks import _coca_pytorch
 from benchmarks._pairs import Effort, Quantity, millis, ratios, rounds
 from benchmarks._steps import Steps
-from mmjax.data.loader import make_batch
+from mmjax.engine.loader import make_batch
 from mmjax.experiment import Experiment, make_experiment
-from mmjax.generation import generate
+from mmjax.generation.decoding import generate
 from mmjax.model import Batch, Model
 from mmjax.objectives.coca import Coca
 from mmjax.task import Task

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from benchmarks._pairs import Effort, Quantity, quantity
-from mmjax import checkpoint
+from mmjax.engine import checkpoint
 
 SIZES = (0.1, 1.0, 4.0)  # GB
 PARTS = 5

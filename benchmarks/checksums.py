@@ -23,8 +23,8 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from benchmarks._pairs import Effort, Quantity, quantity
 from benchmarks.checkpoints import Arrays, Peer, _mmjax, _on_device, _times, arrays
-from mmjax import arrays as stored
-from mmjax import checkpoint
+from mmjax.engine import arrays as stored
+from mmjax.engine import checkpoint
 
 SIZES = (0.25, 1.0)  # GB
 NEW, OLD, CODEC = "format 2", "format 1", "crc32c"

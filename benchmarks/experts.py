@@ -21,12 +21,12 @@ import numpy as np
 from flax import nnx, struct
 
 from benchmarks._pairs import Effort, Quantity, millis, quantity, ratios, rounds
-from mmjax.flops import model_flops
-from mmjax.layers.dense import mlp_of
-from mmjax.layers.experts import Experts
-from mmjax.layers.routers import Dispatch, Router, Slots
-from mmjax.layers.stream import Stream
-from mmjax.parameters import Declaration
+from mmjax.analysis.flops import model_flops
+from mmjax.core.parameters import Declaration
+from mmjax.nn.dense import mlp_of
+from mmjax.nn.experts import Experts
+from mmjax.nn.routers import Dispatch, Router, Slots
+from mmjax.nn.stream import Stream
 
 ROWS, LENGTH, WIDTH, HIDDEN, COUNT = 16, 256, 256, 1024, 8
 ROUTERS: Mapping[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from benchmarks._pairs import Effort, Quantity, quantity
 from benchmarks._steps import Steps
-from mmjax.data.loader import HostBatch
+from mmjax.engine.loader import HostBatch
 
 
 def measure(effort: Effort) -> list[Quantity]:

@@ -30,13 +30,13 @@ import numpy as np
 from benchmarks._pairs import Effort, Quantity, quantity
 from benchmarks._steps import random_batch
 from benchmarks.vit import by_layer
-from mmjax.config import Block
-from mmjax.data.loader import HostBatch
+from mmjax.core.config import Block
+from mmjax.engine.loader import HostBatch
+from mmjax.engine.state import init_state
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.plan.case import Specification
 from mmjax.plan.topology import environment
 from mmjax.plan.workers import compile_cases
-from mmjax.state import init_state
 
 TASK = "task"
 LIMIT = 1800.0  # seconds for one program

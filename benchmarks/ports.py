@@ -20,12 +20,12 @@ import numpy as np
 from flax import nnx
 
 from benchmarks._pairs import Effort, Quantity, millis, ratios, rounds
-from mmjax.layers.bottleneck import FUSION
-from mmjax.layers.masks import FULL, Mask
-from mmjax.layers.stream import Stream
-from mmjax.layers.trunk import GroupConfig, Trunk
+from mmjax.blocks.bottleneck import FUSION
+from mmjax.core.parameters import Declaration
+from mmjax.nn.masks import FULL, Mask
+from mmjax.nn.stream import Stream
+from mmjax.nn.trunk import GroupConfig, Trunk
 from mmjax.objectives.fusion import MASKS
-from mmjax.parameters import Declaration
 
 OURS = "ours"
 Arrays = Mapping[str, np.ndarray]

@@ -24,12 +24,12 @@ import jax
 
 import benchmarks
 from benchmarks._pairs import Effort, Quantity
-from mmjax import commandline, errors
-from mmjax.errors import UserError, nearest
+from mmjax.core import commandline, errors
+from mmjax.core.errors import UserError, nearest
+from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.engine.compile import use_cache
 from mmjax.monitor.tables import table
-from mmjax.program import use_cache
-from mmjax.resume import environment
-from mmjax.sharding import MeshConfig, make_mesh
+from mmjax.training.session import environment
 
 COMMANDS = ("run", "readme")
 

@@ -21,11 +21,11 @@ import numpy as np
 from flax import nnx
 
 from benchmarks._pairs import Effort, Quantity, quantity, rounds
-from mmjax.flops import model_flops
-from mmjax.layers.stream import Stream
-from mmjax.layers.trunk import GroupConfig, Trunk
-from mmjax.parameters import Declaration
-from mmjax.schedule import from_config
+from mmjax.analysis.flops import model_flops
+from mmjax.core.parameters import Declaration
+from mmjax.nn.stream import Stream
+from mmjax.nn.trunk import GroupConfig, Trunk
+from mmjax.schedule.stretches import from_config
 
 BASE = {"tokens": 128, "batch": 16, "depth": 4, "experts": 0}
 SERIES: Mapping[str, Sequence[int]] = {

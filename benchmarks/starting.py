@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._pairs import Effort, Quantity, quantity
-from mmjax.errors import UserError
+from mmjax.core.errors import UserError
 
 SAVED, LATER = 5, 3  # steps until a checkpoint; steps behind it after which the run is killed
 PATIENCE = 1800.0  # seconds

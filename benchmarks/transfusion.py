@@ -25,7 +25,7 @@ from benchmarks import _transfusion_pytorch
 from benchmarks._pairs import Effort, Quantity, millis, quantity, ratios, rounds
 from benchmarks._steps import Steps, random_batch
 from benchmarks._transfusion_pytorch import Sizes
-from mmjax.config import Block
+from mmjax.core.config import Block
 from mmjax.experiment import Experiment
 
 ROWS, LENGTH, SIDE = 8, 96, 11  # rows, text tokens, patches on a side of a picture

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from benchmarks._pairs import Effort, Quantity, ratios, rounds
-from mmjax.layers.masks import Causal
-from mmjax.layers.selective_scan import Tokens, selective_scan
-from mmjax.layers.stream import Stream
-from mmjax.layers.transformer import PARTS
-from mmjax.layers.trunk import GroupConfig, Trunk
-from mmjax.parameters import Declaration
+from mmjax.blocks.transformer import PARTS
+from mmjax.core.parameters import Declaration
+from mmjax.nn.masks import Causal
+from mmjax.nn.selective_scan import Tokens, selective_scan
+from mmjax.nn.stream import Stream
+from mmjax.nn.trunk import GroupConfig, Trunk
 
 NAMES = ("text", "image", "sound")
 ROWS, LENGTH, WIDTH, LAYERS = 8, 384, 256, 4

@@ -20,10 +20,10 @@ import numpy as np
 from benchmarks import _vit_flax
 from benchmarks._pairs import Effort, Quantity, millis, ratios, rounds
 from benchmarks._steps import Steps, random_batch
-from mmjax.config import Block
-from mmjax.data.loader import HostBatch
-from mmjax.layers.positions import grid
-from mmjax.parameters import Arrays
+from mmjax.core.config import Block
+from mmjax.core.parameters import Arrays
+from mmjax.engine.loader import HostBatch
+from mmjax.nn.positions import grid
 
 # width, layers, heads
 SIZES = {"Ti": (192, 12, 3), "S": (384, 12, 6)}

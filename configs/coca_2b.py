@@ -1,6 +1,6 @@
 """CoCa (Yu et al. 2022) at the paper's size: 2.1 billion parameters, contrastive learning and captioning in one pass.
 
-    python -m mmjax.data.build emoji
+    python -m mmjax.datasets.build emoji
     python -m mmjax.train --config=configs/coca_2b.py --workdir=runs/coca_2b
 
 Sizes are those of the paper's table 1 and section 4.1: images of 288 pixels in patches of 18, 64k pieces of text,
@@ -29,7 +29,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mmjax.errors import UserError, nearest
+from mmjax.core.errors import UserError, nearest
 
 # Table 1: width, heads; layers and MLP of the image encoder; layers of each half of the text decoder and their MLP.
 SIZES = {

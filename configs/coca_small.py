@@ -1,6 +1,6 @@
 """CoCa on drawings and their English names: the recipe of `coca_2b.py` with smaller numbers.
 
-python -m mmjax.data.build emoji
+python -m mmjax.datasets.build emoji
 python -m mmjax.train --config=configs/coca_small.py --workdir=runs/coca_small
 
 Hardware: a CPU with 2 cores: 1,200 steps of 11.5 GFLOP, 5 to 9 minutes in all, measured beside other work. Results (one
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mmjax.config import load_module
+from mmjax.core.config import load_module
 
 coca = load_module(Path(__file__).with_name("coca_2b.py"))
 

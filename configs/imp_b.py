@@ -43,7 +43,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mmjax.errors import UserError, nearest
+from mmjax.core.errors import UserError, nearest
 
 SIZES = {"s": (384, 1536, 12, 6), "b": (768, 3072, 12, 12), "l": (1024, 4096, 24, 16)}
 EXPERT_LAYERS = 6

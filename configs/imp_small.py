@@ -1,6 +1,6 @@
 """IMP on drawings, clips of them, spoken names and notes: the recipe of `imp_b.py` with smaller numbers.
 
-python -m mmjax.data.build emoji speech notes
+python -m mmjax.datasets.build emoji speech notes
 python -m mmjax.train --config=configs/imp_small.py --workdir=runs/imp_small
 
 Settings: `imp_small.py:released` (the default), `:mixed` (videos in three shapes), `:moe` (`imp_moe_b.py`: four experts
@@ -21,9 +21,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mmjax.config import load_module
-from mmjax.errors import UserError, nearest
-from mmjax.layers.transformer import PARTS
+from mmjax.blocks.transformer import PARTS
+from mmjax.core.config import load_module
+from mmjax.core.errors import UserError, nearest
 
 imp = load_module(Path(__file__).with_name("imp_b.py"))
 SETTINGS = ("released", "mixed", "moe", "moe-mixed", "apart")

@@ -1,6 +1,6 @@
 """LIMoE-B/16 (Mustafa et al. 2022): one sparse tower for images and texts, trained contrastively.
 
-    python -m mmjax.data.build emoji
+    python -m mmjax.datasets.build emoji
     python -m mmjax.train --config=configs/limoe_b16.py --workdir=runs/limoe_b16
 
 Both modalities pass one transformer, each attending to its own tokens, and tokens of both compete for the 32 experts of
@@ -33,7 +33,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mmjax.errors import UserError, nearest
+from mmjax.core.errors import UserError, nearest
 
 # Patch; width, MLP, heads; layers, and how many of the last are in pairs of which the second has experts.
 SIZES = {

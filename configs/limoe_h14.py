@@ -1,6 +1,6 @@
 """LIMoE-H/14 (Mustafa et al. 2022): `limoe_b16.py`, larger.
 
-    python -m mmjax.data.build emoji
+    python -m mmjax.datasets.build emoji
     python -m mmjax.train --config=configs/limoe_h14.py --workdir=runs/limoe_h14
 
 Data, settings and what is from memory are those of `limoe_b16.py`.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mmjax.config import load_module
+from mmjax.core.config import load_module
 
 limoe = load_module(Path(__file__).with_name("limoe_b16.py"))
 

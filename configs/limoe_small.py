@@ -1,6 +1,6 @@
 """LIMoE on drawings and their English names: the recipe of `limoe_b16.py` with smaller numbers.
 
-python -m mmjax.data.build emoji
+python -m mmjax.datasets.build emoji
 python -m mmjax.train --config=configs/limoe_small.py --workdir=runs/limoe_small
 
 Settings as there: `limoe_small.py:entropies` (the default), `:classic`, `:none`, `:dense`. Eight experts in each of two
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mmjax.config import load_module
+from mmjax.core.config import load_module
 
 limoe = load_module(Path(__file__).with_name("limoe_b16.py"))
 

@@ -1,6 +1,6 @@
 """MBT on notes of 128 instruments: the recipe of `mbt_b.py` with smaller numbers.
 
-python -m mmjax.data.build notes
+python -m mmjax.datasets.build notes
 python -m mmjax.train --config=configs/mbt_small.py --workdir=runs/mbt_small
 
 The data force other modalities: the same note as a spectrogram and as a waveform.
@@ -15,7 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mmjax.config import load_module
+from mmjax.core.config import load_module
 
 mbt = load_module(Path(__file__).with_name("mbt_b.py"))
 VIEWS = {"spectrogram": {"frames": 40, "gain": 6.0}, "waveform": {"samples": 5376, "level": 0.1}}

@@ -1,6 +1,6 @@
 """Mixture-of-Mamba (Liang et al. 2025) at the paper's size: a Mamba of 1.4 billion, its projections by modality.
 
-    python -m mmjax.data.build emoji
+    python -m mmjax.datasets.build emoji
     python -m mmjax.train --config=configs/mixture_of_mamba_1b.py --workdir=runs/mixture_of_mamba_1b
 
 Mamba's own model of 1.4 billion (Gu and Dao 2023, 48 layers of width 2,048, norms by root mean squares, no positions);
@@ -28,7 +28,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mmjax.config import load_module
+from mmjax.core.config import load_module
 
 mot = load_module(Path(__file__).with_name("mot_7b.py"))
 

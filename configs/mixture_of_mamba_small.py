@@ -1,6 +1,6 @@
 """Mixture-of-Mamba on drawings and their English names: the recipe of `mixture_of_mamba_1b.py` with smaller numbers.
 
-python -m mmjax.data.build emoji
+python -m mmjax.datasets.build emoji
 python -m mmjax.train --config=configs/mixture_of_mamba_small.py --workdir=runs/mixture_of_mamba_small
 
 Settings as there: `mixture_of_mamba_small.py:transfusion` (the default), `:chameleon`, and each `-dense`.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mmjax.config import load_module
+from mmjax.core.config import load_module
 
 mamba = load_module(Path(__file__).with_name("mixture_of_mamba_1b.py"))
 small = load_module(Path(__file__).with_name("mot_small.py"))

@@ -1,6 +1,6 @@
 """MoMa (Lin et al. 2024): texts and images as one sequence, with experts of their own for each of the two.
 
-    python -m mmjax.data.build emoji
+    python -m mmjax.datasets.build emoji
     python -m mmjax.train --config=configs/moma_1b.py --workdir=runs/moma_1b
 
 `mot_7b.py:chameleon` with 24 layers of width 2,048 and norms behind their parts, in which only the MLPs have copies:
@@ -37,8 +37,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mmjax.config import load_module
-from mmjax.errors import UserError, nearest
+from mmjax.core.config import load_module
+from mmjax.core.errors import UserError, nearest
 
 mot = load_module(Path(__file__).with_name("mot_7b.py"))
 

@@ -1,6 +1,6 @@
 """MoMa on drawings and their English names: the recipe of `moma_1b.py` with smaller numbers.
 
-python -m mmjax.data.build emoji
+python -m mmjax.datasets.build emoji
 python -m mmjax.train --config=configs/moma_small.py --workdir=runs/moma_small
 
 Settings as there: `moma_small.py:experts` (the default), `:one`, `:mixed`, `:dense`.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mmjax.config import load_module
+from mmjax.core.config import load_module
 
 moma = load_module(Path(__file__).with_name("moma_1b.py"))
 small = load_module(Path(__file__).with_name("mot_small.py"))

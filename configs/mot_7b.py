@@ -1,6 +1,6 @@
 """Mixture-of-Transformers (Liang et al. 2024) at the paper's size: the parameters of 7 billion for each modality.
 
-    python -m mmjax.data.build emoji
+    python -m mmjax.datasets.build emoji
     python -m mmjax.train --config=configs/mot_7b.py --workdir=runs/mot_7b
 
 Every parameter of the trunk, norms among them, has a copy for text and one for images; attention is over all tokens,
@@ -33,9 +33,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mmjax.config import load_module
-from mmjax.errors import UserError, nearest
-from mmjax.layers.transformer import PARTS
+from mmjax.blocks.transformer import PARTS
+from mmjax.core.config import load_module
+from mmjax.core.errors import UserError, nearest
 
 transfusion = load_module(Path(__file__).with_name("transfusion_7b.py"))
 

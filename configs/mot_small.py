@@ -1,6 +1,6 @@
 """Mixture-of-Transformers on drawings and their English names: the recipe of `mot_7b.py` with smaller numbers.
 
-python -m mmjax.data.build emoji
+python -m mmjax.datasets.build emoji
 python -m mmjax.train --config=configs/mot_small.py --workdir=runs/mot_small
 
 Settings as there: `mot_small.py:chameleon` (the default), `:transfusion`, and each `-dense`.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mmjax.config import load_module
+from mmjax.core.config import load_module
 
 mot = load_module(Path(__file__).with_name("mot_7b.py"))
 small = load_module(Path(__file__).with_name("transfusion_small.py"))

@@ -1,6 +1,6 @@
 """Six tasks on one trunk: drawings, clips, speech and notes with their texts, classes, and masked drawings.
 
-python -m mmjax.data.build quickstart
+python -m mmjax.datasets.build quickstart
 python -m mmjax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
 Hardware: a CPU with 2 cores: 900 steps of 5 to 14 GFLOP, 3 to 4 minutes with all evaluation, up to a minute more where

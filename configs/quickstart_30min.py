@@ -1,10 +1,10 @@
 """The quickstart's model and tasks, for longer.
 
-    python -m mmjax.data.build quickstart
+    python -m mmjax.datasets.build quickstart
     python -m mmjax.train --config=configs/quickstart_30min.py --workdir=runs/quickstart_30min
 
 With `--config=configs/quickstart_30min.py:noto` it is evaluated on one more vendor's drawings, which need
-`pip install 'mmjax[noto]'` and `python -m mmjax.data.build emoji_noto`.
+`pip install 'mmjax[noto]'` and `python -m mmjax.datasets.build emoji_noto`.
 
 Hardware: a CPU with 2 cores: 5,000 steps, 21 to 26 minutes beside other work. Results (three seeds): recall at 10 of
 74 % on drawings never seen (chance 4 %), 46 % on another vendor's (chance 0.6 %) and 37 % on concepts never seen
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mmjax.config import load_module
+from mmjax.core.config import load_module
 
 quickstart = load_module(Path(__file__).with_name("quickstart.py"))
 

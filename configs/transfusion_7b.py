@@ -1,6 +1,6 @@
 """Transfusion (Zhou et al. 2024) at the paper's size: text by its next token, images by diffusion, in 7 billion.
 
-    python -m mmjax.data.build emoji
+    python -m mmjax.datasets.build emoji
     python -m mmjax.train --config=configs/transfusion_7b.py --workdir=runs/transfusion_7b
 
 The trunk is Llama's of 7 billion, with rotary embeddings and no others; sequences have 4,096 positions, here 14
@@ -33,7 +33,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mmjax.errors import UserError, nearest
+from mmjax.core.errors import UserError, nearest
 
 SETTINGS = ("transfusion", "alternating")
 

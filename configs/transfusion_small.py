@@ -1,6 +1,6 @@
 """Transfusion on drawings and their English names: the recipe of `transfusion_7b.py` with smaller numbers.
 
-python -m mmjax.data.build emoji
+python -m mmjax.datasets.build emoji
 python -m mmjax.train --config=configs/transfusion_small.py --workdir=runs/transfusion_small
 
 Settings as there: `transfusion_small.py:alternating`.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mmjax.config import load_module
+from mmjax.core.config import load_module
 
 transfusion = load_module(Path(__file__).with_name("transfusion_7b.py"))
 

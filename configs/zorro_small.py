@@ -1,6 +1,6 @@
 """Zorro on notes of 128 instruments: the recipe of `zorro_b.py` with smaller numbers.
 
-python -m mmjax.data.build notes
+python -m mmjax.datasets.build notes
 python -m mmjax.train --config=configs/zorro_small.py --workdir=runs/zorro_small
 
 The data force other modalities: the same note as a spectrogram and as a waveform. Full fusion, to compare with, is one
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mmjax.config import load_module
+from mmjax.core.config import load_module
 
 zorro = load_module(Path(__file__).with_name("zorro_b.py"))
 small = load_module(Path(__file__).with_name("mbt_small.py"))

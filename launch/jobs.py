@@ -29,9 +29,7 @@ STOPPED = 3  # exit status of a run that was told to stop, and has saved
 STUCK = 4  # exit status of a run that its watchdog has ended
 # What a run that was restarted may get over: a watchdog's end, and the signals by which the others of a job are ended.
 PASSING = (STUCK, 128 + signal.SIGKILL, 128 + signal.SIGTERM)
-LIFELINE = (
-    "MMJAX_LIFELINE"  # the end of a pipe that closes when this launcher ends, see `mmjax.processes`
-)
+LIFELINE = "MMJAX_LIFELINE"  # the end of a pipe that closes when this launcher ends, see `mmjax.engine.processes`
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 GRACE = 15.0  # seconds that the other processes have to end when one has failed
 POLL = 0.1

@@ -31,7 +31,7 @@ ensure_environment "$venv" data
 
 cd "$ROOT"
 start=$SECONDS
-"$venv/bin/python" -m mmjax.data.build quickstart || fail "the data could not be built; the reason stands above."
+"$venv/bin/python" -m mmjax.datasets.build quickstart || fail "the data could not be built; the reason stands above."
 say "data: ready ($(seconds_since "$start"))"
 
 if [ -n "$setup_only" ]; then exit; fi

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
-from mmjax import errors
-from mmjax.errors import UserError, nearest
+from mmjax.core import errors
+from mmjax.core.errors import UserError, nearest
 
 COMMANDS = {
     "train": "mmjax.train",
@@ -14,7 +14,7 @@ COMMANDS = {
     "show": "mmjax.show",
     "replay": "mmjax.replay",
     "plan": "mmjax.plan.__main__",
-    "build": "mmjax.data.build",
+    "build": "mmjax.datasets.build",
     "tokenizer": "mmjax.tokenizer",
 }
 

@@ -15,17 +15,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import jax
 from etils import epath
 
-from mmjax import checkpoint
-from mmjax.config import Block
-from mmjax.evaluate import open_held_out
+from mmjax.core.config import Block
+from mmjax.engine import checkpoint
+from mmjax.engine.state import Clock
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.monitor import metrics
-from mmjax.monitor.report_data import newest_meta
 from mmjax.monitor.tables import human_flops, human_seconds, percent, table
-from mmjax.pace import Pace, assumed_rate, measured, pace
-from mmjax.resume import clock_after, count_examples, fresh_clock
-from mmjax.schedule import BUDGET, Schedule, stretch_at
-from mmjax.state import Clock
+from mmjax.report.data import newest_meta
+from mmjax.schedule.schedule import Schedule
+from mmjax.schedule.step_times import Pace, assumed_rate, measured, pace
+from mmjax.schedule.stretches import BUDGET, stretch_at
+from mmjax.training.evaluation import open_held_out
+from mmjax.training.session import clock_after, count_examples, fresh_clock
 
 _ROW = 60  # steps of a line of the strip
 _ROWS = 5  # lines of it from the first step on

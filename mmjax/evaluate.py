@@ -8,217 +8,30 @@ each measure to `DIR/evaluations.jsonl`. The run's own results stay in `results.
 
 from __future__ import annotations
 
-import json
-import math
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 
-import grain
-import jax
-import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
-from mmjax import commandline, errors, processes
-from mmjax import config as configs
-from mmjax.data.loader import local_rows, make_batch, place
-from mmjax.errors import UserError
-from mmjax.evaluator import Outputs, Pass, Record, device_spec, row_spec
-from mmjax.experiment import Experiment, make_experiment, pass_key, program_key
-from mmjax.files import is_local, replace_file
-from mmjax.identity import is_same
-from mmjax.lease_store import object_store
+from mmjax.core import commandline, errors
+from mmjax.core import config as configs
+from mmjax.core.sharding import make_mesh
+from mmjax.core.workdir import EVALUATIONS
+from mmjax.engine import processes
+from mmjax.engine.compile import compile_all, use_cache
+from mmjax.evaluators.base import Record
+from mmjax.experiment import make_experiment
 from mmjax.loading import check_files, find_step, read_parameters
-from mmjax.monitor import metrics
-from mmjax.monitor.compiling import compiling
-from mmjax.monitor.lines import LineFile
 from mmjax.monitor.tables import program_table, results_table
-from mmjax.origin import check_code
-from mmjax.program import Program, compile_all, ticks, use_cache
-from mmjax.sharding import batch_sharding, make_mesh
-from mmjax.source import Cached, Examples
-from mmjax.task import Task
-
-RESULTS = "results.json"  # of the run's own end
-EVALUATIONS = "evaluations.jsonl"  # of each `python -m mmjax.evaluate`
-_HELD_OUT = "held-out "  # begins the keys of identities of evaluators' data
-
-
-class Evaluation:
-    """All evaluation passes of an experiment, with their data opened.
-
-    Attributes:
-      identities: digests of the held-out data, by their blocks; a checkpoint holds them beside those of a run's data.
-    """
-
-    def __init__(self, experiment: Experiment, mesh: Mesh):
-        self._experiment, self._mesh = experiment, mesh
-        self._data = open_held_out(experiment)
-        self.identities = {_HELD_OUT + key: data.identity for key, data in self._data.items()}
-
-    def __call__(
-        self,
-        programs: Mapping[str, Program],
-        parameters: Mapping[str, jax.Array],
-        beat: Callable[[str], None] = lambda task: None,
-    ) -> list[Record]:
-        """The records of all evaluators, in the order of the config.
-
-        Args:
-          programs: those of `Experiment.eval_requests`, compiled.
-          parameters: on the mesh.
-          beat: called before each batch, with the name of its task.
-        """
-        processes.wait_for_all()  # a collective waits for half a minute only
-        outputs = {
-            pass_key(task, each): self._run(
-                task, each, programs[program_key(task, each)], parameters, beat
-            )
-            for task, each in self._experiment.passes()
-        }
-        records = []
-        for name, evaluators in self._experiment.evaluators.items():
-            task = self._experiment.tasks[name]
-            for key, evaluator in evaluators.items():
-                passes = evaluator.passes(task)
-                scores = evaluator.score(
-                    task, {n: outputs[pass_key(task, p)] for n, p in passes.items()}
-                )
-                records += [{"evaluator": key, **record} for record in scores]
-        return records
-
-    def _run(
-        self,
-        task: Task,
-        each: Pass,
-        program: Program,
-        parameters: Mapping[str, jax.Array],
-        beat: Callable[[str], None],
-    ) -> Outputs:
-        beat(task.name)
-        size = self._experiment.run.evaluation.batch
-        examples = self._data[_key(each)]
-        found: list[Outputs] = []
-        kept: list[Outputs] = []
-        first, unread = 0, list[str]()
-        wanted = device_spec(task, each.what).fields
-        for index, (rows, first, failed) in enumerate(self._batches(task, each, examples, size)):
-            beat(task.name)
-            unread += [error for _, error in failed]
-            kept.append({name: rows["fields"][name] for name in each.fields})
-            rows = {**rows, "fields": {name: rows["fields"][name] for name in wanted}}
-            batch = place(rows, first, size, batch_sharding(self._mesh, size, "evaluation.batch"))
-            found.append(
-                jax.device_get(program.call(parameters, batch, ticks(self._mesh, batch=index)))
-            )
-        for error in dict.fromkeys(sum(processes.gather(unread), [])):
-            print(f"evaluation of {task.name}: left out an example that cannot be read: {error}")
-        valid = np.concatenate([f["valid"] for f in found])
-        if not valid.any():
-            raise UserError(
-                f"tasks.{task.name}.evaluators: no example of {examples.description} could be read."
-            )
-        outputs = {name: np.concatenate([f[name] for f in found]) for name in found[0]}
-        outputs |= _whole(kept, first, size)
-        return {name: value[valid] for name, value in outputs.items()}
-
-    def _batches(
-        self, task: Task, each: Pass, examples: Examples, size: int
-    ) -> Iterable[tuple[Any, int, Any]]:
-        """This process's rows of each batch, read ahead in threads; the last one padded with invalid rows."""
-        spec = row_spec(task, each)
-        first, last = local_rows(batch_sharding(self._mesh, size, "evaluation.batch"), size)
-
-        def make(index: int) -> tuple[Any, int, Any]:
-            begin = int(index) * size
-            ids = range(min(begin + first, len(examples)), min(begin + last, len(examples)))
-            rows, failed = make_batch(spec, examples, ids, lambda _: None, last - first)
-            return rows, first, failed
-
-        count = math.ceil(len(examples) / size)
-        options = grain.ReadOptions(
-            num_threads=self._experiment.run.loader.threads, prefetch_buffer_size=2
-        )
-        return grain.MapDataset.range(count).map(make).to_iter_dataset(options)
-
-
-def open_held_out(experiment: Experiment) -> dict[str, Examples]:
-    """Return the data of all passes, opened and checked, by their blocks."""
-    data: dict[str, Examples] = {}
-    for task, each in experiment.passes():
-        where = f"tasks.{task.name}.evaluators"
-        if _key(each) not in data:
-            opened = configs.component("sources", each.block, f"{where}.source").open()
-            data[_key(each)] = Cached(opened, experiment.run.loader.cache_mib * 2**20)
-        row_spec(task, each).check(data[_key(each)], where)
-    return data
-
-
-def _key(each: Pass) -> str:
-    return json.dumps(each.block, sort_keys=True)
-
-
-def _whole(kept: Sequence[Outputs], first: int, size: int) -> Outputs:
-    """Fields of all batches of `size` rows, of which this process read those from `first` on: each `[N]`."""
-    mine = {name: np.stack([batch[name] for batch in kept]).tolist() for name in kept[0]}
-    whole = {name: np.zeros((len(kept), size), np.int32) for name in mine}
-    for begin, part in processes.gather([first, mine]):
-        for name, values in part.items():
-            whole[name][:, begin : begin + len(values[0])] = values
-    return {name: values.reshape(-1) for name, values in whole.items()}
-
-
-def announce_changed(
-    saved: Mapping[str, str], evaluation: Evaluation, say: Callable[[str], None]
-) -> None:
-    """Say which held-out data differ from those of a checkpoint.
-
-    They are not refused, as a run's own data are: evaluation only reads, and no step depends on it. Results from here
-    on are of the other data.
-    """
-    for key, now in evaluation.identities.items():
-        if not is_same(saved.get(key, now), now):
-            say(
-                f"The {key} has changed since the run's checkpoint was written: results are not comparable with "
-                "earlier ones."
-            )
-
-
-def after(step: int, records: Iterable[Record]) -> list[Record]:
-    """Return the records with the number of complete steps after which they were taken."""
-    return [{**record, "step": step} for record in records]
-
-
-def write_results(workdir: epath.Path, records: Sequence[Record]) -> None:
-    """Write `results.json`, whole or not at all; what is not finite as `metrics.jsonl` has it."""
-    text = json.dumps(metrics.strict(list(records)), indent=1, allow_nan=False)
-    replace_file(workdir / RESULTS, text)
-
-
-def read_results(workdir: epath.Path) -> list[Record] | None:
-    """Return the records of `results.json`; None where there are none, or the file is damaged."""
-    try:
-        records = json.loads((workdir / RESULTS).read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):
-        return None
-    whole = isinstance(records, list) and all(isinstance(record, dict) for record in records)
-    return [metrics.revived(record) for record in records] if whole else None
-
-
-def append_evaluations(workdir: epath.Path, records: Iterable[Record]) -> None:
-    """Append a line for each record to `evaluations.jsonl`; two processes may do so at once."""
-    text = "".join(json.dumps(metrics.strict(record), allow_nan=False) + "\n" for record in records)
-    if is_local(workdir):
-        lines = LineFile(workdir / EVALUATIONS)
-        lines.append(text)
-        lines.close()
-        return
-    store = object_store(workdir, EVALUATIONS)
-    while not store.swap(entry := store.read(), (entry.text or b"") + text.encode()):
-        pass  # another process has appended; read once more
+from mmjax.training.evaluation import (
+    Evaluation,
+    after,
+    announce_changed,
+    append_evaluations,
+)
+from mmjax.training.origin import check_code
 
 
 def evaluate(workdir: epath.Path, step: int | None, overrides: Sequence[str]) -> list[Record]:
@@ -238,7 +51,7 @@ def evaluate(workdir: epath.Path, step: int | None, overrides: Sequence[str]) ->
     evaluation = Evaluation(experiment, mesh)
     announce_changed(meta.get("identities", {}), evaluation, print)
     requests = experiment.eval_requests(mesh)
-    with compiling(requests) as watch:
+    with processes.compiling(requests) as watch:
         programs = compile_all(requests, mesh, experiment.run.limits, watch)
     program_table([p.report for p in programs.values()])
     return after(step, evaluation(programs, read_parameters(workdir, step, experiment, mesh)))

@@ -12,130 +12,26 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mmjax import config as configs
-from mmjax.bounds import COUNT, SIZE, check
-from mmjax.buckets import check_tokens
-from mmjax.checkpoint import CheckpointConfig
-from mmjax.data.loader import LoaderConfig
-from mmjax.errors import UserError, nearest
-from mmjax.evaluator import Evaluator, Pass, make_evaluators
-from mmjax.modality import Modality
-from mmjax.model import ModelConfig, declare_model
-from mmjax.optimizer import PARTS, Optimizer, OptimizerConfig
-from mmjax.parameters import Declaration
-from mmjax.profiling import ProfileConfig
-from mmjax.program import LimitsConfig, Request, eval_request, positions, reach_of, train_request
-from mmjax.reach import Reach
-from mmjax.rules import apply_rules, trained
-from mmjax.schedule import BUDGET, Schedule, Stretch, from_config, stretches
-from mmjax.settings import Setting, Settings, make_settings
-from mmjax.sharding import MeshConfig, make_mesh
-from mmjax.state import State, abstract_state, compute_dtype, evaluated
+from mmjax.core import config as configs
+from mmjax.core.errors import UserError, nearest
+from mmjax.core.parameters import Declaration
+from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.engine.compile import Request
+from mmjax.engine.state import State, abstract_state, compute_dtype, evaluated
+from mmjax.engine.steps import eval_request, positions, reach_of, train_request
+from mmjax.evaluators.base import Evaluator, Pass, make_evaluators
+from mmjax.modalities.base import Modality
+from mmjax.model import declare_model
+from mmjax.optim.optimizer import PARTS, Optimizer
+from mmjax.optim.reach import Reach
+from mmjax.optim.rules import apply_rules, trained
+from mmjax.optim.views import SHARED, View, check_kind, in_common, make_view
+from mmjax.run_config import RunConfig
+from mmjax.schedule.buckets import check_tokens
+from mmjax.schedule.phases import Setting, Settings, make_settings
+from mmjax.schedule.schedule import Schedule
+from mmjax.schedule.stretches import BUDGET, Stretch, from_config, stretches
 from mmjax.task import Task, make_task
-from mmjax.views import SHARED, View, check_kind, in_common, make_view
-from mmjax.warm_start import WarmStartConfig
-
-
-@dataclass(frozen=True)
-class DtypeConfig:
-    """Precision.
-
-    Attributes:
-      parameters: of the parameters. Second moments, averages and sums of gradients are float32 or wider whatever it
-        is, and an update is computed in float32; but a bfloat16 parameter loses steps below 1/512 of its value.
-      compute: of the model's arithmetic.
-    """
-
-    parameters: str = "float32"
-    compute: str = "float32"
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """Which task runs when.
-
-    Attributes:
-      rule: `shares`, `random`, `interval` or `budget`; each task's `share` is its weight there. Under
-        `budget` it is a share of the chips' time, first by model FLOPs.
-      phases: later stretches. Each says its `start` and what changes there: `weights`, `rule`, `tasks` (`{NAME:
-        {inputs, batch, microbatches}}`: other resolutions, lengths, batches), `rules` of the optimizer besides
-        `optimizer.rules` (to freeze parts, say), `learning_rate` (a factor). The rest stays as before.
-        Evaluation has the shapes of `tasks` at step 0.
-      measure: under `budget`, steps after which, and again after as many, the shares are set from
-        measured step times; 0 to stay with model FLOPs.
-    """
-
-    rule: str = "shares"
-    phases: tuple[dict[str, Any], ...] = ()
-    measure: int = 0
-
-    def __post_init__(self) -> None:
-        check(self, measure=SIZE)
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Evaluation during training.
-
-    Attributes:
-      every: steps between evaluations; 0 for only after the last step.
-      batch: examples per evaluation step, over all devices.
-    """
-
-    every: int = 0
-    batch: int = 128
-
-    def __post_init__(self) -> None:
-        check(self, every=SIZE, batch=COUNT)
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """What a run leaves to read.
-
-    Attributes:
-      every: steps after which the lines of `metrics.jsonl` are sure to be on the disk.
-      report: write `report.html` at the end.
-      wandb: project of Weights & Biases that gets the numbers too; empty for none.
-    """
-
-    every: int = 20
-    report: bool = True
-    wandb: str = ""
-
-    def __post_init__(self) -> None:
-        check(self, every=COUNT)
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """A whole config; every key is checked against this and against what the blocks name.
-
-    Attributes:
-      steps: length of the run.
-      seed: of parameters, order, augmentation and masks.
-      init_from: parameters of another run or a file, to begin with.
-    """
-
-    steps: int
-    modalities: dict[str, dict[str, Any]]
-    model: ModelConfig
-    tasks: dict[str, dict[str, Any]]
-    seed: int = 0
-    dtype: DtypeConfig = field(default_factory=DtypeConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    init_from: WarmStartConfig = field(default_factory=WarmStartConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    limits: LimitsConfig = field(default_factory=LimitsConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
-
-    def __post_init__(self) -> None:
-        check(self, steps=COUNT)
 
 
 @dataclass(frozen=True)

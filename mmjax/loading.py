@@ -21,16 +21,18 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from mmjax import checkpoint, commandline
-from mmjax.errors import UserError, nearest
+from mmjax.core import commandline
+from mmjax.core.errors import UserError, nearest
+from mmjax.core.parameters import Arrays, from_canonical, to_canonical
+from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.engine import checkpoint
+from mmjax.engine.state import EMA, compute_dtype, evaluated, shardings
 from mmjax.experiment import Experiment, make_experiment
-from mmjax.layers.experts import Experts
-from mmjax.modality import EXISTS, asset_name
+from mmjax.generation.spans import Span
+from mmjax.modalities.base import EXISTS, asset_name
 from mmjax.model import Model
-from mmjax.objective import Objective, Span
-from mmjax.parameters import Arrays, from_canonical, to_canonical
-from mmjax.sharding import MeshConfig, make_mesh
-from mmjax.state import EMA, compute_dtype, evaluated, shardings
+from mmjax.nn.experts import Experts
+from mmjax.objectives.base import Objective
 from mmjax.task import Task
 
 _LARGEST = 256  # rows of one call; more are cut into several

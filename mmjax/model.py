@@ -9,16 +9,16 @@ from typing import Any
 import jax
 from flax import nnx
 
-from mmjax import config as configs
-from mmjax.bounds import COUNT, POSITIVE, check
-from mmjax.errors import UserError
-from mmjax.layers.experts import Experts
-from mmjax.layers.masks import FULL, Mask
-from mmjax.layers.stream import Aux, Stream, concatenate
-from mmjax.layers.trunk import GroupConfig, Trunk
-from mmjax.modality import PRESENT, Modality, as_rows
-from mmjax.parameters import Declaration
-from mmjax.sharding import constrain
+from mmjax.core import config as configs
+from mmjax.core.bounds import COUNT, POSITIVE, check
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Declaration
+from mmjax.core.sharding import constrain
+from mmjax.modalities.base import PRESENT, Modality, as_rows
+from mmjax.nn.experts import Experts
+from mmjax.nn.masks import FULL, Mask
+from mmjax.nn.stream import Aux, Stream, concatenate
+from mmjax.nn.trunk import GroupConfig, Trunk
 
 Batch = Mapping[str, Any]
 
@@ -73,7 +73,7 @@ class Model(nnx.Module):
         """Return the stem's stream for one modality's arrays (leading batch axis), or for other values, see `Stem`.
 
         Instances of an example are rows, `[B N, S, D]`; no token of one that is not present is valid. The stream
-        says which rows exist (`rows_B`) where the arrays do, as those of `mmjax.objective.with_rows`.
+        says which rows exist (`rows_B`) where the arrays do, as those of `mmjax.objectives.base.with_rows`.
         """
         stem, is_instance = self.stems[modality], PRESENT in arrays
         arrays, exists_B = as_rows(arrays)

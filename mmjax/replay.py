@@ -18,20 +18,21 @@ import jax
 import numpy as np
 from etils import epath
 
-from mmjax import checkpoint, commandline, errors
-from mmjax.data.loader import Loader, local_rows
-from mmjax.errors import UserError, nearest
+from mmjax.core import commandline, errors
+from mmjax.core.errors import UserError, nearest
+from mmjax.core.sharding import batch_sharding, make_mesh
+from mmjax.core.workdir import METRICS
+from mmjax.engine import checkpoint, processes
+from mmjax.engine.compile import compile_all, use_cache
+from mmjax.engine.loader import Loader, local_rows
+from mmjax.engine.state import Clock
 from mmjax.experiment import make_experiment
 from mmjax.loading import find_step
-from mmjax.loop import dispatch
 from mmjax.monitor import metrics
-from mmjax.monitor.compiling import compiling
 from mmjax.monitor.tables import table
-from mmjax.program import compile_all, use_cache
-from mmjax.resume import Session, reopen
-from mmjax.schedule import Schedule
-from mmjax.sharding import batch_sharding, make_mesh
-from mmjax.state import Clock
+from mmjax.schedule.schedule import Schedule
+from mmjax.training.loop import dispatch
+from mmjax.training.session import Session, reopen
 
 _COMPARED = ("loss", "grad_norm")
 
@@ -104,7 +105,7 @@ def _run(session: Session, last: int) -> dict[str, float]:
     requests = experiment.train_requests(mesh)
     needed = experiment.settings.visits(schedule, clock.step, last + 1)
     chosen = {n: requests[n] for n in requests if n in needed}
-    with compiling(chosen) as watch:
+    with processes.compiling(chosen) as watch:
         programs = compile_all(chosen, mesh, run.limits, watch)
     state = session.state()
     values: Mapping[str, jax.Array] = {}
@@ -130,7 +131,7 @@ def _told(workdir: epath.Path, step: int) -> dict[str, float]:
     for line in metrics.read(workdir):
         if (line["kind"], line["step"]) == ("train", step):
             return {name: float(line[name]) for name in _COMPARED}
-    raise UserError(f"{workdir / metrics.FILE} has no line of step {step}.")
+    raise UserError(f"{workdir / METRICS} has no line of step {step}.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,6 @@ table or the names of a config without a checkpoint.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,47 +20,16 @@ import jax
 import numpy as np
 from etils import epath
 
-from mmjax import checkpoint, commandline, errors
-from mmjax.errors import UserError
+from mmjax.core import commandline, errors
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import digest, to_canonical
+from mmjax.engine import checkpoint
+from mmjax.engine.state import Clock, compute_dtype
+from mmjax.engine.tensor_files import SUFFIXES, open_tensors, printable
 from mmjax.experiment import make_experiment
 from mmjax.loading import find_step
+from mmjax.monitor.parameter_rows import rows_of_checkpoint, rows_of_config
 from mmjax.monitor.tables import human_bytes, parameter_table, table
-from mmjax.parameters import Spec, digest, to_canonical
-from mmjax.state import Clock, compute_dtype
-from mmjax.tensor_files import SUFFIXES, open_tensors, printable
-
-
-def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to: `trunk`, `stems/NAME` or `heads/NAME`."""
-    parts = name.split("/")
-    return parts[0] if parts[0] == "trunk" else "/".join(parts[:2])
-
-
-def rows_of_config(specs: Mapping[str, Spec]) -> list[dict[str, Any]]:
-    """Rows of the parameter table: total, and what one token meets: of a lookup table one row, of copies one."""
-    total: dict[str, int] = defaultdict(int)
-    active: dict[str, float] = defaultdict(float)
-    for spec in specs.values():
-        size = math.prod(spec.shape)
-        looked_up = [
-            n
-            for axis, n in zip(spec.axes, spec.shape, strict=True)
-            if axis in ("vocabulary", "positions")
-        ]
-        total[part_of(spec.name)] += size
-        active[part_of(spec.name)] += size / math.prod(looked_up) / spec.copies
-    return [
-        {"part": part, "total": total[part], "active_per_token": round(active[part])}
-        for part in sorted(total)
-    ]
-
-
-def rows_of_checkpoint(shapes: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the parameter table from the shapes that a checkpoint holds."""
-    total: dict[str, int] = defaultdict(int)
-    for name, leaf in shapes.items():
-        total[part_of(name)] += math.prod(leaf.shape)
-    return [{"part": part, "total": total[part]} for part in sorted(total)]
 
 
 def show_config(path: str, overrides: Sequence[str], with_names: bool = False) -> None:

@@ -11,14 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmjax import config as configs
-from mmjax.bounds import COUNT, SIZE, check
-from mmjax.buckets import BucketConfig
-from mmjax.errors import RecordError, UserError, nearest
-from mmjax.modality import Input, Modality
+from mmjax.core import config as configs
+from mmjax.core.bounds import COUNT, SIZE, check
+from mmjax.core.errors import RecordError, UserError, nearest
+from mmjax.modalities.base import Input, Modality
 from mmjax.model import Batch, Model
-from mmjax.objective import Loss, Objective, with_rows
-from mmjax.source import Example, Examples, Source, int32
+from mmjax.objectives.base import Loss, Objective, with_rows
+from mmjax.sources.base import Example, Examples, Source, int32
 
 INSTANCES = "instances"  # a key that an input of any modality has
 _PROBED = 16  # examples looked at before data are refused; the first good one ends it
@@ -42,9 +41,9 @@ class TaskConfig:
       share: its weight in the schedule.
       evaluators: by a name of one's own.
       microbatches: parts in which a batch is done, one after another, to save memory.
-      buckets: the shapes that its visits take in turn, by a name of one's own, see `mmjax.buckets`; those of
+      buckets: the shapes that its visits take in turn, by a name of one's own, see `mmjax.schedule.buckets`; those of
         `inputs` if empty. Evaluation has those of `inputs`.
-      view: how its steps see the optimizer (see `mmjax.views.View`); `optimizer.view` if empty.
+      view: how its steps see the optimizer (see `mmjax.optim.views.View`); `optimizer.view` if empty.
       shared_time: whether the stretches that training cuts out of an example's video and sounds begin at one random
         time (IMP, MBT), relative to the places where each may begin, or each at its own.
     """
@@ -270,3 +269,20 @@ def make_input(
         if any(n < 1 for n in shape):
             raise UserError(f"{where}: array '{array}' would have the shape {list(shape)}.")
     return made
+
+
+@dataclass(frozen=True)
+class BucketConfig:
+    """One of a task's `buckets`.
+
+    Attributes:
+      inputs: modality -> the settings that differ from those of the task's `inputs`.
+      share: its weight among the task's visits.
+    """
+
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    share: int = 1
+
+    def __post_init__(self) -> None:
+        if self.share < 1:
+            raise UserError(f"A bucket's share is {self.share}; it must be at least 1.")

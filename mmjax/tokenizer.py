@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from mmjax import commandline, errors
+from mmjax.core import commandline, errors
+from mmjax.core.errors import UserError, nearest
 from mmjax.data import data_dir
 from mmjax.data.tokenizer import check_unicode, load_subwords, train
-from mmjax.errors import UserError, nearest
 from mmjax.monitor.tables import table
-from mmjax.source import Examples
 from mmjax.sources.array_record import ArrayRecord
+from mmjax.sources.base import Examples
 from mmjax.sources.tfds import Tfds
 
 FILES = (".txt", ".csv", ".tsv", ".jsonl")
@@ -116,7 +116,7 @@ def _of_file(path: Path, name: str) -> list[dict[str, Any]]:
     if path.suffix not in FILES:
         raise UserError(
             f"{path} is no {', '.join(FILES)} file. Of Parquet files and tars, make a folder of ArrayRecord files: "
-            "python -m mmjax.data.convert"
+            "python -m mmjax.convert.convert"
         )
     try:
         with path.open(

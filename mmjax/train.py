@@ -3,8 +3,8 @@
     python -m mmjax.train --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE ...]
 
 Run again, it resumes from the newest checkpoint in DIR, or says that it is done. One process at a time trains in DIR
-(see `mmjax.lease`). With --dry_run it prints what it would do: the coming steps, the share of each task, and the hours
-that these would take. Exit status: 0 done, 2 an error that its one line explains, 3 stopped by SIGTERM or SIGINT after
+(see `mmjax.engine.lease`). With --dry_run it prints what it would do: the coming steps, the share of each task, and
+the hours that these would take. Exit status: 0 done, 2 an error that its one line explains, 3 stopped by SIGTERM or SIGINT after
 saving, 4 ended by its watchdog.
 """
 
@@ -19,26 +19,30 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from mmjax import commandline, errors, processes
-from mmjax.config import Block
+from mmjax.core import commandline, errors
+from mmjax.core.config import Block
+from mmjax.core.sharding import described, make_mesh, undivided
+from mmjax.core.workdir import REPORT
 from mmjax.dry_run import dry_run
-from mmjax.evaluate import Evaluation, announce_changed, read_results
-from mmjax.evaluator import Record, evaluators_of
+from mmjax.engine import processes
+from mmjax.engine.compile import Program, Request, compile_all, use_cache
+from mmjax.engine.health import Diverged
+from mmjax.engine.lease import hold
+from mmjax.engine.profiling import dump
+from mmjax.engine.watchdog import Watchdog
+from mmjax.evaluators.base import Record, evaluators_of
 from mmjax.experiment import Experiment, make_experiment
-from mmjax.health import Diverged
-from mmjax.lease import hold
-from mmjax.loop import Loop, Signals
-from mmjax.monitor import report, tally
-from mmjax.monitor.compiling import COMPILED, COMPILING, compiling
-from mmjax.monitor.muted import MutedPhases
-from mmjax.monitor.phases import PhaseLog
+from mmjax.monitor import summary as tally
+from mmjax.monitor.compiling import COMPILED, COMPILING
+from mmjax.monitor.goodput import PhaseLog
+from mmjax.monitor.null import MutedPhases
 from mmjax.monitor.tables import program_table, results_table, summary_tables
-from mmjax.monitor.wandb_run import require
-from mmjax.origin import started_with
-from mmjax.profiling import dump
-from mmjax.program import Program, Request, compile_all, use_cache
-from mmjax.resume import Session, begin, roll_back
-from mmjax.sharding import described, make_mesh, undivided
+from mmjax.monitor.wandb import require
+from mmjax.report.page import write_report
+from mmjax.training.evaluation import Evaluation, announce_changed, read_results
+from mmjax.training.loop import Loop, Signals
+from mmjax.training.origin import started_with
+from mmjax.training.session import Session, begin, roll_back
 
 STOPPED = 3
 
@@ -140,11 +144,17 @@ def _missing_results(session: Session) -> list[str]:
 
 
 def _report_if_missing(session: Session, phases: PhaseLog) -> None:
-    """The report of a run that was killed between its results and its report."""
-    wanted = session.experiment.run.log.report and processes.is_first()
-    if wanted and not (session.workdir / report.FILE).exists():
-        with phases.phase("report"):
-            report.write_report(session.workdir)
+    """Write the report of a finished run, also of one that was killed between its results and its report."""
+    run = session.experiment.run
+    if not run.log.report or not processes.is_first() or (session.workdir / REPORT).exists():
+        return
+
+    def stuck(text: str) -> None:
+        phases.event("stuck", text=text)
+
+    with Watchdog(run.limits.stuck, stuck) as watchdog, phases.phase("report"):
+        watchdog.at("writing the report")
+        write_report(session.workdir)
 
 
 def _compile(session: Session, there: Mapping[str, Program]) -> dict[str, Program]:
@@ -152,7 +162,7 @@ def _compile(session: Session, there: Mapping[str, Program]) -> dict[str, Progra
     experiment, mesh = session.experiment, session.mesh
     requests = _coming(session) | experiment.eval_requests(mesh)
     missing = {name: request for name, request in requests.items() if name not in there}
-    with compiling(missing, "state for checkpoints") as watch:
+    with processes.compiling(missing, "state for checkpoints") as watch:
         programs = {**there, **compile_all(missing, mesh, experiment.run.limits, watch)}
         watch("state for checkpoints", COMPILING)
         session.prepare()
@@ -212,11 +222,15 @@ def _run(
     with Signals() as signals:
         while True:
             try:
-                with phases.phase("restore"), compiling({}, "state on the devices") as watch:
+                with (
+                    phases.phase("restore"),
+                    processes.compiling({}, "state on the devices") as watch,
+                ):
                     watch("state on the devices", COMPILING)
                     state = session.state()
                     watch("state on the devices", COMPILED)
-                return Loop(session, programs, evaluation, phases, signals).run(state)
+                records = Loop(session, programs, evaluation, phases, signals).run(state)
+                break
             except Diverged as error:
                 # Its traceback holds the state, beside which another is about to be made.
                 diverged = error.with_traceback(None)
@@ -226,6 +240,9 @@ def _run(
             session = _with_held_out(session, evaluation)
             with phases.phase("compile"):
                 programs = _compile(session, programs)
+        if records is not None:
+            _report_if_missing(session, phases)
+    return records
 
 
 def main(argv: Sequence[str] | None = None) -> int:

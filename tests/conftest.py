@@ -26,7 +26,8 @@ from etils import epath  # noqa: E402
 from harness import Harness  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from mmjax.data import build, data_dir  # noqa: E402
+from mmjax.data import data_dir  # noqa: E402
+from mmjax.datasets import build  # noqa: E402
 
 # The same examples on every machine: what lands is what was tested. `--hypothesis-profile=search` draws others.
 settings.register_profile("same", derandomize=True, deadline=None)

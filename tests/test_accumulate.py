@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import toyrun
 
-from mmjax import checkpoint
-from mmjax.errors import UserError
-from mmjax.program import loss_function, train_function
-from mmjax.state import EMA, SUM, SUMMED, State, state_from_canonical, state_to_canonical
+from mmjax.core.errors import UserError
+from mmjax.engine import checkpoint
+from mmjax.engine.state import EMA, SUM, SUMMED, State, state_from_canonical, state_to_canonical
+from mmjax.engine.steps import loss_function, train_function
 
 WORDS = ("optimizer.accumulate=3", "dtype.parameters=float64", "dtype.compute=float64")
 ORDER = ("one", "two", "one")  # by the shares 2 and 1

@@ -126,7 +126,7 @@ def test_missing_data_says_what_to_run(command, workdir, tmp_path):
     env = {"MMJAX_DATA_DIR": str(tmp_path / "data")}
     line = error_line(command("train", f"--config={TINY}", workdir, env=env))
     assert "'emoji' is not there" in line
-    assert f"python -m mmjax.data.build emoji --data_dir={tmp_path / 'data'}" in line
+    assert f"python -m mmjax.datasets.build emoji --data_dir={tmp_path / 'data'}" in line
 
 
 def broken_data(emoji_dir: epath.Path, folder: Path, fault: str) -> None:
@@ -148,7 +148,7 @@ def test_half_built_data_says_what_to_run(emoji_dir, tmp_path, monkeypatch, work
     monkeypatch.setenv("MMJAX_DATA_DIR", str(tmp_path / "data"))
     message = trained(workdir)
     assert "half-built" in message
-    assert f"python -m mmjax.data.build emoji --data_dir={tmp_path / 'data'}" in message
+    assert f"python -m mmjax.datasets.build emoji --data_dir={tmp_path / 'data'}" in message
 
 
 def test_a_data_set_of_others_that_is_not_built(tmp_path, workdir):

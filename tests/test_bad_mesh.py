@@ -9,7 +9,8 @@ import pytest
 import toyrun
 from mains import refused, run
 
-from mmjax import evaluate, program, train
+from mmjax import evaluate, train
+from mmjax.engine import steps
 
 TOY = (f"--extra={toyrun.EXTRA}", f"--config={toyrun.CONFIG}")
 
@@ -17,7 +18,7 @@ TOY = (f"--extra={toyrun.EXTRA}", f"--config={toyrun.CONFIG}")
 def trained(folder: Path, *overrides: str) -> str:
     """The message of a training that is refused, and compiles no program of a task."""
     words = [f"--config.{each}" for each in overrides]
-    with mock.patch.object(program, "_compile", side_effect=AssertionError("it compiled")):
+    with mock.patch.object(steps, "_compile", side_effect=AssertionError("it compiled")):
         return refused(train.main, *TOY, f"--workdir={folder / 'run'}", *words)
 
 

@@ -19,7 +19,7 @@ from toyrun import CONFIG, EXTRA, run
 from mmjax import train
 from mmjax.dry_run import letters_of, strip_lines
 from mmjax.experiment import make_experiment
-from mmjax.schedule import from_config
+from mmjax.schedule.stretches import from_config
 
 PHASES = 'schedule.phases=({"start": 8, "weights": {"two": 1}},)'
 
@@ -71,7 +71,7 @@ def test_a_fresh_run(tmp_path: Path) -> None:
 
 
 def test_expected_hours_follow_from_model_flops(tmp_path: Path) -> None:
-    """By hand: FLOPs of `tests/test_program.py` over the FLOP/s that is said."""
+    """By hand: FLOPs of `tests/engine/test_steps.py` over the FLOP/s that is said."""
     text = dry(tmp_path / "run", "steps=36000000")
     rate = float(re.search(r"at ([\d.]+) GFLOP/s", text)[1]) * 1e9
     one, two = (3 * 2 * 8 * (2 * 176 + 8) - 8 * 2 * 96, 3 * 2 * 16 * (3 * 176 + 8) - 16 * 3 * 96)

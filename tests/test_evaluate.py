@@ -16,9 +16,10 @@ from etils import epath
 from mains import refused, run
 
 from mmjax import evaluate
-from mmjax.data.loader import make_batch
-from mmjax.lease_store import ObjectStore
-from mmjax.monitor import metrics, report_data, tally
+from mmjax.engine.lease_store import ObjectStore
+from mmjax.engine.loader import make_batch
+from mmjax.monitor import metrics, summary
+from mmjax.report import data
 from mmjax.sources.tfds import Tfds
 
 NAMES = [f"{pair} R@{k}" for pair in ("image to text", "text to image") for k in (1, 5, 10)]
@@ -145,9 +146,9 @@ def test_what_is_not_finite_is_written_as_metrics_have_it(tmp_path):
     text = (tmp_path / "results.json").read_text()
     held = json.loads(text, parse_constant=refuse)
     assert held == [{"name": "a", "value": "nan", "chance": "inf"}]
-    read = report_data._json(epath.Path(tmp_path) / "results.json")
+    read = data._json(epath.Path(tmp_path) / "results.json")
     assert np.isnan(read[0]["value"]) and read[0]["chance"] == np.inf and read[0]["name"] == "a"
-    tally.write(epath.Path(tmp_path), {"tasks": [{"task": "nan", "loss": float("nan")}]})
+    summary.write(epath.Path(tmp_path), {"tasks": [{"task": "nan", "loss": float("nan")}]})
     held = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
     assert held == {"tasks": [{"task": "nan", "loss": "nan"}]}
     assert metrics.revived(held)["tasks"][0]["task"] == "nan"
@@ -219,7 +220,7 @@ def test_a_workdir_without_a_run(tmp_path):
 def test_missing_data_says_what_to_run(copy, tmp_path, monkeypatch):
     monkeypatch.setenv("MMJAX_DATA_DIR", str(tmp_path))
     message = refused(evaluate.main, f"--workdir={copy}")
-    assert f"python -m mmjax.data.build emoji --data_dir={tmp_path}" in message
+    assert f"python -m mmjax.datasets.build emoji --data_dir={tmp_path}" in message
 
 
 def test_examples_that_cannot_be_read_are_told_and_left_out(copy, monkeypatch):

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import pytest
 
-from mmjax import config as configs
-from mmjax.errors import UserError
+from mmjax.core import config as configs
+from mmjax.core.errors import UserError
+from mmjax.core.sharding import MeshConfig, make_mesh
 from mmjax.experiment import Experiment, make_experiment, pass_key, program_key
-from mmjax.optimizer import PARTS
-from mmjax.sharding import MeshConfig, make_mesh
+from mmjax.optim.optimizer import PARTS
 
 TINY = Path(__file__).resolve().parent / "configs" / "tiny.py"
 

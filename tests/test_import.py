@@ -32,7 +32,9 @@ def test_import_is_light():
     assert not loaded & (HEAVY | FLAGS | {"numpy", "etils"})
 
 
-@pytest.mark.parametrize("module", ["mmjax.errors", "mmjax.config", "mmjax.data", "mmjax.cli"])
+@pytest.mark.parametrize(
+    "module", ["mmjax.core.errors", "mmjax.core.config", "mmjax.data", "mmjax.cli"]
+)
 def test_what_needs_no_arrays_loads_none(module):
     assert not loaded_by(f"import {module}") & HEAVY
 

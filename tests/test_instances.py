@@ -12,15 +12,15 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmjax.errors import UserError
-from mmjax.evaluator import device_spec
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Declaration
+from mmjax.evaluators.base import device_spec
+from mmjax.modalities.base import PRESENT, Input, as_rows, dropped, kept
 from mmjax.modalities.image import Image
 from mmjax.modalities.spectrogram import Spectrogram
 from mmjax.modalities.text import Text
 from mmjax.modalities.video import Video
 from mmjax.modalities.waveform import Waveform
-from mmjax.modality import PRESENT, Input, as_rows, dropped, kept
-from mmjax.parameters import Declaration
 from mmjax.task import make_input, make_task
 
 RNG = np.random.default_rng(0)

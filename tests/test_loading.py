@@ -21,20 +21,21 @@ from metafile import edited
 from PIL import Image
 
 import mmjax
-from mmjax import checkpoint, evaluate
-from mmjax import config as configs
-from mmjax.checkpoint import CheckpointConfig, Checkpoints
+from mmjax import evaluate
+from mmjax.core import config as configs
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import from_canonical, to_canonical
+from mmjax.core.sharding import make_mesh
 from mmjax.data.tokenizer import train
-from mmjax.errors import UserError
+from mmjax.engine import checkpoint
+from mmjax.engine.checkpoint import CheckpointConfig, Checkpoints
+from mmjax.engine.state import shardings
 from mmjax.experiment import make_experiment
-from mmjax.layers import trunk
 from mmjax.loading import Embedder
-from mmjax.modality import asset_name
-from mmjax.monitor import report
-from mmjax.parameters import from_canonical, to_canonical
-from mmjax.sharding import make_mesh
+from mmjax.modalities.base import asset_name
+from mmjax.nn import trunk
+from mmjax.report import page
 from mmjax.sources.tfds import Tfds
-from mmjax.state import shardings
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 16  # of the tiny config's joint space
@@ -393,7 +394,7 @@ def test_evaluation_and_report_refuse_another_tokenizer(copy):
     another_tokenizer(copy)
     with pytest.raises(UserError, match="is not the file that the run in .* was trained with"):
         evaluate.evaluate(epath.Path(copy), None, [])
-    report.write_report(epath.Path(copy))
+    page.write_report(epath.Path(copy))
     assert "is not the file that the run in" in (copy / "report.html").read_text()
 
 

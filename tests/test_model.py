@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.errors import UserError
-from mmjax.layers.dense import Dense
-from mmjax.layers.stream import Stream
-from mmjax.layers.trunk import GroupConfig
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Declaration
+from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh
 from mmjax.modalities.image import Image
 from mmjax.modalities.text import Text
 from mmjax.model import ModelConfig, declare_model, model_config
-from mmjax.parameters import Declaration
-from mmjax.sharding import MeshConfig, batch_sharding, make_mesh
+from mmjax.nn.dense import Dense
+from mmjax.nn.stream import Stream
+from mmjax.nn.trunk import GroupConfig
 
 WIDTH = 4
 BLOCK = {"name": "transformer", "heads": 2, "hidden": 5}

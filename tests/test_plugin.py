@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from mmjax.errors import UserError
-from mmjax.layers.dense import Dense
-from mmjax.layers.stream import Stream
-from mmjax.modality import Modality, Stem
+from mmjax.core.errors import UserError
+from mmjax.nn.dense import Dense
+from mmjax.nn.stream import Stream
+from mmjax.modalities.base import Modality, Stem
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Tone(Modality[ToneInput]):
             raise UserError(f"a tone has shape [N], found {list(np.shape(value))}.")
         return {"samples": np.resize(np.asarray(value, np.float32), settings.length)}
 ''',
-    "layers/shift.py": '''
+    "blocks/shift.py": '''
 """x += x W, and nothing more."""
 from dataclasses import replace
 
 from flax import nnx
 
-from mmjax.layers.dense import Dense
-from mmjax.layers.stream import no_aux
+from mmjax.nn.dense import Dense
+from mmjax.nn.stream import no_aux
 
 
 class Shift(nnx.Module):
@@ -83,9 +83,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from mmjax.layers.dense import Dense
-from mmjax.layers.stream import mean_pool
-from mmjax.objective import Loss, Objective
+from mmjax.nn.dense import Dense
+from mmjax.nn.stream import mean_pool
+from mmjax.objectives.base import Loss, Objective
 from mmjax.objectives.contrastive import unit
 
 
@@ -122,7 +122,7 @@ class Pitch(Objective):
 """The mean loss beside that of the mean pitch."""
 from dataclasses import dataclass
 
-from mmjax.evaluator import Evaluator, Pass
+from mmjax.evaluators.base import Evaluator, Pass
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmjax.source import Examples, Source
+from mmjax.sources.base import Examples, Source
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def test_it_is_evaluated_and_shown(run, extra, command):
 def test_it_embeds(run, extra, command):
     code = f"""
 import numpy as np, mmjax
-from mmjax import config
+from mmjax.core import config
 config.add_folder({str(extra)!r})
 model = mmjax.load({str(run)!r})
 vectors = model.embed(tone=[np.sin(np.arange(8)), [0.0] * 8])
@@ -249,7 +249,7 @@ assert vectors.shape == (2, 8), vectors.shape
 assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
 try:
     model.embed(tone=[np.zeros((2, 2))])
-except mmjax.errors.UserError as error:
+except mmjax.core.errors.UserError as error:
     assert "tone[0]: a tone has shape [N], found [2, 2]" in str(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -17,8 +17,8 @@ from published.rows import Recipe
 from recipes import ROOT, block
 from resolved import resolve, set_keys
 
-from mmjax import config as configs
-from mmjax.errors import UserError
+from mmjax.core import config as configs
+from mmjax.core.errors import UserError
 from mmjax.experiment import make_experiment
 
 # Keys that a config sets and no paper knows of: data and their fields, hardware, and how much is kept.
@@ -252,7 +252,7 @@ def test_a_weight_of_the_wrong_sign_is_refused() -> None:
 
 def test_a_default_that_changes_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """The form of CoCa's loss, and the place of a block's norms, are keys that no config sets."""
-    from mmjax.layers.transformer import Transformer
+    from mmjax.blocks.transformer import Transformer
     from mmjax.objectives.coca import Coca
 
     recipe = next(r for r in RECIPES if identity(r) == "coca_2b:base")

@@ -18,8 +18,8 @@ from scipy.io import wavfile
 from tensorflow_datasets.proto import tf_example_pb2
 from tensorflow_datasets.proto import tf_feature_pb2 as pb
 
-from mmjax import config as configs
-from mmjax.errors import UserError
+from mmjax.core import config as configs
+from mmjax.core.errors import UserError
 from mmjax.experiment import make_experiment
 
 RECIPES = sorted((ROOT / "configs").glob("*.py"))

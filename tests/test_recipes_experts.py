@@ -11,10 +11,10 @@ import pytest
 from etils import epath
 from recipes import abstract, block, experiment, without_sizes
 
-from mmjax import config as configs
 from mmjax import train
-from mmjax.errors import UserError
-from mmjax.show import rows_of_config
+from mmjax.core import config as configs
+from mmjax.core.errors import UserError
+from mmjax.monitor.parameter_rows import rows_of_config
 
 LIMOE = ("limoe_b16", "limoe_l16", "limoe_h14")
 SETTINGS = {

@@ -10,9 +10,9 @@ import pytest
 from etils import epath
 from recipes import ROOT, block, experiment, without_sizes
 
-from mmjax import config as configs
 from mmjax import train
-from mmjax.program import positions
+from mmjax.core import config as configs
+from mmjax.engine.steps import positions
 
 NAMES = ("imp_s", "imp_b", "imp_l", "imp_moe_s", "imp_moe_b", "imp_moe_l")
 
@@ -102,7 +102,7 @@ def test_the_small_recipe_is_the_same_with_other_numbers_and_data(
 @pytest.mark.parametrize("setting", ["released", "moe-mixed"])
 def test_it_trains_on_real_data(tmp_path: Path, setting: str, emoji_dir: epath.Path) -> None:
     """Every task once, by the code of the large ones; then their evaluation."""
-    from mmjax.data import build
+    from mmjax.datasets import build
 
     for name in ("speech", "notes"):
         build.build(name)
@@ -124,7 +124,7 @@ def test_it_trains_on_real_data(tmp_path: Path, setting: str, emoji_dir: epath.P
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_unknown_setting_is_refused(name: str) -> None:
-    from mmjax.errors import UserError
+    from mmjax.core.errors import UserError
 
     with pytest.raises(UserError, match="no setting 'mixt'. Did you mean 'mixed'"):
         configs.read_file(f"{ROOT / 'configs' / name}.py:mixt")

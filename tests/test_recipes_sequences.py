@@ -9,9 +9,9 @@ import jax
 import pytest
 from recipes import abstract, block, experiment, without_sizes
 
-from mmjax import config as configs
-from mmjax.errors import UserError
-from mmjax.show import rows_of_config
+from mmjax.core import config as configs
+from mmjax.core.errors import UserError
+from mmjax.monitor.parameter_rows import rows_of_config
 
 SETTINGS = {
     "transfusion": ("7b", ["transfusion", "alternating"]),

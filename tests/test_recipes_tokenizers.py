@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from recipes import ROOT, block
 
-from mmjax import config as configs
+from mmjax.core import config as configs
+from mmjax.core.errors import UserError
 from mmjax.data.tokenizer import TokenIds
-from mmjax.errors import UserError
 from mmjax.experiment import make_experiment
 from mmjax.modalities.text import Text
 

@@ -17,9 +17,10 @@ from etils import epath
 from harness import contents, deterministic
 from toyrun import run
 
-from mmjax.errors import UserError
+from mmjax.core.errors import UserError
 from mmjax.replay import Replayed, find_visit, replay
-from mmjax.schedule import Schedule, from_config
+from mmjax.schedule.schedule import Schedule
+from mmjax.schedule.stretches import from_config
 
 ROOT = Path(__file__).resolve().parent
 # Non-finite steps, a task that is left out, and a change of the config at step 12.

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import ks_1samp, uniform
 
-from mmjax.config import key_class
-from mmjax.migrations import upgrade
+from mmjax.core.config import key_class
+from mmjax.core.migrations import upgrade
 from mmjax.modalities.image import Image
 from mmjax.modalities.spectrogram import Spectrogram
 from mmjax.modalities.video import Video

@@ -15,11 +15,12 @@ import toyrun
 from etils import epath
 from mains import refused, run
 
-from mmjax import checkpoint, show
-from mmjax.checkpoint import CheckpointConfig, Checkpoints
+from mmjax import show
+from mmjax.core.parameters import digest
+from mmjax.engine import checkpoint
+from mmjax.engine.checkpoint import CheckpointConfig, Checkpoints
+from mmjax.engine.state import Clock, init_state, state_to_canonical
 from mmjax.experiment import make_experiment
-from mmjax.parameters import digest
-from mmjax.state import Clock, init_state, state_to_canonical
 
 TINY = Path(__file__).resolve().parent / "configs" / "tiny.py"
 

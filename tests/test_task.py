@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from mmjax import config as configs
-from mmjax.errors import UserError
+from mmjax.core import config as configs
+from mmjax.core.errors import UserError
 from mmjax.modalities.image import Image
 from mmjax.modalities.text import Text
-from mmjax.source import Cached, Example, Examples
+from mmjax.sources.base import Cached, Example, Examples
 from mmjax.task import RowSpec, Task, make_input, make_task
 
 TINY = Path(__file__).resolve().parent / "configs" / "tiny.py"

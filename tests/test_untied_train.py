@@ -12,9 +12,9 @@ import numpy as np
 import toyrun
 from toyrun import host, parts
 
-from mmjax.layers.transformer import PARTS
-from mmjax.parameters import from_canonical, to_canonical
-from mmjax.program import LimitsConfig, compile_all
+from mmjax.blocks.transformer import PARTS
+from mmjax.core.parameters import from_canonical, to_canonical
+from mmjax.engine.compile import LimitsConfig, compile_all
 
 # `toy` stands for text, `other` for pictures.
 NAMES = ["toy", "other"]

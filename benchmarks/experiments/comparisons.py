@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mmjax import commandline
-from mmjax.config import Block
+from mmjax.core import commandline
+from mmjax.core.config import Block
 
 
 @dataclass(frozen=True)

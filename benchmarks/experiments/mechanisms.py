@@ -24,9 +24,9 @@ import numpy as np
 
 from benchmarks.experiments.comparisons import COMPARISONS, SUITES, Comparison, Variant, chosen
 from benchmarks.experiments.mixture import UNITS, Trial, run, seeds_of, shown
-from mmjax import commandline, errors
-from mmjax.config import Block
-from mmjax.errors import UserError, nearest
+from mmjax.core import commandline, errors
+from mmjax.core.config import Block
+from mmjax.core.errors import UserError, nearest
 from mmjax.experiment import make_experiment
 
 AXES = {"loss": "nats or error", "fraction": "%", "experts": "experts"}

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmjax import commandline, errors
-from mmjax.config import Block
-from mmjax.errors import UserError
+from mmjax.core import commandline, errors
+from mmjax.core.config import Block
+from mmjax.core.errors import UserError
 from mmjax.experiment import make_experiment
 
 MIXTURE = "mixture"

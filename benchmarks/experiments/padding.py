@@ -19,14 +19,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmjax import commandline, errors
-from mmjax import config as configs
-from mmjax.data.loader import arranged_rows
+from mmjax.core import commandline, errors
+from mmjax.core import config as configs
+from mmjax.engine.loader import arranged_rows
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.model import Model
 from mmjax.monitor.tables import percent, table
 from mmjax.objectives.transfusion import Transfusion
-from mmjax.source import Example
+from mmjax.sources.base import Example
 from mmjax.task import RowSpec, Task
 
 SPREAD = 0.4  # deviation of the logarithm of simulated lengths

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mmjax.errors import UserError
+from mmjax.core.errors import UserError
 
 IntOrArray = TypeVar("IntOrArray", int, NDArray[Any])
 

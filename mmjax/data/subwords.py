@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from mmjax.errors import UserError
+from mmjax.core.errors import UserError
 
 # Names of special tokens in the order of preference. The added tokens of a `tokenizer.json` say that they are special,
 # not what for.

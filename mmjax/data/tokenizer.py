@@ -24,10 +24,10 @@ import numpy as np
 from etils import epath
 from numpy.typing import ArrayLike, NDArray
 
+from mmjax.core.errors import UserError
+from mmjax.core.files import replace_file
 from mmjax.data import subwords
 from mmjax.data.subwords import Subwords
-from mmjax.errors import UserError
-from mmjax.files import replace_file
 
 # As `train` numbers them; those of other vocabularies are in their `TokenIds`.
 PAD_ID, UNK_ID, BOS_ID, EOS_ID = range(4)
@@ -217,7 +217,7 @@ def _read(path: epath.Path) -> bytes:
 def how_to_get(path: epath.PathLike) -> str:
     """Return what to do where the tokenizer `path` is missing."""
     if epath.Path(path).match("emoji/*/tokenizer.model"):
-        return "Building a data set trains it: python -m mmjax.data.build emoji"
+        return "Building a data set trains it: python -m mmjax.datasets.build emoji"
     return (
         "Copy it there, or train one on your texts: "
         "mmjax tokenizer train SOURCE --field=caption --size=4096 --out=FILE"

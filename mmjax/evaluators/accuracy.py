@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmjax.errors import UserError, nearest
-from mmjax.evaluator import Evaluator, Outputs, Pass, Record
+from mmjax.core.errors import UserError, nearest
+from mmjax.evaluators.base import Evaluator, Outputs, Pass, Record
 from mmjax.task import Task
 
 MANY = 10

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.core.errors import UserError
 from mmjax.data.tokenizer import TokenIds
-from mmjax.errors import UserError
-from mmjax.evaluator import Evaluator, Outputs, Pass, Record
+from mmjax.evaluators.base import Evaluator, Outputs, Pass, Record
 from mmjax.task import Task
 
 

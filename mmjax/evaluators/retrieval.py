@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import gammaln
 
-from mmjax.bounds import COUNT, check
-from mmjax.errors import UserError
-from mmjax.evaluator import Evaluator, Outputs, Pass, Record, embedding
+from mmjax.core.bounds import COUNT, check
+from mmjax.core.errors import UserError
+from mmjax.evaluators.base import Evaluator, Outputs, Pass, Record, embedding
 from mmjax.task import Task
 
 _PAIRS = 2**24  # of a query and a candidate, at a time

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.evaluator import Evaluator, Outputs, Pass, Record, embedding
 from mmjax.evaluators.accuracy import rank
+from mmjax.evaluators.base import Evaluator, Outputs, Pass, Record, embedding
 from mmjax.task import Task
 
 

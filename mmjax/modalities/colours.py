@@ -12,16 +12,16 @@ import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
-from mmjax import pictures
-from mmjax.bounds import COUNT, check
+from mmjax.core.bounds import COUNT, check
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import declare
+from mmjax.core.sharding import constrain
+from mmjax.data import pictures
 from mmjax.data.tokenizer import TokenIds
-from mmjax.errors import UserError
-from mmjax.layers.positions import Placed, Positions, Table, grid, place
-from mmjax.layers.stream import Stream
+from mmjax.modalities.base import ArraySpec, Modality
 from mmjax.modalities.image import Image, ImageInput, check_view
-from mmjax.modality import ArraySpec, Modality
-from mmjax.parameters import declare
-from mmjax.sharding import constrain
+from mmjax.nn.positions import Placed, Positions, Table, grid, place
+from mmjax.nn.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Colours(Placed, Modality[ImageInput]):
       levels: of each of red, green and blue.
       buckets: position buckets per axis; the sides of the largest picture at least.
       max_pixels: as of `image`.
-      positions, positions_scale: see `mmjax.layers.positions.Placed`; without positions, a picture has any size.
+      positions, positions_scale: see `mmjax.nn.positions.Placed`; without positions, a picture has any size.
     """
 
     Input = ImageInput

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmjax import pictures
-from mmjax.bounds import COUNT, check
-from mmjax.errors import UserError, nearest
-from mmjax.layers.dense import Dense
-from mmjax.layers.positions import Placed, Positions, Table, grid, place
-from mmjax.layers.stream import Stream
-from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays
+from mmjax.core.bounds import COUNT, check
+from mmjax.core.errors import UserError, nearest
+from mmjax.data import pictures
+from mmjax.modalities.base import ArraySpec, Modality, by_axis, dropped, dropped_arrays
+from mmjax.nn.dense import Dense
+from mmjax.nn.positions import Placed, Positions, Table, grid, place
+from mmjax.nn.stream import Stream
 
 FITS = ("crop", "pad", "squash")
 _BILINEAR = 2  # with support for shrinking
@@ -33,7 +34,7 @@ class ImageInput:
       crop: smallest area, as a fraction, of a random crop in training; 1.0 for none.
       flip: mirror at random in training.
       background: grey value behind transparent pixels, 0 to 255; at random in training where -1.
-      drop: the part of the tokens that training drops, see `mmjax.modality.dropped`.
+      drop: the part of the tokens that training drops, see `mmjax.modalities.base.dropped`.
       fit: how a picture that is not square becomes one. `crop`: its shorter side becomes `size`, and of the longer one
         the middle is taken; a random crop in training is that of Inception, of `crop_aspect`, and becomes a square.
         `pad`: its longer side becomes `size`, and the rest is background. `squash`: both sides become `size`.
@@ -59,7 +60,7 @@ class Image(Placed, Modality[ImageInput]):
       patch: side of a patch in pixels.
       buckets: position buckets per axis.
       max_pixels: pixels of a picture as it is stored, beyond which it is not decoded.
-      positions, positions_scale: see `mmjax.layers.positions.Placed`; without positions, a picture has any size.
+      positions, positions_scale: see `mmjax.nn.positions.Placed`; without positions, a picture has any size.
     """
 
     Input = ImageInput
@@ -251,7 +252,7 @@ def unpatchify(patches_BSP: jax.Array, height: int, width: int, patch: int) -> j
 class ImageStem(nnx.Module):
     """`{"pixels": uint8[B, H, W, 3]} ->` a stream of `(H/p)(W/p)` tokens, of the patches' values in [-1, 1]."""
 
-    bound = 1.0  # see `mmjax.modality.Stem`
+    bound = 1.0  # see `mmjax.modalities.base.Stem`
 
     def __init__(self, patch: int, width: int, positions: Positions | Table | None):
         self.patch = patch
@@ -277,3 +278,13 @@ class ImageStem(nnx.Module):
             return by_axis(arrays["coordinates"], ("y", "x"))
         height, width = arrays["pixels"].shape[1:3]
         return grid(y=height // self.patch, x=width // self.patch)
+
+
+def as_pixels(images_BHWC: jax.Array) -> jax.Array:
+    """uint8 of values in [0, 1]; what lies outside is cut."""
+    return jnp.round(jnp.clip(images_BHWC, 0, 1) * 255).astype(jnp.uint8)
+
+
+def patch_side(patches_BSP: jax.Array) -> int:
+    """The side of square patches of three channels."""
+    return round((patches_BSP.shape[-1] / 3) ** 0.5)

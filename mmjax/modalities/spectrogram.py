@@ -11,11 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmjax.bounds import AMOUNT, COUNT, PART, POSITIVE, SIZE, check
-from mmjax.errors import UserError
-from mmjax.layers.dense import Dense
-from mmjax.layers.positions import Placed, Positions, Table, grid, place
-from mmjax.layers.stream import Stream
+from mmjax.core.bounds import AMOUNT, COUNT, PART, POSITIVE, SIZE, check
+from mmjax.core.errors import UserError
+from mmjax.modalities.base import ArraySpec, Modality, by_axis, dropped, dropped_arrays
 from mmjax.modalities.waveform import (
     MAX_SECONDS,
     Sound,
@@ -25,7 +23,9 @@ from mmjax.modalities.waveform import (
     read,
     window,
 )
-from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays
+from mmjax.nn.dense import Dense
+from mmjax.nn.positions import Placed, Positions, Table, grid, place
+from mmjax.nn.stream import Stream
 
 FLOOR = 1e-8
 """Smallest energy told apart, -80 dB of full scale."""
@@ -49,7 +49,7 @@ class SpectrogramInput:
         zeros.
       rate: samples per second of the field, where it does not say so itself; 0 for the modality's.
       gain: largest random change of loudness in training, up or down, in dB.
-      drop: the part of the tokens that training drops, see `mmjax.modality.dropped`.
+      drop: the part of the tokens that training drops, see `mmjax.modalities.base.dropped`.
     """
 
     field: str = "audio"
@@ -83,7 +83,7 @@ class Spectrogram(Placed, Modality[SpectrogramInput]):
       low, high: Hz where the first band begins and the last one ends; at most half the rate.
       buckets: position buckets in time; the patches of the longest sound at least.
       max_seconds: length of a sound as it is stored, beyond which it is not decoded.
-      positions, positions_scale: see `mmjax.layers.positions.Placed`; without positions, a sound has any length.
+      positions, positions_scale: see `mmjax.nn.positions.Placed`; without positions, a sound has any length.
     """
 
     Input = SpectrogramInput
@@ -220,7 +220,7 @@ def _bands(rate: int, window: int, mels: int, low: float, high: float) -> Any:
 class SpectrogramStem(nnx.Module):
     """`{"mel": float32[B, T, M], "valid": bool[B, T/p]} ->` a stream of `(T/p)(M/q)` tokens, time first."""
 
-    bound = None  # see `mmjax.modality.Stem`
+    bound = None  # see `mmjax.modalities.base.Stem`
 
     def __init__(self, patch: tuple[int, int], width: int, positions: Positions | Table | None):
         self.patch = patch

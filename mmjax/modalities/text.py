@@ -14,15 +14,15 @@ from etils import epath
 from flax import nnx
 from jax.nn import initializers
 
-from mmjax.bounds import COUNT, check
+from mmjax.core.bounds import COUNT, check
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import declare
+from mmjax.core.sharding import constrain
 from mmjax.data import DATA_DIR_VARIABLE, data_dir
 from mmjax.data.tokenizer import TokenIds, Tokenizer
-from mmjax.errors import UserError
-from mmjax.layers.positions import Placed, Positions, Table, place
-from mmjax.layers.stream import Stream
-from mmjax.modality import ArraySpec, Modality, asset_name
-from mmjax.parameters import declare
-from mmjax.sharding import constrain
+from mmjax.modalities.base import ArraySpec, Modality, asset_name
+from mmjax.nn.positions import Placed, Positions, Table, place
+from mmjax.nn.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Text(Placed, Modality[TextInput]):
       pad_vocabulary_to: the table's rows are the first multiple of it that holds the tokenizer; 0 for any number that
         does. Ids without a piece are never written.
       end: the piece that closes a text; by default as the tokenizer's file says, or under a usual name.
-      positions, positions_scale: see `mmjax.layers.positions.Placed`; without positions, a text has any length.
+      positions, positions_scale: see `mmjax.nn.positions.Placed`; without positions, a text has any length.
     """
 
     Input = TextInput

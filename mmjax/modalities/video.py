@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmjax import pictures
-from mmjax.bounds import COUNT, check
-from mmjax.errors import UserError
-from mmjax.layers.dense import Dense
-from mmjax.layers.positions import Placed, Positions, Table, grid, place
-from mmjax.layers.stream import Stream
+from mmjax.core.bounds import COUNT, check
+from mmjax.core.errors import UserError
+from mmjax.data import pictures
+from mmjax.modalities.base import ArraySpec, Modality, by_axis, dropped, dropped_arrays, start_of
 from mmjax.modalities.image import Image, ImageInput, check_view
-from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays, start_of
+from mmjax.nn.dense import Dense
+from mmjax.nn.positions import Placed, Positions, Table, grid, place
+from mmjax.nn.stream import Stream
 
 _VIEW = ("size", "crop", "flip", "background", "fit", "crop_aspect")  # what every frame is seen by
 _MOVING = ("GIF", "PNG", "WEBP")
@@ -40,7 +40,7 @@ class VideoInput:
       stride: of every `stride` frames one is taken.
       size, crop, flip, background, fit, crop_aspect: as for images; a crop, a mirroring and a grey are those of all
         frames.
-      drop: the part of the tokens that training drops, see `mmjax.modality.dropped`.
+      drop: the part of the tokens that training drops, see `mmjax.modalities.base.dropped`.
     """
 
     field: str = "video"
@@ -66,7 +66,7 @@ class Video(Placed, Modality[VideoInput]):
       buckets: position buckets in height and in width; the tubes of the largest picture at least.
       max_pixels: pixels of a frame as it is stored, beyond which it is not decoded.
       max_frames: frames of a stored video, beyond which it is not decoded.
-      positions, positions_scale: see `mmjax.layers.positions.Placed`; without positions, a video has any size.
+      positions, positions_scale: see `mmjax.nn.positions.Placed`; without positions, a video has any size.
     """
 
     Input = VideoInput
@@ -264,7 +264,7 @@ def _generator(seed: int | None) -> np.random.Generator | None:
 class VideoStem(nnx.Module):
     """`{"pixels": uint8[B, T, H, W, 3]} ->` a stream of `(T/t)(H/p)(W/p)` tokens; a still, T = 1, is one tube."""
 
-    bound = 1.0  # see `mmjax.modality.Stem`
+    bound = 1.0  # see `mmjax.modalities.base.Stem`
 
     def __init__(self, tube: tuple[int, int, int], width: int, positions: Positions | Table | None):
         self.tube = tube

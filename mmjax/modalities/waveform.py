@@ -11,13 +11,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mmjax.bounds import AMOUNT, COUNT, PART, POSITIVE, SIZE, check
-from mmjax.errors import UserError
-from mmjax.layers.dense import Dense
-from mmjax.layers.positions import Placed, Positions, Table, grid, place
-from mmjax.layers.stream import Stream
-from mmjax.modality import ArraySpec, Modality, by_axis, dropped, dropped_arrays, start_of
-from mmjax.wav import check_seconds, read_wav
+from mmjax.core.bounds import AMOUNT, COUNT, PART, POSITIVE, SIZE, check
+from mmjax.core.errors import UserError
+from mmjax.data.wav import check_seconds, read_wav
+from mmjax.modalities.base import ArraySpec, Modality, by_axis, dropped, dropped_arrays, start_of
+from mmjax.nn.dense import Dense
+from mmjax.nn.positions import Placed, Positions, Table, grid, place
+from mmjax.nn.stream import Stream
 
 Sound = tuple[np.ndarray, int]  # float32 samples [N], nominally in [-1, 1], and their rate in Hz
 
@@ -44,7 +44,7 @@ class WaveformInput:
       rate: samples per second of the field, where it does not say so itself; 0 for the modality's.
       level: root mean square that every sound is scaled to; 0 leaves it as recorded.
       gain: largest random change of loudness in training, up or down, in dB.
-      drop: the part of the tokens that training drops, see `mmjax.modality.dropped`.
+      drop: the part of the tokens that training drops, see `mmjax.modalities.base.dropped`.
     """
 
     field: str = "audio"
@@ -67,7 +67,7 @@ class Waveform(Placed, Modality[WaveformInput]):
       rate: samples per second; other sounds are resampled to it.
       buckets: position buckets; the patches of the longest sound at least.
       max_seconds: length of a sound as it is stored, beyond which it is not decoded.
-      positions, positions_scale: see `mmjax.layers.positions.Placed`; without positions, a sound has any length.
+      positions, positions_scale: see `mmjax.nn.positions.Placed`; without positions, a sound has any length.
     """
 
     Input = WaveformInput
@@ -261,7 +261,7 @@ def window(
 ) -> tuple[np.ndarray, int]:
     """A copy float32 `[size]` of the samples, and how many of it are the sound's.
 
-    Of a longer sound, a stretch that begins at a random place (that of `time`, see `mmjax.modality.start_of`), or the
+    Of a longer sound, a stretch that begins at a random place (that of `time`, see `base.start_of`), or the
     middle one where `rng` is None; a shorter one is followed by zeros.
     """
     over = len(samples) - size

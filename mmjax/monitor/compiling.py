@@ -8,18 +8,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import Self, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mmjax import processes
 from mmjax.monitor.tables import console_for, human_seconds, without_control_codes
-
-if TYPE_CHECKING:
-    from mmjax.program import Request
 
 TRACING, COMPILING, COMPILED, CACHED = STATES = ("tracing", "compiling", "compiled", "cached")
 _ENDS = (COMPILED, CACHED)
@@ -33,12 +29,6 @@ class _Program:
     state: str = ""
     since: float = 0.0  # when it was first traced or compiled
     seconds: float = 0.0  # of the whole of it, once it has ended
-
-
-def compiling(requests: Mapping[str, Request], *others: str) -> Compiling:
-    """Return the progress of programs to be compiled, and of `others` by their own words; by one process only."""
-    labels = {name: f"{request.task} {request.kind}" for name, request in requests.items()}
-    return Compiling(labels | {words: words for words in others}, muted=not processes.is_first())
 
 
 class Compiling:

@@ -38,11 +38,11 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from mmjax.errors import UserError
-from mmjax.files import is_local, naming, read_bytes, replace_file
-from mmjax.monitor.lines import LineFile
+from mmjax.core.errors import UserError
+from mmjax.core.files import is_local, naming, read_bytes, replace_file
+from mmjax.core.workdir import METRICS
+from mmjax.monitor.line_file import LineFile
 
-FILE = "metrics.jsonl"
 _WORDS = (
     "kind",
     "task",
@@ -100,8 +100,8 @@ class MetricWriter:
         workdir = epath.Path(workdir)
         self._resume_step = resume_step
         self._is_local = is_local(workdir)
-        _move_replaced(workdir / FILE, resume_step)
-        self._lines = LineFile(workdir / FILE, guard)
+        _move_replaced(workdir / METRICS, resume_step)
+        self._lines = LineFile(workdir / METRICS, guard)
         self._sinks = [*sinks]
         if self._is_local:
             self._sinks.append(_Events(workdir / "tensorboard", resume_step))
@@ -110,7 +110,7 @@ class MetricWriter:
                 "TensorBoard events are left out: %s is not a local directory. "
                 "%s has every number.",
                 workdir,
-                FILE,
+                METRICS,
             )
 
     def write(
@@ -193,13 +193,13 @@ def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
     "nan", "inf" and "-inf" come back as floats. A last line that is still being written is left
     out. Raises `UserError` if a line before the last is broken.
     """
-    path = epath.Path(workdir) / FILE
+    path = epath.Path(workdir) / METRICS
     return [revived(record) for _, record in _records(read_bytes(path), path)]
 
 
 def gaps(workdir: epath.PathLike, stop: int) -> list[tuple[int, int]]:
     """Return the stretches (first step, last step) of training steps before `stop` that have no line."""
-    path = epath.Path(workdir) / FILE
+    path = epath.Path(workdir) / METRICS
     records = [record for _, record in _records(read_bytes(path), path)]
     steps = sorted({r["step"] for r in records if r.get("kind") == "train" and r["step"] < stop})
     edges = zip([-1, *steps], [*steps, stop], strict=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmjax.monitor import phases
+from mmjax.monitor import goodput
 
 WIDTH = 80  # columns where the stream is no terminal
 _NUMBER = re.compile(
@@ -207,7 +207,7 @@ def summary_tables(found: Mapping[str, Any], stream: TextIO | None = None) -> No
     seconds, total = found["seconds"], found["seconds"]["total"]
     spent = [
         (row["label"], human_seconds(row["seconds"]), percent(row["share"]))
-        for row in phases.rows(seconds)
+        for row in goodput.rows(seconds)
     ]
     attempts = f"{seconds['attempts']:.0f} attempt{'s' if seconds['attempts'] != 1 else ''}"
     table(f"Time ({human_seconds(total)} in {attempts})", ("spent on", "time", "share"), spent, stream)  # fmt: skip

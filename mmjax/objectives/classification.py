@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from mmjax.errors import UserError, nearest
-from mmjax.layers.dense import Dense, LayerNorm, lecun
-from mmjax.layers.stream import mean_pool
-from mmjax.modality import Input
+from mmjax.core.errors import UserError, nearest
+from mmjax.modalities.base import Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Loss, Objective
-from mmjax.source import Example
+from mmjax.nn.dense import Dense, LayerNorm, lecun
+from mmjax.nn.stream import mean_pool
+from mmjax.objectives.base import Loss, Objective
+from mmjax.sources.base import Example
 
 INITIALIZERS = {"zeros": initializers.zeros, "lecun": lecun}
 NORMS = ("none", "layer")

@@ -12,21 +12,21 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.nn import initializers
 
-from mmjax.bounds import AMOUNT, COUNT, POSITIVE, check
+from mmjax.core.bounds import AMOUNT, COUNT, POSITIVE, check
+from mmjax.core.errors import UserError, nearest
+from mmjax.core.parameters import declare
 from mmjax.data.tokenizer import TokenIds
-from mmjax.errors import UserError, nearest
-from mmjax.generation import Sampling, generate
-from mmjax.layers.dense import Dense
-from mmjax.layers.masks import Causal
-from mmjax.layers.pooler import Pooler
-from mmjax.layers.stream import Aux, Stream, add_up
-from mmjax.layers.trunk import GroupConfig, Trunk
-from mmjax.modality import Input
+from mmjax.generation.decoding import Sampling, generate
+from mmjax.modalities.base import Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Loss, Part, Represented, row_keys
+from mmjax.nn.dense import Dense
+from mmjax.nn.masks import Causal
+from mmjax.nn.pooler import Pooler
+from mmjax.nn.stream import Aux, Stream, add_up
+from mmjax.nn.trunk import GroupConfig, Trunk
+from mmjax.objectives.base import Loss, Part, Represented, row_keys
 from mmjax.objectives.contrastive import Contrastive, unit
 from mmjax.objectives.transfusion import next_token_losses
-from mmjax.parameters import declare
 
 POOLING = ("cascade", "parallel")
 

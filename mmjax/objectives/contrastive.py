@@ -13,16 +13,16 @@ import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
-from mmjax.bounds import COUNT, check
-from mmjax.errors import UserError, nearest
-from mmjax.layers.dense import Dense
-from mmjax.layers.masks import Same
-from mmjax.layers.stream import Stream, add_up, mean_pool, segments
-from mmjax.modality import Input
+from mmjax.core.bounds import COUNT, check
+from mmjax.core.errors import UserError, nearest
+from mmjax.core.parameters import declare
+from mmjax.core.sharding import constrain, split_rows
+from mmjax.modalities.base import Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Coupled, Loss, Part, Represented
-from mmjax.parameters import declare
-from mmjax.sharding import constrain, split_rows
+from mmjax.nn.dense import Dense
+from mmjax.nn.masks import Same
+from mmjax.nn.stream import Stream, add_up, mean_pool, segments
+from mmjax.objectives.base import Coupled, Loss, Part, Represented
 
 MAX_SCALE = 100.0  # bound of CLIP's learned scale
 

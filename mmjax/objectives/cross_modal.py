@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from mmjax.bounds import AMOUNT, COUNT, check
-from mmjax.errors import UserError, nearest
-from mmjax.layers.dense import Dense, LayerNorm
-from mmjax.layers.stream import add_up, mean_pool
-from mmjax.modality import PRESENT, Input
+from mmjax.core.bounds import AMOUNT, COUNT, check
+from mmjax.core.errors import UserError, nearest
+from mmjax.core.parameters import declare
+from mmjax.modalities.base import PRESENT, Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Coupled, Loss, Part, Represented
+from mmjax.nn.dense import Dense, LayerNorm
+from mmjax.nn.stream import add_up, mean_pool
+from mmjax.objectives.base import Coupled, Loss, Part, Represented
 from mmjax.objectives.contrastive import concepts, info_nce_of, unit
-from mmjax.parameters import declare
 
 SPACES = ("disjoint", "linear")
 Pair = tuple[str, str]

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from mmjax.errors import UserError, nearest
-from mmjax.layers.bottleneck import FUSION
-from mmjax.layers.masks import FULL, Mask, QueryIs, Same
-from mmjax.layers.stream import Aux, Stream, mean_pool, segments
-from mmjax.modality import Input
+from mmjax.blocks.bottleneck import FUSION
+from mmjax.core.errors import UserError, nearest
+from mmjax.core.parameters import declare
+from mmjax.modalities.base import Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Loss
+from mmjax.nn.masks import FULL, Mask, QueryIs, Same
+from mmjax.nn.stream import Aux, Stream, mean_pool, segments
+from mmjax.objectives.base import Loss
 from mmjax.objectives.classification import Classification, Classifier, cross_entropy
-from mmjax.parameters import declare
 
 MASKS: Mapping[str, Mask] = {
     "full": FULL,

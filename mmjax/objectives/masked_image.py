@@ -11,17 +11,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
-from mmjax.bounds import COUNT, check
-from mmjax.errors import UserError
-from mmjax.layers.dense import Dense
-from mmjax.layers.positions import Positions
-from mmjax.layers.stream import Stream, add_up
-from mmjax.layers.trunk import GroupConfig, Trunk
-from mmjax.modalities.image import patchify, unpatchify
-from mmjax.modality import Input
+from mmjax.core.bounds import COUNT, check
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import declare
+from mmjax.modalities.base import Input
+from mmjax.modalities.image import as_pixels, patch_side, patchify, unpatchify
 from mmjax.model import Batch, Model
-from mmjax.objective import Loss, Objective, refuse_drop, row_keys
-from mmjax.parameters import declare
+from mmjax.nn.dense import Dense
+from mmjax.nn.positions import Positions
+from mmjax.nn.stream import Stream, add_up
+from mmjax.nn.trunk import GroupConfig, Trunk
+from mmjax.objectives.base import Loss, Objective, refuse_drop, row_keys
 
 HIDDEN = 0.6  # the grey of patches that a picture hides
 
@@ -172,16 +172,6 @@ def moments(x_BSP: jax.Array, eps: float = 1e-6) -> tuple[jax.Array, jax.Array]:
     """Each patch's mean, and its variance + eps; `[B, S, 1]`."""
     mean_BS1 = x_BSP.mean(axis=-1, keepdims=True)
     return mean_BS1, jnp.square(x_BSP - mean_BS1).mean(axis=-1, keepdims=True) + eps
-
-
-def as_pixels(images_BHWC: jax.Array) -> jax.Array:
-    """uint8 of values in [0, 1]; what lies outside is cut."""
-    return jnp.round(jnp.clip(images_BHWC, 0, 1) * 255).astype(jnp.uint8)
-
-
-def patch_side(patches_BSP: jax.Array) -> int:
-    """The side of square patches of three channels."""
-    return round((patches_BSP.shape[-1] / 3) ** 0.5)
 
 
 def masked_error(

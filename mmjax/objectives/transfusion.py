@@ -12,32 +12,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from mmjax.bounds import AMOUNT, COUNT, check
+from mmjax.core.bounds import AMOUNT, COUNT, check
+from mmjax.core.errors import UserError
 from mmjax.data.binning import even_groups
-from mmjax.diffusion import Diffusion
-from mmjax.errors import UserError
-from mmjax.generation import Sampling
-from mmjax.interleaved import Composer
-from mmjax.layers.adapter import Adapter
-from mmjax.layers.masks import FULL, Causal, KeyIs, Mask, QueryIs, Same
-from mmjax.layers.packing import Region, lay, lift, pack, positions, share, unpack
-from mmjax.layers.stream import Aux, Stream, concatenate
-from mmjax.modalities.image import patchify, unpatchify
-from mmjax.modality import Input
+from mmjax.generation.composer import Composer
+from mmjax.generation.decoding import Sampling
+from mmjax.generation.diffusion import Diffusion
+from mmjax.generation.spans import Span
+from mmjax.generation.viewing import span_values, viewed
+from mmjax.modalities.base import Input
+from mmjax.modalities.image import patch_side, patchify, unpatchify
 from mmjax.model import Batch, Model
-from mmjax.objective import (
+from mmjax.nn.adapter import Adapter
+from mmjax.nn.masks import FULL, Causal, KeyIs, Mask, QueryIs, Same
+from mmjax.nn.packing import Region, lay, lift, pack, positions, share, unpack
+from mmjax.nn.stream import Aux, Stream, concatenate
+from mmjax.objectives.base import (
     Coupled,
     Loss,
     Objective,
     Occupancy,
     Part,
     Represented,
-    Span,
     refuse_drop,
     row_keys,
 )
-from mmjax.objectives.masked_image import patch_side
-from mmjax.viewing import span_values, viewed
 
 _ALL = 2**31 - 1  # slots: as many as there can be tokens
 
@@ -101,7 +100,7 @@ class Transfusion(Coupled):
       discrete: those that are predicted token by token; the first of them is what it writes of another modality.
       weight: of the loss of each continuous modality (the paper: 5); 1 of each discrete one.
       weights: by modality, where it is another.
-      target: what diffusion predicts, see `mmjax.diffusion`.
+      target: what diffusion predicts, see `mmjax.generation.diffusion`.
       limit: the largest time of a continuous span that a discrete one comes after (the paper: 0.5, so that there is
         something to tell).
       drop: share of rows that lose a discrete span which comes first, for guidance.
@@ -119,7 +118,7 @@ class Transfusion(Coupled):
       guidance: weight g of a drawn span's guided prediction, `without + g (with - without)`, `without` being without
         the discrete span that comes first and with other `mutual` spans as pure noise; 1 for no guidance. By default
         it is 3 where there is something to be guided by. A number for a sequence without such is an error.
-      sampler: `ddim` (deterministic) or `ddpm` (ancestral), see `mmjax.diffusion`.
+      sampler: `ddim` (deterministic) or `ddpm` (ancestral), see `mmjax.generation.diffusion`.
       sampling: of what is written.
     """
 

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 from etils import epath
 
-from mmjax import commandline, errors
-from mmjax.config import Block
-from mmjax.errors import UserError, nearest
+from mmjax.core import commandline, errors
+from mmjax.core.config import Block
+from mmjax.core.errors import UserError, nearest
+from mmjax.engine.compile import cache_folder
 from mmjax.experiment import Experiment, make_experiment, program_key
 from mmjax.plan.advise import advise
 from mmjax.plan.case import Specification
@@ -21,7 +22,6 @@ from mmjax.plan.report import make_plan
 from mmjax.plan.tables import print_advice, print_plan
 from mmjax.plan.topology import Topology, read_topology, require_compiler
 from mmjax.plan.workers import compile_cases
-from mmjax.program import cache_folder
 
 DOES_NOT_FIT = 1
 

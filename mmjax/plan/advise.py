@@ -6,8 +6,8 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from mmjax.config import Block
-from mmjax.errors import UserError
+from mmjax.core.config import Block
+from mmjax.core.errors import UserError
 from mmjax.experiment import make_experiment
 
 REMATS = ("none", "dots", "full")

@@ -26,15 +26,15 @@ import jax
 import jaxlib
 import numpy as np
 
-from mmjax import config as configs
-from mmjax.chips import Chip, chip
-from mmjax.errors import UserError
+from mmjax.core import config as configs
+from mmjax.core.chips import Chip, chip
+from mmjax.core.errors import UserError
+from mmjax.core.sharding import AXES, make_mesh
+from mmjax.engine.compile import Request
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.plan import cost, hlo
 from mmjax.plan.groups import Layout
 from mmjax.plan.topology import Topology, describe
-from mmjax.program import Request
-from mmjax.sharding import AXES, make_mesh
 
 # Of cached reports; to be raised when what a report holds, or how it is counted, changes.
 FORMAT = 3

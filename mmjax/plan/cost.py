@@ -3,7 +3,7 @@
 Unlike XLA's own count, loops count as often as they run. All of it is read from the compiled text:
 
 - FLOPs of dot products and convolutions, rematerialisation and all (TPUs do every product as a
-  convolution), as `mmjax.flops` counts them in the jaxpr;
+  convolution), as `mmjax.analysis.flops` counts them in the jaxpr;
 - bytes between main memory and the chip: operands and results of every instruction outside of fusions,
   without what stays in on-chip memory; a slice of a stacked array counts as the slice;
 - bytes that a device sends in collectives, by kind, mesh axes and wire. N devices in a ring, of S
@@ -19,7 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from mmjax.flops import meeting
+from mmjax.analysis.flops import meeting
 from mmjax.plan.groups import Layout, groups_of
 from mmjax.plan.hlo import Array, Computation, Instruction, Module
 

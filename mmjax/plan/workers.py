@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
-from mmjax.errors import UserError
+from mmjax.core.errors import UserError
 from mmjax.plan.case import Specification
 from mmjax.plan.topology import environment
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mmjax.errors import UserError
-from mmjax.identity import identity, sample
-from mmjax.source import Example, Examples, Source
+from mmjax.core.errors import UserError
+from mmjax.data.identity import identity, sample
+from mmjax.sources.base import Example, Examples, Source
 
 MANIFEST = "manifest.json"
 _THREADS = 16
@@ -140,7 +140,7 @@ def _count(file: epath.Path) -> tuple[int, str]:
 
 
 def _manifest(folder: epath.Path) -> Mapping[str, Any]:
-    """The manifest that `mmjax.data.convert` wrote, or nothing."""
+    """The manifest that `mmjax.convert.convert` wrote, or nothing."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (FileNotFoundError, ValueError):

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmjax import config as configs
-from mmjax.errors import UserError
-from mmjax.identity import facts_of, identity, records_of
-from mmjax.source import Example, Examples, Source
+from mmjax.core import config as configs
+from mmjax.core.errors import UserError
+from mmjax.data.identity import facts_of, identity, records_of
+from mmjax.sources.base import Example, Examples, Source
 
 
 @dataclass(frozen=True)

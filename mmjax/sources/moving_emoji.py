@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.bounds import COUNT, check
+from mmjax.core.bounds import COUNT, check
+from mmjax.core.errors import RecordError, UserError
 from mmjax.data import order
-from mmjax.errors import RecordError, UserError
-from mmjax.identity import facts_of, identity, records_of
+from mmjax.data.identity import facts_of, identity, records_of
 from mmjax.modalities.image import Image
-from mmjax.source import Cached, Example, Examples, Source, integer
+from mmjax.sources.base import Cached, Example, Examples, Source, integer
 from mmjax.sources.tfds import Tfds
 
 DIRECTIONS = "right|down right|down|down left|left|up left|up|up right".split("|")

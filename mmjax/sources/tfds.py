@@ -16,11 +16,11 @@ import numpy as np
 from etils import epath
 
 import mmjax.data
-from mmjax import pictures
-from mmjax.data import build, data_dir
-from mmjax.errors import UserError, nearest
-from mmjax.identity import identity, sample
-from mmjax.source import Example, Examples, Source
+from mmjax.core.errors import UserError, nearest
+from mmjax.data import data_dir, pictures
+from mmjax.data.identity import identity, sample
+from mmjax.datasets import build
+from mmjax.sources.base import Example, Examples, Source
 
 FEATURES = "features.json"
 _CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
@@ -240,7 +240,7 @@ def _check_files(source: Tfds, builder: Any, split: Any) -> None:
 
 
 def own_data_sets() -> list[str]:
-    """Names that `python -m mmjax.data.build` may know: the modules beside it."""
+    """Names that `python -m mmjax.datasets.build` may know: the modules beside it."""
     return [m.name for m in pkgutil.iter_modules(mmjax.data.__path__)]
 
 

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmjax.layers.experts import Experts
-from mmjax.layers.stream import Stream
-from mmjax.parameters import Declaration
+from mmjax.core.parameters import Declaration
+from mmjax.core.sharding import MeshConfig, make_mesh, named
+from mmjax.nn.experts import Experts
+from mmjax.nn.stream import Stream
 from mmjax.plan.cost import cost
 from mmjax.plan.groups import Layout
 from mmjax.plan.hlo import parse
 from mmjax.plan.topology import Topology, describe
-from mmjax.sharding import MeshConfig, make_mesh, named
 
 ROWS, LENGTH, WIDTH, HIDDEN, GROUP = 64, 256, 256, 1024, 1024
 ROUTERS: dict[str, dict[str, Any]] = {

@@ -14,11 +14,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmjax.layers.attend import attend
-from mmjax.layers.grouped import grouped
-from mmjax.layers.masks import Causal, Pairs, Same
+from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.nn.attention_kernels import attend
+from mmjax.nn.grouped_matmul import grouped
+from mmjax.nn.masks import Causal, Pairs, Same
 from mmjax.plan.topology import Topology, describe
-from mmjax.sharding import MeshConfig, make_mesh
 
 LENGTH, ROWS = 2048, 4096
 

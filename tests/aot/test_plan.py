@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from mains import run
 
-from mmjax import config as configs
+from mmjax.core import config as configs
 from mmjax.experiment import make_experiment
 from mmjax.plan.__main__ import main, program_names
 

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import captions, run
 from benchmarks.captions import anew, cached
-from mmjax import config as configs
+from mmjax.core import config as configs
 from mmjax.experiment import make_experiment
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "coca_tiny.py"

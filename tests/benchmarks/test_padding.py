@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.experiments.padding import measure
-from mmjax import config as configs
+from mmjax.core import config as configs
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

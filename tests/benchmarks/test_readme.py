@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import readme
-from mmjax.errors import UserError
+from mmjax.core.errors import UserError
 
 
 def case(name: str, kind: str = "cpu", wanted: str = "below 1") -> dict[str, object]:

@@ -17,8 +17,8 @@ from benchmarks import run, transfusion
 from benchmarks._steps import random_batch
 from benchmarks._transfusion_pytorch import Peer, Sizes
 from mmjax.experiment import Experiment, make_experiment
-from mmjax.layers.stream import Stream
-from mmjax.layers.trunk import Trunk
+from mmjax.nn.stream import Stream
+from mmjax.nn.trunk import Trunk
 
 WORDS = (f"--extra={EXTRA}", f"--config={CONFIG}", "--only=transfusion", "--pairs=3")
 

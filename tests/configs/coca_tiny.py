@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mmjax.config import load_module
+from mmjax.core.config import load_module
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 small = load_module(CONFIGS / "coca_small.py")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmjax import config as configs
+from mmjax.core import config as configs
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.py"
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmjax.core.errors import UserError
 from mmjax.data import order
 from mmjax.data.binning import even_groups
-from mmjax.data.loader import arranged_rows
-from mmjax.errors import UserError
+from mmjax.engine.loader import arranged_rows
 from mmjax.objectives.transfusion import Transfusion
 from mmjax.task import check_batch
 

@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 from etils import epath
 
-from mmjax import checkpoint
-from mmjax.data.convert import convert
-from mmjax.data.loader import Loader, LoaderConfig, make_batch
+from mmjax.convert.convert import convert
+from mmjax.core.errors import UserError
+from mmjax.data.identity import is_same
 from mmjax.data.order import example_ids
-from mmjax.errors import UserError
-from mmjax.identity import is_same
+from mmjax.engine import checkpoint
+from mmjax.engine.loader import Loader, LoaderConfig, make_batch
+from mmjax.engine.state import Clock
 from mmjax.loading import find_step
 from mmjax.modalities.image import Image
-from mmjax.schedule import from_config
-from mmjax.settings import Settings
-from mmjax.source import Examples
+from mmjax.schedule.phases import Settings
+from mmjax.schedule.stretches import from_config
 from mmjax.sources.array_record import ArrayRecord
+from mmjax.sources.base import Examples
 from mmjax.sources.tfds import Tfds
-from mmjax.state import Clock
 from mmjax.task import RowSpec, Task, make_task
 
 COUNT, SHARDS, BATCH = 40, 2, 8

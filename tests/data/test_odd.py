@@ -15,17 +15,17 @@ import toyrun
 from harness import deterministic, log
 from toyrun import run
 
-from mmjax.data.loader import make_batch
-from mmjax.errors import UserError
-from mmjax.evaluator import Pass, row_spec
+from mmjax.core.errors import UserError
+from mmjax.engine.loader import make_batch
+from mmjax.engine.state import Clock
+from mmjax.evaluators.base import Pass, row_spec
 from mmjax.modalities.image import Image
 from mmjax.modalities.text import Text
 from mmjax.modalities.video import Video
 from mmjax.modalities.waveform import Waveform
 from mmjax.objectives.classification import Classification
-from mmjax.schedule import from_config
-from mmjax.source import Examples
-from mmjax.state import Clock
+from mmjax.schedule.stretches import from_config
+from mmjax.sources.base import Examples
 from mmjax.task import RowSpec, make_input, make_task
 
 

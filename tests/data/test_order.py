@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmjax.core.errors import UserError
 from mmjax.data import order
-from mmjax.errors import UserError
 
 SEEDS = st.integers(0, 2**64 - 1)
 NAMES = st.text(max_size=8)

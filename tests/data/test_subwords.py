@@ -16,8 +16,8 @@ import tokenizer_files as files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmjax.core.errors import UserError
 from mmjax.data.tokenizer import TokenIds, Tokenizer
-from mmjax.errors import UserError
 
 
 @pytest.fixture(scope="module")

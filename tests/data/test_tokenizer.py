@@ -13,8 +13,8 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmjax.core.errors import UserError
 from mmjax.data.tokenizer import Tokenizer, train
-from mmjax.errors import UserError
 
 PAD, BOS, EOS = 0, 2, 3
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white"]

@@ -12,9 +12,9 @@ from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax.errors import UserError
-from mmjax.evaluator import row_spec
+from mmjax.core.errors import UserError
 from mmjax.evaluators.accuracy import Accuracy, rank
+from mmjax.evaluators.base import row_spec
 from mmjax.experiment import make_experiment
 from mmjax.modalities.image import Image
 from mmjax.modalities.text import Text
@@ -167,7 +167,7 @@ def test_groups_of_drawings_are_learnt(command: Any, tmp_path: Path) -> None:
 
 
 def test_the_experiment_compiles_one_program_for_it(emoji_dir: epath.Path, tmp_path: Path) -> None:
-    from mmjax import commandline
+    from mmjax.core import commandline
 
     block = commandline.read_config(config(tmp_path, classes=9, steps=2), [])
     passes = make_experiment(block).passes()

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mmjax
+from mmjax.core.errors import UserError
 from mmjax.data.tokenizer import TokenIds
-from mmjax.errors import UserError
 from mmjax.evaluators.captions import Captions, entropy, f1, match, texts
 from mmjax.modalities.colours import Colours
 from mmjax.modalities.image import Image

@@ -12,20 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.errors import UserError
-from mmjax.evaluator import Pass, Record, function, make_evaluators, row_spec
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Declaration
+from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.engine.steps import eval_request
+from mmjax.evaluators.base import Pass, Record, function, make_evaluators, row_spec
 from mmjax.evaluators.held_out_loss import HeldOutLoss
 from mmjax.evaluators.retrieval import Retrieval
-from mmjax.layers.trunk import GroupConfig
+from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.text import Text, TextInput
-from mmjax.modality import Input
 from mmjax.model import ModelConfig, declare_model
-from mmjax.objective import Loss, Objective
+from mmjax.nn.trunk import GroupConfig
+from mmjax.objectives.base import Loss, Objective
 from mmjax.objectives.transfusion import Transfusion
-from mmjax.parameters import Declaration
-from mmjax.program import eval_request
-from mmjax.sharding import MeshConfig, make_mesh
 from mmjax.task import Task, TaskConfig
 
 SOURCE = {"name": "tfds", "dataset": "emoji", "split": "test_concept"}

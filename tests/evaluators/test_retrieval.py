@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mmjax.errors import UserError
+from mmjax.core.errors import UserError
 from mmjax.evaluators import retrieval
 from mmjax.evaluators.retrieval import Retrieval, chance, place, recall
 from mmjax.objectives.contrastive import Contrastive

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.parameters import Declaration
+from mmjax.core.parameters import Declaration
 
 ROWS, LENGTH, WIDTH, HIDDEN, COUNT = 4, 6, 5, 7, 3
 LAYOUT = (("text", 2), ("image", 4))

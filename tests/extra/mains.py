@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mmjax import errors
+from mmjax.core import errors
 
 Main = Callable[[Sequence[str]], int | None]
 

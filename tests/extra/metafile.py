@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmjax.integrity import seal, unseal
+from mmjax.engine.integrity import seal, unseal
 
 
 @contextmanager

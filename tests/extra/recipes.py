@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from mmjax import config as configs
+from mmjax.core import config as configs
 from mmjax.experiment import Experiment, make_experiment
 
 ROOT = Path(__file__).parents[2]

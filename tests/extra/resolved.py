@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mmjax import config as configs
+from mmjax.blocks.bottleneck import Bottleneck
+from mmjax.blocks.transformer import Transformer
+from mmjax.core import config as configs
 from mmjax.experiment import Experiment
-from mmjax.layers.bottleneck import Bottleneck
-from mmjax.layers.experts import ExpertsConfig
-from mmjax.layers.transformer import Transformer
-from mmjax.layers.trunk import GroupConfig
+from mmjax.nn.experts import ExpertsConfig
+from mmjax.nn.trunk import GroupConfig
 
 Values = dict[str, Any]
 
@@ -83,7 +83,7 @@ def layers(groups: Sequence[GroupConfig], at: str) -> Values:
 
 def written(block: Mapping[str, Any]) -> Values:
     """Return a block with its defaults."""
-    cls = configs.resolve("layers", block["name"], "layer")
+    cls = configs.resolve("blocks", block["name"], "layer")
     layer = {**defaults(cls), **block}
     if cls is Bottleneck:
         layer = {**defaults(Transformer), **layer}

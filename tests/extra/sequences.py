@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax.layers.trunk import GroupConfig
+from mmjax.core.parameters import Declaration
+from mmjax.generation.spans import Span
+from mmjax.modalities.base import Input
 from mmjax.modalities.colours import Colours
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.spectrogram import Spectrogram, SpectrogramInput
 from mmjax.modalities.text import Text, TextInput
 from mmjax.modalities.video import Video, VideoInput
-from mmjax.modality import Input
 from mmjax.model import ModelConfig, declare_model
-from mmjax.objective import Span
+from mmjax.nn.trunk import GroupConfig
 from mmjax.objectives.transfusion import Draws, Transfusion
-from mmjax.parameters import Declaration
 
 ROWS, SIZE, LENGTH, WIDTH, VOCABULARY = 4, 4, 5, 8, 11
 VALID = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]], bool)

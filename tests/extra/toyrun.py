@@ -14,16 +14,19 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from mmjax import checkpoint, loop, show, train
-from mmjax import config as configs
-from mmjax.config import Block
-from mmjax.data.loader import make_batch, place
-from mmjax.evaluator import Record
+from mmjax import show, train
+from mmjax.core import config as configs
+from mmjax.core.config import Block
+from mmjax.core.parameters import digest
+from mmjax.core.sharding import batch_sharding, make_mesh
+from mmjax.engine import checkpoint
+from mmjax.engine.compile import use_cache
+from mmjax.engine.loader import make_batch, place
+from mmjax.engine.state import State, compute_dtype, init_state, shardings
+from mmjax.engine.steps import ticks
+from mmjax.evaluators.base import Record
 from mmjax.experiment import Experiment, make_experiment
-from mmjax.parameters import digest
-from mmjax.program import ticks, use_cache
-from mmjax.sharding import batch_sharding, make_mesh
-from mmjax.state import State, compute_dtype, init_state, shardings
+from mmjax.training import loop
 
 EXTRA = Path(__file__).resolve().parent
 CONFIG = EXTRA.parent / "configs" / "toy.py"

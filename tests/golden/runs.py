@@ -28,9 +28,10 @@ sys.path[:0] = [str(HERE.parent / "extra"), str(HERE.parent / "pod")]
 import toyrun  # noqa: E402
 
 import mmjax  # noqa: E402
-from mmjax import checkpoint, evaluate  # noqa: E402
-from mmjax import config as configs  # noqa: E402
-from mmjax.config import Block  # noqa: E402
+from mmjax import evaluate  # noqa: E402
+from mmjax.core import config as configs  # noqa: E402
+from mmjax.core.config import Block  # noqa: E402
+from mmjax.engine import checkpoint  # noqa: E402
 
 TEXTS = ("a red apple", "violin", "")
 

@@ -393,7 +393,10 @@ SLEEPER = "import os, sys, time; print(os.getpid(), flush=True); {more} time.sle
 @pytest.mark.parametrize("by", ["signal", "pipe"])
 def test_a_member_ends_when_its_launcher_is_killed(by: str, tmp_path: Path) -> None:
     """By the signal that Linux sends then; and without it, by the pipe that the launcher held."""
-    more = {"signal": "", "pipe": "from mmjax import processes; processes._follow_launcher();"}[by]
+    more = {
+        "signal": "",
+        "pipe": "from mmjax.engine import processes; processes._follow_launcher();",
+    }[by]
     words = [sys.executable, "-c", SLEEPER.format(more=more)]
     without = "jobs.end_with = lambda launcher: None; " if by == "pipe" else ""
     code = (
@@ -424,7 +427,7 @@ def status_of(pid: int) -> str:
 
 
 def test_a_lifeline_that_was_not_handed_on_ends_nobody() -> None:
-    code = "from mmjax import processes; import time; processes._follow_launcher(); time.sleep(0.2)"
+    code = "from mmjax.engine import processes; import time; processes._follow_launcher(); time.sleep(0.2)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MMJAX_LIFELINE": "97"}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 

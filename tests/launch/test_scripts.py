@@ -247,7 +247,7 @@ def test_quickstart_sets_up_builds_and_trains_in_the_root(machine: Machine) -> N
     assert venv == f"3.11.7 -m venv {machine.root}/.venv"
     assert pip_version == "3.11.7 -m pip --version"
     assert install.startswith("3.11.7 -m pip install") and install.endswith("--editable .[data]")
-    assert build == "3.11.7 -m mmjax.data.build quickstart"
+    assert build == "3.11.7 -m mmjax.datasets.build quickstart"
     assert train == (
         "3.11.7 -m mmjax.train --config=configs/quickstart.py --workdir=runs/quickstart"
         " --config.steps=3 --config.note=a b"
@@ -261,7 +261,7 @@ def test_second_time_calls_no_pip(machine: Machine) -> None:
     machine.forget_calls()
     result = machine.launch("quickstart.sh", "--setup_only")
     assert result.returncode == 0, result.stderr
-    assert machine.calls() == ["3.11.7 -m mmjax.data.build quickstart"]
+    assert machine.calls() == ["3.11.7 -m mmjax.datasets.build quickstart"]
 
 
 def test_second_time_keeps_the_environment_when_another_python3_comes_first(
@@ -272,7 +272,7 @@ def test_second_time_keeps_the_environment_when_another_python3_comes_first(
     machine.forget_calls()
     machine.add(machine.bin / "python3", "3.12.1")
     machine.launch("quickstart.sh", "--setup_only")
-    assert machine.calls() == ["3.11.7 -m mmjax.data.build quickstart"]
+    assert machine.calls() == ["3.11.7 -m mmjax.datasets.build quickstart"]
 
 
 def test_a_chosen_python_of_another_version_rebuilds(machine: Machine) -> None:
@@ -315,7 +315,7 @@ def test_a_first_install_cut_short_is_made_again_from_nothing(machine: Machine) 
         "venv",
         "pip",
         "pip",
-        "mmjax.data.build",
+        "mmjax.datasets.build",
     ]
     assert not leftover.exists()
 
@@ -389,7 +389,7 @@ def test_a_folder_that_is_no_environment_is_left_alone(machine: Machine) -> None
 
 def test_data_that_cannot_be_built_stops_before_training(machine: Machine) -> None:
     machine.add(machine.bin / "python3")
-    machine.fail_on("mmjax.data.build")
+    machine.fail_on("mmjax.datasets.build")
     result = machine.launch("quickstart.sh")
     assert result.returncode == 2
     assert result.stderr.endswith("error: the data could not be built; the reason stands above.\n")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image as Pil
 
-from mmjax.errors import UserError
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Declaration
+from mmjax.modalities.base import Input
 from mmjax.modalities.colours import Colours
 from mmjax.modalities.image import ImageInput
-from mmjax.modality import Input
-from mmjax.parameters import Declaration
 
 
 def given(size: int = 2, **more: int) -> Input:

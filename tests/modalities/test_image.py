@@ -14,15 +14,15 @@ import pytest
 from PIL import Image as Pil
 from scipy.stats import ks_1samp, ks_2samp, uniform
 
-from mmjax.config import key_class
-from mmjax.errors import UserError
-from mmjax.layers.stream import Stream
-from mmjax.migrations import upgrade
+from mmjax.core.config import key_class
+from mmjax.core.errors import UserError
+from mmjax.core.migrations import upgrade
+from mmjax.core.parameters import Declaration
+from mmjax.modalities.base import Input
 from mmjax.modalities.colours import Colours
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.video import Video
-from mmjax.modality import Input
-from mmjax.parameters import Declaration
+from mmjax.nn.stream import Stream
 from mmjax.task import make_input
 
 IMAGE = Image(patch=4, buckets=8)

@@ -12,10 +12,10 @@ import scipy.signal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax.errors import UserError
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Declaration
+from mmjax.modalities.base import Input
 from mmjax.modalities.spectrogram import Spectrogram, SpectrogramInput, cut, mel, triangles
-from mmjax.modality import Input
-from mmjax.parameters import Declaration
 
 SMALL = Spectrogram(patch_frames=2, patch_mels=4, mels=8, rate=8000, window=256, hop=64, high=3800)
 

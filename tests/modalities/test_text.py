@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import tokenizer_files
 
-from mmjax import config as configs
-from mmjax import migrations
+from mmjax.core import config as configs
+from mmjax.core import migrations
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Declaration
 from mmjax.data import tokenizer
 from mmjax.data.tokenizer import EOS_ID, PAD_ID, TokenIds, Tokenizer
-from mmjax.errors import UserError
+from mmjax.modalities.base import Input, asset_name
 from mmjax.modalities.text import Text, TextInput
-from mmjax.modality import Input, asset_name
-from mmjax.parameters import Declaration
 
 TEXTS = ["red apple", "green apple", "grinning face", "face with tears of joy"]
 PIECES = 300

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as Pil
 
-from mmjax.errors import UserError
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Declaration
+from mmjax.modalities.base import Input
 from mmjax.modalities.video import Video, VideoInput, cut
-from mmjax.modality import Input
-from mmjax.parameters import Declaration
 
 VIDEO = Video(tube=2, patch=4)
 

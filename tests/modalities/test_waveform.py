@@ -16,13 +16,13 @@ import scipy.signal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmjax.errors import UserError
-from mmjax.layers.positions import Positions
-from mmjax.migrations import upgrade
+from mmjax.core.errors import UserError
+from mmjax.core.migrations import upgrade
+from mmjax.core.parameters import Declaration
+from mmjax.modalities.base import Input
 from mmjax.modalities.spectrogram import Spectrogram
 from mmjax.modalities.waveform import Waveform, WaveformInput, at_rate, read, window
-from mmjax.modality import Input
-from mmjax.parameters import Declaration
+from mmjax.nn.positions import Positions
 
 RATE = 16000
 

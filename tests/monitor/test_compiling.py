@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 from toyrun import parts
 
-from mmjax.monitor.compiling import CACHED, COMPILED, COMPILING, TRACING, Compiling, compiling
-from mmjax.program import LimitsConfig, compile_all
+from mmjax.engine import processes
+from mmjax.engine.compile import LimitsConfig, compile_all
+from mmjax.monitor.compiling import CACHED, COMPILED, COMPILING, TRACING, Compiling
 
 LABELS = {"a": "image_text train", "b": "image_text embed/text", "c": "video_text train"}
 _ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -105,7 +106,7 @@ def test_every_program_is_traced_then_compiled_or_cached() -> None:
     for name in ("one", "two"):
         assert states[name][:2] == [TRACING, COMPILING]
         assert states[name][2:] in ([COMPILED], [CACHED])
-    with compiling(requests, "the rest") as watch:
+    with processes.compiling(requests, "the rest") as watch:
         assert [watch(name, COMPILED) for name in (*requests, "the rest")] == [None] * 3
 
 

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from mmjax.errors import UserError
-from mmjax.monitor.metrics import FILE, MetricWriter, gaps, read
+from mmjax.core.errors import UserError
+from mmjax.core.workdir import METRICS
+from mmjax.monitor.metrics import MetricWriter, gaps, read
 
 EVERY = 4  # an evaluation before each fourth step
 
@@ -38,7 +39,7 @@ def _run(workdir: str | Path, resume: int, stop: int, writer: MetricWriter | Non
 
 def _exact(workdir: str | Path) -> list[str]:
     """The lines, without what may differ from run to run."""
-    lines = (epath.Path(workdir) / FILE).read_text().splitlines()
+    lines = (epath.Path(workdir) / METRICS).read_text().splitlines()
     return [json.dumps({k: v for k, v in json.loads(x).items() if k != "timing"}) for x in lines]
 
 
@@ -59,7 +60,7 @@ def _parse(data: bytes) -> list[Event]:
 def test_line_of_a_step(tmp_path: Path) -> None:
     with MetricWriter(epath.Path(tmp_path), 0) as writer:
         writer.write(0, "image_text", {"loss": 0.5, "accuracy": 1, "ok": True}, {"seconds": 2.0})
-    assert (tmp_path / FILE).read_text() == (
+    assert (tmp_path / METRICS).read_text() == (
         '{"kind": "train", "step": 0, "task": "image_text", "accuracy": 1, "loss": 0.5, '
         '"ok": true, "timing": {"seconds": 2.0}}\n'
     )
@@ -74,7 +75,7 @@ def test_lines_of_an_evaluation(tmp_path: Path) -> None:
         '{"kind": "eval", "step": 7, "majority": null, "name": "recall", "split": "held", '
         '"task": "a", "value": 0.25'
     )
-    text = (tmp_path / FILE).read_text()
+    text = (tmp_path / METRICS).read_text()
     assert text == line + "}\n" + line + ', "timing": {"seconds": 1.0}}\n'
 
 
@@ -85,7 +86,7 @@ def test_float32_comes_back_in_the_same_bits(numbers: list[float]) -> None:
     with tempfile.TemporaryDirectory() as workdir:
         with MetricWriter(epath.Path(workdir), 0) as writer:
             writer.write(0, "a", values, {})
-        (line,) = (Path(workdir) / FILE).read_text().splitlines()
+        (line,) = (Path(workdir) / METRICS).read_text().splitlines()
         (record,) = read(epath.Path(workdir))
     json.loads(line, parse_constant=pytest.fail)  # strict JSON has no NaN or Infinity
     for name, value in values.items():
@@ -97,7 +98,7 @@ def test_not_finite_is_text_in_the_file_and_a_float_when_read(tmp_path: Path) ->
     values = {"a": math.nan, "b": np.float32(math.inf), "c": np.array(-math.inf)}
     with MetricWriter(epath.Path(tmp_path), 0) as writer:
         writer.write(0, "nan", values, {"inf": math.inf})
-    assert '"a": "nan", "b": "inf", "c": "-inf"' in (tmp_path / FILE).read_text()
+    assert '"a": "nan", "b": "inf", "c": "-inf"' in (tmp_path / METRICS).read_text()
     (record,) = read(epath.Path(tmp_path))
     assert math.isnan(record["a"]) and record["b"] == math.inf and record["c"] == -math.inf
     assert record["task"] == "nan"
@@ -108,7 +109,7 @@ def test_not_finite_is_text_in_the_file_and_a_float_when_read(tmp_path: Path) ->
 def test_integers_stay_integers(tmp_path: Path, value: Any) -> None:
     with MetricWriter(epath.Path(tmp_path), 0) as writer:
         writer.write(0, "a", {"count": value, "ok": np.bool_(True)}, {})
-    assert '"count": 3, "ok": true' in (tmp_path / FILE).read_text()
+    assert '"count": 3, "ok": true' in (tmp_path / METRICS).read_text()
 
 
 @st.composite
@@ -131,7 +132,7 @@ def test_any_history_leaves_the_lines_of_an_unkilled_run(
         _run(straight, 0, 24)
         for (resume, stop, torn), after in zip(history, [*history[1:], None], strict=True):
             _run(broken, resume, stop)
-            path = Path(broken) / FILE
+            path = Path(broken) / METRICS
             content = path.read_bytes()
             safe = 0  # `flush` before a checkpoint makes the lines before it durable
             for line in content.splitlines(keepends=True):
@@ -145,20 +146,20 @@ def test_any_history_leaves_the_lines_of_an_unkilled_run(
 )
 def test_a_torn_tail_is_cut(tmp_path: Path, tail: bytes) -> None:
     _run(tmp_path, 0, 6)
-    whole = (tmp_path / FILE).read_bytes()
-    (tmp_path / FILE).write_bytes(whole + tail)
+    whole = (tmp_path / METRICS).read_bytes()
+    (tmp_path / METRICS).write_bytes(whole + tail)
     assert len(read(epath.Path(tmp_path))) == len(whole.splitlines())
     MetricWriter(epath.Path(tmp_path), 6).close()
-    assert (tmp_path / FILE).read_bytes() == whole
+    assert (tmp_path / METRICS).read_bytes() == whole
     assert b"".join(_replaced(tmp_path)).replace(b"\n", b"") == tail.replace(b"\n", b"")
 
 
 def test_a_whole_last_line_without_its_newline_is_kept(tmp_path: Path) -> None:
     _run(tmp_path, 0, 6)
-    whole = (tmp_path / FILE).read_bytes()
-    (tmp_path / FILE).write_bytes(whole[:-1])
+    whole = (tmp_path / METRICS).read_bytes()
+    (tmp_path / METRICS).write_bytes(whole[:-1])
     MetricWriter(epath.Path(tmp_path), 6).close()
-    assert (tmp_path / FILE).read_bytes() == whole
+    assert (tmp_path / METRICS).read_bytes() == whole
 
 
 def test_the_evaluation_at_the_checkpoint_is_taken_again(tmp_path: Path) -> None:
@@ -171,18 +172,18 @@ def test_the_evaluation_at_the_checkpoint_is_taken_again(tmp_path: Path) -> None
 
 def _replaced(workdir: Path) -> list[bytes]:
     """The files of replaced lines, oldest first."""
-    paths = workdir.glob(f"{FILE}.replaced-*")
+    paths = workdir.glob(f"{METRICS}.replaced-*")
     return [p.read_bytes() for p in sorted(paths, key=lambda p: int(p.name.rsplit("-", 1)[1]))]
 
 
 def test_lines_that_are_replaced_are_moved_and_not_cut(tmp_path: Path) -> None:
     _run(tmp_path, 0, 9)
-    lines = (tmp_path / FILE).read_bytes().splitlines(keepends=True)
+    lines = (tmp_path / METRICS).read_bytes().splitlines(keepends=True)
     torn = b'{"kind": "train", "st'
-    (tmp_path / FILE).write_bytes(b"".join(lines) + torn)
+    (tmp_path / METRICS).write_bytes(b"".join(lines) + torn)
     kept = [line for line in lines if json.loads(line)["step"] < 6]
     MetricWriter(epath.Path(tmp_path), 6).close()
-    assert (tmp_path / FILE).read_bytes() == b"".join(kept)
+    assert (tmp_path / METRICS).read_bytes() == b"".join(kept)
     assert _replaced(tmp_path) == [b"".join(lines[len(kept) :]) + torn + b"\n"]
     _run(tmp_path, 6, 8)
     _run(tmp_path, 0, 3)
@@ -199,7 +200,7 @@ def test_a_kill_between_moving_and_cutting_loses_and_doubles_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaces: int
 ) -> None:
     _run(tmp_path, 0, 9)
-    before, calls, replace = (tmp_path / FILE).read_bytes(), iter(range(9)), os.replace
+    before, calls, replace = (tmp_path / METRICS).read_bytes(), iter(range(9)), os.replace
 
     def killed(*arguments: Any) -> None:
         if next(calls) == replaces - 1:
@@ -209,9 +210,9 @@ def test_a_kill_between_moving_and_cutting_loses_and_doubles_nothing(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(os, "replace", killed)
         MetricWriter(epath.Path(tmp_path), 5)
-    assert (tmp_path / FILE).read_bytes() == before
+    assert (tmp_path / METRICS).read_bytes() == before
     MetricWriter(epath.Path(tmp_path), 5).close()
-    assert (tmp_path / FILE).read_bytes() + b"".join(_replaced(tmp_path)) == before
+    assert (tmp_path / METRICS).read_bytes() + b"".join(_replaced(tmp_path)) == before
 
 
 def test_gaps_are_the_steps_without_a_line(tmp_path: Path) -> None:
@@ -219,11 +220,11 @@ def test_gaps_are_the_steps_without_a_line(tmp_path: Path) -> None:
     assert gaps(epath.Path(tmp_path), 3) == [(0, 2)]
     _run(tmp_path, 0, 12)
     assert gaps(epath.Path(tmp_path), 12) == []
-    lines = (tmp_path / FILE).read_text().splitlines(keepends=True)
+    lines = (tmp_path / METRICS).read_text().splitlines(keepends=True)
     left = [x for x in lines if json.loads(x)["step"] not in (0, 4, 5, 6, 9)]
     # A line of an evaluation is none of a step.
     evaluation = [x for x in lines if '"eval"' in x and json.loads(x)["step"] == 4]
-    (tmp_path / FILE).write_text("".join([*evaluation, *left]))
+    (tmp_path / METRICS).write_text("".join([*evaluation, *left]))
     assert gaps(epath.Path(tmp_path), 12) == [(0, 0), (4, 6), (9, 9)]
     assert gaps(epath.Path(tmp_path), 6) == [(0, 0), (4, 5)]
     assert gaps(epath.Path(tmp_path), 14) == [(0, 0), (4, 6), (9, 9), (12, 13)]
@@ -240,10 +241,10 @@ def test_a_line_that_is_no_record_is_named_or_left_out_at_the_end(
     tmp_path: Path, line: str
 ) -> None:
     _run(tmp_path, 1, 4)
-    whole = (tmp_path / FILE).read_text()
-    (tmp_path / FILE).write_text(f"{whole}{line}\n")
+    whole = (tmp_path / METRICS).read_text()
+    (tmp_path / METRICS).write_text(f"{whole}{line}\n")
     assert [record["step"] for record in read(epath.Path(tmp_path))] == [1, 2, 3]
-    (tmp_path / FILE).write_text(f"{line}\n{whole}")
+    (tmp_path / METRICS).write_text(f"{line}\n{whole}")
     with pytest.raises(UserError, match="line 1: not a metrics record"):
         read(epath.Path(tmp_path))
 
@@ -252,7 +253,7 @@ def test_a_file_that_cannot_be_read_is_not_an_empty_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _run(tmp_path, 0, 3)
-    before = (tmp_path / FILE).read_bytes()
+    before = (tmp_path / METRICS).read_bytes()
 
     def fail(*_: Any) -> bytes:
         raise PermissionError(13, "Permission denied")
@@ -265,7 +266,7 @@ def test_a_file_that_cannot_be_read_is_not_an_empty_one(
         ):
             with pytest.raises(PermissionError):
                 use()
-    assert (tmp_path / FILE).read_bytes() == before
+    assert (tmp_path / METRICS).read_bytes() == before
 
 
 def test_a_full_disk_names_the_folder_of_events(
@@ -286,8 +287,8 @@ def test_a_full_disk_names_the_folder_of_events(
 
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
     _run(tmp_path, 1, 4)
-    lines = (tmp_path / FILE).read_text().splitlines()
-    (tmp_path / FILE).write_text("\n".join([lines[0], "{", lines[2], ""]))
+    lines = (tmp_path / METRICS).read_text().splitlines()
+    (tmp_path / METRICS).write_text("\n".join([lines[0], "{", lines[2], ""]))
     for use in (lambda: MetricWriter(epath.Path(tmp_path), 4), lambda: read(epath.Path(tmp_path))):
         with pytest.raises(UserError, match=r"metrics.jsonl, line 2: .*Repair or delete"):
             use()
@@ -295,7 +296,7 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
 
 def test_a_cut_that_fails_leaves_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _run(tmp_path, 0, 6)
-    before = (tmp_path / FILE).read_bytes()
+    before = (tmp_path / METRICS).read_bytes()
 
     def broken(*_: Any) -> None:
         raise OSError("no")
@@ -303,7 +304,7 @@ def test_a_cut_that_fails_leaves_the_file(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(OSError, match="no"):
         MetricWriter(epath.Path(tmp_path), 2)
-    assert (tmp_path / FILE).read_bytes() == before
+    assert (tmp_path / METRICS).read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["kind", "step", "task", "timing"])
@@ -394,4 +395,4 @@ def test_flush_reaches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         writer.write(0, "a", {"loss": 1.0}, {})
         assert synced == []  # not at each step
         writer.flush()
-        assert (tmp_path / FILE).stat().st_ino in synced
+        assert (tmp_path / METRICS).stat().st_ino in synced

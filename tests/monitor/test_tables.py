@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.text import Text
 
-from mmjax.monitor import display
+from mmjax.monitor import progress
 from mmjax.monitor.tables import without_control_codes
 
 
@@ -21,7 +21,7 @@ class Terminal(StringIO):
         return True
 
 
-def _print(*args: Any, stream: StringIO | None = None, table: Any = display.table) -> list[str]:
+def _print(*args: Any, stream: StringIO | None = None, table: Any = progress.table) -> list[str]:
     stream = stream or StringIO()
     table(*args, stream=stream)
     return stream.getvalue().splitlines()
@@ -30,42 +30,42 @@ def _print(*args: Any, stream: StringIO | None = None, table: Any = display.tabl
 @pytest.mark.parametrize(
     ("function", "value", "text"),
     [
-        (display.human_bytes, 0, "0 B"),
-        (display.human_bytes, 512, "512 B"),
-        (display.human_bytes, 1536, "1.5 KiB"),
-        (display.human_bytes, 1024 * 1024 - 1, "1.0 MiB"),
-        (display.human_bytes, 139 * 2**30, "139 GiB"),
-        (display.human_count, 950, "950"),
-        (display.human_count, 3.25, "3.2"),
-        (display.human_count, 999.96, "1.0k"),
-        (display.human_count, 12345, "12.3k"),
-        (display.human_count, 1_200_000, "1.2M"),
-        (display.human_count, 7e9, "7.0B"),
-        (display.human_count, math.nan, "?"),
-        (display.human_flops, 7e9, "7.0 G"),
-        (display.human_seconds, 0.0123, "12ms"),
-        (display.human_seconds, 0.9996, "1.0s"),
-        (display.human_seconds, 3.21, "3.2s"),
-        (display.human_seconds, 59.97, "1m00s"),
-        (display.human_seconds, 100, "1m40s"),
-        (display.human_seconds, 3599.8, "1h00m"),
-        (display.human_seconds, 3720, "1h02m"),
-        (display.human_seconds, 86399, "1d00h"),
-        (display.human_seconds, 190_000, "2d05h"),
-        (display.human_seconds, -1, "?"),
-        (display.human_seconds, math.inf, "?"),
-        (display.percent, 0.1234, "12.3 %"),
-        (display.percent, 0.0052, "0.52 %"),
-        (display.percent, 0.0, "0.0 %"),
-        (display.percent, 1.0, "100.0 %"),
-        (display.percent, math.nan, "nan %"),
-        (display.loss_text, 4.1234, "4.12"),
-        (display.loss_text, 0.08312, "0.0831"),
-        (display.loss_text, 0.0, "0.00"),
-        (display.loss_text, 123456.0, "1.2e+05"),
-        (display.loss_text, 1e-7, "1.0e-07"),
-        (display.loss_text, math.nan, "nan"),
-        (display.loss_text, None, "-"),
+        (progress.human_bytes, 0, "0 B"),
+        (progress.human_bytes, 512, "512 B"),
+        (progress.human_bytes, 1536, "1.5 KiB"),
+        (progress.human_bytes, 1024 * 1024 - 1, "1.0 MiB"),
+        (progress.human_bytes, 139 * 2**30, "139 GiB"),
+        (progress.human_count, 950, "950"),
+        (progress.human_count, 3.25, "3.2"),
+        (progress.human_count, 999.96, "1.0k"),
+        (progress.human_count, 12345, "12.3k"),
+        (progress.human_count, 1_200_000, "1.2M"),
+        (progress.human_count, 7e9, "7.0B"),
+        (progress.human_count, math.nan, "?"),
+        (progress.human_flops, 7e9, "7.0 G"),
+        (progress.human_seconds, 0.0123, "12ms"),
+        (progress.human_seconds, 0.9996, "1.0s"),
+        (progress.human_seconds, 3.21, "3.2s"),
+        (progress.human_seconds, 59.97, "1m00s"),
+        (progress.human_seconds, 100, "1m40s"),
+        (progress.human_seconds, 3599.8, "1h00m"),
+        (progress.human_seconds, 3720, "1h02m"),
+        (progress.human_seconds, 86399, "1d00h"),
+        (progress.human_seconds, 190_000, "2d05h"),
+        (progress.human_seconds, -1, "?"),
+        (progress.human_seconds, math.inf, "?"),
+        (progress.percent, 0.1234, "12.3 %"),
+        (progress.percent, 0.0052, "0.52 %"),
+        (progress.percent, 0.0, "0.0 %"),
+        (progress.percent, 1.0, "100.0 %"),
+        (progress.percent, math.nan, "nan %"),
+        (progress.loss_text, 4.1234, "4.12"),
+        (progress.loss_text, 0.08312, "0.0831"),
+        (progress.loss_text, 0.0, "0.00"),
+        (progress.loss_text, 123456.0, "1.2e+05"),
+        (progress.loss_text, 1e-7, "1.0e-07"),
+        (progress.loss_text, math.nan, "nan"),
+        (progress.loss_text, None, "-"),
     ],
 )
 def test_numbers_for_people(function: Any, value: float, text: str) -> None:
@@ -87,9 +87,9 @@ def test_a_plain_table() -> None:
 _NUMBERS = st.one_of(
     st.integers(-(10**15), 10**15),
     st.floats(allow_nan=True),
-    st.floats(0, 1e17).map(display.human_bytes),
-    st.floats(0, 1e8).map(display.human_seconds),
-    st.floats(0, 1).map(display.percent),
+    st.floats(0, 1e17).map(progress.human_bytes),
+    st.floats(0, 1e8).map(progress.human_seconds),
+    st.floats(0, 1).map(progress.percent),
 )
 _WORDS = st.text(st.characters(exclude_categories=["C", "Z", "M"]), min_size=1, max_size=50)
 
@@ -143,7 +143,7 @@ def test_programs() -> None:
         {"name": "mim", "kind": "predict/one+other", "shape": None, "bytes": None, "flops": None}
         | {"compile_seconds": 0.4, "cached": True},
     ]
-    assert _print(rows, table=display.program_table) == [
+    assert _print(rows, table=progress.program_table) == [
         "Programs (2)",
         "task        for      shape               positions   memory   FLOPs  compile",
         "----------------------------------------------------------------------------",
@@ -160,7 +160,7 @@ def test_results() -> None:
         common | {"name": "groups", "value": 0.412, "chance": 0.1, "majority": 0.231},
         common | {"task": "mim", "name": "loss", "unit": "loss", "value": 0.812, "chance": 1.02},
     ]
-    assert _print(records, table=display.results_table) == [
+    assert _print(records, table=progress.results_table) == [
         "Results",
         "measure                   split             value  chance  majority  examples",
         "-----------------------------------------------------------------------------",
@@ -171,7 +171,7 @@ def test_results() -> None:
         "  loss (lower is better)  unseen drawings    0.81    1.02               1,234",
         "",
     ]
-    assert "majority" not in _print(records[::2], table=display.results_table)[1]
+    assert "majority" not in _print(records[::2], table=progress.results_table)[1]
 
 
 def test_parameters() -> None:
@@ -179,7 +179,7 @@ def test_parameters() -> None:
         {"part": "stems", "total": 100_000, "active_per_token": 50_000},
         {"part": "trunk", "total": 900_000},
     ]
-    assert _print(rows, table=display.parameter_table) == [
+    assert _print(rows, table=progress.parameter_table) == [
         "Parameters",
         "part       total  active per token    share",
         "-------------------------------------------",

@@ -22,8 +22,8 @@ from nbformat import NotebookNode
 from PIL import Image
 
 import mmjax
-from mmjax import config as configs
-from mmjax.data.speech import speak
+from mmjax.core import config as configs
+from mmjax.datasets.speech import speak
 from mmjax.loading import Embedder
 from mmjax.sources.tfds import Tfds
 

@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax import config as configs
-from mmjax.errors import UserError
-from mmjax.layers.stream import Aux
-from mmjax.layers.trunk import GroupConfig
+from mmjax.core import config as configs
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Declaration
+from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh
+from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput
-from mmjax.modality import Input
 from mmjax.model import ModelConfig, declare_model
+from mmjax.nn.stream import Aux
+from mmjax.nn.trunk import GroupConfig
 from mmjax.objectives.classification import Classification, cross_entropy, is_right
-from mmjax.parameters import Declaration
-from mmjax.sharding import MeshConfig, batch_sharding, make_mesh
 
 WIDTH, SIZE, PATCH, CLASSES = 8, 8, 4, 5
 INPUTS = {"image": Input("image", Image(patch=PATCH), ImageInput(size=SIZE))}

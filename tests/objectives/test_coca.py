@@ -12,21 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Declaration
+from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh, named
 from mmjax.data.tokenizer import BOS_ID, EOS_ID, PAD_ID, TokenIds
-from mmjax.errors import UserError
-from mmjax.generation import Sampling
-from mmjax.gradient import loss_and_gradient
-from mmjax.layers.stream import Stream
-from mmjax.layers.trunk import GroupConfig
+from mmjax.engine.gradient import loss_and_gradient
+from mmjax.generation.decoding import Sampling
+from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.text import Text, TextInput
-from mmjax.modality import Input
 from mmjax.model import ModelConfig, declare_model
-from mmjax.objective import Loss
+from mmjax.nn.stream import Stream
+from mmjax.nn.trunk import GroupConfig
+from mmjax.objectives.base import Loss
 from mmjax.objectives.coca import Coca
-from mmjax.parameters import Declaration
-from mmjax.reach import reach
-from mmjax.sharding import MeshConfig, batch_sharding, make_mesh, named
+from mmjax.optim.reach import reach
 from mmjax.task import Task, TaskConfig
 
 WIDTH, HEADS, HIDDEN, LENGTH, VOCABULARY, ROWS = 8, 2, 6, 5, 16, 8

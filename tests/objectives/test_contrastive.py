@@ -13,14 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax.errors import UserError
-from mmjax.layers.stream import Aux, Stream
-from mmjax.layers.trunk import GroupConfig
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Declaration
+from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh
+from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.text import Text, TextInput
-from mmjax.modality import Input
 from mmjax.model import ModelConfig, declare_model
-from mmjax.objective import Loss
+from mmjax.nn.stream import Aux, Stream
+from mmjax.nn.trunk import GroupConfig
+from mmjax.objectives.base import Loss
 from mmjax.objectives.contrastive import (
     Contrastive,
     Scale,
@@ -29,8 +31,6 @@ from mmjax.objectives.contrastive import (
     sigmoid_loss,
     unit,
 )
-from mmjax.parameters import Declaration
-from mmjax.sharding import MeshConfig, batch_sharding, make_mesh
 
 nce = jax.jit(info_nce)
 with_sigmoid = partial(sigmoid_loss, bias=np.float32(-1))

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax.errors import UserError
+from mmjax.core.errors import UserError
+from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh
 from mmjax.objectives.contrastive import Contrastive, chunked_info_nce, info_nce
-from mmjax.sharding import MeshConfig, batch_sharding, make_mesh
 
 ROWS = 12
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax.errors import UserError
+from mmjax.core.errors import UserError
+from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh
 from mmjax.objectives.contrastive import Contrastive, sigmoid_loss
-from mmjax.sharding import MeshConfig, batch_sharding, make_mesh
 
 ROWS = 12
 

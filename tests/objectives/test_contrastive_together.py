@@ -9,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from mmjax.layers.trunk import GroupConfig
+from mmjax.core.parameters import Declaration
 from mmjax.modalities.image import Image
 from mmjax.modalities.text import Text
 from mmjax.model import ModelConfig, declare_model
+from mmjax.nn.trunk import GroupConfig
 from mmjax.objectives.contrastive import Contrastive
-from mmjax.parameters import Declaration
 
 ROWS = 4
 TIGHT = {  # of 4 rows with 4 tokens and 3, half find a slot, the first that ask

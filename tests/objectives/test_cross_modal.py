@@ -15,13 +15,13 @@ import toyrun
 from flax import nnx
 from toyrun import block
 
-from mmjax.errors import UserError
-from mmjax.layers.stream import Aux, Stream, no_aux
-from mmjax.modality import PRESENT
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Declaration
+from mmjax.engine.steps import positions
+from mmjax.modalities.base import PRESENT
+from mmjax.nn.stream import Aux, Stream, no_aux
 from mmjax.objectives.contrastive import info_nce
 from mmjax.objectives.cross_modal import CrossModal, bag_logits
-from mmjax.parameters import Declaration
-from mmjax.program import positions
 
 B, E = 5, 4
 NAMES = ("vision", "sound", "text")

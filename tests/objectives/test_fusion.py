@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.errors import UserError
-from mmjax.layers.trunk import GroupConfig
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Declaration
+from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.text import Text, TextInput
-from mmjax.modality import Input
 from mmjax.model import ModelConfig, declare_model
+from mmjax.nn.trunk import GroupConfig
 from mmjax.objectives.fusion import Fusion
-from mmjax.parameters import Declaration
 
 ROWS, WIDTH, CLASSES = 4, 8, 3
 ZORRO = Fusion(head="head", classes=CLASSES, modalities=("image", "text"))

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmjax.core.parameters import Declaration
 from mmjax.objectives.cross_modal import CrossModal, Space, Temperature
-from mmjax.parameters import Declaration
 
 WIDTH, JOINT, ROWS = 6, 5, 4
 PAIR = CrossModal(between=("vision", "text"), head="joint", joint=JOINT, initial=0.2)

@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax.errors import UserError
-from mmjax.layers.stream import Stream, no_aux
-from mmjax.layers.trunk import GroupConfig
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Declaration
+from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput, patchify, unpatchify
-from mmjax.modality import Input
 from mmjax.model import ModelConfig, declare_model
+from mmjax.nn.stream import Stream, no_aux
+from mmjax.nn.trunk import GroupConfig
 from mmjax.objectives.masked_image import (
     Decoder,
     MaskedImage,
@@ -27,7 +28,6 @@ from mmjax.objectives.masked_image import (
     normalised_patches,
     visible,
 )
-from mmjax.parameters import Declaration
 
 ROWS, SIZE, PATCH, WIDTH = 4, 8, 2, 4
 TOKENS = (SIZE // PATCH) ** 2

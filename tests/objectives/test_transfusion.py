@@ -35,13 +35,14 @@ from sequences import (
     plan,
 )
 
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Declaration
 from mmjax.data.tokenizer import TokenIds
-from mmjax.errors import UserError
-from mmjax.interleaved import Composer
+from mmjax.generation.composer import Composer
+from mmjax.generation.spans import Span
 from mmjax.modalities.text import Text
-from mmjax.objective import Span, row_keys
+from mmjax.objectives.base import row_keys
 from mmjax.objectives.transfusion import Draws, Transfusion
-from mmjax.parameters import Declaration
 
 
 @pytest.fixture(autouse=True)

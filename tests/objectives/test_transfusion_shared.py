@@ -27,11 +27,11 @@ from sequences import (
     plan,
 )
 
-from mmjax.errors import UserError
-from mmjax.gradient import loss_and_gradient
-from mmjax.interleaved import Composer
-from mmjax.layers.attend import choose
-from mmjax.objective import Objective, row_keys
+from mmjax.core.errors import UserError
+from mmjax.engine.gradient import loss_and_gradient
+from mmjax.generation.composer import Composer
+from mmjax.nn.attention_kernels import choose
+from mmjax.objectives.base import Objective, row_keys
 from mmjax.objectives.transfusion import Transfusion
 
 ROTARY = {**BLOCK, "rotary": 100.0}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import toyrun
 
-from mmjax import config as configs
-from mmjax.config import Block
-from mmjax.errors import UserError
+from mmjax.core import config as configs
+from mmjax.core.config import Block
+from mmjax.core.errors import UserError
 from mmjax.plan.advise import advise
 
 SPEED = {"none": 1.0, "dots": 1.2, "full": 1.4}

@@ -6,7 +6,7 @@ import pytest
 import toyrun
 from mains import run
 
-from mmjax.errors import UserError
+from mmjax.core.errors import UserError
 from mmjax.experiment import make_experiment
 from mmjax.plan import __main__ as main
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import toyrun
 
-from mmjax.chips import chip
+from mmjax.core.chips import chip
 from mmjax.experiment import make_experiment
 from mmjax.plan import report
 from mmjax.plan.report import make_plan, where_the_rest_goes

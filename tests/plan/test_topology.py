@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmjax.errors import UserError
+from mmjax.core.errors import UserError
 from mmjax.plan import topology
 from mmjax.plan.gpus import target
 from mmjax.plan.topology import GPUS, TPUS, Topology, read_topology, require_compiler

@@ -19,13 +19,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from mmjax import config as configs
-from mmjax import loop, train
-from mmjax.checkpoint import Checkpoints
-from mmjax.data.loader import place
+from mmjax import train
+from mmjax.core import config as configs
+from mmjax.engine.checkpoint import Checkpoints
+from mmjax.engine.compile import use_cache
+from mmjax.engine.loader import place
 from mmjax.experiment import make_experiment
-from mmjax.program import use_cache
 from mmjax.task import Task
+from mmjax.training import loop
 
 
 class Notes:
@@ -81,7 +82,7 @@ def run(block: configs.Block, mesh: dict[str, int], depends: bool, out: Path, na
 
 
 def initial(block: configs.Block) -> dict[str, np.ndarray[Any, Any]]:
-    from mmjax.parameters import to_canonical
+    from mmjax.core.parameters import to_canonical
 
     declaration = make_experiment(block).declaration
     made = jax.jit(lambda: declaration.initialise(block["seed"], np.float64))()

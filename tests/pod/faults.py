@@ -51,12 +51,13 @@ import toyrun  # noqa: E402
 from etils import epath  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
-from mmjax import arrays, checkpoint, errors, metadata  # noqa: E402
-from mmjax.checkpoint import CheckpointConfig, Checkpoints, Restored  # noqa: E402
+from mmjax.core import errors  # noqa: E402
+from mmjax.core.sharding import make_mesh  # noqa: E402
+from mmjax.engine import arrays, checkpoint, metadata  # noqa: E402
+from mmjax.engine.checkpoint import CheckpointConfig, Checkpoints, Restored  # noqa: E402
+from mmjax.engine.integrity import seal  # noqa: E402
 from mmjax.experiment import Experiment, make_experiment  # noqa: E402
-from mmjax.integrity import seal  # noqa: E402
-from mmjax.resume import begin  # noqa: E402
-from mmjax.sharding import make_mesh  # noqa: E402
+from mmjax.training.session import begin  # noqa: E402
 
 NEWEST, BEFORE = 12, 8
 OUTCOMES = ("previous", "refused", "harmless", "died", "traceback", "silent")

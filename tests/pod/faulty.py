@@ -18,9 +18,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mmjax import errors, train
-from mmjax.objective import Loss
-from mmjax.source import Cached
+from mmjax import train
+from mmjax.core import errors
+from mmjax.objectives.base import Loss
+from mmjax.sources.base import Cached
 from mmjax.task import Task
 
 READS = 30  # that go well

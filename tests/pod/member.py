@@ -20,9 +20,11 @@ from unittest import mock
 
 import jax
 
-from mmjax import arrays, errors, loop, train
-from mmjax.data import loader
-from mmjax.data.loader import make_batch, place
+from mmjax import train
+from mmjax.core import errors
+from mmjax.engine import arrays, loader
+from mmjax.engine.loader import make_batch, place
+from mmjax.training import loop
 
 
 def main() -> int:

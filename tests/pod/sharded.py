@@ -24,15 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mmjax import config as configs
-from mmjax import program
-from mmjax.data.loader import place
+from mmjax.core import config as configs
+from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh, replicated
+from mmjax.engine import steps as program
+from mmjax.engine.gradient import loss_and_gradient
+from mmjax.engine.loader import place
+from mmjax.engine.state import State, compute_dtype, init_state, shardings
+from mmjax.engine.steps import ticks
 from mmjax.experiment import Experiment, make_experiment
-from mmjax.gradient import loss_and_gradient
-from mmjax.program import ticks
-from mmjax.sharding import MeshConfig, batch_sharding, make_mesh, replicated
-from mmjax.state import State, compute_dtype, init_state, shardings
-from mmjax.views import SHARED
+from mmjax.optim.views import SHARED
 
 DEVICES = 8
 CASES: dict[str, dict[str, Any]] = {

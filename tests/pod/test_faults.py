@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from faults import Attempt, Injection, Run
 
-from mmjax import arrays
+from mmjax.engine import arrays
 
 
 @pytest.fixture(scope="module")

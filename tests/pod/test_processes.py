@@ -24,10 +24,11 @@ import toyrun
 from etils import epath
 from harness import LIMIT, deterministic, finished_steps, log
 
-from mmjax import processes, train
-from mmjax.errors import UserError
-from mmjax.lease import Lease
-from mmjax.lease_store import FileStore
+from mmjax import train
+from mmjax.core.errors import UserError
+from mmjax.engine import processes
+from mmjax.engine.lease import Lease
+from mmjax.engine.lease_store import FileStore
 
 HERE = Path(__file__).resolve().parent
 CLOSE = 1e-10
@@ -237,7 +238,7 @@ def test_the_parameters_are_compared_where_they_moved(alone: Team) -> None:
     ids=" ".join,
 )
 def test_numbers_that_name_no_process_are_refused(words: list[str]) -> None:
-    from mmjax import commandline
+    from mmjax.core import commandline
 
     made = commandline.parser("A main.")
     processes.add_arguments(made)

@@ -15,7 +15,7 @@ from etils import epath
 from harness import LIMIT, contents
 from test_processes import CLOSE, HERE, Team, free_port, same
 
-from mmjax import arrays
+from mmjax.engine import arrays
 
 BAD = (3, 5, 17)
 # Wide enough that arrays are stored by themselves, and not in the nodes of the index.

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import pytest
 
+from mmjax.core.sharding import MeshConfig, make_mesh
 from mmjax.experiment import Experiment, make_experiment
-from mmjax.sharding import MeshConfig, make_mesh
 
 TOKENS = 1024
 

@@ -12,7 +12,7 @@ import toyrun
 from harness import deterministic, finished_steps, log
 from toyrun import run
 
-from mmjax.watchdog import STUCK
+from mmjax.engine.watchdog import STUCK
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 4

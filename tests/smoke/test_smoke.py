@@ -16,13 +16,14 @@ import pytest
 from etils import epath
 from harness import Aim, Harness, deterministic, log
 
-from mmjax import checkpoint, show
-from mmjax import config as configs
+from mmjax import show
+from mmjax.core import config as configs
+from mmjax.core.parameters import digest
 from mmjax.data import order
-from mmjax.data.loader import make_batch
+from mmjax.engine import checkpoint
+from mmjax.engine.loader import make_batch
+from mmjax.engine.state import Clock
 from mmjax.experiment import Experiment, make_experiment
-from mmjax.parameters import digest
-from mmjax.state import Clock
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "tiny.py"
 TASKS = ("image_text", "masked_image")

@@ -12,8 +12,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.proto import tf_example_pb2
 from tensorflow_datasets.proto import tf_feature_pb2 as pb
 
-from mmjax import config as configs
-from mmjax.errors import UserError
+from mmjax.core import config as configs
+from mmjax.core.errors import UserError
 from mmjax.sources.array_record import ArrayRecord
 
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax import config as configs
-from mmjax.errors import UserError
-from mmjax.source import Example, Examples
+from mmjax.core import config as configs
+from mmjax.core.errors import UserError
+from mmjax.sources.base import Example, Examples
 from mmjax.sources.joined import JoinedExamples
 
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax import config as configs
-from mmjax.errors import UserError
+from mmjax.core import config as configs
+from mmjax.core.errors import UserError
+from mmjax.modalities.base import Input
 from mmjax.modalities.video import Video, VideoInput
-from mmjax.modality import Input
-from mmjax.source import Example, Examples
+from mmjax.sources.base import Example, Examples
 from mmjax.sources.moving_emoji import DIRECTIONS, MovingEmoji, MovingEmojiExamples, pair
 from mmjax.sources.tfds import Tfds
 from mmjax.task import RowSpec

@@ -15,9 +15,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from mmjax import config as configs
-from mmjax.errors import UserError
-from mmjax.source import Cached
+from mmjax.core import config as configs
+from mmjax.core.errors import UserError
+from mmjax.sources.base import Cached
 from mmjax.sources.tfds import Tfds
 
 COUNTS = {"train": 24, "test": 8}
@@ -249,5 +249,5 @@ def test_our_own_data_sets_are_held_to_their_manifest(emoji_dir, tmp_path):
     shutil.copytree(emoji_dir / "emoji", tmp_path / "emoji")
     assert len(Tfds("emoji", "test_drawing", str(tmp_path)).open()) > 100
     (tmp_path / "emoji" / "1.0.0" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="half-built.*python -m mmjax.data.build emoji"):
+    with pytest.raises(UserError, match="half-built.*python -m mmjax.datasets.build emoji"):
         Tfds("emoji", "test_drawing", str(tmp_path)).open()

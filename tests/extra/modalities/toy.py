@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mmjax.layers.dense import Dense
-from mmjax.layers.stream import Stream
-from mmjax.modality import ArraySpec, Modality
+from mmjax.modalities.base import ArraySpec, Modality
+from mmjax.nn.dense import Dense
+from mmjax.nn.stream import Stream
 
 
 @dataclass(frozen=True)

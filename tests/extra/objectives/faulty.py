@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 
 from mmjax.model import Batch, Model
-from mmjax.objective import Loss
+from mmjax.objectives.base import Loss
 from mmjax.objectives.toy import Toy  # found beside this file, by --extra
 
 

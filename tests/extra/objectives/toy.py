@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmjax.layers.dense import Dense
-from mmjax.layers.stream import mean_pool
-from mmjax.modality import Input
+from mmjax.modalities.base import Input
 from mmjax.model import Batch, Model
-from mmjax.objective import Loss, Objective
+from mmjax.nn.dense import Dense
+from mmjax.nn.stream import mean_pool
+from mmjax.objectives.base import Loss, Objective
 
 
 @dataclass(frozen=True, kw_only=True)

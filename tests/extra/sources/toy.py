@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mmjax.source import Example, Examples, Source
+from mmjax.sources.base import Example, Examples, Source
 
 ROWS, SIZE = 4, 6
 

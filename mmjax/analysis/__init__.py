@@ -1,0 +1,1 @@
+"""What a traced program holds and costs."""

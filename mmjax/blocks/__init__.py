@@ -1,0 +1,1 @@
+"""Blocks that a model may name in its config."""

@@ -1,0 +1,103 @@
+"""A transformer block that reads a second stream as well."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+from flax import nnx, struct
+
+from mmjax.blocks.transformer import empty
+from mmjax.core.errors import UserError
+from mmjax.nn.attention import Attention, KeyValues
+from mmjax.nn.dense import Mlp, norm_of
+from mmjax.nn.masks import FULL, Pairs
+from mmjax.nn.stream import Aux, Stream, no_aux
+
+
+@struct.dataclass
+class Held:
+    """What the block remembers: keys and values of its `own` stream so far, those of the `context`, and which exist."""
+
+    own: KeyValues
+    context: KeyValues
+    valid_BT: jax.Array | None
+
+
+class CrossTransformer(nnx.Module):
+    """`x += self(norm(x)); x += cross(norm(x), context); x += mlp(norm(x))` (Vaswani et al. 2017, pre-norm).
+
+    The decoder's block: `self` keeps to the stream's mask, `cross` reads all tokens of its `context` that exist.
+
+    Args:
+      width: size of a token, of either stream.
+      heads: attention heads, of either attention.
+      hidden: size of the MLP's hidden layer.
+      bias: biases in the MLP and norms.
+      qk_norm: normalise queries and keys per head, see `Attention`.
+      kernel: what computes the attention, see `mmjax.nn.attention_kernels`.
+      attention_bias: biases of queries, keys, values and outputs, of either attention.
+      eps: of all its norms.
+      context_norm: a norm of the context before its keys and values (open_clip's CoCa).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        bias: bool = False,
+        qk_norm: bool | str = False,
+        kernel: str = "auto",
+        attention_bias: bool = False,
+        eps: float = 1e-6,
+        context_norm: bool = False,
+    ):
+        self.attention_norm, self.cross_norm, self.mlp_norm = (
+            norm_of("layer", width, bias, eps) for _ in range(3)
+        )
+        self.context_norm = norm_of("layer", width, bias, eps) if context_norm else None
+        self.attention, self.cross = (
+            Attention(width, heads, qk_norm, kernel, bias=attention_bias, eps=eps) for _ in range(2)
+        )
+        self.mlp = Mlp(width, hidden, bias)
+
+    def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
+        del key  # no dropout
+        x, context = stream.x_BSD, _context(stream)
+        x = x + self.attention(self.attention_norm(x), stream.pairs())
+        x = self._rest(x, self._key_values(context), context.valid_BS)
+        return replace(stream, x_BSD=x), no_aux()
+
+    def _rest(self, x: jax.Array, held: KeyValues, valid_BT: jax.Array | None) -> jax.Array:
+        """After self-attention."""
+        x = x + self.cross.read(self.cross_norm(x), held, Pairs(FULL, valid_BT=valid_BT))
+        return x + self.mlp(self.mlp_norm(x))
+
+    def begin(self, stream: Stream, slots: int) -> Held:
+        """Empty slots for the stream's own tokens, and what of the context is read; see `Trunk.begin`."""
+        context = _context(stream)
+        own = empty(self.attention, stream, slots)
+        return Held(own, self._key_values(context), context.valid_BS)
+
+    def _key_values(self, context: Stream) -> KeyValues:
+        """Return the keys and values of the context."""
+        norm = self.context_norm
+        return self.cross.key_values(context.x_BSD if norm is None else norm(context.x_BSD))
+
+    def extend(self, stream: Stream, held: Held, at: jax.Array | int) -> tuple[Stream, Held]:
+        """The block for the tokens from `at` on, given those before, see `Trunk.extend`."""
+        x, normed = stream.x_BSD, self.attention_norm(stream.x_BSD)
+        own = held.own.put(self.attention.key_values(normed), at)
+        x = x + self.attention.read(normed, own, stream.pairs_from(at, own.k_BTHK.shape[1]))
+        x = self._rest(x, held.context, held.valid_BT)
+        return replace(stream, x_BSD=x), replace(held, own=own)
+
+
+def _context(stream: Stream) -> Stream:
+    if stream.context is None:
+        raise UserError(
+            "layer cross_transformer reads a second stream, and none is given: it belongs in an objective's "
+            "decoder, such as coca's `multimodal`."
+        )
+    return stream.context

@@ -1,0 +1,159 @@
+"""The transformer block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmjax.core.errors import UserError, nearest
+from mmjax.nn.attention import Attention, KeyValues
+from mmjax.nn.by_modality import Call, Kinds, Modalities, apply, kinds, plainly, untied
+from mmjax.nn.dense import mlp_of, norm_of
+from mmjax.nn.experts import Experts, route
+from mmjax.nn.stream import Aux, Stream, no_aux
+
+PARTS = ("query", "key", "value", "out", "qk_norm", "attention_norm", "mlp_norm", "mlp")
+ORDERS = ("pre", "post")
+
+
+class Transformer(nnx.Module):
+    """`x += attention(norm(x)); x += mlp(norm(x))` (Xiong et al. 2020), for streams of any modality.
+
+    With order `post` it is `x += norm(attention(x)); x += norm(mlp(x))` (Swin v2; Chameleon). Llama's block has norm
+    `rms`, MLP `swiglu`, rotary 10000.
+
+    Args:
+      width: size of a token.
+      heads: attention heads.
+      hidden: size of the MLP's hidden layer.
+      bias: biases in the MLP and layer norms (`rms` has none).
+      qk_norm: normalise queries and keys per head: true for the block's `norm` without bias, or `layer` (with bias) or
+        `rms`.
+      kernel: what computes the attention, see `mmjax.nn.attention_kernels`; whatever it is, the model is the same.
+      untie: which of `PARTS` have a copy per modality. All of them: Mixture-of-Transformers (Liang et al. 2024);
+        the MLP (and norms): multiway blocks (VLMo, BEiT-3). Attention is over all tokens whatever is untied.
+      modalities: which have one; see `mmjax.nn.by_modality`.
+      norm: `layer` or `rms`, of all its norms.
+      mlp: `gelu`, `swiglu` or `geglu`.
+      order: `pre` or `post`, where the norms are.
+      rotary: the base of rotary embeddings of each token's `position`; 0 for none.
+      experts: in place of the MLP, several of which a router chooses, see `mmjax.nn.experts`. Untied, each modality
+        has experts of its own (MoMa, Lin et al. 2024).
+      attention_bias: biases of queries, keys, values and the attention's output. With `bias`, a ViT's block.
+      eps: of all its norms.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        bias: bool = False,
+        qk_norm: bool | str = False,
+        kernel: str = "auto",
+        untie: Sequence[str] = (),
+        modalities: Modalities = (),
+        norm: str = "layer",
+        mlp: str = "gelu",
+        order: str = "pre",
+        rotary: float = 0.0,
+        experts: Mapping[str, Any] | None = None,
+        attention_bias: bool = False,
+        eps: float = 1e-6,
+    ):
+        if order not in ORDERS:
+            raise UserError(f"There is no order '{order}' of a block.{nearest(order, ORDERS)}")
+        if "qk_norm" in untie and not qk_norm:
+            raise UserError("untie names 'qk_norm', which the block does not have: set qk_norm.")
+        copies = untied(untie, modalities, PARTS)
+        self.order = order
+        self.attention_norm = copies("attention_norm", lambda: norm_of(norm, width, bias, eps))
+        self.attention = Attention(
+            width, heads, qk_norm, kernel, copies, norm, rotary, attention_bias, eps
+        )
+        self.mlp_norm = copies("mlp_norm", lambda: norm_of(norm, width, bias, eps))
+        self.mlp = copies(
+            "mlp",
+            lambda: (
+                Experts(width, hidden, experts, mlp, bias)
+                if experts
+                else mlp_of(mlp, width, hidden, bias)
+            ),
+        )
+        self.has_experts = bool(experts)
+
+    def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
+        x, of = stream.x_BSD, kinds(stream)
+
+        def attention(x: jax.Array) -> jax.Array:
+            return self.attention(x, stream.pairs(), kinds=of, places_BS=stream.places())
+
+        x = self._add(x, self.attention_norm, attention, of)
+        stream, auxes = replace(stream, x_BSD=x), [no_aux()]
+
+        def experts(x: jax.Array) -> jax.Array:
+            y, aux = route(self.mlp, replace(stream, x_BSD=x), key)
+            auxes.append(aux)
+            return y
+
+        if not self.has_experts:
+            return self._rest(stream, plainly), auxes[-1]
+        x = self._add(x, self.mlp_norm, experts, of)
+        return replace(stream, x_BSD=x), auxes[-1]
+
+    def _add(
+        self, x: jax.Array, norm: Any, part: Callable[[jax.Array], jax.Array], of: Kinds
+    ) -> jax.Array:
+        if self.order == "pre":
+            return x + part(apply(norm, x, of))
+        return x + apply(norm, part(x), of)
+
+    def _rest(self, stream: Stream, call: Call) -> Stream:
+        """After attention, `call(mlp, x)` being what each token makes of its MLP."""
+        of = kinds(stream)
+
+        def mlp(x: jax.Array) -> jax.Array:
+            return apply(self.mlp, x, of, call)
+
+        return replace(stream, x_BSD=self._add(stream.x_BSD, self.mlp_norm, mlp, of))
+
+    def begin(self, stream: Stream, slots: int) -> KeyValues:
+        """Empty slots for the tokens of a stream that comes part by part, see `Trunk.begin`."""
+        if self.has_experts:  # which of them can go on so, the block says as it is traced
+            jax.eval_shape(lambda x: apply(self.mlp, x, kinds(stream), _alone), stream.x_BSD)
+        return empty(self.attention, stream, slots)
+
+    def extend(
+        self, stream: Stream, held: KeyValues, at: jax.Array | int
+    ) -> tuple[Stream, KeyValues]:
+        """The block for the tokens from `at` on, given those before, see `Trunk.extend`."""
+        x, of = stream.x_BSD, kinds(stream)
+        places_BS = stream.places(at)
+
+        def attention(x: jax.Array) -> jax.Array:
+            nonlocal held
+            held = held.put(self.attention.key_values(x, of, places_BS), at)
+            pairs = stream.pairs_from(at, held.k_BTHK.shape[1])
+            return self.attention.read(x, held, pairs, of, places_BS)
+
+        x = self._add(x, self.attention_norm, attention, of)
+        call = _alone if self.has_experts else plainly
+        return self._rest(replace(stream, x_BSD=x), call), held
+
+
+def _alone(experts: Any, x: jax.Array) -> jax.Array:
+    y: jax.Array = experts.alone(x)
+    return y
+
+
+def empty(attention: Attention, stream: Stream, slots: int) -> KeyValues:
+    """Keys and values of `slots` tokens that are still to come, zeros."""
+    made = jax.eval_shape(
+        lambda x: attention.key_values(x, kinds(stream), stream.places()), stream.x_BSD
+    )
+    return jax.tree.map(lambda s: jnp.zeros((s.shape[0], slots, *s.shape[2:]), s.dtype), made)

@@ -1,0 +1,479 @@
+"""Turn data of other formats into ArrayRecord files that `array_record` sources read.
+
+    python -m mmjax.convert.convert SOURCE [SOURCE ...] --out=DIR [--split=NAME] [--shards=N]
+        [--field=NAME[:TYPE][=A,B] ...] [--max_bad=N] [--max_pixels=N] [--force]
+
+SOURCE is of one of three kinds (quote a pattern such as 'pets-*.tar', or let the shell expand it):
+
+- WebDataset tars (.tar, .tar.gz, .tgz, .tar.bz2, .tar.xz): members of one stem, which lie together, are
+  an example, and each extension is a field: `0001.jpg`, `0001.txt` give `jpg` and `txt`.
+- Parquet files: each row is an example, each column a field. A null is a field that the example lacks.
+- A folder of images, with a text file `NAME.txt` beside each or one table for all, `captions.csv`, `.tsv`
+  or `.jsonl` with columns `file` and `caption` (others become fields): the fields are `image`, `caption`.
+
+DIR (DIR/NAME with a split) then holds records as `tf.train.Example`, dealt over N files in turn, and
+`manifest.json`. It appears whole or not at all, and the same data give the same bytes. In a config:
+
+    source = {"name": "array_record", "path": "DIR"}
+
+Encoded images stay as they are, but each is decoded once as a check. Texts are UTF-8 bytes, integers
+int64, other numbers float32. A column of a .csv or .tsv table is one of integers where every cell is an
+integer or empty; `--field=label:int` (or `float`, `text`) states a field's type. Tars and folders also
+give `__key__`, the stem. `--field` takes only the fields named, and every example must have them;
+`--field=image=jpg,png` takes whichever is there as `image`. An example that is damaged, twice there or
+lacks its caption is counted and named, and more than `--max_bad` (0) of them end the conversion.
+Examples pass one at a time, whatever the size of the source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from etils import epath
+
+from mmjax.convert import readers
+from mmjax.convert.readers import Found, Ignored
+from mmjax.convert.values import KEY, TYPES, Value, plain_words, type_of, value_of
+from mmjax.core import errors
+from mmjax.core.errors import UserError
+from mmjax.data import pictures
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+MADE_BY = "mmjax.convert.convert"
+_KINDS = {"tar": "tar", "parquet": "Parquet file", "folder": "folder"}
+_PART_PREFIX = ".part-"
+_STALE_SECONDS = 3600.0
+_TELL_SECONDS = 10.0
+
+Json = dict[str, Any]
+Wanted = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A finished conversion: its folder and its manifest."""
+
+    path: epath.Path
+    manifest: Json
+
+
+def convert(
+    sources: Sequence[epath.PathLike],
+    out: epath.PathLike,
+    *,
+    split: str = "",
+    shards: int = 1,
+    fields: Wanted | None = None,
+    types: Mapping[str, str] | None = None,
+    max_bad: int = 0,
+    max_pixels: int = pictures.MAX_PIXELS,
+    force: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Converted:
+    """Convert `sources` into the folder `out` (or its folder `split`).
+
+    Args:
+      sources: paths or patterns, of one kind.
+      out: made if it is not there.
+      split: a name for the part of the data; the label of its results.
+      shards: number of files, at most the number of examples.
+      fields: name -> fields of the source of which an example has exactly one; None takes all.
+      types: name -> `int`, `float` or `text`, of fields whose type is not to be that of the source.
+      max_bad: examples that may be left out.
+      max_pixels: pixels of a picture, beyond which it is not decoded.
+      force: replace an earlier conversion.
+      tell: called with a line of progress every few seconds.
+
+    Raises:
+      UserError: what is wrong with the source, where; no part of the output is left behind.
+    """
+    if shards < 1 or max_bad < 0:
+        raise UserError(
+            f"--shards={shards} --max_bad={max_bad}: at least 1 file, and no less than 0."
+        )
+    if not re.fullmatch(r"(\w[\w.-]*)?", split):
+        raise UserError(f"--split={split}: a name of letters, digits, '_', '-' and '.'.")
+    pictures.check_bound(max_pixels, "--max_pixels")
+    kind, files = readers.find(sources)
+    path = epath.Path(out).expanduser() / split
+    if path.name in ("", ".."):
+        raise UserError(f"--out={out}: give the folder a name.")
+    _check_free(path, force)
+    ignored = Ignored()
+    choice = _Choice(fields, types or {}, max_pixels)
+    wanted = {old for olds in (fields or {}).values() for old in olds}
+    examples = readers.read(kind, files, ignored, frozenset(wanted))
+    with _part(path) as part, _local(part) as folder:
+        names = [f"{path.name}-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
+        tally = _write(examples, [folder / n for n in names], choice, max_bad, tell)
+        manifest = {
+            "made_by": MADE_BY,
+            "format": FORMAT,
+            "source": {"kind": kind, "files": [file.name for file in files]},
+            "split": split,
+            **dataclasses.asdict(tally),
+            "ignored": dataclasses.asdict(ignored),
+            "files": {n: _file_facts(folder / n) for n in names},
+        }
+        _copy(folder, part, names)
+        (part / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
+        _swap_in(part, path)
+    return Converted(path, manifest)
+
+
+# --- examples to records -----------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """What was written.
+
+    Attributes:
+      examples: how many.
+      digest: SHA-256 of the records' bytes in the order of the source.
+      fields: name -> type and the number of examples that have it.
+      bad: examples left out, and why.
+    """
+
+    examples: int = 0
+    digest: str = ""
+    fields: dict[str, Json] = field(default_factory=dict)
+    bad: list[str] = field(default_factory=list)
+
+    def add(self, example: Mapping[str, Value]) -> None:
+        self.examples += 1
+        for name, value in example.items():
+            known = self.fields.setdefault(name, {"type": type_of(value), "examples": 0})
+            known["examples"] += 1
+
+    def check_types(self, example: Mapping[str, Value]) -> None:
+        """`ValueError` for a field of another type than before."""
+        for name, value in example.items():
+            found, known = type_of(value), self.fields.get(name, {}).get("type")
+            if known and found != known:
+                raise ValueError(f"field {name!r} is {found}, in examples before it is {known}")
+
+    def leave_out(self, where: str, error: Exception, max_bad: int) -> None:
+        self.bad.append(f"{where}: {error}".rstrip("."))
+        if len(self.bad) > max_bad:
+            raise UserError(
+                f"{_count(len(self.bad), 'bad example')}, over --max_bad={max_bad}; {self.examples} good "
+                f"so far. {'; '.join(self.bad[-3:])}. Mend the source, or allow more to be left out."
+            )
+
+
+def _write(
+    examples: Iterator[Found], files: Sequence[epath.Path], choice: _Choice, max_bad: int,
+    tell: Callable[[str], None],
+) -> Tally:  # fmt: skip
+    """Write the examples that are whole, dealt over the files in turn."""
+    tally, digest, told = Tally(), hashlib.sha256(), time.monotonic()
+    with _Files(files) as writers:
+        for found in examples:
+            try:
+                example = choice.take(found)
+                tally.check_types(example)
+            except ValueError as error:
+                tally.leave_out(found.where, error, max_bad)
+                continue
+            record = _record(example)
+            writers.write(tally.examples % len(files), record)
+            digest.update(len(record).to_bytes(8, "little") + record)
+            tally.add(example)
+            if time.monotonic() - told > _TELL_SECONDS:
+                told = time.monotonic()
+                tell(f"{tally.examples:,} examples so far")
+    if tally.examples < len(files):
+        raise UserError(
+            f"The source has {_count(tally.examples, 'example')}, which do not fill --shards={len(files)}."
+            f"{' Left out: ' + tally.bad[0] if tally.bad else ''}"
+        )
+    return dataclasses.replace(tally, digest=digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The choice of fields of an example, their types, and the bound of its pictures."""
+
+    wanted: Wanted | None
+    types: Mapping[str, str]
+    max_pixels: int
+
+    def take(self, found: Found) -> dict[str, Value]:
+        """Return the chosen fields, decoded as far as it takes to check them; `ValueError` if anything is wrong."""
+        if found.fault:
+            raise ValueError(found.fault)
+        sources = {name: name for name in found.raw}
+        if self.wanted is not None:
+            sources = {name: _only(found, olds) for name, olds in self.wanted.items()}
+            sources |= {KEY: KEY} if KEY in found.raw else {}
+        example = {}
+        for name, old in sources.items():
+            try:
+                value = value_of(*found.raw[old], self.types.get(name, ""), self.max_pixels)
+            except Exception as error:  # whatever a decoder makes of damaged bytes
+                raise ValueError(f"field {old!r}: {plain_words(error)}") from error
+            if value is not None:
+                example[name] = value
+        missing = [name for name in self.wanted or {} if name not in example]
+        if missing:
+            raise ValueError(f"field {missing[0]!r} is empty")
+        if not example.keys() - {KEY}:
+            raise ValueError("has no fields")
+        return example
+
+
+def _only(found: Found, olds: Sequence[str]) -> str:
+    there = [old for old in olds if old in found.raw]
+    if len(there) != 1:
+        words = " or ".join(map(repr, olds))
+        raise ValueError(f"has no {words}" if not there else f"has more than one of {words}")
+    return there[0]
+
+
+def _record(example: Mapping[str, Value]) -> bytes:
+    """A `tf.train.Example`; equal examples give equal bytes."""
+    from tensorflow_datasets.proto import tf_example_pb2 as pb
+
+    message = pb.Example()
+    for name, value in example.items():
+        feature = message.features.feature[name]
+        values = value if isinstance(value, list) else [value]
+        lists = {
+            "bytes": feature.bytes_list, "int64": feature.int64_list, "float32": feature.float_list
+        }  # fmt: skip
+        lists[type_of(value)].value.extend(values)
+    record: bytes = message.SerializeToString(deterministic=True)
+    return record
+
+
+class _Files:
+    """ArrayRecord files under way; leaving closes them, and only then is all known to be written."""
+
+    def __init__(self, files: Sequence[epath.Path]):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self._files = files
+        try:
+            self._writers = [ArrayRecordWriter(str(f), "group_size:1") for f in files]
+        except RuntimeError as error:
+            raise UserError(f"Cannot make {len(files)} files: {_reason(error)}") from error
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def write(self, index: int, record: bytes) -> None:
+        """Written some records later; a failure may show only then, or at the end."""
+        try:
+            self._writers[index].write(record)
+        except RuntimeError as error:
+            raise UserError(f"Cannot write {self._files[index]}: {_reason(error)}") from error
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        for index in range(len(self._files)):
+            if kind is None:
+                self._close(index)
+            else:
+                with contextlib.suppress(UserError):
+                    self._close(index)
+
+    def _close(self, index: int) -> None:
+        try:
+            self._writers[index].close()
+        except RuntimeError as error:
+            raise UserError(f"Cannot write {self._files[index]}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first part of what ArrayRecord says."""
+    return str(error).split("; ")[0]
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def _file_facts(file: epath.Path) -> Json:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(str(file))
+    records = int(reader.num_records())
+    try:
+        reader.close()
+    except RuntimeError as error:
+        raise UserError(f"{file} was written but cannot be read: {_reason(error)}") from error
+    with file.open("rb") as opened:
+        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+    return {"examples": records, "bytes": file.stat().length, "sha256": sha256}
+
+
+def _check_free(path: epath.Path, force: bool) -> None:
+    """`UserError` unless the folder is not there, empty, or an earlier conversion that may be replaced."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"--out: {path} is a file. Give a folder.")
+    held = {file.name for file in path.iterdir()}
+    own = {MANIFEST, *_own_files(path)}
+    if held - own:
+        raise UserError(
+            f"{path} holds other files ({min(held - own)}), which a conversion would replace. "
+            "Give --out a new folder."
+        )
+    if held and not force:
+        raise UserError(f"{path} holds a conversion already. Add --force to replace it.")
+
+
+def _own_files(path: epath.Path) -> set[str]:
+    """The files that the manifest of an earlier conversion names."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        return set(manifest["files"]) if manifest["made_by"] == MADE_BY else set()
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return set()
+
+
+@contextlib.contextmanager
+def _part(path: epath.Path) -> Iterator[epath.Path]:
+    """A new folder beside `path`, gone at the end unless it was renamed."""
+    prefix = f"{_PART_PREFIX}{path.name}-"
+    shelter = path.parent / f"{prefix}{uuid.uuid4().hex}"
+    part = shelter / path.name
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"--out: cannot write to {path.parent}: {error.strerror or error}."
+        ) from error
+    try:
+        for other in path.parent.iterdir():
+            if other.name.startswith(prefix) and _last_change(other) < time.time() - _STALE_SECONDS:
+                other.rmtree()  # of a conversion that was killed
+        yield part
+    finally:
+        if shelter.exists():
+            shelter.rmtree()
+
+
+def _last_change(shelter: epath.Path) -> float:
+    inner = list(shelter.glob("*")) + list(shelter.glob("*/*"))
+    return max(float(each.stat().mtime or 0) for each in (shelter, *inner))
+
+
+@contextlib.contextmanager
+def _local(part: epath.Path) -> Iterator[epath.Path]:
+    """`part` itself, or a temporary folder where it is remote: ArrayRecord writes to local disks only."""
+    if "://" not in os.fspath(part):
+        yield part
+        return
+    with tempfile.TemporaryDirectory(prefix="mmjax-convert-") as scratch:
+        yield epath.Path(scratch)
+
+
+def _copy(folder: epath.Path, part: epath.Path, names: Sequence[str]) -> None:
+    if folder != part:
+        for name in names:
+            (folder / name).copy(part / name)
+
+
+def _swap_in(part: epath.Path, path: epath.Path) -> None:
+    """Rename `part` to `path`; what was there is moved aside, where it goes with the part."""
+    if path.exists():
+        path.rename(part.parent / "old")
+    part.rename(path)
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def summary(made: Converted, seconds: float) -> str:
+    """What a person wants to know after a conversion, in a few lines."""
+    facts = made.manifest
+    size = sum(file["bytes"] for file in facts["files"].values()) / 2**20
+    lines = [
+        f"{facts['examples']:,} examples from {_count(len(facts['source']['files']), _KINDS[facts['source']['kind']])}"
+        f", {size:.1f} MiB in {_count(len(facts['files']), 'file')}, {seconds:.1f} s"
+    ]
+    for name, known in sorted(facts["fields"].items()):
+        lacking = facts["examples"] - known["examples"]
+        lines.append(
+            f"  {name:<16}{known['type']:<8}{f'lacking in {lacking:,}' if lacking else ''}".rstrip()
+        )
+    if facts["bad"]:
+        lines.append(
+            f"left out: {_count(len(facts['bad']), 'bad example')}, named in {MANIFEST}; the first:"
+        )
+        lines.append(f"  {facts['bad'][0]}")
+    if facts["ignored"]["count"]:
+        lines.append(f"ignored: {_count(facts['ignored']['count'], 'file')} of no field, such as "
+                     f"{facts['ignored']['names'][0]}")  # fmt: skip
+    source = json.dumps({"name": "array_record", "path": str(made.path)})
+    return "\n".join([*lines, f"source = {source}"])
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def _wanted(arguments: Sequence[str]) -> tuple[Wanted | None, dict[str, str]]:
+    """Return the fields and types that arguments `NAME`, `NAME:TYPE`, `NAME=A,B` or `NAME:TYPE=A,B` state."""
+    wanted: dict[str, tuple[str, ...]] = {}
+    types: dict[str, str] = {}
+    for argument in arguments:
+        head, _, olds = argument.partition("=")
+        begin, _, end = head.rpartition(":")
+        name, as_type = (begin, end) if ":" in head and end in TYPES else (head, "")
+        if not name or name in wanted or (olds and not all(olds.split(","))):
+            raise UserError(
+                f"--field={argument}: write NAME, NAME:TYPE or NAME=A,B, each NAME once; TYPE is "
+                f"{', '.join(TYPES)}."
+            )
+        wanted[name] = tuple(olds.split(",")) if olds else (name,)
+        types |= {name: as_type} if as_type else {}
+    return wanted or None, types
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mmjax.convert.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", nargs="+", help="tars, Parquet files or a folder of images")
+    parser.add_argument("--out", required=True, help="folder to make")
+    parser.add_argument("--split", default="", help="make DIR/NAME; the label of its results")
+    parser.add_argument("--shards", type=int, default=1, help="number of files (default 1)")
+    parser.add_argument("--field", action="append", default=[], metavar="NAME[:TYPE][=A,B]")
+    parser.add_argument("--max_bad", type=int, default=0, help="examples that may be left out")
+    parser.add_argument(
+        "--max_pixels", type=int, default=pictures.MAX_PIXELS, help="pixels of a picture at most"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an earlier conversion")
+    args = parser.parse_args(argv)
+    fields, types = _wanted(args.field)
+    start = time.perf_counter()
+    made = convert(
+        args.source, args.out, split=args.split, shards=args.shards, fields=fields, types=types,
+        max_bad=args.max_bad, max_pixels=args.max_pixels, force=args.force,
+        tell=lambda line: print(line, file=sys.stderr),
+    )  # fmt: skip
+    print(summary(made, time.perf_counter() - start))
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,70 @@
+"""Bounds of the numbers in a config: each dataclass states its own, as intervals, in `__post_init__`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmjax.core.errors import UserError
+
+FRACTION = "[0, 1]"
+PART = "[0, 1)"  # a decay, or what is left out
+COUNT = "[1, 2147483647]"
+SIZE = "[0, 2147483647]"  # a count that may be 0
+POSITIVE = "(0, inf)"
+AMOUNT = "[0, inf)"
+
+
+class OutOfBounds(UserError):
+    """A number outside its bounds; `configs.build` puts the block's path before `key`."""
+
+    def __init__(self, owner: str, key: str, value: Any, interval: str):
+        self.key, self.words = key, f"is {value}; it must be {_words(interval)}."
+        super().__init__(f"{owner}.{key} {self.words}")
+
+
+def check(config: Any, **intervals: str) -> None:
+    """Raise unless each of these fields is within its interval: `learning_rate="[0, inf)"`.
+
+    A field may be a number, None, or a list or dictionary of numbers, each of which must be.
+
+    Raises:
+      OutOfBounds: names the first that is not; NaN is in no interval.
+    """
+    for key, interval in intervals.items():
+        for name, value in _numbers(key, getattr(config, key)):
+            if not contains(interval, value):
+                raise OutOfBounds(type(config).__name__, name, value, interval)
+
+
+def contains(interval: str, value: float) -> bool:
+    """Return whether a number is in an interval such as `[0, 1)`; infinity is in none."""
+    opens, low, high, closes = _parsed(interval)
+    above = value >= low if opens == "[" else value > low
+    below = value <= high if closes == "]" else value < high
+    return above and below
+
+
+def _numbers(key: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        yield from ((f"{key}.{name}", each) for name, each in value.items())
+    elif isinstance(value, (list, tuple)):
+        yield from ((f"{key}[{index}]", each) for index, each in enumerate(value))
+    elif value is not None:
+        yield key, value
+
+
+def _parsed(interval: str) -> tuple[str, float, float, str]:
+    match = re.fullmatch(r"([\[(])([^,]+), ([^,]+)([\])])", interval)
+    assert match, interval
+    opens, low, high, closes = match.groups()
+    return opens, float(low), float(high), closes
+
+
+def _words(interval: str) -> str:
+    opens, low, high, _ = _parsed(interval)
+    if math.isinf(high) or high == 2**31 - 1:
+        return f"{'at least' if opens == '[' else 'above'} {low:g}"
+    return f"in {interval}"

@@ -1,0 +1,93 @@
+"""Command lines: `--config=FILE --workdir=DIR --config.KEY=VALUE`, the same for every main."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from etils import epath
+
+from mmjax.core import config as configs
+from mmjax.core.config import Block
+from mmjax.core.errors import UserError
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    made.add_argument(
+        "--extra", action="append", default=[], metavar="DIR",
+        help="folder with modules of one's own: DIR/modalities/NAME.py, DIR/objectives/NAME.py, ...",
+    )  # fmt: skip
+    return made
+
+
+def parse(
+    made: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments, and the `KEY=VALUE` of each `--config.KEY=VALUE`."""
+    _skip_absent_tpu()
+    # Libraries log much that a person cannot act on, whole tracebacks of an error that is raised
+    # besides among it; what matters reaches them as that error.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    words = sys.argv[1:] if argv is None else argv
+    # Taken out first: one with a space in its value would pass for a positional argument.
+    overrides = [a.removeprefix("--config.") for a in words if a.startswith("--config.")]
+    arguments, unknown = made.parse_known_args([a for a in words if not a.startswith("--config.")])
+    if unknown:
+        raise UserError(f"Unknown argument {unknown[0]}. {usage(made)}")
+    for folder in arguments.extra:
+        configs.add_folder(folder)
+    return arguments, overrides
+
+
+def _skip_absent_tpu() -> None:
+    """Keep JAX from trying a TPU on a machine without one, where libtpu prints errors.
+
+    A TPU may be there if JAX finds a chip, if there is a device file of one, or if the environment speaks of one:
+    then it is tried, and its errors are printed.
+    """
+    variables = ("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_NAME", "TPU_ACCELERATOR_TYPE",
+            "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES", "TPU_TOPOLOGY", "CLOUD_TPU_TASK_ID")  # fmt: skip
+    files = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
+    if "jax" not in sys.modules or any(map(os.environ.get, variables)) or files:
+        return
+    from jax._src import hardware_utils, xla_bridge  # a light main has no JAX
+
+    if not hardware_utils.num_available_tpu_chips_and_device_id()[0]:
+        getattr(xla_bridge, "_backend_factories", {}).pop("tpu", None)
+
+
+def usage(made: argparse.ArgumentParser) -> str:
+    """The usage on one line."""
+    return f"{' '.join(made.format_usage().split())} [--config.KEY=VALUE ...]"
+
+
+def read_config(path: str, overrides: Sequence[str]) -> Block:
+    return configs.override(configs.read_file(path), overrides)
+
+
+def folder(path: str) -> epath.Path:
+    """`path` as an absolute one, since Orbax takes no other; `~` and URIs (`gs://`) are understood."""
+    if "://" in path:
+        return epath.Path(path)
+    return epath.Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def make_workdir(path: str) -> epath.Path:
+    """The workdir, made if it is not there; an error if it is a file, or lies where no folder can be."""
+    if not path:
+        raise UserError("--workdir is empty. Give a folder.")
+    workdir = folder(path)
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={path} is a file. Give a folder.")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(
+            f"--workdir={path} cannot be made: {error.strerror}. Give another folder."
+        ) from error
+    return workdir

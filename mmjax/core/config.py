@@ -1,0 +1,416 @@
+"""Configs: read a file, apply overrides, check every key, compare with a saved one.
+
+A config is plain data (JSON values). The schema is the code itself: a block with a `name` resolves to
+`mmjax/<kind>/<name>.py`, and its other keys are the fields of the dataclass found there.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import pkgutil
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar, Union
+
+from mmjax.core.bounds import OutOfBounds
+from mmjax.core.errors import UserError, nearest
+
+T = TypeVar("T")
+# Packages whose modules a config names, each in a file of its own.
+KINDS = ("blocks", "evaluators", "modalities", "objectives", "sources")
+_BASE = "base"  # the module of a kind that defines its interface
+_LARGEST = 2.0**128  # the least number that float32 has not
+Block = dict[str, Any]
+
+# The first pattern that matches a dotted key gives its class; see `compare`.
+KEY_CLASSES: tuple[tuple[str, str], ...] = (
+    (
+        r"limits\.(non_finite|divergence|divergence_visits)$",
+        "schedule",
+    ),  # who is left out, and when
+    (r"(steps|log|checkpoint|mesh|loader|limits|evaluation|profile)(\.|$)", "free"),
+    (
+        r"init_from\.(strict|non_finite)$|model\.(remat|groups\.\d+\.pattern\.\d+\.kernel)$|tasks\.\w+\.(evaluators|microbatches)(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$|tasks\.\w+\.source\.partial$|modalities\.\w+\.pad_vocabulary_to$",
+        "free",
+    ),
+    (r"modalities\.\w+\.max_(pixels|frames|seconds)$", "free"),
+    (r"model\.groups\.\d+\.pattern\.\d+\.experts\.losses_over$", "schedule"),
+    (r"schedule(\.|$)|optimizer\.(?!(name|moments_dtype|factored|accumulate)$)", "schedule"),
+    (r"tasks\.\w+\.(share|shared_time|batch|inputs|buckets|objective|view)(\.|$)", "schedule"),
+    (r"", "structural"),
+)
+
+
+def read_file(path: str) -> Block:
+    """The dict made by `get_config()` of a Python config file; `file.py:argument` passes a string."""
+    file, _, argument = path.partition(":")
+    if not Path(file).is_file():
+        raise UserError(
+            f"No config file '{file}'. Give --config the path of a file with get_config()."
+        )
+    module = load_module(file)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"Config file '{file}' has no function get_config().")
+    arguments = [argument] if argument else []
+    _check_call(module.get_config, arguments, file)
+    config = module.get_config(*arguments)
+    block = plain(config.to_dict() if hasattr(config, "to_dict") else config, "config")
+    if not isinstance(block, dict):
+        raise UserError(
+            f"get_config() of '{file}' returns {type(config).__name__}, not a ConfigDict."
+        )
+    return block
+
+
+def load_module(file: str | Path) -> types.ModuleType:
+    """A config file as a module; for configs that begin from another one:
+    `load_module(Path(__file__).with_name("quickstart.py")).get_config()`."""
+    spec = importlib.util.spec_from_file_location(f"mmjax_config_{Path(file).stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _check_call(get_config: Callable[..., Any], arguments: list[str], file: str) -> None:
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError as error:
+        given = f"'{arguments[0]}' was given" if arguments else "none was given"
+        raise UserError(
+            f"Config file '{file}': get_config{inspect.signature(get_config)}, but as its argument "
+            f"{given}. Write --config={file} or --config={file}:ARGUMENT."
+        ) from error
+
+
+def plain(value: Any, where: str) -> Any:
+    """`value` as JSON data (tuples become lists); anything else is an error naming the key."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(
+            f"{where} is {value}; config values are JSON data, which has no such number."
+        )
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise UserError(
+        f"{where} is a {type(value).__name__}; config values are JSON data. Name it instead."
+    )
+
+
+def override(config: Block, assignments: Sequence[str]) -> Block:
+    """`config` with `a.b=value` assignments applied; values are Python literals, else strings.
+
+    A key may be new to the file (a default); unknown ones are found later, by the schema.
+    """
+    config = json.loads(json.dumps(config))
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--config.{assignment}: write --config.KEY=VALUE.")
+        *parents, last = key.split(".")
+        block = config
+        for depth, name in enumerate(parents):
+            block = block.setdefault(name, {})
+            if not isinstance(block, dict):
+                raise UserError(
+                    f"--config.{key}: '{'.'.join(parents[: depth + 1])}' is a value, not a block."
+                )
+        block[last] = plain(_literal(text), key)
+    return config
+
+
+def _literal(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+# --- names -------------------------------------------------------------------------------------
+
+
+def names(kind: str) -> list[str]:
+    """Names that a config may use for `kind`: the modules of the package `mmjax.<kind>`."""
+    package = importlib.import_module(f"mmjax.{kind}")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != _BASE)
+
+
+def add_folder(folder: str) -> None:
+    """Let configs also name modules under `folder/<kind>/NAME.py` (code that a person passes by hand)."""
+    if not Path(folder).is_dir():
+        raise UserError(f"--extra={folder}: no such folder.")
+    found = [kind for kind in KINDS if (Path(folder) / kind).is_dir()]
+    if not found:
+        raise UserError(
+            f"--extra={folder}: no folder in it has the name of a kind ({', '.join(KINDS)}). "
+            "Put a module of your own in DIR/KIND/NAME.py, and give DIR."
+        )
+    for kind in found:
+        _add_path(kind, str((Path(folder) / kind).resolve()))
+    if folder not in _added:
+        _added.append(folder)
+
+
+_added: list[str] = []
+
+
+def added_folders() -> tuple[str, ...]:
+    """The folders of `add_folder`; another process is to add them too."""
+    return tuple(_added)
+
+
+_noting: list[set[tuple[str, str]]] = []
+
+
+@contextmanager
+def noting() -> Iterator[set[tuple[str, str]]]:
+    """Note the (kind, name) of all modules that configs resolve to within the block."""
+    used: set[tuple[str, str]] = set()
+    _noting.append(used)
+    try:
+        yield used
+    finally:
+        _noting.remove(used)
+
+
+def digests_of_extensions(used: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """SHA-256 of the files of modules outside mmjax (`--extra`), by `KIND/NAME`.
+
+    Modules of such folders that these import are among them, and so on.
+
+    Args:
+      used: (kind, name) of the modules; those of mmjax itself are left out.
+    """
+    digests: dict[str, str] = {}
+    coming = sorted(used)
+    while coming:
+        kind, name = coming.pop()
+        file = _extension(kind, name)
+        if file is None or f"{kind}/{name}" in digests:
+            continue
+        content = file.read_bytes()
+        digests[f"{kind}/{name}"] = hashlib.sha256(content).hexdigest()
+        with suppress(SyntaxError, ValueError):  # changed since it was imported
+            coming += _imported(content)
+    return dict(sorted(digests.items()))
+
+
+def _extension(kind: str, name: str) -> Path | None:
+    """The file of a module in a folder of `add_folder`; None if it is mmjax's own or there is none."""
+    first, *added = importlib.import_module(f"mmjax.{kind}").__path__
+    files = (Path(path) / f"{name}.py" for path in added)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _imported(content: bytes) -> list[tuple[str, str]]:
+    """(kind, name) of the modules `mmjax.KIND.NAME` that a file imports."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(content)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    parts = [name.split(".") for name in names]
+    return [(p[1], p[2]) for p in parts if len(p) > 2 and p[0] == "mmjax" and p[1] in KINDS]
+
+
+def _add_path(kind: str, path: str) -> None:
+    package = importlib.import_module(f"mmjax.{kind}")
+    if path in package.__path__:
+        return
+    for module in pkgutil.iter_modules([path]):
+        if module.name in names(kind):
+            raise UserError(
+                f"{path}/{module.name}.py: there is a '{module.name}' in mmjax/{kind} already. "
+                "Give your own another name."
+            )
+    package.__path__.append(path)
+
+
+def resolve(kind: str, name: Any, where: str) -> Any:
+    """The object that module `mmjax/<kind>/<name>.py` defines under its own name, in CamelCase."""
+    if not isinstance(name, str) or name not in names(kind):
+        raise UserError(
+            f"{where}.name: no '{name}' in mmjax/{kind}.{nearest(str(name), names(kind))} "
+            "(Modules of your own: --extra=DIR.)"
+        )
+    module = importlib.import_module(f"mmjax.{kind}.{name}")
+    for used in _noting:
+        used.add((kind, name))
+    expected = "".join(part.capitalize() for part in name.split("_"))
+    if not hasattr(module, expected):
+        raise UserError(f"{where}.name: {module.__file__} does not define '{expected}'.")
+    return getattr(module, expected)
+
+
+def component(kind: str, block: Mapping[str, Any], where: str) -> Any:
+    """Build the component that `block` names: `{name: ..., **fields}`."""
+    if "name" not in block:
+        raise UserError(f"{where}: 'name' is missing.{nearest('', names(kind))}")
+    cls = resolve(kind, block["name"], where)
+    return build(cls, {k: v for k, v in block.items() if k != "name"}, where)
+
+
+# --- schema ------------------------------------------------------------------------------------
+
+
+def build(cls: type[T], block: Mapping[str, Any], where: str) -> T:
+    """A dataclass from a block: unknown, missing and wrongly typed keys are errors that name them."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in block:
+        if key not in fields:
+            raise UserError(f"Unknown config key '{where}.{key}'.{nearest(key, fields)}")
+    values = {}
+    for name, field in fields.items():
+        if name in block:
+            values[name] = _checked(block[name], hints[name], f"{where}.{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(f"Config key '{where}.{name}' is missing ({_type_name(hints[name])}).")
+    try:
+        return cls(**values)
+    except OutOfBounds as error:
+        raise UserError(f"{where}.{error.key} {error.words}") from error
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the annotated type: ints are floats too, lists become tuples, blocks dataclasses."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _checked(value, next(a for a in arguments if a is not type(None)), where)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return build(typing.cast(type, hint), value, where)
+    if origin is dict and isinstance(value, Mapping):
+        return {k: _checked(v, arguments[1], f"{where}.{k}") for k, v in value.items()}
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_checked(v, arguments[0], f"{where}[{i}]") for i, v in enumerate(value))
+    if hint in (int, float) and isinstance(value, int | float) and not _fits(value):
+        raise UserError(f"{where} is {value}; expected a finite number that fits into its type.")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and (hint is not int or not isinstance(value, bool))
+    ):
+        return value
+    raise UserError(f"Config key '{where}' is {value!r}; expected {_type_name(hint)}.")
+
+
+def _fits(value: float) -> bool:
+    """Return whether an integer fits into 64 bits, a float into float32."""
+    return abs(value) < 2**63 if isinstance(value, int) else abs(value) < _LARGEST
+
+
+def _type_name(hint: Any) -> str:
+    """The annotated type in a person's words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(a) for a in arguments)
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "a block of keys"
+    if origin is tuple:
+        return f"a list, each {_type_name(arguments[0])}"
+    return "None" if hint is type(None) else str(getattr(hint, "__name__", hint))
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """Raise unless all `names` can be parts of parameter names, of file names and of tables."""
+    for name in names:
+        if not re.fullmatch(r"\w[\w-]*", name):
+            raise UserError(
+                f"{where}: '{name}' is no name; use letters, digits, underscores and dashes."
+            )
+
+
+# --- comparing with a saved config -------------------------------------------------------------
+
+
+def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, leaf) pairs of a config; lists of plain values are leaves."""
+    if isinstance(config, Mapping) and config:
+        for key in sorted(config):
+            yield from flat(config[key], f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(config, list) and any(isinstance(v, Mapping) for v in config):
+        for index, value in enumerate(config):
+            yield from flat(value, f"{prefix}.{index}")
+    else:
+        yield prefix, config
+
+
+def key_class(key: str) -> str:
+    """`free`, `schedule` or `structural`: what a change of this key means for a run that exists."""
+    return next(kind for pattern, kind in KEY_CLASSES if re.match(pattern, key))
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One key that differs between the saved config and the new one; None where it is absent."""
+
+    key: str
+    kind: str
+    saved: Any
+    new: Any
+
+    def __str__(self) -> str:
+        saved, new = (
+            "{...}" if isinstance(v, Mapping) else repr(v) for v in (self.saved, self.new)
+        )
+        return f"{self.key} ({self.kind}): saved {saved}, now {new}"
+
+
+def compare(saved: Block, new: Block) -> list[Difference]:
+    """Differences by key; a whole task that comes or goes is one, and counts as `schedule`."""
+    old_leaves, new_leaves = dict(flat(saved)), dict(flat(new))
+    old_tasks, new_tasks = saved.get("tasks", {}), new.get("tasks", {})
+    moved = set(old_tasks) ^ set(new_tasks)
+    found = [
+        Difference(f"tasks.{t}", "schedule", old_tasks.get(t), new_tasks.get(t)) for t in moved
+    ]
+    for key in old_leaves.keys() | new_leaves.keys():
+        before, after = old_leaves.get(key), new_leaves.get(key)
+        whole_task = key.startswith("tasks.") and key.split(".")[1] in moved
+        if before != after and not whole_task:
+            found.append(Difference(key, key_class(key), before, after))
+    return sorted(found, key=lambda difference: difference.key)
+
+
+def check_compatible(saved: Block, new: Block, allow_change: bool) -> list[Difference]:
+    """Differences that the run may take up; structural ones, or schedule ones not allowed, raise."""
+    differences = compare(saved, new)
+    structural = [d for d in differences if d.kind == "structural"]
+    if structural:
+        lines = "\n  ".join(map(str, structural))
+        raise UserError(
+            "This workdir holds a run of another config; these keys fix its parameters or data:\n  "
+            f"{lines}\nUse another --workdir, or the saved values."
+        )
+    schedule = [d for d in differences if d.kind == "schedule"]
+    if schedule and not allow_change:
+        lines = "\n  ".join(map(str, schedule))
+        raise UserError(
+            f"The config changes the course of the run in this workdir:\n  {lines}\n"
+            "Add --allow_change to start a new segment with it, or use another --workdir."
+        )
+    return differences

@@ -1,0 +1,290 @@
+"""Batches along the known schedule: read and preprocessed ahead by Grain, placed on the mesh.
+
+A batch is a pure function of (schedule, positions, step). Grain gives threads, processes and read-ahead below
+that; its own state is never saved. A process reads only the rows that its devices hold.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import connection, parent_process, resource_tracker
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import NamedSharding
+
+from mmjax.core import config as configs
+from mmjax.core.bounds import SIZE, check
+from mmjax.core.errors import RecordError, UserError
+from mmjax.data import order
+from mmjax.engine.state import Clock
+from mmjax.objectives.base import Objective
+from mmjax.schedule.phases import Settings
+from mmjax.sources.base import Examples
+from mmjax.task import RowSpec, Task
+
+Rows = tuple[slice, ...]
+_ENDED = re.compile(r"terminated unexpectedly with exit code (-?\d+)")  # Grain's words
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """Host work.
+
+    Attributes:
+      threads: threads of the run's process that read and preprocess, where there are no `processes`.
+      ahead: batches made ahead of the step that runs.
+      cache_mib: memory for examples as read, per source and process, in MiB.
+      processes: processes that read and preprocess in place of threads, batches dealt out in turn; 0 for none.
+        Of use where threads would wait for Python itself more than for decoding: small pictures, many cores. Each
+        takes some seconds to start. The batches are the same.
+    """
+
+    threads: int = 2
+    ahead: int = 4
+    cache_mib: int = 256
+    processes: int = 0
+
+    def __post_init__(self) -> None:
+        check(self, threads=SIZE, ahead=SIZE, cache_mib=SIZE, processes=SIZE)
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=["step", "start", "failed"]
+)
+@dataclass(frozen=True)
+class HostBatch:
+    """This process's rows of one batch, as NumPy arrays with a leading row axis.
+
+    Attributes:
+      step: the step it belongs to.
+      start: index of its first row in the global batch; rows are contiguous.
+      rows: the tree of `RowSpec`.
+      failed: (position, error) of examples that could not be read; their rows are invalid.
+    """
+
+    step: int
+    start: int
+    rows: Any
+    failed: tuple[tuple[int, str], ...]
+
+
+def local_rows(sharding: NamedSharding, rows: int) -> tuple[int, int]:
+    """First and last + 1 row of a batch that this process's devices hold (the smallest range)."""
+    slices = sharding.addressable_devices_indices_map((rows,)).values()
+    ranges = [s[0].indices(rows) for s in slices if s is not None]
+    return min(r[0] for r in ranges), max(r[1] for r in ranges)
+
+
+def make_batch(
+    spec: RowSpec,
+    examples: Examples,
+    ids: Sequence[int],
+    rng: Callable[[int], np.random.Generator | None],
+    size: int,
+) -> tuple[Any, tuple[tuple[int, str], ...]]:
+    """Rows for `ids`, blank ones up to `size`; and the rows that failed, by index."""
+    rows, failed = [], []
+    for index, example_id in enumerate(ids):
+        try:
+            rows.append(spec.make(examples[int(example_id)], rng(index)))
+        except Exception as error:
+            # Whatever a corrupt or odd record makes a reader or decoder raise: the slot becomes invalid.
+            if isinstance(error, UserError) and not isinstance(error, RecordError):
+                raise
+            failed.append((index, f"{examples.description}[{int(example_id)}]: {error}"))
+            rows.append(spec.blank())
+    rows += [spec.blank()] * (size - len(rows))
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows), tuple(failed)
+
+
+def arranged_rows(
+    task: Task, examples: Examples, seed: int, position: int, share: tuple[int, int]
+) -> tuple[Any, tuple[tuple[int, str], ...]]:
+    """Rows [first, last) of the training batch that begins at `position`; and what failed, by position.
+
+    The rows of a window of the objective lie in its order, which depends on all of them: where the share ends within
+    a window, the whole window is read, so that every process comes to the same order.
+    """
+    (first, last), window = share, task.objective.window_rows(task.batch)
+    begin, end = first // window * window, -(-last // window) * window
+    ids = order.example_ids(seed, task.name, position + begin, end - begin, len(examples))
+
+    def rng(row: int) -> np.random.Generator:
+        return order.rng(seed, task.name, position + begin + row)
+
+    rows, failed = make_batch(task.rows(), examples, list(ids), rng, end - begin)
+    if window > 1:
+        index = _arranged(task.objective, rows, window)[first - begin : last - begin]
+        rows = jax.tree.map(lambda x: x[index], rows)
+    return rows, tuple((position + begin + i, error) for i, error in failed)
+
+
+def _arranged(objective: Objective, rows: Any, window: int) -> np.ndarray:
+    """Which of the rows lies at each place."""
+    count = len(rows["valid"])
+    found = []
+    for start in range(0, count, window):
+        each = [jax.tree.map(lambda x, i=start + i: x[i], rows) for i in range(window)]
+        found += [start + int(i) for i in objective.arranged(each)]
+    return np.array(found, np.int64)
+
+
+class _Steps:
+    """The batches from `clock` on, by index; what Grain reads."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        data: Mapping[str, Examples],
+        clock: Clock,
+        stop: int,
+        seed: int,
+        share: Callable[[int], tuple[int, int]],
+    ):
+        self._settings, self._data, self._clock, self._stop, self._seed = (
+            settings,
+            data,
+            clock,
+            stop,
+            seed,
+        )
+        # A table, since another process is not given the mesh that `share` asks.
+        self._shares = {t.batch: share(t.batch) for t, _ in settings.programs.values()}
+
+    def __len__(self) -> int:
+        return max(self._stop - self._clock.step, 0)
+
+    def __getitem__(self, index: int) -> HostBatch:
+        step = self._clock.step + int(index)
+        schedule = self._clock.schedule
+        task = self._settings.variant(schedule.task(step), step, schedule.visit(step)).task
+        try:
+            return self._batch(step, task)
+        except Exception:
+            raise
+        except BaseException as error:
+            # A library that calls `exit`, or a thread that is told to end: passed on as it is, it would
+            # end the run in silence.
+            raise UserError(
+                f"A thread of the loader died while it made step {step} of task '{task.name}': {error!r}. "
+                "Run again to go on; if it dies there again, look at the task's source."
+            ) from error
+
+    def _batch(self, step: int, task: Task) -> HostBatch:
+        clock = self._clock
+        passed = self._settings.consumed(clock.schedule, task.name, clock.step, step)
+        position = clock.positions.get(task.name, 0) + passed
+        first, last = self._shares[task.batch]
+        rows, failed = arranged_rows(
+            task, self._data[task.name], self._seed, position, (first, last)
+        )
+        return HostBatch(step, first, rows, failed)
+
+
+class Loader:
+    """Iterates over the `HostBatch`es of steps [clock.step, stop), made ahead in threads or processes."""
+
+    def __init__(
+        self,
+        config: LoaderConfig,
+        settings: Settings,
+        data: Mapping[str, Examples],
+        clock: Clock,
+        stop: int,
+        seed: int,
+        share: Callable[[int], tuple[int, int]],
+    ):
+        steps = _Steps(settings, data, clock, stop, seed, share)
+        if config.processes:
+            batches = _by_processes(steps, config)
+        else:
+            options = grain.ReadOptions(config.threads, config.ahead)
+            batches = grain.MapDataset.source(steps).to_iter_dataset(options)
+        self._batches = iter(batches)
+        self._begins = bool(config.processes)
+
+    def __iter__(self) -> Iterator[HostBatch]:
+        return self
+
+    def __next__(self) -> HostBatch:
+        try:
+            return self._next()
+        except RuntimeError as error:
+            ended = _ENDED.search(str(error))
+            if not ended:
+                raise
+            raise UserError(
+                f"A process of the loader was ended from outside (exit code {ended[1]}; -9 is SIGKILL, often "
+                "because memory ran out). Run again to resume from the newest checkpoint; if it happens again, lower "
+                "loader.processes, loader.ahead or loader.cache_mib."
+            ) from None
+
+    def _next(self) -> HostBatch:
+        if not self._begins:
+            return next(self._batches)
+        self._begins = False
+        # Now processes start. A signal for the whole group is for the run, which ends them when it has saved:
+        # they inherit that it is held back, and so are spared while they start, too.
+        resource_tracker.ensure_running()  # first: starting it lets the signals through again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            return next(self._batches)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def close(self) -> None:
+        """Stop the threads and processes."""
+        close = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
+
+
+def _by_processes(steps: _Steps, config: LoaderConfig) -> grain.IterDataset[HostBatch]:
+    if not flags.FLAGS.is_parsed():  # Grain asks for flags of its own, which nobody here gives
+        flags.FLAGS.mark_as_parsed()
+    # Grain keeps so many of each process there, and as many again here.
+    each = -(-config.ahead // (2 * config.processes))
+    options = grain.MultiprocessingOptions(config.processes, max(each, 1))
+    # No threads in there: they would wait for each other.
+    batches = grain.MapDataset.source(steps).to_iter_dataset(grain.ReadOptions(0, 0))
+    return batches.mp_prefetch(options, partial(_begin_worker, configs.added_folders()))
+
+
+def _begin_worker(folders: Sequence[str], index: int, count: int) -> None:
+    """In a process of the loader's: keep off the devices, and end with the run."""
+    for folder in folders:
+        configs.add_folder(folder)
+    jax.config.update("jax_platforms", "cpu")
+    run = parent_process()
+    assert run is not None
+
+    def follow() -> None:
+        connection.wait([run.sentinel])
+        os._exit(1)  # a run that was killed stops nobody
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def place(rows: Any, start: int, size: int, sharding: NamedSharding) -> Any:
+    """The global batch of `size` rows on the mesh, from this process's rows (which begin at `start`)."""
+
+    def put(local: np.ndarray) -> jax.Array:
+        def read(index: Rows | None) -> np.ndarray:
+            first, last, _ = index[0].indices(size) if index else (0, size, 1)
+            return local[first - start : last - start]
+
+        return jax.make_array_from_callback((size, *local.shape[1:]), sharding, read)
+
+    # The one place where data may go to the devices unasked: JAX counts this call as implicit.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(put, rows)

@@ -1,0 +1,252 @@
+"""The state of a run: parameters, optimizer state and buffers on the devices; the clock in integers."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh
+
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Arrays, Declaration, Spec, from_canonical, to_canonical
+from mmjax.core.sharding import named
+from mmjax.engine.health import Bounds, Health
+from mmjax.optim.optimizer import Optimizer
+from mmjax.optim.transforms import Axes, LeafState, wide
+from mmjax.optim.views import own_name, split_name
+from mmjax.schedule.schedule import Schedule
+
+EMA = "ema/"
+SUM = "sum/"
+SUMMED = "summed_steps"  # how many steps the sums hold; it belongs to no parameter
+
+
+@struct.dataclass
+class State:
+    """What is on the devices.
+
+    Attributes:
+      parameters: by name.
+      optimizer: parameter name -> its leaf state by field, of what tasks have in common.
+      buffers: what changes without an update, by name: `ema/NAME` averages parameter NAME, `sum/NAME`
+        adds up its gradients where several steps make one update, and `summed_steps` counts these. Averages and
+        sums are float32 or wider: a bfloat16 average whose weight is 0.999 stands still.
+      moments: as `optimizer`, of tasks that have their own: `TASK:NAME` -> leaf state.
+    """
+
+    parameters: Arrays
+    optimizer: dict[str, LeafState]
+    buffers: Arrays
+    moments: dict[str, LeafState] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where a run is, in integers.
+
+    Attributes:
+      step: completed steps.
+      schedule: which task runs at which step.
+      positions: examples consumed by each task.
+      skipped: steps of each task whose update was left out for a non-finite loss or gradient.
+      invalid: number of examples of each task that could not be read.
+      health: what is remembered of each task's losses.
+      quarantined: tasks that the run has left out, and the step from which on.
+      invalid_ids: ids of the examples in `invalid`, ascending; checkpoints of version 1 lack those they counted.
+    """
+
+    step: int
+    schedule: Schedule
+    positions: Mapping[str, int]
+    skipped: Mapping[str, int]
+    invalid: Mapping[str, int]
+    health: Mapping[str, Health] = field(default_factory=dict)
+    quarantined: Mapping[str, int] = field(default_factory=dict)
+    invalid_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def is_well(self, bounds: Bounds) -> bool:
+        """Return whether no task but those left out shows signs of a divergence, and the last step was finite."""
+        last = self.schedule.task(self.step - 1) if self.step else ""
+        if last not in self.quarantined and self.health.get(last, Health()).bad:
+            return False
+        return not any(
+            h.is_suspect(bounds) for t, h in self.health.items() if t not in self.quarantined
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "segments": self.schedule.to_json(),
+            "positions": dict(self.positions),
+            "skipped": dict(self.skipped),
+            "invalid": dict(self.invalid),
+            "invalid_ids": {task: list(ids) for task, ids in self.invalid_ids.items()},
+            "health": {task: health.to_json() for task, health in self.health.items()},
+            "quarantined": dict(self.quarantined),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Clock:
+        schedule = Schedule.from_json(data["segments"])
+        # The first checkpoints of format 1 have no health.
+        health = {t: Health.from_json(h) for t, h in data.get("health", {}).items()}
+        return cls(
+            data["step"],
+            schedule,
+            data["positions"],
+            data["skipped"],
+            data["invalid"],
+            health,
+            data.get("quarantined", {}),
+            {task: tuple(ids) for task, ids in data.get("invalid_ids", {}).items()},
+        )
+
+    def with_invalid(self, task: str, example: int) -> Clock:
+        """Return the clock with one more example that could not be read; itself where the example is known."""
+        known = self.invalid_ids.get(task, ())
+        place = bisect_left(known, example)
+        if known[place : place + 1] == (example,):
+            return self
+        invalid = {**self.invalid, task: self.invalid.get(task, 0) + 1}
+        ids = {**self.invalid_ids, task: (*known[:place], example, *known[place:])}
+        return replace(self, invalid=invalid, invalid_ids=ids)
+
+
+def init_state(
+    declaration: Declaration,
+    optimizer: Optimizer,
+    seed: int,
+    dtype: Any,
+    given: Mapping[str, Any] | None = None,
+) -> State:
+    """The state at step 0. Meant to be jitted, with the `shardings` of `abstract_state` as its output's.
+
+    `given` are parameters to begin with, by canonical name; the others begin at random.
+    """
+    parameters = declaration.initialise(seed, dtype)
+    if given:
+        cast = {name: jnp.asarray(value, dtype) for name, value in given.items()}
+        flat = {**to_canonical(declaration.specs, parameters), **cast}
+        parameters = from_canonical(declaration.specs, flat)
+    buffers: Arrays = {}
+    if optimizer.config.ema:
+        buffers |= {EMA + n: p.astype(wide(p.dtype)) for n, p in parameters.items()}
+    if optimizer.accumulates:
+        summed = {n: parameters[n] for n in sorted(optimizer.accumulates)}
+        buffers |= {SUM + n: jnp.zeros(p.shape, wide(p.dtype)) for n, p in summed.items()}
+        buffers[SUMMED] = jnp.zeros((), jnp.int32)
+    return State(parameters, optimizer.init(parameters), buffers, optimizer.init_own(parameters))
+
+
+def abstract_state(declaration: Declaration, optimizer: Optimizer, dtype: Any, mesh: Mesh) -> State:
+    """Shapes, dtypes and shardings of the state on `mesh`.
+
+    Averages and sums lie like their parameter, and optimizer state by the axes that it shares with it.
+    """
+    shapes = jax.eval_shape(lambda: init_state(declaration, optimizer, 0, dtype))
+
+    def place(leaf: Any, axes: Axes) -> Any:
+        sharding = named(axes, leaf.shape, mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    def place_state(name: str, state: LeafState) -> LeafState:
+        axes = optimizer.axes(name)
+        return {field: place(leaf, axes[field]) for field, leaf in state.items()}
+
+    specs = declaration.specs
+    return State(
+        {n: place(p, specs[n].axes) for n, p in shapes.parameters.items()},
+        {n: place_state(n, leaf) for n, leaf in shapes.optimizer.items()},
+        {
+            n: place(b, () if n == SUMMED else specs[parameter_of(n)].axes)
+            for n, b in shapes.buffers.items()
+        },
+        {n: place_state(split_name(n)[1], leaf) for n, leaf in shapes.moments.items()},
+    )
+
+
+def parameter_of(buffer: str) -> str:
+    """The parameter that a buffer belongs to, by its name or canonical name."""
+    return buffer.removeprefix(EMA).removeprefix(SUM)
+
+
+def evaluated(state: State) -> Arrays:
+    """Return the parameters that evaluation uses: their averages where the state keeps them."""
+    averages = {n.removeprefix(EMA): b for n, b in state.buffers.items() if n.startswith(EMA)}
+    return averages or state.parameters
+
+
+def shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda s: s.sharding, abstract)
+
+
+# --- the form in which checkpoints hold it -----------------------------------------------------
+
+
+def state_to_canonical(specs: Mapping[str, Spec], state: State) -> dict[str, Any]:
+    """`{"parameters": {canonical name: array}, "optimizer": {name: {field: array}}, "buffers": {...}}`.
+
+    Beside them `"moments": {TASK:name: {field: array}}`.
+    """
+    moments: dict[str, Any] = {}
+    for task, own in _by_task(state.moments).items():
+        moments |= {own_name(task, n): leaf for n, leaf in to_canonical(specs, own).items()}
+    return {
+        "parameters": to_canonical(specs, state.parameters),
+        "optimizer": to_canonical(specs, state.optimizer),
+        "buffers": _by_prefix(state.buffers, lambda part: to_canonical(specs, part)),
+        "moments": moments,
+    }
+
+
+def state_from_canonical(specs: Mapping[str, Spec], tree: Mapping[str, Any]) -> State:
+    """The inverse of `state_to_canonical`."""
+    moments: dict[str, Any] = {}
+    for task, own in _by_task(tree["moments"]).items():
+        moments |= {own_name(task, n): leaf for n, leaf in _held(specs, own).items()}
+    return State(
+        from_canonical(specs, tree["parameters"]),
+        _held(specs, tree["optimizer"]),
+        _by_prefix(tree["buffers"], lambda part: _held(specs, part)),
+        moments,
+    )
+
+
+def _by_prefix(
+    buffers: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """`buffers` with `change` made to those of each prefix, which stand without it meanwhile."""
+    changed = {n: b for n, b in buffers.items() if not n.startswith((EMA, SUM))}
+    for prefix in (EMA, SUM):
+        part = {n.removeprefix(prefix): b for n, b in buffers.items() if n.startswith(prefix)}
+        changed |= {prefix + n: b for n, b in change(part).items()}
+    return changed
+
+
+def _by_task(moments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Task -> name -> leaf state."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, leaf in moments.items():
+        task, parameter = split_name(name)
+        found.setdefault(task, {})[parameter] = leaf
+    return found
+
+
+def _held(specs: Mapping[str, Spec], flat: Mapping[str, Any]) -> dict[str, Any]:
+    """As the state holds what `flat` has by canonical names; not every parameter need be there."""
+    return from_canonical(specs, flat, [n for n, s in specs.items() if s.canonical[0] in flat])
+
+
+def compute_dtype(name: str) -> Any:
+    """A dtype by its name in a config; float64 needs JAX to be set up for it."""
+    known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+    if name not in known:
+        raise UserError(f"dtype '{name}': expected one of {', '.join(known)}.")
+    if name == "float64" and not jax.config.values["jax_enable_x64"]:
+        raise UserError("dtype float64 needs JAX_ENABLE_X64=1 in the environment.")
+    return known[name]

@@ -1,0 +1,294 @@
+"""Programs: one task at one shape, lowered against one pinned state and compiled before step 0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from mmjax.analysis import flops
+from mmjax.core.parameters import Arrays, Declaration
+from mmjax.core.sharding import batch_sharding, replicated
+from mmjax.engine.compile import Request
+from mmjax.engine.gradient import loss_and_gradient
+from mmjax.engine.state import EMA, SUM, SUMMED, State, shardings
+from mmjax.evaluators.base import device_spec, function
+from mmjax.objectives.base import Loss, row_keys
+from mmjax.optim.optimizer import Optimizer
+from mmjax.optim.reach import Reach, reach
+from mmjax.optim.transforms import wide
+from mmjax.optim.views import OWN_MOMENTS, View, own_name, split_name
+from mmjax.task import RowSpec, Task
+
+Metrics = dict[str, jax.Array]
+Ticks = Mapping[str, jax.Array]
+
+
+# --- the functions -----------------------------------------------------------------------------
+
+
+def loss_function(
+    task: Task, declaration: Declaration, compute: Any, seed: int
+) -> Callable[[Arrays, Arrays, Any, jax.Array], Loss]:
+    """`(moved parameters, the others, batch, visit) -> loss` of a task."""
+
+    def loss_of(moved: Arrays, others: Arrays, batch: Any, visit: jax.Array) -> Loss:
+        model = declaration.merge({**others, **moved}, compute)
+        return task.loss(model, batch, jax.random.fold_in(task.fold(seed), visit))
+
+    return loss_of
+
+
+def train_function(
+    task: Task, declaration: Declaration, optimizer: Optimizer, compute: Any, seed: int
+) -> Callable[[State, Any, Ticks], tuple[State, Metrics]]:
+    """`(state, batch, {step, visit, perhaps part}) -> (state, metrics)`: loss, gradient, update."""
+    view = optimizer.views[task.name]
+
+    def step(state: State, batch: Any, ticks: Ticks) -> tuple[State, Metrics]:
+        moved, others = _parted(state.parameters, view)
+
+        def model_of(moved: Arrays) -> Any:
+            return declaration.merge({**others, **moved}, compute)
+
+        key = jax.random.fold_in(task.fold(seed), ticks["visit"])
+        loss, grads = loss_and_gradient(task, model_of, moved, batch, key)
+        finite = jnp.isfinite(loss.value) & jnp.isfinite(_norm(grads))
+        # A non-finite loss or gradient leaves everything as it was, and the host counts it. So does a batch without
+        # a valid row, whose gradient of zero would else decay weights and spend momentum.
+        counts = finite & ~loss.is_empty(batch["valid"])
+        if optimizer.accumulates:
+            after, told = _accumulated(state, counts, grads, optimizer, task.name, ticks)
+        else:
+            after, told = _updated(state, grads, optimizer, task.name, ticks)
+            after = _where(counts, after, state)
+        proposed = {n: jnp.where(counts, b, state.buffers[n]) for n, b in loss.buffers.items()}
+        after = replace(after, buffers={**after.buffers, **proposed})
+        occupancy = task.objective.occupancy(model_of(moved), batch, key)
+        metrics = {"loss": loss.value, **told, **loss.metrics, "finite": finite}
+        metrics["valid_tokens"] = occupancy.valid
+        return after, {
+            name: jnp.asarray(m, jnp.promote_types(m.dtype, jnp.float32))
+            for name, m in metrics.items()
+        }
+
+    return step
+
+
+def _parted(parameters: Arrays, view: View) -> tuple[Arrays, Arrays]:
+    """The parameters that a step moves, and the others."""
+    return (
+        {n: p for n, p in parameters.items() if n in view.moves},
+        {n: p for n, p in parameters.items() if n not in view.moves},
+    )
+
+
+def _updated(
+    state: State, grads: Arrays, optimizer: Optimizer, task: str, ticks: Ticks
+) -> tuple[State, Metrics]:
+    """The state after an update with a task's gradient, under the task's view, and what to report."""
+    rate = optimizer.rate(task, ticks)
+    if optimizer.views[task].kind == OWN_MOMENTS:
+        own = {n: state.moments[own_name(task, n)] for n in grads}
+        updated = optimizer.update(grads, own, state.parameters, rate)
+        moments = {own_name(task, n): leaf for n, leaf in updated.optimizer.items()}
+        after = replace(state, moments={**state.moments, **moments})
+    else:
+        updated = optimizer.update(grads, state.optimizer, state.parameters, rate)
+        after = replace(state, optimizer=updated.optimizer)
+    buffers = state.buffers
+    if optimizer.config.ema:
+        buffers = _averaged(buffers, updated.parameters, grads, optimizer.config.ema)
+    return replace(after, parameters=updated.parameters, buffers=buffers), updated.metrics
+
+
+def _accumulated(
+    state: State, counts: jax.Array, grads: Arrays, optimizer: Optimizer, task: str, ticks: Ticks
+) -> tuple[State, Metrics]:
+    """Add the gradient to the sums; in the last step of a round, or of the run, update with their mean.
+
+    Args:
+      counts: whether the step is part of its round. The mean is over those that are; without any, nothing moves.
+    """
+    sums = {n: state.buffers[SUM + n] + jnp.where(counts, g, 0) for n, g in grads.items()}
+    sums = {n: state.buffers[SUM + n] for n in optimizer.accumulates} | sums
+    steps = state.buffers[SUMMED] + counts.astype(jnp.int32)
+
+    def holding(after: State, sums: Arrays, steps: jax.Array) -> State:
+        buffers = {**after.buffers, **{SUM + n: s for n, s in sums.items()}, SUMMED: steps}
+        return replace(after, buffers=buffers)
+
+    def update() -> State:
+        some = jnp.maximum(steps, 1)
+        means = {n: s / some.astype(s.dtype) for n, s in sums.items() if n in grads}
+        after, _ = _updated(state, means, optimizer, task, ticks)
+        after = _where((steps > 0) & jnp.isfinite(_norm(means)), after, state)
+        return holding(after, jax.tree.map(jnp.zeros_like, sums), jnp.zeros_like(steps))
+
+    is_last = ((ticks["step"] + 1) % optimizer.config.accumulate == 0) | (ticks["last"] > 0)
+    after: State = jax.lax.cond(is_last, update, lambda: holding(state, sums, steps))
+    return after, {"grad_norm": _norm(grads), "learning_rate": optimizer.rate(task, ticks)}
+
+
+def _norm(grads: Arrays) -> jax.Array:
+    """Return the norm of a gradient, in float32 or wider."""
+    return optax.tree.norm({n: g.astype(wide(g.dtype)) for n, g in grads.items()})
+
+
+def _where(chosen: jax.Array, one: State, other: State) -> State:
+    after: State = jax.tree.map(lambda a, b: jnp.where(chosen, a, b), one, other)
+    return after
+
+
+def _averaged(buffers: Arrays, parameters: Arrays, moved: Iterable[str], decay: float) -> Arrays:
+    """Averages of the parameters that moved: like them, they keep to their own clock."""
+    averages = {
+        EMA + n: decay * buffers[EMA + n] + (1 - decay) * parameters[n] for n in sorted(moved)
+    }
+    return {**buffers, **averages}
+
+
+def train_request(
+    task: Task,
+    declaration: Declaration,
+    optimizer: Optimizer,
+    compute: Any,
+    seed: int,
+    state: State,
+    mesh: Mesh,
+) -> Request:
+    """The training program of a task against the pinned abstract `state`."""
+    step = train_function(task, declaration, optimizer, compute, seed)
+    loss_of = loss_function(task, declaration, compute, seed)
+    view = optimizer.views[task.name]
+    batch = abstract_batch(task.rows(), task.batch, mesh, f"tasks.{task.name}")
+    parts = task.config.microbatches
+    batch_sharding(mesh, task.batch // parts, f"tasks.{task.name} in {parts} microbatches")
+    names = {"step", "visit", *optimizer.ticks}
+    ticks = {n: _tick(mesh, float if n == "scale" else np.int32) for n in names}
+
+    def count() -> int:
+        moved, others = _parted(state.parameters, view)
+        return flops.train_flops(
+            lambda *arguments: loss_of(*arguments).value, moved, others, batch, ticks["visit"]
+        )
+
+    arguments = (state, batch, ticks)
+    outputs = (shardings(state), replicated(mesh))
+    return Request(
+        task.name, "train", step, arguments, outputs, (0,), _shape(task.rows(), task.batch), count,
+        {
+            "tokens": positions(task, declaration, batch),
+            "view": view.kind,
+            "optimizer_bytes": optimizer_bytes(state, view.kind, task.name),
+        },
+    )  # fmt: skip
+
+
+def positions(task: Task, declaration: Declaration, batch: Any) -> int:
+    """Positions that a step computes for a batch's shapes, padding included."""
+
+    def occupancy(parameters: Arrays, batch: Any) -> Any:
+        model = declaration.merge(parameters, jnp.float32)
+        return task.objective.occupancy(model, batch, jax.random.key(0))
+
+    made = jax.eval_shape(occupancy, declaration.shapes(jnp.float32), batch)
+    return int(made.positions)
+
+
+def optimizer_bytes(state: State, kind: str, task: str) -> int:
+    """Bytes of one device that hold the optimizer state which a task's steps read."""
+    own = {n: leaf for n, leaf in state.moments.items() if split_name(n)[0] == task}
+    held = own if kind == OWN_MOMENTS else state.optimizer
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(held)
+    )
+
+
+def reach_of(task: Task, declaration: Declaration, dtype: Any, compute: Any, seed: int) -> Reach:
+    """What the gradient of a task's loss reaches."""
+    loss_of = loss_function(task, declaration, compute, seed)
+    parameters, batch = declaration.shapes(dtype), task.rows().batch(task.batch)
+    visit = jax.ShapeDtypeStruct((), np.int32)
+    return reach(lambda p, *rest: loss_of(p, {}, *rest).value, parameters, batch, visit)
+
+
+def eval_request(
+    task: Task,
+    what: str,
+    size: int,
+    declaration: Declaration,
+    compute: Any,
+    seed: int,
+    parameters: Arrays,
+    mesh: Mesh,
+) -> Request:
+    """The program of evaluation passes: `(parameters, batch, {batch}) -> outputs`, held whole by every process."""
+    outputs_of = function(task, what)
+
+    def run(parameters: Arrays, batch: Any, ticks: Ticks) -> dict[str, jax.Array]:
+        own = jax.random.fold_in(task.fold(seed), 2**31)
+        key, of_rows = (jax.random.fold_in(own, index) for index in (ticks["batch"], 0))
+        # An example draws the same whatever the size of the batches that it comes in.
+        keyed = {**batch, "keys": row_keys(batch, of_rows, ticks["batch"] * size)}
+        outputs = outputs_of(declaration.merge(parameters, compute), keyed, key)
+        return {**outputs, "valid": batch["valid"]}
+
+    spec = device_spec(task, what)
+    batch = abstract_batch(spec, size, mesh, f"evaluation.batch (of tasks.{task.name})")
+    arguments = (parameters, batch, {"batch": _tick(mesh)})
+    return Request(
+        task.name, what, run, arguments, replicated(mesh), (), _shape(spec, size),
+        lambda: flops.model_flops(run, *arguments),
+    )  # fmt: skip
+
+
+def abstract_batch(spec: RowSpec, size: int, mesh: Mesh, where: str) -> Any:
+    """Shapes, dtypes and shardings of a batch of `size` rows."""
+    sharding = batch_sharding(mesh, size, where)
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct((size, *s.shape), s.dtype, sharding=sharding), spec.shapes()
+    )
+
+
+def _tick(mesh: Mesh, dtype: Any = np.int32) -> Any:
+    return jax.ShapeDtypeStruct((), jnp.result_type(dtype), sharding=replicated(mesh))
+
+
+def ticks(mesh: Mesh, **values: float) -> Ticks:
+    """Integers (int32), and floats in the default dtype, as arguments of a program, on every device."""
+    real = np.dtype(jnp.result_type(float)).type
+    return {
+        name: _placed(mesh, real(value) if isinstance(value, float) else np.int32(value))
+        for name, value in values.items()
+    }
+
+
+@lru_cache(maxsize=64, typed=True)
+def _placed(mesh: Mesh, value: Any) -> jax.Array:
+    """Return a number on every device; those that a step has in common with the one before are placed once."""
+    sharding = replicated(mesh)
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    # Device by device: a `device_put` over several processes has them compare the values first.
+    parts = [jax.device_put(value, d) for d in sharding.addressable_devices]
+    return jax.make_array_from_single_device_arrays((), sharding, parts)
+
+
+def _shape(spec: RowSpec, size: int) -> str:
+    parts = [
+        "x".join(map(str, next(iter(i.arrays().values())).shape)) for i in spec.inputs.values()
+    ]
+    return f"{size} x ({'+'.join(parts)})" if len(parts) > 1 else f"{size} x {parts[0]}"
+
+
+# --- compilation -------------------------------------------------------------------------------

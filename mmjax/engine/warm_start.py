@@ -1,0 +1,445 @@
+"""Parameters to begin with: from a run of mmjax or a file of arrays, by name; no code in it is run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from mmjax.core.errors import UserError
+from mmjax.core.files import read_bytes, replace_file
+from mmjax.core.parameters import Spec
+from mmjax.core.workdir import PINNED
+from mmjax.engine import checkpoint, processes
+from mmjax.engine.state import EMA
+from mmjax.engine.tensor_files import Entry, open_tensors, printable
+from mmjax.optim.rules import matches
+from mmjax.optim.transforms import as_matrix
+
+Values = dict[str, np.ndarray]
+EXPERTS = "/mlps/"  # in the names of a block's experts, where its MLP's have nothing
+_LISTED = 12  # lines of an error
+
+
+@dataclass(frozen=True)
+class NameConfig:
+    r"""What parameters are called there.
+
+    Attributes:
+      match: a regular expression of whole names here, canonical ones: `trunk/layers/(\d+)/mlp/(.*)`.
+      name: their name there; `\1` and so on are the groups of `match`.
+      transpose: there a matrix has its outputs first, as in PyTorch.
+    """
+
+    match: str
+    name: str
+    transpose: bool = False
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """Where a run that starts fresh takes parameters from; one that goes on never looks there.
+
+    Attributes:
+      path: a workdir of mmjax (its newest checkpoint when the run first begins), or a .npz or .safetensors
+        file; empty for none.
+      names: the first that matches says what a parameter is called there; else the name is the same.
+      skip: patterns of names here that are initialised randomly all the same.
+      average: take the moving averages of a workdir that has them.
+      strict: every parameter that `skip` does not name must be there, in a shape that fits; else what is missing, and
+        a head of another shape, is initialised randomly.
+      non_finite: take values that are NaN or infinite too.
+    """
+
+    path: str = ""
+    names: tuple[NameConfig, ...] = ()
+    skip: tuple[str, ...] = ()
+    average: bool = False
+    strict: bool = True
+    non_finite: bool = False
+
+
+@dataclass
+class Taken:
+    """A warm start's `values` by canonical name, and lists to report."""
+
+    values: Values = field(default_factory=dict)
+    adapted: list[str] = field(default_factory=list)
+    random: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+
+def pin(
+    config: WarmStartConfig,
+    workdir: epath.Path,
+    say: Callable[[str], None],
+    allow_change: bool,
+) -> int | None:
+    """The step of the run that `path` names, settled when this run first begins; None of a file.
+
+    It is kept in `WORKDIR/init_from.json`, with the digest of a file: begun once more before its first
+    checkpoint, a run takes the same, though the other has gone on.
+
+    Raises:
+      UserError: what is there now is not what it was, and `allow_change` is False; with it, that is said.
+    """
+    if not config.path:
+        return None
+    now: dict[str, Any] | None = None
+    if processes.is_first():
+        held = pinned(workdir)
+        same = held if held.get("path") == config.path else {}
+        now = _source(config.path, same.get("step"))
+        if same and now != same:
+            words = f"init_from has changed since this run first began: it was {same}, it is {now}."
+            if not allow_change:
+                raise UserError(
+                    f"{words} Restore it, add --allow_change to begin with what is there now, or use another "
+                    "--workdir."
+                )
+            say(words)
+        replace_file(workdir / PINNED, json.dumps(now))
+    step: int | None = processes.gather(now)[0].get("step")
+    return step
+
+
+def pinned(workdir: epath.Path) -> dict[str, Any]:
+    """What `pin` has kept; empty where it has not been called."""
+    path = workdir / PINNED
+    try:
+        found = json.loads(read_bytes(path) or b"{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"'{path}' is damaged. It names what the run began with: delete it to take what is there now."
+        )
+    return found
+
+
+def _source(name: str, step: int | None) -> dict[str, Any]:
+    """What is there now: of a run's checkpoints that of `step`, or else the newest."""
+    path = epath.Path(name).expanduser()
+    if path.is_dir():
+        steps = checkpoint.steps(path)
+        return {"path": name, "step": step if step in steps else next(iter(steps), None)}
+    if not path.exists():
+        return {"path": name, "sha256": None}
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**24):
+            digest.update(part)
+    return {"path": name, "sha256": digest.hexdigest()}
+
+
+def warm_start(
+    config: WarmStartConfig,
+    specs: Mapping[str, Spec],
+    say: Callable[[str], None],
+    step: int | None = None,
+) -> Values:
+    """Return the parameters to begin with, by canonical name, each in its shape here; say what matched.
+
+    A table of positions with other buckets is resampled. A dense layer's MLP initialises every expert that takes its
+    place (sparse upcycling, Komatsuzaki et al. 2023); its router is in no dense run, so `skip` must name it. Of a
+    run, the checkpoint of `step` is read, or the newest if None.
+
+    Raises:
+      UserError: a parameter that the source lacks, or has in a shape that does not fit; a pattern without a match;
+        values that are not finite.
+    """
+    if not config.path:
+        return {}
+    here = {name: spec for spec in specs.values() for name in spec.canonical}
+    taken = _take(config, here, open_source(config, step))
+    where = config.path if step is None else f"step {step} of {config.path}"
+    say(f"Begins with {len(taken.values)} of {len(here)} parameters from {where}.")
+    for words, names in (
+        ("  adapted", taken.adapted),
+        ("  initialised randomly", taken.random),
+        ("  not used of it", taken.unused),
+    ):
+        if names:
+            say(f"{words} ({len(names)}): {', '.join(grouped(names))}")
+    return taken.values
+
+
+def check_files(
+    config: WarmStartConfig,
+    step: int | None,
+    specs: Mapping[str, Spec],
+    values: Values,
+    identities: Mapping[str, str],
+) -> None:
+    """Compare the files of modalities, such as tokenizers, with those of the run that embeddings are taken from.
+
+    Args:
+      step: of that run; None where values are of a file, which does not say.
+      values: those that `warm_start` returned.
+      identities: digests of the files here, by `modalities.NAME/FILE`.
+
+    Raises:
+      UserError: a table with a row for each piece is taken, and its pieces are others here.
+    """
+    if step is None:
+        return
+    there = checkpoint.read_meta(epath.Path(config.path).expanduser(), step).get("identities", {})
+    for modality in sorted({key.partition("/")[0] for key in identities}):
+        one, other = (
+            {digest for key, digest in found.items() if key.startswith(f"{modality}/")}
+            for found in (identities, there)
+        )
+        stem = f"stems/{modality.removeprefix('modalities.')}/"
+        tables = [
+            name
+            for spec in specs.values()
+            for name in spec.canonical
+            if "vocabulary" in spec.axes and name.startswith(stem) and name in values
+        ]
+        if one and other and one != other and tables:
+            raise UserError(
+                f"init_from: the run in '{config.path}' read {modality} by another tokenizer (SHA-256 "
+                f"{min(other)[:12]}..., here {min(one)[:12]}...), so that rows of {tables[0]} are of other pieces. "
+                f"Take its tokenizer, in {config.path}/assets, or init_from.skip=['{tables[0]}']."
+            )
+
+
+def grouped(names: Iterable[str]) -> list[str]:
+    """Return names in order, those that differ in a layer's index only as one: `trunk/layers/*/norm (12)`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        head, blank, tail = name.partition(" ")
+        pattern = re.sub(r"(?<![^/.])\d+(?![^/.])", "*", head)
+        groups.setdefault(pattern + blank + tail, []).append(name)
+    return [
+        printable(each[0] if len(each) == 1 else f"{pattern} ({len(each)})")
+        for pattern, each in groups.items()
+    ]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """The name of a parameter's array in the source, and the function that adapts it."""
+
+    source: str
+    adapt: Callable[[np.ndarray], np.ndarray]
+
+
+def _take(config: WarmStartConfig, here: Mapping[str, Spec], source: Source) -> Taken:
+    taken, ways = Taken(), dict[str, _Way]()
+    missing, wrong = list[str](), list[str]()
+    skipped = _skipped(config, here)
+    for name, spec in here.items():
+        origin, transpose = _origin(name, config.names, source.entries)
+        if name in skipped:
+            taken.random.append(name)
+        elif origin not in source.entries:
+            (missing if config.strict else taken.random).append(name)
+        else:
+            there, shape = (
+                source.entries[origin].shape,
+                spec.shape[1:] if spec.stack else spec.shape,
+            )
+            size = there[::-1] if transpose else there
+            adapt = _adapter(size, spec, shape)
+            if adapt is not None:
+                ways[name] = _Way(origin, _transposed(adapt) if transpose else adapt)
+                taken.adapted += [f"{name} {list(size)} -> {list(shape)}"] * (size != shape)
+            elif name.startswith("heads/") and not config.strict:
+                taken.random.append(f"{name} (there {list(size)})")
+            else:
+                wrong.append(f"{name}: expected {list(shape)}, found {list(size)} ({origin})")
+    origins = dict.fromkeys(way.source for way in ways.values())
+    taken.unused = sorted(source.entries.keys() - origins.keys())
+    _check(config, len(here), taken.unused, missing, wrong, is_empty=not ways)
+    values = source.read(origins)
+    _check_values(config, values)
+    taken.values = {name: way.adapt(values[way.source]) for name, way in ways.items()}
+    return taken
+
+
+def _skipped(config: WarmStartConfig, here: Mapping[str, Spec]) -> frozenset[str]:
+    """Return the parameters that `skip` matches; every pattern must match one, those of `names` too."""
+    for index, each in enumerate(config.names):
+        matches(each.match, here, f"init_from.names[{index}].match")
+    patterns = (matches(p, here, f"init_from.skip[{i}]") for i, p in enumerate(config.skip))
+    return frozenset[str]().union(*patterns)
+
+
+def _transposed(adapt: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda value: adapt(value.T)
+
+
+def _check(
+    config: WarmStartConfig,
+    count: int,
+    unused: list[str],
+    missing: list[str],
+    wrong: list[str],
+    is_empty: bool,
+) -> None:
+    """Refuse a source that has nothing of this model, or not all that it must have."""
+    if is_empty and not wrong:
+        raise UserError(
+            f"init_from: none of the {count} parameters is in '{config.path}', which holds "
+            f"{_some(grouped(unused)) or 'nothing'}. Say in init_from.names what they are called there."
+        )
+    lines = wrong[:_LISTED]
+    if len(wrong) > _LISTED:
+        lines.append(f"and {len(wrong) - _LISTED} more")
+    if missing:
+        lines.append(f"{len(missing)} of the {count} parameters are not there:")
+        lines += [f"  {each}{_nearest(each, unused)}" for each in grouped(missing)]
+    if lines:
+        raise UserError(
+            f"init_from '{config.path}' does not fit this config:\n  "
+            + "\n  ".join(lines)
+            + "\nSay in init_from.names what they are called there, name them in init_from.skip to initialise them "
+            "randomly, or change model and modalities. (mmjax.show DIR --names lists the parameters of a run.)"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _nearest(group: str, unused: Iterable[str]) -> str:
+    close = get_close_matches(group, grouped(unused), n=1, cutoff=0.4)
+    return f" (the nearest there: {close[0]})" if close else ""
+
+
+def _check_values(config: WarmStartConfig, values: Values) -> None:
+    for name, value in values.items():
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise UserError(
+                f"init_from '{config.path}': '{printable(name)}' is {value.dtype}; a parameter is a floating-point "
+                "array. Store it as one, or name its parameters in init_from.skip."
+            )
+        with np.errstate(over="ignore"):  # what is out of float32's range is infinite in it
+            bad = int((~np.isfinite(value.astype(np.float32))).sum())
+        if bad and not config.non_finite:
+            raise UserError(
+                f"init_from '{config.path}': '{printable(name)}' has {bad} of {value.size} values that are not "
+                "finite in float32. Repair the file, name its parameters in init_from.skip, or set "
+                "init_from.non_finite = True to begin with them all the same."
+            )
+
+
+def _origin(
+    name: str, names: tuple[NameConfig, ...], there: Mapping[str, Entry]
+) -> tuple[str, bool]:
+    """Return a parameter's name in the source, and whether it is transposed there."""
+    origin, transpose = name, False
+    for each in names:
+        match = re.fullmatch(each.match, name)
+        if match:
+            origin, transpose = _expanded(match, each), each.transpose
+            break
+    if origin not in there and EXPERTS in origin:
+        origin = origin.replace(EXPERTS, "/", 1)
+    return origin, transpose
+
+
+def _expanded(match: re.Match[str], each: NameConfig) -> str:
+    try:
+        return match.expand(each.name)
+    except (re.error, IndexError) as error:
+        raise UserError(
+            f"init_from.names: '{each.name}' is no name for what '{each.match}' matches: {error}."
+        ) from error
+
+
+def _adapter(
+    size: tuple[int, ...], spec: Spec, shape: tuple[int, ...]
+) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Return a function that makes an array of `size` one of `shape`; None if there is no way."""
+    if size == shape:
+        return lambda value: value
+    if size == as_matrix(spec)[0]:
+        return lambda value: value.reshape(shape)
+    axes = spec.axes[1:] if spec.stack else spec.axes
+    if axes[:1] == ("experts",) and size == shape[1:]:
+        return lambda value: np.broadcast_to(value, shape)
+    is_table = axes[:1] == ("positions",) and len(size) == len(shape)
+    if is_table and size[0] and size[1:] == shape[1:]:
+        return lambda value: resample(value, shape[0])
+    return None
+
+
+def resample(table: np.ndarray, buckets: int) -> np.ndarray:
+    """A table of positions `[n, D]` with another number of buckets, linear between the old ones.
+
+    A coordinate c in [0, 1) reads bucket `int(c n)`. So bucket j of the new ones stands at j / buckets,
+    and what stood there in the old table stays exactly.
+    """
+    at = np.arange(buckets) * len(table) / buckets
+    low = np.floor(at).astype(int)
+    high = np.minimum(low + 1, len(table) - 1)
+    part = (at - low)[:, None]
+    wide = table.astype(np.promote_types(table.dtype, np.float32))
+    return ((1 - part) * wide[low] + part * wide[high]).astype(table.dtype)
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run's checkpoint or a file, as a source of parameters.
+
+    Attributes:
+      entries: shape and dtype by name.
+      read: names -> arrays; reads no others.
+    """
+
+    entries: Mapping[str, Entry]
+    read: Callable[[Iterable[str]], Values]
+
+
+def open_source(config: WarmStartConfig, step: int | None = None) -> Source:
+    """List the arrays of a workdir's checkpoint (the newest if `step` is None), or of a file."""
+    path = epath.Path(config.path).expanduser()
+    if not path.exists():
+        raise UserError(f"init_from.path: there is no '{config.path}'.")
+    if path.is_dir():
+        return _open_run(path, config.average, step)
+    try:
+        file = open_tensors(path)
+    except UserError as error:
+        raise UserError(f"init_from.path: {error}") from error
+    return Source(file.entries, file.read)
+
+
+def _open_run(path: epath.Path, average: bool, step: int | None) -> Source:
+    steps = checkpoint.steps(path)
+    if not steps:
+        raise UserError(f"init_from.path: '{path}' holds no checkpoint.")
+    chosen = steps[0] if step is None else step
+    part, prefix = ("buffers", EMA) if average else ("parameters", "")
+    shapes = {
+        name.removeprefix(prefix): leaf
+        for name, leaf in checkpoint.read_shapes(path, chosen).get(part, {}).items()
+        if name.startswith(prefix)
+    }
+    if not shapes:
+        raise UserError(f"init_from.average: the run in '{path}' keeps no averages.")
+
+    def read(names: Iterable[str]) -> Values:
+        abstract = {
+            prefix + name: jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype)
+            for name in names
+        }
+        values = checkpoint.read_state(path, chosen, {part: abstract})[part]
+        return {name.removeprefix(prefix): np.asarray(value) for name, value in values.items()}
+
+    return Source({n: Entry(s.shape, str(s.dtype), s.dtype) for n, s in shapes.items()}, read)

@@ -1,0 +1,1 @@
+"""Decoding, composing and diffusion of sequences."""

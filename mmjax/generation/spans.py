@@ -1,0 +1,25 @@
+"""A span of a generated or shown sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+
+
+@dataclass(frozen=True)
+class Span:
+    """One span of a sequence.
+
+    Attributes:
+      name: its modality.
+      arrays: what it holds; where it is made, arrays of the same shapes.
+      made: whether it is written or drawn.
+      absent: whether nothing is known of it: it stands in the sequence as pure noise, as in training at the last time.
+    """
+
+    name: str
+    arrays: Mapping[str, jax.Array]
+    made: bool = False
+    absent: bool = False

@@ -1,0 +1,325 @@
+"""Where the time of a run goes, over all its attempts: `goodput.jsonl`.
+
+The file only grows. Each attempt (each start of the process) writes
+
+    {"line": "start", "attempt": 0, "pid": 71, "time": 1e9, "seconds": 0.0}
+    {"line": "begin", "phase": "compile", "task": "image_text", ...}
+    {"line": "end", "phase": "compile", "elapsed": 3.1, "self": 3.1, ...}
+    {"line": "beat", "moved": {"wait_data": 0.4}, ...}
+    {"line": "event", "name": "sigterm", ...}
+
+and every line holds attempt, pid, `time` (the wall clock, for people) and `seconds` (since the
+attempt's start by the monotonic clock, for sums: a wall clock may jump, durations may not). A
+line is with the operating system before the call that wrote it returns, so an observer outside
+sees which phase the process is in and a kill loses nothing.
+
+Seconds are exclusive: a `save` inside `step` counts as save, not as step. Phases in use: restore,
+init, compile, step, save, eval, report, wait_data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from etils import epath
+
+from mmjax.core.files import read_bytes
+from mmjax.core.workdir import GOODPUT
+from mmjax.monitor.line_file import LineFile
+
+OTHER = "other"
+STEP = "step"
+REPEATED = "repeated"
+# Phases of a run, as `summary` names them, in the order of every table and picture.
+LABELS = {
+    "step": "steps that count (goodput)",
+    "repeated": "steps that were done again",
+    "wait_data": "waiting for data",
+    "compile": "compiling",
+    "eval": "evaluating",
+    "save": "saving",
+    "restore": "making or restoring the state",
+    "init": "opening data and checkpoint",
+    "report": "writing the report",
+    OTHER: "between these",
+}
+_COUNTS = ("total", "attempts", "unfinished")  # in `summary`, and no phases
+_SUMS = (OTHER, REPEATED, "total", "attempts", "unfinished")
+_STAMP = ("attempt", "pid", "time", "seconds")
+_OWN = (*_STAMP, "line", "phase", "name", "elapsed", "self", "moved", "error")
+
+
+@dataclass
+class _Open:
+    phase: str
+    began: float
+    inner: float = 0.0  # seconds of it that belong to phases inside, or were moved away
+
+
+class PhaseLog:
+    """Writes `goodput.jsonl` in `workdir`; a new attempt is noted at once.
+
+    Phases are opened by the thread that made the log; `event` may be called by any.
+
+    Args:
+      workdir: local or an object store (there the file is rewritten at most every two seconds).
+      clock: a monotonic clock in seconds.
+      guard: called before lines are written; it raises if they must not be.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        clock: Callable[[], float] = time.monotonic,
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
+        path = epath.Path(workdir) / GOODPUT
+        self.attempt = sum(line["line"] == "start" for line in _read(path))
+        self._clock = clock
+        self._began = clock()
+        self._thread = threading.get_ident()
+        self._lock = threading.RLock()
+        self._open: list[_Open] = []
+        self._moved: dict[str, float] = defaultdict(float)
+        self._lines = LineFile(path, guard)
+        self._write("start", {})
+
+    @contextmanager
+    def phase(self, phase: str, **fields: Any) -> Iterator[None]:
+        """Times a block: a begin line with `fields`, and an end line with its seconds.
+
+        `elapsed` is the whole block and `self` what of it belongs to no inner phase. A block
+        that raises ends too, with the name of the error in `error`.
+        """
+        self._check(phase, fields)
+        entry = _Open(phase, self._clock())
+        self._write("begin", {"phase": phase, **fields})
+        self._open.append(entry)
+        ending: dict[str, Any] = {}
+        try:
+            yield
+        except BaseException as error:
+            ending["error"] = type(error).__name__
+            raise
+        finally:
+            self._end(entry, fields | ending)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Counts `seconds` of the open phase as `phase` instead; writes no line by itself.
+
+        For what happens every step, such as waiting for data: it goes out with the next line.
+        """
+        self._moved[phase] += seconds
+        if self._open:
+            self._open[-1].inner += seconds
+
+    def beat(self, **fields: Any) -> None:
+        """A line that says the open phases are alive, so that a kill later loses less time."""
+        self._check("beat", fields)
+        self._write("beat", fields)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """A line for something that happened at one moment."""
+        self._check("event", fields, any_thread=True)
+        self._write("event", {"name": name, **fields})
+
+    def close(self) -> None:
+        """Lets go of the file. Calling it again does nothing."""
+        self._lines.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _end(self, entry: _Open, fields: Mapping[str, Any]) -> None:
+        elapsed = max(self._clock() - entry.began, 0.0)
+        own = max(elapsed - entry.inner, 0.0)
+        self._open.pop()
+        if self._open:
+            self._open[-1].inner += elapsed
+        seconds = {"elapsed": round(elapsed, 6), "self": round(own, 6)}
+        self._write("end", {"phase": entry.phase, **seconds, **fields})
+
+    def _write(self, line: str, fields: Mapping[str, Any]) -> None:
+        with self._lock:
+            record = {"line": line, **fields, **self._stamp()}
+            if self._moved and line != "event":  # an event may come from another thread
+                record["moved"] = dict(self._moved)
+                self._moved.clear()
+            self._lines.append(json.dumps(record) + "\n")
+            self._lines.push()
+
+    def _stamp(self) -> dict[str, int | float]:
+        seconds = round(self._clock() - self._began, 6)
+        wall = round(time.time(), 3)
+        return {"attempt": self.attempt, "pid": os.getpid(), "time": wall, "seconds": seconds}
+
+    def _check(self, phase: str, fields: Mapping[str, Any], any_thread: bool = False) -> None:
+        if phase in _SUMS:
+            raise ValueError(f"the phase name {phase!r} is reserved")
+        for name in _OWN:
+            if name in fields:
+                raise ValueError(f"the field name {name!r} is reserved")
+        if not any_thread and threading.get_ident() != self._thread:
+            raise RuntimeError("phases are opened by the thread that made the log")
+
+
+def summary(workdir: epath.Path) -> dict[str, float]:
+    """Seconds by phase over all attempts in `workdir`, each second counted once.
+
+    Besides the phases: `repeated` (steps that a later attempt did again, because it went on from an
+    earlier one), `other` (inside no phase), `total` (their sum), `attempts` (a count) and
+    `unfinished` (the count of attempts that were killed in a phase, or are still in one). Time of a
+    killed attempt counts until its last line. Lines torn by a kill are passed over. An attempt that
+    a `UserError` ended before its first step (a wrong config, other data) counts for nothing.
+    """
+    attempts: dict[tuple[int, int], list[_Attempt]] = {}
+    for line in _read(epath.Path(workdir) / GOODPUT):
+        parts = attempts.setdefault((line["attempt"], line["pid"]), [_Attempt()])
+        parts[-1].take(line)
+        if line["line"] == "event" and line["name"] == "diverged":
+            parts.append(_Attempt(last=parts[-1].last))  # it goes on from an earlier step
+    attempts = {key: parts for key, parts in attempts.items() if not parts[0].is_refused}
+    stretches = [part for parts in attempts.values() for part in parts]
+    sums: dict[str, float] = defaultdict(float, {OTHER: 0.0})
+    again = math.inf  # the first step that a later attempt did
+    for attempt in reversed(stretches):
+        for (phase, step), seconds in attempt.sums.items():
+            is_again = phase == STEP and again <= step < math.inf
+            sums[REPEATED if is_again else phase] += seconds
+        again = min(again, attempt.first_step)
+    return {
+        **sums,
+        "total": sum(sums.values()),
+        "attempts": float(len(attempts)),
+        "unfinished": float(sum(bool(parts[-1].open) for parts in attempts.values())),
+    }
+
+
+def goodput(seconds: Mapping[str, float]) -> float:
+    """The share of all time, as `summary` has it, that went into steps which count; 0 for no time."""
+    return share_of_time(seconds.get(STEP, 0.0), seconds["total"])
+
+
+def share_of_time(seconds: float, total: float) -> float:
+    """Return the share of a run's time: `seconds` of a phase or a task in the `total` of all attempts.
+
+    A task's seconds are those of the steps that count, from the end of the step before to their own: its waiting for
+    data is among them. Every share of time that a table, the report or `summary.json` gives is this one.
+    """
+    return seconds / total if total > 0 else 0.0
+
+
+def rows(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return a row for each phase that took time: `phase`, `label`, `seconds`, and their `share` of all.
+
+    Args:
+      seconds: as `summary` has them.
+    """
+    names = [*LABELS, *(name for name in seconds if name not in (*LABELS, *_COUNTS))]
+    return [
+        {
+            "phase": name,
+            "label": LABELS.get(name, name),
+            "seconds": seconds[name],
+            "share": share_of_time(seconds[name], seconds["total"]),
+        }
+        for name in names
+        if seconds.get(name)
+    ]
+
+
+_Begun = tuple[str, float]  # a phase, and the step at which it began; infinity where it says none
+
+
+@dataclass
+class _Attempt:
+    """Replays the lines of one attempt: time between two lines belongs to the innermost phase."""
+
+    sums: dict[_Begun, float] = field(default_factory=lambda: defaultdict(float))
+    open: list[_Begun] = field(default_factory=list)
+    last: float = 0.0
+    errors: set[str] = field(default_factory=set)  # names of the errors that ended phases
+
+    @property
+    def is_refused(self) -> bool:
+        """True if an error of the user's ended the attempt before its first step."""
+        return "UserError" in self.errors and all(phase != STEP for phase, _ in self.sums)
+
+    @property
+    def first_step(self) -> float:
+        """The first step that the attempt did; infinity if none."""
+        return min((step for phase, step in self.sums if phase == STEP), default=math.inf)
+
+    def take(self, line: Mapping[str, Any]) -> None:
+        spent = max(line["seconds"] - self.last, 0.0)
+        self.last = max(self.last, line["seconds"])
+        self._charge(spent, line.get("moved", {}))
+        if line["line"] == "begin":
+            self.open.append((line["phase"], line.get("step", math.inf)))
+            self.sums[self.open[-1]] += 0.0
+        elif line["line"] == "end" and line["phase"] in [phase for phase, _ in self.open]:
+            while self.open.pop()[0] != line["phase"]:
+                pass
+            if "error" in line:
+                self.errors.add(line["error"])
+
+    def _charge(self, spent: float, moved: Mapping[str, float]) -> None:
+        phase = self.open[-1] if self.open else (OTHER, math.inf)
+        self.sums[phase] += spent
+        for other, seconds in moved.items():
+            # Waits can overlap; what is moved never exceeds what the phase has.
+            seconds = min(max(seconds, 0.0), self.sums[phase])
+            self.sums[phase] -= seconds
+            self.sums[other, math.inf] += seconds
+
+
+def _read(path: epath.Path) -> list[dict[str, Any]]:
+    found = []
+    for text in read_bytes(path).split(b"\n"):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and _is_line(line):
+            found.append(line)
+    return found
+
+
+def _is_line(line: Mapping[str, Any]) -> bool:
+    """Whether the fields that `summary` goes by are of their types."""
+    kind, moved = line.get("line"), line.get("moved", {})
+    named = (
+        {"begin": "phase", "end": "phase", "event": "name"}.get(kind)
+        if isinstance(kind, str)
+        else None
+    )
+    return (
+        isinstance(kind, str)
+        and (named is None or isinstance(line.get(named), str))
+        and isinstance(line.get("attempt"), int)
+        and isinstance(line.get("pid"), int)
+        and isinstance(moved, dict)
+        and all(_is_number(n) for n in (line.get("seconds"), line.get("step", 0), *moved.values()))
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,55 @@
+"""What the processes of a run use that do not write its files: the same calls, and nothing comes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mmjax.monitor.goodput import PhaseLog
+from mmjax.monitor.metrics import MetricWriter
+
+
+class MutedMetrics(MetricWriter):
+    """A `MetricWriter` without files."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, *_: Any) -> None:
+        pass
+
+    def write_eval(self, *_: Any) -> None:
+        pass
+
+    def add(self, *_: Any) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class MutedPhases(PhaseLog):
+    """A `PhaseLog` without a file."""
+
+    def __init__(self) -> None:
+        pass
+
+    @contextmanager
+    def phase(self, *_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    def add(self, *_: Any) -> None:
+        pass
+
+    def beat(self, **_: Any) -> None:
+        pass
+
+    def event(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

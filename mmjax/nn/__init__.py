@@ -1,0 +1,1 @@
+"""Layers and operations that blocks and objectives are made of."""

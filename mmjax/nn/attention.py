@@ -1,0 +1,186 @@
+"""Multi-head attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+from jax.nn import initializers
+
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Initializer, declare
+from mmjax.core.sharding import constrain
+from mmjax.nn.attention_kernels import attend, check_kernel
+from mmjax.nn.by_modality import ONE, TIED, Kinds, Untied, apply
+from mmjax.nn.dense import lecun, norm_of, product
+from mmjax.nn.masks import Pairs
+from mmjax.nn.positions import rotate
+
+
+@struct.dataclass
+class KeyValues:
+    """Keys and values of tokens, `[B, T, H, K]`: what attention needs of a token that was read before."""
+
+    k_BTHK: jax.Array
+    v_BTHK: jax.Array
+
+    def put(self, other: KeyValues, at: jax.Array | int) -> KeyValues:
+        """These, with those of `other` from slot `at` on."""
+
+        def written(x: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(x, new, at, axis=1)
+
+        return jax.tree.map(written, self, other)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention over what the mask allows: `[B, S, D] -> [B, S, D]`.
+
+    `softmax(q k^T / sqrt(D / heads)) v`; with `bias`, all four projections have biases (a ViT's). With `qk_norm`,
+    queries and keys are normalised per head (Dehghani et al. 2023): where it is True by the norm `norm` without bias,
+    else by the norm that it names, a layer norm with bias (Chameleon). `kernel` is one of `attention_kernels`. On a
+    mesh with a `sequence` axis each device attends from its own tokens to those of all: only keys and values are
+    gathered, so the result is exact. What is `untied` (`query`, `key`, `value`, `out`, `qk_norm`) is by modality, its
+    bias as well; tokens attend to each other all the same. Where `rotary` is not 0, queries and keys are rotated by the
+    places of their tokens (see `rotate`), it being the base.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        qk_norm: bool | str = False,
+        kernel: str = "auto",
+        untied: Untied = TIED,
+        norm: str = "layer",
+        rotary: float = 0.0,
+        bias: bool = False,
+        eps: float = 1e-6,
+    ):
+        if heads < 1 or width % heads:
+            raise UserError(f"attention: width {width} does not divide over {heads} heads.")
+        check_kernel(kernel)
+        size = width // heads
+        # Query, key and value stay apart so that each can be routed or frozen on its own.
+        self.query, self.key, self.value = (
+            untied(part, lambda: _inner(width, heads, size)) for part in ("query", "key", "value")
+        )
+        self.out = untied("out", lambda: _outer(width, heads, size))
+        self.query_bias, self.key_bias, self.value_bias, self.out_bias = (
+            untied(part, lambda: _bias(width)) if bias else None
+            for part in ("query", "key", "value", "out")
+        )
+        kind = norm if qk_norm is True else str(qk_norm)
+        self.query_norm, self.key_norm = (
+            untied("qk_norm", lambda: norm_of(kind, size, qk_norm is not True, eps))
+            if qk_norm
+            else None
+            for _ in range(2)
+        )
+        if rotary < 0 or (rotary and size % 2):
+            raise UserError(
+                f"attention: rotary is {rotary}, heads have {size} numbers; a base above 0 needs an even number."
+            )
+        self.kernel, self.rotary = kernel, rotary
+
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        pairs: Pairs,
+        source_BTD: jax.Array | None = None,
+        kinds: Kinds = ONE,
+        places_BS: jax.Array | None = None,
+    ) -> jax.Array:
+        """Each token of `x` reads the tokens of `source` (cross-attention), or of `x` itself where it is None.
+
+        `kinds` and `places` say what the tokens of `x` are; a source belongs to a part that has neither copies nor
+        rotations.
+        """
+        read = x_BSD if source_BTD is None else source_BTD
+        held = self.key_values(read, kinds if source_BTD is None else ONE, places_BS)
+        return self.read(x_BSD, held, pairs, kinds, places_BS)
+
+    def key_values(
+        self, x_BTD: jax.Array, kinds: Kinds = ONE, places_BT: jax.Array | None = None
+    ) -> KeyValues:
+        """What of the tokens of `x` others read."""
+        k_BTHK = _with_bias(apply(self.key, x_BTD, kinds, _project), self.key_bias, kinds)
+        v_BTHK = _with_bias(apply(self.value, x_BTD, kinds, _project), self.value_bias, kinds)
+        if self.key_norm is not None:
+            k_BTHK = apply(self.key_norm, k_BTHK, kinds)
+        return KeyValues(self._rotated(k_BTHK, places_BT), v_BTHK)
+
+    def _rotated(self, x_BSHK: jax.Array, places_BS: jax.Array | None) -> jax.Array:
+        if not self.rotary:
+            return x_BSHK
+        if places_BS is None:
+            raise ValueError("rotary attention of tokens without places")
+        return rotate(x_BSHK, places_BS, self.rotary)
+
+    def read(
+        self,
+        x_BSD: jax.Array,
+        held: KeyValues,
+        pairs: Pairs,
+        kinds: Kinds = ONE,
+        places_BS: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the tokens of `x` read of those whose keys and values are `held`."""
+        q_BSHK = _with_bias(apply(self.query, x_BSD, kinds, _project), self.query_bias, kinds)
+        if self.query_norm is not None:
+            q_BSHK = apply(self.query_norm, q_BSHK, kinds)
+        q_BSHK = self._rotated(q_BSHK, places_BS)
+        gathered = ("batch", None, "heads", None)
+        k_BTHK, v_BTHK = constrain(held.k_BTHK, gathered), constrain(held.v_BTHK, gathered)
+        y_BSHK = attend(q_BSHK, k_BTHK, v_BTHK, pairs, self.kernel)
+        y_BSHK = constrain(y_BSHK, ("batch", "tokens", "heads", None))
+        return _with_bias(apply(self.out, y_BSHK, kinds, _join_heads), self.out_bias, kinds)
+
+
+def _inner(width: int, heads: int, size: int) -> nnx.Param:
+    return declare((width, heads, size), ("embed", "heads", None), _flat_init(1))
+
+
+def _outer(width: int, heads: int, size: int) -> nnx.Param:
+    return declare((heads, size, width), ("heads", None, "embed"), _flat_init(2))
+
+
+def _bias(width: int) -> nnx.Param:
+    # A vector, whatever it is added to: no optimizer may take it for a matrix.
+    return declare((width,), (None,), initializers.zeros)
+
+
+def _with_bias(x: jax.Array, bias: Any, kinds: Kinds) -> jax.Array:
+    return x if bias is None else apply(bias, x, kinds, _add)
+
+
+def _add(bias: nnx.Param, x: jax.Array) -> jax.Array:
+    return x + bias[...].reshape(x.shape[2:])
+
+
+def _project(kernel: nnx.Param, x_BSD: jax.Array) -> jax.Array:
+    # One plain matrix product: as an einsum with three output axes the CPU backend transposes first.
+    kernel_DHK = kernel[...]
+    d, h, k = kernel_DHK.shape
+    y = product(x_BSD, kernel_DHK.reshape(d, h * k), 0)
+    return constrain(y.reshape(*y.shape[:2], h, k), ("batch", "tokens", "heads", None))
+
+
+def _join_heads(kernel: nnx.Param, y_BSHK: jax.Array) -> jax.Array:
+    out_HKD = kernel[...]
+    out_ED = out_HKD.reshape(-1, out_HKD.shape[-1])
+    return product(y_BSHK.reshape(*y_BSHK.shape[:2], -1), out_ED, 1)
+
+
+def _flat_init(inputs: int) -> Initializer:
+    """`lecun` with the fan-in of the matrix that the kernel is: its first `inputs` axes are inputs."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        return lecun(key, (math.prod(shape[:inputs]), math.prod(shape[inputs:])), dtype).reshape(
+            shape
+        )
+
+    return init

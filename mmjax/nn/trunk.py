@@ -1,0 +1,222 @@
+"""The trunk: groups of layers, each a pattern of blocks repeated under one scan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mmjax.core import config as configs
+from mmjax.core.bounds import AMOUNT, COUNT, OutOfBounds, check, contains
+from mmjax.core.parameters import stack_layers
+from mmjax.core.sharding import constrain
+from mmjax.nn.by_modality import ByModality, Modalities, apply, experts, kinds
+from mmjax.nn.dense import norm_of
+from mmjax.nn.stream import Aux, Stream, add_up, fold
+
+_LAYERS = 4096  # of a trunk: each has names of its own in a checkpoint, and a config may come from anybody
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """`repeat` times the blocks of `pattern`; each block is `{name: a module of mmjax.blocks, ...}`."""
+
+    repeat: int
+    pattern: tuple[dict[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        check(self, repeat=COUNT)
+
+
+class Group(nnx.Module):
+    """A pattern of blocks, its parameters stacked over the repeats and run by `lax.scan`."""
+
+    def __init__(self, group: GroupConfig, width: int, first: int, remat: str, where: str):
+        if not group.pattern:
+            raise configs.UserError(f"{where}.pattern is empty; a group repeats one block or more.")
+        self.blocks = nnx.List(
+            [_block(b, width, f"{where}.pattern[{i}]") for i, b in enumerate(group.pattern)]
+        )
+        self.first, self.repeat, self.remat = first, group.repeat, remat
+        for offset, block in enumerate(self.blocks):
+            stack_layers(block, first + offset, len(group.pattern), group.repeat)
+
+    def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
+        graph, state = nnx.split(self.blocks)
+        layout, context = stream.layout, stream.context
+
+        def body(stream: Stream, inputs: tuple[Any, jax.Array]) -> tuple[Stream, list[Aux]]:
+            slices, index = inputs
+            blocks = nnx.merge(graph, slices)
+            stream = replace(stream, context=context)  # the same for all: not carried
+            auxes = []
+            for offset, block in enumerate(blocks):
+                # By the layer's own index, so that another grouping draws the same numbers.
+                layer = self.first + index * len(blocks) + offset
+                stream, aux = block(stream, fold(key, layer))
+                auxes.append(aux)
+            x_BSD = constrain(stream.x_BSD, ("batch", "tokens", None))
+            return replace(stream, x_BSD=x_BSD, layout=layout, context=None), auxes
+
+        stream, auxes = jax.lax.scan(
+            _remat(body, self.remat),
+            replace(stream, context=None),
+            (state, jnp.arange(self.repeat)),
+        )
+        return replace(stream, context=context), add_up(
+            [self._summed(a, i) for i, a in enumerate(auxes)]
+        )
+
+    def _summed(self, aux: Aux, offset: int) -> Aux:
+        """What a block of the pattern says in all repeats, stacked: added up, but for the usage of each layer."""
+        total: Aux = jax.tree.map(lambda x: x.sum(axis=0), aux)
+        layers = [self.first + i * len(self.blocks) + offset for i in range(self.repeat)]
+        told = {
+            f"{layer:03d} {name}": x[i]
+            for i, layer in enumerate(layers)
+            for name, x in aux.usage.items()
+        }
+        return replace(total, usage=told)
+
+    def begin(self, stream: Stream, slots: int) -> Any:
+        """See `Trunk.begin`; of each block, stacked over the repeats."""
+        graph, state = nnx.split(self.blocks)
+
+        def of_layer(slices: Any) -> list[Any]:
+            blocks = nnx.merge(graph, slices)
+            return [block.begin(stream, slots) for block in blocks]
+
+        return jax.lax.map(of_layer, state)
+
+    def extend(self, stream: Stream, held: Any, at: jax.Array | int) -> tuple[Stream, Any]:
+        """See `Trunk.extend`."""
+        graph, state = nnx.split(self.blocks)
+
+        def body(stream: Stream, inputs: Any) -> tuple[Stream, Any]:
+            slices, before = inputs
+            blocks: Any = nnx.merge(graph, slices)
+            after = []
+            for block, own in zip(blocks, before, strict=True):
+                stream, own = block.extend(stream, own, at)
+                after.append(own)
+            return stream, after
+
+        return jax.lax.scan(body, stream, (state, held))
+
+
+def _check_numbers(block: dict[str, Any], where: str) -> None:
+    """Raise for sizes of a block that nothing could be built with."""
+    for key, value in block.items():
+        interval = COUNT if key in ("heads", "hidden") else AMOUNT
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not contains(interval, value):
+            raise OutOfBounds(where, key, value, interval)
+
+
+def _block(block: dict[str, Any], width: int, where: str) -> Any:
+    name = block.get("name", "")
+    cls = configs.resolve("blocks", name, where)
+    _check_numbers(block, where)
+    try:
+        return cls(width, **{k: v for k, v in block.items() if k != "name"})
+    except TypeError as error:
+        raise configs.UserError(f"{where} (block '{name}'): {error}") from error
+
+
+def _remat(body: Any, policy: str) -> Any:
+    """`none` keeps all activations, `dots` those of matrix products, `full` only the layers' inputs."""
+    if policy == "none":
+        return body
+    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+    if policy not in policies:
+        raise configs.UserError(
+            f"model.remat is '{policy}'.{configs.nearest(policy, ['none', *policies])}"
+        )
+    return jax.checkpoint(body, policy=policies[policy], prevent_cse=False)
+
+
+class Trunk(nnx.Module):
+    """All groups in order, then a norm (`layer` or `rms`): one trunk for every modality and task.
+
+    With `norm_modalities`, there is a last norm for each of them (see `mmjax.nn.by_modality`).
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[GroupConfig],
+        width: int,
+        remat: str = "none",
+        where: str = "model.groups",
+        norm_modalities: Modalities = (),
+        norm: str = "layer",
+        norm_eps: float = 1e-6,
+    ):
+        if not groups:
+            raise configs.UserError(f"{where} is empty; a trunk needs a group.")
+        layers = sum(max(group.repeat, 0) * len(group.pattern) for group in groups)
+        if layers > _LAYERS:
+            raise configs.UserError(
+                f"{where}: {layers:,} layers; at most {_LAYERS:,} can be built."
+            )
+        self.groups: Any = nnx.List([])
+        first = 0
+        for index, group in enumerate(groups):
+            self.groups.append(Group(group, width, first, remat, f"{where}[{index}]"))
+            first += group.repeat * len(group.pattern)
+        self.norm: Any = norm_of(norm, width, eps=norm_eps)
+        if norm_modalities:
+            copies = experts(norm_modalities)
+            self.norm = ByModality(lambda: norm_of(norm, width, eps=norm_eps), copies)
+
+    def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
+        stream, aux = self.layers(stream, key)
+        x_BSD = apply(self.norm, stream.x_BSD, kinds(stream))
+        return replace(stream, x_BSD=x_BSD), aux
+
+    def layers(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
+        """All but the norm. Where the key is None, nothing is drawn: evaluation has no noise."""
+        auxes = []
+        for group in self.groups:
+            stream, aux = group(stream, key)
+            auxes.append(aux)
+        return stream, add_up(auxes)
+
+    def begin(self, stream: Stream, slots: int) -> Any:
+        """What `extend` needs to remember of a stream of up to `slots` tokens, before its first.
+
+        Args:
+          stream: any tokens of it, for their number of rows and dtype; its context is read here, once.
+
+        Raises:
+          UserError: a layer that cannot take a stream part by part.
+        """
+        for group in self.groups:
+            for block in group.blocks:
+                if not hasattr(block, "extend"):
+                    name = type(block).__name__
+                    raise configs.UserError(
+                        f"layer {name} cannot take a stream token by token, as generation does."
+                    )
+        return [group.begin(stream, slots) for group in self.groups]
+
+    def extend(self, stream: Stream, held: Any, at: jax.Array | int) -> tuple[Stream, Any]:
+        """The layers (without the norm) for the tokens of a stream from index `at` on, given all before.
+
+        To the same numbers as the whole stream at once, where its mask is causal. Nothing is drawn here, and
+        auxiliary losses are left out.
+
+        Args:
+          held: of the tokens before, by `begin` and then by this.
+
+        Returns:
+          The tokens, and what is held with them.
+        """
+        after = []
+        for group, own in zip(self.groups, held, strict=True):
+            stream, own = group.extend(stream, own, at)
+            after.append(own)
+        return stream, after

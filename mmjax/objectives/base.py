@@ -1,0 +1,290 @@
+"""What an objective is: a loss of (model, batch, key), and the parameters that only it needs.
+
+An objective is one file in `mmjax/objectives/`, whose class is a frozen dataclass; its fields are the
+keys of its block in a config.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mmjax.core.errors import UserError
+from mmjax.generation.spans import Span
+from mmjax.modalities.base import EXISTS, Input
+from mmjax.model import Batch, Model
+from mmjax.nn.stream import Aux
+from mmjax.sources.base import Example
+
+_ROWS = 2**31 - 1  # keeps the keys of rows apart from what objectives fold into a key
+
+
+@struct.dataclass
+class Occupancy:
+    """How many positions of a batch hold a token.
+
+    Attributes:
+      valid: positions with a token of a valid row, an int32 scalar.
+      positions: all positions that are computed, padding included.
+    """
+
+    valid: jax.Array
+    positions: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Part:
+    """A mean that a loss is made of.
+
+    Attributes:
+      weight: its factor in the loss.
+      count: how many terms it is a mean of, a scalar.
+      compares: whether a term depends on the other rows of the batch, as where they are its negatives. Such a mean is
+        of one batch: evaluation takes it of batches with equally many valid rows only.
+    """
+
+    weight: jax.Array | float
+    count: jax.Array
+    compares: bool = struct.field(pytree_node=False, default=False)
+
+
+@struct.dataclass
+class Loss:
+    """What a loss returns.
+
+    Attributes:
+      value: the loss, a float32 scalar (auxiliary losses added).
+      metrics: further scalars to report, float32.
+      buffers: proposed new values of buffers.
+      count: how many terms `value` is a mean of, a scalar; None for the valid rows. It weights micro-batches and
+        batches of an evaluation: a mean over valid tokens gives their number.
+      parts: the means that `value` is a sum of, where it is no single mean over `count` terms: by the metric that holds
+        it, or by "" for `value` itself. What is in none of them (auxiliary losses) counts by row. For losses that
+        derive from `Coupled`; another keeps to `count`.
+    """
+
+    value: jax.Array
+    metrics: dict[str, jax.Array] = field(default_factory=dict)
+    buffers: dict[str, jax.Array] = field(default_factory=dict)
+    count: jax.Array | None = None
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    def means(self, valid_B: jax.Array) -> dict[str, Part]:
+        """Return `parts`, made explicit."""
+        return self.parts or {"": Part(1.0, self.terms(valid_B))}
+
+    def is_empty(self, valid_B: jax.Array) -> jax.Array:
+        """Return whether the batch holds nothing that the loss is a mean of, a bool scalar."""
+        counts = [part.count for part in self.means(valid_B).values()]
+        return jnp.stack([jnp.asarray(count) <= 0 for count in counts]).all()
+
+    def terms(self, valid_B: jax.Array) -> jax.Array:
+        """`count`, made explicit, in the dtype of the value."""
+        count = valid_B.sum() if self.count is None else self.count
+        return jax.lax.stop_gradient(count).astype(self.value.dtype)
+
+
+@dataclass(frozen=True)
+class Objective(abc.ABC):
+    """A loss over some of a task's inputs.
+
+    Attributes:
+      head: name of the parameters it owns; objectives that name the same head share it. Set to the task's
+        name where the config gives none.
+    """
+
+    head: str = ""
+
+    @abc.abstractmethod
+    def reads(self) -> tuple[str, ...]:
+        """The modalities that the task must give."""
+
+    def fields(self) -> tuple[str, ...]:
+        """Integer fields of the example that it reads besides, each `[B]` int32 in `batch["fields"]`."""
+        return ()
+
+    @abc.abstractmethod
+    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        """Modules of its own, by part name; they become `model.heads[self.head]`."""
+
+    @abc.abstractmethod
+    def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
+        """The loss of a batch: `inputs` (modality -> arrays), `fields`, `valid` `[B]`.
+
+        A mean over rows; draw by `row_keys`, so that it is the same in micro-batches. A loss between rows
+        derives from `Coupled`.
+        """
+
+    def check_inputs(self, inputs: Mapping[str, Input]) -> None:
+        """`UserError` for an input that the loss cannot take: here, several instances of an example."""
+        for each in inputs.values():
+            if each.instances:
+                raise UserError(
+                    f"objective {type(self).__name__} takes one instance of '{each.name}'; leave out 'instances'."
+                )
+
+    def whole(self) -> Objective:
+        """Return the objective as evaluation has it, which cuts nothing of an example; here itself."""
+        return self
+
+    def rows_together(self) -> int:
+        """Return how many consecutive rows of a batch stay consecutive in its micro-batches."""
+        return 1
+
+    def window_rows(self, batch: int) -> int:
+        """Return how many consecutive rows of a batch of so many the loader brings into the order of `arranged`."""
+        return 1
+
+    def arranged(self, rows: Sequence[Any]) -> Sequence[int]:
+        """Return the order in which the rows of a window lie in a batch, a pure function of their arrays (NumPy)."""
+        return range(len(rows))
+
+    def occupancy(self, model: Model, batch: Batch, key: jax.Array) -> Occupancy:
+        """Count the positions that hold a token: here the tokens of each modality that it reads."""
+        valid, positions = jnp.zeros((), jnp.int32), 0
+        for name in self.reads():
+            token_BS = model.tokens(name, batch["inputs"][name]).mask_BS()
+            # Instances of an example are rows of their own.
+            row_B = jnp.repeat(batch["valid"], token_BS.shape[0] // batch["valid"].shape[0])
+            valid += (token_BS & row_B[:, None]).sum(dtype=jnp.int32)
+            positions += token_BS.size
+        return Occupancy(valid, positions)
+
+    def check_example(self, example: Example) -> None:
+        """`UserError` for an example whose fields the loss cannot take, such as a label out of range."""
+        del example  # any will do
+
+    def embed(
+        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], toward: str = ""
+    ) -> jax.Array:
+        """Unit vectors `[B, E]` of one modality's arrays, where the objective makes such.
+
+        Args:
+          toward: the modality they are compared with, where the space depends on it; the first other one if empty.
+        """
+        raise UserError(f"objective {type(self).__name__} makes no embeddings of '{modality}'.")
+
+    def embeds(self) -> tuple[str, ...]:
+        """Modalities that `embed` takes."""
+        return ()
+
+    def predict(self, model: Model, inputs: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
+        """Logits `[B, C]` of the classes, from the arrays of some modalities, where it classifies."""
+        raise UserError(f"objective {type(self).__name__} predicts no classes.")
+
+    def predicts(self) -> tuple[str, ...]:
+        """Modalities that `predict` takes."""
+        return ()
+
+    def write(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        """Texts that it writes of a batch, where it does: int32 `[B, S]`, each up to its end token, padding after.
+
+        `written` without a look at the text given, which is `wanted`; `cost` `[B]` is the cross-entropy of the given
+        text's tokens, summed, and `tokens` `[B]` their number.
+        """
+        raise UserError(f"objective {type(self).__name__} writes no texts.")
+
+    def captions(
+        self, model: Model, arrays: Mapping[str, jax.Array], length: int, keys_B: jax.Array
+    ) -> jax.Array:
+        """Texts that it writes of one modality's arrays, int32 `[B, length]`, each row drawing by a key of its own."""
+        raise UserError(f"objective {type(self).__name__} writes no texts.")
+
+    def writes(self) -> tuple[str, ...]:
+        """The modality that it writes texts of, and that of the texts; empty where it writes none."""
+        return ()
+
+    def compose(self, model: Model, spans: Sequence[Span], keys_B: jax.Array) -> list[jax.Array]:
+        """Return the spans of a sequence that are to be made, each after those before it, in the form for viewing.
+
+        A picture is uint8 `[B, H, W, 3]`, a text int32 `[B, L]` as of `write`, anything else its values `[B, S, P]`.
+        """
+        raise UserError(f"objective {type(self).__name__} composes no sequences.")
+
+    def composes(self) -> tuple[str, ...]:
+        """The modalities of the spans that `compose` takes."""
+        return ()
+
+    def beside(self, modalities: Sequence[str]) -> tuple[str, ...]:
+        """Return the modalities that a sequence of spans of these modalities holds too, as absent spans."""
+        return ()
+
+    def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        """What it makes of a batch, for a person to look at: arrays with a leading axis `[B]`, by `shows`.
+
+        Each row is a picture, uint8 `[H, W, C]`, a clip, uint8 `[T, H, W, C]`, or a text as of `write`, int32 `[S]`.
+        """
+        raise UserError(f"objective {type(self).__name__} has nothing to show.")
+
+    def shows(self) -> tuple[str, ...]:
+        """Names of what `show` gives, in the order to show them and in words of a caption."""
+        return ()
+
+
+@struct.dataclass
+class Represented:
+    """What a coupled loss compares: `rows`, a tree of arrays `[B, ...]`, and the trunk's `aux`."""
+
+    rows: Any
+    aux: Aux
+
+
+@dataclass(frozen=True)
+class Coupled(Objective):
+    """An objective whose loss couples the rows of a batch: each row is represented alone, then all compared.
+
+    Micro-batches then keep its value: the comparison sees the whole batch always.
+    """
+
+    @abc.abstractmethod
+    def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
+        """What is compared, row by row."""
+
+    @abc.abstractmethod
+    def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
+        """The loss of the whole batch's `rows`; of `batch` it reads `fields`, `valid` and which instances are there."""
+
+    def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
+        made = self.represent(model, batch, key)
+        loss = self.compare(model, made.rows, batch)
+        buffers = {**made.aux.buffers, **loss.buffers}
+        metrics = {**loss.metrics, **made.aux.metrics()}
+        return replace(loss, value=loss.value + made.aux.loss, metrics=metrics, buffers=buffers)
+
+
+def refuse_drop(objective: Objective, inputs: Mapping[str, Input]) -> None:
+    """`UserError` where tokens of an input are dropped, for objectives that need all of them."""
+    for each in inputs.values():
+        if each.drops:
+            raise UserError(
+                f"objective {type(objective).__name__} needs all tokens of '{each.name}'; leave out 'drop'."
+            )
+
+
+def with_rows(batch: Batch) -> dict[str, Any]:
+    """Return the batch with its `valid` beside the arrays of each modality.
+
+    `Model.tokens` hands it on to the stream, so that every layer knows which rows exist, whatever the objective does
+    with them. Whoever calls an objective with a batch calls it with this.
+    """
+    inputs = {m: {**arrays, EXISTS: batch["valid"]} for m, arrays in batch["inputs"].items()}
+    return {**batch, "inputs": inputs}
+
+
+def row_keys(batch: Batch, key: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+    """Return a random key for each row, `[B]`: the same for a row whatever part of a batch it comes in.
+
+    Args:
+      first: index of the batch's first row, where the rows of several batches draw by one `key`.
+    """
+    if "keys" in batch:
+        return batch["keys"]
+    of_rows = jax.random.fold_in(key, _ROWS)
+    rows = first + jnp.arange(batch["valid"].shape[0])
+    return jax.vmap(lambda row: jax.random.fold_in(of_rows, row))(rows)

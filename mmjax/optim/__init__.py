@@ -1,0 +1,1 @@
+"""Optimizers, their rules by parameter path, and what a task's gradient reaches."""

@@ -1,0 +1,108 @@
+"""Rules by parameter path: another learning rate, weight decay on or off, freezing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import numpy as np
+
+from mmjax.core.bounds import AMOUNT, check
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Spec
+
+
+@dataclass(frozen=True)
+class RuleConfig:
+    """What holds for the parameters that a pattern names; of several rules the later says more.
+
+    Attributes:
+      match: a regular expression of whole canonical names, as `mmjax.show` and errors give them:
+        `stems/text/.*`, `trunk/layers/00[0-5]/.*`, `.*/bias`.
+      learning_rate: a factor of the rate.
+      weight_decay: whether it applies; by default to matrices.
+      freeze: no update, no optimizer state, no gradient. All layers of a group freeze or none.
+    """
+
+    match: str
+    learning_rate: float | None = None
+    weight_decay: bool | None = None
+    freeze: bool | None = None
+
+    def __post_init__(self) -> None:
+        check(self, learning_rate=AMOUNT)
+
+
+@dataclass(frozen=True)
+class Ruled:
+    """What the rules make of one parameter; a stacked one has a number for each of its layers.
+
+    Attributes:
+      scale: factor of the learning rate, float64 `[]` or `[layers]`.
+      decays: whether weight decay applies, float64 of 0 and 1, `[]` or `[layers]`.
+      frozen: whether it stays as it is.
+    """
+
+    scale: np.ndarray
+    decays: np.ndarray
+    frozen: bool
+
+
+def apply_rules(rules: Sequence[RuleConfig], specs: Mapping[str, Spec]) -> dict[str, Ruled]:
+    """What holds for each parameter.
+
+    Raises:
+      UserError: a pattern that is no regular expression or matches nothing; a group frozen in part.
+    """
+    names = [c for spec in specs.values() for c in spec.canonical]
+    matched = [matches(r.match, names, f"optimizer.rules[{i}].match") for i, r in enumerate(rules)]
+    found = {}
+    for name, spec in specs.items():
+        each = [
+            _last(c, spec.decay, [r for r, m in zip(rules, matched, strict=True) if c in m])
+            for c in spec.canonical
+        ]
+        scale, decays, frozen = (np.array(x) for x in zip(*each, strict=True))
+        if frozen.any() != frozen.all():
+            part = ", ".join(c for c, yes in zip(spec.canonical, frozen, strict=True) if yes)
+            raise UserError(
+                f"optimizer.rules freeze {part}, but not the other layers of their group. "
+                "Make two groups of it in model.groups; layers keep their names."
+            )
+        shape = (len(each),) if spec.stack else ()
+        found[name] = Ruled(
+            scale.astype(float).reshape(shape), decays.astype(float).reshape(shape), bool(frozen[0])
+        )
+    return found
+
+
+def trained(rules: Sequence[RuleConfig], specs: Mapping[str, Spec]) -> frozenset[str]:
+    """The parameters that no rule freezes."""
+    return frozenset(n for n, rule in apply_rules(rules, specs).items() if not rule.frozen)
+
+
+def matches(pattern: str, names: Iterable[str], where: str) -> frozenset[str]:
+    """The names that a pattern matches whole; an error if it matches none."""
+    names = list(names)
+    try:
+        found = frozenset(n for n in names if re.fullmatch(pattern, n))
+    except re.error as error:
+        raise UserError(f"{where} = '{pattern}' is no regular expression: {error}.") from error
+    if not found:
+        close = get_close_matches(pattern, names, n=3, cutoff=0.0)
+        raise UserError(
+            f"{where} = '{pattern}' matches the whole of no parameter's name. "
+            f"The nearest: {', '.join(close)}."
+        )
+    return found
+
+
+def _last(name: str, decay: bool, rules: Sequence[RuleConfig]) -> tuple[float, bool, bool]:
+    scale, decays, frozen = 1.0, decay, False
+    for rule in rules:
+        scale = scale if rule.learning_rate is None else rule.learning_rate
+        decays = decays if rule.weight_decay is None else rule.weight_decay
+        frozen = frozen if rule.freeze is None else rule.freeze
+    return scale, decays, frozen

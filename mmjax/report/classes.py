@@ -1,0 +1,161 @@
+"""What a trained model takes held-out examples for: the likeliest classes of each, and its usual mistakes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from mmjax.engine.loader import make_batch
+from mmjax.evaluators.accuracy import rank
+from mmjax.evaluators.base import Pass, make_evaluators, row_spec
+from mmjax.loading import Embedder
+from mmjax.monitor.tables import percent
+from mmjax.objectives.base import with_rows
+from mmjax.report.html import Html, bar, join, table, tag
+from mmjax.report.panel import (
+    BATCH,
+    FOUND,
+    MOST_READ,
+    Panel,
+    first_of_each,
+    read_of,
+    right_mark,
+    spread,
+    within,
+)
+from mmjax.report.preview import as_given, preview, shown
+from mmjax.sources.base import Examples
+from mmjax.task import Task
+
+_MISTAKES = 6  # shown of a split
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """What the model says of the examples of a split that could be read.
+
+    Attributes:
+      index: their places in the split, `[N]`.
+      label: their classes, `[N]`.
+      logits: float32 `[N, C]`.
+      unreadable: how many could not be read.
+    """
+
+    index: np.ndarray
+    label: np.ndarray
+    logits: np.ndarray
+    unreadable: int
+
+
+def classified(model: Embedder, task: Task, count: int) -> Iterator[Panel]:
+    """A panel for each split on which an evaluator compares predicted classes with a label.
+
+    Args:
+      model: a trained run.
+      task: of it.
+      count: examples of a panel, of as many classes.
+
+    Raises:
+      UserError: held-out data is not there.
+    """
+    for evaluator in make_evaluators(task).values():
+        for each in evaluator.passes(task).values():
+            if each.what.startswith("predict/") and len(each.fields) == 1:
+                examples = each.source.open()
+                found = guesses(model, task, each, examples)
+                yield panel(task, each, examples, found, count)
+
+
+def guesses(model: Embedder, task: Task, each: Pass, examples: Examples) -> Guesses:
+    """Logits of up to 2048 examples, spread over the split; what cannot be read is counted."""
+    spec = row_spec(task, each)
+    predict = model.compiled(task.objective.predict)
+    ids = np.array(spread(len(examples), MOST_READ))
+    logits, labels, valid = [], [], []
+    for start in range(0, len(ids), BATCH):
+        part = ids[start : start + BATCH]
+        rows, _ = make_batch(spec, examples, part.tolist(), lambda _: None, BATCH)
+        logits.append(jax.device_get(predict(with_rows(rows)["inputs"]))[: len(part)])
+        labels.append(rows["fields"][each.fields[0]][: len(part)])
+        valid.append(rows["valid"][: len(part)])
+    kept = np.concatenate(valid)
+    return Guesses(
+        ids[kept], np.concatenate(labels)[kept], np.concatenate(logits)[kept], int((~kept).sum())
+    )
+
+
+def panel(task: Task, each: Pass, examples: Examples, found: Guesses, count: int) -> Panel:
+    """Examples of different classes, each with its likeliest classes; then the usual mistakes."""
+    names = examples.labels.get(each.fields[0], ())
+    read = read_of(len(examples), len(found.index), found.unreadable)
+    title = f"{each.source.label}: {read}"
+    if not len(found.index):
+        return Panel(title, Html(""))
+    firsts = first_of_each(found.label)
+    chosen = [firsts[i] for i in spread(len(firsts), count)]
+    place_N = rank(found.logits, found.label) + 1
+    hits = int((place_N[chosen] <= FOUND).sum())
+    said = f"{hits} of {len(chosen)} have the right one among the {FOUND} likeliest of {found.logits.shape[1]} classes."
+    cards = within(chosen, lambda i: _card(task, examples, found, i, int(place_N[i]), names))
+    body = (
+        tag("p", said),
+        tag("ul", *cards, class_="cards of-words"),
+        mistakes(found, names),
+    )
+    return Panel(title, join(body), examples.credits)
+
+
+def mistakes(found: Guesses, names: Sequence[str]) -> Html | None:
+    """The classes that are most often taken for one other class; None where none is so twice."""
+    guess_N = found.logits.argmax(axis=1)
+    wrong_N = guess_N != found.label
+    pairs = Counter(zip(found.label[wrong_N].tolist(), guess_N[wrong_N].tolist(), strict=True))
+    sizes = Counter(found.label.tolist())
+    rows = [
+        (_name(names, label), _name(names, guess), f"{times}", f"{sizes[label]}")
+        for (label, guess), times in pairs.most_common(_MISTAKES)
+        if times > 1
+    ]
+    heads = ("class", "taken for", "#times", "#of")
+    return table("Most often taken for another class", heads, rows) if rows else None
+
+
+def _card(
+    task: Task, examples: Examples, found: Guesses, row: int, place: int, names: Sequence[str]
+) -> Html:
+    """An example, its class, and the classes that the model finds likeliest."""
+    label, logits_C = int(found.label[row]), found.logits[row].astype(np.float64)
+    share_C = np.exp(logits_C - logits_C.max())
+    share_C /= share_C.sum()
+    items = []
+    for guess in np.argsort(-logits_C, kind="stable")[:FOUND].tolist():
+        mark = right_mark() if guess == label else None
+        words = tag("span", _name(names, guess), class_="words")
+        share = tag("span", percent(share_C[guess]), class_="share")
+        line = (words, mark, share, bar(share_C[guess], "c7"))
+        items.append(tag("li", *line, class_="right" if mark else None))
+    late = tag("p", f"The right one comes at place {place}", class_="late")
+    asked = tag("div", _example(task, examples, int(found.index[row]), _name(names, label)),
+                tag("span", _name(names, label), class_="words"), class_="query")  # fmt: skip
+    return tag(
+        "li", asked, tag("ol", *items, class_="found guesses"), late if place > FOUND else None
+    )
+
+
+def _example(task: Task, examples: Examples, index: int, words: str) -> Html:
+    """What the objective reads of an example; two views of one field are shown once."""
+    by_field = {task.inputs[m].field: task.inputs[m] for m in reversed(task.objective.predicts())}
+    example = examples[index]
+    return join(
+        preview(shown(each, as_given(each, example[field])), f"{each.name}: {words}")
+        for field, each in reversed(by_field.items())
+    )
+
+
+def _name(names: Sequence[str], label: int) -> str:
+    """The name of a class, or its number where the data has none."""
+    return names[label] if 0 <= label < len(names) else f"class {label}"

@@ -1,0 +1,254 @@
+"""What a trained model finds in held-out data: examples of one modality, and what they retrieve."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmjax.core import config as configs
+from mmjax.core.errors import RecordError, UserError
+from mmjax.evaluators.base import Evaluator, make_evaluators
+from mmjax.loading import Embedder
+from mmjax.report.html import Html, join, tag
+from mmjax.report.panel import (
+    BATCH,
+    FOUND,
+    MOST_READ,
+    Panel,
+    first_of_each,
+    read_of,
+    right_mark,
+    spread,
+    within,
+)
+from mmjax.report.preview import as_given, is_sound, preview, shown, strip
+from mmjax.sources.base import Examples
+from mmjax.task import RowSpec, Task
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Held-out examples of one task that could be read.
+
+    Attributes:
+      values: by modality, each example's value as a person would give it, `[N]`.
+      concept: which examples belong together, `[N]`.
+      unreadable: how many could not be read.
+      total: examples of the split.
+      credits: whom the data asks to name.
+    """
+
+    values: Mapping[str, list[Any]]
+    concept: np.ndarray
+    unreadable: int
+    total: int
+    credits: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one query retrieves.
+
+    Attributes:
+      query: its example.
+      found: the examples it retrieves, the most similar first.
+      right: whether each is of the query's concept.
+      place: that of the first right one among all candidates, from 1; as in the recall, a wrong
+        one that is as similar stands before it.
+    """
+
+    query: int
+    found: list[int]
+    right: list[bool]
+    place: int | None
+
+
+def retrieved(model: Embedder, task: Task, count: int) -> Iterator[Panel]:
+    """A panel for each split on which an evaluator of the task retrieves between two modalities.
+
+    Args:
+      model: a trained run.
+      task: of it.
+      count: queries of each direction.
+
+    Raises:
+      UserError: held-out data is not there.
+    """
+    for name, evaluator in retrievals(task).items():
+        where = f"tasks.{task.name}.evaluators.{name}.source"
+        source = configs.component("sources", evaluator.source, where)
+        shelf = read_shelf(source.open(), task, getattr(evaluator, "concept"))  # noqa: B009
+        yield gallery(model, task, shelf, source.label, getattr(evaluator, "unique", ""), count)
+
+
+def gallery(
+    model: Embedder, task: Task, shelf: Shelf, split: str, unique: str, count: int
+) -> Panel:
+    """Both directions of one task on one split.
+
+    Args:
+      model: gives vectors, as `Embedder.embed` does.
+      task: embeds two modalities.
+      shelf: held-out examples, perhaps none.
+      split: their name.
+      unique: the modality of which only the first example of each concept is a candidate.
+      count: queries of each direction.
+    """
+    title = f"{split}: {read_of(shelf.total, len(shelf.concept), shelf.unreadable)}"
+    if not len(shelf.concept):
+        return Panel(title, Html(""))
+    vectors = {m: _embedded(model, task.name, m, values) for m, values in shelf.values.items()}
+    one, two = task.objective.embeds()
+    sides = (
+        _direction(task, shelf, vectors, q, c, unique, count) for q, c in ((one, two), (two, one))
+    )
+    return Panel(title, join(sides), shelf.credits)
+
+
+def retrievals(task: Task) -> dict[str, Evaluator]:
+    """Its evaluators that embed two modalities of the same examples, which a concept joins."""
+    wanted = {f"embed/{modality}" for modality in task.objective.embeds()}
+    found = {}
+    for name, evaluator in make_evaluators(task).items():
+        passes = list(evaluator.passes(task).values())
+        is_of_pairs = len(wanted) == 2 and {each.what for each in passes} == wanted
+        if is_of_pairs and all(each.block == evaluator.source for each in passes):
+            found[name] = evaluator
+    return {name: each for name, each in found.items() if hasattr(each, "concept")}
+
+
+def read_shelf(examples: Examples, task: Task, concept: str) -> Shelf:
+    """Up to 2048 examples, spread over the split; what cannot be read or decoded is counted."""
+    pair = task.objective.embeds()
+    values: dict[str, list[Any]] = {modality: [] for modality in pair}
+    rows = RowSpec({modality: task.inputs[modality] for modality in pair}, (concept,))
+    concepts, unreadable = [], 0
+    for index in spread(len(examples), MOST_READ):
+        try:
+            example = examples[index]
+            row = rows.make(example, None)
+        except (
+            Exception
+        ) as error:  # whatever a corrupt or odd record makes a reader or a decoder raise
+            if isinstance(error, UserError) and not isinstance(error, RecordError):
+                raise
+            unreadable += 1
+            continue
+        concepts.append(int(row["fields"][concept]))
+        for modality in pair:
+            each = task.inputs[modality]
+            values[modality].append(as_given(each, example[each.field]))
+    credits = tuple(getattr(examples, "credits", ()))
+    return Shelf(values, np.array(concepts, np.int64), unreadable, len(examples), credits)
+
+
+def answers(
+    queries_QE: np.ndarray,
+    candidates_CE: np.ndarray,
+    query_ids: Sequence[int],
+    candidate_ids: Sequence[int],
+    concept: np.ndarray,
+) -> list[Answer]:
+    """The nearest candidates of each query by inner product; rows belong to the examples `*_ids`."""
+    made = []
+    concepts_C = concept[np.asarray(candidate_ids)]
+    for query, similarity_C in zip(query_ids, queries_QE @ candidates_CE.T, strict=True):
+        positive_C = concepts_C == concept[query]
+        order = np.argsort(-similarity_C, kind="stable")[:FOUND]
+        place = None
+        if positive_C.any():
+            best = similarity_C[positive_C].max()
+            place = int((~(similarity_C < best) & ~positive_C).sum()) + 1
+        found = [int(candidate_ids[i]) for i in order]
+        made.append(Answer(query, found, positive_C[order].tolist(), place))
+    return made
+
+
+def _embedded(model: Embedder, task: str, modality: str, values: list[Any]) -> np.ndarray:
+    """Vectors `[N, E]`, in batches of one size: one program, and little memory."""
+    found = []
+    for start in range(0, len(values), BATCH):
+        part = values[start : start + BATCH]
+        padded = part + part[:1] * (BATCH - len(part))
+        found.append(model.embed(task=task, **{modality: padded})[: len(part)])
+    return np.concatenate(found)
+
+
+def _direction(
+    task: Task,
+    shelf: Shelf,
+    vectors: Mapping[str, np.ndarray],
+    query: str,
+    candidate: str,
+    unique: str,
+    count: int,
+) -> Html:
+    """One direction: the queries, one of each concept, each with what it retrieves."""
+    firsts = first_of_each(shelf.concept)
+    queries = [firsts[i] for i in spread(len(firsts), count)]
+    candidates = firsts if candidate == unique else list(range(len(shelf.concept)))
+    found = answers(
+        vectors[query][queries], vectors[candidate][candidates], queries, candidates, shelf.concept
+    )
+    hits = sum(any(answer.right) for answer in found)
+    said = (
+        f"{hits} of {len(found)} have a right one among the {FOUND} nearest of {len(candidates):,}."
+    )
+    cards = within(found, lambda answer: _card(task, shelf, query, candidate, answer))
+    head = tag("h4", f"{query} to {candidate}")
+    style = _style(shown(task.inputs[candidate], shelf.values[candidate][0]))
+    return tag("div", head, tag("p", said), tag("ul", *cards, class_=f"cards {style}"))
+
+
+def _style(value: Any) -> str:
+    """The class of a list of such values."""
+    return "of-words" if isinstance(value, str) else "of-sounds" if is_sound(value) else "of-tiles"
+
+
+def _card(task: Task, shelf: Shelf, query: str, candidate: str, answer: Answer) -> Html:
+    """A query and what it retrieves."""
+    items = []
+    for i, right in zip(answer.found, answer.right, strict=True):
+        value = shown(task.inputs[candidate], shelf.values[candidate][i])
+        # A sound says nothing to the eye.
+        said = _words(task, shelf, candidate, i) if is_sound(value) else None
+        said = tag("span", said, dir="auto", class_="said") if said else None
+        mark = right_mark() if right else None
+        parts = (_show(task, shelf, candidate, i), said, mark)
+        items.append(tag("li", *parts, class_="right" if right else None))
+    asked = tag(
+        "div",
+        _show(task, shelf, query, answer.query),
+        strip(shown(task.inputs[query], shelf.values[query][answer.query])),
+        class_="query",
+    )
+    late = None if any(answer.right) else _late(task, shelf, candidate, answer)
+    return tag("li", asked, tag("ol", *items, class_="found"), late)
+
+
+def _late(task: Task, shelf: Shelf, candidate: str, answer: Answer) -> Html | None:
+    """Where the first right answer comes that is not among those shown."""
+    if answer.place is None:
+        return None
+    wanted = shown(task.inputs[candidate], shelf.values[candidate][answer.query])
+    words = preview(wanted, "") if isinstance(wanted, str) else "The first right one"
+    return tag("p", words, f" comes at place {answer.place}", class_="late")
+
+
+def _show(task: Task, shelf: Shelf, modality: str, index: int) -> Html:
+    """An example's preview; what the other modality says in words describes it."""
+    words = _words(task, shelf, modality, index)
+    label = f"{modality}: {words}" if words else f"{modality} {index}"
+    return preview(shown(task.inputs[modality], shelf.values[modality][index]), label)
+
+
+def _words(task: Task, shelf: Shelf, modality: str, index: int) -> str | None:
+    """The text of an example in its other modality, if that is text."""
+    for other, values in shelf.values.items():
+        if other != modality:
+            value = shown(task.inputs[other], values[index])
+            return value if isinstance(value, str) else None
+    return None

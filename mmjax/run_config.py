@@ -1,0 +1,118 @@
+"""The whole config of a run: every block with its keys, types and defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmjax.core.bounds import COUNT, SIZE, check
+from mmjax.core.sharding import MeshConfig
+from mmjax.engine.checkpoint import CheckpointConfig
+from mmjax.engine.compile import LimitsConfig
+from mmjax.engine.loader import LoaderConfig
+from mmjax.engine.profiling import ProfileConfig
+from mmjax.engine.warm_start import WarmStartConfig
+from mmjax.model import ModelConfig
+from mmjax.optim.config import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class DtypeConfig:
+    """Precision.
+
+    Attributes:
+      parameters: of the parameters. Second moments, averages and sums of gradients are float32 or wider whatever it
+        is, and an update is computed in float32; but a bfloat16 parameter loses steps below 1/512 of its value.
+      compute: of the model's arithmetic.
+    """
+
+    parameters: str = "float32"
+    compute: str = "float32"
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Which task runs when.
+
+    Attributes:
+      rule: `shares`, `random`, `interval` or `budget`; each task's `share` is its weight there. Under
+        `budget` it is a share of the chips' time, first by model FLOPs.
+      phases: later stretches. Each says its `start` and what changes there: `weights`, `rule`, `tasks` (`{NAME:
+        {inputs, batch, microbatches}}`: other resolutions, lengths, batches), `rules` of the optimizer besides
+        `optimizer.rules` (to freeze parts, say), `learning_rate` (a factor). The rest stays as before.
+        Evaluation has the shapes of `tasks` at step 0.
+      measure: under `budget`, steps after which, and again after as many, the shares are set from
+        measured step times; 0 to stay with model FLOPs.
+    """
+
+    rule: str = "shares"
+    phases: tuple[dict[str, Any], ...] = ()
+    measure: int = 0
+
+    def __post_init__(self) -> None:
+        check(self, measure=SIZE)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation during training.
+
+    Attributes:
+      every: steps between evaluations; 0 for only after the last step.
+      batch: examples per evaluation step, over all devices.
+    """
+
+    every: int = 0
+    batch: int = 128
+
+    def __post_init__(self) -> None:
+        check(self, every=SIZE, batch=COUNT)
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What a run leaves to read.
+
+    Attributes:
+      every: steps after which the lines of `metrics.jsonl` are sure to be on the disk.
+      report: write `report.html` at the end.
+      wandb: project of Weights & Biases that gets the numbers too; empty for none.
+    """
+
+    every: int = 20
+    report: bool = True
+    wandb: str = ""
+
+    def __post_init__(self) -> None:
+        check(self, every=COUNT)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole config; every key is checked against this and against what the blocks name.
+
+    Attributes:
+      steps: length of the run.
+      seed: of parameters, order, augmentation and masks.
+      init_from: parameters of another run or a file, to begin with.
+    """
+
+    steps: int
+    modalities: dict[str, dict[str, Any]]
+    model: ModelConfig
+    tasks: dict[str, dict[str, Any]]
+    seed: int = 0
+    dtype: DtypeConfig = field(default_factory=DtypeConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    init_from: WarmStartConfig = field(default_factory=WarmStartConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+
+    def __post_init__(self) -> None:
+        check(self, steps=COUNT)

@@ -1,0 +1,1 @@
+"""Which task runs at which step, in which shape: pure functions of integers."""

@@ -1,0 +1,286 @@
+"""Which task runs at which step: a pure function of integers.
+
+A schedule is a list of segments. A segment starts at a step, repeats periods made by a rule from
+integer weights, and records how often each task ran before it, so that every question (which task
+runs at step s, for the how manieth time, how often did each run) costs the same at step 10**9 as
+at step 0. The segments are all there is to save. Everything is keyed by the task's name.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmjax.core.errors import UserError
+from mmjax.schedule.rules import (
+    RULES,
+    Period,
+    check_rule,
+    check_weights,
+    exact_integer,
+    make_period,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A stretch of the schedule under one rule.
+
+    Attributes:
+      start: its first step.
+      rule: a name in `RULES`.
+      weights: per task, in the order of the config, its share (or interval); 0 means never.
+      base: visits of every task in the steps before `start`, also of tasks not in `weights`.
+      seed: only `random` uses it.
+    """
+
+    start: int
+    rule: str
+    weights: dict[str, int]
+    base: dict[str, int]
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_rule(self.rule)
+        object.__setattr__(self, "start", exact_integer(self.start, "A schedule's start"))
+        object.__setattr__(self, "seed", exact_integer(self.seed, "The schedule's seed", low=None))
+        object.__setattr__(self, "weights", check_weights(self.rule, self.weights))
+        names = list(dict.fromkeys([*self.base, *self.weights]))
+        base = {t: exact_integer(self.base.get(t, 0), f"Task '{t}': base visits") for t in names}
+        object.__setattr__(self, "base", base)
+        if sum(base.values()) != self.start:
+            raise UserError(
+                f"The schedule segment at step {self.start} is damaged: the visits before it "
+                f"({base}) do not sum to its start."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and dicts. Weights are pairs, for their order matters."""
+        return {
+            "start": self.start,
+            "rule": self.rule,
+            "weights": [[task, weight] for task, weight in self.weights.items()],
+            "base": dict(self.base),
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Segment:
+        """The inverse of `to_json`."""
+        return cls(**{**data, "weights": dict(data["weights"]), "base": dict(data["base"])})
+
+    def _key(self) -> tuple[Any, ...]:
+        weights = tuple(self.weights.items())
+        return self.start, self.rule, weights, tuple(sorted(self.base.items())), self.seed
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Segment) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    @functools.cached_property
+    def _running(self) -> dict[str, int]:
+        return {task: weight for task, weight in self.weights.items() if weight}
+
+    @functools.cached_property
+    def _tasks(self) -> tuple[str, ...]:
+        return tuple(self._running)
+
+    @functools.cached_property
+    def _counts(self) -> list[int]:
+        return RULES[self.rule].counts(tuple(self._running.values()))
+
+    @functools.cached_property
+    def _length(self) -> int:
+        return sum(self._counts)
+
+    def _at(self, step: int) -> tuple[Period, int, int]:
+        """The period that holds `step`, how many whole ones came before, the place in it."""
+        turn, offset = divmod(step - self.start, self._length)
+        first, seed = (step - offset, self.seed) if RULES[self.rule].varies else (0, 0)
+        period = self._last.get(first)
+        if period is None:
+            period = make_period(self.rule, tuple(self._running.values()), seed, first)
+            self._last.clear()
+            self._last[first] = period
+        return period, turn, offset
+
+    @functools.cached_property
+    def _last(self) -> dict[int, Period]:
+        """The last period asked for, by its first step; to look it up by weights takes them all."""
+        return {}
+
+    def task(self, step: int) -> str:
+        """The task that runs at `step`."""
+        period, _, offset = self._at(step)
+        return self._tasks[period.order[offset]]
+
+    def visit(self, step: int) -> int:
+        """How often the task that runs at `step` ran before it."""
+        period, turn, offset = self._at(step)
+        i = int(period.order[offset])
+        return self.base[self._tasks[i]] + turn * self._counts[i] + period.visits(i, offset)
+
+    def visits(self, step: int) -> dict[str, int]:
+        """How often each task runs in steps [0, step)."""
+        period, turn, offset = self._at(step)
+        visits = dict(self.base)
+        for i, (task, count) in enumerate(zip(self._tasks, self._counts, strict=True)):
+            visits[task] += turn * count + period.visits(i, offset)
+        return visits
+
+    def strip(self, start: int, stop: int) -> list[str]:
+        """The tasks of steps [start, stop)."""
+        tasks: list[str] = []
+        while start < stop:
+            period, _, offset = self._at(start)
+            part = period.order[offset : offset + stop - start]
+            tasks.extend(self._tasks[i] for i in part.tolist())
+            start += len(part)
+        return tasks
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Segments in order, the first at step 0. Steps are integers from 0, without end."""
+
+    segments: tuple[Segment, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "segments", tuple(self.segments))
+        starts = self._starts
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+            raise UserError(f"Schedule segments must start at 0 and then later; found {starts}.")
+
+    @functools.cached_property
+    def _starts(self) -> list[int]:
+        return [segment.start for segment in self.segments]
+
+    @functools.cached_property
+    def tasks(self) -> tuple[str, ...]:
+        """The names of all tasks of all segments, also of those with weight 0."""
+        names = (name for s in self.segments for name in (*s.weights, *s.base))
+        return tuple(dict.fromkeys(names))
+
+    def segment(self, step: int) -> Segment:
+        """The segment that `step` falls in."""
+        if step < 0:
+            raise ValueError(f"There is no step {step}.")
+        return self.segments[bisect.bisect_right(self._starts, step) - 1]
+
+    def task(self, step: int) -> str:
+        """The task that runs at `step`."""
+        return self.segment(step).task(int(step))
+
+    def visit(self, step: int) -> int:
+        """How often the task that runs at `step` ran before it, from step 0 on."""
+        return self.segment(step).visit(int(step))
+
+    def visits(self, step: int) -> dict[str, int]:
+        """How often each task runs in steps [0, step); all of `tasks`, in that order."""
+        visits = self.segment(step).visits(int(step))
+        return {task: visits.get(task, 0) for task in self.tasks}
+
+    def between(self, start: int, stop: int) -> dict[str, int]:
+        """How often each task runs in steps [start, stop)."""
+        if stop < start:
+            raise ValueError(f"There are no steps {start} to {stop}.")
+        before, after = self.visits(start), self.visits(stop)
+        return {task: after[task] - before[task] for task in self.tasks}
+
+    def running(self, start: int, stop: int) -> set[str]:
+        """The tasks with a weight above zero in any segment that has steps in [start, stop)."""
+        ends = [segment.start for segment in self.segments[1:]] + [stop]
+        return {
+            task
+            for segment, end in zip(self.segments, ends, strict=True)
+            if segment.start < stop and end > start
+            for task, weight in segment.weights.items()
+            if weight
+        }
+
+    def shares(self, start: int, stop: int) -> dict[str, float]:
+        """The realised share of steps [start, stop) of each task; they sum to 1."""
+        if stop <= start:
+            raise ValueError(f"There are no steps {start} to {stop}.")
+        return {task: n / (stop - start) for task, n in self.between(start, stop).items()}
+
+    def strip(self, start: int, stop: int) -> list[str]:
+        """The tasks of steps [start, stop), in order."""
+        tasks: list[str] = []
+        while start < stop:
+            segment = self.segment(start)
+            later = self._starts[bisect.bisect_right(self._starts, start) :]
+            end = min([stop, *later[:1]])
+            tasks += segment.strip(int(start), int(end))
+            start = end
+        return tasks
+
+    def append(
+        self,
+        start: int,
+        weights: Mapping[str, int],
+        *,
+        rule: str | None = None,
+        seed: int | None = None,
+        now: int = 0,
+    ) -> Schedule:
+        """This schedule up to `start`, and from there on a new segment.
+
+        Steps before `start` keep their tasks. Segments that would have begun at `start` or later
+        are replaced.
+
+        Args:
+          start: the first step of the new segment; at 0 it replaces everything.
+          weights: task name -> share (or interval), as in `Segment`.
+          rule: the rule in force just before `start`, if None.
+          seed: the seed in force just before `start`, if None.
+          now: the first step not yet run. A start before it is refused: what ran has run.
+
+        Raises:
+          UserError: a start before `now`; a bad rule or weight.
+        """
+        start = exact_integer(start, "A schedule's start")
+        if start < now:
+            raise UserError(
+                f"A schedule cannot change from step {start} on: steps before {now} have run. "
+                f"Start the change at step {now} or later."
+            )
+        kept = tuple(segment for segment in self.segments if segment.start < start)
+        last = kept[-1] if kept else self.segments[0]
+        base = Schedule(kept).visits(start) if kept else {}
+        rule = last.rule if rule is None else rule
+        seed = last.seed if seed is None else seed
+        return Schedule((*kept, Segment(start, rule, dict(weights), base, seed)))
+
+    def replace(
+        self,
+        start: int,
+        weights: Mapping[str, int],
+        *,
+        rule: str | None = None,
+        now: int = 0,
+        keep: Collection[int] | None = None,
+    ) -> Schedule:
+        """As `append`, but segments that begin after `start` stay: those that begin in `keep`, all if None."""
+        made = self.append(start, weights, rule=rule, now=now)
+        for later in self.segments:
+            if later.start > start and (keep is None or later.start in keep):
+                made = made.append(later.start, later.weights, rule=later.rule, seed=later.seed)
+        return made
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain lists and dicts: all that a checkpoint needs to hold."""
+        return [segment.to_json() for segment in self.segments]
+
+    @classmethod
+    def from_json(cls, data: Iterable[Mapping[str, Any]]) -> Schedule:
+        """The inverse of `to_json`."""
+        return cls(tuple(Segment.from_json(segment) for segment in data))
+
+
+# From a config.

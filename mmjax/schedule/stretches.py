@@ -1,0 +1,174 @@
+"""Stretches of a schedule as a config describes them, and their weights under a budget of time."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from mmjax.core.errors import UserError, nearest
+from mmjax.schedule.rules import RULES, check_weights, exact_integer
+from mmjax.schedule.schedule import Schedule, Segment
+
+BUDGET = "budget"  # a rule of configs only: it becomes `shares` when step times are known
+
+
+# The last three: `mmjax.schedule.phases`.
+_PHASE_KEYS = ("start", "weights", "rule", "tasks", "rules", "learning_rate")
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A stretch as a config describes it; `budget` among the rules.
+
+    Attributes:
+      start: its first step.
+      rule: a name in `RULES`, or `budget`.
+      weights: per task, its share of the steps, its interval, or its share of the time.
+    """
+
+    start: int
+    rule: str
+    weights: dict[str, int]
+
+
+def stretches(
+    rule: str, weights: Mapping[str, int], phases: Sequence[Mapping[str, Any]] = ()
+) -> list[Stretch]:
+    """What a config asks for, from step 0 on; the arguments and errors are those of `from_config`."""
+    found = [_stretch(0, rule, weights)]
+    for number, phase in enumerate(phases, 1):
+        for key in phase:
+            if key not in _PHASE_KEYS:
+                raise UserError(f"Phase {number}: no key '{key}'.{nearest(key, _PHASE_KEYS)}")
+        if "start" not in phase:
+            raise UserError(f"Phase {number} has no 'start'. Give it the step at which it begins.")
+        start = exact_integer(phase["start"], f"Phase {number}: start")
+        if start <= found[-1].start:
+            raise UserError(
+                f"Phase {number} starts at step {start}, not after the stretch before it "
+                f"(step {found[-1].start}). Put phases in ascending order, above 0."
+            )
+        before = found[-1]
+        found.append(
+            _stretch(start, phase.get("rule") or before.rule, phase.get("weights", before.weights))
+        )
+    return found
+
+
+def stretch_at(planned: Sequence[Stretch], step: int) -> Stretch:
+    """The stretch that `step` falls in."""
+    return planned[bisect.bisect_right([each.start for each in planned], step) - 1]
+
+
+def _stretch(start: int, rule: str, weights: Mapping[str, int]) -> Stretch:
+    known = (*RULES, BUDGET)
+    if rule not in known:
+        raise UserError(f"There is no schedule rule '{rule}'.{nearest(str(rule), known)}")
+    return Stretch(start, rule, check_weights(rule, weights))
+
+
+def from_config(
+    rule: str,
+    weights: Mapping[str, int],
+    seed: int,
+    phases: Sequence[Mapping[str, Any]] = (),
+    seconds: Callable[[int], Mapping[str, float]] = lambda start: {},
+) -> Schedule:
+    """The schedule that a config describes.
+
+    Args:
+      rule: a name in `RULES`, or `budget`.
+      weights: task name -> share of the steps (`shares`, `random`), interval in passes
+        (`interval`), or share of the time (`budget`), in the order in which tasks take turns.
+        0: the task does not run.
+      seed: for `random`.
+      phases: later stretches, each `{"start": step}` with `"weights"` and `"rule"` where they differ
+        from those before; by ascending start.
+      seconds: start of a stretch -> seconds of a step of each task then, or anything in proportion
+        to them; for `budget`.
+
+    Raises:
+      UserError: an unknown rule or key; a weight that is not an integer from 0 up; no task with a
+        weight above 0; a period above `MAX_PERIOD`; phases out of order; `budget` and a task
+        without a step time.
+    """
+    segments: tuple[Segment, ...] = ()
+    for each in stretches(rule, weights, phases):
+        base = Schedule(segments).visits(each.start) if segments else {}
+        segments = (*segments, _frozen(each, seconds, base, seed))
+    return Schedule(segments)
+
+
+def _frozen(
+    each: Stretch,
+    seconds: Callable[[int], Mapping[str, float]],
+    base: Mapping[str, int],
+    seed: int,
+) -> Segment:
+    """A stretch in integers."""
+    if each.rule != BUDGET:
+        return Segment(each.start, each.rule, each.weights, dict(base), seed)
+    shares = budget_weights(seconds(each.start), each.weights)
+    return Segment(each.start, "shares", shares, dict(base), seed)
+
+
+def budget_weights(
+    seconds: Mapping[str, float], fractions: Mapping[str, float], total: int = 1000
+) -> dict[str, int]:
+    """Integer shares of steps that give each task its share of the time.
+
+    A task wanted for the fraction f of the time, at s seconds a step, gets steps in proportion to
+    f / s; these are rounded by largest remainder, and no wanted task gets less than 1. Computed in
+    exact fractions of the inputs, so every machine finds the same integers.
+
+    Args:
+      seconds: seconds per step, per task.
+      fractions: wanted share of the time per task; they need not sum to 1. 0: does not run.
+      total: the sum of the shares.
+
+    Raises:
+      UserError: a number that is negative or not finite; a wanted task without a step time above
+        0; nothing wanted; more wanted tasks than `total`.
+    """
+    rates = {}
+    for task, fraction in fractions.items():
+        if not (math.isfinite(fraction) and fraction >= 0):
+            raise UserError(
+                f"Task '{task}': its share of time must be 0 or more; {fraction} is not."
+            )
+        rates[task] = Fraction(fraction) / _seconds(seconds, task) if fraction else Fraction(0)
+    wanted = {task: rate for task, rate in rates.items() if rate}
+    if not wanted:
+        raise UserError("No task has a share of the time above 0. Give at least one.")
+    if len(wanted) > total:
+        raise UserError(f"{len(wanted)} tasks cannot share {total} steps. Raise the total.")
+    return dict.fromkeys(rates, 0) | _apportion(wanted, total)
+
+
+def _seconds(seconds: Mapping[str, float], task: str) -> Fraction:
+    value = seconds.get(task)
+    if value is None:
+        raise UserError(
+            f"Task '{task}' has no step time.{nearest(task, seconds)} Measure it first."
+        )
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(f"Task '{task}': its step time must be above 0 seconds; {value} is not.")
+    return Fraction(value)
+
+
+def _apportion(rates: Mapping[str, Fraction], total: int) -> dict[str, int]:
+    """Integers of at least 1 that sum to `total`, near proportion to `rates`."""
+    quota = {task: rate * total / sum(rates.values()) for task, rate in rates.items()}
+    small = [task for task in quota if quota[task] < 1]
+    if small:
+        rest = {task: rate for task, rate in rates.items() if task not in small}
+        return dict.fromkeys(rates, 1) | _apportion(rest, total - len(small))
+    shares = {task: math.floor(q) for task, q in quota.items()}
+    by_remainder = sorted(quota, key=lambda task: shares[task] - quota[task])
+    for task in by_remainder[: total - sum(shares.values())]:
+        shares[task] += 1
+    return shares

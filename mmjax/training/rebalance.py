@@ -1,0 +1,151 @@
+"""Shares of time: the rule `budget`, whose measured step times enter a run as integers only.
+
+The shares of steps that give each task its share of the time follow first from model FLOPs; with
+`schedule.measure`, they are set anew every so many steps from measured step times. That is decided
+by process 0 and written to `WORKDIR/segments.jsonl` before a step runs under it. A run that was
+killed and comes to that step again takes what is written there, so that it ends in the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from mmjax.core import config as configs
+from mmjax.core.files import read_bytes
+from mmjax.core.workdir import SEGMENTS
+from mmjax.engine.state import Clock
+from mmjax.experiment import Experiment
+from mmjax.monitor import metrics
+from mmjax.monitor.line_file import LineFile
+from mmjax.schedule.step_times import measured, pace
+from mmjax.schedule.stretches import BUDGET, Stretch, budget_weights, stretch_at
+
+_SAME = 20  # shares are kept where none would change by more than a 20th of itself
+
+
+class Budget:
+    """Sets the shares of steps anew at the boundaries that `schedule.measure` makes."""
+
+    def __init__(self, experiment: Experiment, workdir: epath.Path) -> None:
+        self._experiment, self._path = experiment, workdir / SEGMENTS
+        self._planned = experiment.stretches()
+
+    def next(self, step: int) -> int | None:
+        """The first boundary after `step`, None if there is none to come."""
+        every, stop = self._experiment.run.schedule.measure, self._experiment.run.steps
+        if not every:
+            return None
+        boundaries = range((step // every + 1) * every, stop, every)
+        return next((b for b in boundaries if self._stretch(b).rule == BUDGET), None)
+
+    def is_boundary(self, step: int) -> bool:
+        """Whether shares are set anew at `step`."""
+        return step > 0 and self.next(step - 1) == step
+
+    def settle(self, clock: Clock) -> Clock:
+        """The clock of a boundary, with a new segment from here on if the shares are to change.
+
+        The lines of all steps before must be in `metrics.jsonl`. Called by all processes.
+        """
+        planned = self._stretch(clock.step).weights
+        wanted = {t: 0 if t in clock.quarantined else weight for t, weight in planned.items()}
+        running = [task for task, weight in wanted.items() if weight]
+        if not running:
+            return clock  # in this stretch the one before it goes on, see `health.quarantine`
+        shares = np.zeros(len(running), np.int32)
+        if jax.process_index() == 0:
+            decided = self._decision(clock.step, wanted)
+            shares = np.array([decided[task] for task in running], np.int32)
+        shares = multihost_utils.broadcast_one_to_all(shares)
+        weights = {**dict.fromkeys(wanted, 0), **dict(zip(running, shares.tolist(), strict=True))}
+        if _is_near(clock.schedule.segment(clock.step).weights, weights):
+            return clock
+        # Later phases stay. A quarantine that was to begin after this step has begun with it.
+        phases = {stretch.start for stretch in self._planned}
+        schedule = clock.schedule.replace(
+            clock.step, weights, rule="shares", now=clock.step, keep=phases
+        )
+        return replace(clock, schedule=schedule)
+
+    def _stretch(self, step: int) -> Stretch:
+        return stretch_at(self._planned, step)
+
+    def _decision(self, step: int, wanted: Mapping[str, int]) -> dict[str, int]:
+        """What is written for this step and config; else measured, and written."""
+        key = _fingerprint(self._experiment.block)
+        for line in _read(self._path):
+            if (line["start"], line["config"], line["wanted"]) == (step, key, dict(wanted)):
+                return dict(line["weights"])
+        seconds = self._seconds(step)
+        weights = budget_weights(seconds, wanted)
+        record = {
+            "start": step, "config": key, "wanted": dict(wanted), "weights": weights, "seconds": seconds,
+        }  # fmt: skip
+        file = LineFile(self._path)
+        try:
+            file.append(json.dumps(record) + "\n")
+        finally:
+            file.close()
+        return weights
+
+    def _seconds(self, step: int) -> dict[str, float]:
+        """Of a step of each task in the shapes that it has at `step`, by the lines before."""
+        settings = self._experiment.settings
+        lines = (
+            {**line, "task": settings.program(line)}
+            for line in metrics.read(self._path.parent)
+            if line.get("kind") == "train" and line["step"] < step
+        )
+        variants = settings.at(step).variants
+        flops = {
+            v.program: self._experiment.flops[v.program] for each in variants.values() for v in each
+        }
+        known = {program: s for program, s in measured(lines).items() if program in flops}
+        programs = pace(flops, known, 1.0).seconds
+        return {task: each.mean(programs) for task, each in variants.items()}
+
+
+def _fingerprint(block: configs.Block) -> str:
+    """A digest of the keys that fix a run's steps."""
+    leaves = {k: v for k, v in configs.flat(block) if configs.key_class(k) != "free"}
+    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_near(now: Mapping[str, int], then: Mapping[str, int]) -> bool:
+    """Whether two lists of shares are the same to a 20th of each."""
+    if now.keys() != then.keys():
+        return False
+    sums = sum(now.values()), sum(then.values())
+    pairs = [(now[task] * sums[1], then[task] * sums[0]) for task in now]
+    return all(_SAME * abs(b - a) <= a for a, b in pairs)
+
+
+def _read(path: epath.Path) -> list[dict[str, Any]]:
+    """The decisions that are written; no step has run under one that a kill tore, or that is none."""
+    found = []
+    for text in read_bytes(path).split(b"\n"):
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and {"start", "config", "wanted", "weights"} <= line.keys():
+            found.append(line)
+    return [line for line in found if _is_decision(line)]
+
+
+def _is_decision(line: Mapping[str, Any]) -> bool:
+    """Whether each of the wanted tasks has a weight."""
+    wanted, weights = line["wanted"], line["weights"]
+    if not isinstance(wanted, dict) or not isinstance(weights, dict):
+        return False
+    whole = all(isinstance(w, int) and not isinstance(w, bool) and w >= 0 for w in weights.values())
+    return whole and {t for t, w in wanted.items() if w} <= weights.keys() and any(weights.values())

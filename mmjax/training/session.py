@@ -1,0 +1,564 @@
+"""Beginning a run: fresh, or from the newest checkpoint of its workdir, after checking that both agree."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from mmjax.core import config as configs
+from mmjax.core.errors import UserError
+from mmjax.core.files import replace_file
+from mmjax.core.parameters import Arrays
+from mmjax.core.workdir import METRICS, REPORT, RESULTS
+from mmjax.data import order
+from mmjax.data.identity import is_same
+from mmjax.data.tokenizer import how_to_get
+from mmjax.engine import checkpoint, processes
+from mmjax.engine.checkpoint import Restored
+from mmjax.engine.compile import compile_silently
+from mmjax.engine.health import Bounds, Diverged, quarantine
+from mmjax.engine.integrity import Damaged
+from mmjax.engine.state import (
+    EMA,
+    SUMMED,
+    Clock,
+    State,
+    compute_dtype,
+    evaluated,
+    init_state,
+    parameter_of,
+    shardings,
+    state_from_canonical,
+    state_to_canonical,
+)
+from mmjax.engine.warm_start import check_files, pin, pinned, warm_start
+from mmjax.experiment import Experiment
+from mmjax.modalities.base import asset_name
+from mmjax.monitor import metrics
+from mmjax.schedule.schedule import Schedule
+from mmjax.sources.base import Cached, Examples
+from mmjax.training.evaluation import read_results
+from mmjax.training.origin import announce_environment, beginning, check_code, code_of, environment
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run that is about to begin or go on.
+
+    Attributes:
+      clock: where it stands.
+      data: the opened source of each task.
+      identities: digests of the data, of the files that modalities name, of extension files (`code.KIND/NAME`), and
+        what the parameters were taken from.
+      restored: the checkpoint it goes on from, if any.
+      given: parameters that a fresh run begins with, by canonical name.
+      check_lease: raises if this process may no longer write in the workdir.
+    """
+
+    experiment: Experiment
+    workdir: epath.Path
+    mesh: Mesh
+    clock: Clock
+    data: Mapping[str, Examples]
+    identities: Mapping[str, str]
+    restored: Restored | None
+    given: dict[str, Any] = field(default_factory=dict)
+    check_lease: Callable[[], None] = lambda: None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps and the results of the last evaluation are there, whole."""
+        done = self.clock.step >= self.experiment.run.steps
+        return done and processes.gather(done and read_results(self.workdir) is not None)[0]
+
+    def drop_results(self) -> None:
+        """Remove results and report of an earlier end of the run: they are not those of the steps to come."""
+        if processes.is_first():
+            if (self.workdir / RESULTS).exists() and read_results(self.workdir) is None:
+                print(f"{self.workdir / RESULTS} is damaged: it is written again.")
+            (self.workdir / RESULTS).unlink(missing_ok=True)
+            (self.workdir / REPORT).unlink(missing_ok=True)
+
+    @property
+    def was_evaluated(self) -> bool:
+        """Whether the run that this one goes on from evaluated at its last step, perhaps not to the end."""
+        if self.restored is None:
+            return False
+        saved = self.restored.meta["config"]
+        every = saved.get("evaluation", {}).get("every", 0)
+        step = self.restored.step
+        return step == saved["steps"] or bool(every and step and step % every == 0)
+
+    def state(self) -> State:
+        """The state on the mesh: initial, with everything that the checkpoint holds in its place.
+
+        To be called once: it lets go of the arrays it was given, which would lie beside the state else.
+        """
+        abstract = self.experiment.abstract_state(self.mesh)
+        dtype = compute_dtype(self.experiment.run.dtype.parameters)
+        experiment = self.experiment
+
+        def fresh(given: Any = None) -> State:
+            return init_state(
+                experiment.declaration, experiment.optimizer, experiment.run.seed, dtype, given
+            )
+
+        if self.restored is None:
+            given = dict(self.given)
+            self.given.clear()
+            return jax.jit(fresh, out_shardings=shardings(abstract))(given)
+        step = self.restored.step
+        specs, held = experiment.declaration.specs, dict(self.restored.state)
+        self.restored.state.clear()
+        if not _missing(self._canonical_shapes, held):
+            return jax.jit(
+                lambda t: state_from_canonical(specs, t), out_shardings=shardings(abstract)
+            )(held)
+
+        def joined(held: Any) -> State:
+            tree = state_to_canonical(specs, fresh())
+            whole = {part: {**tree[part], **held.get(part, {})} for part in tree}
+            # An average that is new begins at what it averages.
+            for name in whole["buffers"].keys() - held.get("buffers", {}).keys():
+                if name.startswith(EMA):
+                    average = whole["parameters"][name.removeprefix(EMA)]
+                    whole["buffers"][name] = average.astype(whole["buffers"][name].dtype)
+            # Earlier versions did not count the steps of a round; what was skipped counted as one.
+            if SUMMED in whole["buffers"] and SUMMED not in held.get("buffers", {}):
+                whole["buffers"][SUMMED] = jnp.int32(step % experiment.run.optimizer.accumulate)
+            return state_from_canonical(specs, whole)
+
+        return jax.jit(joined, out_shardings=shardings(abstract))(held)
+
+    @cached_property
+    def _canonical_shapes(self) -> Any:
+        return _abstract_canonical(self.experiment, self.mesh)
+
+    @cached_property
+    def _to_canonical(self) -> Callable[[State], Any]:
+        specs = self.experiment.declaration.specs
+        out = shardings(self._canonical_shapes)
+        abstract = self.experiment.abstract_state(self.mesh)
+        return compile_silently(lambda s: state_to_canonical(specs, s), abstract, out, self.mesh)
+
+    def prepare(self) -> None:
+        """Compile what saving needs, so that nothing compiles once the run is under way."""
+        _ = self._to_canonical
+
+    def canonical(self, state: State) -> Any:
+        """The state as a checkpoint holds it."""
+        return self._to_canonical(state)
+
+    def evaluated(self, state: State) -> Arrays:
+        """The parameters that evaluation uses."""
+        return evaluated(state)
+
+    def meta(self, clock: Clock) -> dict[str, Any]:
+        """What a checkpoint says beside its arrays."""
+        return {
+            "clock": clock.to_json(),
+            "config": self.experiment.block,
+            "identities": dict(self.identities),
+            "environment": environment(self.mesh),
+        }
+
+    def example_ids(self, task: str, step: int) -> list[int]:
+        """The examples that a task reads at a step of this session, under the clock's schedule."""
+        settings, clock = self.experiment.settings, self.clock
+        read = settings.consumed(clock.schedule, task, clock.step, step)
+        position = clock.positions.get(task, 0) + read
+        batch, seed = settings.at(step).tasks[task].batch, self.experiment.run.seed
+        return [
+            int(i) for i in order.example_ids(seed, task, position, batch, len(self.data[task]))
+        ]
+
+
+def begin(
+    experiment: Experiment,
+    workdir: epath.Path,
+    mesh: Mesh,
+    allow_change: bool,
+    say: Callable[[str], None],
+    phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+) -> Session:
+    """Open the data, find the newest good checkpoint, and settle where the run stands.
+
+    `phase("restore")` is held open while the checkpoint is read.
+
+    Raises:
+      UserError: data missing or other than the run's; a config that does not go with the run's.
+    """
+    data = _open_data(experiment)
+    identities = {f"tasks.{n}.source": e.identity for n, e in data.items()} | _file_identities(
+        experiment
+    )
+    changes: list[configs.Difference] = []
+
+    def accept(step: int, meta: dict[str, Any]) -> None:
+        changes[:] = configs.check_compatible(meta["config"], experiment.block, allow_change)
+        _check_identities(meta["identities"], identities, workdir)
+        check_code(meta["identities"], experiment, allow_change, say)
+        announce_environment(meta["environment"], environment(mesh), say)
+
+    abstract = _abstract_canonical(experiment, mesh)
+    may_be_new = _may_be_new(experiment)
+    with phase("restore"):
+        restored = checkpoint.restore_latest(workdir, abstract, accept, say, may_be_new)
+    clock = fresh_clock(experiment) if restored is None else _clock(experiment, restored, changes)
+    if restored is not None:
+        _check_parameters(experiment, restored)
+        say(f"Going on from step {restored.step} in {workdir}.")
+        if not checkpoint.is_verified(restored.meta):
+            say(checkpoint.UNVERIFIED.format(step=restored.step))
+        _tell_gaps(workdir, restored.step, say)
+        for change in changes:
+            say(f"Config changed: {change}")
+    given = {}
+    if restored is None:
+        config = experiment.run.init_from
+        step = pin(config, workdir, say, allow_change)
+        specs = experiment.declaration.specs
+        given = warm_start(config, specs, say, step)
+        check_files(config, step, specs, given, identities)
+    if processes.is_first():
+        _write_config(workdir, experiment)
+        _keep_files(workdir, experiment)
+    identities |= code_of(experiment) | beginning(workdir, restored)
+    return Session(experiment, workdir, mesh, clock, data, identities, restored, given)
+
+
+def _tell_gaps(workdir: epath.Path, step: int, say: Callable[[str], None]) -> None:
+    """Say which steps have no line in `metrics.jsonl`.
+
+    They cannot be had again, and no later step depends on them: an unattended restart goes on.
+    """
+    if not processes.is_first():
+        return
+    missing = [f"{a}" if a == b else f"{a} to {b}" for a, b in metrics.gaps(workdir, step)]
+    if missing:
+        more = f" and {len(missing) - 5} more stretches" if len(missing) > 5 else ""
+        steps = ", ".join(missing[:5])
+        say(f"{workdir / METRICS} lacks the lines of steps {steps}{more}: reports miss them.")
+
+
+def reopen(
+    experiment: Experiment, workdir: epath.Path, mesh: Mesh, step: int | None, schedule: Schedule
+) -> Session:
+    """A run as it stood at the checkpoint of `step` (at its beginning, if None), to look at: nothing is written.
+
+    Args:
+      experiment: the config that was in force after `step`.
+      step: of a checkpoint in `workdir`.
+      schedule: of the run, as known later.
+
+    Raises:
+      UserError: data other than the run's.
+    """
+    data = _open_data(experiment)
+    now = {f"tasks.{n}.source": e.identity for n, e in data.items()} | _file_identities(experiment)
+
+    def accept(_: int, meta: dict[str, Any]) -> None:
+        _check_identities(meta["identities"], now, workdir)
+        check_code(meta["identities"], experiment, True, print)
+        announce_environment(meta["environment"], environment(mesh), print)
+
+    if step is None:
+        clock = replace(fresh_clock(experiment), schedule=schedule)
+        config, specs = experiment.run.init_from, experiment.declaration.specs
+        given = warm_start(config, specs, lambda _: None, pinned(workdir).get("step"))
+        return Session(experiment, workdir, mesh, clock, data, now, None, given)
+    abstract, may_be_new = _abstract_canonical(experiment, mesh), _may_be_new(experiment)
+    restored = checkpoint.restore(workdir, step, abstract, accept, may_be_new)
+    clock = replace(Clock.from_json(restored.meta["clock"]), schedule=schedule)
+    return Session(experiment, workdir, mesh, clock, data, now, restored)
+
+
+def roll_back(
+    session: Session,
+    diverged: Diverged,
+    say: Callable[[str], None],
+    phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+) -> Session:
+    """Back to the newest checkpoint at which all tasks were well, and without the diverged one from there on.
+
+    Later checkpoints are moved to `WORKDIR/diverged`. Killed or stopped before its next checkpoint, the
+    run diverges at the same step again, and comes to the same state.
+
+    Raises:
+      UserError: no other task is left.
+    """
+    experiment, workdir = session.experiment, session.workdir
+    session.check_lease()
+    say(f"{diverged}. Going back; with limits.divergence = 0 a run never does.")
+    good, bounds = newest_good(session, diverged.before), experiment.run.limits.bounds
+    for step in processes.gather(checkpoint.steps(workdir))[0]:
+        if step == good:
+            break
+        if processes.is_first() and _was_well(workdir, step, bounds) is not None:
+            checkpoint.set_aside(workdir, step, "diverged")
+    processes.wait_for_all()
+    # The config was accepted when the run began, also against an older checkpoint's.
+    again = begin(experiment, workdir, session.mesh, True, say, phase)
+    now = again.clock.step
+    tasks = {
+        **dict.fromkeys((*diverged.quarantined, diverged.task), now),
+        **again.clock.quarantined,
+    }
+    schedule = quarantine(again.clock.schedule, tasks, now, now)
+    if schedule is None:
+        raise UserError(
+            f"{diverged}, and no other task is left to go on with. Lower optimizer.learning_rate, or raise "
+            "limits.divergence (0: never) if this was no divergence."
+        )
+    say(f"From step {now} on without {', '.join(sorted(tasks))}.")
+    again.prepare()
+    clock = replace(again.clock, schedule=schedule, quarantined=tasks)
+    return replace(again, clock=clock, check_lease=session.check_lease)
+
+
+def newest_good(session: Session, before: int | None) -> int | None:
+    """Return the newest checkpoint at which all tasks were well, no later than step `before` if that is given."""
+    good: int | None = None
+    if processes.is_first():
+        bounds = session.experiment.run.limits.bounds
+        steps = checkpoint.steps(session.workdir)
+        early = (step for step in steps if before is None or step <= before)
+        good = next((step for step in early if _was_well(session.workdir, step, bounds)), None)
+    agreed: int | None = processes.gather(good)[0]
+    return agreed
+
+
+def _was_well(workdir: epath.Path, step: int, bounds: Bounds) -> bool | None:
+    """Whether all tasks were well; None for a damaged checkpoint, which `begin` sets aside."""
+    try:
+        return Clock.from_json(checkpoint.read_meta(workdir, step)["clock"]).is_well(bounds)
+    except Damaged:
+        return None
+
+
+def _open_data(experiment: Experiment) -> dict[str, Examples]:
+    limit = experiment.run.loader.cache_mib * 2**20
+    data: dict[str, Examples] = {}
+    shared: dict[str, Examples] = {}
+    for name, task in experiment.tasks.items():
+        key = json.dumps(task.config.source, sort_keys=True)
+        if key not in shared:
+            shared[key] = Cached(task.source.open(), limit, task.source)
+        data[name] = shared[key]
+        task.rows().check(data[name], f"tasks.{name}")
+    return data
+
+
+def _file_identities(experiment: Experiment) -> dict[str, str]:
+    found = {}
+    for name, modality in experiment.used.items():
+        for file, path in modality.files().items():
+            if not path.exists():
+                raise UserError(f"modalities.{name}: file '{path}' is missing. {how_to_get(path)}")
+            found[f"modalities.{name}/{file}"] = _digest(path.read_bytes())
+    return found
+
+
+def count_examples(
+    experiment: Experiment, workdir: epath.Path, saved: Mapping[str, str]
+) -> dict[str, int]:
+    """Return the number of examples of each task, whose data are opened and checked as a run does it.
+
+    Raises:
+      UserError: data or files that are missing, lack a field, or are not those of the identities `saved`.
+    """
+    data = _open_data(experiment)
+    now = {f"tasks.{n}.source": e.identity for n, e in data.items()} | _file_identities(experiment)
+    _check_identities(saved, now, workdir)
+    return {name: len(examples) for name, examples in data.items()}
+
+
+def _check_identities(
+    saved: Mapping[str, str], now: Mapping[str, str], workdir: epath.Path
+) -> None:
+    changed = [key for key in saved.keys() & now.keys() if not is_same(saved[key], now[key])]
+    if changed:
+        raise UserError(
+            f"The data of the run in '{workdir}' has changed since: {', '.join(sorted(changed))}. "
+            "Restore the data it began with, or use another --workdir."
+        )
+
+
+def _abstract_canonical(experiment: Experiment, mesh: Mesh) -> Any:
+    """The canonical state's shapes, each lying on the mesh as its (stacked) parameter does."""
+    abstract = experiment.abstract_state(mesh)
+    specs = experiment.declaration.specs
+    shapes = jax.eval_shape(lambda s: state_to_canonical(specs, s), abstract)
+    placed = state_to_canonical(specs, jax.tree.map(_Placed, abstract))
+    return jax.tree.map(
+        lambda shape, p: jax.ShapeDtypeStruct(
+            shape.shape, shape.dtype, sharding=p.of(len(shape.shape))
+        ),
+        shapes,
+        placed,
+    )
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Stands in for an array when a stacked one is taken apart: its first dimension falls away."""
+
+    leaf: Any
+    taken: bool = False
+
+    def __getitem__(self, _: int) -> _Placed:
+        return _Placed(self.leaf, True)
+
+    def of(self, rank: int) -> Any:
+        sharding = self.leaf.sharding
+        if not self.taken or not len(sharding.spec):
+            return sharding
+        return jax.sharding.NamedSharding(
+            sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1 : rank + 1])
+        )
+
+
+def _missing(expected: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    return any(set(expected[part]) - set(found[part]) for part in expected)
+
+
+def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]:
+    """Whether a name may lack in a checkpoint.
+
+    It is of the head of a task that has been added since, or an average that the run did not keep, or
+    the config has changed in what tasks move, and so in what has optimizer state
+    (`_check_parameters` then looks for the parameters).
+    """
+
+    def test(name: str, meta: dict[str, Any]) -> bool:
+        if name == SUMMED:
+            return True
+        changed = _movers(meta["config"]) != _movers(experiment.block)
+        is_new_average = name.startswith(EMA) and not meta["config"].get("optimizer", {}).get("ema")
+        return changed or is_new_average or _is_new_head(name, meta)
+
+    return test
+
+
+def _is_new_head(name: str, meta: dict[str, Any]) -> bool:
+    old = {(t["objective"].get("head") or n) for n, t in meta["config"]["tasks"].items()}
+    parts = parameter_of(name).split("/")
+    return parts[0] == "heads" and parts[1] not in old
+
+
+def _movers(config: Mapping[str, Any]) -> Any:
+    """What decides which parameters have optimizer state: rules, views, and what the losses reach."""
+    optimizer = config.get("optimizer", {})
+    tasks = {
+        name: (task.get("view") or optimizer.get("view"), task["objective"], task["inputs"])
+        for name, task in config["tasks"].items()
+    }
+    phases = config.get("schedule", {}).get("phases", ())
+    return optimizer.get("rules"), [phase.get("rules") for phase in phases], tasks
+
+
+def _check_parameters(experiment: Experiment, restored: Restored) -> None:
+    held = restored.state["parameters"]
+    for spec in experiment.declaration.specs.values():
+        for name in spec.canonical:
+            if name not in held and not _is_new_head(name, restored.meta):
+                raise UserError(f"Checkpoint {restored.step} holds no parameter '{name}'.")
+
+
+def clock_after(
+    experiment: Experiment, step: int, meta: Mapping[str, Any], allow_change: bool
+) -> Clock:
+    """Where a run of this config would go on from a checkpoint; nothing is opened or written.
+
+    Raises:
+      UserError: the config does not go with the checkpoint's.
+    """
+    changes = configs.check_compatible(meta["config"], experiment.block, allow_change)
+    return _clock(experiment, Restored(step, None, dict(meta)), changes)
+
+
+def fresh_clock(experiment: Experiment) -> Clock:
+    """The clock before step 0."""
+    zeros = dict.fromkeys(experiment.tasks, 0)
+    return Clock(0, experiment.schedule(), zeros, zeros, zeros)
+
+
+def _clock(experiment: Experiment, restored: Restored, changes: list[configs.Difference]) -> Clock:
+    """The saved clock; with a new segment from here on where the config's schedule has changed."""
+    saved = _released(Clock.from_json(restored.meta["clock"]), changes)
+    if not any(_moves_schedule(c, experiment, restored) for c in changes):
+        return saved
+    planned, now = experiment.schedule(), saved.step
+    schedule = saved.schedule
+    later = [s for s in planned.segments if s.start > now]
+    for start, segment in ((now, planned.segment(now)), *((s.start, s) for s in later)):
+        schedule = schedule.append(
+            start, segment.weights, rule=segment.rule, seed=segment.seed, now=now
+        )
+    if saved.quarantined:
+        left = quarantine(schedule, saved.quarantined, now, now)
+        if left is None:
+            raise UserError(
+                f"All tasks of the config are in quarantine: {', '.join(saved.quarantined)}. "
+                "Change what is wrong with one (any key of config.tasks.NAME), or add another."
+            )
+        schedule = left
+    return replace(saved, schedule=schedule)
+
+
+def _released(saved: Clock, changes: list[configs.Difference]) -> Clock:
+    """The clock without what it knew of tasks whose blocks have changed: they begin anew as healthy ones."""
+    changed = {
+        c.key.split(".")[1] for c in changes if c.kind == "schedule" and c.key.startswith("tasks.")
+    }
+    return replace(
+        saved,
+        health={t: h for t, h in saved.health.items() if t not in changed},
+        quarantined={t: s for t, s in saved.quarantined.items() if t not in changed},
+    )
+
+
+def _moves_schedule(change: configs.Difference, experiment: Experiment, restored: Restored) -> bool:
+    tasks = set(experiment.tasks) ^ set(restored.meta["config"]["tasks"])
+    if change.kind == "schedule":  # a task in quarantine whose block has changed is tried again
+        tasks |= Clock.from_json(restored.meta["clock"]).quarantined.keys()
+    parts = change.key.split(".")
+    return parts[0] == "schedule" or (
+        parts[0] == "tasks" and (parts[1] in tasks or parts[2] == "share")
+    )
+
+
+def _write_config(workdir: epath.Path, experiment: Experiment) -> None:
+    """Write `config.json` if the run has none, or if it was accepted with changes."""
+    text = json.dumps(experiment.block, indent=1, sort_keys=True)
+    path = workdir / "config.json"
+    if not path.exists() or path.read_text() != text:
+        replace_file(path, text)
+
+
+def _keep_files(workdir: epath.Path, experiment: Experiment) -> None:
+    """Copy the files that modalities name to `assets/`, so that the workdir can be loaded by itself.
+
+    A copy that is there already and is the same stays untouched. One that differs is replaced: it is that of a
+    run without a checkpoint, since the digests that a checkpoint holds have been compared before.
+    """
+    for modality in experiment.used.values():
+        for name, path in modality.files().items():
+            copy, content = workdir / "assets" / asset_name(name), path.read_bytes()
+            if not copy.exists() or _digest(copy.read_bytes()) != _digest(content):
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(copy, content)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

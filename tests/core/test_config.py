@@ -1,0 +1,470 @@
+"""Configs: data only, every key checked, overrides, and what a change means for a run that exists."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmjax.core import config as configs
+from mmjax.core.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "tests" / "configs" / "tiny.py"
+QUICKSTART = ROOT / "configs" / "quickstart.py"
+
+_NAMES = st.text("abcdefgh_", min_size=1, max_size=4)
+_LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**12), 10**12)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5)
+)
+_JSON = st.recursive(
+    _LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_NAMES, inner, max_size=3)
+)
+_BLOCKS = st.dictionaries(_NAMES, _JSON, max_size=4)
+
+
+def written(tmp_path, text: str) -> str:
+    path = tmp_path / "made.py"
+    path.write_text(text)
+    return str(path)
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def test_a_file_gives_plain_data():
+    block = configs.read_file(str(TINY))
+    assert json.loads(json.dumps(block)) == block
+    assert block["tasks"]["image_text"]["objective"]["between"] == ["image", "text"]
+    assert list(block["tasks"]) == ["image_text", "masked_image"], "order decides who goes first"
+
+
+def test_a_file_may_take_an_argument(tmp_path):
+    path = written(tmp_path, "def get_config(steps='7'):\n    return {'steps': int(steps)}\n")
+    assert configs.read_file(path) == {"steps": 7}
+    assert configs.read_file(f"{path}:12") == {"steps": 12}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("x = 1\n", ["get_config", "made.py"]),
+        ("def get_config():\n    return None\n", ["NoneType", "ConfigDict"]),
+        ("def get_config():\n    return [1]\n", ["list", "ConfigDict"]),
+        ("def get_config():\n    return {'a': {'b': [1, len]}}\n", ["config.a.b[1]", "JSON"]),
+        ("def get_config(size):\n    return {}\n", ["none was given", ":ARGUMENT"]),
+        ("import numpy\ndef get_config():\n    return {'a': numpy.zeros(2)}\n", ["config.a"]),
+    ],
+)
+def test_what_is_no_config_is_refused(tmp_path, text, words):
+    with pytest.raises(UserError) as raised:
+        configs.read_file(written(tmp_path, text))
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_an_argument_that_the_config_does_not_take_is_refused():
+    with pytest.raises(UserError, match="'small' was given"):
+        configs.read_file(f"{TINY}:small")
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(UserError, match="No config file 'nowhere/x.py'"):
+        configs.read_file("nowhere/x.py")
+
+
+# --- leaves ------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(_JSON)
+def test_json_data_passes_unchanged(value):
+    assert configs.plain(value, "config") == value
+
+
+@settings(deadline=None)
+@given(_JSON)
+def test_tuples_become_lists(value):
+    assert configs.plain({"a": (value, (value,))}, "config") == {"a": [value, [value]]}
+
+
+@pytest.mark.parametrize(
+    "leaf", [len, object(), {1, 2}, b"bytes", 1j, np.float32(1), math.nan, math.inf, -math.inf]
+)
+def test_other_leaves_are_refused_by_key(leaf):
+    with pytest.raises(UserError, match=r"config\.a\[0\]\.b "):
+        configs.plain({"a": [{"b": leaf}]}, "config")
+
+
+# --- overrides ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("-3", -3),
+        ("1e-3", 1e-3),
+        ("true", True),
+        ("False", False),
+        ("none", None),
+        ("null", None),
+        ("word", "word"),
+        ("a/b=c", "a/b=c"),
+        ("'3'", "3"),
+        ("[1, 'x']", [1, "x"]),
+        ("(1, 2)", [1, 2]),
+        ("{'start': 3}", {"start": 3}),
+        ("", ""),
+        ("train[:90%]", "train[:90%]"),
+        ("__import__('os')", "__import__('os')"),
+    ],
+)
+def test_values_are_literals_or_strings(text, value):
+    found = configs.override({"a": {"b": 0}}, [f"a.b={text}"])["a"]["b"]
+    assert found == value and type(found) is type(value)
+
+
+def test_parents_that_the_file_lacks_are_made_and_checked_later():
+    assert configs.override({}, ["mesh.data=2"]) == {"mesh": {"data": 2}}
+
+
+def test_the_last_assignment_wins_and_the_original_stays():
+    block = {"a": {"b": [1]}}
+    assert configs.override(block, ["a.b=2", "a.b=3"]) == {"a": {"b": 3}}
+    assert block == {"a": {"b": [1]}}
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("a", "--config.a: write --config.KEY=VALUE"),
+        ("a.b.c=1", "'a.b' is a value"),
+        ("a.b=1e999", "a.b is inf"),
+    ],
+)
+def test_assignments_that_cannot_be(assignment, words):
+    with pytest.raises(UserError) as raised:
+        configs.override({"a": {"b": 1}}, [assignment])
+    assert words in str(raised.value)
+
+
+# --- schema ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int
+    rate: float = 0.5
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    label: str = ""
+    flag: bool = False
+    many: tuple[Inner, ...] = ()
+    maybe: int | None = None
+    free: dict[str, Any] = field(default_factory=dict)
+    by_name: dict[str, Inner] = field(default_factory=dict)
+
+
+def test_blocks_become_dataclasses():
+    block = {
+        "inner": {"size": 3, "rate": 1},
+        "many": [{"size": 1}],
+        "maybe": 4,
+        "by_name": {"x": {"size": 2}},
+    }
+    made = configs.build(Outer, block, "config")
+    assert made == Outer(Inner(3, 1.0), many=(Inner(1),), maybe=4, by_name={"x": Inner(2)})
+    assert isinstance(made.inner.rate, float)
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({}, ["'config.inner' is missing", "a block of keys"]),
+        ({"inner": {}}, ["'config.inner.size' is missing", "int"]),
+        ({"inner": {"size": 1}, "labl": 1}, ["'config.labl'", "Did you mean 'label'?"]),
+        ({"inner": {"size": 1, "rat": 1}}, ["'config.inner.rat'", "Did you mean 'rate'?"]),
+        ({"inner": {"size": 1}, "many": [{"size": 1, "rats": 1}]}, ["config.many[0].rats"]),
+        ({"inner": {"size": 1}, "by_name": {"x": {"sise": 1}}}, ["config.by_name.x.sise", "size"]),
+        ({"inner": {"size": 1.5}}, ["'config.inner.size' is 1.5", "expected int"]),
+        ({"inner": {"size": True}}, ["'config.inner.size' is True", "expected int"]),
+        ({"inner": {"size": "1"}}, ["'config.inner.size' is '1'", "expected int"]),
+        ({"inner": {"size": None}}, ["'config.inner.size' is None"]),
+        ({"inner": {"size": 1, "rate": True}}, ["rate", "expected float"]),
+        ({"inner": {"size": 1}, "flag": 1}, ["flag", "expected bool"]),
+        ({"inner": {"size": 1}, "label": 1}, ["label", "expected str"]),
+        ({"inner": {"size": 1}, "maybe": "x"}, ["maybe", "expected int"]),
+        ({"inner": {"size": 1}, "many": {"size": 1}}, ["many", "a list"]),
+        ({"inner": {"size": 1}, "free": 1}, ["free", "a block of keys"]),
+        ({"inner": 3}, ["'config.inner' is 3", "a block of keys"]),
+    ],
+)
+def test_wrong_blocks_name_the_key(block, words):
+    with pytest.raises(UserError) as raised:
+        configs.build(Outer, block, "config")
+    for word in words:
+        assert word in str(raised.value)
+
+
+# --- names -------------------------------------------------------------------------------------
+
+
+def test_names_are_the_modules_that_are_there():
+    assert {"image", "text"} <= set(configs.names("modalities"))
+    assert configs.resolve("evaluators", "held_out_loss", "x").__name__ == "HeldOutLoss"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("os", "os.path", "../train", "image.Image", "tfds.Tfds", "mmjax.train", "/tmp/x", ""),
+        *("__init__", 5, None, ["image"], {}),
+    ],
+)
+def test_only_a_listed_module_is_a_name(name):
+    before = {*sys.modules, "mmjax.sources"}
+    with pytest.raises(UserError, match=r"tasks\.a\.source\.name: no "):
+        configs.component("sources", {"name": name}, "tasks.a.source")
+    assert set(sys.modules) <= before, "a name that is none imports nothing"
+
+
+def test_a_block_without_a_name_says_which_there_are():
+    with pytest.raises(UserError, match="tasks.a.source: 'name' is missing.*tfds"):
+        configs.component("sources", {}, "tasks.a.source")
+
+
+def test_a_folder_of_ones_own(tmp_path, monkeypatch):
+    import mmjax.evaluators
+
+    monkeypatch.setattr(mmjax.evaluators, "__path__", list(mmjax.evaluators.__path__))
+    (tmp_path / "evaluators").mkdir()
+    own = tmp_path / "evaluators" / "own_of_this_test.py"
+    own.write_text("class OwnOfThisTest:\n    pass\n")
+    configs.add_folder(str(tmp_path))
+    configs.add_folder(str(tmp_path))  # twice is once
+    assert "own_of_this_test" in configs.names("evaluators")
+    made = configs.resolve("evaluators", "own_of_this_test", "x")
+    assert made.__module__ == "mmjax.evaluators.own_of_this_test"
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ([], ["no folder in it", "modalities", "DIR/KIND/NAME.py"]),
+        (["modalitys/x.py"], ["no folder in it"]),
+        (["train/x.py"], ["no folder in it"]),
+        (["evaluators/retrieval.py"], ["retrieval", "already"]),
+    ],
+)
+def test_a_folder_that_would_not_be_heard(tmp_path, monkeypatch, files, words):
+    import mmjax.evaluators
+
+    monkeypatch.setattr(mmjax.evaluators, "__path__", list(mmjax.evaluators.__path__))
+    for file in files:
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("")
+    with pytest.raises(UserError) as raised:
+        configs.add_folder(str(tmp_path))
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_a_module_without_its_class_is_named(tmp_path, monkeypatch):
+    import mmjax.evaluators
+
+    monkeypatch.setattr(mmjax.evaluators, "__path__", list(mmjax.evaluators.__path__))
+    (tmp_path / "evaluators").mkdir()
+    (tmp_path / "evaluators" / "hollow_of_this_test.py").write_text("")
+    configs.add_folder(str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"hollow_of_this_test.py does not define 'HollowOfThisTest'"
+    ):
+        configs.resolve("evaluators", "hollow_of_this_test", "evaluators.a")
+
+
+# --- comparing ---------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(_BLOCKS)
+def test_a_config_is_compatible_with_itself(block):
+    again = json.loads(json.dumps(block, sort_keys=True))
+    assert configs.check_compatible(block, again, allow_change=False) == []
+
+
+@settings(deadline=None)
+@given(_BLOCKS, _BLOCKS)
+def test_a_difference_is_seen_from_both_sides(one, two):
+    there, back = configs.compare(one, two), configs.compare(two, one)
+    assert [(d.key, d.kind, d.saved, d.new) for d in there] == [
+        (d.key, d.kind, d.new, d.saved) for d in back
+    ]
+
+
+@settings(deadline=None)
+@given(_BLOCKS, st.data())
+def test_every_changed_leaf_is_found(block, data):
+    leaves = [(k, v) for k, v in configs.flat(block) if not isinstance(v, dict)]
+    if not leaves:
+        return
+    key, value = data.draw(st.sampled_from(leaves))
+    changed = json.loads(json.dumps(block))
+    *parents, last = key.split(".")
+    inner = changed
+    for parent in parents:
+        inner = inner[int(parent) if isinstance(inner, list) else parent]
+    inner[int(last) if isinstance(inner, list) else last] = new = f"not {value}"
+    assert [(d.key, d.saved, d.new) for d in configs.compare(block, changed)] == [(key, value, new)]
+
+
+MADE_OF_STATE = (["name"], ["moments_dtype"], ["factored"])
+
+
+def expected_class(key: str) -> str:
+    """What `design.md` says, by the words of the key."""
+    first, *rest = key.split(".")
+    if first in ("steps", "log", "checkpoint", "mesh", "loader", "limits", "evaluation"):
+        return "free"
+    if first == "schedule" or first == "optimizer" and rest not in MADE_OF_STATE:
+        return "schedule"
+    if first == "tasks":
+        inner = rest[1]
+        if inner in ("share", "batch", "inputs", "objective", "view"):
+            return "schedule"
+        if inner in ("evaluators", "microbatches") or rest[1:] == ["source", "folder"]:
+            return "free"
+    if key == "model.remat" or first == "modalities" and rest[1:] == ["folder"]:
+        return "free"
+    return "structural"
+
+
+@pytest.mark.parametrize("path", [TINY, QUICKSTART], ids=["tiny", "quickstart"])
+def test_every_key_has_its_class(path):
+    found = {key: configs.key_class(key) for key, _ in configs.flat(configs.read_file(str(path)))}
+    assert found == {key: expected_class(key) for key in found}
+    assert set(found.values()) == {"free", "schedule", "structural"}
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("steps", "free"),
+        ("log.every", "free"),
+        ("mesh.data", "free"),
+        ("loader.threads", "free"),
+        ("limits.programs", "free"),
+        ("limits.stuck", "free"),
+        ("limits.non_finite", "schedule"),
+        ("limits.divergence", "schedule"),
+        ("limits.divergence_visits", "schedule"),
+        ("checkpoint.keep", "free"),
+        ("evaluation.batch", "free"),
+        ("model.remat", "free"),
+        ("tasks.a.evaluators.b.at", "free"),
+        ("tasks.a.source.folder", "free"),
+        ("modalities.text.folder", "free"),
+        ("tasks.a.share", "schedule"),
+        ("tasks.a.batch", "schedule"),
+        ("tasks.a.inputs.image.size", "schedule"),
+        ("tasks.a.buckets.b.share", "schedule"),
+        ("tasks.a.objective.temperature", "schedule"),
+        ("tasks.a.view", "schedule"),
+        ("tasks.a.microbatches", "free"),
+        ("init_from.path", "structural"),
+        ("init_from.strict", "free"),
+        ("init_from.non_finite", "free"),
+        ("optimizer.view", "schedule"),
+        ("optimizer.rules.0.freeze", "schedule"),
+        ("schedule.rule", "schedule"),
+        ("optimizer.learning_rate", "schedule"),
+        ("optimizer.momentum", "schedule"),
+        ("optimizer.name", "structural"),
+        ("optimizer.moments_dtype", "structural"),
+        ("optimizer.factored", "structural"),
+        ("seed", "structural"),
+        ("dtype.parameters", "structural"),
+        ("model.width", "structural"),
+        ("model.groups.0.repeat", "structural"),
+        ("modalities.image.patch", "structural"),
+        ("tasks.a.source.split", "structural"),
+        ("tasks.a.source.dataset", "structural"),
+        # A name that only begins like one of a freer class.
+        ("steps_of_old", "structural"),
+        ("logs", "structural"),
+        ("tasks.a.shares", "structural"),
+    ],
+)
+def test_key_classes(key, kind):
+    assert configs.key_class(key) == kind
+
+
+def saved() -> dict[str, Any]:
+    return {
+        "steps": 10,
+        "model": {"width": 8},
+        "tasks": {"a": {"share": 1, "source": {"name": "x"}}},
+    }
+
+
+def changed(**keys: Any) -> dict[str, Any]:
+    return configs.override(saved(), [f"{k.replace('__', '.')}={v!r}" for k, v in keys.items()])
+
+
+def test_free_changes_are_told():
+    found = configs.check_compatible(saved(), changed(steps=20), allow_change=False)
+    assert [str(d) for d in found] == ["steps (free): saved 10, now 20"]
+
+
+def test_schedule_changes_ask_for_a_word():
+    new = changed(tasks__a__share=3)
+    with pytest.raises(UserError, match="--allow_change") as raised:
+        configs.check_compatible(saved(), new, allow_change=False)
+    assert "tasks.a.share (schedule): saved 1, now 3" in str(raised.value)
+    [difference] = configs.check_compatible(saved(), new, allow_change=True)
+    assert difference.kind == "schedule"
+
+
+@pytest.mark.parametrize("allow_change", [False, True])
+def test_structural_changes_are_refused(allow_change):
+    with pytest.raises(UserError, match="another --workdir") as raised:
+        configs.check_compatible(saved(), changed(model__width=16, steps=11), allow_change)
+    assert "model.width (structural): saved 8, now 16" in str(raised.value)
+    assert "steps" not in str(raised.value), "only what is in the way is shown"
+
+
+def test_a_whole_task_comes_and_goes_as_schedule():
+    new = saved()
+    new["tasks"]["b"] = {"share": 1, "source": {"name": "y"}}
+    [came], [went] = configs.compare(saved(), new), configs.compare(new, saved())
+    assert (came.kind, went.kind) == ("schedule", "schedule")
+    assert (str(came), str(went)) == (
+        "tasks.b (schedule): saved None, now {...}",
+        "tasks.b (schedule): saved {...}, now None",
+    )
+
+
+def test_a_task_that_changes_its_data_is_structural_still():
+    new = changed(tasks__a__source__name="y")
+    assert [d.kind for d in configs.compare(saved(), new)] == ["structural"]
+
+
+def test_a_key_that_one_side_lacks_is_a_difference():
+    new = saved() | {"seed": 3}
+    [difference] = configs.compare(saved(), new)
+    assert (difference.key, difference.saved, difference.new) == ("seed", None, 3)

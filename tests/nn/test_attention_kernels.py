@@ -1,0 +1,278 @@
+"""Every kernel against a plain statement of attention, under every kind of mask."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.analysis.flops import model_flops
+from mmjax.core.errors import UserError
+from mmjax.nn import attention_kernels as module
+from mmjax.nn import kernels
+from mmjax.nn.attention_kernels import attend, choose
+from mmjax.nn.masks import FULL, Causal, KeyIs, Mask, Pairs, QueryIs, Same
+
+BATCH, HEADS = 2, 2
+
+MASKS: dict[str, Mask] = {
+    "full": FULL,
+    "causal": Causal(),
+    "packed": Causal() & Same("item"),
+    "pictures": Causal() | Same("span", beside=0),
+    "prefix": Causal() | KeyIs("prefix", 1),
+    "zorro": Same("stream") | QueryIs("stream", 2),
+}
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 8)
+
+
+def attributes(length: int) -> dict[str, np.ndarray]:
+    """Of one stream: two packed items, two pictures, a prefix, three streams in turn."""
+    at = np.arange(length)
+    return {
+        "position": at[None],
+        "item": (at >= length // 2).astype(int)[None],
+        "span": np.where(at % 7 > 2, at // 7 + 1, 0)[None],
+        "prefix": (at < 3).astype(int)[None],
+        "stream": (at % 3)[None],
+    }
+
+
+def pairs_of(mask: Mask, length: int, valid: bool = False, dynamic: bool = False) -> Pairs:
+    of: Any = attributes(length)
+    if dynamic:
+        of = {name: jnp.asarray(np.repeat(x, BATCH, 0)) for name, x in of.items()}
+    exists = None
+    if valid:  # the first key of each item stays, so that every query reads something
+        draws = np.random.default_rng(5).random((BATCH, length)) < 0.7
+        draws[:, [0, 1, 2, length // 2]] = True
+        exists = jnp.asarray(draws)
+    return Pairs(mask, of, of, exists)
+
+
+def projections(length: int, size: int, dtype: Any) -> tuple[jax.Array, ...]:
+    rng = np.random.default_rng(3)
+    return tuple(
+        jnp.asarray(rng.normal(size=(BATCH, length, HEADS, size)), dtype) for _ in range(3)
+    )
+
+
+def loops(q: Any, k: Any, v: Any, pairs: Pairs) -> np.ndarray:
+    """One query at a time, over the keys that it may read."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    whole = pairs.allowed()
+    allowed = np.broadcast_to(True if whole is None else whole, (*q.shape[:2], k.shape[1]))
+    out = np.zeros_like(q)
+    for b, s, h in np.ndindex(*q.shape[:3]):
+        keys = np.flatnonzero(allowed[b, s])
+        weight = np.exp(k[b, keys, h] @ q[b, s, h] / np.sqrt(q.shape[-1]))
+        out[b, s, h] = weight @ v[b, keys, h] / weight.sum()
+    return out
+
+
+@pytest.mark.parametrize("valid", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kernel", ["plain", "chunked"])
+def test_xla_against_loops(
+    x64: None, small_chunks: None, kernel: str, mask: str, valid: bool
+) -> None:
+    pairs = pairs_of(MASKS[mask], 21, valid)  # chunks of 8 do not divide it
+    q, k, v = projections(21, 4, jnp.float64)
+    found = jax.jit(lambda *x: attend(*x, pairs, kernel))(q, k, v)
+    np.testing.assert_allclose(found, loops(q, k, v, pairs), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_gradient_of_the_chunked_form_is_that_of_the_plain_one(
+    x64: None, small_chunks: None, mask: str
+) -> None:
+    pairs = pairs_of(MASKS[mask], 21, valid=True, dynamic=True)
+    inputs = projections(21, 4, jnp.float64)
+    weights = np.random.default_rng(9).normal(size=inputs[0].shape)
+
+    def gradient(kernel: str) -> Any:
+        return jax.jit(jax.grad(lambda x: (attend(*x, pairs, kernel) * weights).sum()))(inputs)
+
+    for found, expected in zip(gradient("chunked"), gradient("plain"), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "packed", "pictures", "zorro"])
+def test_splash_against_loops_and_its_gradient(mask: str) -> None:
+    """In interpret mode: the numerics of the kernel, with static masks, segments and padding."""
+    # Static but for `packed`, whose items are segment ids; 150 is padded to 256.
+    pairs = pairs_of(MASKS[mask], 150, valid=True)
+    if mask == "packed":
+        of = {**attributes(150), "item": jnp.asarray(attributes(150)["item"])}
+        pairs = Pairs(pairs.mask, of, of, pairs.valid_BT)
+    inputs = projections(150, 16, jnp.float32)
+    exists = np.asarray(pairs.valid_BT)[..., None, None]
+    weights = np.random.default_rng(9).normal(size=inputs[0].shape) * exists
+
+    def run(function: Any) -> Any:
+        def loss(x: Any) -> tuple[jax.Array, jax.Array]:
+            out = function(*x, pairs)
+            return (out * weights).sum(), out
+
+        return jax.jit(jax.grad(loss, has_aux=True))(inputs)
+
+    gradients, out = run(partial(kernels.splash, interpret=True))
+    expected, _ = run(partial(attend, kernel="plain"))
+    rows = np.broadcast_to(exists, out.shape)
+    np.testing.assert_allclose(
+        np.where(rows, out, 0), np.where(rows, loops(*inputs, pairs), 0), atol=2e-5
+    )
+    for found, wanted in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=5e-5)
+
+
+@pytest.mark.parametrize("kernel", ["plain", "chunked", "splash"])
+@pytest.mark.parametrize("mask", ["causal", "packed", "pictures", "prefix", "zorro"])
+def test_nothing_flows_where_the_mask_forbids_it(
+    small_chunks: None, mask: str, kernel: str
+) -> None:
+    """The gradient of every output by every input token is zero just where the mask says no."""
+    length = 18
+    pairs = pairs_of(MASKS[mask], length)
+    run = (
+        partial(kernels.splash, interpret=True)
+        if kernel == "splash"
+        else partial(attend, kernel=kernel)
+    )
+    q, k, v = projections(length, 4, jnp.float32)
+
+    def outputs(k: jax.Array, v: jax.Array) -> jax.Array:
+        return run(q, k, v, pairs)[0].sum((1, 2))
+
+    by_k, by_v = jax.jit(jax.jacrev(outputs, argnums=(0, 1)))(k, v)
+    # One row: [S, T].
+    reached = (np.abs(by_v[:, 0]).sum((2, 3)) > 0) & (np.abs(by_v[:, 1]).sum((1, 2, 3)) == 0)[
+        :, None
+    ]
+    np.testing.assert_array_equal(reached, pairs.allowed()[0])
+    assert (np.abs(by_k[:, 0]).sum((2, 3)) > 0)[~pairs.allowed()[0]].sum() == 0
+
+
+def test_memory_of_the_chunked_form_grows_with_the_length_and_of_the_plain_one_with_its_square() -> (
+    None
+):
+    def bytes_at(kernel: str, length: int) -> int:
+        q = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
+        gradient = jax.grad(lambda q, k, v: attend(q, k, v, None, kernel).sum(), argnums=(0, 1, 2))
+        return int(jax.jit(gradient).lower(q, q, q).compile().memory_analysis().temp_size_in_bytes)
+
+    assert bytes_at("chunked", 4096) < 2.5 * bytes_at("chunked", 2048)
+    assert bytes_at("plain", 4096) > 4 * 4096**2  # the control: logits of all pairs, in float32
+    assert bytes_at("chunked", 4096) < 4 * 4096**2 / 2
+
+
+# --- which kernel ------------------------------------------------------------------------------
+
+
+def chosen(
+    kernel: str, platform: str, pairs: Pairs, length: int = 2048, dtype: Any = jnp.bfloat16
+) -> str:
+    q: Any = jax.ShapeDtypeStruct((BATCH, length, HEADS, 64), dtype)
+    return choose(kernel, platform, q, q, pairs)
+
+
+@pytest.fixture(autouse=True)
+def _cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "has_cudnn", lambda: True)
+
+
+def test_without_cudnn_its_kernel_gives_way(said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "has_cudnn", lambda: False)
+    assert chosen("auto", "cuda", Pairs()) == "chunked"
+    assert "has no cuDNN" in said.records[0].getMessage()
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(module, "_said", set())
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+def test_each_platform_has_its_kernel_for_long_streams_and_the_plain_form_for_short_ones(
+    said: Any,
+) -> None:
+    pairs = Pairs()
+    found = {p: chosen("auto", p, pairs) for p in ("tpu", "cuda", "gpu", "cpu")}
+    assert found == {"tpu": "splash", "cuda": "cudnn", "gpu": "cudnn", "cpu": "chunked"}
+    assert {chosen("auto", p, pairs, 256) for p in ("tpu", "cuda", "cpu")} == {"plain"}
+    assert not said.records
+
+
+def test_what_counts_operations_sees_those_of_xla_whatever_the_platform(said: Any) -> None:
+    q, k, v = projections(1100, 128, jnp.float32)
+    assert choose("auto", "tpu", q, k, Pairs()) == "splash"
+    with module.xla_alone():
+        assert choose("auto", "tpu", q, k, Pairs()) == choose("splash", "tpu", q, k, Pairs())
+        assert choose("splash", "tpu", q, k, Pairs()) == "chunked" and not said.text
+    pairs = 4 * BATCH * HEADS * 1100**2 * 128
+    found = model_flops(lambda q, k, v: attend(q, k, v, kernel="splash"), q, k, v)
+    assert found == pairs and not said.text
+
+
+def test_a_mask_that_a_kernel_cannot_express_falls_back_and_is_said_once(said: Any) -> None:
+    dynamic = pairs_of(MASKS["pictures"], 2048, dynamic=True)
+    assert chosen("auto", "tpu", dynamic) == chosen("auto", "tpu", dynamic) == "chunked"
+    assert chosen("auto", "cuda", dynamic) == "chunked"
+    assert len(said.records) == 2
+    assert "'splash' gives way to 'chunked': it cannot express" in said.records[0].getMessage()
+    assert chosen("auto", "tpu", pairs_of(MASKS["pictures"], 2048)) == "splash"
+    assert chosen("auto", "cuda", pairs_of(MASKS["causal"], 2048)) == "cudnn"
+    assert len(said.records) == 2
+
+
+def test_a_kernel_of_another_platform_or_dtype_falls_back(said: Any) -> None:
+    assert chosen("splash", "cpu", Pairs()) == "chunked"
+    assert chosen("splash", "tpu", Pairs(), dtype=jnp.float64) == "chunked"
+    assert chosen("cudnn", "cuda", Pairs(), dtype=jnp.float32, length=64) == "plain"
+    assert len(said.records) == 3
+
+
+def test_a_causal_mask_over_other_positions_is_not_cudnns(said: Any) -> None:
+    of: Any = {"position": np.arange(2048)[None, ::-1]}
+    assert chosen("cudnn", "cuda", Pairs(Causal(), of, of)) == "chunked"
+    assert "cannot express" in said.records[0].getMessage()
+
+
+def test_what_runs_where_it_was_asked_for_a_tpus_kernel_is_never_wrong(x64: None) -> None:
+    pairs = pairs_of(MASKS["pictures"], 21, valid=True)
+    q, k, v = projections(21, 4, jnp.float64)
+    found = attend(q, k, v, pairs, "splash")
+    np.testing.assert_allclose(found, loops(q, k, v, pairs), rtol=1e-11)
+
+
+def test_a_mask_over_an_attribute_that_is_not_there() -> None:
+    q, k, v = projections(4, 4, jnp.float32)
+    with pytest.raises(UserError, match="reads attribute 'item'"):
+        attend(q, k, v, Pairs(Same("item"), {}, {}))
+
+
+def test_of_the_weights_only_those_that_meet_the_values_are_kept() -> None:
+    """In bfloat16, not in float32 beside it."""
+    length, size = 8, 4
+    arrays = [jnp.ones((BATCH, length, HEADS, size), jnp.bfloat16) for _ in range(3)]
+    pairs = pairs_of(FULL, length)
+    back = jax.vjp(lambda q, k, v: attend(q, k, v, pairs, "plain"), *arrays)[1]
+    kept = [x for x in jax.tree.leaves(back) if getattr(x, "shape", ())[2:] == (length, length)]
+    assert [x.dtype for x in kept] == [jnp.bfloat16]
