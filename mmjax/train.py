@@ -4,8 +4,8 @@
 
 Run again, it resumes from the newest checkpoint in DIR, or says that it is done. One process at a time trains in DIR
 (see `mmjax.engine.lease`). With --dry_run it prints what it would do: the coming steps, the share of each task, and
-the hours that these would take. Exit status: 0 done, 2 an error that its one line explains, 3 stopped by SIGTERM or SIGINT after
-saving, 4 ended by its watchdog.
+the hours that these would take. Exit status: 0 done, 2 an error that its one line explains, 3 stopped by SIGTERM or
+SIGINT after saving, 4 ended by its watchdog.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Evaluators of a trained model, by the name that a config gives."""

@@ -1,0 +1,1 @@
+"""Modalities: raw examples to arrays, and arrays to tokens."""

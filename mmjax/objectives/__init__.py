@@ -1,0 +1,1 @@
+"""Objectives of tasks, by the name that a config gives."""

@@ -1,0 +1,1 @@
+"""Sources of examples, by the name that a config gives."""

@@ -145,8 +145,8 @@ def test_no_command_prints_what_libtpu_misses():
     here = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY")}
     root = Path(toyrun.EXTRA).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.argv[1:] = {words!r}; from mmjax.core import errors; from mmjax import show; "
-         "import jax; errors.run(lambda: (show.main(), print(jax.devices()[0].platform))[0])"],
+        [sys.executable, "-c", f"import sys; sys.argv[1:] = {words!r}; from mmjax.core import errors; "
+         "from mmjax import show; import jax; errors.run(lambda: (show.main(), print(jax.devices()[0].platform))[0])"],
         env={**here, "PYTHONPATH": str(root)}, capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "") and done.stdout
