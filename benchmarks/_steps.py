@@ -21,7 +21,7 @@ from mmjax.engine.compile import Program, compile_all
 from mmjax.engine.loader import HostBatch, Loader, local_rows
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.schedule.rules import RULES
-from mmjax.training.loop import dispatch
+from mmjax.training.flight import dispatch
 from mmjax.training.session import Session, begin
 
 

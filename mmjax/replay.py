@@ -31,7 +31,7 @@ from mmjax.loading import find_step
 from mmjax.monitor import metrics
 from mmjax.monitor.tables import table
 from mmjax.schedule.schedule import Schedule
-from mmjax.training.loop import dispatch
+from mmjax.training.flight import dispatch
 from mmjax.training.session import Session, reopen
 
 _COMPARED = ("loss", "grad_norm")

@@ -122,7 +122,7 @@ class Pitch(Objective):
 """The mean loss beside that of the mean pitch."""
 from dataclasses import dataclass
 
-from mmjax.evaluators.base import Evaluator, Pass
+from mmjax.evaluators.base import Evaluator, LossOf, Pass
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class MeanError(Evaluator):
     unit: str = "squared semitones"
 
     def passes(self, task):
-        return {"all": Pass("loss", self.source, ("pitch",))}
+        return {"all": Pass(LossOf(), self.source, ("pitch",))}
 
     def score(self, task, outputs):
         loss, pitch = outputs["all"]["loss"], outputs["all"]["pitch"]

@@ -11,7 +11,7 @@ import numpy as np
 
 from mmjax.core.errors import UserError
 from mmjax.data.tokenizer import TokenIds
-from mmjax.evaluators.base import Evaluator, Outputs, Pass, Record
+from mmjax.evaluators.base import Evaluator, Outputs, Pass, Record, Write
 from mmjax.task import Task
 
 
@@ -31,7 +31,7 @@ class Captions(Evaluator):
                 f"tasks.{task.name}: captions needs an objective that writes texts, such as coca; "
                 f"{type(task.objective).__name__} does not."
             )
-        return {"all": Pass("write", self.source, ())}
+        return {"all": Pass(Write(), self.source, ())}
 
     def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
         rows, end = outputs["all"], _end(task)

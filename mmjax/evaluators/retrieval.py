@@ -10,7 +10,7 @@ from scipy.special import gammaln
 
 from mmjax.core.bounds import COUNT, check
 from mmjax.core.errors import UserError
-from mmjax.evaluators.base import Evaluator, Outputs, Pass, Record, embedding
+from mmjax.evaluators.base import Evaluator, Outputs, Pass, Record, embed
 from mmjax.task import Task
 
 _PAIRS = 2**24  # of a query and a candidate, at a time
@@ -38,7 +38,7 @@ class Retrieval(Evaluator):
     def passes(self, task: Task) -> dict[str, Pass]:
         one, two = self._pair(task)
         return {
-            m: Pass(embedding(task, m, other), self.source, (self.concept,))
+            m: Pass(embed(task, m, other), self.source, (self.concept,))
             for m, other in ((one, two), (two, one))
         }
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mmjax.engine.loader import make_batch
 from mmjax.evaluators.accuracy import rank
-from mmjax.evaluators.base import Pass, make_evaluators, row_spec
+from mmjax.evaluators.base import Pass, Predict, make_evaluators, row_spec
 from mmjax.loading import Embedder
 from mmjax.monitor.tables import percent
 from mmjax.objectives.base import with_rows
@@ -64,7 +64,7 @@ def classified(model: Embedder, task: Task, count: int) -> Iterator[Panel]:
     """
     for evaluator in make_evaluators(task).values():
         for each in evaluator.passes(task).values():
-            if each.what.startswith("predict/") and len(each.fields) == 1:
+            if isinstance(each.computation, Predict) and len(each.fields) == 1:
                 examples = each.source.open()
                 found = guesses(model, task, each, examples)
                 yield panel(task, each, examples, found, count)

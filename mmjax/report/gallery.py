@@ -10,7 +10,7 @@ import numpy as np
 
 from mmjax.core import config as configs
 from mmjax.core.errors import RecordError, UserError
-from mmjax.evaluators.base import Evaluator, make_evaluators
+from mmjax.evaluators.base import Embed, Evaluator, make_evaluators
 from mmjax.loading import Embedder
 from mmjax.report.html import Html, join, tag
 from mmjax.report.panel import (
@@ -110,11 +110,11 @@ def gallery(
 
 def retrievals(task: Task) -> dict[str, Evaluator]:
     """Its evaluators that embed two modalities of the same examples, which a concept joins."""
-    wanted = {f"embed/{modality}" for modality in task.objective.embeds()}
+    wanted = {Embed(modality) for modality in task.objective.embeds()}
     found = {}
     for name, evaluator in make_evaluators(task).items():
         passes = list(evaluator.passes(task).values())
-        is_of_pairs = len(wanted) == 2 and {each.what for each in passes} == wanted
+        is_of_pairs = len(wanted) == 2 and {each.computation for each in passes} == wanted
         if is_of_pairs and all(each.block == evaluator.source for each in passes):
             found[name] = evaluator
     return {name: each for name, each in found.items() if hasattr(each, "concept")}

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from mmjax.engine.loader import make_batch
-from mmjax.evaluators.base import make_evaluators
+from mmjax.evaluators.base import LossOf, Write, make_evaluators
 from mmjax.loading import Embedder
 from mmjax.objectives.base import with_rows
 from mmjax.report.html import Html, tag
@@ -36,7 +36,7 @@ def pictured(model: Embedder, task: Task, count: int) -> Iterator[Panel]:
         return
     for evaluator in make_evaluators(task).values():
         for each in evaluator.passes(task).values():
-            if each.what in ("loss", "write"):
+            if isinstance(each.computation, LossOf | Write):
                 examples = each.source.open()
                 yield panel(model, task, examples, each.source.label, min(count, _MOST))
 

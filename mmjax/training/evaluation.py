@@ -91,7 +91,7 @@ class Evaluation:
         found: list[Outputs] = []
         kept: list[Outputs] = []
         first, unread = 0, list[str]()
-        wanted = device_spec(task, each.what).fields
+        wanted = device_spec(task, each.computation).fields
         for index, (rows, first, failed) in enumerate(self._batches(task, each, examples, size)):
             beat(task.name)
             unread += [error for _, error in failed]

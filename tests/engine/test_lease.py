@@ -39,7 +39,7 @@ from mmjax.engine.lease import (
 )
 from mmjax.engine.lease_store import Entry, FileStore, ObjectStore, Store, identity, store_of
 from mmjax.monitor.line_file import LineFile
-from mmjax.training import loop
+from mmjax.training import flight
 
 BARE = "pid:[4026531836]"  # the first pid namespace of every Linux kernel
 HOST = Machine("here", "m1", "boot1", BARE)
@@ -599,7 +599,7 @@ def test_a_run_holds_a_lease_while_it_writes_and_leaves_none(
 def test_a_run_that_loses_its_lease_saves_nothing_more(
     step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, calls = loop.place, [0]
+    place, calls = flight.place, [0]
 
     def placed(*arguments: Any) -> Any:
         calls[0] += 1
@@ -607,7 +607,7 @@ def test_a_run_that_loses_its_lease_saves_nothing_more(
             put(FileStore(tmp_path), lease_text(2, at=OTHER))
         return place(*arguments)
 
-    monkeypatch.setattr(loop, "place", placed)
+    monkeypatch.setattr(flight, "place", placed)
     with pytest.raises(LeaseLostError, match="process 4194305 on there since"):
         toyrun.run(tmp_path, "log.every=1")
     assert checkpoint.steps(epath.Path(tmp_path))[0] == step // 4 * 4

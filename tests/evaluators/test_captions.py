@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import mmjax
 from mmjax.core.errors import UserError
 from mmjax.data.tokenizer import TokenIds
+from mmjax.evaluators.base import Write
 from mmjax.evaluators.captions import Captions, entropy, f1, match, texts
 from mmjax.modalities.colours import Colours
 from mmjax.modalities.image import Image
@@ -162,7 +163,7 @@ def test_an_objective_that_writes_nothing() -> None:
         Captions(source=SOURCE).passes(other)
     with pytest.raises(UserError, match="MaskedImage writes no texts"):
         other.objective.write(None, {}, None)  # type: ignore[arg-type]
-    assert Captions(source=SOURCE).passes(task())["all"].what == "write"
+    assert Captions(source=SOURCE).passes(task())["all"].computation == Write()
 
 
 @pytest.fixture(scope="module")
