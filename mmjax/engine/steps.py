@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 
 from mmjax.analysis import flops
 from mmjax.core.parameters import Arrays, Declaration
-from mmjax.core.sharding import batch_sharding, replicated
+from mmjax.core.sharding import batch_sharding, replicated, shard_bytes
 from mmjax.engine.compile import Request
 from mmjax.engine.gradient import loss_and_gradient
 from mmjax.engine.state import EMA, SUM, SUMMED, State, shardings
@@ -208,10 +207,7 @@ def optimizer_bytes(state: State, kind: str, task: str) -> int:
     """Bytes of one device that hold the optimizer state which a task's steps read."""
     own = {n: leaf for n, leaf in state.moments.items() if split_name(n)[0] == task}
     held = own if kind == OWN_MOMENTS else state.optimizer
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(held)
-    )
+    return shard_bytes(held)
 
 
 def reach_of(task: Task, declaration: Declaration, dtype: Any, compute: Any, seed: int) -> Reach:

@@ -11,11 +11,10 @@ from typing import Any
 
 import jax
 
-from mmjax.core.sharding import batch_sharding
 from mmjax.engine import processes
 from mmjax.engine.checkpoint import Checkpoints
 from mmjax.engine.compile import Program
-from mmjax.engine.loader import HostBatch, Loader, local_rows
+from mmjax.engine.loader import HostBatch, Loader, process_rows
 from mmjax.engine.profiling import Profile
 from mmjax.engine.state import Clock, State
 from mmjax.evaluators.base import Record
@@ -89,12 +88,9 @@ class Loop:
 
     def _open_loader(self) -> Loader:
         """Open batches up to the last step of which it is settled which task it runs."""
-
-        def share(size: int) -> tuple[int, int]:
-            return local_rows(batch_sharding(self._mesh, size, "batch"), size)
-
         settings, data, seed = self._experiment.settings, self._session.data, self._run.seed
-        return Loader(self._run.loader, settings, data, self._clock, self._settled(), seed, share)
+        rows = process_rows(self._mesh)
+        return Loader(self._run.loader, settings, data, self._clock, self._settled(), seed, rows)
 
     def _settled(self) -> int:
         """Return the step up to which the schedule is settled: all of the run, but for shares by measured times."""

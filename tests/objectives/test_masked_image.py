@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -34,10 +33,7 @@ TOKENS = (SIZE // PATCH) ** 2
 VALID = np.array([True, True, False, True])
 
 
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def images(rows: int = ROWS, height: int = SIZE, width: int = SIZE) -> np.ndarray:
