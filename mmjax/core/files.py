@@ -80,7 +80,7 @@ def _last_change(shelter: epath.Path) -> float:
 
 
 def swap_in(part: epath.Path, path: epath.Path) -> None:
-    """Rename a folder of `new_folder` to `path`; what was there is moved aside, and goes with the new folder's place."""
+    """Rename a folder of `new_folder` to `path`; what was there is moved aside, and removed with the rest."""
     if path.exists():
         with suppress(FileNotFoundError):  # another process may be faster by a moment
             path.rename(part.parent / "old")
