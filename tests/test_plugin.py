@@ -85,12 +85,12 @@ import jax.numpy as jnp
 
 from mmjax.nn.dense import Dense
 from mmjax.nn.stream import mean_pool
-from mmjax.objectives.base import Loss, Objective
+from mmjax.objectives.base import Embeds, Loss, Objective
 from mmjax.objectives.contrastive import unit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pitch(Objective):
+class Pitch(Objective, Embeds):
     most: int = 4
 
     def reads(self):

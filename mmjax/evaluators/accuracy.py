@@ -9,6 +9,7 @@ import numpy as np
 
 from mmjax.core.errors import UserError, nearest
 from mmjax.evaluators.base import Evaluator, Outputs, Pass, Predict, Record
+from mmjax.objectives.base import classified
 from mmjax.task import Task
 
 MANY = 10
@@ -30,7 +31,7 @@ class Accuracy(Evaluator):
     modalities: tuple[str, ...] = ()
 
     def passes(self, task: Task) -> dict[str, Pass]:
-        modalities = task.objective.predicts()
+        modalities = classified(task.objective)
         if not modalities:
             raise UserError(
                 f"tasks.{task.name}: accuracy needs an objective that predicts classes, "

@@ -19,7 +19,7 @@ import numpy as np
 from mmjax.core import config as configs
 from mmjax.modalities.base import Input
 from mmjax.model import Batch, Model
-from mmjax.objectives.base import Loss, with_rows
+from mmjax.objectives.base import Classifies, Embeds, Loss, Writes, able, embedded, with_rows
 from mmjax.sources.base import Source
 from mmjax.task import RowSpec, Task
 
@@ -76,7 +76,11 @@ class Embed(Computation):
         self, task: Task, model: Model, batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array]:
         arrays = batch["inputs"][self.modality]
-        return {"vector": task.objective.embed(model, self.modality, arrays, self.relative_to)}
+        return {
+            "vector": able(task.objective, Embeds).embed(
+                model, self.modality, arrays, self.relative_to
+            )
+        }
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,12 @@ class Predict(Computation):
     def outputs(
         self, task: Task, model: Model, batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array]:
-        return {"logits": task.objective.predict(model, batch["inputs"])}
+        return {"logits": able(task.objective, Classifies).predict(model, batch["inputs"])}
 
 
 @dataclass(frozen=True)
 class Write(Computation):
-    """The texts that the objective writes for each row (see `Objective.write`)."""
+    """The texts that the objective writes for each row (see `Writes.write`)."""
 
     def __str__(self) -> str:
         return "write"
@@ -111,7 +115,7 @@ class Write(Computation):
     def outputs(
         self, task: Task, model: Model, batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array]:
-        return task.objective.write(model, batch, key)
+        return able(task.objective, Writes).write(model, batch, key)
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ class Evaluator(abc.ABC):
 
 def embed(task: Task, modality: str, other: str) -> Embed:
     """Return the computation of vectors of a modality that are compared with another's."""
-    has_several_spaces = len(task.objective.embeds()) > 2
+    has_several_spaces = len(embedded(task.objective)) > 2
     return Embed(modality, other if has_several_spaces else "")
 
 

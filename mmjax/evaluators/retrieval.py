@@ -11,6 +11,7 @@ from scipy.special import gammaln
 from mmjax.core.bounds import COUNT, check
 from mmjax.core.errors import UserError
 from mmjax.evaluators.base import Evaluator, Outputs, Pass, Record, embed
+from mmjax.objectives.base import embedded
 from mmjax.task import Task
 
 _PAIRS = 2**24  # of a query and a candidate, at a time
@@ -43,7 +44,7 @@ class Retrieval(Evaluator):
         }
 
     def _pair(self, task: Task) -> tuple[str, str]:
-        known = task.objective.embeds()
+        known = embedded(task.objective)
         pair = self.between or known
         if len(pair) != 2 or not set(pair) <= set(known):
             raise UserError(

@@ -20,6 +20,7 @@ from mmjax.modalities.image import Image, ImageInput, patchify, unpatchify
 from mmjax.model import ModelConfig, declare_model
 from mmjax.nn.stream import Stream, no_aux
 from mmjax.nn.trunk import GroupConfig
+from mmjax.objectives.base import Embeds, able
 from mmjax.objectives.masked_image import (
     Decoder,
     MaskedImage,
@@ -398,8 +399,8 @@ def test_what_it_shows_fills_hidden_patches_only(is_right: bool) -> None:
 
 
 def test_what_it_reads_and_makes() -> None:
-    assert objective().reads() == ("image",) and objective().embeds() == ()
+    assert objective().reads() == ("image",) and not isinstance(objective(), Embeds)
     assert MaskedImage(modality="depth").reads() == ("depth",)
     assert objective().fields() == ()
-    with pytest.raises(UserError, match="MaskedImage makes no embeddings of 'image'"):
-        objective().embed(None, "image", {})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="MaskedImage is none that embeds"):
+        able(objective(), Embeds)
