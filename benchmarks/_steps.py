@@ -16,12 +16,12 @@ from etils import epath
 
 from mmjax.core.config import Block
 from mmjax.core.parameters import Arrays
-from mmjax.core.sharding import batch_sharding, make_mesh
+from mmjax.core.sharding import make_mesh
 from mmjax.engine.compile import Program, compile_all
-from mmjax.engine.loader import HostBatch, Loader, local_rows
+from mmjax.engine.loader import HostBatch, Loader, process_rows
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.schedule.rules import RULES
-from mmjax.training.loop import dispatch
+from mmjax.training.flight import dispatch
 from mmjax.training.session import Session, begin
 
 
@@ -67,9 +67,6 @@ class Steps:
     def loader(self, start: int, stop: int) -> Iterator[Loader]:
         """The real loader of steps [start, stop), as it stands when a run goes on from `start`."""
 
-        def share(size: int) -> tuple[int, int]:
-            return local_rows(batch_sharding(self._mesh, size, "batch"), size)
-
         run, settings, schedule = (
             self.experiment.run,
             self.experiment.settings,
@@ -77,7 +74,9 @@ class Steps:
         )
         positions = {t: settings.consumed(schedule, t, 0, start) for t in self.experiment.tasks}
         clock = replace(self.session.clock, step=start, positions=positions)
-        made = Loader(run.loader, settings, self.session.data, clock, stop, run.seed, share)
+        made = Loader(
+            run.loader, settings, self.session.data, clock, stop, run.seed, process_rows(self._mesh)
+        )
         try:
             yield made
         finally:

@@ -271,7 +271,7 @@ class Experiment:
             if key not in requests:
                 requests[key] = eval_request(
                     task,
-                    each.what,
+                    each.computation,
                     size,
                     self.declaration,
                     compute,
@@ -284,12 +284,12 @@ class Experiment:
 
 def program_key(task: Task, each: Pass) -> str:
     """Passes with one key run one program."""
-    return f"{task.name}/{each.what}"
+    return f"{task.name}/{each.computation}"
 
 
 def pass_key(task: Task, each: Pass) -> str:
     """Passes with one key read the same examples and compute the same."""
-    return f"{task.name}/{each.what}/{sorted(each.block.items())}"
+    return f"{task.name}/{each.computation}/{sorted(each.block.items())}"
 
 
 def make_experiment(block: Mapping[str, Any], folder: str = "") -> Experiment:

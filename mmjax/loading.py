@@ -32,7 +32,16 @@ from mmjax.generation.spans import Span
 from mmjax.modalities.base import EXISTS, asset_name
 from mmjax.model import Model
 from mmjax.nn.experts import Experts
-from mmjax.objectives.base import Objective
+from mmjax.objectives.base import (
+    Embeds,
+    Objective,
+    Writes,
+    able,
+    classified,
+    composed,
+    embedded,
+    written,
+)
 from mmjax.task import Task
 
 _LARGEST = 256  # rows of one call; more are cut into several
@@ -175,10 +184,10 @@ class Embedder:
         Raises:
           UserError: no such task or modality, or a value that the modality cannot take.
         """
-        chosen, modality, rows = self._given("embed", _embedded, task, values)
+        chosen, modality, rows = self._given("embed", embedded, task, values)
 
         def of(model: Model, given: Any) -> jax.Array:
-            return chosen.objective.embed(model, modality, given["arrays"])
+            return able(chosen.objective, Embeds).embed(model, modality, given["arrays"])
 
         return np.asarray(self._over(chosen, modality, rows, "embed", of), np.float32)
 
@@ -196,7 +205,7 @@ class Embedder:
           UserError: no such task or modality, or a value that the modality cannot take.
         """
         chosen, modality, rows = self._given("caption", _told, task, values)
-        text: Any = chosen.inputs[chosen.objective.writes()[1]]
+        text: Any = chosen.inputs[written(chosen.objective)[1]]
         if not hasattr(text.modality, "words"):
             raise UserError(
                 f"Task '{chosen.name}' writes '{text.name}' of '{modality}', which are no words. Use compose: "
@@ -207,7 +216,7 @@ class Embedder:
             size = jax.tree.leaves(given["arrays"])[0].shape[0]
             key = jax.random.fold_in(jax.random.key(given["seed"]), given["chunk"])
             length = text.settings.length
-            return chosen.objective.captions(
+            return able(chosen.objective, Writes).captions(
                 model, given["arrays"], length, jax.random.split(key, size)
             )
 
@@ -274,7 +283,7 @@ class Embedder:
         if name is not None and name not in self.tasks:
             raise UserError(f"The run has no task '{name}'.{nearest(name, self.tasks)}")
         for each, task in self.tasks.items():
-            if modalities and modalities <= set(task.objective.composes()) and name in (None, each):
+            if modalities and modalities <= set(composed(task.objective)) and name in (None, each):
                 return task
         who, what = f"Task '{name}'" if name else "The run", ", ".join(sorted(modalities)) or "none"
         tasks = "; ".join(f"{n} {_outputs(t)}" for n, t in self.tasks.items() if name in (None, n))
@@ -382,8 +391,8 @@ class Embedder:
 def _outputs(task: Task) -> str:
     """Return what can be asked of a task, in words: `embeds image, text`."""
     each = task.objective
-    does = {"embeds": each.embeds(), "classifies": each.predicts(), "captions": each.writes()[:1],
-            "composes": each.composes()}  # fmt: skip
+    does = {"embeds": embedded(each), "classifies": classified(each), "captions": written(each)[:1],
+            "composes": composed(each)}  # fmt: skip
     words = [f"{verb} {', '.join(names)}" for verb, names in does.items() if names]
     return (
         " and ".join(words)
@@ -396,14 +405,9 @@ def _blank(task: Task, modality: str) -> dict[str, np.ndarray]:
     return {n: np.zeros(s.shape, s.dtype) for n, s in task.inputs[modality].arrays().items()}
 
 
-def _embedded(objective: Objective) -> tuple[str, ...]:
-    """What it embeds."""
-    return objective.embeds()
-
-
 def _told(objective: Objective) -> tuple[str, ...]:
     """What it writes texts of."""
-    return objective.writes()[:1]
+    return written(objective)[:1]
 
 
 def load(path: str, step: int | None = None, *, allow_change: bool = False) -> Embedder:

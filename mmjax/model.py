@@ -9,7 +9,6 @@ from typing import Any
 import jax
 from flax import nnx
 
-from mmjax.core import config as configs
 from mmjax.core.bounds import COUNT, POSITIVE, check
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
@@ -111,7 +110,3 @@ def declare_model(
 def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
     _, state = nnx.split(nnx.Dict({"part": module}))
     return {"/".join(map(str, path[1:])): v.shape for path, v in nnx.to_flat_state(state)}
-
-
-def model_config(block: Mapping[str, Any]) -> ModelConfig:
-    return configs.build(ModelConfig, block, "model")

@@ -20,18 +20,18 @@ from etils import epath
 
 from mmjax.core import commandline, errors
 from mmjax.core.errors import UserError, nearest
-from mmjax.core.sharding import batch_sharding, make_mesh
+from mmjax.core.sharding import make_mesh
 from mmjax.core.workdir import METRICS
 from mmjax.engine import checkpoint, processes
 from mmjax.engine.compile import compile_all, use_cache
-from mmjax.engine.loader import Loader, local_rows
+from mmjax.engine.loader import Loader, process_rows
 from mmjax.engine.state import Clock
 from mmjax.experiment import make_experiment
 from mmjax.loading import find_step
 from mmjax.monitor import metrics
 from mmjax.monitor.tables import table
 from mmjax.schedule.schedule import Schedule
-from mmjax.training.loop import dispatch
+from mmjax.training.flight import dispatch
 from mmjax.training.session import Session, reopen
 
 _COMPARED = ("loss", "grad_norm")
@@ -110,10 +110,8 @@ def _run(session: Session, last: int) -> dict[str, float]:
     state = session.state()
     values: Mapping[str, jax.Array] = {}
 
-    def share(size: int) -> tuple[int, int]:
-        return local_rows(batch_sharding(mesh, size, "batch"), size)
-
-    loader = Loader(run.loader, experiment.settings, session.data, clock, last + 1, run.seed, share)
+    rows = process_rows(mesh)
+    loader = Loader(run.loader, experiment.settings, session.data, clock, last + 1, run.seed, rows)
     positions = Counter(clock.positions)
     for host in loader:
         name, visit = schedule.task(host.step), schedule.visit(host.step)

@@ -40,9 +40,10 @@ from mmjax.monitor.tables import program_table, results_table, summary_tables
 from mmjax.monitor.wandb import require
 from mmjax.report.page import write_report
 from mmjax.training.evaluation import Evaluation, announce_changed, read_results
-from mmjax.training.loop import Loop, Signals
+from mmjax.training.loop import Loop
 from mmjax.training.origin import started_with
 from mmjax.training.session import Session, begin, roll_back
+from mmjax.training.signals import Signals
 
 STOPPED = 3
 

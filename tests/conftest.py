@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 # Before JAX starts: eight CPU devices, and a compilation cache that outlives the test run.
@@ -44,6 +44,13 @@ def _devices() -> None:
     assert len(jax.devices()) == DEVICES, (
         f"tests need {DEVICES} forced CPU devices, found {jax.devices()}"
     )
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Let JAX compute in 64 bits: arrays are float64 where nothing else is asked for."""
+    with jax.enable_x64(True):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,10 +21,7 @@ WORDS = ("optimizer.accumulate=3", "dtype.parameters=float64", "dtype.compute=fl
 ORDER = ("one", "two", "one")  # by the shares 2 and 1
 
 
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def ticks(step: int, last: bool = False) -> dict[str, Any]:

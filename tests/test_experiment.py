@@ -12,6 +12,7 @@ import pytest
 from mmjax.core import config as configs
 from mmjax.core.errors import UserError
 from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.evaluators.base import Embed
 from mmjax.experiment import Experiment, make_experiment, pass_key, program_key
 from mmjax.optim.optimizer import PARTS
 
@@ -109,7 +110,7 @@ def test_passes_that_are_alike_are_read_and_run_once():
     found = made.passes()
     keys = [pass_key(task, each) for task, each in found]
     assert len(keys) == len(set(keys)) == 3, "image and text vectors, and the masked loss"
-    images = next(each for _, each in found if each.what == "embed/image")
+    images = next(each for _, each in found if each.computation == Embed("image"))
     assert set(images.fields) == {"concept", "group"}, "what retrieval and zero-shot want together"
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     assert set(made.eval_requests(mesh)) == {program_key(task, each) for task, each in found}
@@ -119,7 +120,7 @@ def test_another_split_is_another_pass_of_the_same_program():
     source = "{'name': 'tfds', 'dataset': 'emoji', 'split': 'test_concept'}"
     more = f"tasks.image_text.evaluators.concepts={{'name': 'retrieval', 'source': {source}}}"
     made = experiment(more, "tasks.image_text.evaluators.groups.source=" + source)
-    passes = [(t, p) for t, p in made.passes() if p.what == "embed/image"]
+    passes = [(t, p) for t, p in made.passes() if p.computation == Embed("image")]
     assert len(passes) == 2
     # Though they want other fields: those stay on the host.
     assert {p.fields for _, p in passes} == {("concept",), ("concept", "group")}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
-from mmjax.evaluators.base import device_spec
+from mmjax.evaluators.base import LossOf, device_spec
 from mmjax.modalities.base import PRESENT, Input, as_rows, dropped, kept
 from mmjax.modalities.image import Image
 from mmjax.modalities.spectrogram import Spectrogram
@@ -210,7 +210,7 @@ def test_objectives_refuse_what_they_cannot_take() -> None:
     classes = {**TASK, "objective": {"name": "classification", "classes": 4}}
     task = make_task("one", classes, modalities)  # which pools what there is
     assert "patches" in task.rows().shapes()["inputs"]["image"]
-    assert "pixels" in device_spec(task, "loss").shapes()["inputs"]["image"]
+    assert "pixels" in device_spec(task, LossOf()).shapes()["inputs"]["image"]
     several = {**classes, "inputs": {"image": {"size": 16, "instances": 2}}}
     with pytest.raises(UserError, match="takes one instance of 'image'; leave out 'instances'"):
         make_task("one", several, modalities)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmjax.core import config as configs
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh
 from mmjax.modalities.image import Image
 from mmjax.modalities.text import Text
-from mmjax.model import ModelConfig, declare_model, model_config
+from mmjax.model import ModelConfig, declare_model
 from mmjax.nn.dense import Dense
 from mmjax.nn.stream import Stream
 from mmjax.nn.trunk import GroupConfig
@@ -24,12 +24,6 @@ WIDTH = 4
 BLOCK = {"name": "transformer", "heads": 2, "hidden": 5}
 CONFIG = ModelConfig(WIDTH, (GroupConfig(2, (BLOCK,)),))
 MODALITIES: dict[str, Any] = {"image": Image(patch=2, buckets=4), "text": Text(vocabulary=16, buckets=8)}  # fmt: skip
-
-
-@pytest.fixture
-def x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def head(n_out: int = 3) -> dict[str, Dense]:
@@ -158,7 +152,9 @@ def test_bfloat16_goes_through() -> None:
 
 def test_the_config_block() -> None:
     block = {"width": 4, "groups": [{"repeat": 2, "pattern": [BLOCK]}], "remat": "full"}
-    assert model_config(block) == ModelConfig(4, (GroupConfig(2, (BLOCK,)),), "full")
+    assert configs.build(ModelConfig, block, "model") == ModelConfig(
+        4, (GroupConfig(2, (BLOCK,)),), "full"
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,4 +169,4 @@ def test_the_config_block() -> None:
 def test_mistakes_in_the_config_block(change: dict[str, Any], message: str) -> None:
     block = {"width": 4, "groups": [{"repeat": 2, "pattern": [BLOCK]}]}
     with pytest.raises(UserError, match=message):
-        model_config({**block, **change})
+        configs.build(ModelConfig, {**block, **change}, "model")

@@ -85,12 +85,12 @@ import jax.numpy as jnp
 
 from mmjax.nn.dense import Dense
 from mmjax.nn.stream import mean_pool
-from mmjax.objectives.base import Loss, Objective
+from mmjax.objectives.base import Embeds, Loss, Objective
 from mmjax.objectives.contrastive import unit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pitch(Objective):
+class Pitch(Objective, Embeds):
     most: int = 4
 
     def reads(self):
@@ -122,7 +122,7 @@ class Pitch(Objective):
 """The mean loss beside that of the mean pitch."""
 from dataclasses import dataclass
 
-from mmjax.evaluators.base import Evaluator, Pass
+from mmjax.evaluators.base import Evaluator, LossOf, Pass
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class MeanError(Evaluator):
     unit: str = "squared semitones"
 
     def passes(self, task):
-        return {"all": Pass("loss", self.source, ("pitch",))}
+        return {"all": Pass(LossOf(), self.source, ("pitch",))}
 
     def score(self, task, outputs):
         loss, pitch = outputs["all"]["loss"], outputs["all"]["pitch"]

@@ -17,7 +17,7 @@ import mmjax
 from mmjax.core import config as configs
 from mmjax.core.parameters import Declaration
 from mmjax.engine.gradient import loss_and_gradient
-from mmjax.evaluators.base import function
+from mmjax.evaluators.base import Computation, Embed, Predict, function
 from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.text import Text, TextInput
@@ -159,16 +159,17 @@ def test_without_a_valid_row_loss_and_gradient_are_zero(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "what"), [("contrastive", "embed/image"), ("classification", "predict/image+text")]
+    ("name", "computation"),
+    [("contrastive", Embed("image")), ("classification", Predict(("image", "text")))],
 )
-def test_nor_does_it_change_what_evaluation_computes(name: str, what: str) -> None:
+def test_nor_does_it_change_what_evaluation_computes(name: str, computation: Computation) -> None:
     """Such as the last batch of a split, which blank rows fill up."""
     declaration, _ = built(name)
     rng = np.random.default_rng(4)
     p = {
         n: jnp.asarray(rng.normal(size=s.shape), jnp.float32) for n, s in declaration.specs.items()
     }
-    of = function(task(name), what)
+    of = function(task(name), computation)
     call = jax.jit(
         lambda b: of(declaration.merge(p), b, jax.random.key(0)), compiler_options=QUICKLY
     )

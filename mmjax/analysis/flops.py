@@ -110,20 +110,6 @@ def count_train(
         return _count(differentiate(loss_fn, params, args, has_aux).jaxpr, wanted=None)
 
 
-def compiled_flops(compiled: Any) -> float | None:
-    """XLA's own count for an executable, as `Lowered.compile` returns; None if it has none.
-
-    Not comparable with `model_flops` as it stands: it is per device; it counts **the body of a loop
-    once**, so that a scan over 2 layers and one over 80 give the same; it includes rematerialised
-    and element-wise work; and it leaves out custom kernels that state no cost.
-    """
-    analysis = compiled.cost_analysis()
-    if isinstance(analysis, list | tuple):
-        analysis = analysis[0] if analysis else None
-    flops = (analysis or {}).get("flops", -1.0)
-    return float(flops) if flops >= 0 else None
-
-
 def _count(jaxpr: Jaxpr, wanted: Wanted | None) -> Count:
     counter = _Counter()
     flops = counter.jaxpr(jaxpr, wanted or (True,) * len(jaxpr.outvars), ())

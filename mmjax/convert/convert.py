@@ -37,7 +37,6 @@ import re
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,14 +48,13 @@ from mmjax.convert.readers import Found, Ignored
 from mmjax.convert.values import KEY, TYPES, Value, plain_words, type_of, value_of
 from mmjax.core import errors
 from mmjax.core.errors import UserError
+from mmjax.core.files import new_folder, swap_in
 from mmjax.data import pictures
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 MADE_BY = "mmjax.convert.convert"
 _KINDS = {"tar": "tar", "parquet": "Parquet file", "folder": "folder"}
-_PART_PREFIX = ".part-"
-_STALE_SECONDS = 3600.0
 _TELL_SECONDS = 10.0
 
 Json = dict[str, Any]
@@ -131,7 +129,7 @@ def convert(
         }
         _copy(folder, part, names)
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
-        _swap_in(part, path)
+        swap_in(part, path)
     return Converted(path, manifest)
 
 
@@ -348,29 +346,15 @@ def _own_files(path: epath.Path) -> set[str]:
 
 @contextlib.contextmanager
 def _part(path: epath.Path) -> Iterator[epath.Path]:
-    """A new folder beside `path`, gone at the end unless it was renamed."""
-    prefix = f"{_PART_PREFIX}{path.name}-"
-    shelter = path.parent / f"{prefix}{uuid.uuid4().hex}"
-    part = shelter / path.name
-    try:
-        part.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"--out: cannot write to {path.parent}: {error.strerror or error}."
-        ) from error
-    try:
-        for other in path.parent.iterdir():
-            if other.name.startswith(prefix) and _last_change(other) < time.time() - _STALE_SECONDS:
-                other.rmtree()  # of a conversion that was killed
+    """Make a new folder near `path` (see `new_folder`), or say that `--out` cannot be written to."""
+    with contextlib.ExitStack() as stack:
+        try:
+            part = stack.enter_context(new_folder(path))
+        except OSError as error:
+            raise UserError(
+                f"--out: cannot write to {path.parent}: {error.strerror or error}."
+            ) from error
         yield part
-    finally:
-        if shelter.exists():
-            shelter.rmtree()
-
-
-def _last_change(shelter: epath.Path) -> float:
-    inner = list(shelter.glob("*")) + list(shelter.glob("*/*"))
-    return max(float(each.stat().mtime or 0) for each in (shelter, *inner))
 
 
 @contextlib.contextmanager
@@ -387,13 +371,6 @@ def _copy(folder: epath.Path, part: epath.Path, names: Sequence[str]) -> None:
     if folder != part:
         for name in names:
             (folder / name).copy(part / name)
-
-
-def _swap_in(part: epath.Path, path: epath.Path) -> None:
-    """Rename `part` to `path`; what was there is moved aside, where it goes with the part."""
-    if path.exists():
-        path.rename(part.parent / "old")
-    part.rename(path)
 
 
 # --- the command -------------------------------------------------------------------------------

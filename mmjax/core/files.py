@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from etils import epath
+
+_PART = ".part-"
+_STALE_SECONDS = 3600.0
 
 
 def is_local(path: epath.Path) -> bool:
@@ -45,3 +50,38 @@ def read_bytes(path: epath.Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         return b""
+
+
+@contextmanager
+def new_folder(path: epath.Path) -> Iterator[epath.Path]:
+    """Make a new folder near `path`, to be filled in the block and brought there by `swap_in`.
+
+    It is gone at the end unless it was renamed, and so is what blocks that were killed an hour ago or more left. It is
+    made before the work, so that a place that cannot be written to is known at once (`OSError`), and lies one level
+    deeper than `path`, so that nobody who lists the versions of a data set takes it for one.
+    """
+    prefix = f"{_PART}{path.name}-"
+    shelter = path.parent / f"{prefix}{uuid.uuid4().hex}"
+    part = shelter / path.name
+    part.mkdir(parents=True)
+    try:
+        for other in path.parent.iterdir():
+            if other.name.startswith(prefix) and _last_change(other) < time.time() - _STALE_SECONDS:
+                other.rmtree()
+        yield part
+    finally:
+        if shelter.exists():
+            shelter.rmtree()
+
+
+def _last_change(shelter: epath.Path) -> float:
+    inner = list(shelter.glob("*")) + list(shelter.glob("*/*"))
+    return max(float(each.stat().mtime or 0) for each in (shelter, *inner))
+
+
+def swap_in(part: epath.Path, path: epath.Path) -> None:
+    """Rename a folder of `new_folder` to `path`; what was there is moved aside, and removed with the rest."""
+    if path.exists():
+        with suppress(FileNotFoundError):  # another process may be faster by a moment
+            path.rename(part.parent / "old")
+    part.rename(path)

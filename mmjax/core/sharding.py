@@ -294,3 +294,11 @@ def joined_rows(x: jax.Array, together: int = 1) -> jax.Array:
     x = jnp.swapaxes(x.reshape(count, rows // together, together, *x.shape[2:]), 0, 1)
     x = x.reshape(count * rows, *x.shape[3:])
     return constrain(x, ("batch", *(None,) * (x.ndim - 1)))
+
+
+def shard_bytes(tree: Any) -> int:
+    """Return the bytes of one device that hold a tree of arrays, concrete or abstract, with their shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -28,7 +28,6 @@ import logging
 import pkgutil
 import tempfile
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +35,10 @@ from typing import Any
 from etils import epath
 
 import mmjax.data
+import mmjax.datasets
 from mmjax.core import errors
 from mmjax.core.errors import UserError
+from mmjax.core.files import new_folder, swap_in
 
 VERSION = "1.0.0"
 """Of every embedded data set, for TFDS; contents are told apart by the manifest's `digest`."""
@@ -49,8 +50,6 @@ BUNDLES = {"quickstart": ("emoji", "speech", "notes", "emoji_line")}
 """Names that stand for several data sets."""
 
 MANIFEST = "manifest.json"
-_PART_PREFIX = ".part-"
-_STALE_SECONDS = 3600.0
 
 Json = dict[str, Any]
 
@@ -112,7 +111,7 @@ def build(
         _copy(made.path, manifest, part)
         if force or not _reusable(path, name, limit):
             try:
-                _swap_in(part, path)
+                swap_in(part, path)
             except OSError:  # another process may have been faster by a moment
                 if not _reusable(path, name, limit):
                     raise
@@ -152,9 +151,9 @@ def _fault(path: epath.Path, name: str) -> str | None:
 
 
 def _module(name: str) -> Any:
-    """The module `mmjax.data.NAME` with its `prepare`."""
+    """The module `mmjax.datasets.NAME` with its `prepare`."""
     try:
-        module = importlib.import_module(f"mmjax.data.{name}")
+        module = importlib.import_module(f"mmjax.datasets.{name}")
     except ModuleNotFoundError as error:
         if error.name and not error.name.startswith("mmjax"):
             raise UserError(
@@ -169,11 +168,11 @@ def _module(name: str) -> Any:
 
 
 def known() -> list[str]:
-    """Names of the embedded data sets: the modules of `mmjax.data` that have a `prepare`."""
+    """Names of the embedded data sets: the modules of `mmjax.datasets` that have a `prepare`."""
     names = []
-    for found in pkgutil.iter_modules(mmjax.data.__path__):
+    for found in pkgutil.iter_modules(mmjax.datasets.__path__):
         with contextlib.suppress(ImportError):
-            if hasattr(importlib.import_module(f"mmjax.data.{found.name}"), "prepare"):
+            if hasattr(importlib.import_module(f"mmjax.datasets.{found.name}"), "prepare"):
                 names.append(found.name)
     return names
 
@@ -250,26 +249,16 @@ def _scratch() -> Iterator[epath.Path]:
 
 @contextlib.contextmanager
 def _part(path: epath.Path) -> Iterator[epath.Path]:
-    """A new directory near `path`, gone at the end unless it was renamed.
-
-    Made before the work, so that a place that cannot be written to is known at once, and one level
-    deeper than `path`, so that nobody who lists the versions of a data set takes it for one.
-    """
-    shelter = path.parent / f"{_PART_PREFIX}{uuid.uuid4().hex}"
-    part = shelter / path.name
-    try:
-        part.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write to the data directory {path.parent.parent}: {error.strerror or error}."
-            " Give another one by --data_dir or MMJAX_DATA_DIR."
-        ) from error
-    try:
-        _sweep(path)
+    """Make a new folder near `path` (see `new_folder`), or say that the data directory cannot be written to."""
+    with contextlib.ExitStack() as stack:
+        try:
+            part = stack.enter_context(new_folder(path))
+        except OSError as error:
+            raise UserError(
+                f"Cannot write to the data directory {path.parent.parent}: {error.strerror or error}."
+                " Give another one by --data_dir or MMJAX_DATA_DIR."
+            ) from error
         yield part
-    finally:
-        if shelter.exists():
-            shelter.rmtree()
 
 
 def _copy(made: epath.Path, manifest: Json, part: epath.Path) -> None:
@@ -277,22 +266,6 @@ def _copy(made: epath.Path, manifest: Json, part: epath.Path) -> None:
     for file in sorted(made.iterdir()):
         file.copy(part / file.name)
     (part / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
-
-
-def _swap_in(part: epath.Path, path: epath.Path) -> None:
-    """Rename `part` to `path`; what was there is moved aside, where it goes with the part."""
-    if path.exists():
-        with contextlib.suppress(FileNotFoundError):
-            path.rename(part.parent / "old")
-    part.rename(path)
-
-
-def _sweep(path: epath.Path) -> None:
-    """Remove what builds that were killed an hour ago or more left near `path`."""
-    for part in path.parent.iterdir():
-        old = part.stat().mtime < time.time() - _STALE_SECONDS
-        if part.name.startswith(_PART_PREFIX) and old:
-            part.rmtree()
 
 
 def summary(built: Built, seconds: float) -> str:
@@ -321,7 +294,7 @@ def main() -> None:
 def _unbundled(names: Iterable[str]) -> list[str]:
     """The data sets, each once; a name that no module has is refused before the first is built."""
     wanted = [part for name in names for part in BUNDLES.get(name, (name,))]
-    modules = {found.name for found in pkgutil.iter_modules(mmjax.data.__path__)}
+    modules = {found.name for found in pkgutil.iter_modules(mmjax.datasets.__path__)}
     for name in wanted:
         if name not in modules:
             _module(name)

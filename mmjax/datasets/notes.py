@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from mmjax.core.errors import UserError
 from mmjax.datasets import packages, writer
 from mmjax.datasets.build import Made
-from mmjax.datasets.packages import Source
+from mmjax.datasets.packages import PackageSource
 from mmjax.datasets.soundfont import SoundFont, play
 
 RATE = 11_025
@@ -39,7 +39,7 @@ PROGRAMS = range(128)
 SPLITS = ("train", "test_pitch")
 HELD_OUT = 0.15
 
-SOUNDFONT = Source(
+SOUNDFONT = PackageSource(
     "pretty_midi",
     "pretty_midi",
     "recorded instruments (TimGM6mb.sf2), and their names",

@@ -19,7 +19,7 @@ WRITING = {"array_record": "array_record", "tensorflow_datasets": "tensorflow-da
 
 
 @dataclass(frozen=True)
-class Source:
+class PackageSource:
     """A package that parts of the records come from, and what it asks of those who use them.
 
     Attributes:
@@ -65,7 +65,7 @@ def folder(module: str, package: str, extra: str = "data") -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def check(sources: Iterable[Source], tools: dict[str, str]) -> None:
+def check(sources: Iterable[PackageSource], tools: dict[str, str]) -> None:
     """`UserError` for the first package that is missing; `tools` maps module to package."""
     for source in sources:
         source.folder()
@@ -73,7 +73,7 @@ def check(sources: Iterable[Source], tools: dict[str, str]) -> None:
         folder(module, package)
 
 
-def facts(sources: Iterable[Source], tools: dict[str, str]) -> dict[str, Any]:
+def facts(sources: Iterable[PackageSource], tools: dict[str, str]) -> dict[str, Any]:
     """For the manifest: sources with versions and licences, and versions of the tools."""
     return {
         "sources": [_source_facts(source) for source in sources],
@@ -81,7 +81,7 @@ def facts(sources: Iterable[Source], tools: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def licences(sources: Iterable[Source]) -> str:
+def licences(sources: Iterable[PackageSource]) -> str:
     """One line of what comes under which licence."""
     return "; ".join(f"{source.gives}: {source.licence}" for source in sources)
 
@@ -91,7 +91,7 @@ def version(package: str) -> str:
     return importlib.metadata.version(package)
 
 
-def _source_facts(source: Source) -> dict[str, str]:
+def _source_facts(source: PackageSource) -> dict[str, str]:
     return {
         "package": source.package,
         "version": version(source.package),

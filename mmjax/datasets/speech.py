@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mmjax.datasets import emoji, espeak, packages, writer
 from mmjax.datasets.build import Made
 from mmjax.datasets.emoji import Concept
-from mmjax.datasets.packages import Source
+from mmjax.datasets.packages import PackageSource
 from mmjax.datasets.resample import decimate
 
 RATE = espeak.RATE // 2
@@ -37,7 +37,7 @@ SPLITS = {
 }
 """Split to whether training sees its concepts, and its voices."""
 
-ESPEAK = Source(
+ESPEAK = PackageSource(
     "espeakng-loader",
     "espeakng_loader",
     "the voices that say the captions",

@@ -20,11 +20,12 @@ import grain
 import jax
 import numpy as np
 from absl import flags
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from mmjax.core import config as configs
 from mmjax.core.bounds import SIZE, check
 from mmjax.core.errors import RecordError, UserError
+from mmjax.core.sharding import batch_sharding
 from mmjax.data import order
 from mmjax.engine.state import Clock
 from mmjax.objectives.base import Objective
@@ -76,6 +77,11 @@ class HostBatch:
     start: int
     rows: Any
     failed: tuple[tuple[int, str], ...]
+
+
+def process_rows(mesh: Mesh, where: str = "batch") -> Callable[[int], tuple[int, int]]:
+    """Return `size -> (first, last)`: the rows of a batch of so many that this process holds."""
+    return lambda size: local_rows(batch_sharding(mesh, size, where), size)
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> tuple[int, int]:

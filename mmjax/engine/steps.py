@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -16,11 +15,11 @@ from jax.sharding import Mesh
 
 from mmjax.analysis import flops
 from mmjax.core.parameters import Arrays, Declaration
-from mmjax.core.sharding import batch_sharding, replicated
+from mmjax.core.sharding import batch_sharding, replicated, shard_bytes
 from mmjax.engine.compile import Request
 from mmjax.engine.gradient import loss_and_gradient
 from mmjax.engine.state import EMA, SUM, SUMMED, State, shardings
-from mmjax.evaluators.base import device_spec, function
+from mmjax.evaluators.base import Computation, device_spec, function
 from mmjax.objectives.base import Loss, row_keys
 from mmjax.optim.optimizer import Optimizer
 from mmjax.optim.reach import Reach, reach
@@ -208,10 +207,7 @@ def optimizer_bytes(state: State, kind: str, task: str) -> int:
     """Bytes of one device that hold the optimizer state which a task's steps read."""
     own = {n: leaf for n, leaf in state.moments.items() if split_name(n)[0] == task}
     held = own if kind == OWN_MOMENTS else state.optimizer
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(held)
-    )
+    return shard_bytes(held)
 
 
 def reach_of(task: Task, declaration: Declaration, dtype: Any, compute: Any, seed: int) -> Reach:
@@ -224,7 +220,7 @@ def reach_of(task: Task, declaration: Declaration, dtype: Any, compute: Any, see
 
 def eval_request(
     task: Task,
-    what: str,
+    computation: Computation,
     size: int,
     declaration: Declaration,
     compute: Any,
@@ -233,7 +229,7 @@ def eval_request(
     mesh: Mesh,
 ) -> Request:
     """The program of evaluation passes: `(parameters, batch, {batch}) -> outputs`, held whole by every process."""
-    outputs_of = function(task, what)
+    outputs_of = function(task, computation)
 
     def run(parameters: Arrays, batch: Any, ticks: Ticks) -> dict[str, jax.Array]:
         own = jax.random.fold_in(task.fold(seed), 2**31)
@@ -243,11 +239,11 @@ def eval_request(
         outputs = outputs_of(declaration.merge(parameters, compute), keyed, key)
         return {**outputs, "valid": batch["valid"]}
 
-    spec = device_spec(task, what)
+    spec = device_spec(task, computation)
     batch = abstract_batch(spec, size, mesh, f"evaluation.batch (of tasks.{task.name})")
     arguments = (parameters, batch, {"batch": _tick(mesh)})
     return Request(
-        task.name, what, run, arguments, replicated(mesh), (), _shape(spec, size),
+        task.name, str(computation), run, arguments, replicated(mesh), (), _shape(spec, size),
         lambda: flops.model_flops(run, *arguments),
     )  # fmt: skip
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmjax.core.errors import UserError, nearest
-from mmjax.evaluators.base import Evaluator, Outputs, Pass, Record
+from mmjax.evaluators.base import Evaluator, Outputs, Pass, Predict, Record
+from mmjax.objectives.base import classified
 from mmjax.task import Task
 
 MANY = 10
@@ -30,7 +31,7 @@ class Accuracy(Evaluator):
     modalities: tuple[str, ...] = ()
 
     def passes(self, task: Task) -> dict[str, Pass]:
-        modalities = task.objective.predicts()
+        modalities = classified(task.objective)
         if not modalities:
             raise UserError(
                 f"tasks.{task.name}: accuracy needs an objective that predicts classes, "
@@ -42,8 +43,8 @@ class Accuracy(Evaluator):
                     f"tasks.{task.name}: accuracy of '{name}', from which the objective predicts nothing."
                     f"{nearest(name, modalities)}"
                 )
-        given = "+".join(self.modalities or modalities)
-        return {"all": Pass(f"predict/{given}", self.source, (self._label(task),))}
+        logits = Predict(self.modalities or tuple(modalities))
+        return {"all": Pass(logits, self.source, (self._label(task),))}
 
     def _label(self, task: Task) -> str:
         known = task.objective.fields()

@@ -1,9 +1,8 @@
-"""What an evaluator is: passes over held-out data on the devices, and a score of their outputs on the host.
+"""Evaluators: passes over held-out data on the devices, and a score of their outputs on the host.
 
-An evaluator is one file in `mmjax/evaluators/`, whose class is a frozen dataclass. It runs no program of
-its own: a pass names one of the things that its task's objective can compute (`embed/MODALITY`,
-`predict/MODALITY`, `write`, `loss`), so evaluators that want the same outputs share one program and one reading of the
-data.
+An evaluator is one file in `mmjax/evaluators/`, whose class is a frozen dataclass. It runs no program of its own: each
+of its passes names a `Computation` of its task's objective, so evaluators that want the same outputs share one program
+and one reading of the data. A new kind of output is a new `Computation`, here or in the evaluator's own file.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.core import config as configs
+from mmjax.modalities.base import Input
 from mmjax.model import Batch, Model
-from mmjax.objectives.base import Loss, with_rows
+from mmjax.objectives.base import Classifies, Embeds, Loss, Writes, able, embedded, with_rows
 from mmjax.sources.base import Source
 from mmjax.task import RowSpec, Task
 
@@ -28,19 +28,126 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Computation(abc.ABC):
+    """A function of a task's batches that an evaluator asks of the devices.
+
+    Its text (`str`) names its program in tables and is what tells two computations of a task apart.
+    """
+
+    @abc.abstractmethod
+    def __str__(self) -> str:
+        """Return its name, unique among the computations of a task."""
+
+    def inputs(self, task: Task) -> dict[str, Input]:
+        """Return the inputs that it reads of each example, by modality, as evaluation has them."""
+        return {name: each.whole() for name, each in task.inputs.items()}
+
+    def fields(self, task: Task) -> tuple[str, ...]:
+        """Return the fields of the examples that it reads on the devices, besides its inputs."""
+        del task
+        return ()
+
+    @abc.abstractmethod
+    def outputs(
+        self, task: Task, model: Model, batch: Batch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Return arrays with a leading row axis; rows of `batch` may be invalid."""
+
+
+@dataclass(frozen=True)
+class Embed(Computation):
+    """The vector [E] of each row's input of a modality (output `vector`).
+
+    Attributes:
+      modality: whose input is embedded.
+      relative_to: the modality in whose shared space the vector is; empty where the objective has one space.
+    """
+
+    modality: str
+    relative_to: str = ""
+
+    def __str__(self) -> str:
+        return f"embed/{self.modality}" + (f">{self.relative_to}" if self.relative_to else "")
+
+    def inputs(self, task: Task) -> dict[str, Input]:
+        return {self.modality: super().inputs(task)[self.modality]}
+
+    def outputs(
+        self, task: Task, model: Model, batch: Batch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        arrays = batch["inputs"][self.modality]
+        return {
+            "vector": able(task.objective, Embeds).embed(
+                model, self.modality, arrays, self.relative_to
+            )
+        }
+
+
+@dataclass(frozen=True)
+class Predict(Computation):
+    """The logits [C] over the classes of each row, from some of its inputs (output `logits`)."""
+
+    modalities: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"predict/{'+'.join(self.modalities)}"
+
+    def inputs(self, task: Task) -> dict[str, Input]:
+        inputs = super().inputs(task)
+        return {name: inputs[name] for name in self.modalities}
+
+    def outputs(
+        self, task: Task, model: Model, batch: Batch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        return {"logits": able(task.objective, Classifies).predict(model, batch["inputs"])}
+
+
+@dataclass(frozen=True)
+class Write(Computation):
+    """The texts that the objective writes for each row (see `Writes.write`)."""
+
+    def __str__(self) -> str:
+        return "write"
+
+    def fields(self, task: Task) -> tuple[str, ...]:
+        return tuple(task.objective.fields())
+
+    def outputs(
+        self, task: Task, model: Model, batch: Batch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        return able(task.objective, Writes).write(model, batch, key)
+
+
+@dataclass(frozen=True)
+class LossOf(Computation):
+    """The loss and its scalar metrics, the same for each row of a batch, and what the batch counts (`_shares`)."""
+
+    def __str__(self) -> str:
+        return "loss"
+
+    def fields(self, task: Task) -> tuple[str, ...]:
+        return tuple(task.objective.fields())
+
+    def outputs(
+        self, task: Task, model: Model, batch: Batch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        result, valid_B = task.loss(model, batch, key), batch["valid"]
+        values = {"loss": result.value, **result.metrics, **_shares(result, valid_B)}
+        values = {name: value for name, value in values.items() if not jnp.ndim(value)}
+        return {name: jnp.broadcast_to(value, valid_B.shape) for name, value in values.items()}
+
+
+@dataclass(frozen=True)
 class Pass:
     """All examples of a source through one program.
 
     Attributes:
-      what: `embed/MODALITY` (output `vector` [E] of each row), or `embed/MODALITY>OTHER` in the space that it shares
-        with the other, `predict/MODALITY` or `predict/ONE+OTHER`
-        (`logits` [C]), `write` (texts, see `Objective.write`), or `loss` (the loss and its metrics, per batch, and what
-        the batch counts, see `_shares`).
+      computation: what the program computes.
       block: the source as a config block.
       fields: integer fields of the examples that the score needs, kept beside the outputs.
     """
 
-    what: str
+    computation: Computation
     block: Mapping[str, Any]
     fields: tuple[str, ...]
 
@@ -84,61 +191,35 @@ class Evaluator(abc.ABC):
         }
 
 
-def embedding(task: Task, modality: str, other: str) -> str:
-    """What a pass says for vectors of a modality that are compared with another's."""
-    several = len(task.objective.embeds()) > 2
-    return f"embed/{modality}>{other}" if several else f"embed/{modality}"
+def embed(task: Task, modality: str, other: str) -> Embed:
+    """Return the computation of vectors of a modality that are compared with another's."""
+    has_several_spaces = len(embedded(task.objective)) > 2
+    return Embed(modality, other if has_several_spaces else "")
+
+
+def device_spec(task: Task, computation: Computation) -> RowSpec:
+    """Return what a row of the program's batches holds; the fields of a pass stay on the host."""
+    return RowSpec(computation.inputs(task), computation.fields(task))
 
 
 def row_spec(task: Task, each: Pass) -> RowSpec:
-    """What a pass reads of each example: what its program takes, and its own fields.
+    """Return what a pass reads of each example: what its program takes, and its own fields.
 
     An example whose fields the objective cannot take is none, where the pass reads these fields.
     """
-    spec = device_spec(task, each.what)
+    spec = device_spec(task, each.computation)
     fields = tuple(dict.fromkeys(spec.fields + each.fields))
     if set(task.objective.fields()) <= set(fields):
         spec = replace(spec, check_example=task.objective.check_example)
     return replace(spec, fields=fields)
 
 
-def device_spec(task: Task, what: str) -> RowSpec:
-    """What a row of the program's batches holds. The fields of a pass stay on the host."""
-    whole = {name: each.whole() for name, each in task.inputs.items()}
-    if what.startswith("embed/"):
-        modality = what.removeprefix("embed/").partition(">")[0]
-        return RowSpec({modality: whole[modality]}, ())
-    if what.startswith("predict/"):
-        modalities = what.removeprefix("predict/").split("+")
-        return RowSpec({m: whole[m] for m in modalities}, ())
-    return RowSpec(whole, task.objective.fields())
-
-
-def function(task: Task, what: str) -> Callable[[Model, Batch, jax.Array], dict[str, jax.Array]]:
+def function(
+    task: Task, computation: Computation
+) -> Callable[[Model, Batch, jax.Array], dict[str, jax.Array]]:
     """Return the function on the devices: outputs with a leading row axis, of batches whose rows may be invalid."""
-    of_marked = _function(task, what)
-    return lambda model, batch, key: of_marked(model, with_rows(batch), key)
-
-
-def _function(task: Task, what: str) -> Callable[[Model, Batch, jax.Array], dict[str, jax.Array]]:
-    task = task.whole()
-    if what.startswith("embed/"):
-        modality, _, toward = what.removeprefix("embed/").partition(">")
-        return lambda model, batch, key: {
-            "vector": task.objective.embed(model, modality, batch["inputs"][modality], toward)
-        }
-    if what.startswith("predict/"):
-        return lambda model, batch, key: {"logits": task.objective.predict(model, batch["inputs"])}
-    if what == "write":
-        return task.objective.write
-
-    def loss(model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        result, valid_B = task.loss(model, batch, key), batch["valid"]
-        values = {"loss": result.value, **result.metrics, **_shares(result, valid_B)}
-        values = {name: value for name, value in values.items() if not jnp.ndim(value)}
-        return {name: jnp.broadcast_to(value, valid_B.shape) for name, value in values.items()}
-
-    return loss
+    whole = task.whole()
+    return lambda model, batch, key: computation.outputs(whole, model, with_rows(batch), key)
 
 
 def _shares(result: Loss, valid_B: jax.Array) -> dict[str, jax.Array]:

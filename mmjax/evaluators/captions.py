@@ -11,7 +11,8 @@ import numpy as np
 
 from mmjax.core.errors import UserError
 from mmjax.data.tokenizer import TokenIds
-from mmjax.evaluators.base import Evaluator, Outputs, Pass, Record
+from mmjax.evaluators.base import Evaluator, Outputs, Pass, Record, Write
+from mmjax.objectives.base import written
 from mmjax.task import Task
 
 
@@ -26,17 +27,17 @@ class Captions(Evaluator):
     """
 
     def passes(self, task: Task) -> dict[str, Pass]:
-        if not task.objective.writes():
+        if not written(task.objective):
             raise UserError(
                 f"tasks.{task.name}: captions needs an objective that writes texts, such as coca; "
                 f"{type(task.objective).__name__} does not."
             )
-        return {"all": Pass("write", self.source, ())}
+        return {"all": Pass(Write(), self.source, ())}
 
     def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
         rows, end = outputs["all"], _end(task)
         given = [row[:n] for row, n in zip(rows["wanted"], rows["tokens"].astype(int), strict=True)]
-        wanted, written = texts(given, end), texts(rows["written"], end)
+        wanted, made = texts(given, end), texts(rows["written"], end)
         others = [wanted[i] for i in np.random.default_rng(0).permutation(len(wanted))]
         tokens = int(rows["tokens"].sum())
         return [
@@ -44,14 +45,14 @@ class Captions(Evaluator):
                 task, "caption loss", rows["cost"].sum() / max(tokens, 1),
                 entropy(np.concatenate(given)), tokens, unit="loss",
             ),
-            self.record(task, "caption match", match(written, wanted), match(others, wanted), len(wanted)),
-            self.record(task, "caption F1", f1(written, wanted), f1(others, wanted), len(wanted)),
+            self.record(task, "caption match", match(made, wanted), match(others, wanted), len(wanted)),
+            self.record(task, "caption F1", f1(made, wanted), f1(others, wanted), len(wanted)),
         ]  # fmt: skip
 
 
 def _end(task: Task) -> int | None:
     """Return the token that closes a text of the task; None where all have the whole length, as colours do."""
-    modality: Any = task.inputs[task.objective.writes()[1]].modality
+    modality: Any = task.inputs[written(task.objective)[1]].modality
     special: TokenIds = modality.token_ids()
     return special.end
 

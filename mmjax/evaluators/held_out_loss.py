@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmjax.core.errors import UserError
-from mmjax.evaluators.base import Evaluator, Outputs, Pass, Record
+from mmjax.evaluators.base import Evaluator, LossOf, Outputs, Pass, Record
 from mmjax.task import Task
 
 
@@ -29,7 +29,7 @@ class HeldOutLoss(Evaluator):
     """
 
     def passes(self, task: Task) -> dict[str, Pass]:
-        return {"all": Pass("loss", self.source, ())}
+        return {"all": Pass(LossOf(), self.source, ())}
 
     def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
         rows = outputs["all"]

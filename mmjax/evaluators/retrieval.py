@@ -10,7 +10,8 @@ from scipy.special import gammaln
 
 from mmjax.core.bounds import COUNT, check
 from mmjax.core.errors import UserError
-from mmjax.evaluators.base import Evaluator, Outputs, Pass, Record, embedding
+from mmjax.evaluators.base import Evaluator, Outputs, Pass, Record, embed
+from mmjax.objectives.base import embedded
 from mmjax.task import Task
 
 _PAIRS = 2**24  # of a query and a candidate, at a time
@@ -38,12 +39,12 @@ class Retrieval(Evaluator):
     def passes(self, task: Task) -> dict[str, Pass]:
         one, two = self._pair(task)
         return {
-            m: Pass(embedding(task, m, other), self.source, (self.concept,))
+            m: Pass(embed(task, m, other), self.source, (self.concept,))
             for m, other in ((one, two), (two, one))
         }
 
     def _pair(self, task: Task) -> tuple[str, str]:
-        known = task.objective.embeds()
+        known = embedded(task.objective)
         pair = self.between or known
         if len(pair) != 2 or not set(pair) <= set(known):
             raise UserError(

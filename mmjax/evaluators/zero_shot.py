@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.evaluators.accuracy import rank
-from mmjax.evaluators.base import Evaluator, Outputs, Pass, Record, embedding
+from mmjax.evaluators.base import Evaluator, Outputs, Pass, Record, embed
 from mmjax.task import Task
 
 
@@ -34,10 +34,8 @@ class ZeroShot(Evaluator):
 
     def passes(self, task: Task) -> dict[str, Pass]:
         return {
-            "names": Pass(embedding(task, self.describe, self.classify), self.names, (self.label,)),
-            "examples": Pass(
-                embedding(task, self.classify, self.describe), self.source, (self.label,)
-            ),
+            "names": Pass(embed(task, self.describe, self.classify), self.names, (self.label,)),
+            "examples": Pass(embed(task, self.classify, self.describe), self.source, (self.label,)),
         }
 
     def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:

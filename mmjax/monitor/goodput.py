@@ -33,9 +33,8 @@ from typing import Any, Self
 
 from etils import epath
 
-from mmjax.core.files import read_bytes
 from mmjax.core.workdir import GOODPUT
-from mmjax.monitor.line_file import LineFile
+from mmjax.monitor.line_file import LineFile, read_records
 
 OTHER = "other"
 STEP = "step"
@@ -292,15 +291,7 @@ class _Attempt:
 
 
 def _read(path: epath.Path) -> list[dict[str, Any]]:
-    found = []
-    for text in read_bytes(path).split(b"\n"):
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and _is_line(line):
-            found.append(line)
-    return found
+    return [line for line in read_records(path) if _is_line(line)]
 
 
 def _is_line(line: Mapping[str, Any]) -> bool:

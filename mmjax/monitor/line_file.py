@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -106,3 +107,17 @@ def _last_byte(path: epath.Path) -> bytes:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read()
+
+
+def read_records(path: epath.Path) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file of lines, none where there is no file; any other line is left out.
+
+    A kill or a power cut may have torn the last line, or left none of it.
+    """
+    records = []
+    for line in read_bytes(path).split(b"\n"):
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
+    return records

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from mmjax.model import Batch, Model
 from mmjax.nn.stream import Aux
 from mmjax.sources.base import Example
 
+C = TypeVar("C")
 _ROWS = 2**31 - 1  # keeps the keys of rows apart from what objectives fold into a key
 
 
@@ -94,6 +95,9 @@ class Loss:
 class Objective(abc.ABC):
     """A loss over some of a task's inputs.
 
+    It implements `reads`, `heads` and `__call__`; what else it offers it says by further bases: `Embeds`, `Classifies`,
+    `Writes`, `Composes`, `Shows`.
+
     Attributes:
       head: name of the parameters it owns; objectives that name the same head share it. Set to the task's
         name where the config gives none.
@@ -115,7 +119,7 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
-        """The loss of a batch: `inputs` (modality -> arrays), `fields`, `valid` `[B]`.
+        """Return the loss of a batch: `inputs` (modality -> arrays), `fields`, `valid` `[B]`.
 
         A mean over rows; draw by `row_keys`, so that it is the same in micro-batches. A loss between rows
         derives from `Coupled`.
@@ -160,71 +164,127 @@ class Objective(abc.ABC):
         """`UserError` for an example whose fields the loss cannot take, such as a label out of range."""
         del example  # any will do
 
+
+# --- what an objective may offer besides its loss -----------------------------------------------
+
+
+class Embeds(abc.ABC):
+    """An objective that makes vectors of its inputs."""
+
+    @abc.abstractmethod
+    def embeds(self) -> tuple[str, ...]:
+        """Return the modalities that `embed` takes."""
+
+    @abc.abstractmethod
     def embed(
         self, model: Model, modality: str, arrays: Mapping[str, jax.Array], toward: str = ""
     ) -> jax.Array:
-        """Unit vectors `[B, E]` of one modality's arrays, where the objective makes such.
+        """Return unit vectors `[B, E]` of one modality's arrays.
 
         Args:
           toward: the modality they are compared with, where the space depends on it; the first other one if empty.
         """
-        raise UserError(f"objective {type(self).__name__} makes no embeddings of '{modality}'.")
 
-    def embeds(self) -> tuple[str, ...]:
-        """Modalities that `embed` takes."""
-        return ()
 
-    def predict(self, model: Model, inputs: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
-        """Logits `[B, C]` of the classes, from the arrays of some modalities, where it classifies."""
-        raise UserError(f"objective {type(self).__name__} predicts no classes.")
+class Classifies(abc.ABC):
+    """An objective that predicts classes from its inputs."""
 
+    @abc.abstractmethod
     def predicts(self) -> tuple[str, ...]:
-        """Modalities that `predict` takes."""
-        return ()
+        """Return the modalities that `predict` takes."""
 
+    @abc.abstractmethod
+    def predict(self, model: Model, inputs: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
+        """Return logits `[B, C]` of the classes, from the arrays of some modalities."""
+
+
+class Writes(abc.ABC):
+    """An objective that writes texts of another modality."""
+
+    @abc.abstractmethod
+    def writes(self) -> tuple[str, ...]:
+        """Return the modality that it writes texts of, and that of the texts; empty where its config has none."""
+
+    @abc.abstractmethod
     def write(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        """Texts that it writes of a batch, where it does: int32 `[B, S]`, each up to its end token, padding after.
+        """Return texts of a batch: int32 `[B, S]`, each up to its end token, padding after.
 
         `written` without a look at the text given, which is `wanted`; `cost` `[B]` is the cross-entropy of the given
         text's tokens, summed, and `tokens` `[B]` their number.
         """
-        raise UserError(f"objective {type(self).__name__} writes no texts.")
 
+    @abc.abstractmethod
     def captions(
         self, model: Model, arrays: Mapping[str, jax.Array], length: int, keys_B: jax.Array
     ) -> jax.Array:
-        """Texts that it writes of one modality's arrays, int32 `[B, length]`, each row drawing by a key of its own."""
-        raise UserError(f"objective {type(self).__name__} writes no texts.")
+        """Return texts of one modality's arrays, int32 `[B, length]`, each row drawing by a key of its own."""
 
-    def writes(self) -> tuple[str, ...]:
-        """The modality that it writes texts of, and that of the texts; empty where it writes none."""
-        return ()
 
+class Composes(abc.ABC):
+    """An objective that makes spans of a sequence, each after those before it."""
+
+    @abc.abstractmethod
+    def composes(self) -> tuple[str, ...]:
+        """Return the modalities of the spans that `compose` takes."""
+
+    @abc.abstractmethod
     def compose(self, model: Model, spans: Sequence[Span], keys_B: jax.Array) -> list[jax.Array]:
         """Return the spans of a sequence that are to be made, each after those before it, in the form for viewing.
 
         A picture is uint8 `[B, H, W, 3]`, a text int32 `[B, L]` as of `write`, anything else its values `[B, S, P]`.
         """
-        raise UserError(f"objective {type(self).__name__} composes no sequences.")
 
-    def composes(self) -> tuple[str, ...]:
-        """The modalities of the spans that `compose` takes."""
-        return ()
-
+    @abc.abstractmethod
     def beside(self, modalities: Sequence[str]) -> tuple[str, ...]:
         """Return the modalities that a sequence of spans of these modalities holds too, as absent spans."""
-        return ()
 
+
+class Shows(abc.ABC):
+    """An objective that has something for the report to show."""
+
+    @abc.abstractmethod
+    def shows(self) -> tuple[str, ...]:
+        """Return the names of what `show` gives, in the order to show them and in words of a caption."""
+
+    @abc.abstractmethod
     def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        """What it makes of a batch, for a person to look at: arrays with a leading axis `[B]`, by `shows`.
+        """Return what it makes of a batch: arrays with a leading axis `[B]`, by `shows`.
 
         Each row is a picture, uint8 `[H, W, C]`, a clip, uint8 `[T, H, W, C]`, or a text as of `write`, int32 `[S]`.
         """
-        raise UserError(f"objective {type(self).__name__} has nothing to show.")
 
-    def shows(self) -> tuple[str, ...]:
-        """Names of what `show` gives, in the order to show them and in words of a caption."""
-        return ()
+
+def embedded(objective: Objective) -> tuple[str, ...]:
+    """Return the modalities that an objective embeds."""
+    return objective.embeds() if isinstance(objective, Embeds) else ()
+
+
+def classified(objective: Objective) -> tuple[str, ...]:
+    """Return the modalities from which an objective predicts classes."""
+    return objective.predicts() if isinstance(objective, Classifies) else ()
+
+
+def written(objective: Objective) -> tuple[str, ...]:
+    """Return the modality that an objective writes texts of, and that of the texts; empty where it writes none."""
+    return objective.writes() if isinstance(objective, Writes) else ()
+
+
+def composed(objective: Objective) -> tuple[str, ...]:
+    """Return the modalities of the spans that an objective composes."""
+    return objective.composes() if isinstance(objective, Composes) else ()
+
+
+def able(objective: Objective, capability: type[C]) -> C:
+    """Return the objective as one that offers a capability.
+
+    Raises:
+      UserError: it does not.
+    """
+    if not isinstance(objective, capability):
+        raise UserError(
+            f"objective {type(objective).__name__} is none that {capability.__name__.lower()}."
+        )
+    return objective
 
 
 @struct.dataclass

@@ -18,7 +18,7 @@ from mmjax.modalities.base import Input
 from mmjax.model import Batch, Model
 from mmjax.nn.dense import Dense, LayerNorm, lecun
 from mmjax.nn.stream import mean_pool
-from mmjax.objectives.base import Loss, Objective
+from mmjax.objectives.base import Classifies, Loss, Objective
 from mmjax.sources.base import Example
 
 INITIALIZERS = {"zeros": initializers.zeros, "lecun": lecun}
@@ -37,7 +37,7 @@ class Classifier(nnx.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification(Objective):
+class Classification(Objective, Classifies):
     """Mean-pooled tokens, a linear map to classes, cross-entropy to the label.
 
     Attributes:

@@ -24,7 +24,7 @@ from mmjax.nn.masks import Causal
 from mmjax.nn.pooler import Pooler
 from mmjax.nn.stream import Aux, Stream, add_up
 from mmjax.nn.trunk import GroupConfig, Trunk
-from mmjax.objectives.base import Loss, Part, Represented, row_keys
+from mmjax.objectives.base import Loss, Part, Represented, Shows, Writes, row_keys
 from mmjax.objectives.contrastive import Contrastive, unit
 from mmjax.objectives.transfusion import next_token_losses
 
@@ -94,7 +94,7 @@ class Seen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Coca(Contrastive):
+class Coca(Contrastive, Writes, Shows):
     """`L = contrastive_weight * L_con + caption_weight * L_cap` (equation 4).
 
     `L_con` compares the pooled modality with the text's closing token over the global batch, as `contrastive` does.

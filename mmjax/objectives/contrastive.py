@@ -22,7 +22,7 @@ from mmjax.model import Batch, Model
 from mmjax.nn.dense import Dense
 from mmjax.nn.masks import Same
 from mmjax.nn.stream import Stream, add_up, mean_pool, segments
-from mmjax.objectives.base import Coupled, Loss, Part, Represented
+from mmjax.objectives.base import Coupled, Embeds, Loss, Part, Represented
 
 MAX_SCALE = 100.0  # bound of CLIP's learned scale
 
@@ -71,7 +71,7 @@ class Bias(nnx.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contrastive(Coupled):
+class Contrastive(Coupled, Embeds):
     """Both directions of cross-entropy over the global batch (CLIP, Radford et al. 2021), or SigLIP's loss.
 
     Attributes:

@@ -19,7 +19,7 @@ from mmjax.modalities.base import PRESENT, Input
 from mmjax.model import Batch, Model
 from mmjax.nn.dense import Dense, LayerNorm
 from mmjax.nn.stream import add_up, mean_pool
-from mmjax.objectives.base import Coupled, Loss, Part, Represented
+from mmjax.objectives.base import Coupled, Embeds, Loss, Part, Represented
 from mmjax.objectives.contrastive import concepts, info_nce_of, unit
 
 SPACES = ("disjoint", "linear")
@@ -53,7 +53,7 @@ class Space(nnx.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossModal(Coupled):
+class CrossModal(Coupled, Embeds):
     """The mean over pairs of modalities of both directions of cross-entropy (IMP, Akbari et al. 2023).
 
     Where an example has several instances, those of two rows are compared as bags (MIL-NCE, Miech et al. 2020,

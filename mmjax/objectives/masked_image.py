@@ -21,7 +21,7 @@ from mmjax.nn.dense import Dense
 from mmjax.nn.positions import Positions
 from mmjax.nn.stream import Stream, add_up
 from mmjax.nn.trunk import GroupConfig, Trunk
-from mmjax.objectives.base import Loss, Objective, refuse_drop, row_keys
+from mmjax.objectives.base import Loss, Objective, Shows, refuse_drop, row_keys
 
 HIDDEN = 0.6  # the grey of patches that a picture hides
 
@@ -63,7 +63,7 @@ class Decoder(nnx.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskedImage(Objective):
+class MaskedImage(Objective, Shows):
     """Masked autoencoding (He et al. 2022): the trunk sees the unmasked patches only.
 
     Attributes:

@@ -28,12 +28,15 @@ from mmjax.nn.masks import FULL, Causal, KeyIs, Mask, QueryIs, Same
 from mmjax.nn.packing import Region, lay, lift, pack, positions, share, unpack
 from mmjax.nn.stream import Aux, Stream, concatenate
 from mmjax.objectives.base import (
+    Composes,
     Coupled,
     Loss,
     Objective,
     Occupancy,
     Part,
     Represented,
+    Shows,
+    Writes,
     refuse_drop,
     row_keys,
 )
@@ -77,7 +80,7 @@ class Outputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transfusion(Coupled):
+class Transfusion(Coupled, Writes, Composes, Shows):
     """`L = sum_m w_m L_m`: cross-entropy per token of discrete spans, squared error per span of continuous ones.
 
     A row is an item: one span of each modality. A continuous span holds the stem's tokens of noised values plus a

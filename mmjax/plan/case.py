@@ -24,12 +24,11 @@ from typing import Any
 
 import jax
 import jaxlib
-import numpy as np
 
 from mmjax.core import config as configs
 from mmjax.core.chips import Chip, chip
 from mmjax.core.errors import UserError
-from mmjax.core.sharding import AXES, make_mesh
+from mmjax.core.sharding import AXES, make_mesh, shard_bytes
 from mmjax.engine.compile import Request
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.plan import cost, hlo
@@ -250,14 +249,6 @@ def _refused(words: str) -> dict[str, Any]:
         "required_bytes": int(float(found[1]) * _UNITS[found[2]]) if found else 0,
         "message": " ".join(words.split())[:300],
     }
-
-
-def shard_bytes(tree: Any) -> int:
-    """Bytes of one device that abstract arrays need."""
-    leaves = jax.tree.leaves(tree)
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves
-    )
 
 
 def versions() -> dict[str, str]:

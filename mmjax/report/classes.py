@@ -11,10 +11,10 @@ import numpy as np
 
 from mmjax.engine.loader import make_batch
 from mmjax.evaluators.accuracy import rank
-from mmjax.evaluators.base import Pass, make_evaluators, row_spec
+from mmjax.evaluators.base import Pass, Predict, make_evaluators, row_spec
 from mmjax.loading import Embedder
 from mmjax.monitor.tables import percent
-from mmjax.objectives.base import with_rows
+from mmjax.objectives.base import Classifies, able, with_rows
 from mmjax.report.html import Html, bar, join, table, tag
 from mmjax.report.panel import (
     BATCH,
@@ -64,7 +64,7 @@ def classified(model: Embedder, task: Task, count: int) -> Iterator[Panel]:
     """
     for evaluator in make_evaluators(task).values():
         for each in evaluator.passes(task).values():
-            if each.what.startswith("predict/") and len(each.fields) == 1:
+            if isinstance(each.computation, Predict) and len(each.fields) == 1:
                 examples = each.source.open()
                 found = guesses(model, task, each, examples)
                 yield panel(task, each, examples, found, count)
@@ -73,7 +73,7 @@ def classified(model: Embedder, task: Task, count: int) -> Iterator[Panel]:
 def guesses(model: Embedder, task: Task, each: Pass, examples: Examples) -> Guesses:
     """Logits of up to 2048 examples, spread over the split; what cannot be read is counted."""
     spec = row_spec(task, each)
-    predict = model.compiled(task.objective.predict)
+    predict = model.compiled(able(task.objective, Classifies).predict)
     ids = np.array(spread(len(examples), MOST_READ))
     logits, labels, valid = [], [], []
     for start in range(0, len(ids), BATCH):
@@ -148,7 +148,10 @@ def _card(
 
 def _example(task: Task, examples: Examples, index: int, words: str) -> Html:
     """What the objective reads of an example; two views of one field are shown once."""
-    by_field = {task.inputs[m].field: task.inputs[m] for m in reversed(task.objective.predicts())}
+    by_field = {
+        task.inputs[m].field: task.inputs[m]
+        for m in reversed(able(task.objective, Classifies).predicts())
+    }
     example = examples[index]
     return join(
         preview(shown(each, as_given(each, example[field])), f"{each.name}: {words}")

@@ -18,6 +18,7 @@ from mmjax.core.workdir import EVALUATIONS, GOODPUT, METRICS, RESULTS
 from mmjax.engine import checkpoint
 from mmjax.monitor import metrics
 from mmjax.monitor import summary as tally
+from mmjax.monitor.line_file import read_records
 from mmjax.schedule.rules import RULES
 from mmjax.schedule.schedule import Schedule
 from mmjax.schedule.stretches import from_config
@@ -271,13 +272,5 @@ def _json(path: epath.Path) -> Any:
 
 
 def _log(workdir: epath.Path) -> list[dict[str, Any]]:
-    path = workdir / GOODPUT
-    found: list[dict[str, Any]] = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("time"), int | float):
-            found.append(record)
-    return found
+    records = read_records(workdir / GOODPUT)
+    return [record for record in records if isinstance(record.get("time"), int | float)]

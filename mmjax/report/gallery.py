@@ -10,8 +10,9 @@ import numpy as np
 
 from mmjax.core import config as configs
 from mmjax.core.errors import RecordError, UserError
-from mmjax.evaluators.base import Evaluator, make_evaluators
+from mmjax.evaluators.base import Embed, Evaluator, make_evaluators
 from mmjax.loading import Embedder
+from mmjax.objectives.base import embedded
 from mmjax.report.html import Html, join, tag
 from mmjax.report.panel import (
     BATCH,
@@ -101,7 +102,7 @@ def gallery(
     if not len(shelf.concept):
         return Panel(title, Html(""))
     vectors = {m: _embedded(model, task.name, m, values) for m, values in shelf.values.items()}
-    one, two = task.objective.embeds()
+    one, two = embedded(task.objective)
     sides = (
         _direction(task, shelf, vectors, q, c, unique, count) for q, c in ((one, two), (two, one))
     )
@@ -110,11 +111,11 @@ def gallery(
 
 def retrievals(task: Task) -> dict[str, Evaluator]:
     """Its evaluators that embed two modalities of the same examples, which a concept joins."""
-    wanted = {f"embed/{modality}" for modality in task.objective.embeds()}
+    wanted = {Embed(modality) for modality in embedded(task.objective)}
     found = {}
     for name, evaluator in make_evaluators(task).items():
         passes = list(evaluator.passes(task).values())
-        is_of_pairs = len(wanted) == 2 and {each.what for each in passes} == wanted
+        is_of_pairs = len(wanted) == 2 and {each.computation for each in passes} == wanted
         if is_of_pairs and all(each.block == evaluator.source for each in passes):
             found[name] = evaluator
     return {name: each for name, each in found.items() if hasattr(each, "concept")}
@@ -122,7 +123,7 @@ def retrievals(task: Task) -> dict[str, Evaluator]:
 
 def read_shelf(examples: Examples, task: Task, concept: str) -> Shelf:
     """Up to 2048 examples, spread over the split; what cannot be read or decoded is counted."""
-    pair = task.objective.embeds()
+    pair = embedded(task.objective)
     values: dict[str, list[Any]] = {modality: [] for modality in pair}
     rows = RowSpec({modality: task.inputs[modality] for modality in pair}, (concept,))
     concepts, unreadable = [], 0

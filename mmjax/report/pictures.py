@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from mmjax.engine.loader import make_batch
-from mmjax.evaluators.base import make_evaluators
+from mmjax.evaluators.base import LossOf, Write, make_evaluators
 from mmjax.loading import Embedder
-from mmjax.objectives.base import with_rows
+from mmjax.objectives.base import Shows, able, with_rows, written
 from mmjax.report.html import Html, tag
 from mmjax.report.panel import Panel, read_of, spread
 from mmjax.report.preview import preview
@@ -32,11 +32,11 @@ def pictured(model: Embedder, task: Task, count: int) -> Iterator[Panel]:
     Raises:
       UserError: held-out data is not there.
     """
-    if not task.objective.shows():
+    if not isinstance(task.objective, Shows) or not task.objective.shows():
         return
     for evaluator in make_evaluators(task).values():
         for each in evaluator.passes(task).values():
-            if each.what in ("loss", "write"):
+            if isinstance(each.computation, LossOf | Write):
                 examples = each.source.open()
                 yield panel(model, task, examples, each.source.label, min(count, _MOST))
 
@@ -46,12 +46,11 @@ def panel(model: Embedder, task: Task, examples: Examples, split: str, count: in
     ids = spread(len(examples), count)
     batch, failed = make_batch(task.rows(), examples, ids, lambda _: None, len(ids))
     title = f"{split}: {read_of(len(examples), len(ids) - len(failed), len(failed))}"
-    show = model.compiled(
-        lambda m, rows: task.objective.show(m, with_rows(rows), jax.random.key(0))
-    )
+    objective = able(task.objective, Shows)
+    show = model.compiled(lambda m, rows: objective.show(m, with_rows(rows), jax.random.key(0)))
     made: Mapping[str, np.ndarray] = jax.device_get(show(batch))
     kept = np.flatnonzero(batch["valid"]).tolist()
-    names = [name for name in task.objective.shows() if name in made]
+    names = [name for name in objective.shows() if name in made]
     rows = [_row(name, _readable(task, made[name]), kept) for name in names]
     caption = tag("caption", f"{len(kept)} held-out examples side by side")
     frame = tag("table", caption, tag("tbody", *rows), class_="pictures")
@@ -62,7 +61,7 @@ def _readable(task: Task, values: np.ndarray) -> Sequence[Any]:
     """Token ids as words; pictures and clips as they are."""
     if values.ndim > 2:
         return list(values)
-    text: Any = task.inputs[task.objective.writes()[1]].modality
+    text: Any = task.inputs[written(task.objective)[1]].modality
     return [text.words(ids) for ids in values]
 
 

@@ -22,7 +22,7 @@ from mmjax.data.identity import is_same
 from mmjax.engine import processes
 from mmjax.engine.compile import Program
 from mmjax.engine.lease_store import object_store
-from mmjax.engine.loader import local_rows, make_batch, place
+from mmjax.engine.loader import make_batch, place, process_rows
 from mmjax.engine.steps import ticks
 from mmjax.evaluators.base import Outputs, Pass, Record, device_spec, row_spec
 from mmjax.experiment import Experiment, pass_key, program_key
@@ -91,7 +91,7 @@ class Evaluation:
         found: list[Outputs] = []
         kept: list[Outputs] = []
         first, unread = 0, list[str]()
-        wanted = device_spec(task, each.what).fields
+        wanted = device_spec(task, each.computation).fields
         for index, (rows, first, failed) in enumerate(self._batches(task, each, examples, size)):
             beat(task.name)
             unread += [error for _, error in failed]
@@ -117,7 +117,7 @@ class Evaluation:
     ) -> Iterable[tuple[Any, int, Any]]:
         """This process's rows of each batch, read ahead in threads; the last one padded with invalid rows."""
         spec = row_spec(task, each)
-        first, last = local_rows(batch_sharding(self._mesh, size, "evaluation.batch"), size)
+        first, last = process_rows(self._mesh, "evaluation.batch")(size)
 
         def make(index: int) -> tuple[Any, int, Any]:
             begin = int(index) * size

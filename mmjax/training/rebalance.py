@@ -20,12 +20,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from mmjax.core import config as configs
-from mmjax.core.files import read_bytes
 from mmjax.core.workdir import SEGMENTS
 from mmjax.engine.state import Clock
 from mmjax.experiment import Experiment
 from mmjax.monitor import metrics
-from mmjax.monitor.line_file import LineFile
+from mmjax.monitor.line_file import LineFile, read_records
 from mmjax.schedule.step_times import measured, pace
 from mmjax.schedule.stretches import BUDGET, Stretch, budget_weights, stretch_at
 
@@ -131,15 +130,8 @@ def _is_near(now: Mapping[str, int], then: Mapping[str, int]) -> bool:
 
 def _read(path: epath.Path) -> list[dict[str, Any]]:
     """The decisions that are written; no step has run under one that a kill tore, or that is none."""
-    found = []
-    for text in read_bytes(path).split(b"\n"):
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(line, dict) and {"start", "config", "wanted", "weights"} <= line.keys():
-            found.append(line)
-    return [line for line in found if _is_decision(line)]
+    keys = {"start", "config", "wanted", "weights"}
+    return [line for line in read_records(path) if keys <= line.keys() and _is_decision(line)]
 
 
 def _is_decision(line: Mapping[str, Any]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,10 +20,7 @@ LAYOUT = (("image", 3), ("sound", 2), ("fusion", 2))
 VALID = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1, 1]], bool)
 
 
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def built(fuse: bool) -> tuple[Declaration, dict[str, Any]]:

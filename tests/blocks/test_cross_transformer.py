@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,10 +24,7 @@ OPEN_CLIP: dict[str, Any] = {"attention_bias": True, "context_norm": True, "eps"
 THERE = np.array([[1, 1, 1], [1, 0, 1]], bool)
 
 
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def built(*groups: GroupConfig, remat: str = "none") -> tuple[Any, dict[str, np.ndarray]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -33,10 +33,7 @@ TOKENS = [name for name, length in LAYOUT for _ in range(length)]
 Arrays = Mapping[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def declared(**settings: Any) -> Declaration:
@@ -357,7 +354,7 @@ def test_masks_that_it_cannot_keep_to(mask: Any) -> None:
         ({"state": 0}, "mamba: state is 0"),
         ({"rank": 0}, "mamba: rank is 0"),
         ({"untie": ["out_proj"], "modalities": NAMES}, r"no part 'out_proj'\. Did you mean 'out'\?"),
-        ({"stat": 3}, r"pattern\[0\] \(layer 'mamba'\): .*stat"),
+        ({"stat": 3}, r"pattern\[0\] \(block 'mamba'\): .*stat"),
     ],
 )  # fmt: skip
 def test_mistakes_in_the_config(block: Any, message: str) -> None:

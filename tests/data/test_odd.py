@@ -18,7 +18,7 @@ from toyrun import run
 from mmjax.core.errors import UserError
 from mmjax.engine.loader import make_batch
 from mmjax.engine.state import Clock
-from mmjax.evaluators.base import Pass, row_spec
+from mmjax.evaluators.base import Embed, LossOf, Pass, Predict, row_spec
 from mmjax.modalities.image import Image
 from mmjax.modalities.text import Text
 from mmjax.modalities.video import Video
@@ -171,11 +171,11 @@ def test_evaluation_has_no_row_for_an_odd_example(odd_spec: RowSpec, emoji_dir: 
         "batch": 8,
     }
     block_ = make_task("labels", block, MODALITIES)
-    for what in ("predict/image", "loss"):
-        spec = row_spec(block_, Pass(what, {}, ("label",)))
+    for computation in (Predict(("image",)), LossOf()):
+        spec = row_spec(block_, Pass(computation, {}, ("label",)))
         rows, failed = make_batch(spec, Odd({"label": 5}), [0, 1], lambda _: None, 2)
         assert rows["valid"].tolist() == [True, False] and "outside [0, 5)" in failed[0][1]
-    spec = row_spec(block_, Pass("embed/image", {}, ()))
+    spec = row_spec(block_, Pass(Embed("image"), {}, ()))
     assert not make_batch(spec, Odd({"label": 5}), [0, 1], lambda _: None, 2)[1]
 
 

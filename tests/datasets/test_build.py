@@ -191,8 +191,8 @@ build.build("emoji", sys.argv[1], limit={limit}, force=True)
     [
         ("emoji", "rasterise", 15, "pass", True),
         ("build", "_copy", 1, "(args[2] / 'dataset_info.json').write_text('{}')", True),
-        ("build", "_swap_in", 1, "pass", True),
-        ("build", "_swap_in", 1, "args[1].rename(args[0].parent / 'old')", False),
+        ("build", "swap_in", 1, "pass", True),
+        ("build", "swap_in", 1, "args[1].rename(args[0].parent / 'old')", False),
     ],
 )
 def test_a_killed_build_leaves_what_was_there_or_nothing(

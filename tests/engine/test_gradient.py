@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,10 +26,7 @@ ROWS = 8
 VALID = np.array([1, 1, 1, 0, 1, 1, 0, 1], bool)
 
 
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def task(name: str, reads: Mapping[str, Any], **objective: Any) -> dict[str, Any]:

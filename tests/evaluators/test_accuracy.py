@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mmjax.core.errors import UserError
 from mmjax.evaluators.accuracy import Accuracy, rank
-from mmjax.evaluators.base import row_spec
+from mmjax.evaluators.base import Predict, row_spec
 from mmjax.experiment import make_experiment
 from mmjax.modalities.image import Image
 from mmjax.modalities.text import Text
@@ -100,9 +100,9 @@ def test_nothing_to_score() -> None:
 def test_a_pass_reads_only_what_is_classified() -> None:
     made = task()
     each = Accuracy(source=SOURCE).passes(made)["all"]
-    assert (each.what, each.fields) == ("predict/image", ("group",))
+    assert (each.computation, each.fields) == (Predict(("image",)), ("group",))
     assert list(row_spec(made, each).inputs) == ["image"]
-    two = row_spec(made, type(each)("predict/text+image", SOURCE, ()))
+    two = row_spec(made, type(each)(Predict(("text", "image")), SOURCE, ()))
     assert list(two.inputs) == ["text", "image"]
 
 
@@ -171,7 +171,7 @@ def test_the_experiment_compiles_one_program_for_it(emoji_dir: epath.Path, tmp_p
 
     block = commandline.read_config(config(tmp_path, classes=9, steps=2), [])
     passes = make_experiment(block).passes()
-    assert sorted(each.what for _, each in passes) == ["loss", "predict/image"]
+    assert sorted(str(each.computation) for _, each in passes) == ["loss", "predict/image"]
 
 
 def test_of_some_modalities_only() -> None:
@@ -183,7 +183,7 @@ def test_of_some_modalities_only() -> None:
     }
     made = task(objective=objective)
     one = Accuracy(source=SOURCE, modalities=("text",))
-    assert one.passes(made)["all"].what == "predict/text"
+    assert one.passes(made)["all"].computation == Predict(("text",))
     (record,) = one.score(made, {"all": {"logits": np.eye(9), "group": np.arange(9)}})
     assert record["name"] == "top-1 accuracy of text"
     with pytest.raises(UserError, match="accuracy of 'txt'.*'text'"):

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 import mmjax
 from mmjax.core.errors import UserError
 from mmjax.data.tokenizer import TokenIds
+from mmjax.evaluators.base import Write
 from mmjax.evaluators.captions import Captions, entropy, f1, match, texts
 from mmjax.modalities.colours import Colours
 from mmjax.modalities.image import Image
 from mmjax.modalities.text import Text
+from mmjax.objectives.base import Writes, able
 from mmjax.task import Task, make_task
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "coca_tiny.py"
@@ -160,9 +162,9 @@ def test_an_objective_that_writes_nothing() -> None:
     other = task(name="masked_image")
     with pytest.raises(UserError, match="tasks.captions: captions needs an objective that writes"):
         Captions(source=SOURCE).passes(other)
-    with pytest.raises(UserError, match="MaskedImage writes no texts"):
-        other.objective.write(None, {}, None)  # type: ignore[arg-type]
-    assert Captions(source=SOURCE).passes(task())["all"].what == "write"
+    with pytest.raises(UserError, match="MaskedImage is none that writes"):
+        able(other.objective, Writes)
+    assert Captions(source=SOURCE).passes(task())["all"].computation == Write()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import MeshConfig, make_mesh
 from mmjax.engine.steps import eval_request
-from mmjax.evaluators.base import Pass, Record, function, make_evaluators, row_spec
+from mmjax.evaluators.base import Embed, LossOf, Pass, Record, function, make_evaluators, row_spec
 from mmjax.evaluators.held_out_loss import HeldOutLoss
 from mmjax.evaluators.retrieval import Retrieval
 from mmjax.modalities.base import Input
@@ -165,7 +165,7 @@ def program(order: tuple[str, ...], size: int) -> tuple[Task, Any]:
     """Return the task, and its evaluation of a batch of a size."""
     made, declaration, p = sequences(*order)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    request = eval_request(made, "loss", size, declaration, jnp.float64, 0, p, mesh)
+    request = eval_request(made, LossOf(), size, declaration, jnp.float64, 0, p, mesh)
     return made, jax.jit(partial(request.function, p))
 
 
@@ -218,26 +218,26 @@ def test_an_objective_that_reports_no_baseline() -> None:
 
 def test_the_pass_it_needs() -> None:
     [each] = HeldOutLoss(source=SOURCE).passes(task()).values()
-    assert each.what == "loss" and each.block == SOURCE and each.fields == ()
+    assert each.computation == LossOf() and each.block == SOURCE and each.fields == ()
     assert each.source.label == "test_concept"
 
 
 def test_rows_of_a_pass_hold_what_its_output_needs() -> None:
-    embedding = row_spec(task(), Pass("embed/depth", SOURCE, ("concept",)))
+    embedding = row_spec(task(), Pass(Embed("depth"), SOURCE, ("concept",)))
     assert set(embedding.inputs) == {"depth"} and embedding.fields == ("concept",)
-    loss = row_spec(task(), Pass("loss", SOURCE, ("concept", "group")))
+    loss = row_spec(task(), Pass(LossOf(), SOURCE, ("concept", "group")))
     assert set(loss.inputs) == {"image", "depth"} and loss.fields == ("group", "concept")
 
 
 def test_functions_give_one_output_per_row() -> None:
     batch = {"inputs": {"image": {"pixels": np.ones((2, 4, 4, 3))}}, "valid": jnp.ones(2, bool)}
     model: Any = 2.0
-    outputs = function(task(), "loss")(model, batch, jax.random.key(0))
+    outputs = function(task(), LossOf())(model, batch, jax.random.key(0))
     assert set(outputs) == {"loss", "baseline", "terms", "weight", "compared"}
     np.testing.assert_array_equal(outputs["terms"], [1.0, 1.0])
     np.testing.assert_array_equal(outputs["loss"], [6.0, 6.0])
     np.testing.assert_array_equal(outputs["baseline"], [5.0, 5.0])
-    outputs = function(task(), "embed/image")(model, batch, jax.random.key(0))
+    outputs = function(task(), Embed("image"))(model, batch, jax.random.key(0))
     np.testing.assert_array_equal(outputs["vector"], np.full((2, 3), 2.0))
 
 

@@ -180,7 +180,10 @@ def test_the_first_example_of_a_concept_speaks_for_it() -> None:
 
 def test_the_passes_it_needs() -> None:
     passes = Retrieval(source=SOURCE, concept="kind").passes(task())
-    assert {n: p.what for n, p in passes.items()} == {"image": "embed/image", "text": "embed/text"}
+    assert {n: str(p.computation) for n, p in passes.items()} == {
+        "image": "embed/image",
+        "text": "embed/text",
+    }
     assert all(p.fields == ("kind",) and p.block == SOURCE for p in passes.values())
 
 

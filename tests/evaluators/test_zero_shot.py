@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmjax.evaluators.base import Embed
 from mmjax.evaluators.zero_shot import ZeroShot, class_means
 from mmjax.objectives.contrastive import Contrastive
 from mmjax.task import Task, TaskConfig
@@ -91,6 +92,6 @@ def test_a_model_that_maps_everything_to_one_point_is_never_right(value: float) 
 
 def test_the_passes_it_needs() -> None:
     passes = ZeroShot(source=SOURCE, names=NAMES, label="subgroup").passes(task())
-    assert passes["names"].what == "embed/text" and passes["names"].block == NAMES
-    assert passes["examples"].what == "embed/image" and passes["examples"].block == SOURCE
+    assert passes["names"].computation == Embed("text") and passes["names"].block == NAMES
+    assert passes["examples"].computation == Embed("image") and passes["examples"].block == SOURCE
     assert {p.fields for p in passes.values()} == {("subgroup",)}

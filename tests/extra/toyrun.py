@@ -26,7 +26,7 @@ from mmjax.engine.state import State, compute_dtype, init_state, shardings
 from mmjax.engine.steps import ticks
 from mmjax.evaluators.base import Record
 from mmjax.experiment import Experiment, make_experiment
-from mmjax.training import loop
+from mmjax.training import flight
 
 EXTRA = Path(__file__).resolve().parent
 CONFIG = EXTRA.parent / "configs" / "toy.py"
@@ -53,7 +53,7 @@ class Seen:
 @contextmanager
 def watched() -> Iterator[Seen]:
     """Notes what training places on the devices."""
-    seen, place = Seen(), loop.place
+    seen, place = Seen(), flight.place
 
     def noted(rows: Any, *arguments: Any) -> Any:
         seen.ids.append([int(i) for i in rows["fields"]["id"]])
@@ -61,7 +61,7 @@ def watched() -> Iterator[Seen]:
         seen.sums.append(float(rows["inputs"]["toy"]["rows"].astype(np.float64).sum()))
         return place(rows, *arguments)
 
-    with mock.patch.object(loop, "place", noted):
+    with mock.patch.object(flight, "place", noted):
         yield seen
 
 

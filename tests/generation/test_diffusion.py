@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +13,7 @@ from mmjax.core.errors import UserError
 from mmjax.generation.diffusion import TARGETS, Diffusion
 from mmjax.nn.positions import time_features
 
-
-@pytest.fixture(autouse=True)
-def x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def levels(target: str, t: float) -> tuple[float, float]:

@@ -32,6 +32,7 @@ from mmjax import evaluate  # noqa: E402
 from mmjax.core import config as configs  # noqa: E402
 from mmjax.core.config import Block  # noqa: E402
 from mmjax.engine import checkpoint  # noqa: E402
+from mmjax.objectives.base import embedded  # noqa: E402
 
 TEXTS = ("a red apple", "violin", "")
 
@@ -93,7 +94,7 @@ def sums(workdir: Path) -> dict[str, list[float]]:
 def vectors(workdir: Path) -> list[list[float]]:
     """What the loaded run embeds; nothing for the toys, which embed nothing."""
     model = mmjax.load(str(workdir))
-    if not any("text" in task.objective.embeds() for task in model.tasks.values()):
+    if not any("text" in embedded(task.objective) for task in model.tasks.values()):
         return []
     embedded: list[list[float]] = model.embed(text=list(TEXTS)).astype(float).tolist()
     return embedded

@@ -18,7 +18,7 @@ from toyrun import run
 from mmjax.core.workdir import SUMMARY
 from mmjax.monitor import goodput, metrics, summary
 from mmjax.monitor.tables import summary_tables
-from mmjax.training import loop
+from mmjax.training import run_log
 
 FLOPS = {"a": 8.0, "b": 30.0}
 
@@ -107,7 +107,7 @@ def test_an_interrupted_run_sums_up_as_one_that_was_not(tmp_path: Path) -> None:
 
 
 def test_every_line_tells_its_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "peak_flops", lambda kind: 1e9)
+    monkeypatch.setattr(run_log, "peak_flops", lambda kind: 1e9)
     run(tmp_path, "evaluation.every=0")
     lines = [x for x in metrics.read(epath.Path(tmp_path)) if x["kind"] == "train"]
     assert len(lines) == 12

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,12 +16,6 @@ from mmjax.nn.masks import Pairs
 
 WIDTH, HEADS = 6, 2
 VALID = np.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 1]], bool)
-
-
-@pytest.fixture
-def x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def built(qk_norm: bool = False) -> tuple[Any, dict[str, np.ndarray]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -29,12 +28,6 @@ MASKS: dict[str, Mask] = {
     "prefix": Causal() | KeyIs("prefix", 1),
     "zorro": Same("stream") | QueryIs("stream", 2),
 }
-
-
-@pytest.fixture
-def x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -33,10 +33,7 @@ SHARED = {"text": "words", "image": "signal", "sound": "signal"}
 Arrays = Mapping[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def declared(untie: Any = (), modalities: Any = ()) -> Declaration:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,12 +11,6 @@ import pytest
 
 from mmjax.core.parameters import Declaration
 from mmjax.nn.dense import Dense, LayerNorm, Mlp, mlp_of, norm_of, product
-
-
-@pytest.fixture
-def x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def built(module: Any) -> tuple[Any, dict[str, np.ndarray]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -39,11 +39,7 @@ from mmjax.nn.masks import FULL
 from mmjax.nn.stream import Aux, Stream
 from mmjax.nn.trunk import GroupConfig, Trunk
 
-
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -20,12 +19,6 @@ from mmjax.nn.grouped_matmul import grouped, megablox
 
 SIZES = [[3, 0, 5, 2], [10, 0, 0, 0], [0, 0, 0, 9], [1, 1, 1, 1]]
 ROWS = 10
-
-
-@pytest.fixture
-def x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def problem(inner: int, outer: int, rows: int = ROWS) -> tuple[np.ndarray, np.ndarray]:

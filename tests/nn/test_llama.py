@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,10 +26,7 @@ WIDTH, HEADS, HIDDEN, ROWS, LENGTH = 8, 2, 5, 2, 5
 LLAMA = {"norm": "rms", "mlp": "swiglu", "rotary": 100.0}
 
 
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def random(declaration: Declaration) -> dict[str, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,6 @@ from mmjax.modalities.waveform import Waveform, WaveformInput
 from mmjax.nn.positions import Placed, Positions, Table, grid, place
 
 WIDTH = 3
-
-
-@pytest.fixture
-def x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def built(**buckets: int) -> tuple[Any, dict[str, np.ndarray]]:

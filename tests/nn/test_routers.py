@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -31,10 +30,7 @@ from mmjax.nn.routers import (
 Weights = np.ndarray  # [T, E]: of each expert's output in each token's sum
 
 
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def softmax(x: np.ndarray) -> np.ndarray:

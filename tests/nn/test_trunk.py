@@ -53,12 +53,6 @@ class Noisy(nnx.Module):
 
 
 @pytest.fixture
-def x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
-
-
-@pytest.fixture
 def noisy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """The config of a block that stands in a file of its own."""
     (tmp_path / "noisy.py").write_text(NOISY)
@@ -246,7 +240,7 @@ def test_bfloat16_compute_keeps_the_norms_and_gives_bfloat16() -> None:
         ([GroupConfig(1, ({"name": "transfomer"},))], "none",
          r"model\.groups\[0\]\.pattern\[0\]\.name: no 'transfomer' .* 'transformer'\?"),
         ([GroupConfig(1, (BLOCK, {**BLOCK, "hiden": 3}))], "none",
-         r"model\.groups\[0\]\.pattern\[1\] \(layer 'transformer'\): .*hiden"),
+         r"model\.groups\[0\]\.pattern\[1\] \(block 'transformer'\): .*hiden"),
         ([GroupConfig(1, (BLOCK,)), GroupConfig(1, ({**BLOCK, "heads": 3},))], "none",
          "width 4 does not divide over 3 heads"),
         ([GroupConfig(1, ({"heads": 2},))], "none", r"pattern\[0\]\.name: no ''"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +11,7 @@ from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.nn.unet import Convolution, UNet, _doubled, _halved
 
-
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def random(declaration: Declaration) -> dict[str, jax.Array]:

@@ -28,12 +28,6 @@ INPUTS = {"image": Input("image", Image(patch=PATCH), ImageInput(size=SIZE))}
 LAYER = {"name": "transformer", "heads": 2, "hidden": 16}
 
 
-@pytest.fixture
-def x64() -> Any:
-    with jax.enable_x64(True):
-        yield
-
-
 def logits(rows: int, classes: int = CLASSES, seed: int = 0) -> np.ndarray:
     return 3 * np.random.default_rng(seed).normal(size=(rows, classes))
 

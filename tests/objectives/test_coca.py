@@ -33,10 +33,7 @@ WIDTH, HEADS, HIDDEN, LENGTH, VOCABULARY, ROWS = 8, 2, 6, 5, 16, 8
 Parameters = dict[str, np.ndarray]
 
 
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def group(name: str, repeat: int = 2, kernel: str = "auto") -> tuple[GroupConfig, ...]:

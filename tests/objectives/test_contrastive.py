@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -37,12 +36,6 @@ with_sigmoid = partial(sigmoid_loss, bias=np.float32(-1))
 nce_gradient = jax.jit(
     jax.value_and_grad(lambda a, b, scale, *rest: info_nce(a, b, scale, *rest)[0], (0, 1, 2))
 )
-
-
-@pytest.fixture
-def x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def vectors(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

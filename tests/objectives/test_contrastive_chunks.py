@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -27,12 +26,6 @@ def with_gradient(loss: Any) -> Any:
 
 whole = with_gradient(info_nce)
 chunked = {n: with_gradient(partial(chunked_info_nce, chunk=n)) for n in (1, 3, 4, 6, 12, 64)}
-
-
-@pytest.fixture
-def x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def rows(count: int, seed: int = 0, size: int = 4) -> tuple[Any, ...]:

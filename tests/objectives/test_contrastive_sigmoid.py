@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -17,12 +16,6 @@ from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh
 from mmjax.objectives.contrastive import Contrastive, sigmoid_loss
 
 ROWS = 12
-
-
-@pytest.fixture
-def x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
 
 
 def with_gradient(chunk: int) -> Any:

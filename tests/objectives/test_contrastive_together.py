@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,10 +22,7 @@ TIGHT = {  # of 4 rows with 4 tokens and 3, half find a slot, the first that ask
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def pair(experts: dict[str, Any] | None) -> tuple[Declaration, dict[str, Any], dict[str, Any]]:

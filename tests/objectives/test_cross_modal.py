@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,7 @@ COUNTS = {"vision": 2, "sound": 1, "text": 3}
 VALID = np.array([True, True, False, True, True])
 
 
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def rows_of(seed: int = 0, **counts: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -29,10 +28,7 @@ PLAIN = {"name": "transformer", "heads": 2, "hidden": 8}
 BOTTLENECK = {"name": "bottleneck", "modalities": ["image", "text"], "heads": 2, "hidden": 8}
 
 
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def built(objective: Fusion, block: dict[str, Any]) -> Any:

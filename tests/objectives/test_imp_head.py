@@ -7,7 +7,6 @@ divided by `relu(t) + 1e-6`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,10 +21,7 @@ WIDTH, JOINT, ROWS = 6, 5, 4
 PAIR = CrossModal(between=("vision", "text"), head="joint", joint=JOINT, initial=0.2)
 
 
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 class Heads:

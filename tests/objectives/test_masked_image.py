@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +20,7 @@ from mmjax.modalities.image import Image, ImageInput, patchify, unpatchify
 from mmjax.model import ModelConfig, declare_model
 from mmjax.nn.stream import Stream, no_aux
 from mmjax.nn.trunk import GroupConfig
+from mmjax.objectives.base import Embeds, able
 from mmjax.objectives.masked_image import (
     Decoder,
     MaskedImage,
@@ -34,10 +34,7 @@ TOKENS = (SIZE // PATCH) ** 2
 VALID = np.array([True, True, False, True])
 
 
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def images(rows: int = ROWS, height: int = SIZE, width: int = SIZE) -> np.ndarray:
@@ -402,8 +399,8 @@ def test_what_it_shows_fills_hidden_patches_only(is_right: bool) -> None:
 
 
 def test_what_it_reads_and_makes() -> None:
-    assert objective().reads() == ("image",) and objective().embeds() == ()
+    assert objective().reads() == ("image",) and not isinstance(objective(), Embeds)
     assert MaskedImage(modality="depth").reads() == ("depth",)
     assert objective().fields() == ()
-    with pytest.raises(UserError, match="MaskedImage makes no embeddings of 'image'"):
-        objective().embed(None, "image", {})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="MaskedImage is none that embeds"):
+        able(objective(), Embeds)

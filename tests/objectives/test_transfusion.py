@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -44,11 +43,7 @@ from mmjax.modalities.text import Text
 from mmjax.objectives.base import row_keys
 from mmjax.objectives.transfusion import Draws, Transfusion
 
-
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def reach(objective: Transfusion, drawn: Draws, *blocks: Any) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,10 +25,7 @@ STEPS, RATE, DECAY = 7, 0.05, 0.3
 Values = dict[str, np.ndarray]
 
 
-@pytest.fixture(autouse=True)
-def _x64() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def spec(name: str, shape: tuple[int, ...], axes: Any = None, stacked: bool = False) -> Spec:

@@ -26,7 +26,7 @@ from mmjax.engine.compile import use_cache
 from mmjax.engine.loader import place
 from mmjax.experiment import make_experiment
 from mmjax.task import Task
-from mmjax.training import loop
+from mmjax.training import flight
 
 
 class Notes:
@@ -63,7 +63,7 @@ def run(block: configs.Block, mesh: dict[str, int], depends: bool, out: Path, na
         return loss(self, model, batch, jax.random.fold_in(key, jax.device_count()))
 
     with (
-        mock.patch.object(loop, "place", notes.place),
+        mock.patch.object(flight, "place", notes.place),
         mock.patch.object(Checkpoints, "save", notes.save),
         mock.patch.object(Task, "loss", elsewhere if depends else loss),
     ):

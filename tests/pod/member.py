@@ -24,7 +24,7 @@ from mmjax import train
 from mmjax.core import errors
 from mmjax.engine import arrays, loader
 from mmjax.engine.loader import make_batch, place
-from mmjax.training import loop
+from mmjax.training import flight
 
 
 def main() -> int:
@@ -53,7 +53,7 @@ def main() -> int:
 
     read_part = arrays._read_part
     with (
-        mock.patch.object(loop, "place", noted),
+        mock.patch.object(flight, "place", noted),
         mock.patch.object(loader, "make_batch", slowly),
         mock.patch.object(arrays, "_read_part", fallibly),
     ):

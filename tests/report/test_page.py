@@ -245,7 +245,7 @@ def test_killed_before_its_first_checkpoint(
     (killed / "metrics.jsonl").write_text("\n".join(train[:3]) + "\n" + train[3][:20])
     log = (killed / "goodput.jsonl").read_text().splitlines()
     (killed / "goodput.jsonl").write_text("\n".join(log[:5]) + "\n" + log[5][:9])
-    done = command("monitor.report", f"--workdir={killed}")
+    done = command("report.page", f"--workdir={killed}")
     assert done.returncode == 0, done.stderr
     assert "report.html" in done.stdout and not done.stderr
     page = parse((killed / "report.html").read_text())

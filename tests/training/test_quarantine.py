@@ -21,7 +21,7 @@ from mmjax import show, train
 from mmjax.core.errors import UserError
 from mmjax.data import order
 from mmjax.schedule.schedule import Schedule
-from mmjax.training import loop
+from mmjax.training import flight, loop
 from mmjax.training.session import roll_back
 
 # Task one is broken: its visits are steps 0, 2, 3, 5, ...
@@ -111,7 +111,7 @@ def test_the_others_keep_their_place(broken: Path) -> None:
 def test_a_stop_anywhere_around_it_changes_nothing(
     broken: Path, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, calls = loop.place, [0]
+    place, calls = flight.place, [0]
 
     def placed(*arguments: Any) -> Any:
         calls[0] += 1
@@ -120,7 +120,7 @@ def test_a_stop_anywhere_around_it_changes_nothing(
         return place(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "place", placed)
+        patched.setattr(flight, "place", placed)
         assert run(tmp_path / "run", *BROKEN) is None
     assert finished_steps(tmp_path / "run")[-1] == stop
     run(tmp_path / "run", *BROKEN)
@@ -179,8 +179,8 @@ def test_a_rate_that_breaks_the_parameters_at_once_ends_the_run_with_one_error(
 
 
 def broken_after(call: int) -> Callable[..., Any]:
-    """`loop.dispatch`, whose call of this number (from 0) leaves parameters that are NaN."""
-    dispatch, calls = loop.dispatch, [0]
+    """`flight.dispatch`, whose call of this number (from 0) leaves parameters that are NaN."""
+    dispatch, calls = flight.dispatch, [0]
 
     def dispatched(*arguments: Any) -> Any:
         state, metrics = dispatch(*arguments)
@@ -201,7 +201,7 @@ def test_parameters_that_a_step_broke_are_those_of_the_checkpoint_before_it_agai
 ) -> None:
     """Step 5 is of task one; the checkpoint of step 8 holds what it broke, that of step 4 does not."""
     workdir = tmp_path / "run"
-    monkeypatch.setattr(loop, "dispatch", broken_after(5))
+    monkeypatch.setattr(flight, "dispatch", broken_after(5))
     run(workdir, "limits.non_finite=2")
     [told] = events(workdir, "diverged")
     assert told.startswith("Task 'one' has diverged by step 8: no task has had a finite loss")
@@ -216,7 +216,7 @@ def test_parameters_that_a_step_broke_are_those_of_the_checkpoint_before_it_agai
 def test_where_a_run_may_or_can_not_go_back_broken_parameters_end_it(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "dispatch", broken_after(5))
+    monkeypatch.setattr(flight, "dispatch", broken_after(5))
     with pytest.raises(UserError, match="from step 6 to step 8"):
         run(tmp_path / "run", "limits.non_finite=2", *words)
 

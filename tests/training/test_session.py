@@ -30,7 +30,7 @@ from mmjax.engine.integrity import Unreadable
 from mmjax.experiment import make_experiment
 from mmjax.modalities.text import Text
 from mmjax.schedule.schedule import Schedule
-from mmjax.training import loop
+from mmjax.training import flight, loop
 from mmjax.training.evaluation import Evaluation
 
 BATCH = {"one": 8, "two": 16}
@@ -347,7 +347,7 @@ def test_a_run_killed_between_its_results_and_its_report_writes_the_report(
     run(workdir, "steps=1", *words)
     assert (workdir / "report.html").exists()
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "write_report", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        patched.setattr(train, "write_report", lambda *_: (_ for _ in ()).throw(OSError("gone")))
         with pytest.raises(OSError, match="gone"):
             run(workdir, "steps=2", *words)
     assert (workdir / "results.json").exists() and not (workdir / "report.html").exists()
@@ -413,8 +413,8 @@ def raised(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[int]]
 # Where the signal comes; the step at which the run must then stand.
 MOMENTS: dict[str, tuple[Any, str, int, bool, int]] = {
     "before the first step": (loop, "Loader", 1, False, 0),
-    "in a step": (loop, "place", 3, False, 3),
-    "in the last step before a checkpoint": (loop, "place", 4, False, 4),
+    "in a step": (flight, "place", 3, False, 3),
+    "in the last step before a checkpoint": (flight, "place", 4, False, 4),
     "in a save": (Checkpoints, "save", 1, False, 4),
     "after a save": (Checkpoints, "save", 1, True, 4),
     "in an evaluation": (Evaluation, "__call__", 1, False, 6),
