@@ -15,6 +15,7 @@ from mmjax.engine.profiling import ProfileConfig
 from mmjax.engine.warm_start import WarmStartConfig
 from mmjax.model import ModelConfig
 from mmjax.optim.config import OptimizerConfig
+from mmjax.schedule.config import PhaseConfig
 from mmjax.task import TaskConfig
 
 
@@ -39,16 +40,14 @@ class ScheduleConfig:
     Attributes:
       rule: `shares`, `random`, `interval` or `budget`; each task's `share` is its weight there. Under
         `budget` it is a share of the chips' time, first by model FLOPs.
-      phases: later stretches. Each says its `start` and what changes there: `weights`, `rule`, `tasks` (`{NAME:
-        {inputs, batch, microbatches}}`: other resolutions, lengths, batches), `rules` of the optimizer besides
-        `optimizer.rules` (to freeze parts, say), `learning_rate` (a factor). The rest stays as before.
-        Evaluation has the shapes of `tasks` at step 0.
+      phases: later stretches, by ascending `start`, and what changes there. Evaluation has the shapes of `tasks` at
+        step 0.
       measure: under `budget`, steps after which, and again after as many, the shares are set from
         measured step times; 0 to stay with model FLOPs.
     """
 
     rule: str = "shares"
-    phases: tuple[dict[str, Any], ...] = ()
+    phases: tuple[PhaseConfig, ...] = ()
     measure: int = 0
 
     def __post_init__(self) -> None:
