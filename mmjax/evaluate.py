@@ -25,6 +25,7 @@ from mmjax.evaluators.base import Record
 from mmjax.experiment import make_experiment
 from mmjax.loading import check_files, find_step, read_parameters
 from mmjax.monitor.tables import program_table, results_table
+from mmjax.run_config import RunConfig
 from mmjax.training.evaluation import (
     Evaluation,
     after,
@@ -43,7 +44,7 @@ def evaluate(workdir: epath.Path, step: int | None, overrides: Sequence[str]) ->
     step, meta = find_step(workdir, step)
     print(f"The checkpoint of step {step} in {workdir}.\n")
     block = configs.override(meta["config"], overrides)
-    configs.check_compatible(meta["config"], block, allow_change=True)
+    configs.check_compatible(meta["config"], block, allow_change=True, schema=RunConfig)
     experiment = make_experiment(block, str(workdir / "assets"))
     check_code(meta["identities"], experiment, True, print)
     check_files(workdir, meta, experiment)

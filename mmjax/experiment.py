@@ -124,8 +124,7 @@ class Experiment:
     def _check_schedule(self) -> None:
         config = self.run.schedule
         for index, phase in enumerate(config.phases):
-            where = f"schedule.phases[{index}].weights"
-            _check_weights(phase.get("weights", {}), self.tasks, where)
+            _check_weights(phase.weights or {}, self.tasks, f"schedule.phases[{index}].weights")
         self.schedule(lambda start: dict.fromkeys(self.tasks, 1.0))
         if config.measure and all(each.rule != BUDGET for each in self.stretches()):
             raise UserError(
@@ -337,9 +336,7 @@ def _check_values(run: RunConfig) -> None:
                 )
 
 
-def _check_weights(weights: Any, tasks: Mapping[str, Any], where: str) -> None:
-    if not isinstance(weights, Mapping):
-        raise UserError(f"Config key '{where}' is {weights!r}; expected a share for each task.")
+def _check_weights(weights: Mapping[str, int], tasks: Mapping[str, Any], where: str) -> None:
     for name in weights:
         if name not in tasks:
             raise UserError(f"Config key '{where}': no task '{name}'.{nearest(name, tasks)}")

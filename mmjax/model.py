@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ class ModelConfig:
 
     width: int
     groups: tuple[GroupConfig, ...]
-    remat: str = "none"
+    remat: str = field(default="none", metadata=configs.FREE)
     norm: str = "layer"
     norm_eps: float = 1e-6
     norm_modalities: Any = ()

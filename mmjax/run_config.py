@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmjax.core.bounds import COUNT, SIZE, check
+from mmjax.core.config import FREE, SCHEDULE, holds
 from mmjax.core.sharding import MeshConfig
 from mmjax.engine.checkpoint import CheckpointConfig
 from mmjax.engine.compile import LimitsConfig
@@ -14,6 +15,8 @@ from mmjax.engine.profiling import ProfileConfig
 from mmjax.engine.warm_start import WarmStartConfig
 from mmjax.model import ModelConfig
 from mmjax.optim.config import OptimizerConfig
+from mmjax.schedule.config import PhaseConfig
+from mmjax.task import TaskConfig
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,14 @@ class ScheduleConfig:
     Attributes:
       rule: `shares`, `random`, `interval` or `budget`; each task's `share` is its weight there. Under
         `budget` it is a share of the chips' time, first by model FLOPs.
-      phases: later stretches. Each says its `start` and what changes there: `weights`, `rule`, `tasks` (`{NAME:
-        {inputs, batch, microbatches}}`: other resolutions, lengths, batches), `rules` of the optimizer besides
-        `optimizer.rules` (to freeze parts, say), `learning_rate` (a factor). The rest stays as before.
-        Evaluation has the shapes of `tasks` at step 0.
+      phases: later stretches, by ascending `start`, and what changes there. Evaluation has the shapes of `tasks` at
+        step 0.
       measure: under `budget`, steps after which, and again after as many, the shares are set from
         measured step times; 0 to stay with model FLOPs.
     """
 
     rule: str = "shares"
-    phases: tuple[dict[str, Any], ...] = ()
+    phases: tuple[PhaseConfig, ...] = ()
     measure: int = 0
 
     def __post_init__(self) -> None:
@@ -91,28 +92,30 @@ class LogConfig:
 class RunConfig:
     """A whole config; every key is checked against this and against what the blocks name.
 
+    What a change of a key means for a run that exists is metadata of its field (see `mmjax.core.config.key_class`).
+
     Attributes:
       steps: length of the run.
       seed: of parameters, order, augmentation and masks.
       init_from: parameters of another run or a file, to begin with.
     """
 
-    steps: int
-    modalities: dict[str, dict[str, Any]]
+    steps: int = field(metadata=FREE)
+    modalities: dict[str, dict[str, Any]] = field(metadata=holds("modalities"))
     model: ModelConfig
-    tasks: dict[str, dict[str, Any]]
+    tasks: dict[str, dict[str, Any]] = field(metadata=holds(TaskConfig))
     seed: int = 0
     dtype: DtypeConfig = field(default_factory=DtypeConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig, metadata=SCHEDULE)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig, metadata=SCHEDULE)
     init_from: WarmStartConfig = field(default_factory=WarmStartConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    limits: LimitsConfig = field(default_factory=LimitsConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig, metadata=FREE)
+    loader: LoaderConfig = field(default_factory=LoaderConfig, metadata=FREE)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata=FREE)
+    limits: LimitsConfig = field(default_factory=LimitsConfig, metadata=FREE)
+    log: LogConfig = field(default_factory=LogConfig, metadata=FREE)
+    profile: ProfileConfig = field(default_factory=ProfileConfig, metadata=FREE)
 
     def __post_init__(self) -> None:
         check(self, steps=COUNT)

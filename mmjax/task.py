@@ -13,6 +13,7 @@ import numpy as np
 
 from mmjax.core import config as configs
 from mmjax.core.bounds import COUNT, SIZE, check
+from mmjax.core.config import FREE, SCHEDULE, holds
 from mmjax.core.errors import RecordError, UserError, nearest
 from mmjax.modalities.base import Input, Modality
 from mmjax.model import Batch, Model
@@ -48,16 +49,16 @@ class TaskConfig:
         time (IMP, MBT), relative to the places where each may begin, or each at its own.
     """
 
-    source: dict[str, Any]
-    inputs: dict[str, dict[str, Any]]
-    objective: dict[str, Any]
-    batch: int
-    share: int = 1
-    evaluators: dict[str, dict[str, Any]] = field(default_factory=dict)
-    microbatches: int = 1
-    buckets: dict[str, BucketConfig] = field(default_factory=dict)
-    view: str = ""
-    shared_time: bool = True
+    source: dict[str, Any] = field(metadata=holds("sources"))
+    inputs: dict[str, dict[str, Any]] = field(metadata=SCHEDULE)
+    objective: dict[str, Any] = field(metadata=SCHEDULE)
+    batch: int = field(metadata=SCHEDULE)
+    share: int = field(default=1, metadata=SCHEDULE)
+    evaluators: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=FREE)
+    microbatches: int = field(default=1, metadata=FREE)
+    buckets: dict[str, BucketConfig] = field(default_factory=dict, metadata=SCHEDULE)
+    view: str = field(default="", metadata=SCHEDULE)
+    shared_time: bool = field(default=True, metadata=SCHEDULE)
 
     def __post_init__(self) -> None:
         check(self, batch=COUNT, share=SIZE, microbatches=COUNT)

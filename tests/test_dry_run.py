@@ -19,6 +19,7 @@ from toyrun import CONFIG, EXTRA, run
 from mmjax import train
 from mmjax.dry_run import letters_of, strip_lines
 from mmjax.experiment import make_experiment
+from mmjax.schedule.config import PhaseConfig
 from mmjax.schedule.stretches import from_config
 
 PHASES = 'schedule.phases=({"start": 8, "weights": {"two": 1}},)'
@@ -179,7 +180,7 @@ def test_letters_tell_tasks_apart(names: list[str]) -> None:
 @given(st.lists(st.integers(1, 400), min_size=0, max_size=12), st.integers(0, 700), st.data())
 def test_the_strip_is_the_schedule(lengths: list[int], start: int, data: st.DataObject) -> None:
     starts = [sum(lengths[: i + 1]) for i in range(len(lengths))]
-    phases = [{"start": s, "weights": {"a": 1, "b": 1 + s % 3}} for s in starts]
+    phases = [PhaseConfig(s, {"a": 1, "b": 1 + s % 3}) for s in starts]
     schedule = from_config("shares", {"a": 3, "b": 1}, 0, phases)
     stop = start + data.draw(st.integers(1, 2000))
     lines = list(strip_lines(schedule, start, stop))

@@ -21,6 +21,7 @@ from tensorflow_datasets.proto import tf_feature_pb2 as pb
 from mmjax.core import config as configs
 from mmjax.core.errors import UserError
 from mmjax.experiment import make_experiment
+from mmjax.run_config import RunConfig
 
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
 
@@ -66,7 +67,7 @@ def test_the_longer_quickstart_is_the_same_model_and_tasks() -> None:
         configs.read_file(str(ROOT / "configs" / f"{name}.py"))
         for name in ("quickstart", "quickstart_30min")
     )
-    assert {d.key for d in configs.compare(short, long)} == {"steps", "checkpoint.every"}
+    assert {d.key for d in configs.compare(short, long, RunConfig)} == {"steps", "checkpoint.every"}
 
 
 def test_one_more_vendor_is_only_evaluated() -> None:
@@ -74,7 +75,7 @@ def test_one_more_vendor_is_only_evaluated() -> None:
         configs.read_file(str(ROOT / "configs" / f"quickstart_30min.py{argument}"))
         for argument in ("", ":noto")
     )
-    differences = configs.compare(plain, vendor)
+    differences = configs.compare(plain, vendor, RunConfig)
     assert differences and {d.kind for d in differences} == {"free"}
     sources = [e["source"] for e in vendor["tasks"]["image_text"]["evaluators"].values()]
     assert {"name": "tfds", "dataset": "emoji_noto", "split": "test_vendor"} in sources
@@ -153,7 +154,7 @@ def test_the_small_coca_differs_in_sizes_only() -> None:
         "pooler_heads", "joint", "learning_rate", "warmup", "weight_decay", "every", "remat", "compute", "groups",
         "unimodal", "multimodal", "buckets", "tokenizer",
     }  # fmt: skip
-    differences = configs.compare(big, small)
+    differences = configs.compare(big, small, RunConfig)
     assert len(differences) > 15 and {d.key.split(".")[-1] for d in differences} <= ends
     shape = [jax.tree.structure(without_sizes(block)) for block in (big, small)]
     assert shape[0] == shape[1]
@@ -211,7 +212,7 @@ def test_a_small_fusion_differs_in_sizes_and_data_only(system: str) -> None:
         "compute",
     }  # fmt: skip
     data = {"source", "inputs", "evaluators", "modalities", "classes", "label"}
-    differences = [d.key for d in configs.compare(big, small)]
+    differences = [d.key for d in configs.compare(big, small, RunConfig)]
     assert len(differences) > 15
     # A key that holds a name of the data at any depth, or ends in a size.
     left = {
@@ -247,7 +248,7 @@ def test_full_fusion_is_one_key_of_zorro() -> None:
     key = "tasks.sounds.objective.mask=full"
     assert f"--config.{key}" in words
     block = configs.read_file(str(path))
-    assert [d.key for d in configs.compare(block, configs.override(block, [key]))] == [
+    assert [d.key for d in configs.compare(block, configs.override(block, [key]), RunConfig)] == [
         key.split("=")[0]
     ]
 

@@ -12,6 +12,7 @@ from recipes import abstract, block, experiment, without_sizes
 from mmjax.core import config as configs
 from mmjax.core.errors import UserError
 from mmjax.monitor.parameter_rows import rows_of_config
+from mmjax.run_config import RunConfig
 
 SETTINGS = {
     "transfusion": ("7b", ["transfusion", "alternating"]),
@@ -82,7 +83,7 @@ def test_the_small_recipe_differs_in_sizes_only(system: str, setting: str) -> No
         "channels", "levels", "learning_rate", "warmup", "compute", "every", "repeat", "state", "heads", "hidden",
         "tokenizer", "depth",
     }  # fmt: skip
-    differences = configs.compare(big, small)
+    differences = configs.compare(big, small, RunConfig)
     changed = {d.key.replace("capacity.text", "capacity").split(".")[-1] for d in differences}
     assert len(differences) > 10 and changed <= ends
     layers = [without_sizes(of["model"]["groups"][0]["pattern"][0]) for of in (big, small)]

@@ -19,6 +19,7 @@ from toyrun import run
 
 from mmjax.core.errors import UserError
 from mmjax.replay import Replayed, find_visit, replay
+from mmjax.schedule.config import PhaseConfig
 from mmjax.schedule.schedule import Schedule
 from mmjax.schedule.stretches import from_config
 
@@ -95,9 +96,7 @@ def test_visits_that_never_were_are_refused(workdir: Path) -> None:
 
 
 def test_a_visit_is_found_by_bisection() -> None:
-    schedule = from_config(
-        "random", {"a": 3, "b": 1}, 1, [{"start": 50, "weights": {"a": 1, "b": 5}}]
-    )
+    schedule = from_config("random", {"a": 3, "b": 1}, 1, [PhaseConfig(50, {"a": 1, "b": 5})])
     steps = {(schedule.task(s), schedule.visit(s)): s for s in range(120)}
     assert {k: find_visit(schedule, *k, 120) for k in steps} == steps
 

@@ -15,6 +15,7 @@ from mmjax.modalities.image import Image
 from mmjax.modalities.spectrogram import Spectrogram
 from mmjax.modalities.video import Video
 from mmjax.modalities.waveform import Waveform
+from mmjax.run_config import RunConfig
 from mmjax.task import RowSpec, make_input, make_task
 
 FRAMES, SAMPLES = 41, 4000  # a clip of 10 s, say, at 4 frames and 400 samples a second
@@ -156,7 +157,7 @@ def test_a_task_shares_unless_it_says_not() -> None:
     }
     assert make_task("a", block, MODALITIES).rows().shared_time
     assert not make_task("a", {**block, "shared_time": False}, MODALITIES).rows().shared_time
-    assert key_class("tasks.a.shared_time") == "schedule"
+    assert key_class("tasks.a.shared_time", RunConfig) == "schedule"
 
 
 def test_older_configs_keep_times_of_their_own() -> None:

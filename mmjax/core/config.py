@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -32,24 +33,6 @@ KINDS = ("blocks", "evaluators", "modalities", "objectives", "sources")
 _BASE = "base"  # the module of a kind that defines its interface
 _LARGEST = 2.0**128  # the least number that float32 has not
 Block = dict[str, Any]
-
-# The first pattern that matches a dotted key gives its class; see `compare`.
-KEY_CLASSES: tuple[tuple[str, str], ...] = (
-    (
-        r"limits\.(non_finite|divergence|divergence_visits)$",
-        "schedule",
-    ),  # who is left out, and when
-    (r"(steps|log|checkpoint|mesh|loader|limits|evaluation|profile)(\.|$)", "free"),
-    (
-        r"init_from\.(strict|non_finite)$|model\.(remat|groups\.\d+\.pattern\.\d+\.kernel)$|tasks\.\w+\.(evaluators|microbatches)(\.|$)|(modalities\.\w+|tasks\.\w+\.source)\.folder$|tasks\.\w+\.source\.partial$|modalities\.\w+\.pad_vocabulary_to$",
-        "free",
-    ),
-    (r"modalities\.\w+\.max_(pixels|frames|seconds)$", "free"),
-    (r"model\.groups\.\d+\.pattern\.\d+\.experts\.losses_over$", "schedule"),
-    (r"schedule(\.|$)|optimizer\.(?!(name|moments_dtype|factored|accumulate)$)", "schedule"),
-    (r"tasks\.\w+\.(share|shared_time|batch|inputs|buckets|objective|view)(\.|$)", "schedule"),
-    (r"", "structural"),
-)
 
 
 def read_file(path: str) -> Block:
@@ -359,9 +342,85 @@ def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, config
 
 
-def key_class(key: str) -> str:
-    """`free`, `schedule` or `structural`: what a change of this key means for a run that exists."""
-    return next(kind for pattern, kind in KEY_CLASSES if re.match(pattern, key))
+# Metadata of a field of the schema: what a change of its key means for a run that exists. It holds for the keys below
+# it too, where these state nothing else. A free key may change at any time; a schedule key changes the course of the
+# run from then on; a structural key fixes its parameters or data. The last is the class of all that states none.
+FREE: Mapping[str, Any] = {"change": "free"}
+SCHEDULE: Mapping[str, Any] = {"change": "schedule"}
+STRUCTURAL: Mapping[str, Any] = {"change": "structural"}
+
+
+def holds(schema: str | type, classes: Mapping[str, str] | None = None) -> Mapping[str, Any]:
+    """Return metadata of a field whose plain blocks are built as dataclasses later.
+
+    Args:
+      schema: the dataclass, or the kind whose module each block's `name` chooses.
+      classes: `free`, `schedule` or `structural` by key, for keys whose fields state none.
+    """
+    return {"holds": schema, "classes": classes or {}}
+
+
+def key_class(key: str, schema: type, *blocks: Block) -> str:
+    """Return `free`, `schedule` or `structural`: what a change of a key means for a run that exists.
+
+    It is metadata of the key's field (`FREE`, `SCHEDULE`, `STRUCTURAL`). A key that the schema lacks, or that is below
+    a block whose `name` is unknown, has the class of the field that holds it.
+
+    Args:
+      key: dotted, as `flat` gives it.
+      schema: the dataclass of a whole config.
+      blocks: configs that have the key; the first that names a component there decides which one it is.
+    """
+    return _class_of(key.split("."), schema, {}, blocks, "structural")
+
+
+def _class_of(
+    parts: Sequence[str], hint: Any, metadata: Mapping[str, Any], blocks: Iterable[Any], kind: str
+) -> str:
+    """Return the class of the key `parts` below a value of type `hint`, held by a field with this metadata."""
+    if not parts:
+        return kind
+    blocks, (part, *rest) = list(blocks), parts
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        hint = next(a for a in arguments if a is not type(None))
+        return _class_of(parts, hint, metadata, blocks, kind)
+    if "holds" in metadata and (hint is Any or arguments[1:] == (Any,)):
+        kind = metadata["classes"].get(".".join(parts), kind)
+        return _class_of(parts, _schema_of(metadata["holds"], blocks), {}, blocks, kind)
+    inner = [_entry(block, part) for block in blocks]
+    if origin in (dict, tuple):
+        return _class_of(rest, arguments[origin is dict], metadata, inner, kind)
+    if not dataclasses.is_dataclass(hint):
+        return kind
+    field = {f.name: f for f in dataclasses.fields(hint)}.get(part)
+    if field is None:
+        return kind
+    hint, kind = _hints(typing.cast(type, hint))[part], field.metadata.get("change", kind)
+    return _class_of(rest, hint, field.metadata, inner, kind)
+
+
+_hints = functools.cache(typing.get_type_hints)
+
+
+def _schema_of(schema: str | type, blocks: Iterable[Any]) -> Any:
+    """Return the class that a block is built as, the first of `blocks` that names one; None if none does."""
+    if not isinstance(schema, str):
+        return schema
+    for block in blocks:
+        with suppress(UserError):
+            if isinstance(block, Mapping):
+                return resolve(schema, block.get("name"), "")
+    return None
+
+
+def _entry(block: Any, part: str) -> Any:
+    """Return an entry of a dictionary or list; None if it has none, or is neither."""
+    if isinstance(block, Mapping):
+        return block.get(part)
+    if isinstance(block, (list, tuple)) and part.isdecimal() and int(part) < len(block):
+        return block[int(part)]
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,8 +439,11 @@ class Difference:
         return f"{self.key} ({self.kind}): saved {saved}, now {new}"
 
 
-def compare(saved: Block, new: Block) -> list[Difference]:
-    """Differences by key; a whole task that comes or goes is one, and counts as `schedule`."""
+def compare(saved: Block, new: Block, schema: type) -> list[Difference]:
+    """Return the differences by key; a whole task that comes or goes is one, and counts as `schedule`.
+
+    `schema` is the dataclass of a whole config, whose fields state their class (see `key_class`).
+    """
     old_leaves, new_leaves = dict(flat(saved)), dict(flat(new))
     old_tasks, new_tasks = saved.get("tasks", {}), new.get("tasks", {})
     moved = set(old_tasks) ^ set(new_tasks)
@@ -392,13 +454,15 @@ def compare(saved: Block, new: Block) -> list[Difference]:
         before, after = old_leaves.get(key), new_leaves.get(key)
         whole_task = key.startswith("tasks.") and key.split(".")[1] in moved
         if before != after and not whole_task:
-            found.append(Difference(key, key_class(key), before, after))
+            found.append(Difference(key, key_class(key, schema, new, saved), before, after))
     return sorted(found, key=lambda difference: difference.key)
 
 
-def check_compatible(saved: Block, new: Block, allow_change: bool) -> list[Difference]:
-    """Differences that the run may take up; structural ones, or schedule ones not allowed, raise."""
-    differences = compare(saved, new)
+def check_compatible(
+    saved: Block, new: Block, allow_change: bool, schema: type
+) -> list[Difference]:
+    """Return the differences that the run may take up; structural ones, or schedule ones not allowed, raise."""
+    differences = compare(saved, new, schema)
     structural = [d for d in differences if d.kind == "structural"]
     if structural:
         lines = "\n  ".join(map(str, structural))

@@ -16,6 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mmjax.core.bounds import AMOUNT, COUNT, SIZE, check
+from mmjax.core.config import SCHEDULE
 from mmjax.core.errors import UserError
 from mmjax.core.sharding import noting
 from mmjax.engine.health import Bounds
@@ -38,9 +39,9 @@ class LimitsConfig:
     memory_gib: float = 0.0
     programs: int = 64
     invalid: int = 100
-    non_finite: int = 10
-    divergence: float = 10.0
-    divergence_visits: int = 16
+    non_finite: int = field(default=10, metadata=SCHEDULE)
+    divergence: float = field(default=10.0, metadata=SCHEDULE)
+    divergence_visits: int = field(default=16, metadata=SCHEDULE)
     stuck: float = 1800.0
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from mmjax.core.config import FREE
 from mmjax.core.errors import UserError
 from mmjax.core.files import read_bytes, replace_file
 from mmjax.core.parameters import Spec
@@ -64,8 +65,8 @@ class WarmStartConfig:
     names: tuple[NameConfig, ...] = ()
     skip: tuple[str, ...] = ()
     average: bool = False
-    strict: bool = True
-    non_finite: bool = False
+    strict: bool = field(default=True, metadata=FREE)
+    non_finite: bool = field(default=False, metadata=FREE)
 
 
 @dataclass

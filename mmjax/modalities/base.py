@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, Generic, TypeVar
@@ -22,6 +22,7 @@ from etils import epath
 from flax import nnx
 
 from mmjax.core.bounds import SIZE, check
+from mmjax.core.config import FREE
 from mmjax.core.errors import UserError
 
 I = TypeVar("I")  # noqa: E741
@@ -56,7 +57,7 @@ class Modality(abc.ABC, Generic[I]):
 
     Input: ClassVar[type]
     temporal: ClassVar[bool] = False
-    folder: str = ""
+    folder: str = field(default="", metadata=FREE)
 
     def __post_init__(self) -> None:
         """Check the settings; a subclass raises `UserError` for those out of bounds."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from flax import nnx
 from jax.nn import initializers
 
 from mmjax.core.bounds import COUNT, check
+from mmjax.core.config import FREE
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import declare
 from mmjax.core.sharding import constrain
@@ -40,7 +41,7 @@ class Colours(Placed, Modality[ImageInput]):
     Input = ImageInput
     levels: int = 8
     buckets: int = 64
-    max_pixels: int = pictures.MAX_PIXELS
+    max_pixels: int = field(default=pictures.MAX_PIXELS, metadata=FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

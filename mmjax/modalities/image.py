@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mmjax.core.bounds import COUNT, check
+from mmjax.core.config import FREE
 from mmjax.core.errors import UserError, nearest
 from mmjax.data import pictures
 from mmjax.modalities.base import ArraySpec, Modality, by_axis, dropped, dropped_arrays
@@ -66,7 +67,7 @@ class Image(Placed, Modality[ImageInput]):
     Input = ImageInput
     patch: int = 8
     buckets: int = 64
-    max_pixels: int = pictures.MAX_PIXELS
+    max_pixels: int = field(default=pictures.MAX_PIXELS, metadata=FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

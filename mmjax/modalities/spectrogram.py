@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mmjax.core.bounds import AMOUNT, COUNT, PART, POSITIVE, SIZE, check
+from mmjax.core.config import FREE
 from mmjax.core.errors import UserError
 from mmjax.modalities.base import ArraySpec, Modality, by_axis, dropped, dropped_arrays
 from mmjax.modalities.waveform import (
@@ -97,7 +98,7 @@ class Spectrogram(Placed, Modality[SpectrogramInput]):
     low: float = 60.0
     high: float = 7600.0
     buckets: int = 64
-    max_seconds: float = MAX_SECONDS
+    max_seconds: float = field(default=MAX_SECONDS, metadata=FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from flax import nnx
 from jax.nn import initializers
 
 from mmjax.core.bounds import COUNT, check
+from mmjax.core.config import FREE
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import declare
 from mmjax.core.sharding import constrain
@@ -60,7 +61,7 @@ class Text(Placed, Modality[TextInput]):
     tokenizer: str = ""
     vocabulary: int = 2048
     buckets: int = 128
-    pad_vocabulary_to: int = 1
+    pad_vocabulary_to: int = field(default=1, metadata=FREE)
     end: str = ""
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from mmjax.core.bounds import COUNT, check
+from mmjax.core.config import FREE
 from mmjax.core.errors import UserError
 from mmjax.data import pictures
 from mmjax.modalities.base import ArraySpec, Modality, by_axis, dropped, dropped_arrays, start_of
@@ -75,8 +76,8 @@ class Video(Placed, Modality[VideoInput]):
     patch: int = 16
     time_buckets: int = 16
     buckets: int = 64
-    max_pixels: int = pictures.MAX_PIXELS
-    max_frames: int = 2**14
+    max_pixels: int = field(default=pictures.MAX_PIXELS, metadata=FREE)
+    max_frames: int = field(default=2**14, metadata=FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

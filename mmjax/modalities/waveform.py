@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mmjax.core.bounds import AMOUNT, COUNT, PART, POSITIVE, SIZE, check
+from mmjax.core.config import FREE
 from mmjax.core.errors import UserError
 from mmjax.data.wav import check_seconds, read_wav
 from mmjax.modalities.base import ArraySpec, Modality, by_axis, dropped, dropped_arrays, start_of
@@ -75,7 +76,7 @@ class Waveform(Placed, Modality[WaveformInput]):
     patch: int = 256
     rate: int = 16000
     buckets: int = 512
-    max_seconds: float = MAX_SECONDS
+    max_seconds: float = field(default=MAX_SECONDS, metadata=FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -26,7 +26,9 @@ class GroupConfig:
     """`repeat` times the blocks of `pattern`; each block is `{name: a module of mmjax.blocks, ...}`."""
 
     repeat: int
-    pattern: tuple[dict[str, Any], ...]
+    pattern: tuple[dict[str, Any], ...] = field(
+        metadata=configs.holds("blocks", {"kernel": "free", "experts.losses_over": "schedule"})
+    )
 
     def __post_init__(self) -> None:
         check(self, repeat=COUNT)

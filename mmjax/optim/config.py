@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from mmjax.core.bounds import AMOUNT, COUNT, FRACTION, PART, POSITIVE, check
+from mmjax.core.config import STRUCTURAL
 from mmjax.core.errors import UserError, nearest
 from mmjax.optim.rules import RuleConfig
 from mmjax.optim.views import SHARED
@@ -56,7 +57,7 @@ class OptimizerConfig:
         applied.
     """
 
-    name: str = "adamw"
+    name: str = field(default="adamw", metadata=STRUCTURAL)
     learning_rate: float = 1e-3
     warmup: int = 0
     decay: str = "cosine"
@@ -65,15 +66,15 @@ class OptimizerConfig:
     b2: float = 0.999
     eps: float = 1e-8
     momentum: float = 0.95
-    factored: int = 128
-    moments_dtype: str = ""
+    factored: int = field(default=128, metadata=STRUCTURAL)
+    moments_dtype: str = field(default="", metadata=STRUCTURAL)
     weight_decay: float = 0.0
     clip: float = 1.0
     unit: str = "steps"
     view: str = SHARED
     rules: tuple[RuleConfig, ...] = ()
     ema: float = 0.0
-    accumulate: int = 1
+    accumulate: int = field(default=1, metadata=STRUCTURAL)
 
     def __post_init__(self) -> None:
         check(

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mmjax.core import config as configs
 from mmjax.core.errors import UserError
 from mmjax.core.workdir import EVALUATIONS, GOODPUT, METRICS, RESULTS
 from mmjax.engine import checkpoint
 from mmjax.monitor import metrics
 from mmjax.monitor import summary as tally
 from mmjax.monitor.line_file import read_records
+from mmjax.schedule.config import PhaseConfig
 from mmjax.schedule.rules import RULES
 from mmjax.schedule.schedule import Schedule
 from mmjax.schedule.stretches import from_config
@@ -118,8 +120,11 @@ class Run:
                 return Schedule.from_json(self.meta["clock"]["segments"])
             block = self.config.get("schedule", {})
             weights = {n: t.get("share", 1) for n, t in self.config["tasks"].items()}
-            seed, planned = self.config.get("seed", 0), block.get("phases", ())
-            return from_config(block.get("rule", "shares"), weights, seed, planned)
+            phases = [
+                configs.build(PhaseConfig, each, "phases") for each in block.get("phases", ())
+            ]
+            rule, seed = block.get("rule", "shares"), self.config.get("seed", 0)
+            return from_config(rule, weights, seed, phases)
         except (UserError, KeyError, TypeError, AttributeError):
             return None  # a config of another version: the rest of the page can do without
 

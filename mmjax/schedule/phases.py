@@ -16,15 +16,13 @@ from functools import cached_property
 from typing import Any
 
 from mmjax.core import config as configs
-from mmjax.core.bounds import AMOUNT, check
 from mmjax.core.errors import UserError, nearest
 from mmjax.modalities.base import Modality
 from mmjax.optim.rules import RuleConfig
 from mmjax.schedule.buckets import Variant, Variants, merged
+from mmjax.schedule.config import PhaseConfig
 from mmjax.schedule.schedule import Schedule
 from mmjax.task import Task, make_task
-
-_TASK_KEYS = ("inputs", "batch", "microbatches", "buckets")
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ class Settings:
 
 def make_settings(
     tasks: Mapping[str, Task],
-    phases: Sequence[Mapping[str, Any]],
+    phases: Sequence[PhaseConfig],
     rules: Sequence[RuleConfig],
     modalities: Mapping[str, Modality],
 ) -> Settings:
@@ -125,12 +123,11 @@ def make_settings(
 
     Args:
       tasks: as they are at step 0.
-      phases: `schedule.phases`, each with perhaps `tasks`, `rules` and `learning_rate`; what a phase does not say
-        stays as it was before.
+      phases: `schedule.phases`.
       rules: of the optimizer at step 0.
 
     Raises:
-      UserError: an unknown task or key; a key that would change more than shapes.
+      UserError: an unknown task; a task with other keys or values than it may have.
     """
     names: dict[str, str] = {}
     first = {n: _variants(t, modalities, (), "", names) for n, t in tasks.items()}
@@ -138,51 +135,22 @@ def make_settings(
     own: tuple[RuleConfig, ...] = ()
     for index, phase in enumerate(phases):
         where, before = f"schedule.phases[{index}]", each[-1]
-        changed = phase.get("tasks", {})
-        _check_tasks(changed, tasks, f"{where}.tasks")
-        if "rules" in phase:
-            own = configs.build(_Rules, {"rules": phase["rules"]}, where).rules
+        own = own if phase.rules is None else phase.rules
         now = dict(before.tasks)
-        for task, block in changed.items():
-            whole = merged(_block(now[task]), block)
+        for task, changes in phase.tasks.items():
+            if task not in tasks:
+                raise UserError(
+                    f"Config key '{where}.tasks': no task '{task}'.{nearest(task, tasks)}"
+                )
+            whole = merged(_block(now[task]), changes.block)
             now[task] = make_task(task, whole, modalities, f"{where}.tasks.{task}")
         variants = {
-            task: _variants(made, modalities, own, f"@{phase['start']}", names)
+            task: _variants(made, modalities, own, f"@{phase.start}", names)
             for task, made in now.items()
         }
-        scale = configs.build(
-            _Scale, {k: v for k, v in phase.items() if k == "learning_rate"}, where
-        )
-        rate = scale.learning_rate if "learning_rate" in phase else before.scale
-        each.append(Setting(phase["start"], now, variants, (*rules, *own), rate))
+        scale = before.scale if phase.learning_rate is None else phase.learning_rate
+        each.append(Setting(phase.start, now, variants, (*rules, *own), scale))
     return Settings(tuple(each))
-
-
-@dataclass(frozen=True)
-class _Rules:
-    rules: tuple[RuleConfig, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Scale:
-    learning_rate: float = 1.0
-
-    def __post_init__(self) -> None:
-        check(self, learning_rate=AMOUNT)
-
-
-def _check_tasks(changed: Any, tasks: Mapping[str, Task], where: str) -> None:
-    if not isinstance(changed, Mapping):
-        raise UserError(f"Config key '{where}' is {changed!r}; expected a block for each task.")
-    for task, block in changed.items():
-        if task not in tasks:
-            raise UserError(f"Config key '{where}': no task '{task}'.{nearest(task, tasks)}")
-        for key in block:
-            if key not in _TASK_KEYS:
-                raise UserError(
-                    f"Config key '{where}.{task}.{key}': a phase changes only a task's "
-                    f"{', '.join(_TASK_KEYS)}.{nearest(key, _TASK_KEYS)}"
-                )
 
 
 def _variants(

@@ -7,17 +7,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 from mmjax.core.errors import UserError, nearest
-from mmjax.schedule.rules import RULES, check_weights, exact_integer
+from mmjax.schedule.config import PhaseConfig
+from mmjax.schedule.rules import RULES, check_weights
 from mmjax.schedule.schedule import Schedule, Segment
 
 BUDGET = "budget"  # a rule of configs only: it becomes `shares` when step times are known
-
-
-# The last three: `mmjax.schedule.phases`.
-_PHASE_KEYS = ("start", "weights", "rule", "tasks", "rules", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -36,27 +32,20 @@ class Stretch:
 
 
 def stretches(
-    rule: str, weights: Mapping[str, int], phases: Sequence[Mapping[str, Any]] = ()
+    rule: str, weights: Mapping[str, int], phases: Sequence[PhaseConfig] = ()
 ) -> list[Stretch]:
-    """What a config asks for, from step 0 on; the arguments and errors are those of `from_config`."""
-    found = [_stretch(0, rule, weights)]
-    for number, phase in enumerate(phases, 1):
-        for key in phase:
-            if key not in _PHASE_KEYS:
-                raise UserError(f"Phase {number}: no key '{key}'.{nearest(key, _PHASE_KEYS)}")
-        if "start" not in phase:
-            raise UserError(f"Phase {number} has no 'start'. Give it the step at which it begins.")
-        start = exact_integer(phase["start"], f"Phase {number}: start")
-        if start <= found[-1].start:
+    """Return what a config asks for, from step 0 on; the arguments and errors are those of `from_config`."""
+    planned = [_stretch(0, rule, weights, "schedule")]
+    for index, phase in enumerate(phases):
+        where, before = f"schedule.phases[{index}]", planned[-1]
+        if phase.start <= before.start:
             raise UserError(
-                f"Phase {number} starts at step {start}, not after the stretch before it "
-                f"(step {found[-1].start}). Put phases in ascending order, above 0."
+                f"{where}.start is {phase.start}, not after the stretch before it "
+                f"(step {before.start}). Put phases in ascending order, above 0."
             )
-        before = found[-1]
-        found.append(
-            _stretch(start, phase.get("rule") or before.rule, phase.get("weights", before.weights))
-        )
-    return found
+        weights = before.weights if phase.weights is None else phase.weights
+        planned.append(_stretch(phase.start, phase.rule or before.rule, weights, where))
+    return planned
 
 
 def stretch_at(planned: Sequence[Stretch], step: int) -> Stretch:
@@ -64,10 +53,12 @@ def stretch_at(planned: Sequence[Stretch], step: int) -> Stretch:
     return planned[bisect.bisect_right([each.start for each in planned], step) - 1]
 
 
-def _stretch(start: int, rule: str, weights: Mapping[str, int]) -> Stretch:
+def _stretch(start: int, rule: str, weights: Mapping[str, int], where: str) -> Stretch:
     known = (*RULES, BUDGET)
     if rule not in known:
-        raise UserError(f"There is no schedule rule '{rule}'.{nearest(str(rule), known)}")
+        raise UserError(
+            f"{where}.rule: there is no schedule rule '{rule}'.{nearest(str(rule), known)}"
+        )
     return Stretch(start, rule, check_weights(rule, weights))
 
 
@@ -75,7 +66,7 @@ def from_config(
     rule: str,
     weights: Mapping[str, int],
     seed: int,
-    phases: Sequence[Mapping[str, Any]] = (),
+    phases: Sequence[PhaseConfig] = (),
     seconds: Callable[[int], Mapping[str, float]] = lambda start: {},
 ) -> Schedule:
     """The schedule that a config describes.
@@ -86,13 +77,12 @@ def from_config(
         (`interval`), or share of the time (`budget`), in the order in which tasks take turns.
         0: the task does not run.
       seed: for `random`.
-      phases: later stretches, each `{"start": step}` with `"weights"` and `"rule"` where they differ
-        from those before; by ascending start.
+      phases: later stretches, by ascending start.
       seconds: start of a stretch -> seconds of a step of each task then, or anything in proportion
         to them; for `budget`.
 
     Raises:
-      UserError: an unknown rule or key; a weight that is not an integer from 0 up; no task with a
+      UserError: an unknown rule; a weight that is not an integer from 0 up; no task with a
         weight above 0; a period above `MAX_PERIOD`; phases out of order; `budget` and a task
         without a step time.
     """

@@ -10,12 +10,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from mmjax.core.config import FREE
 from mmjax.core.errors import UserError
 from mmjax.data.identity import identity, sample
 from mmjax.sources.base import Example, Examples, Source
@@ -40,7 +41,7 @@ class ArrayRecord(Source):
 
     path: str
     glob: str = "*.array_record*"
-    partial: bool = False
+    partial: bool = field(default=False, metadata=FREE)
 
     @property
     def label(self) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from mmjax.core.bounds import COUNT, check
+from mmjax.core.config import FREE
 from mmjax.core.errors import RecordError, UserError
 from mmjax.data import order
 from mmjax.data.identity import facts_of, identity, records_of
@@ -56,7 +57,7 @@ class MovingEmoji(Source):
 
     split: str
     dataset: str = "emoji"
-    folder: str = ""
+    folder: str = field(default="", metadata=FREE)
     clips: int = 1
     actors: int = 2
     frames: int = 8

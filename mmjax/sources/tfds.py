@@ -8,7 +8,7 @@ import json
 import logging
 import pkgutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 import mmjax.datasets
+from mmjax.core.config import FREE
 from mmjax.core.errors import UserError, nearest
 from mmjax.data import data_dir, pictures
 from mmjax.data.identity import identity, sample
@@ -40,7 +41,7 @@ class Tfds(Source):
 
     dataset: str
     split: str
-    folder: str = ""
+    folder: str = field(default="", metadata=FREE)
 
     @property
     def label(self) -> str:

@@ -25,6 +25,7 @@ from mmjax.engine.state import Clock
 from mmjax.experiment import Experiment
 from mmjax.monitor import metrics
 from mmjax.monitor.line_file import LineFile, read_records
+from mmjax.run_config import RunConfig
 from mmjax.schedule.step_times import measured, pace
 from mmjax.schedule.stretches import BUDGET, Stretch, budget_weights, stretch_at
 
@@ -115,7 +116,8 @@ class Budget:
 
 def _fingerprint(block: configs.Block) -> str:
     """A digest of the keys that fix a run's steps."""
-    leaves = {k: v for k, v in configs.flat(block) if configs.key_class(k) != "free"}
+    classes = ((k, v, configs.key_class(k, RunConfig, block)) for k, v in configs.flat(block))
+    leaves = {k: v for k, v, kind in classes if kind != "free"}
     return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -45,6 +45,7 @@ from mmjax.engine.warm_start import check_files, pin, pinned, warm_start
 from mmjax.experiment import Experiment
 from mmjax.modalities.base import asset_name
 from mmjax.monitor import metrics
+from mmjax.run_config import RunConfig
 from mmjax.schedule.schedule import Schedule
 from mmjax.sources.base import Cached, Examples
 from mmjax.training.evaluation import read_results
@@ -205,7 +206,9 @@ def begin(
     changes: list[configs.Difference] = []
 
     def accept(step: int, meta: dict[str, Any]) -> None:
-        changes[:] = configs.check_compatible(meta["config"], experiment.block, allow_change)
+        changes[:] = configs.check_compatible(
+            meta["config"], experiment.block, allow_change, RunConfig
+        )
         _check_identities(meta["identities"], identities, workdir)
         check_code(meta["identities"], experiment, allow_change, say)
         announce_environment(meta["environment"], environment(mesh), say)
@@ -483,7 +486,7 @@ def clock_after(
     Raises:
       UserError: the config does not go with the checkpoint's.
     """
-    changes = configs.check_compatible(meta["config"], experiment.block, allow_change)
+    changes = configs.check_compatible(meta["config"], experiment.block, allow_change, RunConfig)
     return _clock(experiment, Restored(step, None, dict(meta)), changes)
 
 

@@ -20,7 +20,6 @@ from mmjax.experiment import make_experiment
 from mmjax.generation.decoding import Sampling
 from mmjax.nn.experts import ROUTERS, CausalConfig, ExpertsConfig
 from mmjax.run_config import RunConfig
-from mmjax.schedule.phases import _Scale
 from mmjax.task import BucketConfig, TaskConfig
 
 # What a block of each class needs besides the key that is tried.
@@ -38,6 +37,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "GroupConfig": {"repeat": 1, "pattern": []},
     "ModelConfig": {"width": 8, "groups": []},
     "MovingEmoji": {"split": "train"},
+    "PhaseConfig": {"start": 1},
     "RuleConfig": {"match": ".*"},
     "RunConfig": {"steps": 1, "modalities": {}, "model": {"width": 8, "groups": []}, "tasks": {}},
     "TaskConfig": {"source": {}, "inputs": {}, "objective": {}, "batch": 1},
@@ -77,7 +77,6 @@ def config_classes() -> list[type]:
         ExpertsConfig,
         CausalConfig,
         Sampling,
-        _Scale,
     ]
     roots += ROUTERS.values()
     for kind in ("modalities", "objectives", "evaluators", "sources"):
@@ -137,6 +136,7 @@ def test_the_walk_meets_every_kind_of_block() -> None:
     assert names >= {
         "RunConfig", "OptimizerConfig", "LimitsConfig", "MeshConfig", "WarmStartConfig", "GroupConfig",
         "RuleConfig", "TaskConfig", "SpectrogramInput", "Transfusion", "Retrieval", "MovingEmoji", "TokenChoice",
+        "PhaseConfig", "PhaseTaskConfig",
     }  # fmt: skip
     assert len(numbers()) > 90
     known = {(cls.__name__, key) for cls, key in numbers()}

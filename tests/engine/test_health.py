@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.engine.health import Bounds, Health, broken_at, quarantine
+from mmjax.schedule.config import PhaseConfig
 from mmjax.schedule.schedule import Schedule, Segment
 from mmjax.schedule.stretches import from_config
 
@@ -76,7 +77,7 @@ WEIGHTS = st.dictionaries(st.sampled_from("abcd"), st.integers(0, 4), min_size=1
 def test_a_schedule_without_some_tasks(
     rule: str, weights: dict[str, int], later: list[dict[str, int]], out: set[str], start: int
 ) -> None:
-    phases = [{"start": 20 * (i + 1), "weights": w} for i, w in enumerate(later)]
+    phases = [PhaseConfig(20 * (i + 1), w) for i, w in enumerate(later)]
     before = from_config(rule, weights, 3, phases)
     after = quarantine(before, out, start, start)
     if not _running(before.segment(start)) - out:
@@ -101,7 +102,7 @@ def _running(segment: Segment) -> set[str]:
 
 
 def test_a_phase_whose_only_task_is_left_out_is_passed_over() -> None:
-    phases = [{"start": 10, "weights": {"c": 1}}, {"start": 20, "weights": {"b": 1, "c": 1}}]
+    phases = [PhaseConfig(10, {"c": 1}), PhaseConfig(20, {"b": 1, "c": 1})]
     after = quarantine(from_config("shares", {"a": 1, "b": 1, "c": 1}, 0, phases), ["c"], 4, 4)
     assert after is not None
     assert set(after.strip(4, 20)) == {"a", "b"} and set(after.strip(20, 30)) == {"b"}

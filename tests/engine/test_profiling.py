@@ -19,6 +19,7 @@ from toyrun import run
 from mmjax.core.config import key_class
 from mmjax.core.errors import UserError
 from mmjax.engine.profiling import Profile, ProfileConfig
+from mmjax.run_config import RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_a_run_opens_the_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_profiles_are_free_keys_and_checked(tmp_path: Path) -> None:
-    assert key_class("profile.steps") == "free"
+    assert key_class("profile.steps", RunConfig) == "free"
     with pytest.raises(UserError, match="config.profile.steps is -1"):
         run(tmp_path / "run", "profile.steps=-1")
     with pytest.raises(UserError, match="local --workdir"):

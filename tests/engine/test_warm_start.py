@@ -34,6 +34,7 @@ from mmjax.engine.warm_start import (
     resample,
     warm_start,
 )
+from mmjax.run_config import RunConfig
 from mmjax.training.session import begin
 
 Values = dict[str, np.ndarray]
@@ -298,9 +299,9 @@ def test_a_run_that_began_before_names_were_strict_keeps_what_it_began_with() ->
     for plain in ({}, {"init_from": {"path": ""}}):
         assert upgrade(plain, 1) == plain
     old = upgrade(config, 1)
-    assert not check_compatible(old, old, False)
+    assert not check_compatible(old, old, False, RunConfig)
     # Neither key says anything about a run that has a checkpoint.
-    assert {d.kind for d in check_compatible(old, config, False)} == {"free"}
+    assert {d.kind for d in check_compatible(old, config, False, RunConfig)} == {"free"}
 
 
 def test_a_run_begins_where_another_ended_and_never_looks_back(

@@ -23,6 +23,7 @@ from mmjax.modalities.colours import Colours
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.video import Video
 from mmjax.nn.stream import Stream
+from mmjax.run_config import RunConfig
 from mmjax.task import make_input
 
 IMAGE = Image(patch=4, buckets=8)
@@ -399,7 +400,7 @@ def test_older_configs_squash_and_others_say_how() -> None:
         "text": {},
     }
     assert upgrade(config, 2) == config
-    assert key_class("tasks.a.inputs.image.fit") == "schedule"
+    assert key_class("tasks.a.inputs.image.fit", RunConfig) == "schedule"
 
 
 @pytest.mark.parametrize(

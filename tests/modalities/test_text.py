@@ -19,6 +19,7 @@ from mmjax.data import tokenizer
 from mmjax.data.tokenizer import EOS_ID, PAD_ID, TokenIds, Tokenizer
 from mmjax.modalities.base import Input, asset_name
 from mmjax.modalities.text import Text, TextInput
+from mmjax.run_config import RunConfig
 
 TEXTS = ["red apple", "green apple", "grinning face", "face with tears of joy"]
 PIECES = 300
@@ -148,7 +149,7 @@ def test_an_older_config_keeps_its_tokenizer_and_its_larger_table() -> None:
     assert migrations.upgrade(old, 2) == old
     assert "tokenizer" not in migrations.upgrade(old, 1)["modalities"]["image"]
     now = {"modalities": {"words": {"name": "text", "vocabulary": 4096}}}
-    changed = configs.compare(migrations.upgrade(now, 1), now)
+    changed = configs.compare(migrations.upgrade(now, 1), now, RunConfig)
     assert {d.key.rpartition(".")[2]: d.kind for d in changed} == {
         "tokenizer": "structural", "pad_vocabulary_to": "free",
     }  # fmt: skip

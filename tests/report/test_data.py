@@ -3,12 +3,13 @@
 import pytest
 
 from mmjax.report.data import wanted_shares
+from mmjax.schedule.config import PhaseConfig
 from mmjax.schedule.stretches import from_config
 
 
 @pytest.mark.parametrize("rule", ["shares", "random", "interval"])
 def test_wanted_shares_are_met_where_stretches_hold_whole_periods(rule: str) -> None:
-    later = {"start": 120, "weights": {"a": 1, "b": 2, "c": 3}}
+    later = PhaseConfig(120, {"a": 1, "b": 2, "c": 3})
     schedule = from_config(rule, {"a": 3, "b": 1, "c": 2}, 0, [later])
     wanted = wanted_shares(schedule, 1200 if rule != "interval" else 120 + 11 * 98)
     steps = 1200 if rule != "interval" else 120 + 11 * 98
@@ -19,5 +20,5 @@ def test_wanted_shares_are_met_where_stretches_hold_whole_periods(rule: str) -> 
 
 
 def test_a_stretch_that_has_not_begun_asks_for_nothing() -> None:
-    later = {"start": 100, "weights": {"b": 1}}
+    later = PhaseConfig(100, {"b": 1})
     assert wanted_shares(from_config("shares", {"a": 1}, 0, [later]), 50) == {"a": 1.0, "b": 0.0}

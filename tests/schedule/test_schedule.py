@@ -10,8 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmjax.core import config as configs
 from mmjax.core.errors import UserError
+from mmjax.optim.rules import RuleConfig
+from mmjax.run_config import ScheduleConfig
 from mmjax.schedule import schedule as scheduling
+from mmjax.schedule.config import PhaseConfig
 from mmjax.schedule.schedule import Schedule, Segment
 from mmjax.schedule.stretches import BUDGET, budget_weights, from_config, stretch_at, stretches
 
@@ -293,7 +297,7 @@ def test_shares_in_phases_are_never_a_whole_visit_off(data):
     phases, start = [], 0
     for _ in range(3):
         start += data.draw(st.integers(1, 200))
-        phases.append({"start": start, "weights": data.draw(weights("shares"))})
+        phases.append(PhaseConfig(start, data.draw(weights("shares"))))
     schedule = from_config("shares", data.draw(weights("shares")), 0, phases)
     step = data.draw(st.integers(0, start + 200))
     segment = schedule.segment(step)
@@ -329,7 +333,7 @@ def test_a_task_that_stops_and_comes_back_counts_on():
         "shares",
         {"a": 1, "b": 1},
         0,
-        [{"start": 10, "weights": {"a": 1, "b": 0}}, {"start": 15, "weights": {"b": 1}}],
+        [PhaseConfig(10, {"a": 1, "b": 0}), PhaseConfig(15, {"b": 1})],
     )
     assert schedule.tasks == ("a", "b")
     assert schedule.visits(15) == {"a": 10, "b": 5}
@@ -342,8 +346,8 @@ def test_phases_keep_the_rule_unless_they_say_otherwise():
         {"a": 1, "b": 2},
         7,
         [
-            {"start": 6, "weights": {"b": 1, "a": 2}},
-            {"start": 12, "weights": {"a": 3, "b": 1}, "rule": "shares"},
+            PhaseConfig(6, {"b": 1, "a": 2}),
+            PhaseConfig(12, {"a": 3, "b": 1}, rule="shares"),
         ],
     )
     assert [segment.rule for segment in schedule.segments] == ["interval", "interval", "shares"]
@@ -381,7 +385,7 @@ def test_a_segment_is_its_own_copy():
 
 
 def test_a_damaged_list_is_refused():
-    data = from_config("shares", {"a": 1}, 0, [{"start": 5, "weights": {"b": 1}}]).to_json()
+    data = from_config("shares", {"a": 1}, 0, [PhaseConfig(5, {"b": 1})]).to_json()
     with pytest.raises(UserError, match="at step 5 is damaged"):
         Schedule.from_json([data[0], {**data[1], "base": {"a": 4}}])
     for starts in ([data[1]], [data[0], data[0]], []):
@@ -419,8 +423,6 @@ def test_bad_weights(rule, bad, message):
     seconds = {"a": 1.0}
     with pytest.raises(UserError, match=message):
         from_config(rule, bad, 0, seconds=lambda _: seconds)
-    with pytest.raises(UserError, match=message):
-        from_config(rule, {"a": 1}, 0, [{"start": 5, "weights": bad}], lambda _: seconds)
 
 
 def test_unknown_rule():
@@ -441,23 +443,58 @@ def test_a_period_too_long():
 @pytest.mark.parametrize(
     ("phase", "message"),
     [
-        ({"start": 0, "weights": {"a": 1}}, "Phase 1 starts at step 0"),
-        ({"start": -3, "weights": {"a": 1}}, "Phase 1: start must be 0 or more"),
-        ({"start": 2.0, "weights": {"a": 1}}, "Phase 1: start must be an integer"),
-        ({"weights": {"a": 1}}, "Phase 1 has no 'start'"),
-        ({"start": 5, "weigths": {"a": 1}}, "no key 'weigths'.*'weights'"),
+        ({"start": 0}, r"phases\[1\].start is 0; it must be at least 1"),
+        ({"start": -3}, r"phases\[1\].start is -3; it must be at least 1"),
+        ({"start": 2.0}, r"phases\[1\].start' is 2.0; expected int"),
+        ({"start": True}, r"phases\[1\].start' is True; expected int"),
+        ({"weights": {"a": 1}}, r"phases\[1\].start' is missing"),
+        ({"start": 5, "weigths": {"a": 1}}, r"'schedule.phases\[1\].weigths'.*'weights'"),
+        ({"start": 5, "weights": {"a": -1}}, r"phases\[1\].weights.a is -1; .* at least 0"),
+        ({"start": 5, "weights": {"a": "2"}}, r"phases\[1\].weights.a' is '2'; expected int"),
+        ({"start": 5, "weights": {"a": True}}, r"phases\[1\].weights.a' is True; expected int"),
+        ({"start": 5, "weights": {"a": None}}, r"phases\[1\].weights.a' is None; expected int"),
+        ({"start": 5, "weights": {"a": 1.5}}, r"phases\[1\].weights.a' is 1.5; expected int"),
+        ({"start": 5, "weights": 3}, r"phases\[1\].weights' is 3; expected a block of keys"),
+        ({"start": 5, "rule": 3}, r"phases\[1\].rule' is 3; expected str"),
+        ({"start": 5, "learning_rate": -0.5}, r"phases\[1\].learning_rate is -0.5; .* at least 0"),
+        ({"start": 5, "tasks": {"a": {"batch": 0}}}, r"phases\[1\].tasks.a.batch is 0; .* at least 1"),
+        ({"start": 5, "tasks": {"a": {"bach": 2}}}, r"phases\[1\].tasks.a.bach'.*'batch'"),
+        ({"start": 5, "rules": [{"mach": ".*"}]}, r"phases\[1\].rules\[0\].mach'.*'match'"),
+    ],
+)  # fmt: skip
+def test_bad_phases(phase, message):
+    block = {"phases": [{"start": 1}, phase]}
+    with pytest.raises(UserError, match=message):
+        configs.build(ScheduleConfig, block, "schedule")
+
+
+def test_a_phase_of_a_config_is_typed():
+    block = {"start": 4, "rules": [{"match": ".*"}], "tasks": {"a": {"inputs": {"x": {"size": 8}}}}}
+    [phase] = configs.build(ScheduleConfig, {"phases": [block]}, "schedule").phases
+    assert (phase.start, phase.weights, phase.rule, phase.learning_rate) == (4, None, None, None)
+    assert phase.rules == (RuleConfig(".*"),)
+    assert phase.tasks["a"].block == {"inputs": {"x": {"size": 8}}}
+
+
+@pytest.mark.parametrize(
+    ("phase", "message"),
+    [
+        (PhaseConfig(5, rule="share"), r"schedule.phases\[1\].rule: .* 'share'.*'shares'"),
+        (PhaseConfig(5, {"a": 0}), "No task would ever run.*'a'"),
+        (PhaseConfig(5, {}), "no tasks"),
+        (PhaseConfig(5, {"a": 10**6, "b": 10**6 - 1}), "repeats only after 1999999 steps"),
     ],
 )
-def test_bad_phases(phase, message):
+def test_phases_of_which_there_is_no_schedule(phase, message):
     with pytest.raises(UserError, match=message):
-        from_config("shares", {"a": 1}, 0, [phase])
+        from_config("shares", {"a": 1}, 0, [PhaseConfig(4), phase])
 
 
 def test_a_phase_keeps_the_weights_and_the_rule_that_it_does_not_name():
     phases = [
-        {"start": 4, "weights": {"a": 1, "b": 3}},
-        {"start": 8},
-        {"start": 12, "rule": "interval"},
+        PhaseConfig(4, {"a": 1, "b": 3}),
+        PhaseConfig(8),
+        PhaseConfig(12, rule="interval"),
     ]
     segments = from_config("shares", {"a": 1, "b": 1}, 0, phases).segments
     assert [(s.start, s.rule, s.weights["b"]) for s in segments] == [
@@ -466,8 +503,8 @@ def test_a_phase_keeps_the_weights_and_the_rule_that_it_does_not_name():
 
 
 def test_phases_out_of_order():
-    phases = [{"start": 9, "weights": {"a": 1}}, {"start": 4, "weights": {"a": 1}}]
-    with pytest.raises(UserError, match="Phase 2 starts at step 4.*step 9.*ascending"):
+    phases = [PhaseConfig(9, {"a": 1}), PhaseConfig(4, {"a": 1})]
+    with pytest.raises(UserError, match=r"phases\[1\].start is 4.*step 9.*ascending"):
         from_config("shares", {"a": 1}, 0, phases)
 
 
@@ -536,7 +573,7 @@ def test_a_budget_becomes_shares_of_steps(data):
     wanted = data.draw(weights("shares"))
     seconds = {task: data.draw(st.floats(0.1, 10)) for task in wanted}
     start, plan = data.draw(st.integers(1, 99)), data.draw(weights("random"))
-    phase = {"start": start, "rule": BUDGET, "weights": wanted}
+    phase = PhaseConfig(start, wanted, rule=BUDGET)
     schedule = from_config("random", plan, 0, [phase], lambda _: seconds)
     [_, segment] = schedule.segments
     assert segment == Segment(
@@ -552,7 +589,7 @@ def test_a_budget_becomes_shares_of_steps(data):
 
 
 def test_stretches_keep_what_the_config_says():
-    planned = stretches(BUDGET, {"a": 1}, [{"start": 5, "weights": {"a": 2}}])
+    planned = stretches(BUDGET, {"a": 1}, [PhaseConfig(5, {"a": 2})])
     assert [(s.start, s.rule, s.weights) for s in planned] == [
         (0, BUDGET, {"a": 1}), (5, BUDGET, {"a": 2}),
     ]  # fmt: skip

@@ -699,7 +699,7 @@ def test_a_checkpoint_names_everything_a_run_is(straight: Path) -> None:
     assert meta["config"] == block()
     assert meta["clock"]["step"] == 12
     assert meta["clock"]["positions"] == {"one": 64, "two": 64}
-    code = {f"code.{kind}/toy" for kind in ("layers", "modalities", "objectives", "sources")}
+    code = {f"code.{kind}/toy" for kind in ("blocks", "modalities", "objectives", "sources")}
     held_out = 'held-out {"count": 16, "name": "toy"}'
     sources = {"tasks.one.source", "tasks.two.source", held_out}
     assert set(meta["identities"]) == {*sources, *code}

@@ -1,0 +1,60 @@
+"""The block of a config that describes a phase of the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmjax.core.bounds import AMOUNT, COUNT, SIZE, check
+from mmjax.optim.rules import RuleConfig
+
+
+@dataclass(frozen=True)
+class PhaseTaskConfig:
+    """What a phase changes in a task; the rest stays as it was before.
+
+    Attributes:
+      inputs: settings by modality that replace those of `tasks.NAME.inputs` (resolution, length).
+      batch: examples per visit, over all devices.
+      microbatches: parts in which a batch is computed.
+      buckets: settings by bucket that replace those of `tasks.NAME.buckets`.
+    """
+
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    batch: int | None = None
+    microbatches: int | None = None
+    buckets: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check(self, batch=COUNT, microbatches=COUNT)
+
+    @property
+    def block(self) -> Mapping[str, Any]:
+        """The keys that the phase changes, as plain data."""
+        return {key: value for key, value in vars(self).items() if value not in (None, {})}
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One of `schedule.phases`: a first step and what changes there; the rest stays as it was before.
+
+    Attributes:
+      start: its first step.
+      weights: task name -> weight, for the tasks that run from then on.
+      rule: the rule of the schedule.
+      tasks: task name -> what changes of it: other resolutions, lengths, batches.
+      rules: rules of the optimizer after `optimizer.rules` (to freeze parts, for example); they replace those of the
+        phase before.
+      learning_rate: factor of the learning rate.
+    """
+
+    start: int
+    weights: dict[str, int] | None = None
+    rule: str | None = None
+    tasks: dict[str, PhaseTaskConfig] = field(default_factory=dict)
+    rules: tuple[RuleConfig, ...] | None = None
+    learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        check(self, start=COUNT, weights=SIZE, learning_rate=AMOUNT)
