@@ -1,6 +1,6 @@
 """Captions token by token: with what is held of the tokens before, against the whole text anew for each token.
 
-Of a config whose tasks write captions, such as `configs/coca_small.py`; one batch, to the length of its texts. Where
+Of a config whose tasks write captions, such as `configs/coca.py:small`; one batch, to the length of its texts. Where
 CoCa-pytorch is installed, its training step and its logits, which it makes anew for each token, are timed in the same
 pairs at the same widths, depths, heads and lengths (its layers are gated and hold more parameters).
 """

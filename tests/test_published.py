@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from published import RECIPES
 from published.rows import Recipe
-from recipes import ROOT, block
+from recipes import NAMES, ROOT, block
 from resolved import resolve, set_keys
 
 from mmjax.core import config as configs
@@ -29,16 +29,12 @@ FREE = re.compile(
 )
 
 
-def identity(recipe: Recipe) -> str:
-    return f"{recipe.name}:{recipe.argument}" if recipe.argument else recipe.name
-
-
-every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=identity)
+every_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 
 
 @cache
-def config(name: str, argument: str) -> configs.Block:
-    return block(name, argument)
+def config(name: str) -> configs.Block:
+    return block(name)
 
 
 def mismatches(recipe: Recipe, config: configs.Block) -> dict[str, tuple[Any, Any]]:
@@ -61,10 +57,11 @@ def header(name: str) -> str:
 
 
 def test_every_recipe_at_its_own_size_is_in_the_table() -> None:
-    names = {path.stem for path in (ROOT / "configs").glob("*.py")}
-    ours = {name for name in names if name.endswith("_small") or name.startswith("quickstart")}
-    assert {recipe.name for recipe in RECIPES} == names - ours
-    assert len({identity(recipe) for recipe in RECIPES}) == len(RECIPES)
+    """Shapes of IMP's videos are in it at one size: they are ours, and the same at each."""
+    ours = {name for name in NAMES if "small" in name or name.startswith("quickstart")}
+    ours |= {name for name in NAMES if re.fullmatch("imp:(moe-)?[sl]-mixed", name)}
+    assert {recipe.name for recipe in RECIPES} == set(NAMES) - ours
+    assert len({recipe.name for recipe in RECIPES}) == len(RECIPES)
 
 
 @every_recipe
@@ -82,7 +79,7 @@ def test_every_key_that_a_config_sets_is_in_the_table(recipe: Recipe) -> None:
     known = {row.key for row in recipe.rows}
     left = [
         key
-        for key in set_keys(config(recipe.name, recipe.argument))
+        for key in set_keys(config(recipe.name))
         if not FREE.match(key) and key not in known and key.rpartition(".")[0] not in known
     ]
     assert not left
@@ -94,7 +91,7 @@ def test_every_key_that_a_config_sets_is_in_the_table(recipe: Recipe) -> None:
 @every_recipe
 def test_a_recipe_is_as_published_or_as_its_difference_says(recipe: Recipe) -> None:
     """With all defaults: a default that changes is a mismatch as well."""
-    assert not mismatches(recipe, config(recipe.name, recipe.argument))
+    assert not mismatches(recipe, config(recipe.name))
 
 
 @every_recipe
@@ -108,7 +105,7 @@ def test_the_header_states_every_difference(recipe: Recipe) -> None:
 @every_recipe
 def test_the_header_names_all_keys_to_set_for_other_data(recipe: Recipe) -> None:
     """Sources of tasks and of evaluators, the tokenizer, and the field by which pairs belong together."""
-    own = config(recipe.name, recipe.argument)
+    own = config(recipe.name)
     keys = {"modalities.text.tokenizer"} if "text" in own["modalities"] else set()
     for name, task in own["tasks"].items():
         keys |= {f"tasks.{name}.source"}
@@ -131,7 +128,6 @@ class Mutation:
     """
 
     name: str
-    argument: str
     changes: Mapping[str, Any]
     reported: str
 
@@ -142,15 +138,15 @@ CAPTIONS = "tasks.captions.objective"
 
 
 def imp(changes: Mapping[str, Any], reported: str) -> Mutation:
-    return Mutation("imp_moe_b", "released", changes, reported)
+    return Mutation("imp:moe-b", changes, reported)
 
 
 def limoe(changes: Mapping[str, Any], reported: str) -> Mutation:
-    return Mutation("limoe_b16", "entropies", changes, reported)
+    return Mutation("limoe:b16", changes, reported)
 
 
 def mot(changes: Mapping[str, Any], reported: str) -> Mutation:
-    return Mutation("mot_7b", "transfusion", changes, reported)
+    return Mutation("mot:7b-transfusion", changes, reported)
 
 
 def whole(vision: Any) -> Any:
@@ -186,8 +182,8 @@ MUTATIONS = (
     imp({"modalities.spectrogram.buckets": 8}, "modalities.spectrogram.buckets"),
     imp({"steps": 50}, "steps"),
     imp({"tasks.video_text.inputs.vision.flip": True}, "tasks.video_text.inputs.vision.flip"),
-    Mutation("imp_s", "released", {"optimizer.warmup": 12_000}, "optimizer.warmup"),
-    Mutation("imp_l", "released", {"optimizer.final": 1e-3}, "optimizer.final"),
+    Mutation("imp:s", {"optimizer.warmup": 12_000}, "optimizer.warmup"),
+    Mutation("imp:l", {"optimizer.final": 1e-3}, "optimizer.final"),
     limoe({f"{PAIR}.together": False}, f"{PAIR}.together"),
     limoe({"model.groups.0.pattern.1.experts.router.priority": False}, "layers.experts.router.priority"),
     limoe({"model.groups.0.pattern.1.experts.threshold": {"text": 0.0, "image": 0.0}}, "layers.experts.threshold"),
@@ -195,11 +191,11 @@ MUTATIONS = (
     limoe({"model.groups.0.pattern.1.experts.local.image": 0.01}, "layers.experts.local"),
     limoe({"optimizer.learning_rate": 1.0}, "optimizer.learning_rate"),
     limoe({f"{FIRST}.attention_bias": None}, "layers.attention_bias"),
-    Mutation("moma_1b", "experts", {f"{FIRST}.experts.router.capacity": 4.0}, "layers.experts.router.capacity"),
-    Mutation("moma_1b", "experts", {f"{FIRST}.experts.causal": None}, "layers.experts.causal.hidden"),
-    Mutation("moma_1b", "experts", {f"{FIRST}.order": "pre"}, "layers.order"),
-    Mutation("mot_7b", "chameleon", {f"{FIRST}.order": "post"}, "layers.order"),
-    Mutation("mot_7b", "chameleon", {f"{FIRST}.qk_norm": True}, "layers.qk_norm"),
+    Mutation("moma:1b", {f"{FIRST}.experts.router.capacity": 4.0}, "layers.experts.router.capacity"),
+    Mutation("moma:1b", {f"{FIRST}.experts.causal": None}, "layers.experts.causal.hidden"),
+    Mutation("moma:1b", {f"{FIRST}.order": "pre"}, "layers.order"),
+    Mutation("mot:7b", {f"{FIRST}.order": "post"}, "layers.order"),
+    Mutation("mot:7b", {f"{FIRST}.qk_norm": True}, "layers.qk_norm"),
     mot({f"{CAPTIONS}.weight": 1.0}, f"{CAPTIONS}.weight"),
     mot({f"{CAPTIONS}.limit": 1.0}, f"{CAPTIONS}.limit"),
     mot({f"{FIRST}.rotary": None}, "layers.rotary"),
@@ -207,14 +203,14 @@ MUTATIONS = (
     mot({f"{CAPTIONS}.swap": 0.8}, f"{CAPTIONS}.swap"),
     mot({"optimizer.b2": 0.5}, "optimizer.b2"),
     mot({"modalities.text.positions": "learned", "modalities.text.buckets": 255}, "modalities.text.positions"),
-    Mutation("coca_2b", "2b", {f"{CAPTIONS}.caption_weight": 1.0}, f"{CAPTIONS}.caption_weight"),
-    Mutation("coca_2b", "2b", {"optimizer.learning_rate": 0.8}, "optimizer.learning_rate"),
-    Mutation("coca_2b", "2b", {f"{CAPTIONS}.pooling": "parallel"}, f"{CAPTIONS}.pooling"),
-    Mutation("coca_2b", "2b", {"optimizer.decay": None}, "optimizer.decay"),
-    Mutation("mbt_b", "", {f"{SOUNDS}.smoothing": 0.0}, f"{SOUNDS}.smoothing"),
-    Mutation("mbt_b", "", {f"{SOUNDS}.reading": "each"}, f"{SOUNDS}.reading"),
-    Mutation("zorro_b", "", {f"{SOUNDS}.mask": "full"}, f"{SOUNDS}.mask"),
-    Mutation("mixture_of_mamba_1b", "transfusion", {f"{FIRST}.norm": "layer"}, "layers.norm"),
+    Mutation("coca:2b", {f"{CAPTIONS}.caption_weight": 1.0}, f"{CAPTIONS}.caption_weight"),
+    Mutation("coca:2b", {"optimizer.learning_rate": 0.8}, "optimizer.learning_rate"),
+    Mutation("coca:2b", {f"{CAPTIONS}.pooling": "parallel"}, f"{CAPTIONS}.pooling"),
+    Mutation("coca:2b", {"optimizer.decay": None}, "optimizer.decay"),
+    Mutation("mbt:b", {f"{SOUNDS}.smoothing": 0.0}, f"{SOUNDS}.smoothing"),
+    Mutation("mbt:b", {f"{SOUNDS}.reading": "each"}, f"{SOUNDS}.reading"),
+    Mutation("zorro:b", {f"{SOUNDS}.mask": "full"}, f"{SOUNDS}.mask"),
+    Mutation("mixture_of_mamba:1b", {f"{FIRST}.norm": "layer"}, "layers.norm"),
 )  # fmt: skip
 
 
@@ -236,16 +232,16 @@ def mutated(config: configs.Block, changes: Mapping[str, Any]) -> configs.Block:
     "mutation", MUTATIONS, ids=lambda m: f"{m.name}-{m.reported.rpartition('.')[2]}"
 )
 def test_a_wrong_config_is_reported(mutation: Mutation) -> None:
-    recipe = next(r for r in RECIPES if (r.name, r.argument) == (mutation.name, mutation.argument))
-    wrong = mutated(config(mutation.name, mutation.argument), mutation.changes)
-    assert wrong != config(mutation.name, mutation.argument)
+    recipe = next(r for r in RECIPES if r.name == mutation.name)
+    wrong = mutated(config(mutation.name), mutation.changes)
+    assert wrong != config(mutation.name)
     assert mutation.reported in mismatches(recipe, wrong)
 
 
 def test_a_weight_of_the_wrong_sign_is_refused() -> None:
     """LIMoE's local entropy of texts, with which routing would be pushed to one expert."""
     changes = {"model.groups.0.pattern.1.experts.local.text": -0.01}
-    wrong = mutated(config("limoe_b16", "entropies"), changes)
+    wrong = mutated(config("limoe:b16"), changes)
     with pytest.raises(UserError, match=r"local\.text is -0.01; it must be at least 0"):
         make_experiment(wrong)
 
@@ -255,11 +251,11 @@ def test_a_default_that_changes_is_reported(monkeypatch: pytest.MonkeyPatch) -> 
     from mmjax.blocks.transformer import Transformer
     from mmjax.objectives.coca import Coca
 
-    recipe = next(r for r in RECIPES if identity(r) == "coca_2b:base")
+    recipe = next(r for r in RECIPES if r.name == "coca:base")
     defaults = list(Transformer.__init__.__defaults__ or ())
     defaults[defaults.index("pre")] = "post"
     monkeypatch.setattr(Transformer.__init__, "__defaults__", tuple(defaults))
     changed = {**Coca.__init__.__kwdefaults__, "form": "sigmoid"}
     monkeypatch.setattr(Coca.__init__, "__kwdefaults__", changed)
-    wrong = mismatches(recipe, config(recipe.name, recipe.argument))
+    wrong = mismatches(recipe, config(recipe.name))
     assert set(wrong) == {"layers.order", f"{CAPTIONS}.form"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
-from recipes import ROOT, abstract, experiment, without_sizes
+from recipes import FILES, abstract, block, experiment, names_of, without_sizes
 from scipy.io import wavfile
 from tensorflow_datasets.proto import tf_example_pb2
 from tensorflow_datasets.proto import tf_feature_pb2 as pb
@@ -23,16 +24,25 @@ from mmjax.core.errors import UserError
 from mmjax.experiment import make_experiment
 from mmjax.run_config import RunConfig
 
-RECIPES = sorted((ROOT / "configs").glob("*.py"))
+COMMAND = re.compile(r"python -m mmjax.train --config=configs/([\w.:-]+) --workdir=runs/([\w-]+)")
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_is_whole_and_says_how_to_run_it(path: Path) -> None:
-    made = experiment(path.stem)
-    assert all(made.evaluators[task] for task in made.tasks)
-    words = ast.get_docstring(ast.parse(path.read_text())) or ""
-    assert f"python -m mmjax.train --config=configs/{path.name} --workdir=" in words
+def header(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text())) or ""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_config_says_how_to_run_it_and_names_its_settings(path: Path) -> None:
+    words = header(path)
     assert "Hardware:" in words and "Result" in words
+    names = {name.replace(path.stem, path.name, 1) for name in names_of(path)}
+    commands = dict(COMMAND.findall(words))
+    assert commands and set(commands) <= names
+    for name, folder in commands.items():
+        assert folder == re.sub(r"\.py:?", "-", name).strip("-").replace("_", "-")
+    # Each word of a setting's name is in the header.
+    parts = {part for name in names for part in name.partition(":")[2].split("-") if part}
+    assert not {part for part in parts if not re.search(rf"[`:-]{part}\b", words)}
 
 
 def test_the_quickstart_has_six_tasks_and_five_modalities() -> None:
@@ -63,18 +73,12 @@ def test_the_trunk_holds_most_of_the_parameters() -> None:
 
 
 def test_the_longer_quickstart_is_the_same_model_and_tasks() -> None:
-    short, long = (
-        configs.read_file(str(ROOT / "configs" / f"{name}.py"))
-        for name in ("quickstart", "quickstart_30min")
-    )
+    short, long = block("quickstart"), block("quickstart:30min")
     assert {d.key for d in configs.compare(short, long, RunConfig)} == {"steps", "checkpoint.every"}
 
 
 def test_one_more_vendor_is_only_evaluated() -> None:
-    plain, vendor = (
-        configs.read_file(str(ROOT / "configs" / f"quickstart_30min.py{argument}"))
-        for argument in ("", ":noto")
-    )
+    plain, vendor = block("quickstart:30min"), block("quickstart:30min-noto")
     differences = configs.compare(plain, vendor, RunConfig)
     assert differences and {d.kind for d in differences} == {"free"}
     sources = [e["source"] for e in vendor["tasks"]["image_text"]["evaluators"].values()]
@@ -112,7 +116,7 @@ def test_the_largest_coca_counts_as_published() -> None:
 
 def test_the_largest_coca_is_traced_whole() -> None:
     """Its loss and gradient on a pod's worth of rows, and its captions: shapes only."""
-    made = experiment("coca_2b")
+    made = experiment("coca:2b")
     task: Any = made.tasks["captions"]
     parameters, batch = abstract(made, "captions")
     key = jax.random.key(0)
@@ -131,7 +135,7 @@ def test_the_largest_coca_is_traced_whole() -> None:
 def coca_parameters(size: str) -> dict[str, float]:
     """Millions of parameters: of the image encoder, the text decoder (its `logits` among them), and the rest."""
     found = {"image": 0.0, "text": 0.0, "logits": 0.0, "other": 0.0}
-    for name, spec in experiment("coca_2b", size).declaration.specs.items():
+    for name, spec in experiment(f"coca:{size}").declaration.specs.items():
         count = math.prod(spec.shape) / 1e6
         is_text = "/decoder/" in name or name.startswith("stems/text/")
         is_image = name.startswith(("trunk/", "stems/image/"))
@@ -141,14 +145,12 @@ def coca_parameters(size: str) -> dict[str, float]:
 
 
 def test_a_size_of_coca_that_is_not_there() -> None:
-    with pytest.raises(UserError, match="no size 'lage'. Did you mean 'large'"):
-        experiment("coca_2b", "lage")
+    with pytest.raises(UserError, match="no setting 'lage'. Did you mean 'large'"):
+        experiment("coca:lage")
 
 
 def test_the_small_coca_differs_in_sizes_only() -> None:
-    big, small = (
-        configs.read_file(str(ROOT / "configs" / f"coca_{size}.py")) for size in ("2b", "small")
-    )
+    big, small = block("coca:2b"), block("coca:small")
     ends = {
         "steps", "patch", "vocabulary", "width", "repeat", "heads", "hidden", "size", "length", "batch", "queries",
         "pooler_heads", "joint", "learning_rate", "warmup", "weight_decay", "every", "remat", "compute", "groups",
@@ -156,9 +158,9 @@ def test_the_small_coca_differs_in_sizes_only() -> None:
     }  # fmt: skip
     differences = configs.compare(big, small, RunConfig)
     assert len(differences) > 15 and {d.key.split(".")[-1] for d in differences} <= ends
-    shape = [jax.tree.structure(without_sizes(block)) for block in (big, small)]
+    shape = [jax.tree.structure(without_sizes(config)) for config in (big, small)]
     assert shape[0] == shape[1]
-    layers = [jax.tree.leaves(without_sizes(block["tasks"])) for block in (big, small)]
+    layers = [jax.tree.leaves(without_sizes(config["tasks"])) for config in (big, small)]
     assert layers[0] == layers[1] and "cross_transformer" in layers[0]
 
 
@@ -169,14 +171,14 @@ VIT_LAYER, VIT_NORM = 7_087_872, 2 * 768
 FUSED = ("mbt", "zorro")
 
 
-@pytest.mark.parametrize(("name", "trunks"), [("mbt_b", 2), ("zorro_b", 1)])
+@pytest.mark.parametrize(("name", "trunks"), [("mbt:b", 2), ("zorro:b", 1)])
 def test_a_trunk_of_fusion_is_a_vit_of_each_modality_or_one_of_both(name: str, trunks: int) -> None:
     specs = experiment(name).declaration.specs
     counts = {n: math.prod(s.shape) for n, s in specs.items() if n.startswith("trunk/")}
     assert sum(counts.values()) == 12 * trunks * VIT_LAYER + VIT_NORM
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("mbt_b", 4), ("zorro_b", 8)])
+@pytest.mark.parametrize(("name", "tokens"), [("mbt:b", 4), ("zorro:b", 8)])
 def test_fusion_at_the_papers_size_is_traced_whole(name: str, tokens: int) -> None:
     """32 frames in tubes of 2 x 16 x 16, 8 seconds in patches of 16 x 16: their tokens, loss and gradient."""
     made = experiment(name)
@@ -197,16 +199,14 @@ def test_fusion_at_the_papers_size_is_traced_whole(name: str, tokens: int) -> No
 
 
 def test_layers_of_mbt_fuse_from_the_eighth_on() -> None:
-    groups = configs.read_file(str(ROOT / "configs" / "mbt_b.py"))["model"]["groups"]
+    groups = block("mbt:b")["model"]["groups"]
     fuse = [block["fuse"] for g in groups for _ in range(g["repeat"]) for block in g["pattern"]]
     assert fuse == [False] * 8 + [True] * 4
 
 
 @pytest.mark.parametrize("system", FUSED)
 def test_a_small_fusion_differs_in_sizes_and_data_only(system: str) -> None:
-    big, small = (
-        configs.read_file(str(ROOT / "configs" / f"{system}_{size}.py")) for size in ("b", "small")
-    )
+    big, small = block(f"{system}:b"), block(f"{system}:small")
     sizes = {
         "steps", "width", "repeat", "heads", "hidden", "tokens", "learning_rate", "warmup", "every", "batch",
         "compute",
@@ -219,23 +219,23 @@ def test_a_small_fusion_differs_in_sizes_and_data_only(system: str) -> None:
         d for d in differences if not data & set(d.split(".")) and d.split(".")[-1] not in sizes
     }
     assert not left
-    blocks = [names_of_layers(block) for block in (big, small)]
+    blocks = [names_of_layers(config) for config in (big, small)]
     assert blocks[0] == blocks[1]
 
 
-def names_of_layers(block: Any) -> list[Any]:
+def names_of_layers(config: Any) -> list[Any]:
     """By group: what its blocks are, without their sizes and modalities."""
     kept = ("name", "fuse")
     return [
         [{k: b[k] for k in kept if k in b} for b in group["pattern"]]
-        for group in block["model"]["groups"]
+        for group in config["model"]["groups"]
     ]
 
 
 @pytest.mark.parametrize("system", FUSED)
 @pytest.mark.parametrize("size", ["b", "small"])
 def test_fusion_is_evaluated_with_each_modality_alone(system: str, size: str) -> None:
-    made = experiment(f"{system}_{size}")
+    made = experiment(f"{system}:{size}")
     task = made.tasks["sounds"]
     passes = {p.what for e in made.evaluators["sounds"].values() for p in e.passes(task).values()}
     both = task.objective.reads()
@@ -243,12 +243,11 @@ def test_fusion_is_evaluated_with_each_modality_alone(system: str, size: str) ->
 
 
 def test_full_fusion_is_one_key_of_zorro() -> None:
-    path = ROOT / "configs" / "zorro_small.py"
-    words = ast.get_docstring(ast.parse(path.read_text())) or ""
+    words = header(next(path for path in FILES if path.stem == "zorro"))
     key = "tasks.sounds.objective.mask=full"
     assert f"--config.{key}" in words
-    block = configs.read_file(str(path))
-    assert [d.key for d in configs.compare(block, configs.override(block, [key]), RunConfig)] == [
+    small = block("zorro:small")
+    assert [d.key for d in configs.compare(small, configs.override(small, [key]))] == [
         key.split("=")[0]
     ]
 
@@ -256,9 +255,8 @@ def test_full_fusion_is_one_key_of_zorro() -> None:
 def test_the_clips_of_the_papers_size_are_as_the_header_says(tmp_path: Path) -> None:
     """JPEG frames, a WAV file and a label, written here by the libraries themselves."""
     write_clips(tmp_path / "train-00000-of-00001.array_record", 2)
-    block = configs.read_file(str(ROOT / "configs" / "mbt_b.py"))
-    block = configs.override(block, [f"tasks.sounds.source.path={tmp_path}"])
-    task = make_experiment(block).tasks["sounds"]
+    made = configs.override(block("mbt:b"), [f"tasks.sounds.source.path={tmp_path}"])
+    task = make_experiment(made).tasks["sounds"]
     examples, rows = task.source.open(), task.rows()
     rows.check(examples, "tasks.sounds")
     row = rows.make(examples[1], np.random.default_rng(0))

@@ -16,44 +16,44 @@ from mmjax.core import config as configs
 from mmjax.core.errors import UserError
 from mmjax.monitor.parameter_rows import rows_of_config
 
-LIMOE = ("limoe_b16", "limoe_l16", "limoe_h14")
+LIMOE = ("limoe:b16", "limoe:l16", "limoe:h14")
 SETTINGS = {
-    "limoe": ["entropies", "classic", "none", "dense"],
-    "moma": ["experts", "one", "mixed", "dense"],
+    "limoe": ["", "-classic", "-none", "-dense"],
+    "moma": ["", "-one", "-mixed", "-dense"],
 }
-LARGE = {"limoe": "limoe_b16", "moma": "moma_1b"}
+LARGE = {"limoe": "limoe:b16", "moma": "moma:1b"}
 
 
-def total(name: str, setting: str, *prefixes: str) -> int:
-    specs = experiment(name, setting).declaration.specs
+def total(name: str, *prefixes: str) -> int:
+    specs = experiment(name).declaration.specs
     return sum(math.prod(s.shape) for n, s in specs.items() if n.startswith(prefixes or ("",)))
 
 
-def met(name: str, setting: str, part: str = "trunk") -> int:
+def met(name: str, part: str = "trunk") -> int:
     """Parameters of a part that a token meets."""
-    rows = rows_of_config(experiment(name, setting).declaration.specs)
+    rows = rows_of_config(experiment(name).declaration.specs)
     active: int = next(row["active_per_token"] for row in rows if row["part"] == part)
     return active
 
 
 def test_limoe_is_as_large_as_published() -> None:
     """H/14 has 5.6 billion, of which a token meets 675 million (Mustafa et al. 2022, abstract): within 3 %."""
-    assert total("limoe_h14", "entropies") == pytest.approx(5.6e9, rel=0.03)
-    tables = total("limoe_h14", "entropies", "stems/", "heads/")
-    assert met("limoe_h14", "entropies") + tables == pytest.approx(675e6, rel=0.03)
+    assert total("limoe:h14") == pytest.approx(5.6e9, rel=0.03)
+    tables = total("limoe:h14", "stems/", "heads/")
+    assert met("limoe:h14") + tables == pytest.approx(675e6, rel=0.03)
 
 
 @pytest.mark.parametrize("name", LIMOE)
 def test_a_token_of_limoe_meets_what_it_meets_in_the_dense_tower(name: str) -> None:
     """And the routers: a column for each expert."""
-    config = block(name, "entropies")["model"]
+    config = block(name)["model"]
     routers = sum(
         g["repeat"] * config["width"] * layer["experts"]["count"]
         for g in config["groups"]
         for layer in g["pattern"]
         if "experts" in layer
     )
-    assert met(name, "entropies") == met(name, "dense") + routers
+    assert met(name) == met(f"{name}-dense") + routers
     sparse = config["groups"][-1]
     assert [("experts" in layer) for layer in sparse["pattern"]] == [False, True]
 
@@ -64,22 +64,22 @@ def test_moma_is_as_large_as_published() -> None:
     With what comes out apart, as here, it is 1.50. Experts by modality leave what a token meets as it is, but for
     routers: eight times the MLPs are held.
     """
-    tables = total("moma_1b", "dense", "stems/")
-    trunk = total("moma_1b", "dense", "trunk/")
+    tables = total("moma:1b-dense", "stems/")
+    trunk = total("moma:1b-dense", "trunk/")
     assert trunk + tables == pytest.approx(1.4e9, rel=0.03)
-    assert total("moma_1b", "dense") == pytest.approx(1.5e9, rel=0.03)
+    assert total("moma:1b-dense") == pytest.approx(1.5e9, rel=0.03)
     mlps = 24 * 3 * 2048 * 5632
     # A router of four columns, and one with a hidden layer of 1,024 and biases.
     routers = 24 * (2048 * 4 + 2048 * 1024 + 1024 + 1024 * 4 + 4)
-    assert met("moma_1b", "experts") == trunk + routers
-    assert total("moma_1b", "experts", "trunk/") == trunk + 7 * mlps + 2 * routers
+    assert met("moma:1b") == trunk + routers
+    assert total("moma:1b", "trunk/") == trunk + 7 * mlps + 2 * routers
 
 
 def test_moma_has_four_experts_for_each_modality() -> None:
-    (layer,) = block("moma_1b", "experts")["model"]["groups"][0]["pattern"]
+    (layer,) = block("moma:1b")["model"]["groups"][0]["pattern"]
     assert layer["untie"] == ["mlp"] and layer["modalities"] == ["text", "colours"]
     assert layer["experts"]["count"] == 4 and layer["experts"]["router"]["score"] == "sigmoid"
-    specs = experiment("moma_1b", "experts").declaration.specs
+    specs = experiment("moma:1b").declaration.specs
     held = {n.split("/mlps/")[0]: s.shape[:2] for n, s in specs.items() if "/mlps/" in n}
     assert len(held) == 2 and set(held.values()) == {(24, 4)}
 
@@ -88,13 +88,15 @@ def test_moma_has_four_experts_for_each_modality() -> None:
     "system, setting", [(s, x) for s, names in SETTINGS.items() for x in names]
 )
 def test_the_small_recipe_differs_in_sizes_only(system: str, setting: str) -> None:
-    one, two = (without_sizes(block(name, setting)) for name in (LARGE[system], f"{system}_small"))
+    one, two = (
+        without_sizes(block(f"{size}{setting}")) for size in (LARGE[system], f"{system}:small")
+    )
     for made in (one, two):
         del made["mesh"]
     assert one == two
 
 
-@pytest.mark.parametrize("name", ["limoe_h14", "moma_1b"])
+@pytest.mark.parametrize("name", ["limoe:h14", "moma:1b"])
 def test_the_large_recipe_is_traced_whole(name: str) -> None:
     """Loss and gradient on the whole batch: shapes only."""
     made = experiment(name)
@@ -112,10 +114,10 @@ def test_the_large_recipe_is_traced_whole(name: str) -> None:
 def test_it_trains_on_real_data(tmp_path: Path, system: str, emoji_dir: epath.Path) -> None:
     """By the code of the large ones, with evaluation; where tokens went is told by layer and modality."""
     made = configs.override(
-        block(f"{system}_small"),
+        block(f"{system}:small"),
         (
             "steps=2", "model.width=32", "checkpoint.every=0", "log.report=False",
-            *[f"tasks.{name}.batch=8" for name in block(f"{system}_small")["tasks"]],
+            *[f"tasks.{name}.batch=8" for name in block(f"{system}:small")["tasks"]],
         ),
     )  # fmt: skip
     records = train.train(made, epath.Path(tmp_path), False, jax.devices()[:1])
@@ -126,7 +128,7 @@ def test_it_trains_on_real_data(tmp_path: Path, system: str, emoji_dir: epath.Pa
     assert all(f"usage {layer} {kind}" in lines for kind in kinds), lines[:2000]
 
 
-@pytest.mark.parametrize("name", [*LIMOE, "limoe_small", "moma_1b", "moma_small"])
+@pytest.mark.parametrize("name", [*LIMOE, "limoe:small", "moma:1b", "moma:small"])
 def test_an_unknown_setting_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match="no setting 'dens'. Did you mean 'dense'"):
-        experiment(name, "dens")
+    with pytest.raises(UserError, match="no setting '.*-dens'. Did you mean '.*-dense'"):
+        experiment(f"{name}-dens")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from recipes import ROOT, block
+from recipes import NAMES, block
 
 from mmjax.core import config as configs
 from mmjax.core.errors import UserError
@@ -14,10 +14,6 @@ from mmjax.experiment import make_experiment
 from mmjax.modalities.text import Text
 
 EMOJI = "emoji/1.0.0/tokenizer.model"
-LARGE = {
-    "coca_2b", "limoe_b16", "limoe_l16", "limoe_h14", "imp_s", "imp_b", "imp_l", "imp_moe_s", "imp_moe_b",
-    "imp_moe_l", "transfusion_7b", "mot_7b", "mixture_of_mamba_1b", "moma_1b",
-}  # fmt: skip
 
 
 def text_of(name: str) -> Text | None:
@@ -26,12 +22,12 @@ def text_of(name: str) -> Text | None:
     return made
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs").glob("*.py")))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_has_the_tokenizer_of_its_data_or_asks_for_one(name: str) -> None:
     text = text_of(name)
     if text is None:
-        assert name.startswith(("mbt_", "zorro_"))
-    elif name in LARGE:
+        assert name.startswith(("mbt:", "zorro:"))
+    elif "small" not in name and not name.startswith("quickstart"):
         assert text.tokenizer == "" and text.vocabulary >= 32_000
         assert text.token_ids() == TokenIds(text.vocabulary)
         with pytest.raises(UserError, match=f"tokenizer is not set.* of {text.vocabulary} pieces"):
@@ -44,7 +40,7 @@ def test_a_recipe_has_the_tokenizer_of_its_data_or_asks_for_one(name: str) -> No
 
 def test_a_large_recipe_with_the_small_ones_tokenizer_is_an_error(emoji_dir: Path) -> None:
     """It would train on 2,048 pieces, and leave the rest of its table as it began."""
-    config = block("coca_2b")
+    config = block("coca:2b")
     config["modalities"]["text"]["tokenizer"] = EMOJI
     with pytest.raises(UserError, match="vocabulary is 64000; the tokenizer has 2048 pieces"):
         make_experiment(config)

@@ -43,40 +43,40 @@ class Comparison:
     routed: bool = False
 
 
-def _two(system: str, setting: str, label: str, plain: str) -> dict[str, Variant]:
-    path = f"configs/{system}.py:{setting}"
+def _two(config: str, label: str, plain: str) -> dict[str, Variant]:
+    path = f"configs/{config}"
     return {label: Variant(path), plain: Variant(f"{path}-dense")}
 
 
 def _coca(*overrides: str) -> Variant:
     """A fifth of the recipe's steps."""
-    return Variant("configs/coca_small.py", ("steps=250", "checkpoint.every=250", *overrides))
+    return Variant("configs/coca.py:small", ("steps=250", "checkpoint.every=250", *overrides))
 
 
 SYSTEMS = {
     "mot_discrete": Comparison(
         "Mixture-of-Transformers against one set of parameters, both modalities by the next token.",
-        _two("mot_small", "chameleon", "by modality", "dense"),
+        _two("mot.py:small", "by modality", "dense"),
         ("held-out loss ",),
         ("text", "colours"),
     ),
     "mot_diffusion": Comparison(
         "Mixture-of-Transformers against one set of parameters, text by the next token and pictures by diffusion.",
-        _two("mot_small", "transfusion", "by modality", "dense"),
+        _two("mot.py:small-transfusion", "by modality", "dense"),
         ("held-out loss ",),
         ("text", "image"),
     ),
     "mixture_of_mamba": Comparison(
         "Mixture-of-Mamba against Mamba, text by the next token and pictures by diffusion.",
-        _two("mixture_of_mamba_small", "transfusion", "by modality", "plain"),
+        _two("mixture_of_mamba.py:small", "by modality", "plain"),
         ("held-out loss ",),
         ("text", "image"),
     ),
     "zorro": Comparison(
         "Zorro's mask against full fusion, with each modality alone and with both.",
         {
-            "zorro": Variant("configs/zorro_small.py"),
-            "full fusion": Variant("configs/zorro_small.py", ("tasks.sounds.objective.mask=full",)),
+            "zorro": Variant("configs/zorro.py:small"),
+            "full fusion": Variant("configs/zorro.py:small", ("tasks.sounds.objective.mask=full",)),
         },
     ),
     "coca": Comparison(
@@ -89,7 +89,7 @@ SYSTEMS = {
     ),
 }
 
-# IMP's claims, all against one baseline: `imp_small`, whose every period of the schedule is 12 steps; by Muon, with
+# IMP's claims, all against one baseline: `imp.py:small`, whose every period of the schedule is 12 steps; by Muon, with
 # which so short a run comes further than with AdamW.
 PERIOD = 12
 STEPS = 30 * PERIOD
@@ -99,7 +99,7 @@ VISITS = {  # of the tasks in a period
 
 
 def _imp(setting: str, *overrides: str) -> Variant:
-    return Variant(f"configs/imp_small.py:{setting}", (*_short(STEPS), *overrides))
+    return Variant(f"configs/imp.py:{setting}", (*_short(STEPS), *overrides))
 
 
 def _short(steps: int) -> tuple[str, ...]:
@@ -114,7 +114,7 @@ def _against_imp(asks: str, routed: bool = False, **others: Variant) -> Comparis
     labelled = {label.replace("_", " "): variant for label, variant in others.items()}
     return Comparison(
         asks,
-        {"imp": _imp("released"), **labelled},
+        {"imp": _imp("small"), **labelled},
         # What it measures `video_text` measures again: vectors of clips and of texts from the same head.
         without=("video_audio_text",),
         folder="imp",
@@ -124,32 +124,32 @@ def _against_imp(asks: str, routed: bool = False, **others: Variant) -> Comparis
 
 def _shares(rule: str, shares: Mapping[str, int]) -> Variant:
     words = [f"tasks.{task}.share={share}" for task, share in shares.items()]
-    return _imp("released", f"schedule.rule={rule}", *words)
+    return _imp("small", f"schedule.rule={rule}", *words)
 
 
-def _limoe(setting: str) -> Variant:
-    return Variant(f"configs/limoe_small.py:{setting}", _short(300))
+def _limoe(losses: str) -> Variant:
+    return Variant(f"configs/limoe.py:small{losses}", _short(300))
 
 
 IMP = {
     "imp_alternating": _against_imp(
         "One task's gradient at each step, against one update by the gradients of a whole period, summed.",
-        summed=_imp("released", f"optimizer.accumulate={PERIOD}"),
+        summed=_imp("small", f"optimizer.accumulate={PERIOD}"),
         summed_twice_the_rate=_imp(
             "released", f"optimizer.accumulate={PERIOD}", "optimizer.learning_rate=4e-3"
         ),
     ),
     "imp_resolutions": _against_imp(
-        "Videos in one shape, against three shapes of as many tokens.", mixed=_imp("mixed")
+        "Videos in one shape, against three shapes of as many tokens.", mixed=_imp("small-mixed")
     ),
     "imp_experts": _against_imp(
         "A dense encoder, against four experts in its last two layers.",
         routed=True,
-        experts=_imp("moe"),
+        experts=_imp("moe-small"),
     ),
     "imp_encoder": _against_imp(
         "One encoder that modalities share, against one for each, of the same size.",
-        apart=_imp("apart"),
+        apart=_imp("small-apart"),
     ),
     "imp_schedule": _against_imp(
         "Intervals as released, against as many visits spread evenly (shares), and equal time for each task (budget).",
@@ -158,7 +158,10 @@ IMP = {
     ),
     "limoe_losses": Comparison(
         "LIMoE's entropy losses beside the classic ones, against these alone, no such loss, and no experts.",
-        {label: _limoe(label) for label in ("entropies", "classic", "none", "dense")},
+        {
+            "entropies": _limoe(""),
+            **{losses: _limoe(f"-{losses}") for losses in ("classic", "none", "dense")},
+        },
         routed=True,
     ),
 }

@@ -1,7 +1,7 @@
 """The share of positions that hold no token, of the sequences that a config's tasks train on.
 
-    python -m benchmarks.experiments.padding --config=configs/transfusion_small.py
-    python -m benchmarks.experiments.padding --config=configs/transfusion_7b.py --tokens=25
+    python -m benchmarks.experiments.padding --config=configs/transfusion.py:small
+    python -m benchmarks.experiments.padding --config=configs/transfusion.py:7b --tokens=25
 
 counts the tokens of training batches, with texts in slots of their own ("slots", the longest text in each) and as the
 config has them. Texts are those of the task's source; with `--tokens` they have lengths drawn from a log-normal

@@ -17,6 +17,7 @@ import json
 import math
 import pkgutil
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, Union
 
+from mmjax.core import settings
 from mmjax.core.bounds import OutOfBounds
 from mmjax.core.errors import UserError, nearest
 
@@ -36,7 +38,10 @@ Block = dict[str, Any]
 
 
 def read_file(path: str) -> Block:
-    """The dict made by `get_config()` of a Python config file; `file.py:argument` passes a string."""
+    """Return what `get_config()` of a Python config file makes, as a dict.
+
+    `file.py:ARGUMENT` passes a setting, see `mmjax.core.settings`; to a function that takes none, the string itself.
+    """
     file, _, argument = path.partition(":")
     if not Path(file).is_file():
         raise UserError(
@@ -45,9 +50,7 @@ def read_file(path: str) -> Block:
     module = load_module(file)
     if not hasattr(module, "get_config"):
         raise UserError(f"Config file '{file}' has no function get_config().")
-    arguments = [argument] if argument else []
-    _check_call(module.get_config, arguments, file)
-    config = module.get_config(*arguments)
+    config = module.get_config(*_arguments(module.get_config, argument, file))
     block = plain(config.to_dict() if hasattr(config, "to_dict") else config, "config")
     if not isinstance(block, dict):
         raise UserError(
@@ -59,11 +62,22 @@ def read_file(path: str) -> Block:
 def load_module(file: str | Path) -> types.ModuleType:
     """A config file as a module; for configs that begin from another one:
     `load_module(Path(__file__).with_name("quickstart.py")).get_config()`."""
-    spec = importlib.util.spec_from_file_location(f"mmjax_config_{Path(file).stem}", file)
+    path = hashlib.sha256(str(Path(file).resolve()).encode()).hexdigest()[:8]
+    spec = importlib.util.spec_from_file_location(f"mmjax_config_{Path(file).stem}_{path}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # where a dataclass looks up its annotations
     spec.loader.exec_module(module)
     return module
+
+
+def _arguments(get_config: Callable[..., Any], argument: str, file: str) -> list[Any]:
+    setting = settings.setting_type(get_config)
+    if setting is not None:
+        return [settings.parse(setting, argument, file)]
+    arguments = [argument] if argument else []
+    _check_call(get_config, arguments, file)
+    return arguments
 
 
 def _check_call(get_config: Callable[..., Any], arguments: list[str], file: str) -> None:

@@ -14,7 +14,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 @pytest.mark.usefixtures("emoji_dir")
 @pytest.mark.parametrize(
-    "setting", ["transfusion_small.py:alternating", "mot_small.py:chameleon", "moma_small.py"]
+    "setting", ["transfusion.py:small-alternating", "mot.py:small", "moma.py:small"]
 )
 def test_padding_of_the_small_recipes_on_the_emoji_captions(setting: str) -> None:
     """Below 5 % of the positions, and not because texts are cut."""
@@ -23,7 +23,7 @@ def test_padding_of_the_small_recipes_on_the_emoji_captions(setting: str) -> Non
         assert found.slots > 0.1
 
 
-@pytest.mark.parametrize("setting", ["transfusion_7b.py:alternating", "mot_7b.py:chameleon"])
+@pytest.mark.parametrize("setting", ["transfusion.py:7b-alternating", "mot.py:7b"])
 def test_padding_of_the_published_sizes_at_captions_of_25_tokens(setting: str) -> None:
     """Slots for the longest caption waste 45 to 49 % of the positions, or nine tenths where it is text alone."""
     block = configs.read_file(str(CONFIGS / setting))

@@ -7,12 +7,12 @@ from ml_collections import ConfigDict
 from mmjax.core.config import load_module
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-small = load_module(CONFIGS / "coca_small.py")
+coca = load_module(CONFIGS / "coca.py")
 
 
 def get_config() -> ConfigDict:
-    encoder, decoder = small.coca.model(16, 2, 1, 16, 1, 16)
-    config = small.get_config()
+    encoder, decoder = coca.model(16, 2, 1, 16, 1, 16)
+    config = coca.get_config(coca.Setting(size="small"))
     config.steps = 2
     config.model.update(encoder)
     task = config.tasks.captions

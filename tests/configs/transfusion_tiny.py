@@ -7,13 +7,13 @@ from ml_collections import ConfigDict
 from mmjax.core.config import load_module
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-small = load_module(CONFIGS / "transfusion_small.py")
+transfusion = load_module(CONFIGS / "transfusion.py")
 
 
 def get_config() -> ConfigDict:
-    config = small.get_config()
+    config = transfusion.get_config(transfusion.Setting(size="small"))
     config.steps = 2
-    config.model.update({"width": 16, "groups": small.transfusion.layers(1, 2, 16)})
+    config.model.update({"width": 16, "groups": transfusion.layers(1, 2, 16)})
     task = config.tasks.captions
     task.batch = 8
     task.inputs.image.size = 16

@@ -8,19 +8,34 @@ from typing import Any
 import jax
 
 from mmjax.core import config as configs
+from mmjax.core import settings
 from mmjax.experiment import Experiment, make_experiment
 
 ROOT = Path(__file__).parents[2]
 
 
-def block(name: str, argument: str = "") -> configs.Block:
-    """The config as plain data."""
-    path = ROOT / "configs" / f"{name}.py"
-    return configs.read_file(f"{path}:{argument}" if argument else str(path))
+FILES = sorted((ROOT / "configs").glob("*.py"))
 
 
-def experiment(name: str, argument: str = "") -> Experiment:
-    return make_experiment(block(name, argument))
+def names_of(file: Path) -> list[str]:
+    """Return the names `SYSTEM:SETTING` of all settings of a config file; its default is `SYSTEM` alone."""
+    setting = settings.setting_type(configs.load_module(file).get_config)
+    assert setting is not None, f"{file} has no settings"
+    words = settings.table(setting, str(file))
+    return [f"{file.stem}:{word}" if word else file.stem for word in words]
+
+
+NAMES = tuple(name for file in FILES for name in names_of(file))
+
+
+def block(name: str) -> configs.Block:
+    """Return the config of `SYSTEM:SETTING` as plain data."""
+    file, colon, setting = name.partition(":")
+    return configs.read_file(f"{ROOT / 'configs' / file}.py{colon}{setting}")
+
+
+def experiment(name: str) -> Experiment:
+    return make_experiment(block(name))
 
 
 def without_sizes(block: Any) -> Any:

@@ -64,6 +64,58 @@ def flat(value: Any, at: str) -> Values:
     return values
 
 
+def complete(made: Experiment) -> Values:
+    """Return the whole config as nested blocks, with the default of every key that it leaves open."""
+    config: Values = _plain(made.run)
+    config["modalities"] = {name: _named(each) for name, each in made.modalities.items()}
+    config["tasks"] = {name: _complete_task(made, name) for name in made.tasks}
+    return config
+
+
+def _complete_task(made: Experiment, name: str) -> Values:
+    task = made.tasks[name]
+    return {
+        **_plain(task.config),
+        "source": _complete_source(task.config.source),
+        "objective": _named(task.objective),
+        "inputs": {
+            each: {**_plain(own.settings), "instances": own.instances}
+            for each, own in task.inputs.items()
+        },
+        "evaluators": {each: _named(own) for each, own in made.evaluators[name].items()},
+    }
+
+
+def _named(component: Any) -> Values:
+    """Return the fields of a component with its name, and those of the sources that it names."""
+    blocks = {
+        field.name: _complete_source(value)
+        for field in dataclasses.fields(component)
+        if isinstance(value := getattr(component, field.name), Mapping) and "name" in value
+    }
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(component).__name__).lower()
+    return {"name": name, **_plain(component), **blocks}
+
+
+def _complete_source(block: Mapping[str, Any]) -> Values:
+    return _named(configs.component("sources", block, "source"))
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON data of dataclasses and of what they hold; layers with their defaults."""
+    if isinstance(value, GroupConfig):
+        return {"repeat": value.repeat, "pattern": [_plain(written(b)) for b in value.pattern]}
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{value!r} is no JSON data")
+
+
 def layers(groups: Sequence[GroupConfig], at: str) -> Values:
     """Return `count`, and each key of the layers: its value where all have the same, else by layer.
 

@@ -1,6 +1,6 @@
 """Every recipe, made small, on meshes of every axis: as on one device, in float64, and laid out as counted by hand.
 
-`python tests/pod/sharded.py OUT.json --every_case configs/*.py` compares each on all meshes.
+`python tests/pod/sharded.py OUT.json --every_case configs/SYSTEM.py:SETTING ...` compares each on all meshes.
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sharded import CASES, EVERY_CASE, FEW
+from sharded import CASES, EVERY_CASE, FEW, system_of
 
 ROOT = Path(__file__).resolve().parents[2]
-# A recipe's small version differs from it in sizes (tests/test_recipes*.py), which are set here.
-# Of IMP's six and LIMoE's three, which differ in sizes and experts, the one that has dense layers and experts; the
-# layers of Mixture-of-Transformers are MoMa's; the quickstart for 30 minutes is the quickstart with more.
-SIZES_ONLY = (
-    "imp_s", "imp_b", "imp_l", "imp_moe_s", "imp_moe_l", "limoe_l16", "limoe_h14", "mot_7b", "quickstart_30min",
-)  # fmt: skip
-CONFIGS = sorted(
-    str(p)
-    for p in (ROOT / "configs").glob("*.py")
-    if not p.stem.endswith("_small") and p.stem not in SIZES_ONLY
-)
+# A system's settings differ in sizes (tests/test_recipes*.py), which are set here. Of IMP's and LIMoE's, the one that
+# has dense layers and experts; the layers of Mixture-of-Transformers are MoMa's.
+SETTINGS = {
+    "coca": ":2b", "imp": ":moe-b", "limoe": ":b16", "mbt": ":b", "mixture_of_mamba": ":1b", "moma": ":1b",
+    "quickstart": "", "transfusion": ":7b", "zorro": ":b",
+}  # fmt: skip
+CONFIGS = [
+    f"{p}{SETTINGS[p.stem]}" for p in sorted((ROOT / "configs").glob("*.py")) if p.stem != "mot"
+]
 CLOSE = 1e-10
 # Quick to compile rather than to run. More threads than collectives can block at once: with as few as there
 # are devices, one that waits in each of two independent loops leaves none for the others.
@@ -69,11 +67,11 @@ def found(ran: Any) -> dict[str, Any]:
     return {config: ran[0]["found"][key] for config, key in ran[0]["configs"].items()}
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: Path(config).stem)
+@pytest.mark.parametrize("config", CONFIGS, ids=system_of)
 def test_as_on_one_device(found: dict[str, Any], config: str) -> None:
     """Loss, gradient and update of every task."""
     cases = found[config]["cases"]
-    assert set(cases) == set(CASES if Path(config).stem in EVERY_CASE else FEW)
+    assert set(cases) == set(CASES if system_of(config) in EVERY_CASE else FEW)
     over = {
         (case, task, kind): worst
         for case, tasks in cases.items()
@@ -85,7 +83,7 @@ def test_as_on_one_device(found: dict[str, Any], config: str) -> None:
     assert min(found[config]["moved"].values()) > 1e-4, "an update that moves nothing shows nothing"
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: Path(config).stem)
+@pytest.mark.parametrize("config", CONFIGS, ids=system_of)
 def test_every_axis_alone_and_every_task_is_there(found: dict[str, Any], config: str) -> None:
     cases = {case: sizes_of(case) for case in found[config]["cases"]}
     for axis in ("data", "fsdp", "expert", "tensor", "sequence"):
@@ -94,7 +92,7 @@ def test_every_axis_alone_and_every_task_is_there(found: dict[str, Any], config:
     assert all(names == set(found[config]["moved"]) for names in tasks) and tasks[0]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: Path(config).stem)
+@pytest.mark.parametrize("config", CONFIGS, ids=system_of)
 def test_bytes_of_a_device_are_those_counted_by_hand(found: dict[str, Any], config: str) -> None:
     specs = found[config]["specs"]
     for case, lies in found[config]["lies"].items():
@@ -127,7 +125,7 @@ def test_bytes_of_a_device_are_those_counted_by_hand(found: dict[str, Any], conf
             assert held < whole if parts > 1 else held == whole, case
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: Path(config).stem)
+@pytest.mark.parametrize("config", CONFIGS, ids=system_of)
 def test_optimizer_state_lies_like_its_parameters(found: dict[str, Any], config: str) -> None:
     for case, lies in found[config]["lies"].items():
         compared = 0

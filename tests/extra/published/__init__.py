@@ -9,20 +9,20 @@ from published.limoe import LIMOE, limoe
 from published.rows import Recipe
 from published.sequences import mixture_of_mamba, moma, mot, transfusion
 
-MOT_SETTINGS = ("chameleon", "chameleon-dense", "transfusion", "transfusion-dense")
+BOTH = (False, True)
 RECIPES: tuple[Recipe, ...] = (
-    *(imp(size, sparse, "released") for size in IMP for sparse in (False, True)),
-    *(imp("b", sparse, "mixed") for sparse in (False, True)),
+    *(imp(size, sparse, False) for size in IMP for sparse in BOTH),
+    *(imp("b", sparse, True) for sparse in BOTH),
     *(
-        limoe(size, setting)
+        limoe(size, losses)
         for size in LIMOE
-        for setting in ("entropies", "classic", "none", "dense")
+        for losses in ("entropies", "classic", "none", "dense")
     ),
     *(coca(size) for size in COCA),
     mbt(),
     zorro(),
-    *(transfusion(setting) for setting in ("transfusion", "alternating")),
-    *(mot(setting) for setting in MOT_SETTINGS),
-    *(moma(setting) for setting in ("experts", "one", "mixed", "dense")),
-    *(mixture_of_mamba(setting) for setting in MOT_SETTINGS),
+    *(transfusion(alternating) for alternating in BOTH),
+    *(mot(chameleon, dense) for chameleon in BOTH for dense in BOTH),
+    *(moma(experts) for experts in ("experts", "one", "mixed", "dense")),
+    *(mixture_of_mamba(chameleon, dense) for chameleon in BOTH for dense in BOTH),
 )

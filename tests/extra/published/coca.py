@@ -60,4 +60,4 @@ def coca(size: str) -> Recipe:
         SECTION, "JFT-3B's labels as texts", "the last epoch at 576 pixels", "beam search and top-p", "CIDEr and BLEU",
         "zero-shot classification, and retrieval of videos", "open_clip's has two",
     )  # fmt: skip
-    return Recipe("coca_2b", size, ("coca_2b",), tuple(rows))
+    return Recipe(f"coca:{size}", ("coca",), tuple(rows))

@@ -62,7 +62,7 @@ def mbt() -> Recipe:
         "lacks the second frame of a tube",
         "fixed units",
     )
-    return Recipe("mbt_b", "", ("mbt_b",), tuple(rows))
+    return Recipe("mbt:b", ("mbt",), tuple(rows))
 
 
 def zorro() -> Recipe:
@@ -90,4 +90,4 @@ def zorro() -> Recipe:
         "contrastive pretraining between the pure outputs",
         "queries that attend once more",
     )
-    return Recipe("zorro_b", "", ("zorro_b", "mbt_b"), tuple(rows))
+    return Recipe("zorro:b", ("zorro", "mbt"), tuple(rows))

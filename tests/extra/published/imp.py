@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from published.rows import ADAMW, Recipe, Row, missing, ours, same
+from published.rows import ADAMW, Recipe, Row, missing, ours, same, setting
 
 RELEASE = "google-research/imp/max"
 EXPERIMENT, DATA = (
@@ -29,7 +29,7 @@ IMP_VISION = {  # frames, stride, size, drop, flip
 }  # fmt: skip
 
 
-def imp(size: str, sparse: bool, argument: str) -> Recipe:
+def imp(size: str, sparse: bool, mixed: bool) -> Recipe:
     (width, hidden, count, heads), (peak, final, warmup, steps), experts = IMP[size]
     optimization = f"{EXPERIMENT} {dict(s='Small', b='Base', l='Large')[size]}PreTrainOptimization"
     rows = same(optimization, {
@@ -71,8 +71,8 @@ def imp(size: str, sparse: bool, argument: str) -> Recipe:
         "tasks are keyed by name", "a stem is one linear map", "every text ends with an end token",
         "padding never competes for experts", "colours are not augmented",
     )  # fmt: skip
-    file = f"imp_{'moe_' if sparse else ''}{size}"
-    return Recipe(file, argument, ("imp_b", file), tuple(rows))
+    name = setting("imp:moe", size) if sparse else f"imp:{size}"
+    return Recipe(setting(name, "mixed" if mixed else ""), ("imp",), tuple(rows))
 
 
 def imp_experts(experts: int, count: int) -> list[Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from published.rows import PLAIN, Recipe, Row, missing, ours, same
+from published.rows import PLAIN, Recipe, Row, missing, ours, same, setting
 
 LIMOE = {
     "b16": (16, 768, 3072, 12, 12),
@@ -16,7 +16,7 @@ MEMORY, ABSTRACT, VMOE = (
 )
 
 
-def limoe(size: str, setting: str) -> Recipe:
+def limoe(size: str, losses: str) -> Recipe:
     patch, width, hidden, heads, count = LIMOE[size]
     first = count - 24 if size == "h14" else 0
     recalled = "From memory are batch"
@@ -47,22 +47,22 @@ def limoe(size: str, setting: str) -> Recipe:
         "modalities.text.buckets": 16, "modalities.text.vocabulary": 32_000, "dtype.compute": "bfloat16",
         "tasks.image_text.objective.joint": width, "tasks.image_text.objective.temperature": 0.1,
     })  # fmt: skip
-    rows += limoe_experts(setting, tuple(range(first + 1, count, 2)))
+    rows += limoe_experts(losses, tuple(range(first + 1, count, 2)))
     rows += missing(
         MEMORY,
         "zero-shot classification of ImageNet with prompts",
         "10-shot accuracy",
         "retrieval on COCO",
     )
-    file = f"limoe_{size}"
-    return Recipe(file, setting, ("limoe_b16", file), tuple(rows))
+    name = setting(f"limoe:{size}", "" if losses == "entropies" else losses)
+    return Recipe(name, ("limoe",), tuple(rows))
 
 
-def limoe_experts(setting: str, sparse: tuple[int, ...]) -> list[Row]:
-    if setting == "dense":
+def limoe_experts(losses: str, sparse: tuple[int, ...]) -> list[Row]:
+    if losses == "dense":
         return same(MEMORY, {"layers.experts": ()})
     recalled, weights = "From memory are batch", "The weights of all losses"
-    entropies = setting == "entropies"
+    entropies = losses == "entropies"
     rows = [Row(r.key, r.here, r.published, r.source, "the paper is not at hand", recalled) for r in same(MEMORY, {
         "layers.experts": sparse, "layers.experts.count": 32, "layers.experts.router.name": "token_choice",
         "layers.experts.router.top": 1, "layers.experts.router.capacity": 1.05, "layers.experts.router.priority": True,
@@ -74,7 +74,7 @@ def limoe_experts(setting: str, sparse: tuple[int, ...]) -> list[Row]:
         "no group spans two devices", "At least 256 groups", {"layers.experts.groups": 256}
     )
     return rows + ours("weights are unknown here", weights, {
-        "layers.experts.losses": {} if setting == "none" else {"importance": 0.01, "load": 0.01, "z": 0.001},
+        "layers.experts.losses": {} if losses == "none" else {"importance": 0.01, "load": 0.01, "z": 0.001},
         "layers.experts.local": {"text": 0.01} if entropies else {},
         "layers.experts.spread": {"text": 0.01, "image": 0.01} if entropies else {},
     })  # fmt: skip

@@ -34,16 +34,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A config file with an argument.
+    """A config file with a setting.
 
     Attributes:
+      name: `SYSTEM:SETTING`.
       headers: files whose docstrings state the differences.
     """
 
     name: str
-    argument: str
     headers: tuple[str, ...]
     rows: tuple[Row, ...]
+
+
+def setting(*words: str) -> str:
+    """Return the name `SYSTEM:SETTING` of these words; empty ones are at their default."""
+    return "-".join(word for word in words if word)
 
 
 def same(source: str, values: Mapping[str, Any], at: str = "") -> list[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from published.rows import ADAMW, Recipe, Row, missing, ours, same
+from published.rows import ADAMW, Recipe, Row, missing, ours, same, setting
 
 LLAMA = "[C] llama/model.py of Llama 2; [P] Touvron et al. 2023"
 ZHOU = "[P] Zhou et al. 2024"
@@ -90,7 +90,7 @@ def transfusion_images() -> list[Row]:
     )
 
 
-def transfusion(setting: str) -> Recipe:
+def transfusion(alternating: bool) -> Recipe:
     rows = same(LLAMA, {
         **LLAMA_BLOCK, **SEVEN_BILLION, "layers.qk_norm": False, "layers.order": "pre", "layers.untie": (),
         "layers.experts": (), "model.norm_modalities": (),
@@ -98,13 +98,13 @@ def transfusion(setting: str) -> Recipe:
     rows += transfusion_rate() + transfusion_images()
     adapters = {"objective.channels": 128}
     words = "through U-Net adapters"
-    if setting == "transfusion":
+    if not alternating:
         rows += sequences("captions", ("text", "image"), True)
         rows += same(
             f"{ZHOU}, section 4.2", {"swap": 0.2, "limit": 0.5}, "tasks.captions.objective."
         )
         rows += ours("from pixels", words, adapters, "tasks.captions.")
-        return Recipe("transfusion_7b", setting, ("transfusion_7b",), tuple(rows))
+        return Recipe("transfusion:7b", ("transfusion",), tuple(rows))
     alternates = "alternates two tasks on the same trunk"
     rows += sequences("write", ("text",), False) + sequences("draw", ("text", "image"), True)
     rows += ours("from pixels", words, adapters, "tasks.draw.")
@@ -116,7 +116,7 @@ def transfusion(setting: str) -> Recipe:
         "is another\nmodel: 1.1 billion started from TinyLlama",
         "text loss 0.01",
     )
-    return Recipe("transfusion_7b", setting, ("transfusion_7b",), tuple(rows))
+    return Recipe("transfusion:7b-alternating", ("transfusion",), tuple(rows))
 
 
 MOT = "[C] Mixture-of-Transformers/src; [P] Liang et al. 2024"
@@ -181,8 +181,8 @@ def chameleon_rows(moma: bool) -> list[Row]:
     })  # fmt: skip
 
 
-def mot_tasks(setting: str) -> list[Row]:
-    if "chameleon" in setting:
+def mot_tasks(chameleon: bool) -> list[Row]:
+    if chameleon:
         return chameleon_rows(False) + two_heads("a head each (32,000 and 8,000)", 32_000)
     rows = (
         transfusion_rate() + transfusion_images() + sequences("captions", ("text", "image"), True)
@@ -197,10 +197,12 @@ def two_heads(words: str, vocabulary: int) -> list[Row]:
     ]
 
 
-def mot(setting: str) -> Recipe:
-    names = ("text", "colours" if "chameleon" in setting else "image")
-    rows = same(LLAMA, {**LLAMA_BLOCK, **SEVEN_BILLION, "layers.experts": ()}) + mot_tasks(setting)
-    chameleon, dense = "chameleon" in setting, "dense" in setting
+def mot(chameleon: bool, dense: bool) -> Recipe:
+    names = ("text", "colours" if chameleon else "image")
+    name = setting("mot:7b", "" if chameleon else "transfusion", "dense" if dense else "")
+    rows = same(LLAMA, {**LLAMA_BLOCK, **SEVEN_BILLION, "layers.experts": ()}) + mot_tasks(
+        chameleon
+    )
     parts = ALL_PARTS[:4] + (("qk_norm",) if chameleon else ()) + ALL_PARTS[4:]
     copies: dict[str, Any] = {
         "layers.untie": parts,
@@ -210,7 +212,7 @@ def mot(setting: str) -> Recipe:
     rows += same(MOT, dict.fromkeys(copies, ()) if dense else copies)
     if not chameleon:
         rows += same(LLAMA, {"layers.qk_norm": False, "layers.order": "pre"})
-        return Recipe("mot_7b", setting, ("mot_7b", "transfusion_7b"), tuple(rows))
+        return Recipe(name, ("mot", "transfusion"), tuple(rows))
     said = "norms behind its parts"
     rows += [
         Row(
@@ -233,26 +235,26 @@ def mot(setting: str) -> Recipe:
     rows += missing(
         f"{MOT}; {CHAMELEON}", "speech as a third modality", "beside a dense one", "no dropout"
     )
-    return Recipe("mot_7b", setting, ("mot_7b", "transfusion_7b"), tuple(rows))
+    return Recipe(name, ("mot", "transfusion"), tuple(rows))
 
 
-def moma(setting: str) -> Recipe:
+def moma(experts: str) -> Recipe:
     rows = chameleon_rows(True) + two_heads("a head each (57,344 and 8,000)", 57_344) + same(MOMA, {
         **LLAMA_BLOCK, "model.width": 2048, "layers.count": 24, "layers.heads": 16, "layers.hidden": 5632,
         "layers.order": "post", "model.norm_modalities": (),
     }) + same(CHAMELEON, {"layers.qk_norm": "layer"})  # fmt: skip
-    own = setting in ("experts", "one")
+    own = experts in ("experts", "one")
     rows += same(
         MOMA,
         {"layers.untie": ("mlp",), "layers.modalities": ("text", "colours")}
         if own
         else {"layers.untie": ()},
     )
-    if setting == "dense":
+    if experts == "dense":
         rows += same(MOMA, {"layers.experts": ()})
     else:
         rows += same(MOMA, {
-            "layers.experts": tuple(range(24)), "layers.experts.count": {"experts": 4, "one": 1, "mixed": 8}[setting],
+            "layers.experts": tuple(range(24)), "layers.experts.count": {"experts": 4, "one": 1, "mixed": 8}[experts],
             "layers.experts.router.name": "expert_choice", "layers.experts.router.score": "sigmoid",
             "layers.experts.router.capacity": 1.0, "layers.experts.losses": {}, "layers.experts.local": {},
             "layers.experts.spread": {}, "layers.experts.causal.hidden": 1024,
@@ -266,17 +268,18 @@ def moma(setting: str) -> Recipe:
         "upcycling from `one` with Gumbel noise",
         "mixture of depths",
     )
-    return Recipe("moma_1b", setting, ("moma_1b",), tuple(rows))
+    name = setting("moma:1b", "" if experts == "experts" else experts)
+    return Recipe(name, ("moma",), tuple(rows))
 
 
 MAMBA = "[C] state-spaces/mamba, mamba-1.4b; [P] Gu and Dao 2023"
 
 
-def mixture_of_mamba(setting: str) -> Recipe:
-    names = ("text", "colours" if "chameleon" in setting else "image")
-    quarter = {"tasks.captions.batch": (1024 if "chameleon" in setting else 3584)}
-    rows = [row for row in mot_tasks(setting) if row.key not in quarter]
-    rows += ours("a quarter of mot_7b's", "with a quarter of its batch", quarter)
+def mixture_of_mamba(chameleon: bool, dense: bool) -> Recipe:
+    names = ("text", "colours" if chameleon else "image")
+    quarter = {"tasks.captions.batch": (1024 if chameleon else 3584)}
+    rows = [row for row in mot_tasks(chameleon) if row.key not in quarter]
+    rows += ours("a quarter of mot's", "with a quarter of its batch", quarter)
     rows += same(MAMBA, {
         "model.width": 2048, "layers.count": 48, "layers.name": "mamba", "layers.state": 16, "layers.expand": 2,
         "layers.taps": 4, "layers.rank": None, "layers.norm": "rms", "layers.eps": 1e-5, "layers.depth": 48,
@@ -284,11 +287,9 @@ def mixture_of_mamba(setting: str) -> Recipe:
     })  # fmt: skip
     copies: dict[str, Any] = {"layers.untie": ("in", "x", "dt", "out"), "layers.modalities": names}
     source = "[C] Mixture-of-Mamba/MixtureOfMamba.py"
-    rows += same(source, dict.fromkeys(copies, ()) if "dense" in setting else copies)
+    rows += same(source, dict.fromkeys(copies, ()) if dense else copies)
     rows += missing("[P] Liang et al. 2025", "the paper's setting with speech")
-    return Recipe(
-        "mixture_of_mamba_1b",
-        setting,
-        ("mixture_of_mamba_1b", "mot_7b", "transfusion_7b"),
-        tuple(rows),
+    name = setting(
+        "mixture_of_mamba:1b", "chameleon" if chameleon else "", "dense" if dense else ""
     )
+    return Recipe(name, ("mixture_of_mamba", "mot", "transfusion"), tuple(rows))
