@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from mmjax.core import config as configs
 from mmjax.core.bounds import COUNT, POSITIVE, check
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration

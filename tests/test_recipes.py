@@ -247,7 +247,7 @@ def test_full_fusion_is_one_key_of_zorro() -> None:
     key = "tasks.sounds.objective.mask=full"
     assert f"--config.{key}" in words
     small = block("zorro:small")
-    assert [d.key for d in configs.compare(small, configs.override(small, [key]))] == [
+    assert [d.key for d in configs.compare(small, configs.override(small, [key]), RunConfig)] == [
         key.split("=")[0]
     ]
 
