@@ -1,0 +1,258 @@
+"""Going on with a run under a changed config."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import toyrun
+from etils import epath
+from harness import contents, deterministic
+from metafile import edited
+from resumed import BATCH, COUNT, ids
+from toyrun import block, run, watched
+
+from mmjax.core.errors import UserError
+from mmjax.engine import checkpoint
+from mmjax.experiment import make_experiment
+from mmjax.modalities.text import Text
+from mmjax.schedule.schedule import Schedule
+
+
+def test_another_share_is_refused_with_words(half: Path) -> None:
+    before = contents(half)
+    with pytest.raises(UserError) as error:
+        run(half, "tasks.one.share=1")
+    assert "tasks.one.share (schedule): saved 2, now 1" in str(error.value)
+    assert "--allow_change" in str(error.value)
+    assert contents(half) == before
+
+
+def test_another_share_starts_a_segment_and_keeps_every_place(half: Path) -> None:
+    before = toyrun.meta(half)["clock"]
+    with watched() as seen:
+        run(half, "tasks.one.share=1", "tasks.two.share=3", "steps=20", allow_change=True)
+    clock = toyrun.meta(half)["clock"]
+    schedule = Schedule.from_json(clock["segments"])
+    assert [s.start for s in schedule.segments] == [0, 8]
+    assert schedule.segments[0] == Schedule.from_json(before["segments"]).segments[0]
+    assert schedule.between(8, 20) == {"one": 3, "two": 9}
+    for task, batch in BATCH.items():
+        mine = _of(task, schedule.strip(8, 20), seen.ids)
+        assert mine == ids(task, before["positions"][task], len(mine))
+        assert clock["positions"][task] == before["positions"][task] + len(mine)
+        assert len(mine) == batch * schedule.between(8, 20)[task]
+    lines = [x for x in deterministic(half) if (x["kind"], x["task"]) == ("train", "two")]
+    assert [line["visit"] for line in lines] == list(range(4 - 1 + 9))
+
+
+def test_a_batch_that_changes_keeps_the_place(half: Path) -> None:
+    """Positions count examples: visits times the batch would read others again."""
+    before = toyrun.meta(half)["clock"]
+    with watched() as seen:
+        run(half, "tasks.one.batch=4", allow_change=True)
+    clock = toyrun.meta(half)["clock"]
+    schedule = Schedule.from_json(clock["segments"])
+    mine = _of("one", schedule.strip(8, 12), seen.ids)
+    assert mine == ids("one", before["positions"]["one"], len(mine)) and mine
+    assert clock["positions"]["one"] == before["positions"]["one"] + len(mine)
+
+
+def test_a_second_change_starts_a_third_segment(half: Path) -> None:
+    run(half, "tasks.one.share=1", "steps=16", allow_change=True)
+    run(half, "tasks.one.share=5", "steps=22", allow_change=True)
+    clock = toyrun.meta(half)["clock"]
+    schedule = Schedule.from_json(clock["segments"])
+    assert [s.start for s in schedule.segments] == [0, 8, 16]
+    assert schedule.between(16, 22) == {"one": 5, "two": 1}
+    assert clock["positions"] == {t: n * BATCH[t] for t, n in schedule.visits(22).items()}
+
+
+def test_a_task_that_is_added_leaves_the_others_where_they_stood(half: Path) -> None:
+    before, held = toyrun.meta(half)["clock"], toyrun.parameters(half)
+    config = block()
+    config["tasks"]["three"] = {**config["tasks"]["one"], "share": 1}
+    with watched() as seen:
+        run(half, "steps=20", config=config, allow_change=True)
+    clock = toyrun.meta(half)["clock"]
+    schedule = Schedule.from_json(clock["segments"])
+    assert schedule.between(8, 20) == {"one": 6, "two": 3, "three": 3}
+    for task in ("one", "two"):
+        mine = _of(task, schedule.strip(8, 20), seen.ids)
+        assert mine == ids(task, before["positions"][task], len(mine))
+    new = _of("three", schedule.strip(8, 20), seen.ids)
+    assert new == ids("three", 0, 24) and clock["positions"]["three"] == 24
+    after = toyrun.parameters(half)
+    assert after.keys() - held.keys() == {"heads/three/out/bias", "heads/three/out/kernel"}
+
+
+def test_what_a_checkpoint_holds_survives_an_added_task(half: Path) -> None:
+    """A rate of zero leaves the parameters as they came: the saved ones, and fresh ones for the new head."""
+    held = toyrun.parameters(half)
+    config = block("optimizer.learning_rate=0.0")
+    config["tasks"]["three"] = config["tasks"]["one"]
+    run(half, config=config, allow_change=True)
+    after = toyrun.parameters(half)
+    assert held and all(np.array_equal(after[n], held[n]) for n in held)
+    assert np.abs(after["heads/three/out/kernel"]).min() > 0
+
+
+def test_a_task_that_is_removed_and_comes_back_goes_on_where_it_stood(half: Path) -> None:
+    before = toyrun.meta(half)["clock"]
+    less = block("steps=14")
+    del less["tasks"]["two"]
+    with watched() as seen:
+        run(half, config=less, allow_change=True)
+    alone = [i for batch in seen.ids for i in batch]
+    assert alone == ids("one", before["positions"]["one"], 6 * 8)
+    assert toyrun.meta(half)["clock"]["positions"]["two"] == before["positions"]["two"]
+    assert not any(n.startswith("heads/two") for n in toyrun.parameters(half))
+    with watched() as seen:
+        run(half, "steps=20", allow_change=True)
+    schedule = Schedule.from_json(toyrun.meta(half)["clock"]["segments"])
+    mine = _of("two", schedule.strip(14, 20), seen.ids)
+    assert mine == ids("two", before["positions"]["two"], 32)
+    more = _of("one", schedule.strip(14, 20), seen.ids)
+    assert more == ids("one", before["positions"]["one"] + 48, 32)
+
+
+def test_a_saved_phase_plan_goes_on_and_a_new_one_takes_over(half: Path) -> None:
+    config = block("steps=24")
+    config["schedule"] = {"phases": [{"start": 16, "weights": {"one": 0, "two": 1}}]}
+    run(half, config=config, allow_change=True)
+    schedule = Schedule.from_json(toyrun.meta(half)["clock"]["segments"])
+    assert schedule.strip(16, 24) == ["two"] * 8
+    assert schedule.between(0, 16)["one"] > 8
+
+
+def test_a_structural_change_is_refused_and_shown(half: Path) -> None:
+    before = contents(half)
+    with pytest.raises(UserError) as error:
+        run(half, "model.width=16", "steps=20", allow_change=True)
+    assert "model.width (structural): saved 8, now 16" in str(error.value)
+    assert "steps" not in str(error.value).split("\n", 1)[1]
+    assert "--workdir" in str(error.value)
+    assert contents(half) == before
+
+
+def test_other_data_under_the_same_config_is_refused(tmp_path: Path) -> None:
+    from mmjax.sources.toy import values  # found once toyrun.block has added the folder
+
+    file = tmp_path / "values.npy"
+    np.save(file, values(COUNT))
+    mine = (f"tasks.two.source.file={file}", "steps=4")
+    run(tmp_path / "run", *mine)
+    changed = values(COUNT)
+    changed[3, 0, 0] += 1
+    np.save(file, changed)
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError) as error:
+        run(tmp_path / "run", *mine, "steps=8", allow_change=True)
+    assert "data" in str(error.value) and "tasks.two.source" in str(error.value)
+    assert "tasks.one" not in str(error.value)
+    assert contents(tmp_path / "run") == before
+
+
+def test_what_a_run_began_with_is_kept_once_and_written_where_it_changes_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer that lies outside of the data: copied, never written where it lies, and loaded from the copy."""
+    mine = tmp_path / "mine" / "tokenizer.model"
+    mine.parent.mkdir()
+    mine.write_bytes(bytes(range(256)))
+    workdir = tmp_path / "run"
+    # The modality that the tasks read, with the files of a text.
+    files_of = lambda self: Text(folder=self.folder, tokenizer=str(mine)).files()  # noqa: E731
+    toy = type(make_experiment(block()).modalities["toy"])
+    monkeypatch.setattr(toy, "files", files_of)
+
+    def marks() -> dict[str, tuple[int, int]]:
+        files = [mine, workdir / "config.json", *(workdir / "assets").rglob("*.model")]
+        return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
+
+    original = (mine.stat().st_ino, mine.stat().st_mtime_ns)
+    run(workdir, "steps=4")
+    assert (mine.stat().st_ino, mine.stat().st_mtime_ns) == original
+    [kept] = (workdir / "assets").rglob("*.model")
+    assert kept.read_bytes() == bytes(range(256)) and not kept.samefile(mine)
+    before = marks()
+    run(workdir, "steps=4")
+    assert marks() == before
+    run(workdir, "steps=8")
+    assert json.loads((workdir / "config.json").read_text())["steps"] == 8
+    changed = {name for name, mark in marks().items() if mark != before[name]}
+    assert changed == {"config.json"}
+    mine.unlink()
+    experiment = make_experiment(toyrun.meta(workdir)["config"], str(workdir / "assets"))
+    assert [str(p) for p in experiment.modalities["toy"].files().values()] == [str(kept)]
+
+
+def test_a_config_that_is_refused_is_not_written(half: Path) -> None:
+    before = (half / "config.json").read_bytes()
+    with pytest.raises(UserError):
+        run(half, "tasks.one.share=3")
+    assert (half / "config.json").read_bytes() == before
+    run(half, "tasks.one.share=3", allow_change=True)
+    assert json.loads((half / "config.json").read_text())["tasks"]["one"]["share"] == 3
+
+
+def test_shapes_that_do_not_fit_are_named(copy: Path) -> None:
+    """A checkpoint whose arrays are not what its own config makes, as after a change of the code."""
+    with edited(copy, 12) as meta:
+        meta["config"]["model"]["width"] = 16
+    before = contents(copy)
+    with pytest.raises(UserError) as error:
+        run(copy, "model.width=16")
+    said = str(error.value)
+    assert "parameters/heads/one/out/kernel: expected float32[16, 1], found float32[8, 1]" in said
+    assert str(copy / "checkpoints" / "12") in said
+    assert contents(copy) == before
+
+
+def _of(task: str, tasks: list[str], batches: list[list[int]]) -> list[int]:
+    """The examples of one task, in order."""
+    return [i for t, batch in zip(tasks, batches, strict=True) if t == task for i in batch]
+
+
+def test_a_checkpoint_names_everything_a_run_is(straight: Path) -> None:
+    meta = toyrun.meta(straight)
+    assert meta["config"] == block()
+    assert meta["clock"]["step"] == 12
+    assert meta["clock"]["positions"] == {"one": 64, "two": 64}
+    code = {f"code.{kind}/toy" for kind in ("blocks", "modalities", "objectives", "sources")}
+    held_out = 'held-out {"count": 16, "name": "toy"}'
+    sources = {"tasks.one.source", "tasks.two.source", held_out}
+    assert set(meta["identities"]) == {*sources, *code}
+    assert {"jax", "numpy", "mesh", "cores", "processor"} <= meta["environment"].keys()
+    assert meta["environment"]["python"] == sys.version.split()[0]
+    state = checkpoint.read_shapes(epath.Path(straight), 12)
+    assert set(state) == {"parameters", "optimizer"}
+
+
+def test_a_modality_that_no_task_reads_needs_no_files(tmp_path: Path) -> None:
+    """Such as texts without a tokenizer, where the tasks on texts were taken out of a config."""
+    run(tmp_path / "run", "steps=1", "modalities.text={'name': 'text', 'vocabulary': 8}")
+    identities = toyrun.meta(tmp_path / "run")["identities"]
+    assert "tasks.one.source" in identities
+    assert not [name for name in identities if name.startswith("modalities.")]
+    assert not (tmp_path / "run" / "assets").exists()
+
+
+def test_averages_may_begin_later(tmp_path: Path) -> None:
+    """At the parameters as they stand, not at new random ones."""
+    workdir = tmp_path / "run"
+    run(workdir, "steps=4")
+    before = toyrun.parameters(workdir)
+    run(workdir, "steps=5", "optimizer.ema=0.5", allow_change=True)
+    after, folder = toyrun.parameters(workdir), epath.Path(workdir)
+    shapes = checkpoint.read_shapes(folder, 5)["buffers"]
+    abstract = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in shapes.items()}
+    averages = checkpoint.read_state(folder, 5, {"buffers": abstract})["buffers"]
+    assert {name.removeprefix("ema/") for name in averages} == set(after)
+    for name, value in after.items():
+        expected = (before[name] + value) / 2
+        np.testing.assert_allclose(averages[f"ema/{name}"], expected, rtol=1e-6)
