@@ -237,7 +237,11 @@ def names_of_layers(config: Any) -> list[Any]:
 def test_fusion_is_evaluated_with_each_modality_alone(system: str, size: str) -> None:
     made = experiment(f"{system}:{size}")
     task = made.tasks["sounds"]
-    passes = {p.what for e in made.evaluators["sounds"].values() for p in e.passes(task).values()}
+    passes = {
+        str(p.computation)
+        for e in made.evaluators["sounds"].values()
+        for p in e.passes(task).values()
+    }
     both = task.objective.reads()
     assert passes == {f"predict/{'+'.join(both)}", *(f"predict/{name}" for name in both)}
 

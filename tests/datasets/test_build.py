@@ -87,7 +87,7 @@ def test_finished_data_is_reused_untouched(finished):
 
 def test_reuse_imports_nothing_heavy(finished):
     code = (
-        "import sys; from mmjax.data import build;"
+        "import sys; from mmjax.datasets import build;"
         f"assert build.build('emoji', sys.argv[1], limit={LIMIT}).reused;"
         "print({'tensorflow_datasets', 'numpy', 'jax', 'grain', 'PIL', 'sentencepiece', 'absl'}"
         " & set(sys.modules))"
@@ -172,7 +172,7 @@ def test_half_built_data_is_refused_and_built_again(copied, damage, message):
 
 KILL = """
 import os, signal, sys
-from mmjax.data import build, emoji
+from mmjax.datasets import build, emoji
 module = {{"build": build, "emoji": emoji}}["{module}"]
 whole, calls = getattr(module, "{function}"), []
 def killed(*args):
@@ -216,16 +216,16 @@ def test_a_killed_build_leaves_what_was_there_or_nothing(
 
 def test_old_remains_are_removed_and_new_ones_are_not(copied):
     parent = build.dataset_dir("emoji", copied).parent
-    for name, age in ((".part-old", 7200), (".part-new", 60)):
+    for name, age in ((".part-1.0.0-old", 7200), (".part-1.0.0-new", 60)):
         (parent / name).mkdir()
         os.utime(parent / name, (time.time() - age,) * 2)
     build.build("emoji", copied, limit=LIMIT, force=True)
-    assert {entry.name for entry in parent.iterdir()} == {"1.0.0", ".part-new"}
+    assert {entry.name for entry in parent.iterdir()} == {"1.0.0", ".part-1.0.0-new"}
 
 
 def test_builds_at_the_same_time(root):
     code = (
-        "import sys; from mmjax.data import build;"
+        "import sys; from mmjax.datasets import build;"
         f"print(build.build('emoji', sys.argv[1], limit={LIMIT}).manifest['digest'])"
     )
     processes = [_python(code, root, stdout=subprocess.PIPE) for _ in range(2)]

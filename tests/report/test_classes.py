@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mmjax.core.errors import UserError
+from mmjax.evaluators.base import Predict
 from mmjax.modalities.base import Input
-from mmjax.objectives.base import Objective
+from mmjax.objectives.base import Classifies, Objective, Shows, able
 from mmjax.report import classes, pictures
 from mmjax.report.classes import Guesses, guesses, mistakes
 from mmjax.report.panel import EXAMPLES
@@ -38,6 +39,28 @@ def _examples() -> _Examples:
     return made
 
 
+class _Objective(Classifies, Shows):
+    """Predicts from two modalities, and shows two pictures."""
+
+    def fields(self) -> tuple[str, ...]:
+        return ()
+
+    def check_example(self, example: Any) -> None:
+        pass
+
+    def predicts(self) -> tuple[str, ...]:
+        return ("one", "two")
+
+    def predict(self, model: Any, inputs: Any) -> Any:
+        raise AssertionError("the model is a stand-in")
+
+    def shows(self) -> tuple[str, ...]:
+        return (f"{EVIL} as it is", "dark")
+
+    def show(self, model: Any, batch: Any, key: Any) -> Any:
+        raise AssertionError("the model is a stand-in")
+
+
 def _task() -> Any:
     """A task that reads one field by two modalities."""
     spec = {"x": SimpleNamespace(shape=(8, 8), dtype=np.uint8)}
@@ -45,10 +68,7 @@ def _task() -> Any:
         raw=lambda v: v, arrays=lambda s: spec, preprocess=lambda s, v, r: {"x": v}
     )
     inputs = {m: Input(m, modality, SimpleNamespace(field="x")) for m in ("one", "two")}
-    objective = SimpleNamespace(
-        predicts=lambda: ("one", "two"), predict=None, fields=tuple, check_example=lambda _: None
-    )
-    return SimpleNamespace(name=EVIL, inputs=inputs, objective=objective)
+    return SimpleNamespace(name=EVIL, inputs=inputs, objective=_Objective())
 
 
 def _model() -> Any:
@@ -63,7 +83,7 @@ def _model() -> Any:
 
 def _pass() -> Any:
     source = SimpleNamespace(label=EVIL)
-    return SimpleNamespace(what="predict/one+two", fields=("kind",), source=source)
+    return SimpleNamespace(computation=Predict(("one", "two")), fields=("kind",), source=source)
 
 
 def test_each_example_shows_its_likeliest_classes(parse: Parse) -> None:
@@ -109,9 +129,6 @@ def test_an_objective_shows_what_it_makes_of_examples(parse: Parse) -> None:
         return {f"{EVIL} as it is": picture, "dark": picture // 2}
 
     task = _task()
-    task.objective = SimpleNamespace(
-        shows=lambda: (f"{EVIL} as it is", "dark"), fields=tuple, check_example=lambda _: None
-    )
     task.rows = lambda: classes.row_spec(task, _pass())
     model = SimpleNamespace(compiled=lambda function: show)
     panel = pictures.panel(model, task, _examples(), "split", 21)
@@ -129,6 +146,7 @@ def test_an_objective_that_shows_nothing_says_so() -> None:
     class Plain(Objective):
         reads = heads = __call__ = None  # type: ignore[assignment]
 
-    assert Plain().shows() == ()
-    with pytest.raises(UserError, match="Plain has nothing to show"):
-        Plain().show(None, {}, None)  # type: ignore[arg-type]
+    task: Any = SimpleNamespace(objective=Plain())
+    assert list(pictures.pictured(None, task, 1)) == []  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="Plain is none that shows"):
+        able(Plain(), Shows)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mmjax.evaluators.retrieval import recall
 from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput
+from mmjax.objectives.base import Embeds
 from mmjax.report.gallery import Shelf, answers, gallery, read_shelf
 from mmjax.report.html import text
 from mmjax.report.panel import framed, spread, thanks
@@ -34,6 +35,19 @@ class _Examples(list[Any]):
         return example
 
 
+class _Objective(Embeds):
+    """Embeds two modalities."""
+
+    def __init__(self, pair: tuple[str, str]) -> None:
+        self._pair = pair
+
+    def embeds(self) -> tuple[str, ...]:
+        return self._pair
+
+    def embed(self, model: Any, modality: str, arrays: Any, toward: str = "") -> Any:
+        raise AssertionError("the model is a stand-in")
+
+
 def _task(pair: tuple[str, str]) -> Any:
     """A task that embeds two modalities, of which nothing but their values is known."""
     inputs = {
@@ -41,7 +55,7 @@ def _task(pair: tuple[str, str]) -> Any:
                                     arrays=lambda s: {}), SimpleNamespace(field=m))
         for m in pair
     }  # fmt: skip
-    return SimpleNamespace(name=EVIL, inputs=inputs, objective=SimpleNamespace(embeds=lambda: pair))
+    return SimpleNamespace(name=EVIL, inputs=inputs, objective=_Objective(pair))
 
 
 def _one_hot_model(pair: tuple[str, str], size: int) -> Any:
