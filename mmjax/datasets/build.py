@@ -3,7 +3,7 @@
     python -m mmjax.datasets.build quickstart       all that the quickstart reads
     python -m mmjax.datasets.build emoji speech     these
 
-A data set called NAME is a module `mmjax/data/NAME.py` with a function `prepare(root, limit)` that
+A data set called NAME is a module `mmjax/datasets/NAME.py` with a function `prepare(root, limit)` that
 writes one TFDS directory under `root` and returns `Made`. This module does the rest:
 
     DIR/NAME/1.0.0/    dataset_info.json, features.json, *.array_record*, what else was made
@@ -36,6 +36,7 @@ from typing import Any
 from etils import epath
 
 import mmjax.data
+import mmjax.datasets
 from mmjax.core import errors
 from mmjax.core.errors import UserError
 
@@ -152,9 +153,9 @@ def _fault(path: epath.Path, name: str) -> str | None:
 
 
 def _module(name: str) -> Any:
-    """The module `mmjax.data.NAME` with its `prepare`."""
+    """The module `mmjax.datasets.NAME` with its `prepare`."""
     try:
-        module = importlib.import_module(f"mmjax.data.{name}")
+        module = importlib.import_module(f"mmjax.datasets.{name}")
     except ModuleNotFoundError as error:
         if error.name and not error.name.startswith("mmjax"):
             raise UserError(
@@ -169,11 +170,11 @@ def _module(name: str) -> Any:
 
 
 def known() -> list[str]:
-    """Names of the embedded data sets: the modules of `mmjax.data` that have a `prepare`."""
+    """Names of the embedded data sets: the modules of `mmjax.datasets` that have a `prepare`."""
     names = []
-    for found in pkgutil.iter_modules(mmjax.data.__path__):
+    for found in pkgutil.iter_modules(mmjax.datasets.__path__):
         with contextlib.suppress(ImportError):
-            if hasattr(importlib.import_module(f"mmjax.data.{found.name}"), "prepare"):
+            if hasattr(importlib.import_module(f"mmjax.datasets.{found.name}"), "prepare"):
                 names.append(found.name)
     return names
 
@@ -321,7 +322,7 @@ def main() -> None:
 def _unbundled(names: Iterable[str]) -> list[str]:
     """The data sets, each once; a name that no module has is refused before the first is built."""
     wanted = [part for name in names for part in BUNDLES.get(name, (name,))]
-    modules = {found.name for found in pkgutil.iter_modules(mmjax.data.__path__)}
+    modules = {found.name for found in pkgutil.iter_modules(mmjax.datasets.__path__)}
     for name in wanted:
         if name not in modules:
             _module(name)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-import mmjax.data
+import mmjax.datasets
 from mmjax.core.errors import UserError, nearest
 from mmjax.data import data_dir, pictures
 from mmjax.data.identity import identity, sample
@@ -240,8 +240,8 @@ def _check_files(source: Tfds, builder: Any, split: Any) -> None:
 
 
 def own_data_sets() -> list[str]:
-    """Names that `python -m mmjax.datasets.build` may know: the modules beside it."""
-    return [m.name for m in pkgutil.iter_modules(mmjax.data.__path__)]
+    """Names that `python -m mmjax.datasets.build` may know: the modules of `mmjax.datasets`."""
+    return [m.name for m in pkgutil.iter_modules(mmjax.datasets.__path__)]
 
 
 def _version_folder(path: epath.Path) -> epath.Path | None:

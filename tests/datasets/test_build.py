@@ -87,7 +87,7 @@ def test_finished_data_is_reused_untouched(finished):
 
 def test_reuse_imports_nothing_heavy(finished):
     code = (
-        "import sys; from mmjax.data import build;"
+        "import sys; from mmjax.datasets import build;"
         f"assert build.build('emoji', sys.argv[1], limit={LIMIT}).reused;"
         "print({'tensorflow_datasets', 'numpy', 'jax', 'grain', 'PIL', 'sentencepiece', 'absl'}"
         " & set(sys.modules))"
@@ -172,7 +172,7 @@ def test_half_built_data_is_refused_and_built_again(copied, damage, message):
 
 KILL = """
 import os, signal, sys
-from mmjax.data import build, emoji
+from mmjax.datasets import build, emoji
 module = {{"build": build, "emoji": emoji}}["{module}"]
 whole, calls = getattr(module, "{function}"), []
 def killed(*args):
@@ -225,7 +225,7 @@ def test_old_remains_are_removed_and_new_ones_are_not(copied):
 
 def test_builds_at_the_same_time(root):
     code = (
-        "import sys; from mmjax.data import build;"
+        "import sys; from mmjax.datasets import build;"
         f"print(build.build('emoji', sys.argv[1], limit={LIMIT}).manifest['digest'])"
     )
     processes = [_python(code, root, stdout=subprocess.PIPE) for _ in range(2)]

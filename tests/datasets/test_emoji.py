@@ -329,7 +329,7 @@ def test_two_builds_give_equal_records_in_equal_order(small, tmp_path):
     marker.mkdir(parents=True)
     (marker / "__init__.py").write_text("raise AssertionError('TensorFlow was imported')")
     code = (
-        "import sys; from mmjax.data import build;"
+        "import sys; from mmjax.datasets import build;"
         "import tensorflow_datasets as tfds;"
         f"built = build.build('emoji', sys.argv[1], limit={LIMIT});"
         "source = tfds.builder_from_directory(built.path).as_data_source(split='train');"

@@ -186,7 +186,7 @@ def test_the_manifest_states_the_licences(built):
 def test_two_builds_give_equal_records(built, records, tmp_path):
     """In another process, without importing the package that has the soundfont."""
     code = (
-        "import sys; from mmjax.data import build;"
+        "import sys; from mmjax.datasets import build;"
         f"build.build('notes', sys.argv[1], limit={LIMIT});"
         "assert not {'tensorflow', 'pretty_midi', 'mido'} & set(sys.modules)"
     )

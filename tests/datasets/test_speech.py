@@ -159,7 +159,7 @@ def test_the_manifest_says_that_it_is_synthetic(built, concepts):
 def test_two_builds_give_equal_records(built, tmp_path):
     """The other one in another process, of fewer concepts: its records are a part of these."""
     code = (
-        "import sys; from mmjax.data import build;"
+        "import sys; from mmjax.datasets import build;"
         "build.build('speech', sys.argv[1], limit=15);"
         "assert 'tensorflow' not in sys.modules"
     )
