@@ -110,7 +110,7 @@ def machine(tmp_path: Path) -> Machine:
     root = tmp_path / "some where" / "mm jax"
     shutil.copytree(ROOT / "launch", root / "launch")
     shutil.copytree(ROOT / ".ci", root / ".ci")
-    for name in ("setup.cfg", "pyproject.toml"):
+    for name in ("setup.cfg", "setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, root / name)
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -285,7 +285,7 @@ def test_a_chosen_python_of_another_version_rebuilds(machine: Machine) -> None:
     assert python.exists()
 
 
-@pytest.mark.parametrize("name", ["setup.cfg", "pyproject.toml"])
+@pytest.mark.parametrize("name", ["setup.cfg", "setup.py", "pyproject.toml"])
 def test_changed_requirements_run_pip_again_in_the_same_environment(
     machine: Machine, name: str
 ) -> None:
