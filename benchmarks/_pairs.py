@@ -22,7 +22,7 @@ class Effort:
       block: the config as plain data.
       pairs: interleaved pairs.
       steps: timed steps of a task, or periods of a schedule, in one half of a pair.
-      extra: folders of further modules, see `--extra` of `mmjax.train`.
+      extra: folders of further modules, see `--extra` of `mmjax train`.
     """
 
     block: Block

@@ -141,7 +141,7 @@ def _with_vit(compiler: Any, sizes: Sizes) -> None:
 
 
 def planned(what: str, sizes: Sizes, topology: str, chips: int, per_chip: float) -> dict[str, Any]:
-    """Bytes of a chip, FLOPs of all, bytes that a chip sends, counted as `mmjax.plan` counts its own."""
+    """Bytes of a chip, FLOPs of all, bytes that a chip sends, counted as `mmjax plan` counts its own."""
     from maxtext.trainers.pre_train import train_compile
 
     compile_, held = train_compile.jit_and_compile, {}

@@ -9,7 +9,7 @@ with our parameters, at a small size on the CPU, both give the same loss; at ful
 for a table of positions that our texts have and biases of attention that MaxText's ViT has.
 
 No time is measured and no device is used: each number is the compiler's, or counted in what it compiled as
-`mmjax.plan` counts. The config and the number of pairs are not read.
+`mmjax plan` counts. The config and the number of pairs are not read.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From the start of a run to its first step, with compilations kept and without; and from a kill to the next step.
 
-Each start is a process of `mmjax.train`. `cold` has an empty folder of compiled programs, `warm` the one that the start
+Each start is a process of `mmjax train`. `cold` has an empty folder of compiled programs, `warm` the one that the start
 before filled; both begin anew. `killed` is a run that has saved, killed by SIGKILL a few steps later, and started again
 at once: until a step that it had not yet taken. What is timed ends when the step's line stands in `metrics.jsonl`. Of
 all, so many rounds as a tenth of `--pairs`, and three at least.
@@ -74,7 +74,7 @@ def _running(
     config: Path, workdir: Path, compiled: Path, extra: Sequence[str]
 ) -> Iterator[subprocess.Popen[str]]:
     """A run, killed at the end."""
-    words = [sys.executable, "-m", "mmjax.train", f"--config={config}", f"--workdir={workdir}"]
+    words = [sys.executable, "-m", "mmjax", "train", f"--config={config}", f"--workdir={workdir}"]
     words += [f"--extra={each}" for each in extra]
     env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(compiled)}
     with tempfile.TemporaryFile("w+") as said:

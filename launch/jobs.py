@@ -1,7 +1,7 @@
 """Starts one training job: as a pod of processes on this machine, on a Cloud TPU slice, on GKE, on Slurm.
 
 The shell scripts beside this file call it; it needs Python's standard library only. What runs on each machine is the
-same everywhere: `python -m mmjax.train` with the config, the workdir and whatever `--config.KEY=VALUE` follows. Run
+same everywhere: `mmjax train` with the config, the workdir and whatever `--config.KEY=VALUE` follows. Run
 again, a job goes on from its newest checkpoint.
 """
 
@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
 def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str]]:
-    """The flags, and the words for `mmjax.train` among them.
+    """The flags, and the words for `mmjax train` among them.
 
     Raises:
       JobError: an unknown flag; a config that is not there; a control character in a value.
@@ -82,14 +82,20 @@ def parse(
             near = difflib.get_close_matches(word.split("=")[0], known, 1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise JobError(f"unknown argument '{word}'.{hint}")
-    if not (ROOT / given.config.partition(":")[0]).is_file():
-        raise JobError(f"--config={given.config}: no such file in {ROOT}.")
+    name = given.config.partition(":")[0]
+    is_path = name.endswith(".py") or "/" in name
+    if not (ROOT / name if is_path else ROOT / "configs" / f"{name}.py").is_file():
+        raise JobError(f"--config={given.config}: no such file or config in {ROOT}.")
     return given, rest
 
 
 def shared(flags: argparse.ArgumentParser) -> None:
     """The flags of every kind of job."""
-    flags.add_argument("--config", required=True, help="of the run, from the root of the checkout")
+    flags.add_argument(
+        "--config",
+        required=True,
+        help="of the run: a name, or a file from the root of the checkout",
+    )
     flags.add_argument("--workdir", required=True, help="of the run; gs:// where machines are many")
     flags.add_argument("--dry_run", action="store_true", help="print what would run, and end")
 
@@ -119,7 +125,7 @@ def option(text: str) -> str:
 
 
 def train_words(given: argparse.Namespace, rest: Sequence[str]) -> list[str]:
-    return ["-m", "mmjax.train", f"--config={given.config}", f"--workdir={given.workdir}", *rest]
+    return ["-m", "mmjax", "train", f"--config={given.config}", f"--workdir={given.workdir}", *rest]
 
 
 def worker_command(given: argparse.Namespace, rest: Sequence[str], python: str) -> str:

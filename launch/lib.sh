@@ -154,7 +154,7 @@ STAMP=.mmjax-stamp
 # fingerprint PROBE_LINE EXTRAS: changes whenever pip has to run again.
 fingerprint() {
   {
-    cat "$ROOT/setup.cfg" "$ROOT/pyproject.toml"
+    cat "$ROOT/setup.cfg" "$ROOT/setup.py" "$ROOT/pyproject.toml"
     printf '%s\n' "$ROOT" "${1%% *}" "$2"
   } | cksum
 }

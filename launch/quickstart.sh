@@ -2,7 +2,7 @@
 # From a fresh checkout to a trained model: makes an environment, installs mmjax, builds the data
 # and trains. Run again, it goes on from the checkpoint; what is set up is not set up twice.
 #
-#   bash launch/quickstart.sh [--setup_only] [flags of mmjax.train, e.g. --config.steps=100]
+#   bash launch/quickstart.sh [--setup_only] [flags of mmjax train, e.g. --config.steps=100]
 #
 #   --setup_only   stop when the environment and the data are ready
 #   PYTHON         the interpreter to use, else python3, else the newest suitable one
@@ -31,10 +31,10 @@ ensure_environment "$venv" data
 
 cd "$ROOT"
 start=$SECONDS
-"$venv/bin/python" -m mmjax.datasets.build quickstart || fail "the data could not be built; the reason stands above."
+"$venv/bin/python" -m mmjax build quickstart || fail "the data could not be built; the reason stands above."
 say "data: ready ($(seconds_since "$start"))"
 
 if [ -n "$setup_only" ]; then exit; fi
 # bash before 4.4 calls an empty array unset.
-exec "$venv/bin/python" -m mmjax.train --config=configs/quickstart.py --workdir=runs/quickstart \
+exec "$venv/bin/python" -m mmjax train --config=configs/quickstart.py --workdir=runs/quickstart \
   ${flags[@]+"${flags[@]}"}

@@ -1,4 +1,4 @@
-"""What a run would do, without doing it: `python -m mmjax.train --dry_run ...`.
+"""What a run would do, without doing it: `mmjax train --dry_run ...`.
 
 Nothing is compiled, and the workdir is only read: the clock of its newest checkpoint, the identities of its data, and
 the step times of what has run there. The data are opened, so that what would stop the run at its start stops this, too:

@@ -1,9 +1,10 @@
-"""Evaluation: every task's evaluators on held-out data.
+"""Evaluate a run on the held-out data of its tasks.
 
-    python -m mmjax.evaluate --workdir=DIR [--step=N] [--config.KEY=VALUE ...]
+    mmjax evaluate --workdir=DIR [--step=N] [--config.KEY=VALUE ...]
 
-evaluates the newest checkpoint of a run (or that of step N) with the config it was trained with, and appends a line for
-each measure to `DIR/evaluations.jsonl`. The run's own results stay in `results.json`. A run may train in DIR meanwhile.
+It evaluates the newest checkpoint of a run (or that of step N) with the config it was trained with, and appends a line
+for each measure to `DIR/evaluations.jsonl`. The run's own results stay in `results.json`. A run may train in DIR
+meanwhile.
 """
 
 from __future__ import annotations
@@ -59,9 +60,11 @@ def evaluate(workdir: epath.Path, step: int | None, overrides: Sequence[str]) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = commandline.parser("Evaluate a run on its held-out data.")
-    made.add_argument("--workdir", required=True, help="the run's folder")
-    made.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
+    made = commandline.command("evaluate", __doc__)
+    commandline.add_workdir(made)
+    made.add_argument(
+        "--step", type=int, metavar="N", help="which checkpoint; the newest if not given"
+    )
     processes.add_arguments(made)
     arguments, overrides = commandline.parse(made, argv)
     processes.join(arguments)
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     workdir = commandline.folder(arguments.workdir)
     records = evaluate(workdir, arguments.step, overrides)
     if processes.is_first():
-        words = ["mmjax.evaluate", *(sys.argv[1:] if argv is None else argv)]
+        words = ["mmjax", "evaluate", *(sys.argv[1:] if argv is None else argv)]
         now = datetime.now(UTC).isoformat(timespec="seconds")
         stamp = {"time": now, "command": shlex.join(words)}
         append_evaluations(workdir, [{**record, **stamp} for record in records])

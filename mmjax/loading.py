@@ -58,7 +58,7 @@ def find_step(workdir: epath.Path, step: int | None) -> tuple[int, dict[str, Any
     found = checkpoint.steps(workdir)
     if not found:
         raise UserError(
-            f"No checkpoint in '{workdir}'. Train first: python -m mmjax.train --workdir={workdir} ..."
+            f"No checkpoint in '{workdir}'. Train first: mmjax train --workdir={workdir} ..."
         )
     if step is not None and step not in found:
         raise UserError(
@@ -140,7 +140,7 @@ class Embedder:
     def parameters(self) -> Arrays:
         """The parameters by canonical name, each layer's its own, on the default device.
 
-        These are the names of checkpoints, `optimizer.rules`, `init_from` and `python -m mmjax.show DIR --names`: a
+        These are the names of checkpoints, `optimizer.rules`, `init_from` and `mmjax show DIR --names`: a
         file of them is a source for `init_from`. Assign such a dictionary, perhaps of another dtype, to change them.
         """
         return to_canonical(self._experiment.declaration.specs, self._stacked)

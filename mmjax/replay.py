@@ -1,8 +1,8 @@
-"""One visit of one task of a run, once more: does it give the loss that the run's metrics tell?
+"""Replay one visit of one task of a run: is its loss the one in the run's metrics?
 
-    python -m mmjax.replay --workdir=DIR --task=NAME --visit=N [--extra=DIR]
+    mmjax replay --workdir=DIR --task=NAME --visit=N [--extra=DIR]
 
-goes from the newest checkpoint before that visit (from the initial state, where there is none) to it, and
+It goes from the newest checkpoint before that visit (from the initial state, where there is none) to it, and
 prints its loss and gradient norm beside those in `metrics.jsonl`. The workdir stays as it is. Exit status:
 0 the same bits, 1 others, 2 an error that its one line explains.
 """
@@ -133,10 +133,12 @@ def _told(workdir: epath.Path, step: int) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = commandline.parser("Replay one visit of one task of a run.")
-    made.add_argument("--workdir", required=True, help="the run's folder")
-    made.add_argument("--task", required=True, help="name of the task")
-    made.add_argument("--visit", required=True, type=int, help="which of its visits, from 0")
+    made = commandline.command("replay", __doc__)
+    commandline.add_workdir(made)
+    made.add_argument("--task", required=True, metavar="NAME", help="name of the task")
+    made.add_argument(
+        "--visit", required=True, type=int, metavar="N", help="which of its visits, from 0"
+    )
     arguments, overrides = commandline.parse(made, argv)
     if overrides:
         raise UserError(f"--config.{overrides[0]}: a replay takes the config of the run.")

@@ -1,8 +1,8 @@
-"""What a checkpoint or a config holds.
+"""Show what a checkpoint or a config holds.
 
-    python -m mmjax.show DIR [--step=N] [--digest]
-    python -m mmjax.show DIR --names
-    python -m mmjax.show --config=configs/NAME.py [--names] [--config.KEY=VALUE ...]
+    mmjax show DIR [--step=N] [--digest]
+    mmjax show DIR --names
+    mmjax show --config=CONFIG [--names] [--config.KEY=VALUE ...]
 
 The first prints step, visits, positions, parameters by part and bytes; with `--digest` its last line is a
 stable SHA-256 of the parameters. The second prints a line for each parameter: name, dtype and shape, as
@@ -118,10 +118,12 @@ def _bytes(leaves: Any) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = commandline.parser("Show what a checkpoint or a config holds.")
-    made.add_argument("workdir", nargs="?", help="a run's folder")
-    made.add_argument("--config", help="a config, to show its parameters without a checkpoint")
-    made.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
+    made = commandline.command("show", __doc__)
+    made.add_argument("workdir", nargs="?", metavar="DIR", help="the run's folder")
+    commandline.add_config(made)
+    made.add_argument(
+        "--step", type=int, metavar="N", help="which checkpoint; the newest if not given"
+    )
     made.add_argument(
         "--digest", action="store_true", help="print a digest of the parameters as the last line"
     )
@@ -130,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments, overrides = commandline.parse(made, argv)
     if (arguments.workdir is None) == (arguments.config is None):
-        raise UserError(f"Give a run's folder, or --config=FILE. {commandline.usage(made)}")
+        raise UserError(f"Give a run's folder, or --config=CONFIG. {commandline.usage(made)}")
     if arguments.config is not None:
         show_config(arguments.config, overrides, arguments.names)
     elif arguments.names:

@@ -1,7 +1,7 @@
-"""Tokenizers: train one on your texts, or look at one.
+"""Train a tokenizer on your texts, or look at one.
 
-    python -m mmjax.tokenizer train SOURCE --field=caption --size=4096 --out=FILE
-    python -m mmjax.tokenizer show FILE [TEXT]
+    mmjax tokenizer train SOURCE --field=caption --size=4096 --out=FILE
+    mmjax tokenizer show FILE [TEXT]
 
 SOURCE is a folder of ArrayRecord files, a TFDS data set as NAME or NAME:SPLIT, or a file: .txt (a text on each
 line), .csv, .tsv or .jsonl. The same texts give the same bytes. `show` prints the size, the special tokens and the
@@ -116,7 +116,7 @@ def _of_file(path: Path, name: str) -> list[dict[str, Any]]:
     if path.suffix not in FILES:
         raise UserError(
             f"{path} is no {', '.join(FILES)} file. Of Parquet files and tars, make a folder of ArrayRecord files: "
-            "python -m mmjax.convert.convert"
+            "mmjax convert"
         )
     try:
         with path.open(
@@ -193,7 +193,7 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = commandline.parser("Train a tokenizer on your texts, or look at one.")
+    made = commandline.command("tokenizer", __doc__)
     verbs = made.add_subparsers(dest="verb", required=True, metavar="{train,show}")
     one = verbs.add_parser(
         "train", help="train a SentencePiece model", description="Train a SentencePiece model on texts.",

@@ -1,6 +1,6 @@
-"""Training: alternating gradient descent over the tasks of a config.
+"""Train a config by alternating gradient descent over its tasks.
 
-    python -m mmjax.train --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE ...]
+    mmjax train --config=CONFIG --workdir=DIR [--config.KEY=VALUE ...]
 
 Run again, it resumes from the newest checkpoint in DIR, or says that it is done. One process at a time trains in DIR
 (see `mmjax.engine.lease`). With --dry_run it prints what it would do: the coming steps, the share of each task, and
@@ -247,9 +247,9 @@ def _run(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = commandline.parser("Train a config.")
-    made.add_argument("--config", required=True, help="a Python file with get_config()")
-    made.add_argument("--workdir", required=True, help="folder of the run; made if it is not there")
+    made = commandline.command("train", __doc__)
+    commandline.add_config(made, required=True)
+    commandline.add_workdir(made)
     made.add_argument(
         "--allow_change",
         action="store_true",

@@ -145,7 +145,7 @@ def environment_of() -> Callable[..., dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def digest_of(command: Command) -> Callable[..., str]:
-    """`digest_of(workdir)`: the last line of `python -m mmjax.show WORKDIR --digest`."""
+    """`digest_of(workdir)`: the last line of `mmjax show WORKDIR --digest`."""
 
     def last_line(workdir: Path, *arguments: str) -> str:
         done = command("show", str(workdir), "--digest", *arguments)

@@ -34,7 +34,7 @@ def error_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def trained(*words: str, config: Any = TINY) -> str:
-    """The message of `mmjax.train`, which is refused."""
+    """The message of `mmjax train`, which is refused."""
     return refused(train.main, f"--config={config}", *words)
 
 
@@ -126,7 +126,7 @@ def test_missing_data_says_what_to_run(command, workdir, tmp_path):
     env = {"MMJAX_DATA_DIR": str(tmp_path / "data")}
     line = error_line(command("train", f"--config={TINY}", workdir, env=env))
     assert "'emoji' is not there" in line
-    assert f"python -m mmjax.datasets.build emoji --data_dir={tmp_path / 'data'}" in line
+    assert f"mmjax build emoji --data_dir={tmp_path / 'data'}" in line
 
 
 def broken_data(emoji_dir: epath.Path, folder: Path, fault: str) -> None:
@@ -148,7 +148,7 @@ def test_half_built_data_says_what_to_run(emoji_dir, tmp_path, monkeypatch, work
     monkeypatch.setenv("MMJAX_DATA_DIR", str(tmp_path / "data"))
     message = trained(workdir)
     assert "half-built" in message
-    assert f"python -m mmjax.datasets.build emoji --data_dir={tmp_path / 'data'}" in message
+    assert f"mmjax build emoji --data_dir={tmp_path / 'data'}" in message
 
 
 def test_a_data_set_of_others_that_is_not_built(tmp_path, workdir):
@@ -287,7 +287,7 @@ _HELD_TO_MODES = """
 import ctypes, os, sys
 if os.geteuid() == 0:
     assert ctypes.CDLL(None, use_errno=True).prctl(24, 1, 0, 0, 0) == 0, os.strerror(ctypes.get_errno())
-os.execv(sys.executable, [sys.executable, "-m", "mmjax.train", *sys.argv[1:]])
+os.execv(sys.executable, [sys.executable, "-m", "mmjax", "train", *sys.argv[1:]])
 """
 
 
@@ -351,7 +351,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, environment):
     """Four steps, a disk that fills, a clear error; then space again, and on from step 4."""
     mounting = may_mount()
     workdir = tmp_path / "run"
-    words = [sys.executable, "-m", "mmjax.train", *TOY, f"--workdir={workdir}"]
+    words = [sys.executable, "-m", "mmjax", "train", *TOY, f"--workdir={workdir}"]
     done = subprocess.run(
         [*(mounting or []), "sh", "-c", _FULL, "sh", str(tmp_path), *words,
          "--config.model.width=256", "--config.evaluation.every=0"],
@@ -372,7 +372,15 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, environment):
 
 
 def test_a_file_that_may_not_grow(toy_copy, environment):
-    words = [sys.executable, "-m", "mmjax.train", *TOY, f"--workdir={toy_copy}", "--config.steps=8"]
+    words = [
+        sys.executable,
+        "-m",
+        "mmjax",
+        "train",
+        *TOY,
+        f"--workdir={toy_copy}",
+        "--config.steps=8",
+    ]
     done = subprocess.run(
         ["sh", "-c", 'ulimit -f 0; "$@"', "sh", *words],
         env=environment, capture_output=True, text=True, timeout=300, check=False,

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from mains import run
 
 from mmjax import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ["train", "evaluate", "show", "plan", "replay", "build", "convert", "report", "tokenizer"]
 
 
 def call(monkeypatch, *words: str):
@@ -17,24 +24,59 @@ def call(monkeypatch, *words: str):
 
 
 @pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
-def test_usage_names_every_command(monkeypatch, words):
+def test_the_overview_has_a_line_for_every_command(monkeypatch, words):
     ended = call(monkeypatch, *words)
     assert (ended.status, ended.err) == (0, "")
-    assert all(command in ended.out for command in cli.COMMANDS)
+    lines = [line.split(maxsplit=1) for line in ended.out.splitlines() if line.startswith("  ")]
+    assert [name for name, _ in lines] == NAMES
+    for name, line in lines:
+        doc = importlib.import_module(cli.COMMANDS[name]).__doc__
+        assert doc is not None and doc.startswith(f"{line}\n\n") and line.endswith((".", "?"))
+
+
+def test_the_overview_loads_no_jax():
+    code = "import sys; from mmjax import cli; cli.overview(); print({'jax', 'numpy', 'flax'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
 def test_an_unknown_command_names_the_nearest(monkeypatch):
     ended = call(monkeypatch, "trian", "--workdir=x")
     assert ended.status == 2
-    assert "no command 'trian'. Did you mean 'train'?" in ended.err
+    assert "No command 'trian'. Did you mean 'train'?" in ended.err
     assert ended.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
-def test_each_command_is_a_module_with_a_main_and_help(monkeypatch, command):
-    assert callable(importlib.import_module(cli.COMMANDS[command]).main)
+@pytest.mark.parametrize("command", NAMES)
+def test_each_command_helps_in_one_style(monkeypatch, command):
+    """Its name, its docstring, and every option with what it is for."""
     ended = call(monkeypatch, command, "--help")
-    assert ended.status == 0 and "usage:" in ended.out and "--help" in ended.out
+    assert ended.status == 0 and ended.out.startswith(f"usage: mmjax {command} [-h]")
+    doc = importlib.import_module(cli.COMMANDS[command]).__doc__
+    assert doc is not None and doc.strip() in ended.out
+    assert f"    mmjax {command} " in doc
+    assert not re.search(r"python -m mmjax(?!\.plan\.case)", ended.out)
+
+
+@pytest.mark.parametrize("command", NAMES)
+def test_each_argument_says_what_it_is_for(monkeypatch, command):
+    parsers = []
+    take = argparse.ArgumentParser.parse_known_args
+
+    def remember(self, *arguments, **more):
+        parsers.append(self)
+        return take(self, *arguments, **more)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", remember)
+    call(monkeypatch, command, "--help")
+    parser, *_ = parsers
+    arguments = [a for a in parser._actions if not isinstance(a, argparse._SubParsersAction)]
+    assert len(arguments) > 1 or command == "tokenizer"
+    for argument in arguments:
+        assert argument.help, argument
+        assert argument.nargs == 0 or argument.metavar, (
+            argument
+        )  # not the option's name in capitals
 
 
 def test_arguments_and_status_pass_through(monkeypatch):

@@ -1,4 +1,4 @@
-"""`python -m mmjax.evaluate`: the numbers of training's end, other steps, and what may be overridden."""
+"""`mmjax evaluate`: the numbers of training's end, other steps, and what may be overridden."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_same_numbers_as_at_the_end_of_training(tiny_run, copy, command):
     assert "step 14" in done.stdout
     records = appended(copy)
     for record in records:
-        assert record.pop("command") == f"mmjax.evaluate --workdir={copy}"
+        assert record.pop("command") == f"mmjax evaluate --workdir={copy}"
         moment = datetime.fromisoformat(record.pop("time"))
         assert moment.utcoffset() == timedelta(0) and moment.year >= 2025
     assert records == results(tiny_run), "the same programs on the same device"
@@ -220,7 +220,7 @@ def test_a_workdir_without_a_run(tmp_path):
 def test_missing_data_says_what_to_run(copy, tmp_path, monkeypatch):
     monkeypatch.setenv("MMJAX_DATA_DIR", str(tmp_path))
     message = refused(evaluate.main, f"--workdir={copy}")
-    assert f"python -m mmjax.datasets.build emoji --data_dir={tmp_path}" in message
+    assert f"mmjax build emoji --data_dir={tmp_path}" in message
 
 
 def test_examples_that_cannot_be_read_are_told_and_left_out(copy, monkeypatch):

@@ -26,6 +26,7 @@ LAYERS = (
     ("report",),
     ("dry_run",),
     ("cli", "evaluate", "replay", "show", "tokenizer", "train"),
+    ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -106,7 +106,7 @@ def test_the_main_says_what_it_found(
 ) -> None:
     words = [f"--extra={ROOT / 'extra'}", f"--workdir={workdir}", "--task=two", "--visit=2"]
     done = subprocess.run(
-        [sys.executable, "-m", "mmjax.replay", *words], env=environment_of(1), capture_output=True, text=True,
+        [sys.executable, "-m", "mmjax", "replay", *words], env=environment_of(1), capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     line = told(workdir, "two", 2)

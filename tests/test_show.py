@@ -192,8 +192,8 @@ def test_overrides_count():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "Give a run's folder, or --config=FILE"),
-        (["{run}", f"--config={TINY}"], "Give a run's folder, or --config=FILE"),
+        ([], "Give a run's folder, or --config=CONFIG"),
+        (["{run}", f"--config={TINY}"], "Give a run's folder, or --config=CONFIG"),
         (["{run}/nothing"], "No checkpoint in '{run}/nothing'. Train first"),
         (["{run}", "--step=3"], "No checkpoint of step 3 in '{run}'. There are: 14, 12."),
         ([f"--config={TINY}", "--config.model.widht=3"], "Did you mean 'width'?"),

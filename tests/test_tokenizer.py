@@ -120,7 +120,7 @@ def test_a_file_is_replaced_only_when_asked(tmp_path: Path) -> None:
         ({"a.jsonl": "{"}, ["cannot be read"]),
         ({"a.csv": "caption,id\n,1\n"}, ["has no texts in field 'caption'"]),
         ({"a.txt": ""}, ["has no texts"]),
-        ({"a.parquet": ""}, ["python -m mmjax.convert.convert"]),
+        ({"a.parquet": ""}, ["mmjax convert"]),
         ({"a.txt": "red\n"}, ["cannot train 4096 bpe pieces"]),
         ({}, ["There is no file or folder", "tfds build"]),
     ],

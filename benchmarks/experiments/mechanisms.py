@@ -3,7 +3,7 @@
     python -m benchmarks.experiments.mechanisms --out=DIR [--only=NAME ...] [--seeds=0,1,2] [--config.KEY=VALUE ...]
 
 NAME is a comparison of `comparisons.py`, or a suite of them: `systems`, or `imp` for the claims of IMP and LIMoE. Each
-run is a process of `mmjax.train` in a folder of its own under DIR; run again, the command goes on where it was. A
+run is a process of `mmjax train` in a folder of its own under DIR; run again, the command goes on where it was. A
 variant whose steps cost more or less is trained for fewer or more of them, by the model FLOPs of the compiled steps, so
 that all of a comparison end at the same sum. At the end DIR/results.md, DIR/results.json and DIR/NAME.svg hold what was
 measured on held-out data: mean and standard deviation over the seeds, and every seed as a point; and of each part of

@@ -2,7 +2,7 @@
 
     python -m benchmarks.experiments.mixture --config=FILE --out=DIR [--seeds=0,1,2] [--alone] [--config.KEY=VALUE ...]
 
-Each run is a process of `mmjax.train` in a folder of its own under DIR; run again, the command goes on
+Each run is a process of `mmjax train` in a folder of its own under DIR; run again, the command goes on
 where it was. With `--alone` each task is also trained by itself, for the visits that it has in the mixture,
 with the same warm-up as a fraction of its run. At the end DIR/results.md and DIR/results.json hold mean and
 spread (the standard deviation over seeds) of every measure.
@@ -73,11 +73,11 @@ def run(trial: Trial, arguments: Sequence[str], out: Path) -> list[dict[str, Any
 
     Args:
       trial: the run.
-      arguments: of `mmjax.train`, the same for all runs.
+      arguments: of `mmjax train`, the same for all runs.
       out: where its folder lies.
     """
     workdir = out / trial.name
-    words = [sys.executable, "-m", "mmjax.train", f"--workdir={workdir}", *arguments]
+    words = [sys.executable, "-m", "mmjax", "train", f"--workdir={workdir}", *arguments]
     words += [f"--config.{each}" for each in trial.overrides]
     with (out / f"{trial.name}.log").open("a") as log:
         done = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, check=False)

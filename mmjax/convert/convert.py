@@ -1,6 +1,6 @@
 """Turn data of other formats into ArrayRecord files that `array_record` sources read.
 
-    python -m mmjax.convert.convert SOURCE [SOURCE ...] --out=DIR [--split=NAME] [--shards=N]
+    mmjax convert SOURCE [SOURCE ...] --out=DIR [--split=NAME] [--shards=N]
         [--field=NAME[:TYPE][=A,B] ...] [--max_bad=N] [--max_pixels=N] [--force]
 
 SOURCE is of one of three kinds (quote a pattern such as 'pets-*.tar', or let the shell expand it):
@@ -27,7 +27,6 @@ Examples pass one at a time, whatever the size of the source.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -46,7 +45,7 @@ from etils import epath
 from mmjax.convert import readers
 from mmjax.convert.readers import Found, Ignored
 from mmjax.convert.values import KEY, TYPES, Value, plain_words, type_of, value_of
-from mmjax.core import errors
+from mmjax.core import commandline, errors
 from mmjax.core.errors import UserError
 from mmjax.core.files import new_folder, swap_in
 from mmjax.data import pictures
@@ -425,21 +424,26 @@ def _wanted(arguments: Sequence[str]) -> tuple[Wanted | None, dict[str, str]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mmjax.convert.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("source", nargs="+", help="tars, Parquet files or a folder of images")
-    parser.add_argument("--out", required=True, help="folder to make")
-    parser.add_argument("--split", default="", help="make DIR/NAME; the label of its results")
-    parser.add_argument("--shards", type=int, default=1, help="number of files (default 1)")
-    parser.add_argument("--field", action="append", default=[], metavar="NAME[:TYPE][=A,B]")
-    parser.add_argument("--max_bad", type=int, default=0, help="examples that may be left out")
+    parser = commandline.plain_command("convert", __doc__)
     parser.add_argument(
-        "--max_pixels", type=int, default=pictures.MAX_PIXELS, help="pixels of a picture at most"
+        "source", nargs="+", metavar="SOURCE", help="tars, Parquet files or a folder of images"
     )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--split", default="", metavar="NAME", help="make DIR/NAME; the label of its results"
+    )
+    parser.add_argument(
+        "--shards", type=int, default=1, metavar="N", help="number of files (default 1)"
+    )
+    parser.add_argument(
+        "--field", action="append", default=[], metavar="NAME[:TYPE][=A,B]", help="take only fields that are named"
+    )  # fmt: skip
+    parser.add_argument(
+        "--max_bad", type=int, default=0, metavar="N", help="examples that may be excluded"
+    )
+    parser.add_argument(
+        "--max_pixels", type=int, default=pictures.MAX_PIXELS, metavar="N", help="pixels of a picture at most"
+    )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace an earlier conversion")
     args = parser.parse_args(argv)
     fields, types = _wanted(args.field)

@@ -1,4 +1,4 @@
-"""Readers of other formats, for `mmjax.convert.convert`: tars, Parquet files, folders of images.
+"""Readers of other formats, for `mmjax convert`: tars, Parquet files, folders of images.
 
 A reader yields one `Found` at a time. Nothing is ever extracted to disk, no link is followed, and names
 inside an archive or a table are data: none becomes a path outside the folder that was given.

@@ -17,12 +17,42 @@ from mmjax.core.errors import UserError
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    """Return a parser with `--extra`, for a main that is no command of `mmjax`."""
+    return _with_extra(argparse.ArgumentParser(description=description, allow_abbrev=False))
+
+
+def command(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """Return the parser of `mmjax NAME`, with `--extra`; `doc` is the module's docstring, which the help shows."""
+    return _with_extra(plain_command(name, doc))
+
+
+def plain_command(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a command that reads no config, and so takes no `--extra`."""
+    return argparse.ArgumentParser(
+        prog=f"mmjax {name}", description=doc, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+
+
+def _with_extra(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     made.add_argument(
         "--extra", action="append", default=[], metavar="DIR",
         help="folder with modules of one's own: DIR/modalities/NAME.py, DIR/objectives/NAME.py, ...",
     )  # fmt: skip
     return made
+
+
+def add_config(made: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add `--config`, which takes what `mmjax.core.config.read_file` takes."""
+    made.add_argument(
+        "--config", required=required, metavar="CONFIG",
+        help="a config by name (quickstart), or a Python file with get_config(); CONFIG:SETTING chooses a setting",
+    )  # fmt: skip
+
+
+def add_workdir(made: argparse.ArgumentParser) -> None:
+    """Add `--workdir`, which must be given."""
+    made.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder")
 
 
 def parse(

@@ -38,25 +38,59 @@ Block = dict[str, Any]
 
 
 def read_file(path: str) -> Block:
-    """Return what `get_config()` of a Python config file makes, as a dict.
+    """Return the dict made by `get_config()` of a config.
 
-    `file.py:ARGUMENT` passes a setting, see `mmjax.core.settings`; to a function that takes none, the string itself.
+    Args:
+      path: a Python file, or the name of a config that ships with mmjax; `quickstart` is `configs/quickstart.py`.
+        `NAME:SETTING` passes a setting, see `mmjax.core.settings`; to a function that takes none, the string itself.
+
+    Raises:
+      UserError: there is no such file, name or setting, or what it returns is no config.
     """
-    file, _, argument = path.partition(":")
-    if not Path(file).is_file():
-        raise UserError(
-            f"No config file '{file}'. Give --config the path of a file with get_config()."
-        )
+    name, _, argument = path.partition(":")
+    file = config_file(name)
     module = load_module(file)
     if not hasattr(module, "get_config"):
         raise UserError(f"Config file '{file}' has no function get_config().")
-    config = module.get_config(*_arguments(module.get_config, argument, file))
+    config = module.get_config(*_arguments(module.get_config, argument, name))
     block = plain(config.to_dict() if hasattr(config, "to_dict") else config, "config")
     if not isinstance(block, dict):
         raise UserError(
             f"get_config() of '{file}' returns {type(config).__name__}, not a ConfigDict."
         )
     return block
+
+
+def config_file(name: str) -> str:
+    """Return the file of a config: a path ends in `.py` or has a folder, all else is the name of one that ships."""
+    is_path = name.endswith(".py") or "/" in name
+    if is_path and Path(name).is_file():
+        return name
+    if not is_path and name in shipped():
+        return str(_shipped_folder() / f"{name}.py")
+    what = "config file" if is_path else "config"
+    raise UserError(
+        f"No {what} '{name}'.{_nearest_shipped(Path(name).stem)} "
+        "Give --config one of these names, or the path of a Python file with get_config()."
+    )
+
+
+def _nearest_shipped(name: str) -> str:
+    hint, known = nearest(name, shipped()), f" Known: {', '.join(shipped())}."
+    return hint if hint == known else hint + known
+
+
+def shipped() -> list[str]:
+    """Return the names of the configs that ship with mmjax, sorted."""
+    files = _shipped_folder().glob("*.py")
+    return sorted(file.stem for file in files if not file.stem.startswith("_"))
+
+
+def _shipped_folder() -> Path:
+    """Return `mmjax/configs` of an installed wheel, or `configs` of the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
 
 
 def load_module(file: str | Path) -> types.ModuleType:

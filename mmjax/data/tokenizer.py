@@ -217,7 +217,7 @@ def _read(path: epath.Path) -> bytes:
 def how_to_get(path: epath.PathLike) -> str:
     """Return what to do where the tokenizer `path` is missing."""
     if epath.Path(path).match("emoji/*/tokenizer.model"):
-        return "Building a data set trains it: python -m mmjax.datasets.build emoji"
+        return "Building a data set trains it: mmjax build emoji"
     return (
         "Copy it there, or train one on your texts: "
         "mmjax tokenizer train SOURCE --field=caption --size=4096 --out=FILE"

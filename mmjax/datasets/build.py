@@ -1,9 +1,10 @@
-"""Build embedded data sets: `python -m mmjax.datasets.build NAME ... [--data_dir=DIR] [--force]`.
+"""Build embedded data sets.
 
-    python -m mmjax.datasets.build quickstart       all that the quickstart reads
-    python -m mmjax.datasets.build emoji speech     these
+    mmjax build NAME ... [--data_dir=DIR] [--force]
+    mmjax build quickstart       all that the quickstart reads
+    mmjax build emoji speech     these
 
-A data set called NAME is a module `mmjax/data/NAME.py` with a function `prepare(root, limit)` that
+A data set called NAME is a module `mmjax/datasets/NAME.py` with a function `prepare(root, limit)` that
 writes one TFDS directory under `root` and returns `Made`. This module does the rest:
 
     DIR/NAME/1.0.0/    dataset_info.json, features.json, *.array_record*, what else was made
@@ -18,7 +19,6 @@ files, which differ between builds of equal data.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import importlib
@@ -36,7 +36,7 @@ from etils import epath
 
 import mmjax.data
 import mmjax.datasets
-from mmjax.core import errors
+from mmjax.core import commandline, errors
 from mmjax.core.errors import UserError
 from mmjax.core.files import new_folder, swap_in
 
@@ -84,7 +84,7 @@ def find(name: str, root: epath.PathLike | None = None) -> Built:
     if fault:
         raise UserError(
             f"The data set '{name}' {fault} ({path}). Build it:"
-            f" python -m mmjax.datasets.build {name} --data_dir={path.parent.parent}"
+            f" mmjax build {name} --data_dir={path.parent.parent}"
         )
     return Built(path, _read_manifest(path), reused=True)
 
@@ -279,10 +279,13 @@ def summary(built: Built, seconds: float) -> str:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m mmjax.datasets.build", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = commandline.plain_command("build", __doc__)
     parser.add_argument("names", nargs="+", metavar="NAME", help="data sets or bundles, e.g. emoji")
-    parser.add_argument("--data_dir", help="default: $MMJAX_DATA_DIR, else ~/.cache/mmjax/data")
+    parser.add_argument(
+        "--data_dir",
+        metavar="DIR",
+        help="where they lie; default $MMJAX_DATA_DIR, else ~/.cache/mmjax/data",
+    )
     parser.add_argument("--force", action="store_true", help="build again what is there")
     args = parser.parse_args()
     for name in _unbundled(args.names):

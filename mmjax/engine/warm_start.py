@@ -305,7 +305,7 @@ def _check(
             f"init_from '{config.path}' does not fit this config:\n  "
             + "\n  ".join(lines)
             + "\nSay in init_from.names what they are called there, name them in init_from.skip to initialise them "
-            "randomly, or change model and modalities. (mmjax.show DIR --names lists the parameters of a run.)"
+            "randomly, or change model and modalities. (mmjax show DIR --names lists the parameters of a run.)"
         )
 
 

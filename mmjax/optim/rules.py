@@ -19,7 +19,7 @@ class RuleConfig:
     """What holds for the parameters that a pattern names; of several rules the later says more.
 
     Attributes:
-      match: a regular expression of whole canonical names, as `mmjax.show` and errors give them:
+      match: a regular expression of whole canonical names, as `mmjax show` and errors give them:
         `stems/text/.*`, `trunk/layers/00[0-5]/.*`, `.*/bias`.
       learning_rate: a factor of the rate.
       weight_decay: whether it applies; by default to matrices.

@@ -1,6 +1,6 @@
 """The plan: what a config needs on a machine that is not here, by that machine's own compiler.
 
-    python -m mmjax.plan --config=configs/NAME.py --topology=v5e:16x16 [--slices=N] [--task=NAME]
+    mmjax plan --config=CONFIG --topology=v5e:16x16 [--slices=N] [--task=NAME]
         [--json=FILE] [--fast] [--advise] [--config.KEY=VALUE ...]
 
 Every program of the config (training and evaluation of each task) is compiled for the described chips, with

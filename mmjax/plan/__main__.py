@@ -1,4 +1,11 @@
-"""The main of `python -m mmjax.plan`; see `mmjax.plan` for what it prints and writes."""
+"""Plan a config for a machine that is not here: memory, traffic and time, by that machine's own compiler.
+
+    mmjax plan --config=CONFIG --topology=v5e:16x16 [--slices=N] [--task=NAME]
+        [--json=FILE] [--fast] [--advise] [--config.KEY=VALUE ...]
+
+Nothing is run. Exit status: 0 everything fits, 1 something does not (or did not compile), 2 an error. See `mmjax.plan`
+for what it needs and for what `--json` writes.
+"""
 
 from __future__ import annotations
 
@@ -106,11 +113,8 @@ def _write(found: Mapping[str, Any], path: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = commandline.parser(
-        "What a config needs on a machine that is not here, by that machine's compiler."
-    )
-    made.prog = "python -m mmjax.plan"
-    made.add_argument("--config", default="", metavar="FILE", help="config file")
+    made = commandline.command("plan", __doc__)
+    commandline.add_config(made)
     made.add_argument(
         "--topology", default="", metavar="KIND:SHAPE", help="v5e:16x16, v5p:4x4x8, h100:4x8, ..."
     )

@@ -71,7 +71,7 @@ class Run:
       log: the lines of `goodput.jsonl`.
       summary: what the run did and cost, as `tally.summary` gives it: of a finished run that of its end, which the
         terminal showed and `summary.json` holds; of others up to now.
-      evaluations: records of `mmjax.evaluate`, in the order in which they were taken.
+      evaluations: records of `mmjax evaluate`, in the order in which they were taken.
     """
 
     workdir: epath.Path
@@ -216,7 +216,7 @@ def _records(
 ) -> tuple[list[dict[str, Any]], int | None]:
     """The newest results: of the last evaluation, or of `results.json` where the run is at its end.
 
-    `mmjax.evaluate` of version 0.1 may have written that file later, and for another step.
+    `mmjax evaluate` of version 0.1 may have written that file later, and for another step.
     """
     step = max((line["step"] for line in evals), default=None)
     done = train[-1]["step"] + 1 if train else 0
@@ -235,7 +235,7 @@ def _without(record: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _evaluations(workdir: epath.Path) -> list[dict[str, Any]]:
-    """The records that `mmjax.evaluate` has appended."""
+    """The records that `mmjax evaluate` has appended."""
     path = workdir / EVALUATIONS
     records = []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:

@@ -1,6 +1,6 @@
-"""The report of a run: `report.html` in its folder, one file that needs nothing else.
+"""Write the report of a run: `report.html` in its folder, one file that needs nothing else.
 
-    python -m mmjax.report.page --workdir=DIR [--examples=N]
+    mmjax report --workdir=DIR [--examples=N]
 
 Everything comes from the files of the folder, so it can be written at any time: while the run goes on,
 after it was killed, on another machine. What it finds in held-out data needs a checkpoint and the data.
@@ -106,7 +106,7 @@ def _head(title: str) -> Html:
 
 def _foot() -> Html:
     now = datetime.fromtimestamp(time.time(), UTC).strftime("%Y-%m-%d %H:%M UTC")
-    again = tag("code", "python -m mmjax.report.page --workdir=DIR")
+    again = tag("code", "mmjax report --workdir=DIR")
     return tag(
         "footer", f"Written {now} from the files of the run's folder; ", again, " writes it anew."
     )
@@ -187,10 +187,10 @@ def _warn(words: str, error: Exception) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = commandline.parser("Write the report of a run.")
-    made.add_argument("--workdir", required=True, help="the run's folder")
+    made = commandline.command("report", __doc__)
+    commandline.add_workdir(made)
     made.add_argument(
-        "--examples", type=int, default=EXAMPLES,
+        "--examples", type=int, default=EXAMPLES, metavar="N",
         help="held-out examples of each panel; 0 for none, which loads no model",
     )  # fmt: skip
     arguments, overrides = commandline.parse(made, argv)

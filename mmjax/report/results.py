@@ -47,7 +47,7 @@ def _newest(run: Run) -> Iterator[Html]:
 
 
 def _later(run: Run) -> Html:
-    """Table of the records of `mmjax.evaluate`, grouped by command, in the order of time."""
+    """Table of the records of `mmjax evaluate`, grouped by command, in the order of time."""
     heads = ("measure", "evaluator", "#step", "split", "#value", "#chance")
     groups: dict[str, list[list[Child]]] = defaultdict(list)
     for record in run.evaluations:
@@ -60,8 +60,8 @@ def _later(run: Run) -> Html:
             str(record.get("split", "")),
             *(_amount(number_of(record, name), unit) for name in ("value", "chance")),
         ])  # fmt: skip
-    summary = tag("summary", f"By mmjax.evaluate ({len(run.evaluations)})")
-    return tag("details", summary, grouped_table("By mmjax.evaluate", heads, groups))
+    summary = tag("summary", f"By mmjax evaluate ({len(run.evaluations)})")
+    return tag("details", summary, grouped_table("By mmjax evaluate", heads, groups))
 
 
 def is_good(record: Record) -> bool:

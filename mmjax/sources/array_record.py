@@ -141,7 +141,7 @@ def _count(file: epath.Path) -> tuple[int, str]:
 
 
 def _manifest(folder: epath.Path) -> Mapping[str, Any]:
-    """The manifest that `mmjax.convert.convert` wrote, or nothing."""
+    """The manifest that `mmjax convert` wrote, or nothing."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (FileNotFoundError, ValueError):

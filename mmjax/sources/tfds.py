@@ -241,7 +241,7 @@ def _check_files(source: Tfds, builder: Any, split: Any) -> None:
 
 
 def own_data_sets() -> list[str]:
-    """Names that `python -m mmjax.datasets.build` may know: the modules beside it."""
+    """Names that `mmjax build` may know: the modules of `mmjax.datasets`."""
     return [m.name for m in pkgutil.iter_modules(mmjax.datasets.__path__)]
 
 

@@ -1,4 +1,4 @@
-"""`python -m mmjax.plan`: real compiles for chips that are not here, and what may go wrong with them."""
+"""`mmjax plan`: real compiles for chips that are not here, and what may go wrong with them."""
 
 from __future__ import annotations
 

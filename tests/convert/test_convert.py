@@ -909,7 +909,7 @@ def test_a_killed_conversion_leaves_nothing_that_is_read(small: Path, tmp_path: 
     os.mkfifo(pipe)
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, "-m", "mmjax.convert.convert", str(pipe), f"--out={out}"],
+        [sys.executable, "-m", "mmjax", "convert", str(pipe), f"--out={out}"],
         env=environment(),
     )
     with pipe.open("wb") as write:
@@ -993,7 +993,7 @@ def environment(seed: str = "0") -> dict[str, str]:
 
 def run(*words: str, seed: str = "0") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "mmjax.convert.convert", *words],
+        [sys.executable, "-m", "mmjax", "convert", *words],
         env=environment(seed), capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 

@@ -86,6 +86,56 @@ def test_a_missing_file_is_named():
         configs.read_file("nowhere/x.py")
 
 
+@pytest.fixture
+def shipped_here(tmp_path, monkeypatch):
+    """Configs `one`, which takes a setting, and `two`; `_part` is none."""
+    (tmp_path / "one.py").write_text("def get_config(size='s'):\n    return {'size': size}\n")
+    (tmp_path / "two.py").write_text(
+        "from pathlib import Path\nfrom mmjax.core.config import load_module\n"
+        "def get_config():\n    return load_module(Path(__file__).with_name('one.py')).get_config('m')\n"
+    )
+    (tmp_path / "_part.py").write_text("def get_config():\n    return {}\n")
+    monkeypatch.setattr(configs, "_shipped_folder", lambda: tmp_path)
+    return tmp_path
+
+
+def test_a_config_that_ships_is_found_by_name_from_anywhere(shipped_here, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert configs.shipped() == ["one", "two"]
+    assert configs.read_file("one") == {"size": "s"}
+    assert configs.read_file("one:l") == {"size": "l"}
+    assert configs.read_file("two") == {"size": "m"}
+    assert configs.read_file(f"{shipped_here / 'one.py'}:l") == {"size": "l"}
+
+
+def test_a_setting_that_a_named_config_does_not_take_is_refused(shipped_here):
+    with pytest.raises(UserError, match="Write --config=two or --config=two:ARGUMENT"):
+        configs.read_file("two:l")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("twoo", ["No config 'twoo'. Did you mean 'two'? Known: one, two. Give --config"]),
+        ("zzzzzz:l", ["No config 'zzzzzz'. Known: one, two. Give --config"]),
+        ("_part", ["No config '_part'."]),
+        ("", ["No config ''.", "Known: one, two."]),
+        ("configs/twoo.py", ["No config file 'configs/twoo.py'.", "Did you mean 'two'?"]),
+        ("two.py", ["No config file 'two.py'.", "Did you mean 'two'?"]),
+    ],
+)
+def test_an_unknown_config_names_those_that_ship(shipped_here, name, words):
+    with pytest.raises(UserError) as raised:
+        configs.read_file(name)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_the_checkout_ships_its_configs():
+    there = {p.stem for p in (Path(__file__).resolve().parents[2] / "configs").glob("[!_]*.py")}
+    assert "quickstart" in there and set(configs.shipped()) == there
+
+
 # --- leaves ------------------------------------------------------------------------------------
 
 

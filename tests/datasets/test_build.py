@@ -59,7 +59,7 @@ def _temporary(monkeypatch, tmp_path):
 
 
 def _command(*arguments):
-    command = [sys.executable, "-m", "mmjax.datasets.build", *map(str, arguments)]
+    command = [sys.executable, "-m", "mmjax", "build", *map(str, arguments)]
     return subprocess.run(
         command, env=_environment(), capture_output=True, text=True, timeout=300, check=False
     )
@@ -163,7 +163,7 @@ def _older_format(path):
 def test_half_built_data_is_refused_and_built_again(copied, damage, message):
     content = build.find("emoji", copied).manifest["digest"]
     damage(build.dataset_dir("emoji", copied))
-    with pytest.raises(UserError, match=f"'emoji' {message}.*python -m mmjax.datasets.build emoji"):
+    with pytest.raises(UserError, match=f"'emoji' {message}.*mmjax build emoji"):
         build.find("emoji", copied)
     again = build.build("emoji", copied, limit=LIMIT)
     assert not again.reused
@@ -248,7 +248,7 @@ def test_an_interrupted_build_cleans_up(monkeypatch, root):
 
 
 def test_missing_data_says_what_to_run(root):
-    with pytest.raises(UserError, match=f"mmjax.datasets.build emoji --data_dir={root}"):
+    with pytest.raises(UserError, match=f"mmjax build emoji --data_dir={root}"):
         build.find("emoji", root)
 
 

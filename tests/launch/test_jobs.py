@@ -454,6 +454,7 @@ def test_an_error_of_a_pod_is_said_by_its_processes(
         ("gke", [*GKE, "--topology=v5:4x4"], "GENERATION:GRID"),
         ("gke", [*GKE, "--slices=0"], "not a whole number above 0"),
         ("slurm", [*SLURM, "--workdir=/r", "--config=configs/none.py"], "no such file"),
+        ("slurm", [*SLURM, "--workdir=/r", "--config=none:small"], "no such file or config"),
         ("local_pod", [CONFIG, "--workdir=r", "--proceses=2"], "Did you mean '--processes'?"),
         (
             "slurm",
@@ -483,12 +484,17 @@ def test_arguments_that_cannot_be(cloud: Cloud, kind: str, words: list[str], mes
         ("gke", GKE, '"kind": "JobSet"'),
         ("slurm", [*SLURM, "--workdir=/r"], "#SBATCH --nodes=2"),
         ("local_pod", [CONFIG, "--workdir=r", "--processes=3"], "MMJAX_PROCESS=2"),
+        (
+            "local_pod",
+            ["--config=quickstart", "--workdir=r", "--processes=3"],
+            "--config=quickstart ",
+        ),
     ],
 )
 def test_a_dry_run_prints_and_calls_nothing(cloud: Cloud, kind: str, words: Any, said: str) -> None:
     done = cloud.launch(kind, *words, "--dry_run")
     assert done.returncode == 0, done.stderr
-    assert said in done.stdout and "mmjax.train" in done.stdout
+    assert said in done.stdout and "-m mmjax train" in done.stdout
     assert not cloud.calls()
 
 

@@ -32,13 +32,13 @@ def test_the_page_has_commands_of_every_launcher() -> None:
 def test_dry_runs_print_what_would_run(command: str) -> None:
     env = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run(words_of(command), cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and "mmjax.train" in done.stdout, done.stderr
+    assert done.returncode == 0 and "-m mmjax train" in done.stdout, done.stderr
 
 
 def test_the_pods_commands_train_show_and_go_on_with_fewer(tmp_path: Path) -> None:
     """As the page has them, on the toy config."""
     pods = [words_of(c) for c in COMMANDS if "local_pod.sh" in c]
-    show = next(words_of(c) for c in COMMANDS if "mmjax.show" in c)
+    show = next(words_of(c) for c in COMMANDS if c.startswith("mmjax show"))
     env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
     env.pop("XLA_FLAGS", None)
     workdir = str(tmp_path / "run")
@@ -48,6 +48,6 @@ def test_the_pods_commands_train_show_and_go_on_with_fewer(tmp_path: Path) -> No
         done = subprocess.run(made, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
     assert "Going on from step 4" in done.stdout and "processes 4 -> 2" in done.stdout
-    shown = [sys.executable, *show[1:-1], workdir]
+    shown = [sys.executable, "-m", *show[:-1], workdir]
     done = subprocess.run(shown, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -34,7 +34,7 @@ case "$*" in
     printf '#!{bash}\\necho "{version} shellcheck" >>"{calls}"\\n' >"$target/bin/shellcheck"
     chmod +x "$target/bin/shellcheck"
     ;;
-  "-m mmjax.train "*) echo "$# arguments in $PWD" >>"{calls}" ;;
+  "-m mmjax train "*) echo "$# arguments in $PWD" >>"{calls}" ;;
   "-m pytest "*) echo "===== 3 passed in 0.10s ====="; ;;
 esac
 """
@@ -110,7 +110,7 @@ def machine(tmp_path: Path) -> Machine:
     root = tmp_path / "some where" / "mm jax"
     shutil.copytree(ROOT / "launch", root / "launch")
     shutil.copytree(ROOT / ".ci", root / ".ci")
-    for name in ("setup.cfg", "pyproject.toml"):
+    for name in ("setup.cfg", "setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, root / name)
     tools = tmp_path / "tools"
     tools.mkdir()
@@ -247,9 +247,9 @@ def test_quickstart_sets_up_builds_and_trains_in_the_root(machine: Machine) -> N
     assert venv == f"3.11.7 -m venv {machine.root}/.venv"
     assert pip_version == "3.11.7 -m pip --version"
     assert install.startswith("3.11.7 -m pip install") and install.endswith("--editable .[data]")
-    assert build == "3.11.7 -m mmjax.datasets.build quickstart"
+    assert build == "3.11.7 -m mmjax build quickstart"
     assert train == (
-        "3.11.7 -m mmjax.train --config=configs/quickstart.py --workdir=runs/quickstart"
+        "3.11.7 -m mmjax train --config=configs/quickstart.py --workdir=runs/quickstart"
         " --config.steps=3 --config.note=a b"
     )
     assert how == f"6 arguments in {machine.root}"
@@ -261,7 +261,7 @@ def test_second_time_calls_no_pip(machine: Machine) -> None:
     machine.forget_calls()
     result = machine.launch("quickstart.sh", "--setup_only")
     assert result.returncode == 0, result.stderr
-    assert machine.calls() == ["3.11.7 -m mmjax.datasets.build quickstart"]
+    assert machine.calls() == ["3.11.7 -m mmjax build quickstart"]
 
 
 def test_second_time_keeps_the_environment_when_another_python3_comes_first(
@@ -272,7 +272,7 @@ def test_second_time_keeps_the_environment_when_another_python3_comes_first(
     machine.forget_calls()
     machine.add(machine.bin / "python3", "3.12.1")
     machine.launch("quickstart.sh", "--setup_only")
-    assert machine.calls() == ["3.11.7 -m mmjax.datasets.build quickstart"]
+    assert machine.calls() == ["3.11.7 -m mmjax build quickstart"]
 
 
 def test_a_chosen_python_of_another_version_rebuilds(machine: Machine) -> None:
@@ -285,7 +285,7 @@ def test_a_chosen_python_of_another_version_rebuilds(machine: Machine) -> None:
     assert python.exists()
 
 
-@pytest.mark.parametrize("name", ["setup.cfg", "pyproject.toml"])
+@pytest.mark.parametrize("name", ["setup.cfg", "setup.py", "pyproject.toml"])
 def test_changed_requirements_run_pip_again_in_the_same_environment(
     machine: Machine, name: str
 ) -> None:
@@ -315,7 +315,7 @@ def test_a_first_install_cut_short_is_made_again_from_nothing(machine: Machine) 
         "venv",
         "pip",
         "pip",
-        "mmjax.datasets.build",
+        "mmjax build",
     ]
     assert not leftover.exists()
 
@@ -389,16 +389,16 @@ def test_a_folder_that_is_no_environment_is_left_alone(machine: Machine) -> None
 
 def test_data_that_cannot_be_built_stops_before_training(machine: Machine) -> None:
     machine.add(machine.bin / "python3")
-    machine.fail_on("mmjax.datasets.build")
+    machine.fail_on("mmjax build")
     result = machine.launch("quickstart.sh")
     assert result.returncode == 2
     assert result.stderr.endswith("error: the data could not be built; the reason stands above.\n")
-    assert not any("mmjax.train" in call for call in machine.calls())
+    assert not any("mmjax train" in call for call in machine.calls())
 
 
 def test_the_exit_status_is_that_of_training(machine: Machine) -> None:
     machine.add(machine.bin / "python3")
-    machine.fail_on("mmjax.train")
+    machine.fail_on("mmjax train")
     assert machine.launch("quickstart.sh").returncode == 1
 
 

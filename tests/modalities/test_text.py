@@ -124,7 +124,7 @@ def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
     ):
         row(Text(folder=str(tmp_path), tokenizer="none.model"), "red apple")
     emoji = Text(folder=str(tmp_path), tokenizer="emoji/1.0.0/tokenizer.model")
-    with pytest.raises(UserError, match=r"python -m mmjax\.data\.build emoji"):
+    with pytest.raises(UserError, match=r"mmjax build emoji"):
         row(emoji, "red apple")
 
 

@@ -3,7 +3,7 @@
     python tests/pod/faults.py --seed=0 [--flips=8] [--configs=toy,experts] [--out=benchmarks/results/faults.md]
 
 Four small runs are trained, each with checkpoints of steps 4, 8 and 12. For every injection a copy of a run is
-changed or its reading is made to fail, and the run is begun again as `mmjax.train` begins it. An attempt is
+changed or its reading is made to fail, and the run is begun again as `mmjax train` begins it. An attempt is
 
 - `previous`: the newest checkpoint was called damaged, and the one before it was taken, in its own bits;
 - `refused`: the run ended with status 2 and the cause, and no checkpoint was moved or changed;

@@ -2,7 +2,7 @@
 
     python tests/pod/faulty.py FAULT --extra=... --config=FILE --workdir=DIR [...]
 
-takes the arguments of `mmjax.train` after the name of the fault.
+takes the arguments of `mmjax train` after the name of the fault.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python tests/pod/member.py OUT SECONDS --config=FILE --workdir=DIR --coordinator=... [...]
 
-takes the arguments of `mmjax.train` after its own, and writes OUT/PROCESS.ATTEMPT.jsonl: of each step a
+takes the arguments of `mmjax train` after its own, and writes OUT/PROCESS.ATTEMPT.jsonl: of each step a
 line [first row, ids]. SECONDS makes every step last that much longer, so that a signal finds one. With MEMBER_SLOW =
 PROCESS:SECONDS in the environment, the loader of that process takes so much longer for each batch; with
 MEMBER_UNREADABLE = PROCESS its disk fails when it reads arrays.

@@ -113,7 +113,7 @@ def harness(workdir: Path, words: Sequence[str]) -> Harness:
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(root),
     }
-    command = [sys.executable, "-m", "mmjax.train", f"--extra={extra}", f"--config={config}"]
+    command = [sys.executable, "-m", "mmjax", "train", f"--extra={extra}", f"--config={config}"]
     return Harness([*command, f"--workdir={workdir}", *words], environment, workdir)
 
 

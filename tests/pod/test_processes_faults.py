@@ -57,7 +57,7 @@ def test_evaluation_by_two_processes(
     ]  # fmt: skip
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "mmjax.evaluate", *words, f"--process={index}"],
+            [sys.executable, "-m", "mmjax", "evaluate", *words, f"--process={index}"],
             env=environment_of(1, {"JAX_ENABLE_X64": "1"}),
         )
         for index in range(2)
@@ -69,7 +69,7 @@ def test_evaluation_by_two_processes(
             each.kill()
     found = [json.loads(x) for x in (workdir / "evaluations.jsonl").read_text().splitlines()]
     for record in found:
-        assert "mmjax.evaluate" in record.pop("command") and record.pop("time")
+        assert "mmjax evaluate" in record.pop("command") and record.pop("time")
     assert [{**r, "value": 0, "chance": 0} for r in found] == [
         {**r, "value": 0, "chance": 0} for r in before
     ]

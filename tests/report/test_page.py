@@ -287,12 +287,12 @@ def test_what_evaluate_finds_stands_on_the_page_with_step_time_and_command(
 ) -> None:
     copy = _unfinished(tiny_run, tmp_path)
     [record, *_] = json.loads((tiny_run / "results.json").read_text())
-    said = {"step": 12, "time": "2026-01-02T03:04:05+00:00", "command": "mmjax.evaluate <b>"}
+    said = {"step": 12, "time": "2026-01-02T03:04:05+00:00", "command": "mmjax evaluate <b>"}
     lines = [json.dumps({**record, **said, "value": 0.4321}), '{"torn']
     (copy / "evaluations.jsonl").write_text("\n".join(lines))
     assert [r["value"] for r in read_run(copy).evaluations] == [0.4321]
     page = parse(write_report(copy, examples=0).read_text())
-    for words in ("By mmjax.evaluate (1)", said["time"], "mmjax.evaluate <b>", "43.2 %"):
+    for words in ("By mmjax evaluate (1)", said["time"], "mmjax evaluate <b>", "43.2 %"):
         assert words in page.text
 
 

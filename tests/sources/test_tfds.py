@@ -249,5 +249,5 @@ def test_our_own_data_sets_are_held_to_their_manifest(emoji_dir, tmp_path):
     shutil.copytree(emoji_dir / "emoji", tmp_path / "emoji")
     assert len(Tfds("emoji", "test_drawing", str(tmp_path)).open()) > 100
     (tmp_path / "emoji" / "1.0.0" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="half-built.*python -m mmjax.datasets.build emoji"):
+    with pytest.raises(UserError, match="half-built.*mmjax build emoji"):
         Tfds("emoji", "test_drawing", str(tmp_path)).open()
