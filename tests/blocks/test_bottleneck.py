@@ -28,7 +28,9 @@ def _x64() -> Iterator[None]:
 
 
 def built(fuse: bool) -> tuple[Declaration, dict[str, Any]]:
-    declaration = Declaration(Bottleneck(WIDTH, ["image", "sound"], fuse, **BLOCK))
+    declaration = Declaration(
+        Bottleneck(**BLOCK, modalities=("image", "sound"), fuse=fuse).build(WIDTH)
+    )
     rng = np.random.default_rng(0)
     return declaration, {
         n: jnp.asarray(rng.normal(size=s.shape)) for n, s in declaration.specs.items()
@@ -50,7 +52,7 @@ def block(p: dict[str, Any], modality: str, x: np.ndarray, valid: np.ndarray) ->
     """The modality's own block on some tokens of one row."""
     prefix = f"blocks/{modality}/"
     own = {n.removeprefix(prefix): a for n, a in p.items() if n.startswith(prefix)}
-    layer = Declaration(Transformer(WIDTH, **BLOCK))
+    layer = Declaration(Transformer(**BLOCK).build(WIDTH))
     stream = Stream(jnp.asarray(x[None]), jnp.asarray(valid[None]))
     return np.asarray(layer.merge(own)(stream, jax.random.key(0))[0].x_BSD[0])
 
@@ -103,4 +105,4 @@ def test_a_modality_without_a_block() -> None:
     with pytest.raises(UserError, match="modality 'depth'; the layer has blocks of: image, sound"):
         declaration.merge(p)(stream, jax.random.key(0))
     with pytest.raises(UserError, match="modalities is empty"):
-        Bottleneck(WIDTH, [])
+        Bottleneck(**BLOCK)
