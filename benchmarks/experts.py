@@ -22,10 +22,11 @@ from flax import nnx, struct
 
 from benchmarks._pairs import Effort, Quantity, millis, quantity, ratios, rounds
 from mmjax.analysis.flops import model_flops
+from mmjax.core import config as configs
 from mmjax.core.parameters import Declaration
 from mmjax.nn.dense import mlp_of
-from mmjax.nn.experts import Experts
-from mmjax.nn.routers import Dispatch, Router, Slots
+from mmjax.nn.experts import Experts, ExpertsConfig
+from mmjax.nn.routers.base import Dispatch, Router, Slots
 from mmjax.nn.stream import Stream
 
 ROWS, LENGTH, WIDTH, HIDDEN, COUNT = 16, 256, 256, 1024, 8
@@ -107,7 +108,8 @@ def assert_equal(ours: Any, theirs: Any) -> None:
 def _experts(
     x: np.ndarray, router: Mapping[str, Any], seed: int, by_products: bool = False
 ) -> tuple[Call, int]:
-    layer = Experts(WIDTH, HIDDEN, {"count": COUNT, "router": dict(router)})
+    config = configs.build(ExpertsConfig, {"count": COUNT, "router": router}, "experts")
+    layer = Experts(WIDTH, HIDDEN, config)
     if by_products:
         layer.rule = ByProducts(layer.rule)  # type: ignore[assignment]
     return _call(layer, lambda made, x: made(Stream(x), None)[0], x, seed)

@@ -1,4 +1,4 @@
-"""A modality, a layer, an objective, an evaluator, a source and a config of one's own: one file each.
+"""A modality, a layer, a router, an objective, an evaluator, a source and a config of one's own: one file each.
 
 They lie in a folder that is given with `--extra`. If this test needs a change elsewhere in mmjax before
 they run, adding one touches more than its own file, and the design has failed there.
@@ -60,21 +60,65 @@ class Tone(Modality[ToneInput]):
         return {"samples": np.resize(np.asarray(value, np.float32), settings.length)}
 ''',
     "blocks/shift.py": '''
-"""x += x W, and nothing more."""
-from dataclasses import replace
+"""x += scale x W, and nothing more."""
+from dataclasses import dataclass, replace
 
 from flax import nnx
 
+from mmjax.core.bounds import POSITIVE, check
 from mmjax.nn.dense import Dense
 from mmjax.nn.stream import no_aux
 
 
-class Shift(nnx.Module):
-    def __init__(self, width):
+@dataclass(frozen=True)
+class Shift:
+    scale: float = 1.0
+
+    def __post_init__(self):
+        check(self, scale=POSITIVE)
+
+    def build(self, width):
+        return ShiftLayer(width, self.scale)
+
+
+class ShiftLayer(nnx.Module):
+    def __init__(self, width, scale):
         self.dense = Dense(width, width, ("embed", "mlp"), bias=False)
+        self.scale = scale
 
     def __call__(self, stream, key):
-        return replace(stream, x_BSD=stream.x_BSD + self.dense(stream.x_BSD)), no_aux()
+        return replace(stream, x_BSD=stream.x_BSD + self.scale * self.dense(stream.x_BSD)), no_aux()
+''',
+    "routers/in_turn.py": '''
+"""Tokens go to the experts in turn, the first one to the expert `first`."""
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from mmjax.core.bounds import SIZE, check
+from mmjax.nn.routers.base import Router, Slots
+
+
+@dataclass(frozen=True)
+class InTurn(Router):
+    first: int = 0
+
+    def __post_init__(self):
+        check(self, first=SIZE)
+
+    def slots(self, tokens, experts):
+        return -(-tokens // experts)
+
+    def meets(self, experts):
+        return 1
+
+    def route(self, logits_GTL, valid_GT):
+        groups, tokens, experts = logits_GTL.shape
+        own_E1 = (jnp.arange(experts)[:, None] - self.first) % experts
+        index_EC = own_E1 + experts * jnp.arange(self.slots(tokens, experts))
+        there_GEC = valid_GT[:, jnp.minimum(index_EC, tokens - 1)] & (index_EC < tokens)
+        index_GEC = jnp.broadcast_to(jnp.minimum(index_EC, tokens - 1), there_GEC.shape)
+        return Slots(index_GEC, there_GEC.astype(logits_GTL.dtype))
 ''',
     "objectives/pitch.py": '''
 """Regression of the pitch, a number from 0 up to `most`."""
@@ -179,7 +223,16 @@ def get_config():
     return {
         "steps": 30,
         "modalities": {"tone": {"name": "tone"}},
-        "model": {"width": 8, "groups": [{"repeat": 2, "pattern": [{"name": "shift"}]}]},
+        "model": {
+            "width": 8,
+            "groups": [
+                {"repeat": 2, "pattern": [{"name": "shift"}]},
+                {"repeat": 1, "pattern": [
+                    {"name": "transformer", "heads": 2, "hidden": 4,
+                     "experts": {"count": 3, "router": {"name": "in_turn", "first": 1}}},
+                ]},
+            ],
+        },
         "tasks": {
             "pitch": {
                 "source": {"name": "tones", "count": 64},
@@ -235,7 +288,8 @@ def test_it_is_evaluated_and_shown(run, extra, command):
     done = command("show", str(run))
     assert (done.returncode, done.stderr) == (0, "")
     trunk = next(line.split() for line in done.stdout.splitlines() if line.startswith("trunk"))
-    assert int(trunk[1]) == 2 * 8 * 8 + 2 * 8
+    sparse = 4 * 8 * 8 + 2 * 8 + 3 * 8 + 3 * 2 * 4 * 8  # attention, norms, router, experts
+    assert int(trunk[1]) == 2 * 8 * 8 + sparse + 2 * 8
 
 
 def test_it_embeds(run, extra, command):
@@ -263,8 +317,22 @@ def test_without_the_folder_the_name_is_unknown(run, extra, command):
     assert "--extra" in done.stderr
 
 
-def test_a_layers_block_is_checked_too(extra, command):
-    words = [f"--extra={extra}", f"--config={extra}/config.py"]
-    wrong = "--config.model.groups=[{'repeat': 1, 'pattern': [{'name': 'shift', 'hiden': 3}]}]"
-    done = command("show", *words, wrong)
-    assert done.returncode == 2 and "hiden" in done.stderr and "shift" in done.stderr
+EXPERTS = {"count": 3, "router": {"name": "in_turn", "frst": 1}}
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"name": "shift", "scal": 3}, "pattern[0].scal'. Did you mean 'scale'?"),
+        (
+            {"name": "transformer", "heads": 2, "hidden": 4, "experts": EXPERTS},
+            "pattern[0].experts.router.frst'. Did you mean 'first'?",
+        ),
+    ],
+    ids=["layer", "router"],
+)
+def test_the_keys_of_a_layer_and_of_a_router_are_checked_too(extra, command, block, said):
+    groups = [{"repeat": 1, "pattern": [block]}]
+    words = [f"--extra={extra}", f"--config={extra}/config.py", f"--config.model.groups={groups}"]
+    done = command("show", *words)
+    assert done.returncode == 2 and said in done.stderr

@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmjax.blocks.transformer import Transformer
+from mmjax.blocks.transformer import SharedKeys, Transformer
+from mmjax.core.bounds import FieldError
 from mmjax.core.errors import UserError
 from mmjax.nn.stream import Aux, Stream, add_up, concatenate, fold, no_aux, segments
 
 FUSION = "fusion"  # the modality, in a layout, of tokens that belong to none
 
 
-class Bottleneck(nnx.Module):
+@dataclass(frozen=True)
+class Bottleneck(SharedKeys):
     """A transformer block of each modality's own, which sees the modality's tokens and the fusion tokens.
 
     With z the fusion tokens, `[x_m'; z_m] = block_m([x_m; z])` and `z' = mean_m z_m` over the modalities that a row has
     (equations 8 and 9). Where it does not fuse, blocks see their own modality only and z stays.
 
-    Args:
+    Its other keys are those of the blocks, see `Transformer`.
+
+    Attributes:
       modalities: those with a block; each stream holds some of them, and one segment of fusion tokens.
       fuse: whether this layer is one of those that exchange (the paper: the last four of twelve).
     """
 
-    def __init__(self, width: int, modalities: Sequence[str], fuse: bool = True, **block: Any):
-        if not modalities:
-            raise UserError("bottleneck: modalities is empty; name those that the layer sees.")
-        self.blocks = nnx.Dict({name: Transformer(width, **block) for name in modalities})
-        self.fuse = fuse
+    modalities: tuple[str, ...] = ()
+    fuse: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.modalities:
+            raise FieldError(self, "modalities", "is empty; name those that the layer sees.")
+
+    def build(self, width: int) -> BottleneckBlock:
+        """Return the block for tokens of a width."""
+        return BottleneckBlock(width, self)
+
+
+class BottleneckBlock(nnx.Module):
+    """The block that `Bottleneck` describes."""
+
+    def __init__(self, width: int, config: Bottleneck):
+        own = Transformer(**{f.name: getattr(config, f.name) for f in fields(SharedKeys)})
+        self.blocks = nnx.Dict({name: own.build(width) for name in config.modalities})
+        self.fuse = config.fuse
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         parts = segments(stream)

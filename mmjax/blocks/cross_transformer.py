@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 from flax import nnx, struct
 
 from mmjax.blocks.transformer import empty
+from mmjax.core.bounds import COUNT, POSITIVE, check, check_choices
 from mmjax.core.errors import UserError
 from mmjax.nn.attention import Attention, KeyValues
-from mmjax.nn.dense import Mlp, norm_of
+from mmjax.nn.attention_kernels import KERNELS
+from mmjax.nn.dense import NORMS, Mlp, norm_of
 from mmjax.nn.masks import FULL, Pairs
 from mmjax.nn.stream import Aux, Stream, no_aux
 
@@ -24,13 +27,14 @@ class Held:
     valid_BT: jax.Array | None
 
 
-class CrossTransformer(nnx.Module):
+@dataclass(frozen=True)
+class CrossTransformer:
     """`x += self(norm(x)); x += cross(norm(x), context); x += mlp(norm(x))` (Vaswani et al. 2017, pre-norm).
 
-    The decoder's block: `self` keeps to the stream's mask, `cross` reads all tokens of its `context` that exist.
+    The decoder's block: `self` keeps to the stream's mask, `cross` reads all tokens of its `context` that exist. The
+    tokens of both streams have the same width.
 
-    Args:
-      width: size of a token, of either stream.
+    Attributes:
       heads: attention heads, of either attention.
       hidden: size of the MLP's hidden layer.
       bias: biases in the MLP and norms.
@@ -41,26 +45,42 @@ class CrossTransformer(nnx.Module):
       context_norm: a norm of the context before its keys and values (open_clip's CoCa).
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        hidden: int,
-        bias: bool = False,
-        qk_norm: bool | str = False,
-        kernel: str = "auto",
-        attention_bias: bool = False,
-        eps: float = 1e-6,
-        context_norm: bool = False,
-    ):
-        self.attention_norm, self.cross_norm, self.mlp_norm = (
-            norm_of("layer", width, bias, eps) for _ in range(3)
-        )
-        self.context_norm = norm_of("layer", width, bias, eps) if context_norm else None
-        self.attention, self.cross = (
-            Attention(width, heads, qk_norm, kernel, bias=attention_bias, eps=eps) for _ in range(2)
-        )
-        self.mlp = Mlp(width, hidden, bias)
+    heads: int
+    hidden: int
+    bias: bool = False
+    qk_norm: bool | str = False
+    kernel: str = "auto"
+    attention_bias: bool = False
+    eps: float = 1e-6
+    context_norm: bool = False
+
+    def __post_init__(self) -> None:
+        check(self, heads=COUNT, hidden=COUNT, eps=POSITIVE)
+        check_choices(self, kernel=("auto", *KERNELS))
+        if isinstance(self.qk_norm, str):
+            check_choices(self, qk_norm=NORMS)
+
+    def build(self, width: int) -> CrossTransformerBlock:
+        """Return the block for tokens of a width."""
+        return CrossTransformerBlock(width, self)
+
+
+class CrossTransformerBlock(nnx.Module):
+    """The block that `CrossTransformer` describes."""
+
+    def __init__(self, width: int, config: CrossTransformer):
+        def norm() -> Any:
+            return norm_of("layer", width, config.bias, config.eps)
+
+        def attention() -> Attention:
+            biases, eps = config.attention_bias, config.eps
+            heads, qk_norm, kernel = config.heads, config.qk_norm, config.kernel
+            return Attention(width, heads, qk_norm, kernel, bias=biases, eps=eps)
+
+        self.attention_norm, self.cross_norm, self.mlp_norm = (norm() for _ in range(3))
+        self.context_norm = norm() if config.context_norm else None
+        self.attention, self.cross = attention(), attention()
+        self.mlp = Mlp(width, config.hidden, config.bias)
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         del key  # no dropout

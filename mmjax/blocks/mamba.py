@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -12,11 +11,12 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.nn import initializers
 
+from mmjax.core.bounds import COUNT, POSITIVE, check, check_choices
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import declare
 from mmjax.core.sharding import constrain
-from mmjax.nn.by_modality import Modalities, apply, kinds, untied
-from mmjax.nn.dense import Dense, norm_of
+from mmjax.nn.by_modality import apply, check_untied, kinds, untied
+from mmjax.nn.dense import NORMS, Dense, norm_of
 from mmjax.nn.masks import Causal, Mask, Or, Same, factors
 from mmjax.nn.selective_scan import Tokens, scan_from, selective_scan
 from mmjax.nn.stream import Aux, Stream, no_aux
@@ -25,7 +25,8 @@ PARTS = ("norm", "in", "conv", "x", "dt", "out")
 ITEM = "item"  # the attribute that tells packed items apart
 
 
-class Mamba(nnx.Module):
+@dataclass(frozen=True)
+class Mamba:
     """`x += mixer(norm(x))`: a recurrence over the tokens, causal by nature.
 
         u, z = in(x);  u = silu(conv(u));  step, b, c = x(u);  step = softplus(dt(step))
@@ -35,8 +36,7 @@ class Mamba(nnx.Module):
     not valid are passed over, as if they were not there. A token whose `item` differs from the one before begins with
     an empty state. The recurrence runs in float32 or wider.
 
-    Args:
-      width: size of a token.
+    Attributes:
       state: numbers of the state per inner channel (N).
       expand: inner channels per channel.
       taps: tokens that the causal depthwise convolution sees.
@@ -50,34 +50,42 @@ class Mamba(nnx.Module):
         large (Radford et al. 2019, as in Mamba's code).
     """
 
-    def __init__(
-        self,
-        width: int,
-        state: int = 16,
-        expand: int = 2,
-        taps: int = 4,
-        rank: int | None = None,
-        untie: Sequence[str] = (),
-        modalities: Modalities = (),
-        norm: str = "rms",
-        eps: float = 1e-6,
-        depth: int = 1,
-    ):
-        self.rank = math.ceil(width / 16) if rank is None else rank
-        sizes = {"state": state, "expand": expand, "taps": taps, "rank": self.rank, "depth": depth}
-        for name, size in sizes.items():
-            if size < 1:
-                raise UserError(f"mamba: {name} is {size}; it must be at least 1.")
-        inner, self.state, self.taps = expand * width, state, taps
-        copies = untied(untie, modalities, PARTS)
-        self.norm = copies("norm", lambda: norm_of(norm, width, False, eps))
+    state: int = 16
+    expand: int = 2
+    taps: int = 4
+    rank: int | None = None
+    untie: tuple[str, ...] = ()
+    modalities: tuple[str, ...] | dict[str, str] = ()
+    norm: str = "rms"
+    eps: float = 1e-6
+    depth: int = 1
+
+    def __post_init__(self) -> None:
+        check(self, state=COUNT, expand=COUNT, taps=COUNT, rank=COUNT, depth=COUNT, eps=POSITIVE)
+        check_choices(self, norm=NORMS)
+        check_untied(self, PARTS)
+
+    def build(self, width: int) -> MambaBlock:
+        """Return the block for tokens of a width."""
+        return MambaBlock(width, self)
+
+
+class MambaBlock(nnx.Module):
+    """The block that `Mamba` describes."""
+
+    def __init__(self, width: int, config: Mamba):
+        self.rank = math.ceil(width / 16) if config.rank is None else config.rank
+        inner, self.state, self.taps = config.expand * width, config.state, config.taps
+        copies, depth = untied(config), config.depth
+        self.norm = copies("norm", lambda: norm_of(config.norm, width, False, config.eps))
         self.inner, self.gate = (copies("in", lambda: _dense(width, inner)) for _ in range(2))
-        self.conv = copies("conv", lambda: Taps(taps, inner))
-        parts = self.rank + 2 * state
+        self.conv = copies("conv", lambda: Taps(config.taps, inner))
+        parts = self.rank + 2 * config.state
         self.x = copies("x", lambda: _dense(inner, parts, ("mlp", None)))
         self.dt = copies("dt", lambda: Step(self.rank, inner))
         self.out = copies("out", lambda: _dense(inner, width, ("mlp", "embed"), depth**-0.5))
-        self.a_log = declare((inner, state), ("mlp", None), _a_log, keep=True, decay=False)
+        shape = (inner, config.state)
+        self.a_log = declare(shape, ("mlp", None), _a_log, keep=True, decay=False)
         self.skip = declare((inner,), ("mlp",), initializers.ones, keep=True)
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:

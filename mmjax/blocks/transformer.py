@@ -2,42 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmjax.core.errors import UserError, nearest
+from mmjax.core.bounds import AMOUNT, COUNT, POSITIVE, FieldError, check, check_choices
 from mmjax.nn.attention import Attention, KeyValues
-from mmjax.nn.by_modality import Call, Kinds, Modalities, apply, kinds, plainly, untied
-from mmjax.nn.dense import mlp_of, norm_of
-from mmjax.nn.experts import Experts, route
+from mmjax.nn.attention_kernels import KERNELS
+from mmjax.nn.by_modality import Call, Kinds, apply, check_untied, kinds, plainly, untied
+from mmjax.nn.dense import MLPS, NORMS, mlp_of, norm_of
+from mmjax.nn.experts import Experts, ExpertsConfig, route
 from mmjax.nn.stream import Aux, Stream, no_aux
 
 PARTS = ("query", "key", "value", "out", "qk_norm", "attention_norm", "mlp_norm", "mlp")
 ORDERS = ("pre", "post")
 
 
-class Transformer(nnx.Module):
+@dataclass(frozen=True)
+class SharedKeys:
+    """Keys of a transformer block, without those that give its parts copies; see `Transformer`."""
+
+    heads: int
+    hidden: int
+    bias: bool = False
+    qk_norm: bool | str = False
+    kernel: str = "auto"
+    norm: str = "layer"
+    mlp: str = "gelu"
+    order: str = "pre"
+    rotary: float = 0.0
+    experts: ExpertsConfig | None = None
+    attention_bias: bool = False
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check(self, heads=COUNT, hidden=COUNT, rotary=AMOUNT, eps=POSITIVE)
+        check_choices(self, kernel=("auto", *KERNELS), norm=NORMS, mlp=MLPS, order=ORDERS)
+        if isinstance(self.qk_norm, str):
+            check_choices(self, qk_norm=NORMS)
+
+
+@dataclass(frozen=True)
+class Transformer(SharedKeys):
     """`x += attention(norm(x)); x += mlp(norm(x))` (Xiong et al. 2020), for streams of any modality.
 
     With order `post` it is `x += norm(attention(x)); x += norm(mlp(x))` (Swin v2; Chameleon). Llama's block has norm
     `rms`, MLP `swiglu`, rotary 10000.
 
-    Args:
-      width: size of a token.
+    Attributes:
       heads: attention heads.
       hidden: size of the MLP's hidden layer.
       bias: biases in the MLP and layer norms (`rms` has none).
       qk_norm: normalise queries and keys per head: true for the block's `norm` without bias, or `layer` (with bias) or
         `rms`.
       kernel: what computes the attention, see `mmjax.nn.attention_kernels`; whatever it is, the model is the same.
-      untie: which of `PARTS` have a copy per modality. All of them: Mixture-of-Transformers (Liang et al. 2024);
-        the MLP (and norms): multiway blocks (VLMo, BEiT-3). Attention is over all tokens whatever is untied.
-      modalities: which have one; see `mmjax.nn.by_modality`.
       norm: `layer` or `rms`, of all its norms.
       mlp: `gelu`, `swiglu` or `geglu`.
       order: `pre` or `post`, where the norms are.
@@ -46,46 +68,56 @@ class Transformer(nnx.Module):
         has experts of its own (MoMa, Lin et al. 2024).
       attention_bias: biases of queries, keys, values and the attention's output. With `bias`, a ViT's block.
       eps: of all its norms.
+      untie: which of `PARTS` have a copy per modality. All of them: Mixture-of-Transformers (Liang et al. 2024);
+        the MLP (and norms): multiway blocks (VLMo, BEiT-3). Attention is over all tokens whatever is untied.
+      modalities: which have one; see `mmjax.nn.by_modality`.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        hidden: int,
-        bias: bool = False,
-        qk_norm: bool | str = False,
-        kernel: str = "auto",
-        untie: Sequence[str] = (),
-        modalities: Modalities = (),
-        norm: str = "layer",
-        mlp: str = "gelu",
-        order: str = "pre",
-        rotary: float = 0.0,
-        experts: Mapping[str, Any] | None = None,
-        attention_bias: bool = False,
-        eps: float = 1e-6,
-    ):
-        if order not in ORDERS:
-            raise UserError(f"There is no order '{order}' of a block.{nearest(order, ORDERS)}")
-        if "qk_norm" in untie and not qk_norm:
-            raise UserError("untie names 'qk_norm', which the block does not have: set qk_norm.")
-        copies = untied(untie, modalities, PARTS)
-        self.order = order
-        self.attention_norm = copies("attention_norm", lambda: norm_of(norm, width, bias, eps))
+    untie: tuple[str, ...] = ()
+    modalities: tuple[str, ...] | dict[str, str] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_untied(self, PARTS)
+        if "qk_norm" in self.untie and not self.qk_norm:
+            words = "names 'qk_norm', which the block does not have: set qk_norm."
+            raise FieldError(self, "untie", words)
+
+    def build(self, width: int) -> TransformerBlock:
+        """Return the block for tokens of a width."""
+        return TransformerBlock(width, self)
+
+
+class TransformerBlock(nnx.Module):
+    """The block that `Transformer` describes."""
+
+    def __init__(self, width: int, config: Transformer):
+        copies, experts = untied(config), config.experts
+        self.order = config.order
+
+        def norm() -> Any:
+            return norm_of(config.norm, width, config.bias, config.eps)
+
+        def mlp() -> Any:
+            if experts is not None:
+                return Experts(width, config.hidden, experts, config.mlp, config.bias)
+            return mlp_of(config.mlp, width, config.hidden, config.bias)
+
+        self.attention_norm = copies("attention_norm", norm)
         self.attention = Attention(
-            width, heads, qk_norm, kernel, copies, norm, rotary, attention_bias, eps
+            width,
+            config.heads,
+            config.qk_norm,
+            config.kernel,
+            copies,
+            config.norm,
+            config.rotary,
+            config.attention_bias,
+            config.eps,
         )
-        self.mlp_norm = copies("mlp_norm", lambda: norm_of(norm, width, bias, eps))
-        self.mlp = copies(
-            "mlp",
-            lambda: (
-                Experts(width, hidden, experts, mlp, bias)
-                if experts
-                else mlp_of(mlp, width, hidden, bias)
-            ),
-        )
-        self.has_experts = bool(experts)
+        self.mlp_norm = copies("mlp_norm", norm)
+        self.mlp = copies("mlp", mlp)
+        self.has_experts = experts is not None
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         x, of = stream.x_BSD, kinds(stream)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from mmjax.core.errors import UserError
+from mmjax.core.errors import UserError, nearest
 
 FRACTION = "[0, 1]"
 PART = "[0, 1)"  # a decay, or what is left out
@@ -17,12 +17,25 @@ POSITIVE = "(0, inf)"
 AMOUNT = "[0, inf)"
 
 
-class OutOfBounds(UserError):
-    """A number outside its bounds; `configs.build` puts the block's path before `key`."""
+class FieldError(UserError):
+    """What is wrong with the value of a field; `configs.build` puts the block's path before `key`.
 
-    def __init__(self, owner: str, key: str, value: Any, interval: str):
-        self.key, self.words = key, f"is {value}; it must be {_words(interval)}."
-        super().__init__(f"{owner}.{key} {self.words}")
+    Args:
+      owner: the dataclass, or its name.
+      words: the rest of the sentence, such as `is 3; it must be even.`
+    """
+
+    def __init__(self, owner: Any, key: str, words: str):
+        self.key, self.words = key, words
+        name = owner if isinstance(owner, str) else type(owner).__name__
+        super().__init__(f"{name}.{key} {words}")
+
+
+class OutOfBounds(FieldError):
+    """A number outside its bounds."""
+
+    def __init__(self, owner: Any, key: str, value: Any, interval: str):
+        super().__init__(owner, key, f"is {value}; it must be {_words(interval)}.")
 
 
 def check(config: Any, **intervals: str) -> None:
@@ -36,7 +49,23 @@ def check(config: Any, **intervals: str) -> None:
     for key, interval in intervals.items():
         for name, value in _numbers(key, getattr(config, key)):
             if not contains(interval, value):
-                raise OutOfBounds(type(config).__name__, name, value, interval)
+                raise OutOfBounds(config, name, value, interval)
+
+
+def check_choices(config: Any, **known: Iterable[str]) -> None:
+    """Raise unless each of these fields is one of the names that are known: `norm=("layer", "rms")`.
+
+    A field may be a name, or a list of names or a dictionary by name, each of which must be.
+
+    Raises:
+      FieldError: suggests the nearest name.
+    """
+    for key, names in known.items():
+        value, names = getattr(config, key), list(names)
+        verb, each_of = ("is", [value]) if isinstance(value, str) else ("names", value)
+        for each in each_of:
+            if each not in names:
+                raise FieldError(config, key, f"{verb} '{each}'.{nearest(each, names)}")
 
 
 def contains(interval: str, value: float) -> bool:

@@ -1,7 +1,7 @@
 """Configs: read a file, apply overrides, check every key, compare with a saved one.
 
 A config is plain data (JSON values). The schema is the code itself: a block with a `name` resolves to
-`mmjax/<kind>/<name>.py`, and its other keys are the fields of the dataclass found there.
+the module `<name>` of that kind's package, and its other keys are the fields of the dataclass found there.
 """
 
 from __future__ import annotations
@@ -26,12 +26,19 @@ from pathlib import Path
 from typing import Any, TypeVar, Union
 
 from mmjax.core import settings
-from mmjax.core.bounds import OutOfBounds
+from mmjax.core.bounds import FieldError
 from mmjax.core.errors import UserError, nearest
 
 T = TypeVar("T")
-# Packages whose modules a config names, each in a file of its own.
-KINDS = ("blocks", "evaluators", "modalities", "objectives", "sources")
+# Packages whose modules a config names, each in a file of its own, by kind.
+KINDS = {
+    "blocks": "mmjax.blocks",
+    "evaluators": "mmjax.evaluators",
+    "modalities": "mmjax.modalities",
+    "objectives": "mmjax.objectives",
+    "routers": "mmjax.nn.routers",
+    "sources": "mmjax.sources",
+}
 _BASE = "base"  # the module of a kind that defines its interface
 _LARGEST = 2.0**128  # the least number that float32 has not
 Block = dict[str, Any]
@@ -178,8 +185,8 @@ def _literal(text: str) -> Any:
 
 
 def names(kind: str) -> list[str]:
-    """Names that a config may use for `kind`: the modules of the package `mmjax.<kind>`."""
-    package = importlib.import_module(f"mmjax.{kind}")
+    """Names that a config may use for `kind`: the modules of its package."""
+    package = importlib.import_module(KINDS[kind])
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != _BASE)
 
 
@@ -245,44 +252,52 @@ def digests_of_extensions(used: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 def _extension(kind: str, name: str) -> Path | None:
     """The file of a module in a folder of `add_folder`; None if it is mmjax's own or there is none."""
-    first, *added = importlib.import_module(f"mmjax.{kind}").__path__
+    first, *added = importlib.import_module(KINDS[kind]).__path__
     files = (Path(path) / f"{name}.py" for path in added)
     return next((file for file in files if file.is_file()), None)
 
 
 def _imported(content: bytes) -> list[tuple[str, str]]:
-    """(kind, name) of the modules `mmjax.KIND.NAME` that a file imports."""
+    """(kind, name) of the modules of a kind's package that a file imports."""
     names: list[str] = []
     for node in ast.walk(ast.parse(content)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    parts = [name.split(".") for name in names]
-    return [(p[1], p[2]) for p in parts if len(p) > 2 and p[0] == "mmjax" and p[1] in KINDS]
+    return [
+        (kind, name.removeprefix(f"{package}.").split(".")[0])
+        for name in names
+        for kind, package in KINDS.items()
+        if name.startswith(f"{package}.")
+    ]
 
 
 def _add_path(kind: str, path: str) -> None:
-    package = importlib.import_module(f"mmjax.{kind}")
+    package = importlib.import_module(KINDS[kind])
     if path in package.__path__:
         return
     for module in pkgutil.iter_modules([path]):
         if module.name in names(kind):
             raise UserError(
-                f"{path}/{module.name}.py: there is a '{module.name}' in mmjax/{kind} already. "
+                f"{path}/{module.name}.py: there is a '{module.name}' in {_folder(kind)} already. "
                 "Give your own another name."
             )
     package.__path__.append(path)
 
 
+def _folder(kind: str) -> str:
+    return KINDS[kind].replace(".", "/")
+
+
 def resolve(kind: str, name: Any, where: str) -> Any:
-    """The object that module `mmjax/<kind>/<name>.py` defines under its own name, in CamelCase."""
+    """The object that the module `name` of a kind defines under its own name, in CamelCase."""
     if not isinstance(name, str) or name not in names(kind):
         raise UserError(
-            f"{where}.name: no '{name}' in mmjax/{kind}.{nearest(str(name), names(kind))} "
+            f"{where}.name: no '{name}' in {_folder(kind)}.{nearest(str(name), names(kind))} "
             "(Modules of your own: --extra=DIR.)"
         )
-    module = importlib.import_module(f"mmjax.{kind}.{name}")
+    module = importlib.import_module(f"{KINDS[kind]}.{name}")
     for used in _noting:
         used.add((kind, name))
     expected = "".join(part.capitalize() for part in name.split("_"))
@@ -296,6 +311,11 @@ def component(kind: str, block: Mapping[str, Any], where: str) -> Any:
     if "name" not in block:
         raise UserError(f"{where}: 'name' is missing.{nearest('', names(kind))}")
     cls = resolve(kind, block["name"], where)
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise UserError(
+            f"{where}.name: '{block['name']}' in {_folder(kind)} is no dataclass. Its fields are the keys of the "
+            "config: decorate it with @dataclass(frozen=True)."
+        )
     return build(cls, {k: v for k, v in block.items() if k != "name"}, where)
 
 
@@ -317,7 +337,7 @@ def build(cls: type[T], block: Mapping[str, Any], where: str) -> T:
             raise UserError(f"Config key '{where}.{name}' is missing ({_type_name(hints[name])}).")
     try:
         return cls(**values)
-    except OutOfBounds as error:
+    except FieldError as error:
         raise UserError(f"{where}.{error.key} {error.words}") from error
 
 
@@ -329,7 +349,11 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        return _checked(value, next(a for a in arguments if a is not type(None)), where)
+        option = _option(value, [a for a in arguments if a is not type(None)])
+        if option is not None:
+            return _checked(value, option, where)
+    if hasattr(hint, "KIND") and isinstance(value, Mapping):
+        return component(hint.KIND, value, where)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(typing.cast(type, hint), value, where)
     if origin is dict and isinstance(value, Mapping):
@@ -347,6 +371,18 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
     ):
         return value
     raise UserError(f"Config key '{where}' is {value!r}; expected {_type_name(hint)}.")
+
+
+def _option(value: Any, options: list[Any]) -> Any:
+    """The first of several types that a value has the shape of; None if there is none, but the only one if so."""
+    shapes = {tuple: list | tuple, dict: Mapping, float: int | float}
+
+    def fits(option: Any) -> bool:
+        kind = typing.get_origin(option) or option
+        shape = Mapping if dataclasses.is_dataclass(kind) else shapes.get(kind, kind)
+        return isinstance(value, shape)
+
+    return options[0] if len(options) == 1 else next(filter(fits, options), None)
 
 
 def _fits(value: float) -> bool:

@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mmjax.core.bounds import FieldError, check_choices
 from mmjax.core.errors import UserError, nearest
 from mmjax.core.parameters import as_copy
 from mmjax.nn.masks import code
@@ -166,22 +167,37 @@ class Untied:
 TIED = Untied()
 
 
-def untied(parts: Sequence[str], modalities: Modalities, known: Iterable[str]) -> Untied:
-    """What a block's config says, checked.
+class HasCopies(Protocol):
+    """The config of a block whose parts may have copies."""
+
+    @property
+    def untie(self) -> tuple[str, ...]:
+        """The parts that have copies."""
+
+    @property
+    def modalities(self) -> Modalities:
+        """The modalities that have one, see the module's docstring."""
+
+
+def check_untied(block: HasCopies, known: Iterable[str]) -> None:
+    """Raise unless `untie` names parts that the block has, and one of `untie` and `modalities` has the other.
 
     Raises:
-      UserError: a part that the block does not have; one of `untie` and `modalities` without the other.
+      FieldError: names the key.
     """
-    known = list(known)
-    for part in parts:
-        if part not in known:
-            raise UserError(f"untie: there is no part '{part}'.{nearest(part, known)}")
-    if bool(parts) != bool(modalities):
-        raise UserError(
-            f"untie is {list(parts)} and modalities {modalities or []}: name the parts that have copies, and the "
-            "modalities that have one; or neither."
+    check_choices(block, untie=known)
+    if bool(block.untie) != bool(block.modalities):
+        raise FieldError(
+            block,
+            "untie",
+            f"is {list(block.untie)} and modalities {block.modalities or []}: name the parts that have copies, and "
+            "the modalities that have one; or neither.",
         )
-    return Untied(frozenset(parts), experts(modalities))
+
+
+def untied(block: HasCopies) -> Untied:
+    """Return which parts of a block have copies."""
+    return Untied(frozenset(block.untie), experts(block.modalities))
 
 
 def experts(modalities: Modalities) -> dict[str, str]:

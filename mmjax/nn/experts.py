@@ -12,34 +12,24 @@ import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
-from mmjax.core import config as configs
-from mmjax.core.bounds import AMOUNT, COUNT, check
+from mmjax.core.bounds import AMOUNT, COUNT, FieldError, check, check_choices
 from mmjax.core.errors import UserError, nearest
 from mmjax.core.parameters import as_copy, declare, repeated
 from mmjax.core.sharding import constrain
 from mmjax.nn.by_modality import ByModality
 from mmjax.nn.dense import Dense, lecun, mlp_of
 from mmjax.nn.masks import code
-from mmjax.nn.routers import (
-    Dispatch,
-    ExpertChoice,
-    Router,
-    Soft,
-    TokenChoice,
+from mmjax.nn.router_losses import (
     balance_loss,
     entropy_losses,
     importance_loss,
     load_loss,
-    widened,
     z_loss,
 )
+from mmjax.nn.routers.base import Dispatch, Router, widened
+from mmjax.nn.routers.expert_choice import ExpertChoice
 from mmjax.nn.stream import Aux, Stream, add_up, fold, no_aux
 
-ROUTERS: dict[str, type[Router]] = {
-    "expert_choice": ExpertChoice,
-    "token_choice": TokenChoice,
-    "soft": Soft,
-}
 LOSSES = ("importance", "load", "balance", "z")
 OVER = ("group", "batch")
 
@@ -50,7 +40,8 @@ class ExpertsConfig:
 
     Attributes:
       count: how many.
-      router: `{name: expert_choice, token_choice or soft, ...}`, its keys those of `mmjax.nn.routers`.
+      router: `{name: expert_choice, token_choice or soft, ...}`, its keys those of the class in
+        `mmjax/nn/routers/NAME.py`.
       group: tokens that compete for slots, at most.
       groups: how many groups at least, where there are as many rows. Where it is the number of devices that share a
         batch, none spans two of them, whose tokens would have to be gathered; routing does not depend on the mesh.
@@ -64,7 +55,7 @@ class ExpertsConfig:
     """
 
     count: int
-    router: dict[str, Any] = field(default_factory=lambda: {"name": "expert_choice"})
+    router: Router = ExpertChoice()
     group: int = 2048
     groups: int = 1
     losses: dict[str, float] = field(default_factory=dict)
@@ -75,47 +66,34 @@ class ExpertsConfig:
     causal: CausalConfig | None = None
 
     def __post_init__(self) -> None:
+        check(self, count=COUNT, group=COUNT, groups=COUNT)
         check(self, losses=AMOUNT, local=AMOUNT, spread=AMOUNT, threshold=AMOUNT)
-        if min(self.count, self.group, self.groups) < 1:
-            raise UserError(
-                f"experts: count is {self.count}, group {self.group}, groups {self.groups}; 1 at least."
-            )
-        for name in self.losses:
-            if name not in LOSSES:
-                raise UserError(f"experts: no loss '{name}'.{nearest(name, LOSSES)}")
-        if self.losses_over not in OVER:
-            raise UserError(
-                f"experts: losses_over is '{self.losses_over}'.{nearest(self.losses_over, OVER)}"
-            )
+        check_choices(self, losses=LOSSES, losses_over=OVER)
         balancing = {**self.losses, "local": self.local, "spread": self.spread}
         named = [name for name, value in balancing.items() if value and name != "z"]
         if self.count == 1 and named:
-            raise UserError(
-                f"experts: count is 1, and '{named[0]}' balances experts. Raise count, or leave it out."
-            )
-        self._check_rule(self.make_router())
+            words = f"is 1, and '{named[0]}' balances experts. Raise it, or leave '{named[0]}' out."
+            raise FieldError(self, "count", words)
+        self._check_router()
 
-    def _check_rule(self, rule: Router) -> None:
-        if isinstance(rule, Soft) and (self.losses or self.local or self.spread):
-            raise UserError("experts: a soft router has no auxiliary losses; leave them out.")
-        if "load" in self.losses and not rule.noise:
-            raise UserError(
-                "experts: the loss 'load' needs a router with noise; set router.noise of token_choice."
-            )
-        if self.causal and not isinstance(rule, ExpertChoice):
-            raise UserError("experts: causal is for the router expert_choice; others need none.")
+    def _check_router(self) -> None:
+        router, name = self.router, type(self.router).__name__
+        if router.top > self.count:
+            words = f"is {router.top}, of {self.count} experts; it is at most their number."
+            raise FieldError(self, "router.top", words)
+        if not router.has_losses and (self.losses or self.local or self.spread):
+            words = f"is {name}, which has no auxiliary losses; leave losses, local and spread out."
+            raise FieldError(self, "router", words)
+        if "load" in self.losses and not router.noise:
+            words = "needs a router with noise; set router.noise of token_choice."
+            raise FieldError(self, "losses.load", words)
+        if self.causal and not router.sees_all:
+            words = "is for a router whose experts choose, as expert_choice; others need none."
+            raise FieldError(self, "causal", words)
 
     def modalities(self) -> set[str]:
         """Those that the losses name."""
         return {*self.local, *self.spread, *self.threshold}
-
-    def make_router(self) -> Router:
-        name = self.router.get("name", "")
-        if name not in ROUTERS:
-            raise UserError(f"experts.router: no '{name}'.{nearest(name, ROUTERS)}")
-        settings = {k: v for k, v in self.router.items() if k != "name"}
-        made: Router = configs.build(ROUTERS[name], settings, "experts.router")
-        return made
 
 
 @dataclass(frozen=True)
@@ -160,16 +138,15 @@ class Experts(nnx.Module):
         self,
         width: int,
         hidden: int,
-        config: Mapping[str, Any],
+        config: ExpertsConfig,
         mlp: str = "gelu",
         bias: bool = False,
     ):
-        self.config: ExpertsConfig = configs.build(ExpertsConfig, config, "experts")
-        rule = self.rule = self.config.make_router()
+        self.config, self.rule = config, config.router
+        rule = self.rule
         count = self.config.count * rule.columns
         self.router = declare((width, count), ("embed", None), lecun, keep=True)
-        unit = isinstance(rule, Soft) and rule.normalise
-        self.scale = declare((), (), initializers.ones, keep=True) if unit else None
+        self.scale = declare((), (), initializers.ones, keep=True) if rule.normalise else None
         causal = self.config.causal
         self.causal = CausalRouter(width, causal.hidden, self.config.count) if causal else None
         self.mlps = mlp_of(mlp, width, hidden, bias)
@@ -285,7 +262,7 @@ class Experts(nnx.Module):
         if name == "z":
             return z_loss(logits_GTE, valid_GT)
         if name == "load":
-            deviation, top = self.rule.noise / self.config.count, getattr(self.rule, "top", 1)
+            deviation, top = self.rule.noise / self.config.count, self.rule.top
             return load_loss(logits_GTE, noisy_GTE, deviation, top, valid_GT)
         return {"importance": importance_loss, "balance": balance_loss}[name](scores_GTE, valid_GT)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mmjax.core import config as configs
-from mmjax.core.bounds import AMOUNT, COUNT, OutOfBounds, check, contains
+from mmjax.core.bounds import COUNT, check
 from mmjax.core.parameters import stack_layers
 from mmjax.core.sharding import constrain
 from mmjax.nn.by_modality import ByModality, Modalities, apply, experts, kinds
@@ -23,7 +23,7 @@ _LAYERS = 4096  # of a trunk: each has names of its own in a checkpoint, and a c
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """`repeat` times the blocks of `pattern`; each block is `{name: a module of mmjax.blocks, ...}`."""
+    """`repeat` times the blocks of `pattern`; each is `{name: ..., ...}`, see `mmjax.blocks.base`."""
 
     repeat: int
     pattern: tuple[dict[str, Any], ...] = field(
@@ -41,7 +41,7 @@ class Group(nnx.Module):
         if not group.pattern:
             raise configs.UserError(f"{where}.pattern is empty; a group repeats one block or more.")
         self.blocks = nnx.List(
-            [_block(b, width, f"{where}.pattern[{i}]") for i, b in enumerate(group.pattern)]
+            [_build(b, width, f"{where}.pattern[{i}]") for i, b in enumerate(group.pattern)]
         )
         self.first, self.repeat, self.remat = first, group.repeat, remat
         for offset, block in enumerate(self.blocks):
@@ -110,23 +110,12 @@ class Group(nnx.Module):
         return jax.lax.scan(body, stream, (state, held))
 
 
-def _check_numbers(block: dict[str, Any], where: str) -> None:
-    """Raise for sizes of a block that nothing could be built with."""
-    for key, value in block.items():
-        interval = COUNT if key in ("heads", "hidden") else AMOUNT
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_number and not contains(interval, value):
-            raise OutOfBounds(where, key, value, interval)
-
-
-def _block(block: dict[str, Any], width: int, where: str) -> Any:
-    name = block.get("name", "")
-    cls = configs.resolve("blocks", name, where)
-    _check_numbers(block, where)
+def _build(block: dict[str, Any], width: int, where: str) -> Any:
+    config = configs.component("blocks", block, where)
     try:
-        return cls(width, **{k: v for k, v in block.items() if k != "name"})
-    except TypeError as error:
-        raise configs.UserError(f"{where} (block '{name}'): {error}") from error
+        return config.build(width)
+    except configs.UserError as error:  # what the keys alone do not show
+        raise configs.UserError(f"{where}: {error}") from error
 
 
 def _remat(body: Any, policy: str) -> Any:

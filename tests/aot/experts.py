@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mmjax.core import config as configs
 from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import MeshConfig, make_mesh, named
-from mmjax.nn.experts import Experts
+from mmjax.nn.experts import Experts, ExpertsConfig
 from mmjax.nn.stream import Stream
 from mmjax.plan.cost import cost
 from mmjax.plan.groups import Layout
@@ -54,7 +55,9 @@ def main() -> None:
         if router == "soft":
             rule["columns"] = GROUP // count
         config = {"count": count, "router": rule, "group": GROUP}
-        declaration = Declaration(Experts(WIDTH, HIDDEN, config))
+        declaration = Declaration(
+            Experts(WIDTH, HIDDEN, configs.build(ExpertsConfig, config, "experts"))
+        )
         parameters = {
             n: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=named(s.axes, s.shape, mesh))
             for n, s in declaration.specs.items()

@@ -24,7 +24,9 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def built(fuse: bool) -> tuple[Declaration, dict[str, Any]]:
-    declaration = Declaration(Bottleneck(WIDTH, ["image", "sound"], fuse, **BLOCK))
+    declaration = Declaration(
+        Bottleneck(**BLOCK, modalities=("image", "sound"), fuse=fuse).build(WIDTH)
+    )
     rng = np.random.default_rng(0)
     return declaration, {
         n: jnp.asarray(rng.normal(size=s.shape)) for n, s in declaration.specs.items()
@@ -46,7 +48,7 @@ def block(p: dict[str, Any], modality: str, x: np.ndarray, valid: np.ndarray) ->
     """The modality's own block on some tokens of one row."""
     prefix = f"blocks/{modality}/"
     own = {n.removeprefix(prefix): a for n, a in p.items() if n.startswith(prefix)}
-    layer = Declaration(Transformer(WIDTH, **BLOCK))
+    layer = Declaration(Transformer(**BLOCK).build(WIDTH))
     stream = Stream(jnp.asarray(x[None]), jnp.asarray(valid[None]))
     return np.asarray(layer.merge(own)(stream, jax.random.key(0))[0].x_BSD[0])
 
@@ -99,4 +101,4 @@ def test_a_modality_without_a_block() -> None:
     with pytest.raises(UserError, match="modality 'depth'; the layer has blocks of: image, sound"):
         declaration.merge(p)(stream, jax.random.key(0))
     with pytest.raises(UserError, match="modalities is empty"):
-        Bottleneck(WIDTH, [])
+        Bottleneck(**BLOCK)

@@ -107,7 +107,7 @@ def test_mistakes() -> None:
         concatenate([stream(), stream()])
     fusing = GroupConfig(1, ({"name": "bottleneck", "modalities": ["a"], **BLOCK},))
     other, q = built(fusing)
-    with pytest.raises(UserError, match="Bottleneck cannot take a stream token by token"):
+    with pytest.raises(UserError, match="BottleneckBlock cannot take a stream token by token"):
         other.merge(q).trunk.begin(alone, LENGTH)
     declaration, p = built(plain(1))
     part = replace(
@@ -142,7 +142,7 @@ def read(
 
 def test_biases_and_a_normed_context_against_numpy() -> None:
     """The block of open_clip's CoCa; eps is large, so that another would show."""
-    block = CrossTransformer(WIDTH, **BLOCK, bias=True, **{**OPEN_CLIP, "eps": 0.01})
+    block = CrossTransformer(**BLOCK, bias=True, **{**OPEN_CLIP, "eps": 0.01}).build(WIDTH)
     declaration = Declaration(block)
     rng = np.random.default_rng(0)
     p = {n: rng.normal(size=s.shape) for n, s in declaration.specs.items()}

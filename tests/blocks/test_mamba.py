@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.analysis.flops import model_flops
-from mmjax.blocks.mamba import PARTS, Mamba, check_mask
+from mmjax.blocks.mamba import PARTS, check_mask
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.nn import selective_scan as selective_scan_module
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def declared(**settings: Any) -> Declaration:
-    return Declaration(Mamba(WIDTH, **SIZES, **settings))
+    return Declaration(layers.block("mamba", WIDTH, **SIZES, **settings))
 
 
 def random(declaration: Declaration) -> dict[str, np.ndarray]:
@@ -312,7 +313,7 @@ def test_a_pattern_of_attention_and_mamba() -> None:
 
 
 def test_it_begins_as_published() -> None:
-    declaration = Declaration(Mamba(32))
+    declaration = Declaration(layers.block("mamba", 32))
     p = jax.jit(lambda: declaration.initialise(0))()
     np.testing.assert_allclose(np.exp(p["a_log"]), np.tile(np.arange(1.0, 17), (64, 1)), rtol=1e-6)
     step = np.log1p(np.exp(np.asarray(p["dt/bias"], np.float64)))
@@ -322,7 +323,7 @@ def test_it_begins_as_published() -> None:
 
 def test_its_projections_begin_as_pytorchs_and_out_by_depth() -> None:
     """Uniform to `1 / sqrt(inputs)`, the convolution's bias to `1 / sqrt(taps)`; `out` over `sqrt(depth)`."""
-    p = jax.jit(lambda: Declaration(Mamba(32, depth=9)).initialise(0))()
+    p = jax.jit(lambda: Declaration(layers.block("mamba", 32, depth=9)).initialise(0))()
     bounds = {
         "inner/kernel": 32**-0.5, "gate/kernel": 32**-0.5, "x/kernel": 64**-0.5, "dt/kernel": 2**-0.5,
         "conv/kernel": 0.5, "conv/bias": 0.5, "out/kernel": 64**-0.5 / 3,
@@ -351,10 +352,10 @@ def test_masks_that_it_cannot_keep_to(mask: Any) -> None:
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({"state": 0}, "mamba: state is 0"),
-        ({"rank": 0}, "mamba: rank is 0"),
-        ({"untie": ["out_proj"], "modalities": NAMES}, r"no part 'out_proj'\. Did you mean 'out'\?"),
-        ({"stat": 3}, r"pattern\[0\] \(block 'mamba'\): .*stat"),
+        ({"state": 0}, r"pattern\[0\].state is 0"),
+        ({"rank": 0}, r"pattern\[0\].rank is 0"),
+        ({"untie": ["out_proj"], "modalities": NAMES}, r"untie names 'out_proj'\. Did you mean 'out'\?"),
+        ({"stat": 3}, r"pattern\[0\]\.stat'\. Did you mean 'state'\?"),
     ],
 )  # fmt: skip
 def test_mistakes_in_the_config(block: Any, message: str) -> None:

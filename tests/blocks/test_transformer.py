@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
 import pytest
 
@@ -24,7 +25,9 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 def built(**settings: Any) -> tuple[Any, dict[str, np.ndarray]]:
     """The block as a function of a stream, and its (random) parameters."""
-    declaration = Declaration(Transformer(WIDTH, HEADS, HIDDEN, **settings))
+    declaration = Declaration(
+        layers.block("transformer", WIDTH, heads=HEADS, hidden=HIDDEN, **settings)
+    )
     rng = np.random.default_rng(0)
     p = {name: rng.normal(size=spec.shape) for name, spec in declaration.specs.items()}
     call = jax.jit(lambda p, stream: declaration.merge(p)(stream, jax.random.key(0)))
@@ -98,7 +101,7 @@ def test_against_numpy(settings: dict[str, Any]) -> None:
 
 def test_a_vits_block_has_all_its_parameters() -> None:
     """A layer of ViT-B/16 has 7,087,872 (Dosovitskiy et al. 2021; 12 of them and the last norm are 85,056,000)."""
-    specs = Declaration(Transformer(768, 12, 3072, bias=True, attention_bias=True)).specs
+    specs = Declaration(Transformer(12, 3072, bias=True, attention_bias=True).build(768)).specs
     assert sum(math.prod(s.shape) for s in specs.values()) == 7_087_872
     vectors = [n for n, s in specs.items() if n.startswith("attention/") and len(s.shape) == 1]
     assert sorted(vectors) == [f"attention/{n}_bias" for n in ("key", "out", "query", "value")]
@@ -110,16 +113,16 @@ def test_a_vits_block_has_all_its_parameters() -> None:
 )
 def test_queries_and_keys_have_the_norm_that_is_named(kind: bool | str, parts: set[str]) -> None:
     """Chameleon's is a layer norm with bias, in a block whose other norms are root mean squares."""
-    specs = Declaration(Transformer(WIDTH, HEADS, HIDDEN, qk_norm=kind, norm="rms")).specs
+    specs = Declaration(Transformer(HEADS, HIDDEN, qk_norm=kind, norm="rms").build(WIDTH)).specs
     held = {n for n in specs if "query_norm" in n or "key_norm" in n}
     assert held == {f"attention/{n}_norm/{part}" for n in ("query", "key") for part in parts}
 
 
 def test_a_norm_of_queries_and_keys_that_is_not_there() -> None:
-    with pytest.raises(UserError, match="no norm 'layr'. Did you mean 'layer'"):
-        Transformer(WIDTH, HEADS, HIDDEN, qk_norm="layr")
-    with pytest.raises(UserError, match="eps of a norm is 0.*above 0"):
-        Transformer(WIDTH, HEADS, HIDDEN, eps=0)
+    with pytest.raises(UserError, match="qk_norm is 'layr'. Did you mean 'layer'"):
+        Transformer(HEADS, HIDDEN, qk_norm="layr")
+    with pytest.raises(UserError, match="eps is 0.*above 0"):
+        Transformer(HEADS, HIDDEN, eps=0)
 
 
 def test_a_bias_has_a_copy_where_its_projection_has_one() -> None:
@@ -161,7 +164,7 @@ def test_the_rest_of_the_stream_passes_and_the_aux_is_zero() -> None:
 
 def test_biases_only_where_asked() -> None:
     without, with_bias = (
-        Declaration(Transformer(WIDTH, HEADS, HIDDEN, b)).specs for b in (False, True)
+        Declaration(Transformer(HEADS, HIDDEN, b).build(WIDTH)).specs for b in (False, True)
     )
     assert not [n for n in without if n.endswith("bias")]
     assert set(with_bias) - set(without) == {

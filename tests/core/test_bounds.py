@@ -18,12 +18,12 @@ from mmjax.core.bounds import OutOfBounds, check, contains
 from mmjax.core.errors import UserError
 from mmjax.experiment import make_experiment
 from mmjax.generation.decoding import Sampling
-from mmjax.nn.experts import ROUTERS, CausalConfig, ExpertsConfig
 from mmjax.run_config import RunConfig
 from mmjax.task import BucketConfig, TaskConfig
 
 # What a block of each class needs besides the key that is tried.
 NEEDED: dict[str, dict[str, Any]] = {
+    "Bottleneck": {"heads": 2, "hidden": 4, "modalities": ["a"]},
     "CausalConfig": {"hidden": 4},
     "Classification": {"classes": 2, "modalities": ["a"], "label": "l"},
     "Coca": {
@@ -32,6 +32,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     },
     "Contrastive": {"between": ["a", "b"]},
     "CrossModal": {"between": ["a", "b"]},
+    "CrossTransformer": {"heads": 2, "hidden": 4},
     "ExpertsConfig": {"count": 2},
     "Fusion": {"classes": 2, "modalities": ["a", "b"], "label": "l"},
     "GroupConfig": {"repeat": 1, "pattern": []},
@@ -41,6 +42,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "RuleConfig": {"match": ".*"},
     "RunConfig": {"steps": 1, "modalities": {}, "model": {"width": 8, "groups": []}, "tasks": {}},
     "TaskConfig": {"source": {}, "inputs": {}, "objective": {}, "batch": 1},
+    "Transformer": {"heads": 2, "hidden": 4},
     "Transfusion": {"order": ["a", "b"], "discrete": ["a"]},
 }
 # The name of a number in a dictionary, where not every name will do.
@@ -74,12 +76,9 @@ def config_classes() -> list[type]:
         RunConfig,
         TaskConfig,
         BucketConfig,
-        ExpertsConfig,
-        CausalConfig,
         Sampling,
     ]
-    roots += ROUTERS.values()
-    for kind in ("modalities", "objectives", "evaluators", "sources"):
+    for kind in configs.KINDS:
         own = [n for n in configs.names(kind) if not n.startswith(("toy", "other"))]
         found = [configs.resolve(kind, name, "") for name in own]
         roots += found + [each.Input for each in found if hasattr(each, "Input")]
@@ -137,6 +136,7 @@ def test_the_walk_meets_every_kind_of_block() -> None:
         "RunConfig", "OptimizerConfig", "LimitsConfig", "MeshConfig", "WarmStartConfig", "GroupConfig",
         "RuleConfig", "TaskConfig", "SpectrogramInput", "Transfusion", "Retrieval", "MovingEmoji", "TokenChoice",
         "PhaseConfig", "PhaseTaskConfig",
+        "Transformer", "Mamba", "ExpertsConfig", "CausalConfig",
     }  # fmt: skip
     assert len(numbers()) > 90
     known = {(cls.__name__, key) for cls, key in numbers()}

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mmjax.blocks.bottleneck import Bottleneck
-from mmjax.blocks.transformer import Transformer
 from mmjax.core import config as configs
 from mmjax.experiment import Experiment
 from mmjax.nn.experts import ExpertsConfig
@@ -135,23 +132,15 @@ def layers(groups: Sequence[GroupConfig], at: str) -> Values:
 
 def written(block: Mapping[str, Any]) -> Values:
     """Return a block with its defaults."""
-    cls = configs.resolve("blocks", block["name"], "layer")
-    layer = {**defaults(cls), **block}
-    if cls is Bottleneck:
-        layer = {**defaults(Transformer), **layer}
-    experts = layer.pop("experts", None)
-    layer = {k: tuple(v) if isinstance(v, list) else v for k, v in layer.items()}
-    if not experts:
-        return layer
-    made = configs.build(ExpertsConfig, experts, "experts")
-    own = flat(made, "experts") | named(made.make_router(), "experts.router")
-    return {**layer, **{k: v for k, v in own.items() if k != "experts.router"}}
-
-
-def defaults(cls: Any) -> Values:
-    """Return the defaults of a layer's arguments."""
-    parameters = inspect.signature(cls.__init__).parameters.items()
-    return {n: p.default for n, p in parameters if p.default is not inspect.Parameter.empty}
+    made = configs.component("blocks", block, "layer")
+    layer = {"name": block["name"]}
+    for field in dataclasses.fields(made):
+        value = getattr(made, field.name)
+        if isinstance(value, ExpertsConfig):
+            layer |= flat(value, "experts") | named(value.router, "experts.router")
+        elif field.name != "experts":
+            layer[field.name] = value
+    return layer
 
 
 def set_keys(block: Mapping[str, Any]) -> Iterator[str]:

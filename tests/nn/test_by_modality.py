@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.analysis.flops import model_flops, train_flops
-from mmjax.blocks.transformer import PARTS, Transformer
+from mmjax.blocks.transformer import PARTS
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration, from_canonical, to_canonical
-from mmjax.nn.by_modality import ByModality, Kinds, apply, untied
+from mmjax.nn.by_modality import ByModality, Kinds, Untied, apply
 from mmjax.nn.dense import Dense
 from mmjax.nn.masks import Causal, code
 from mmjax.nn.stream import Stream
@@ -37,7 +38,8 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def declared(untie: Any = (), modalities: Any = ()) -> Declaration:
-    block = Transformer(WIDTH, HEADS, HIDDEN, True, True, untie=untie, modalities=modalities)
+    words = {"heads": HEADS, "hidden": HIDDEN, "bias": True, "qk_norm": True}
+    block = layers.block("transformer", WIDTH, **words, untie=untie, modalities=modalities)
     return Declaration(block)
 
 
@@ -297,12 +299,12 @@ def test_multiway_blocks_below_shared_ones() -> None:
 @pytest.mark.parametrize(
     ("untie", "modalities", "message"),
     [
-        (["mpl"], NAMES, r"untie: there is no part 'mpl'\. Did you mean 'mlp'\?"),
+        (["mpl"], NAMES, r"untie names 'mpl'\. Did you mean 'mlp'\?"),
         (["mlp"], (), r"untie is \['mlp'\] and modalities \[\]: name"),
         ((), NAMES, r"untie is \[\] and modalities"),
         (["qk_norm"], NAMES, r"set qk_norm"),
         (["mlp"], ["experts"], r"no copy can have the name 'experts'"),
-        (["mlp"], "text", r"modalities is 'text': write a list"),
+        (["mlp"], "text", r"modalities' is 'text'; expected a list, each str or a block of keys"),
     ],
 )  # fmt: skip
 def test_mistakes_in_the_config(untie: Any, modalities: Any, message: str) -> None:
@@ -325,6 +327,7 @@ def test_streams_that_do_not_fit(layout: Any, message: str) -> None:
 
 
 def test_a_layout_of_another_length_is_our_mistake() -> None:
-    part = untied(["mlp"], NAMES, PARTS)("mlp", lambda: Dense(1, 1, (None, None)))
+    copies = Untied(frozenset({"mlp"}), {name: name for name in NAMES})
+    part = copies("mlp", lambda: Dense(1, 1, (None, None)))
     with pytest.raises(ValueError, match="of a stream of 4 tokens"):
         apply(part, jnp.zeros((1, 4, 1)), Kinds((("text", 3),)))

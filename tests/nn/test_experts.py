@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
 import pytest
 from experted import (
@@ -30,11 +31,10 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from mmjax.analysis.flops import model_flops
-from mmjax.blocks.transformer import Transformer
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import MeshConfig, make_mesh, named
-from mmjax.nn.experts import Experts, grouped_rows
+from mmjax.nn.experts import grouped_rows
 from mmjax.nn.masks import FULL
 from mmjax.nn.stream import Aux, Stream
 from mmjax.nn.trunk import GroupConfig, Trunk
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 def run(
     config: Mapping[str, Any], p: Any, valid: Any = VALID, x: Any = X
 ) -> tuple[np.ndarray, Aux]:
-    declaration = Declaration(Experts(WIDTH, HIDDEN, config))
+    declaration = Declaration(layers.experts(WIDTH, HIDDEN, config))
     stream = Stream(jnp.asarray(x), jnp.asarray(valid), layout=LAYOUT)
     y, aux = jax.jit(lambda p, s: declaration.merge(p)(s, None))(p, stream)
     return np.asarray(y), aux
@@ -53,7 +53,7 @@ def run(
 
 @pytest.mark.parametrize("config", [CHOICE, TOKENS], ids=["expert choice", "token choice"])
 def test_each_token_is_the_sum_of_its_slots(config: dict[str, Any]) -> None:
-    experts = Experts(WIDTH, HIDDEN, config)
+    experts = layers.experts(WIDTH, HIDDEN, config)
     p = random(Declaration(experts))
     y, aux = run(config, p)
     # Groups of two rows.
@@ -76,7 +76,7 @@ def test_each_token_is_the_sum_of_its_slots(config: dict[str, Any]) -> None:
 def test_experts_that_are_all_alike_are_the_dense_layer() -> None:
     """Each token at all of them, whose gates sum to one."""
     config = {"count": COUNT, "router": {"name": "token_choice", "top": COUNT, "capacity": 1.0}}
-    p = random(Declaration(Experts(WIDTH, HIDDEN, config)))
+    p = random(Declaration(layers.experts(WIDTH, HIDDEN, config)))
     p |= {n: np.broadcast_to(v[:1], v.shape) for n, v in p.items() if n != "router"}
     y, aux = run(config, p, np.ones_like(VALID))
     np.testing.assert_allclose(y, mlp(p, 0, X), rtol=1e-9)
@@ -84,7 +84,7 @@ def test_experts_that_are_all_alike_are_the_dense_layer() -> None:
 
 
 def test_padding_has_no_say() -> None:
-    p = random(Declaration(Experts(WIDTH, HIDDEN, CHOICE)))
+    p = random(Declaration(layers.experts(WIDTH, HIDDEN, CHOICE)))
     kept = run(CHOICE, p)[0]
     other = run(CHOICE, p, x=np.where(VALID[..., None], X, 100.0))[0]
     np.testing.assert_array_equal(other[VALID], kept[VALID])
@@ -93,7 +93,7 @@ def test_padding_has_no_say() -> None:
 
 def test_auxiliary_losses_add_up_and_reach_the_router() -> None:
     plain = {**TOKENS, "losses": {}}
-    p = random(Declaration(Experts(WIDTH, HIDDEN, plain)))
+    p = random(Declaration(layers.experts(WIDTH, HIDDEN, plain)))
     assert float(run(plain, p)[1].loss) == 0
     parts = [
         {"losses": {"importance": 0.5}}, {"losses": {"balance": 0.1}}, {"losses": {"z": 0.01}},
@@ -104,7 +104,7 @@ def test_auxiliary_losses_add_up_and_reach_the_router() -> None:
     together: dict[str, Any] = {"losses": {"importance": 0.5, "balance": 0.1, "z": 0.01}}
     together |= {"local": {"text": 0.3}, "spread": {"image": 2.0}, "threshold": {"image": 1.5}}
     assert float(run({**TOKENS, **together}, p)[1].loss) == pytest.approx(sum(alone), rel=1e-6)
-    declaration = Declaration(Experts(WIDTH, HIDDEN, {**TOKENS, **together}))
+    declaration = Declaration(layers.experts(WIDTH, HIDDEN, {**TOKENS, **together}))
     stream = Stream(jnp.asarray(X), layout=LAYOUT)
     gradient = jax.grad(lambda p: declaration.merge(p)(stream, None)[1].loss)(
         {n: jnp.asarray(v) for n, v in p.items()}
@@ -120,7 +120,7 @@ def test_losses_are_of_each_group_or_of_the_whole_batch(over: str) -> None:
     """Of the router's own scores, by loops over groups of two rows, or all rows as one."""
     router: dict[str, Any] = {"name": "token_choice", "top": 1, "noise": 1.0}
     config = {"count": COUNT, "router": router, "group": 12, "losses": LOSSES, "losses_over": over}
-    p = random(Declaration(Experts(WIDTH, HIDDEN, config)))
+    p = random(Declaration(layers.experts(WIDTH, HIDDEN, config)))
     valid = VALID.copy()
     valid[2:] = False  # a group without a token
     tokens = X.reshape(-1, 12 if over == "group" else 24, WIDTH)
@@ -156,7 +156,7 @@ def test_experts_by_modality_are_those_of_each_alone() -> None:
     """MoMa: the tokens of a modality compete with their own kind only."""
     names = ["text", "image"]
     words: Any = {"experts": CHOICE, "untie": ["mlp"], "modalities": names}
-    declaration = Declaration(Transformer(8, 2, HIDDEN, **words))
+    declaration = Declaration(layers.block("transformer", 8, heads=2, hidden=HIDDEN, **words))
     p = random(declaration)
     model = declaration.merge(p)
     x = jnp.asarray(np.random.default_rng(5).normal(size=(ROWS, LENGTH, 8)))
@@ -180,7 +180,7 @@ def test_the_cost_is_that_of_the_slots_whatever_the_number_of_experts() -> None:
 
     def cost(count: int, **rule: Any) -> int:
         config = {"count": count, "router": {"name": "expert_choice", **rule}, "group": 128}
-        declaration = Declaration(Experts(8, 16, config))
+        declaration = Declaration(layers.experts(8, 16, config))
         p = {n: jax.ShapeDtypeStruct(s.shape, "float32") for n, s in declaration.specs.items()}
         x = jax.ShapeDtypeStruct(shape, "float32")
         router = 2 * 256 * 8 * count
@@ -269,7 +269,7 @@ def test_groups_of_the_config_are_those_that_compete() -> None:
     x = rng.normal(size=(4, 3, WIDTH)).astype("f")
     moved = {}
     for groups in (1, 4):
-        declaration = Declaration(Experts(WIDTH, HIDDEN, {"count": 2, "groups": groups}))
+        declaration = Declaration(layers.experts(WIDTH, HIDDEN, {"count": 2, "groups": groups}))
         p = {n: rng.normal(size=s.shape).astype("f") for n, s in declaration.specs.items()}
         call = jax.jit(lambda x, d=declaration, p=p: d.merge(p)(Stream(x), None)[0])
         moved[groups] = float(np.abs(call(x)[:1] - call(x[:1])).max())
@@ -280,9 +280,12 @@ def test_groups_of_the_config_are_those_that_compete() -> None:
     "config, said",
     [
         ({"count": 0}, "count is 0"),
-        ({"count": 2, "groups": 0}, "groups 0; 1 at least"),
-        ({"count": 2, "router": {"name": "expert_choise"}}, "no 'expert_choise'. Did you mean"),
-        ({"count": 2, "losses": {"blance": 1.0}}, "no loss 'blance'. Did you mean 'balance'"),
+        ({"count": 2, "groups": 0}, "groups is 0; it must be at least 1"),
+        (
+            {"count": 2, "router": {"name": "expert_choise"}},
+            "no 'expert_choise' in mmjax/nn/routers. Did you mean",
+        ),
+        ({"count": 2, "losses": {"blance": 1.0}}, "losses names 'blance'. Did you mean 'balance'"),
         ({"count": 2, "groop": 3}, "groop"),
         ({"count": 2, "losses_over": "groups"}, "losses_over is 'groups'. Did you mean 'group'"),
         (
@@ -294,4 +297,4 @@ def test_groups_of_the_config_are_those_that_compete() -> None:
 )
 def test_mistakes(config: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        Experts(WIDTH, HIDDEN, config)
+        layers.experts(WIDTH, HIDDEN, config)

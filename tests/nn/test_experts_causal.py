@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
 
 from mmjax.core.parameters import Declaration
-from mmjax.nn.experts import Experts
 from mmjax.nn.stream import Stream
 
 CAUSAL = {
@@ -19,7 +19,7 @@ CAUSAL = {
 
 def test_its_gradient_does_not_reach_the_tokens() -> None:
     """MoMa (Lin et al. 2024) trains it on a trunk that it does not change."""
-    declaration = Declaration(Experts(4, 5, CAUSAL))
+    declaration = Declaration(layers.experts(4, 5, CAUSAL))
     rng = np.random.default_rng(0)
     p = {n: jnp.asarray(rng.normal(size=s.shape)) for n, s in declaration.specs.items()}
     tokens = jnp.asarray(rng.normal(size=(2, 6, 4)))

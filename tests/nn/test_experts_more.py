@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
 import pytest
 import toyrun
@@ -16,9 +17,8 @@ from flax import nnx
 
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
-from mmjax.nn.experts import Experts
 from mmjax.nn.masks import Causal
-from mmjax.nn.routers import TokenChoice
+from mmjax.nn.routers.token_choice import TokenChoice
 from mmjax.nn.stream import Stream
 from mmjax.nn.trunk import GroupConfig, Trunk
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def experts(config: Any) -> tuple[Declaration, dict[str, np.ndarray]]:
-    declaration = Declaration(Experts(WIDTH, HIDDEN, config))
+    declaration = Declaration(layers.experts(WIDTH, HIDDEN, config))
     return declaration, random(declaration)
 
 
@@ -72,7 +72,9 @@ def test_noise_is_drawn_in_training_and_not_without_a_key() -> None:
     config = {**TOKENS, "router": {**TOKENS["router"], "noise": 1.0}, "losses": {"load": 1.0}}  # type: ignore[dict-item]
     declaration, p = experts(config)
     model = declaration.merge(p)
-    plain = Declaration(Experts(WIDTH, HIDDEN, TOKENS)).merge(p)(stream(), jax.random.key(3))[0]
+    plain = Declaration(layers.experts(WIDTH, HIDDEN, TOKENS)).merge(p)(
+        stream(), jax.random.key(3)
+    )[0]
     np.testing.assert_array_equal(model(stream(), None)[0], plain)
     noisy = [model(stream(), jax.random.key(seed)) for seed in (0, 1)]
     assert (noisy[0][0] != noisy[1][0]).any() and (noisy[0][0] != plain).any()
@@ -197,16 +199,16 @@ def _first(model: Any) -> Any:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"losses": {"load": 1.0}}, "'load' needs a router with noise"),
-        ({"router": {"name": "token_choice"}, "causal": {"hidden": 3}}, "causal is for the router expert_choice"),
-        ({"router": {"name": "soft"}, "losses": {"z": 1.0}}, "a soft router has no auxiliary losses"),
-        ({"router": {"name": "soft"}, "local": {"text": 1.0}}, "a soft router has no auxiliary losses"),
+        ({"losses": {"load": 1.0}}, "losses.load needs a router with noise"),
+        ({"router": {"name": "token_choice"}, "causal": {"hidden": 3}}, "causal is for a router whose experts choose"),
+        ({"router": {"name": "soft"}, "losses": {"z": 1.0}}, "router is Soft, which has no auxiliary losses"),
+        ({"router": {"name": "soft"}, "local": {"text": 1.0}}, "router is Soft, which has no auxiliary losses"),
         ({"causal": {"hiden": 3}}, "Did you mean 'hidden'"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_said(config: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        Experts(WIDTH, HIDDEN, {"count": 3, **config})
+        layers.experts(WIDTH, HIDDEN, {"count": 3, **config})
 
 
 # --- what is told ------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import layers
 import numpy as np
 import pytest
 from flax import nnx
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from mmjax.blocks.transformer import PARTS, Transformer
+from mmjax.blocks.transformer import PARTS
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.nn.dense import norm_of
@@ -67,7 +68,9 @@ def mlp(p: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
 
 
 def run(p: dict[str, Any], x: Any, places: Any = None, **words: Any) -> np.ndarray:
-    declaration = Declaration(Transformer(WIDTH, HEADS, HIDDEN, **words))
+    declaration = Declaration(
+        layers.block("transformer", WIDTH, heads=HEADS, hidden=HIDDEN, **words)
+    )
     attributes = {} if places is None else {"position": jnp.asarray(places)}
     layout = (("text", 2), ("image", 3))
     stream = Stream(jnp.asarray(x), attributes=attributes, mask=Causal(), layout=layout)
@@ -82,7 +85,7 @@ PLACES = np.broadcast_to(np.arange(LENGTH), (ROWS, LENGTH))
 @pytest.mark.parametrize("order", ["pre", "post"])
 def test_against_numpy(order: str, qk_norm: bool) -> None:
     words = {**LLAMA, "order": order, "qk_norm": qk_norm}
-    p = random(Declaration(Transformer(WIDTH, HEADS, HIDDEN, **words)))
+    p = random(Declaration(layers.block("transformer", WIDTH, heads=HEADS, hidden=HIDDEN, **words)))
     x, first, second = X, p["attention_norm/scale"], p["mlp_norm/scale"]
     if order == "pre":
         x = x + attention(p, norm(x, first), PLACES)
@@ -97,7 +100,7 @@ def test_against_numpy(order: str, qk_norm: bool) -> None:
 @given(st.permutations(range(LENGTH)))
 def test_tokens_in_another_order_of_storage_are_the_same_tokens(order: list[int]) -> None:
     """What says where a token stands is its `position`: for the mask, and for the rotation."""
-    p = random(Declaration(Transformer(WIDTH, HEADS, HIDDEN, **LLAMA)))
+    p = random(Declaration(layers.block("transformer", WIDTH, heads=HEADS, hidden=HIDDEN, **LLAMA)))
     straight = run(p, X, PLACES, **LLAMA)
     at = np.asarray(order)
     np.testing.assert_allclose(run(p, X[:, at], PLACES[:, at], **LLAMA), straight[:, at], rtol=1e-9)
@@ -151,7 +154,9 @@ def test_token_by_token_is_the_whole_at_once(order: str, untie: tuple[str, ...])
 
 def test_every_norm_can_be_untied() -> None:
     words: Any = {**LLAMA, "qk_norm": True, "untie": PARTS, "modalities": ["text", "image"]}
-    declaration = Declaration(Transformer(WIDTH, HEADS, HIDDEN, **words))
+    declaration = Declaration(
+        layers.block("transformer", WIDTH, heads=HEADS, hidden=HIDDEN, **words)
+    )
     assert all("/text" in n or "/image" in n for n in declaration.specs)
     p = random(declaration)
     dense = {n.replace("/text", ""): v for n, v in p.items() if "/text" in n}
@@ -163,7 +168,9 @@ def test_every_norm_can_be_untied() -> None:
 @pytest.mark.parametrize("order", ["pre", "post"])
 def test_gradients_are_finite_differences(order: str) -> None:
     words = {**LLAMA, "order": order, "qk_norm": True}
-    declaration = Declaration(Transformer(WIDTH, HEADS, HIDDEN, **words))
+    declaration = Declaration(
+        layers.block("transformer", WIDTH, heads=HEADS, hidden=HIDDEN, **words)
+    )
 
     def value(p: Any, x: jax.Array) -> jax.Array:
         stream = Stream(x, mask=Causal())
@@ -204,14 +211,14 @@ def test_norms_and_rotations_are_done_in_float32(dtype: str) -> None:
 @pytest.mark.parametrize(
     "words, said",
     [
-        ({"norm": "rsm"}, "no norm 'rsm'. Did you mean 'rms'"),
-        ({"mlp": "swigl"}, "no MLP 'swigl'. Did you mean 'swiglu'"),
-        ({"order": "pst"}, "no order 'pst' of a block. Did you mean 'post'"),
+        ({"norm": "rsm"}, "norm is 'rsm'. Did you mean 'rms'"),
+        ({"mlp": "swigl"}, "mlp is 'swigl'. Did you mean 'swiglu'"),
+        ({"order": "pst"}, "order is 'pst'. Did you mean 'post'"),
         ({"rotary": -1.0}, "rotary is -1.0"),
     ],
 )
 def test_names_that_are_not_there(words: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        Transformer(WIDTH, HEADS, HIDDEN, **words)
+        layers.block("transformer", WIDTH, heads=HEADS, hidden=HIDDEN, **words)
     with pytest.raises(UserError, match="heads have 3 numbers"):
-        Transformer(6, 2, HIDDEN, rotary=10.0)
+        layers.block("transformer", 6, heads=2, hidden=HIDDEN, rotary=10.0)

@@ -14,18 +14,17 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from mmjax.core.errors import UserError
-from mmjax.nn.routers import (
-    ExpertChoice,
-    Router,
-    Slots,
-    Soft,
-    TokenChoice,
+from mmjax.nn.router_losses import (
     balance_loss,
     entropy_losses,
     importance_loss,
     load_loss,
     z_loss,
 )
+from mmjax.nn.routers.base import Router, Slots
+from mmjax.nn.routers.expert_choice import ExpertChoice
+from mmjax.nn.routers.soft import Soft
+from mmjax.nn.routers.token_choice import TokenChoice
 
 Weights = np.ndarray  # [T, E]: of each expert's output in each token's sum
 

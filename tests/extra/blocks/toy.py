@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,13 @@ from mmjax.nn.dense import Dense
 from mmjax.nn.stream import Aux, Stream, no_aux
 
 
-class Toy(nnx.Module):
+@dataclass(frozen=True)
+class Toy:
+    def build(self, width: int) -> ToyBlock:
+        return ToyBlock(width)
+
+
+class ToyBlock(nnx.Module):
     def __init__(self, width: int):
         self.inner = Dense(width, width, ("embed", "mlp"))
 

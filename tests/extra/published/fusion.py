@@ -10,7 +10,7 @@ VIT = {
     "model.width": 768, "layers.count": 12, "layers.heads": 12, "layers.hidden": 3072, "layers.bias": True,
     "layers.attention_bias": True, "layers.qk_norm": False, "layers.norm": "layer", "layers.eps": 1e-6,
     "layers.mlp": "gelu", "layers.order": "pre", "layers.rotary": 0.0, "model.norm": "layer", "model.norm_eps": 1e-6,
-    "layers.untie": (), "layers.experts": (), "modalities.video.positions": "table",
+    "layers.experts": (), "modalities.video.positions": "table",
     "modalities.spectrogram.positions": "table",
 }  # fmt: skip
 
@@ -67,7 +67,7 @@ def mbt() -> Recipe:
 
 def zorro() -> Recipe:
     paper, port = "[K] Recasens et al. 2023", "[C] zorro-pytorch"
-    rows = clips() + same(paper, {**VIT, "layers.name": "transformer"})
+    rows = clips() + same(paper, {**VIT, "layers.name": "transformer", "layers.untie": ()})
     rows += same(port, {
         "name": "fusion", "modalities": ("video", "spectrogram"), "mask": "zorro", "reading": "each", "shared": False,
     }, "tasks.sounds.objective.")  # fmt: skip

@@ -1,0 +1,1 @@
+"""Routers that a block with experts may name in its config."""
