@@ -136,7 +136,7 @@ IMP = {
         "One task's gradient at each step, against one update by the gradients of a whole period, summed.",
         summed=_imp("small", f"optimizer.accumulate={PERIOD}"),
         summed_twice_the_rate=_imp(
-            "released", f"optimizer.accumulate={PERIOD}", "optimizer.learning_rate=4e-3"
+            "small", f"optimizer.accumulate={PERIOD}", "optimizer.learning_rate=4e-3"
         ),
     ),
     "imp_resolutions": _against_imp(
