@@ -1,4 +1,4 @@
-"""Configs: data only, every key checked, overrides, and what a change means for a run that exists."""
+"""Config files: reading, overriding and checking them."""
 
 from __future__ import annotations
 
@@ -11,38 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from config_files import _JSON, TINY
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mmjax.core import config as configs
 from mmjax.core.errors import UserError
-from mmjax.run_config import RunConfig
-
-ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "tests" / "configs" / "tiny.py"
-QUICKSTART = ROOT / "configs" / "quickstart.py"
-
-_NAMES = st.text("abcdefgh_", min_size=1, max_size=4)
-_LEAVES = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**12), 10**12)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=5)
-)
-_JSON = st.recursive(
-    _LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_NAMES, inner, max_size=3)
-)
-_BLOCKS = st.dictionaries(_NAMES, _JSON, max_size=4)
 
 
 def written(tmp_path, text: str) -> str:
     path = tmp_path / "made.py"
     path.write_text(text)
     return str(path)
-
-
-# --- files -------------------------------------------------------------------------------------
 
 
 def test_a_file_gives_plain_data():
@@ -136,9 +115,6 @@ def test_the_checkout_ships_its_configs():
     assert "quickstart" in there and set(configs.shipped()) == there
 
 
-# --- leaves ------------------------------------------------------------------------------------
-
-
 @settings(deadline=None)
 @given(_JSON)
 def test_json_data_passes_unchanged(value):
@@ -157,9 +133,6 @@ def test_tuples_become_lists(value):
 def test_other_leaves_are_refused_by_key(leaf):
     with pytest.raises(UserError, match=r"config\.a\[0\]\.b "):
         configs.plain({"a": [{"b": leaf}]}, "config")
-
-
-# --- overrides ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -210,9 +183,6 @@ def test_assignments_that_cannot_be(assignment, words):
     with pytest.raises(UserError) as raised:
         configs.override({"a": {"b": 1}}, [assignment])
     assert words in str(raised.value)
-
-
-# --- schema ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -271,9 +241,6 @@ def test_wrong_blocks_name_the_key(block, words):
         configs.build(Outer, block, "config")
     for word in words:
         assert word in str(raised.value)
-
-
-# --- names -------------------------------------------------------------------------------------
 
 
 def test_names_are_the_modules_that_are_there():
@@ -347,296 +314,3 @@ def test_a_module_without_its_class_is_named(tmp_path, monkeypatch):
         UserError, match=r"hollow_of_this_test.py does not define 'HollowOfThisTest'"
     ):
         configs.resolve("evaluators", "hollow_of_this_test", "evaluators.a")
-
-
-# --- comparing ---------------------------------------------------------------------------------
-
-
-@settings(deadline=None)
-@given(_BLOCKS)
-def test_a_config_is_compatible_with_itself(block):
-    again = json.loads(json.dumps(block, sort_keys=True))
-    assert configs.check_compatible(block, again, allow_change=False, schema=RunConfig) == []
-
-
-@settings(deadline=None)
-@given(_BLOCKS, _BLOCKS)
-def test_a_difference_is_seen_from_both_sides(one, two):
-    there, back = configs.compare(one, two, RunConfig), configs.compare(two, one, RunConfig)
-    assert [(d.key, d.kind, d.saved, d.new) for d in there] == [
-        (d.key, d.kind, d.new, d.saved) for d in back
-    ]
-
-
-@settings(deadline=None)
-@given(_BLOCKS, st.data())
-def test_every_changed_leaf_is_found(block, data):
-    leaves = [(k, v) for k, v in configs.flat(block) if not isinstance(v, dict)]
-    if not leaves:
-        return
-    key, value = data.draw(st.sampled_from(leaves))
-    changed = json.loads(json.dumps(block))
-    *parents, last = key.split(".")
-    inner = changed
-    for parent in parents:
-        inner = inner[int(parent) if isinstance(inner, list) else parent]
-    inner[int(last) if isinstance(inner, list) else last] = new = f"not {value}"
-    assert [(d.key, d.saved, d.new) for d in configs.compare(block, changed, RunConfig)] == [
-        (key, value, new)
-    ]
-
-
-MADE_OF_STATE = (["name"], ["moments_dtype"], ["factored"])
-
-
-def expected_class(key: str) -> str:
-    """What `design.md` says, by the words of the key."""
-    first, *rest = key.split(".")
-    if first in ("steps", "log", "checkpoint", "mesh", "loader", "limits", "evaluation"):
-        return "free"
-    if first == "schedule" or first == "optimizer" and rest not in MADE_OF_STATE:
-        return "schedule"
-    if first == "tasks":
-        inner = rest[1]
-        if inner in ("share", "batch", "inputs", "objective", "view"):
-            return "schedule"
-        if inner in ("evaluators", "microbatches") or rest[1:] == ["source", "folder"]:
-            return "free"
-    if key == "model.remat" or first == "modalities" and rest[1:] == ["folder"]:
-        return "free"
-    return "structural"
-
-
-@pytest.mark.parametrize("path", [TINY, QUICKSTART], ids=["tiny", "quickstart"])
-def test_every_key_has_its_class(path):
-    block = configs.read_file(str(path))
-    found = {key: configs.key_class(key, RunConfig, block) for key, _ in configs.flat(block)}
-    assert found == {key: expected_class(key) for key in found}
-    assert set(found.values()) == {"free", "schedule", "structural"}
-
-
-# What the blocks named a are; those of other names are not in the config.
-NAMED: dict[str, Any] = {
-    "modalities": {
-        "image": {"name": "image"},
-        "text": {"name": "text"},
-        "video": {"name": "video"},
-        "sound": {"name": "spectrogram"},
-        "wave": {"name": "waveform"},
-        "colours": {"name": "colours"},
-        "gone": {"name": "module_of_a_folder_not_added"},
-    },
-    "model": {"groups": [{"pattern": [{"name": "transformer"}, {"name": "mamba"}]}]},
-    "tasks": {
-        "a": {"source": {"name": "tfds"}, "objective": {"name": "contrastive"}},
-        "b": {"source": {"name": "array_record"}},
-        "c": {"source": {"name": "moving_emoji"}},
-        "d": {"source": {"name": "joined", "left": {"name": "tfds"}}},
-        "gone": {"source": {"name": "module_of_a_folder_not_added"}},
-    },
-}
-
-
-@pytest.mark.parametrize(
-    ("key", "kind"),
-    [
-        ("steps", "free"),
-        ("log.every", "free"),
-        ("mesh.data", "free"),
-        ("loader.threads", "free"),
-        ("limits.programs", "free"),
-        ("limits.stuck", "free"),
-        ("limits.non_finite", "schedule"),
-        ("limits.divergence", "schedule"),
-        ("limits.divergence_visits", "schedule"),
-        ("limits.old", "free"),
-        ("profile.steps", "free"),
-        ("checkpoint.keep", "free"),
-        ("evaluation.batch", "free"),
-        ("model.remat", "free"),
-        ("tasks.a.evaluators.b.at", "free"),
-        ("tasks.a.source.folder", "free"),
-        ("tasks.c.source.folder", "free"),
-        ("tasks.b.source.partial", "free"),
-        ("tasks.b.source.path", "structural"),
-        ("tasks.d.source.left.folder", "structural"),
-        ("modalities.text.folder", "free"),
-        ("modalities.image.folder", "free"),
-        ("modalities.text.pad_vocabulary_to", "free"),
-        ("modalities.text.vocabulary", "structural"),
-        ("modalities.image.max_pixels", "free"),
-        ("modalities.colours.max_pixels", "free"),
-        ("modalities.video.max_frames", "free"),
-        ("modalities.sound.max_seconds", "free"),
-        ("modalities.wave.max_seconds", "free"),
-        ("modalities.wave.name", "structural"),
-        ("tasks.a.share", "schedule"),
-        ("tasks.a.batch", "schedule"),
-        ("tasks.a.inputs.image.size", "schedule"),
-        ("tasks.a.buckets.b.share", "schedule"),
-        ("tasks.a.objective.temperature", "schedule"),
-        ("tasks.a.view", "schedule"),
-        ("tasks.a.microbatches", "free"),
-        ("init_from.path", "structural"),
-        ("init_from.strict", "free"),
-        ("init_from.non_finite", "free"),
-        ("optimizer.view", "schedule"),
-        ("optimizer.rules.0.freeze", "schedule"),
-        ("schedule.rule", "schedule"),
-        ("optimizer.learning_rate", "schedule"),
-        ("optimizer.momentum", "schedule"),
-        ("optimizer.name", "structural"),
-        ("optimizer.moments_dtype", "structural"),
-        ("optimizer.factored", "structural"),
-        ("seed", "structural"),
-        ("dtype.parameters", "structural"),
-        ("model.width", "structural"),
-        ("model.groups.0.repeat", "structural"),
-        ("modalities.image.patch", "structural"),
-        ("tasks.a.source.split", "structural"),
-        ("tasks.a.source.dataset", "structural"),
-        # A name that only begins like one of a freer class.
-        ("steps_of_old", "structural"),
-        ("logs", "structural"),
-        ("tasks.a.shares", "structural"),
-        ("steps.old", "free"),
-        # Blocks of layers.
-        ("model.groups.0.pattern.0.kernel", "free"),
-        ("model.groups.0.pattern.1.kernel", "free"),
-        ("model.groups.7.pattern.0.kernel", "free"),
-        ("model.groups.0.pattern.0.experts.losses_over", "schedule"),
-        ("model.groups.0.pattern.0.experts.count", "structural"),
-        ("model.groups.0.pattern.0.experts.kernel", "structural"),
-        ("model.groups.0.pattern.0.heads", "structural"),
-        ("tasks.a.objective.unimodal.0.pattern.0.kernel", "schedule"),
-        # Whole blocks, where one of the configs has an empty one.
-        ("schedule", "schedule"),
-        ("optimizer", "schedule"),
-        ("loader", "free"),
-        ("tasks.a.evaluators", "free"),
-        ("tasks", "structural"),
-        ("modalities.text", "structural"),
-        # Keys that are no more, and components that are not there.
-        ("optimizer.old", "schedule"),
-        ("schedule.phases.0.old", "schedule"),
-        ("init_from.old", "structural"),
-        ("modalities.text.old", "structural"),
-        ("modalities.text.max_pixels", "structural"),
-        ("modalities.gone.size", "structural"),
-        ("tasks.gone.source.size", "structural"),
-        ("tasks.gone.share", "schedule"),
-        ("tasks.other.evaluators.b.old", "free"),
-        ("old.key", "structural"),
-    ],
-)
-def test_key_classes(key, kind):
-    assert configs.key_class(key, RunConfig, NAMED) == kind
-
-
-@dataclass
-class Leaf:
-    stated: int = field(default=0, metadata=configs.STRUCTURAL)
-    silent: int = 0
-
-
-@dataclass
-class Root:
-    one: Leaf = field(metadata=configs.FREE)
-    many: tuple[Leaf, ...] = field(metadata=configs.SCHEDULE)
-    by_name: dict[str, Leaf] | None = field(default=None, metadata=configs.FREE)
-    later: dict[str, dict[str, Any]] = field(
-        default_factory=dict, metadata=configs.holds(Leaf, {"silent": "schedule"})
-    )
-    silent: int = 0
-
-
-def test_a_field_states_the_class_of_what_it_holds_unless_that_states_its_own():
-    expected = {
-        "one.stated": "structural",
-        "one.silent": "free",
-        "many.3.stated": "structural",
-        "many.3.silent": "schedule",
-        "by_name.x.silent": "free",
-        "by_name.x.stated": "structural",
-        "later.x.stated": "structural",
-        "later.x.silent": "schedule",
-        "silent": "structural",
-    }
-    assert {key: configs.key_class(key, Root) for key in expected} == expected
-
-
-def test_the_name_of_a_block_is_that_of_the_new_config_or_else_of_the_saved_one():
-    """A key counts as what it is in the config that has the component."""
-    saved = {"modalities": {"a": {"name": "image", "max_pixels": 9}, "b": {"name": "text"}}}
-    new = {"modalities": {"a": {"name": "image"}, "b": {"name": "text", "max_pixels": 9}}}
-    kinds = {d.key: d.kind for d in configs.compare(saved, new, RunConfig)}
-    assert kinds == {"modalities.a.max_pixels": "free", "modalities.b.max_pixels": "structural"}
-    kinds = {d.key: d.kind for d in configs.compare({**saved, "steps": 1}, {"steps": 1}, RunConfig)}
-    assert kinds == {
-        "modalities.a.name": "structural",
-        "modalities.a.max_pixels": "free",
-        "modalities.b.name": "structural",
-    }
-
-
-def saved() -> dict[str, Any]:
-    return {
-        "steps": 10,
-        "model": {"width": 8},
-        "tasks": {"a": {"share": 1, "source": {"name": "x"}}},
-    }
-
-
-def changed(**keys: Any) -> dict[str, Any]:
-    return configs.override(saved(), [f"{k.replace('__', '.')}={v!r}" for k, v in keys.items()])
-
-
-def test_free_changes_are_told():
-    found = configs.check_compatible(
-        saved(), changed(steps=20), allow_change=False, schema=RunConfig
-    )
-    assert [str(d) for d in found] == ["steps (free): saved 10, now 20"]
-
-
-def test_schedule_changes_ask_for_a_word():
-    new = changed(tasks__a__share=3)
-    with pytest.raises(UserError, match="--allow_change") as raised:
-        configs.check_compatible(saved(), new, allow_change=False, schema=RunConfig)
-    assert "tasks.a.share (schedule): saved 1, now 3" in str(raised.value)
-    [difference] = configs.check_compatible(saved(), new, allow_change=True, schema=RunConfig)
-    assert difference.kind == "schedule"
-
-
-@pytest.mark.parametrize("allow_change", [False, True])
-def test_structural_changes_are_refused(allow_change):
-    with pytest.raises(UserError, match="another --workdir") as raised:
-        configs.check_compatible(
-            saved(), changed(model__width=16, steps=11), allow_change, RunConfig
-        )
-    assert "model.width (structural): saved 8, now 16" in str(raised.value)
-    assert "steps" not in str(raised.value), "only what is in the way is shown"
-
-
-def test_a_whole_task_comes_and_goes_as_schedule():
-    new = saved()
-    new["tasks"]["b"] = {"share": 1, "source": {"name": "y"}}
-    [came], [went] = (
-        configs.compare(saved(), new, RunConfig),
-        configs.compare(new, saved(), RunConfig),
-    )
-    assert (came.kind, went.kind) == ("schedule", "schedule")
-    assert (str(came), str(went)) == (
-        "tasks.b (schedule): saved None, now {...}",
-        "tasks.b (schedule): saved {...}, now None",
-    )
-
-
-def test_a_task_that_changes_its_data_is_structural_still():
-    new = changed(tasks__a__source__name="y")
-    assert [d.kind for d in configs.compare(saved(), new, RunConfig)] == ["structural"]
-
-
-def test_a_key_that_one_side_lacks_is_a_difference():
-    new = saved() | {"seed": 3}
-    [difference] = configs.compare(saved(), new, RunConfig)
-    assert (difference.key, difference.saved, difference.new) == ("seed", None, 3)
