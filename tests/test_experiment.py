@@ -54,13 +54,13 @@ def experiment(*overrides: str, **more: Any) -> Experiment:
         ("tasks={}", "config.tasks is empty"),
         ("tasks.image_text.share=-1", "tasks.image_text.share is -1; it must be at least 0"),
         ("schedule.rule='share'", "Did you mean 'shares'?"),
-        ("schedule.phases=[{'weights': {'image_text': 1}}]", "'start'"),
+        ("schedule.phases=[{'weights': {'image_text': 1}}]", "schedule.phases[0].start' is missing"),
         ("schedule.phases=[{'start': 3, 'weights': 5}]", "schedule.phases[0].weights' is 5"),
         (
             "schedule.phases=[{'start': 3, 'weights': {'imagetext': 1}}]",
             "no task 'imagetext'. Did you mean 'image_text'?",
         ),
-        ("schedule.phases=[{'begin': 3, 'weights': {'image_text': 1}}]", "'begin'"),
+        ("schedule.phases=[{'begin': 3, 'weights': {'image_text': 1}}]", "'config.schedule.phases[0].begin'"),
         ("dtype.compute='float16'", "float16"),
     ],
 )  # fmt: skip

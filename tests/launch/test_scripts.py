@@ -252,7 +252,7 @@ def test_quickstart_sets_up_builds_and_trains_in_the_root(machine: Machine) -> N
         "3.11.7 -m mmjax train --config=configs/quickstart.py --workdir=runs/quickstart"
         " --config.steps=3 --config.note=a b"
     )
-    assert how == f"6 arguments in {machine.root}"
+    assert how == f"7 arguments in {machine.root}"
 
 
 def test_second_time_calls_no_pip(machine: Machine) -> None:
@@ -315,7 +315,7 @@ def test_a_first_install_cut_short_is_made_again_from_nothing(machine: Machine) 
         "venv",
         "pip",
         "pip",
-        "mmjax build",
+        "mmjax",
     ]
     assert not leftover.exists()
 

@@ -123,7 +123,7 @@ def test_append_replaces_what_has_not_begun():
         "shares",
         {"a": 1},
         0,
-        [{"start": 10, "weights": {"b": 1}}, {"start": 20, "weights": {"c": 1}}],
+        [PhaseConfig(10, {"b": 1}), PhaseConfig(20, {"c": 1})],
     )
     changed = schedule.append(15, {"d": 1}, now=12)
     assert [segment.start for segment in changed.segments] == [0, 10, 15]
