@@ -1,8 +1,8 @@
 """CoCa (Yu et al. 2022): contrastive learning and captioning in one pass.
 
-    python -m mmjax.datasets.build emoji
-    python -m mmjax.train --config=configs/coca.py:2b --workdir=runs/coca-2b
-    python -m mmjax.train --config=configs/coca.py:small --workdir=runs/coca-small
+    mmjax build emoji
+    mmjax train --config=coca:2b --workdir=runs/coca-2b
+    mmjax train --config=coca:small --workdir=runs/coca-small
 
 Settings: `2b` is of the paper's size, 2.1 billion parameters, `base` and `large` are its smaller models, and `small` is
 the same recipe on drawings with smaller numbers.

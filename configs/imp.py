@@ -1,9 +1,9 @@
 """IMP (Akbari et al. 2023): one encoder for images, videos, sounds and texts, trained on six tasks in turn.
 
-    python -m mmjax.train --config=configs/imp.py:b --workdir=runs/imp-b
+    mmjax train --config=imp:b --workdir=runs/imp-b
 
-    python -m mmjax.datasets.build emoji speech notes
-    python -m mmjax.train --config=configs/imp.py:small --workdir=runs/imp-small
+    mmjax build emoji speech notes
+    mmjax train --config=imp:small --workdir=runs/imp-small
 
 Settings, each also with `-mixed`, in which videos come in three shapes of as many tokens each (for the published sizes
 256: as released, of twice the frames, and of 320 pixels):

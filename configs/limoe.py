@@ -1,8 +1,8 @@
 """LIMoE (Mustafa et al. 2022): one sparse tower for images and texts, trained contrastively.
 
-    python -m mmjax.datasets.build emoji
-    python -m mmjax.train --config=configs/limoe.py:b16 --workdir=runs/limoe-b16
-    python -m mmjax.train --config=configs/limoe.py:small --workdir=runs/limoe-small
+    mmjax build emoji
+    mmjax train --config=limoe:b16 --workdir=runs/limoe-b16
+    mmjax train --config=limoe:small --workdir=runs/limoe-small
 
 Both modalities pass one transformer, each attending to its own tokens, and tokens of both compete for the 32 experts of
 every other layer: one expert a token, those first that the router is surest of. Settings are `b16`, `l16` and `h14`,

@@ -1,9 +1,9 @@
 """MBT (Nagrani et al. 2021): video and sound of one event, fused through 4 tokens from layer 8 on.
 
-    python -m mmjax.train --config=configs/mbt.py:b --workdir=runs/mbt-b
+    mmjax train --config=mbt:b --workdir=runs/mbt-b
 
-    python -m mmjax.datasets.build notes
-    python -m mmjax.train --config=configs/mbt.py:small --workdir=runs/mbt-small
+    mmjax build notes
+    mmjax train --config=mbt:small --workdir=runs/mbt-small
 
 Settings: `b` is of the paper's size. `small` classifies notes by 128 instruments; these data force other modalities:
 the same note as a spectrogram and as a waveform.

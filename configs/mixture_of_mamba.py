@@ -1,8 +1,8 @@
 """Mixture-of-Mamba (Liang et al. 2025): a Mamba whose projections are by modality.
 
-    python -m mmjax.datasets.build emoji
-    python -m mmjax.train --config=configs/mixture_of_mamba.py:1b --workdir=runs/mixture-of-mamba-1b
-    python -m mmjax.train --config=configs/mixture_of_mamba.py:small --workdir=runs/mixture-of-mamba-small
+    mmjax build emoji
+    mmjax train --config=mixture_of_mamba:1b --workdir=runs/mixture-of-mamba-1b
+    mmjax train --config=mixture_of_mamba:small --workdir=runs/mixture-of-mamba-small
 
 Settings: `1b` is of the paper's size, 1.4 billion, and `small` the same recipe with smaller numbers. Their tasks are
 those of `mot.py:7b-transfusion`; each also with `-chameleon`, those of `mot.py:7b`, and with `-dense` behind that,

@@ -1,8 +1,8 @@
 """MoMa (Lin et al. 2024): texts and images as one sequence, with experts of their own for each of the two.
 
-    python -m mmjax.datasets.build emoji
-    python -m mmjax.train --config=configs/moma.py:1b --workdir=runs/moma-1b
-    python -m mmjax.train --config=configs/moma.py:small --workdir=runs/moma-small
+    mmjax build emoji
+    mmjax train --config=moma:1b --workdir=runs/moma-1b
+    mmjax train --config=moma:small --workdir=runs/moma-small
 
 Settings: `1b` is of the paper's size, `small` the same recipe with smaller numbers; each also with `-one`, `-mixed` and
 `-dense`.

@@ -1,8 +1,8 @@
 """Mixture-of-Transformers (Liang et al. 2024): parameters for each modality, attention over all tokens.
 
-    python -m mmjax.datasets.build emoji
-    python -m mmjax.train --config=configs/mot.py:7b --workdir=runs/mot-7b
-    python -m mmjax.train --config=configs/mot.py:small --workdir=runs/mot-small
+    mmjax build emoji
+    mmjax train --config=mot:7b --workdir=runs/mot-7b
+    mmjax train --config=mot:small --workdir=runs/mot-small
 
 Settings: `7b` is of the paper's size, with the parameters of 7 billion for each modality, and `small` the same recipe
 with smaller numbers; each also with `-transfusion`, and with `-dense` behind that, without copies.

@@ -1,11 +1,11 @@
 """Six tasks on one trunk: drawings, clips, speech and notes with their texts, classes, and masked drawings.
 
-python -m mmjax.datasets.build quickstart
-python -m mmjax.train --config=configs/quickstart.py --workdir=runs/quickstart
-python -m mmjax.train --config=configs/quickstart.py:30min --workdir=runs/quickstart-30min
+mmjax build quickstart
+mmjax train --config=quickstart --workdir=runs/quickstart
+mmjax train --config=quickstart:30min --workdir=runs/quickstart-30min
 
 Settings: `30min` is the same model and tasks, for longer. `30min-noto` is also evaluated on one more vendor's drawings,
-which need `pip install 'mmjax[noto]'` and `python -m mmjax.datasets.build emoji_noto`.
+which need `pip install 'mmjax[noto]'` and `mmjax build emoji_noto`.
 
 Hardware: a CPU with 2 cores: 900 steps of 5 to 14 GFLOP, 3 to 4 minutes with all evaluation, up to a minute more where
 nothing is compiled yet. Results (three seeds): recall at 10 of 51 % on drawings never seen (chance 4 %) and 52 % on

@@ -1,8 +1,8 @@
 """Transfusion (Zhou et al. 2024): text by its next token, images by diffusion, in one sequence.
 
-    python -m mmjax.datasets.build emoji
-    python -m mmjax.train --config=configs/transfusion.py:7b --workdir=runs/transfusion-7b
-    python -m mmjax.train --config=configs/transfusion.py:small --workdir=runs/transfusion-small
+    mmjax build emoji
+    mmjax train --config=transfusion:7b --workdir=runs/transfusion-7b
+    mmjax train --config=transfusion:small --workdir=runs/transfusion-small
 
 Settings: `7b` is of the paper's size, `small` the same recipe with smaller numbers; each also with `-alternating`.
 

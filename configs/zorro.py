@@ -1,9 +1,9 @@
 """Zorro (Recasens et al. 2023): one transformer of video and sound, whose mask keeps each pure.
 
-    python -m mmjax.train --config=configs/zorro.py:b --workdir=runs/zorro-b
+    mmjax train --config=zorro:b --workdir=runs/zorro-b
 
-    python -m mmjax.datasets.build notes
-    python -m mmjax.train --config=configs/zorro.py:small --workdir=runs/zorro-small
+    mmjax build notes
+    mmjax train --config=zorro:small --workdir=runs/zorro-small
 
 Settings: `b` is of the size of its ViT. `small` classifies notes by 128 instruments; these data force other modalities:
 the same note as a spectrogram and as a waveform. Full fusion, to compare with, is one key more:

@@ -24,7 +24,7 @@ from mmjax.core.errors import UserError
 from mmjax.experiment import make_experiment
 from mmjax.run_config import RunConfig
 
-COMMAND = re.compile(r"python -m mmjax.train --config=configs/([\w.:-]+) --workdir=runs/([\w-]+)")
+COMMAND = re.compile(r"mmjax train --config=([\w:-]+) --workdir=runs/([\w-]+)")
 
 
 def header(path: Path) -> str:
@@ -35,11 +35,11 @@ def header(path: Path) -> str:
 def test_a_config_says_how_to_run_it_and_names_its_settings(path: Path) -> None:
     words = header(path)
     assert "Hardware:" in words and "Result" in words
-    names = {name.replace(path.stem, path.name, 1) for name in names_of(path)}
+    names = set(names_of(path))
     commands = dict(COMMAND.findall(words))
     assert commands and set(commands) <= names
     for name, folder in commands.items():
-        assert folder == re.sub(r"\.py:?", "-", name).strip("-").replace("_", "-")
+        assert folder == re.sub("[:_]", "-", name)
     # Each word of a setting's name is in the header.
     parts = {part for name in names for part in name.partition(":")[2].split("-") if part}
     assert not {part for part in parts if not re.search(rf"[`:-]{part}\b", words)}
