@@ -20,7 +20,7 @@ from mmjax.core.sharding import make_mesh
 from mmjax.engine.compile import Program, compile_all
 from mmjax.engine.loader import HostBatch, Loader, process_rows
 from mmjax.experiment import Experiment, make_experiment
-from mmjax.schedule.rules import RULES
+from mmjax.schedule.rules.base import rule_of
 from mmjax.training.flight import dispatch
 from mmjax.training.session import Session, begin
 
@@ -120,7 +120,7 @@ class Steps:
     def period(self) -> int:
         """Steps after which the schedule begins anew."""
         segment = self.session.clock.schedule.segments[0]
-        return sum(RULES[segment.rule].counts([w for w in segment.weights.values() if w]))
+        return sum(rule_of(segment.rule).counts([w for w in segment.weights.values() if w]))
 
 
 def random_batch(experiment: Experiment, task: str, seed: int) -> HostBatch:

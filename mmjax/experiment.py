@@ -320,6 +320,9 @@ def _build(block: Mapping[str, Any], folder: str, used: Iterable[tuple[str, str]
     for name, each in evaluators.items():
         for source in (e.source for e in each.values() if "name" in e.source):
             configs.component("sources", source, f"tasks.{name}.evaluators.source")
+    for rule in (run.schedule.rule, *(phase.rule for phase in run.schedule.phases)):
+        if rule in configs.names("rules"):  # others are refused with the schedule
+            configs.resolve("rules", rule, "schedule.rule")
     extensions = configs.digests_of_extensions(used)
     return Experiment(dict(block), run, modalities, tasks, evaluators, declaration, extensions)
 

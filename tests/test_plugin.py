@@ -215,6 +215,21 @@ class TonesExamples(Examples):
         pitch = index % self.source.pitches
         return {"samples": np.sin(np.arange(8) * (pitch + 1) / 3 + index), "pitch": pitch}
 ''',
+    "rules/block.py": '''
+"""Each task runs all its visits of a period in one block."""
+from dataclasses import dataclass
+
+from mmjax.schedule.rules.base import Rule
+
+
+@dataclass(frozen=True)
+class Block(Rule):
+    def counts(self, weights):
+        return list(weights)
+
+    def order(self, weights, seed, first):
+        return [i for i, weight in enumerate(weights) for _ in range(weight)]
+''',
     "config.py": '''
 """All of them together."""
 
@@ -222,6 +237,7 @@ class TonesExamples(Examples):
 def get_config():
     return {
         "steps": 30,
+        "schedule": {"rule": "block"},
         "modalities": {"tone": {"name": "tone"}},
         "model": {
             "width": 8,

@@ -37,6 +37,7 @@ KINDS = {
     "modalities": "mmjax.modalities",
     "objectives": "mmjax.objectives",
     "routers": "mmjax.nn.routers",
+    "rules": "mmjax.schedule.rules",
     "sources": "mmjax.sources",
 }
 _BASE = "base"  # the module of a kind that defines its interface

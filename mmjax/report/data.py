@@ -21,7 +21,7 @@ from mmjax.monitor import metrics
 from mmjax.monitor import summary as tally
 from mmjax.monitor.line_file import read_records
 from mmjax.schedule.config import PhaseConfig
-from mmjax.schedule.rules import RULES
+from mmjax.schedule.rules.base import rule_of
 from mmjax.schedule.schedule import Schedule
 from mmjax.schedule.stretches import from_config
 
@@ -171,7 +171,7 @@ def wanted_shares(schedule: Schedule, steps: int) -> dict[str, float]:
     ends = [segment.start for segment in schedule.segments[1:]] + [steps]
     for segment, end in zip(schedule.segments, ends, strict=True):
         running = {task: weight for task, weight in segment.weights.items() if weight}
-        counts = RULES[segment.rule].counts(list(running.values()))
+        counts = rule_of(segment.rule).counts(list(running.values()))
         length = max(min(end, steps) - segment.start, 0)
         for task, count in zip(running, counts, strict=True):
             wanted[task] += length * count / sum(counts) / max(steps, 1)

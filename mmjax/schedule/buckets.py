@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from mmjax.core.errors import UserError
-from mmjax.schedule.rules import turns
+from mmjax.schedule.rules.base import turns
 
 if TYPE_CHECKING:
     from mmjax.task import Task

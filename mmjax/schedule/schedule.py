@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmjax.core.errors import UserError
-from mmjax.schedule.rules import (
-    RULES,
+from mmjax.schedule.rules.base import (
     Period,
-    check_rule,
     check_weights,
     exact_integer,
     make_period,
+    rule_of,
 )
 
 
@@ -31,7 +30,7 @@ class Segment:
 
     Attributes:
       start: its first step.
-      rule: a name in `RULES`.
+      rule: the name of a rule (`mmjax/schedule/rules/`).
       weights: per task, in the order of the config, its share (or interval); 0 means never.
       base: visits of every task in the steps before `start`, also of tasks not in `weights`.
       seed: only `random` uses it.
@@ -44,10 +43,10 @@ class Segment:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_rule(self.rule)
+        rule = rule_of(self.rule)
         object.__setattr__(self, "start", exact_integer(self.start, "A schedule's start"))
         object.__setattr__(self, "seed", exact_integer(self.seed, "The schedule's seed", low=None))
-        object.__setattr__(self, "weights", check_weights(self.rule, self.weights))
+        object.__setattr__(self, "weights", check_weights(rule, self.weights, self.rule))
         names = list(dict.fromkeys([*self.base, *self.weights]))
         base = {t: exact_integer(self.base.get(t, 0), f"Task '{t}': base visits") for t in names}
         object.__setattr__(self, "base", base)
@@ -92,7 +91,7 @@ class Segment:
 
     @functools.cached_property
     def _counts(self) -> list[int]:
-        return RULES[self.rule].counts(tuple(self._running.values()))
+        return rule_of(self.rule).counts(tuple(self._running.values()))
 
     @functools.cached_property
     def _length(self) -> int:
@@ -101,7 +100,7 @@ class Segment:
     def _at(self, step: int) -> tuple[Period, int, int]:
         """The period that holds `step`, how many whole ones came before, the place in it."""
         turn, offset = divmod(step - self.start, self._length)
-        first, seed = (step - offset, self.seed) if RULES[self.rule].varies else (0, 0)
+        first, seed = (step - offset, self.seed) if rule_of(self.rule).varies else (0, 0)
         period = self._last.get(first)
         if period is None:
             period = make_period(self.rule, tuple(self._running.values()), seed, first)

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from mmjax.core.errors import UserError, nearest
 from mmjax.schedule.config import PhaseConfig
-from mmjax.schedule.rules import RULES, check_weights
+from mmjax.schedule.rules.base import check_weights, names, rule_of
 from mmjax.schedule.schedule import Schedule, Segment
 
 BUDGET = "budget"  # a rule of configs only: it becomes `shares` when step times are known
@@ -22,7 +22,7 @@ class Stretch:
 
     Attributes:
       start: its first step.
-      rule: a name in `RULES`, or `budget`.
+      rule: the name of a rule (`mmjax/schedule/rules/`), or `budget`.
       weights: per task, its share of the steps, its interval, or its share of the time.
     """
 
@@ -54,12 +54,14 @@ def stretch_at(planned: Sequence[Stretch], step: int) -> Stretch:
 
 
 def _stretch(start: int, rule: str, weights: Mapping[str, int], where: str) -> Stretch:
-    known = (*RULES, BUDGET)
+    known = (*names(), BUDGET)
     if rule not in known:
         raise UserError(
             f"{where}.rule: there is no schedule rule '{rule}'.{nearest(str(rule), known)}"
         )
-    return Stretch(start, rule, check_weights(rule, weights))
+    return Stretch(
+        start, rule, check_weights(None if rule == BUDGET else rule_of(rule), weights, rule)
+    )
 
 
 def from_config(
@@ -72,7 +74,7 @@ def from_config(
     """The schedule that a config describes.
 
     Args:
-      rule: a name in `RULES`, or `budget`.
+      rule: the name of a rule (`mmjax/schedule/rules/`), or `budget`.
       weights: task name -> share of the steps (`shares`, `random`), interval in passes
         (`interval`), or share of the time (`budget`), in the order in which tasks take turns.
         0: the task does not run.

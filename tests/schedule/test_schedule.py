@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from schedules import SEEDS, weights
 
 from mmjax.core.errors import UserError
-from mmjax.schedule import schedule as scheduling
 from mmjax.schedule.config import PhaseConfig
+from mmjax.schedule.rules.base import names
 from mmjax.schedule.schedule import Schedule, Segment
 from mmjax.schedule.stretches import BUDGET, from_config
 
-RULES = sorted(scheduling.RULES)
+RULES = names()
 
 
 @st.composite

@@ -1,0 +1,1 @@
+"""Rules of a schedule, by the name that a config gives."""

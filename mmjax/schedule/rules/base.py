@@ -1,0 +1,123 @@
+"""Rules of a schedule: how often each task runs in a period, and in which order.
+
+A rule is one file in `mmjax/schedule/rules/`, whose class is named like it. It sees the weights above zero, in the
+order of the config, and names a task by its place among them.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmjax.core import config as configs
+from mmjax.core.errors import UserError, nearest
+
+MAX_PERIOD = 1_000_000  # steps; a table of this many is built in seconds and held in megabytes
+
+
+@dataclass(frozen=True)
+class Rule(abc.ABC):
+    """How weights become periods, in integers alone, so that every machine finds the same order.
+
+    Attributes:
+      varies: whether periods differ from one another; else each is the first.
+      word: what a weight is called in messages.
+    """
+
+    varies: ClassVar[bool] = False
+    word: ClassVar[str] = "share"
+
+    @abc.abstractmethod
+    def counts(self, weights: Sequence[int]) -> list[int]:
+        """Return the visits of each task in a period; their sum is its length."""
+
+    @abc.abstractmethod
+    def order(self, weights: Sequence[int], seed: int, first: int) -> list[int]:
+        """Return the task of each step of the period that begins at step `first`."""
+
+
+def names() -> list[str]:
+    """Return the names of the rules, sorted."""
+    return configs.names("rules")
+
+
+@functools.cache
+def rule_of(name: str) -> Rule:
+    """Return the rule of a name.
+
+    Raises:
+      UserError: there is no such rule.
+    """
+    if name not in names():
+        raise UserError(f"There is no schedule rule '{name}'.{nearest(str(name), names())}")
+    rule: Rule = configs.resolve("rules", name, "schedule.rule")()
+    return rule
+
+
+@dataclass(frozen=True)
+class Period:
+    """The order of a period's steps, and where each task's are."""
+
+    order: NDArray[np.int32]  # [length], the task of each step
+    where: list[NDArray[np.int64]]  # per task, the steps at which it runs, ascending
+
+    def visits(self, task: int, offset: int) -> int:
+        """How often a task runs in the first `offset` steps."""
+        return int(np.searchsorted(self.where[task], offset))
+
+
+@functools.lru_cache(maxsize=16)
+def make_period(rule: str, weights: tuple[int, ...], seed: int, first: int) -> Period:
+    """Return a period of a rule under weights above zero."""
+    order = np.array(rule_of(rule).order(weights, seed, first), dtype=np.int32)
+    ends = np.cumsum(np.bincount(order, minlength=len(weights)))
+    return Period(order, np.split(np.argsort(order, kind="stable"), ends[:-1]))
+
+
+def turns(shares: tuple[int, ...]) -> Period:
+    """A period of the rule `shares`."""
+    return make_period("shares", shares, 0, 0)
+
+
+def exact_integer(value: Any, what: str, *, low: int | None = 0) -> int:
+    """Return an integer that is at least `low`; anything else is a `UserError` about `what`."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise UserError(f"{what} must be an integer; found {value!r}.")
+    if low is not None and value < low:
+        raise UserError(f"{what} must be {low} or more; found {value}.")
+    return int(value)
+
+
+def check_weights(rule: Rule | None, weights: Mapping[str, int], name: str = "") -> dict[str, int]:
+    """Return the weights of tasks as integers.
+
+    Args:
+      rule: what reads them; None where it is not settled yet, as under a budget.
+      weights: by task.
+      name: the rule's, for messages.
+
+    Raises:
+      UserError: a weight that is no integer from 0 up, no task that runs, or a period above `MAX_PERIOD`.
+    """
+    word = rule.word if rule else Rule.word
+    checked = {t: exact_integer(w, f"Task '{t}': its {word}") for t, w in weights.items()}
+    if not checked:
+        raise UserError("The schedule has no tasks. Give at least one.")
+    running = {task: weight for task, weight in checked.items() if weight}
+    if not running:
+        tasks = ", ".join(f"'{task}'" for task in checked)
+        raise UserError(f"No task would ever run: the {word} of each of {tasks} is 0.")
+    length = sum(rule.counts(tuple(running.values()))) if rule else 0
+    if length > MAX_PERIOD:
+        raise UserError(
+            f"The schedule {name} {running} repeats only after {length} steps, more than "
+            f"{MAX_PERIOD}. Use {word}s with smaller numbers or more common factors."
+        )
+    return checked
