@@ -10,7 +10,7 @@ import toyrun
 from mains import refused, run
 
 from mmjax import evaluate, train
-from mmjax.engine import steps
+from mmjax.engine import compile as compilation
 
 TOY = (f"--extra={toyrun.EXTRA}", f"--config={toyrun.CONFIG}")
 
@@ -18,7 +18,7 @@ TOY = (f"--extra={toyrun.EXTRA}", f"--config={toyrun.CONFIG}")
 def trained(folder: Path, *overrides: str) -> str:
     """The message of a training that is refused, and compiles no program of a task."""
     words = [f"--config.{each}" for each in overrides]
-    with mock.patch.object(steps, "_compile", side_effect=AssertionError("it compiled")):
+    with mock.patch.object(compilation, "_compile", side_effect=AssertionError("it compiled")):
         return refused(train.main, *TOY, f"--workdir={folder / 'run'}", *words)
 
 

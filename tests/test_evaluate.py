@@ -21,6 +21,7 @@ from mmjax.engine.loader import make_batch
 from mmjax.monitor import metrics, summary
 from mmjax.report import data
 from mmjax.sources.tfds import Tfds
+from mmjax.training import evaluation
 
 NAMES = [f"{pair} R@{k}" for pair in ("image to text", "text to image") for k in (1, 5, 10)]
 NAMES += ["zero-shot group", "held-out loss"]
@@ -124,21 +125,21 @@ def test_evaluators_are_free(copy):
 
 
 def test_results_are_whole_or_not_at_all(tmp_path, monkeypatch):
-    evaluate.write_results(epath.Path(tmp_path), [{"value": 1.0}])
+    evaluation.write_results(epath.Path(tmp_path), [{"value": 1.0}])
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space.*results.json"):
-        evaluate.write_results(epath.Path(tmp_path), [{"value": 2.0}])
+        evaluation.write_results(epath.Path(tmp_path), [{"value": 2.0}])
     assert results(tmp_path) == [{"value": 1.0}]
 
 
 def test_what_is_not_finite_is_written_as_metrics_have_it(tmp_path):
     """JSON has no NaN: another program reads the file, and the report reads floats."""
     records = [{"name": "a", "value": float("nan"), "chance": float("inf")}]
-    evaluate.write_results(epath.Path(tmp_path), records)
+    evaluation.write_results(epath.Path(tmp_path), records)
 
     def refuse(word: str) -> None:
         raise AssertionError(word)
@@ -157,14 +158,14 @@ def test_what_is_not_finite_is_written_as_metrics_have_it(tmp_path):
 
 def test_results_are_json_whatever_they_are(tmp_path):
     folder, records = epath.Path(tmp_path), [{"name": "loss", "value": math.inf, "step": 3}]
-    evaluate.write_results(folder, records)
+    evaluation.write_results(folder, records)
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is no JSON")
 
     assert json.loads((tmp_path / "results.json").read_text(), parse_constant=refuse)
-    assert evaluate.read_results(folder) == records
-    evaluate.append_evaluations(folder, records)
+    assert evaluation.read_results(folder) == records
+    evaluation.append_evaluations(folder, records)
     assert appended(tmp_path) == [{"name": "loss", "value": "inf", "step": 3}]
 
 
@@ -172,7 +173,7 @@ def test_evaluations_are_appended_whoever_appends_meanwhile(tmp_path, monkeypatc
     """In an object store, where an append replaces the object; and after a line that a kill has torn."""
     memory = tensorstore.KvStore.open({"driver": "memory"}).result()
     store = ObjectStore(memory, "evaluations.jsonl")
-    monkeypatch.setattr(evaluate, "object_store", lambda workdir, key: store)
+    monkeypatch.setattr(evaluation, "object_store", lambda workdir, key: store)
     real, calls = store.swap, [0]
 
     def raced(*arguments: Any) -> bool:
@@ -183,11 +184,11 @@ def test_evaluations_are_appended_whoever_appends_meanwhile(tmp_path, monkeypatc
 
     monkeypatch.setattr(store, "swap", raced)
     for value in (1, 2):
-        evaluate.append_evaluations(epath.Path("gs://bucket/run"), [{"value": value}])
+        evaluation.append_evaluations(epath.Path("gs://bucket/run"), [{"value": value}])
     lines = memory.read("evaluations.jsonl").result().value.decode().splitlines()
     assert [json.loads(line)["value"] for line in lines] == [1, 7, 2]
     (tmp_path / "evaluations.jsonl").write_text('{"value": 1}\n{"val')
-    evaluate.append_evaluations(epath.Path(tmp_path), [{"value": 2}])
+    evaluation.append_evaluations(epath.Path(tmp_path), [{"value": 2}])
     lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
     assert json.loads(lines[0]) == {"value": 1} and json.loads(lines[-1]) == {"value": 2}
 
@@ -231,7 +232,7 @@ def test_examples_that_cannot_be_read_are_told_and_left_out(copy, monkeypatch):
             failed = ((0, "emoji[0]: garbage"),)
         return rows, failed
 
-    monkeypatch.setattr(evaluate, "make_batch", failing)
+    monkeypatch.setattr(evaluation, "make_batch", failing)
     count = len(appended(copy))
     ended = run(evaluate.main, f"--workdir={copy}")
     assert ended.status == 0 and "emoji[0]: garbage" in ended.out
@@ -244,7 +245,7 @@ def test_no_example_at_all_is_an_error(copy, monkeypatch):
         rows["valid"][:] = False
         return rows, ()
 
-    monkeypatch.setattr(evaluate, "make_batch", failing)
+    monkeypatch.setattr(evaluation, "make_batch", failing)
     before = (copy / "results.json").read_text(), appended(copy)
     message = refused(evaluate.main, f"--workdir={copy}")
     assert "no example of emoji/1.0.0:test_drawing could be read" in message
@@ -259,6 +260,6 @@ def test_fields_of_several_processes_are_put_together(monkeypatch: pytest.Monkey
         assert mine == [2, {"label": second}]
         return [[0, {"label": first}], mine]
 
-    monkeypatch.setattr(evaluate.processes, "gather", gathered)
+    monkeypatch.setattr(evaluation.processes, "gather", gathered)
     kept = [{"label": np.array(part, np.int32)} for part in second]
-    assert evaluate._whole(kept, 2, 4)["label"].tolist() == list(range(8))
+    assert evaluation._whole(kept, 2, 4)["label"].tolist() == list(range(8))

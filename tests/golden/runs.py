@@ -96,8 +96,8 @@ def vectors(workdir: Path) -> list[list[float]]:
     model = mmjax.load(str(workdir))
     if not any("text" in embedded(task.objective) for task in model.tasks.values()):
         return []
-    embedded: list[list[float]] = model.embed(text=list(TEXTS)).astype(float).tolist()
-    return embedded
+    vectors: list[list[float]] = model.embed(text=list(TEXTS)).astype(float).tolist()
+    return vectors
 
 
 def write(commit: str, name: str) -> None:
