@@ -237,7 +237,6 @@ class Block(Rule):
 def get_config():
     return {
         "steps": 30,
-        "schedule": {"rule": "block"},
         "modalities": {"tone": {"name": "tone"}},
         "model": {
             "width": 8,
@@ -292,6 +291,16 @@ def test_it_trains(run):
     assert record["name"] == "error" and record["task"] == "pitch"
     assert record["split"] == "32 tones" and record["count"] == 32
     assert record["chance"] == np.var(np.arange(32) % 4)
+
+
+def test_its_rule_of_the_schedule_is_used(extra, command, tmp_path):
+    words = [f"--extra={extra}", f"--config={extra}/config.py", f"--workdir={tmp_path}"]
+    words += ["--config.schedule.rule=block", "--dry_run"]
+    done = command("train", *words)
+    assert done.returncode == 0, done.stderr
+    assert " block " in done.stdout
+    done = command("train", *[w.replace("=block", "=blok") for w in words])
+    assert done.returncode == 2 and "no schedule rule 'blok'. Did you mean 'block'?" in done.stderr
 
 
 def test_it_is_evaluated_and_shown(run, extra, command):

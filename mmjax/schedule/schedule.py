@@ -19,6 +19,7 @@ from mmjax.schedule.rules.base import (
     Period,
     check_weights,
     exact_integer,
+    is_known,
     make_period,
     rule_of,
 )
@@ -43,7 +44,8 @@ class Segment:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        rule = rule_of(self.rule)
+        # A checkpoint can be looked at without the folder (`--extra`) that holds its rule.
+        rule = rule_of(self.rule) if is_known(self.rule) else None
         object.__setattr__(self, "start", exact_integer(self.start, "A schedule's start"))
         object.__setattr__(self, "seed", exact_integer(self.seed, "The schedule's seed", low=None))
         object.__setattr__(self, "weights", check_weights(rule, self.weights, self.rule))

@@ -48,6 +48,11 @@ def names() -> list[str]:
     return configs.names("rules")
 
 
+def is_known(name: str) -> bool:
+    """Return whether there is a rule of this name."""
+    return name in names()
+
+
 @functools.cache
 def rule_of(name: str) -> Rule:
     """Return the rule of a name.
@@ -55,7 +60,7 @@ def rule_of(name: str) -> Rule:
     Raises:
       UserError: there is no such rule.
     """
-    if name not in names():
+    if not is_known(name):
         raise UserError(f"There is no schedule rule '{name}'.{nearest(str(name), names())}")
     rule: Rule = configs.resolve("rules", name, "schedule.rule")()
     return rule
