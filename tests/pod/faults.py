@@ -53,6 +53,7 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 from mmjax.core import errors  # noqa: E402
 from mmjax.core.sharding import make_mesh  # noqa: E402
+from mmjax.core.workdir import LEASE  # noqa: E402
 from mmjax.engine import arrays, checkpoint, metadata  # noqa: E402
 from mmjax.engine.checkpoint import CheckpointConfig, Checkpoints, Restored  # noqa: E402
 from mmjax.engine.integrity import seal  # noqa: E402
@@ -443,6 +444,63 @@ def begin_starved(name: str, workdir: Path, megabytes: int) -> int:
         return 0 if _begin(experiment, workdir, print).step == NEWEST else 1
 
 
+# --- a second process --------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from etils import epath
+from mmjax.engine.lease import hold
+with hold(epath.Path(sys.argv[1]), "train", False):
+    print("holds", flush=True)
+    time.sleep(3600)
+"""
+FATES = ("lives", "is stopped", "was killed")
+
+
+def intrude(run: Run, fate: str) -> Attempt:
+    """Train in a workdir that another process holds, or held until it was killed."""
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(shutil.copytree(run.workdir, Path(folder) / "run"))
+        root = str(HERE.parent.parent)
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(workdir)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": root},
+        )
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == b"holds\n"
+            if fate != "lives":
+                holder.send_signal(signal.SIGSTOP if fate == "is stopped" else signal.SIGKILL)
+            if fate == "was killed":
+                holder.wait()
+            return _intruded(run, workdir, holder.pid)
+        finally:
+            holder.kill()
+            holder.wait()
+
+
+def _intruded(run: Run, workdir: Path, holder: int) -> Attempt:
+    before = _files(workdir)
+    try:
+        with contextlib.redirect_stdout(None):
+            toyrun.run(workdir, "evaluation.every=0", *smallruns.RUNS[run.name])
+    except Exception as error:
+        text = errors.report(error)
+        if text is None:
+            return Attempt("traceback", f"{type(error).__name__}: {error}")
+        is_right = _files(workdir) == before and f"process {holder} " in text
+        return Attempt("refused" if is_right else "silent", text)
+    restored = _begin(run.experiment, workdir, lambda _: None)
+    is_same = restored.step == NEWEST and _is_same(restored, run.expected[NEWEST])
+    return Attempt("harmless" if is_same else "silent", "")
+
+
+def _files(workdir: Path) -> dict[str, bytes]:
+    """What a workdir holds, but for the lease, whose heartbeat moves."""
+    files = [p for p in workdir.rglob("*") if p.is_file() and not p.name.startswith(LEASE)]
+    return {str(p.relative_to(workdir)): p.read_bytes() for p in files}
+
+
 # --- counting ----------------------------------------------------------------------------------
 
 
@@ -475,8 +533,8 @@ class Table:
             [
                 "# faults",
                 "",
-                "Damage, failing reads and full disks, and what became of the runs; `tests/pod/faults.py` explains "
-                "the outcomes.",
+                "Damage, failing reads, full disks and second processes, and what became of the runs;",
+                "`tests/pod/faults.py` explains the outcomes.",
                 "",
                 f"- Command: `{command}`",
                 f"- {sum(total.values())} attempts on {len(smallruns.RUNS)} runs: {total['silent']} silent, "
@@ -503,6 +561,9 @@ def inject(names: Sequence[str], folder: Path, seed: int, flips: int) -> Table:
             table.add(
                 name, f"files of at most {size} bytes", "workdir", ("refused", "harmless"), found
             )
+        for fate in FATES:
+            allowed = ("harmless",) if fate == "was killed" else ("refused",)
+            table.add(name, f"a process that {fate}", "workdir", allowed, intrude(run, fate))
         for megabytes in MEGABYTES if name == names[0] else ():
             words = f"{megabytes} MB of memory left"
             table.add(

@@ -41,6 +41,13 @@ def test_a_full_disk_ends_a_run_and_loses_no_checkpoint(run: Run, size: int) -> 
     assert found.outcome == "refused" and found.words.startswith("File too large: /")
 
 
+@pytest.mark.parametrize(("fate", "outcome"), [("lives", "refused"), ("was killed", "harmless")])
+def test_a_workdir_that_another_process_holds_is_refused_while_it_lives(
+    run: Run, fate: str, outcome: str
+) -> None:
+    assert faults.intrude(run, fate).outcome == outcome
+
+
 def changed(workdir: Path, rng: random.Random) -> Any:
     """Values that differ, with no checksum to tell."""
     mine = arrays.read
