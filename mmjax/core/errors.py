@@ -18,6 +18,8 @@ _FAILED = (1, 2, 130, 128 + signal.SIGPIPE)
 # What collectives and JAX's coordination service say of a process that is gone.
 _LOST_PEER = re.compile(r"Gloo .* failed|[Cc]onnection closed by peer|heartbeat timeout")
 
+_NO_MEMORY = re.compile(r"std::bad_alloc|Cannot allocate memory")
+
 
 class UserError(Exception):
     """Something the person can mend: the message names what, where, and what to do.
@@ -50,6 +52,9 @@ def report(error: BaseException) -> str | None:
         return f"{os.strerror(number)}: {where}. Raise the limit of open files (ulimit -n) and run again."
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"No permission: {where}. Choose another --workdir or mend its owner."
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or _NO_MEMORY.search(str(error)):
+        first = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        return f"Out of memory on this machine ({first}). Free some, or give the process more, and run again."
     if _LOST_PEER.search(str(error)):
         first = str(error).splitlines()[0][:200]
         return f"Another process of this run has ended ({first}). Start all of them again."

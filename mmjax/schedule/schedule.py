@@ -44,6 +44,8 @@ class Segment:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rule, str):
+            raise UserError(f"A schedule's rule is {self.rule!r}; it must be a name.")
         # A checkpoint can be looked at without the folder (`--extra`) that holds its rule.
         rule = rule_of(self.rule) if is_known(self.rule) else None
         object.__setattr__(self, "start", exact_integer(self.start, "A schedule's start"))

@@ -37,6 +37,12 @@ def failing(error: BaseException):
         (OSError(errno.EDQUOT, "Quota", "/runs/x/metrics.jsonl"), ["quota", "metrics.jsonl"]),
         (OSError(errno.EFBIG, "File too large", "/runs/x/a"), ["too large", "/runs/x/a"]),
         (OSError(errno.ENOSPC, "No space left on device"), ["No space left on device"]),
+        (MemoryError(), ["out of memory", "MemoryError"]),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), ["out of memory"]),
+        (
+            RuntimeError("Unable to initialize backend 'cpu': std::bad_alloc"),
+            ["out of memory", "cpu"],
+        ),
         (
             OSError(errno.EMFILE, "Too many open files", "/runs/x/a"),
             ["open files: /runs/x/a", "ulimit"],

@@ -89,7 +89,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a step that is true": (changed("clock.step", True), "its clock.step"),
     "no segments": (changed("clock.segments", []), "its clock cannot be read"),
     "a rule that is none": (
-        changed("clock.segments.0.rule", "shuffled"),
+        changed("clock.segments.0.rule", 3),
         "its clock cannot be read",
     ),
     "weights without end": (changed("clock.segments.0.weights.0", ["one", 1e9]), "cannot be read"),
