@@ -24,7 +24,7 @@ from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.text import Text, TextInput
 from mmjax.model import ModelConfig, declare_model
 from mmjax.nn.trunk import GroupConfig
-from mmjax.objectives.base import Loss, Objective
+from mmjax.objectives.base import Embeds, Loss, Objective
 from mmjax.objectives.transfusion import Transfusion
 from mmjax.task import Task, TaskConfig
 
@@ -32,7 +32,7 @@ SOURCE = {"name": "tfds", "dataset": "emoji", "split": "test_concept"}
 
 
 @dataclass(frozen=True)
-class Brightness(Objective):
+class Brightness(Objective, Embeds):
     """A loss without parameters."""
 
     def reads(self) -> tuple[str, ...]:
@@ -43,6 +43,9 @@ class Brightness(Objective):
 
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
         return {}
+
+    def embeds(self) -> tuple[str, ...]:
+        return ("image",)
 
     def embed(
         self, model: Any, modality: str, arrays: Mapping[str, jax.Array], toward: str = ""
