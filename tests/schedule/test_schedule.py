@@ -238,6 +238,17 @@ def test_unknown_rule():
         from_config("share", {"a": 1}, 0)
 
 
+def test_a_rule_that_is_not_here_can_be_looked_at_and_not_asked():
+    """As of a checkpoint whose rule lies in a folder that was not given."""
+    data = [{"start": 0, "rule": "own", "weights": [["a", 1]], "base": {}, "seed": 0}]
+    schedule = Schedule.from_json(data)
+    assert schedule.segment(7).rule == "own" and schedule.to_json()[0]["weights"] == [["a", 1]]
+    with pytest.raises(UserError, match="no schedule rule 'own'"):
+        schedule.task(7)
+    with pytest.raises(UserError, match="rule is 3; it must be a name"):
+        Schedule.from_json([{**data[0], "rule": 3}])
+
+
 def test_a_seed_that_is_no_integer():
     with pytest.raises(UserError, match="seed must be an integer; found '1'"):
         from_config("random", {"a": 1}, "1")
