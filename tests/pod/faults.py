@@ -461,12 +461,9 @@ def intrude(run: Run, fate: str) -> Attempt:
     """Train in a workdir that another process holds, or held until it was killed."""
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(shutil.copytree(run.workdir, Path(folder) / "run"))
-        root = str(HERE.parent.parent)
-        holder = subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(workdir)],
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": root},
-        )
+        words = [sys.executable, "-c", HOLD, str(workdir)]
+        here = {**os.environ, "PYTHONPATH": str(HERE.parent.parent)}
+        holder = subprocess.Popen(words, stdout=subprocess.PIPE, env=here)
         try:
             assert holder.stdout is not None and holder.stdout.readline() == b"holds\n"
             if fate != "lives":
