@@ -68,10 +68,10 @@ def _model(experiment: Experiment, task: Task, patch_values: int) -> Any:
     from coca_pytorch.coca_pytorch import CoCa
 
     objective: Any = task.objective
-    config, own = experiment.run.model, _only(experiment.run.model.groups)
+    config, own = experiment.run.model.trunk, _only(experiment.run.model.trunk.layers)
     text: Any = task.inputs[objective.between[1]].modality
     layer = torch.nn.TransformerEncoderLayer(
-        config.width, own["heads"], own["hidden"], dropout=0.0, activation="gelu",
+        config.width, own["num_heads"], own["mlp_dim"], dropout=0.0, activation="gelu",
         batch_first=True, norm_first=True,
     )  # fmt: skip
     layers = torch.nn.TransformerEncoder(layer, own["repeat"], enable_nested_tensor=False)
@@ -80,8 +80,8 @@ def _model(experiment: Experiment, task: Task, patch_values: int) -> Any:
     return CoCa(
         dim=config.width, num_tokens=text.vocabulary, unimodal_depth=first["repeat"],
         multimodal_depth=second["repeat"], dim_latents=objective.joint, image_dim=config.width,
-        num_img_queries=objective.queries, dim_head=config.width // first["heads"],
-        heads=first["heads"], ff_mult=first["hidden"] // config.width, img_encoder=encoder,
+        num_img_queries=objective.queries, dim_head=config.width // first["num_heads"],
+        heads=first["num_heads"], ff_mult=first["mlp_dim"] // config.width, img_encoder=encoder,
         caption_loss_weight=objective.caption_weight,
         contrastive_loss_weight=objective.contrastive_weight,
     )  # fmt: skip
@@ -90,5 +90,5 @@ def _model(experiment: Experiment, task: Task, patch_values: int) -> Any:
 def _only(groups: tuple[GroupConfig, ...]) -> dict[str, Any]:
     """The settings of the one kind of layer that groups hold, and how often it comes."""
     [group] = groups
-    [block] = group.pattern
+    [block] = group.blocks
     return {**block, "repeat": group.repeat}

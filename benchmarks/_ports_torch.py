@@ -35,7 +35,7 @@ class ZorroLayer(nn.Module):
         from zorro_pytorch.zorro_pytorch import Attention, FeedForward
 
         super().__init__()
-        heads = case.block["heads"]
+        heads = case.block["num_heads"]
         self.attention = Attention(case.width, case.width // heads, heads)
         self.mlp = FeedForward(case.width)
         self.mask = mask

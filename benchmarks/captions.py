@@ -79,7 +79,7 @@ def _compiled(
 
 def cached(objective: Coca, model: Model, inputs: Any) -> jax.Array:
     """The library's way."""
-    shown, text = objective.between
+    shown, text = objective.modalities
     rows, length = inputs[text]["ids"].shape
     keys = jax.random.split(jax.random.key(0), rows)
     return objective.captions(model, inputs[shown], length, keys)
@@ -87,7 +87,7 @@ def cached(objective: Coca, model: Model, inputs: Any) -> jax.Array:
 
 def anew(objective: Coca, model: Model, inputs: Any) -> jax.Array:
     """The same captions, each token from the whole text: what is held is the picture alone."""
-    shown, text = objective.between
+    shown, text = objective.modalities
     rows, length = inputs[text]["ids"].shape
     keys = jax.random.split(jax.random.key(0), rows)
     seen, _ = objective.see(model, inputs[shown], keys[0])

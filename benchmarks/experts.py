@@ -33,8 +33,8 @@ ROWS, LENGTH, WIDTH, HIDDEN, COUNT = 16, 256, 256, 1024, 8
 ROUTERS: Mapping[str, dict[str, Any]] = {
     "expert choice": {"name": "expert_choice"},
     "token choice": {"name": "token_choice"},
-    "token choice with priority": {"name": "token_choice", "priority": True},
-    "soft": {"name": "soft", "columns": 256},  # as many slots as a group has tokens
+    "token choice with priority": {"name": "token_choice", "batch_priority": True},
+    "soft": {"name": "soft", "slots_per_expert": 256},  # as many slots as a group has tokens
 }
 DENSE = "dense"
 Call = Callable[[], Any]

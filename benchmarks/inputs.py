@@ -156,25 +156,25 @@ def mmjax_loader(path: Path, view: View) -> Iterator[Batch]:
 
 
 def block(path: Path, view: View) -> Block:
-    layer = {"name": "transformer", "heads": 1, "hidden": 8}
+    layer = {"name": "transformer", "num_heads": 1, "mlp_dim": 8}
     task = {
         "source": {"name": "array_record", "path": str(path / "records")},
         "inputs": {
             "image": {"size": view.size, "crop": view.crop, "flip": view.flip},
             "text": {"field": "caption", "length": others.LENGTH},
         },
-        "objective": {"name": "contrastive", "between": ["image", "text"], "joint": 8},
+        "objective": {"name": "contrastive", "modalities": ["image", "text"], "embed_dim": 8},
         "batch": BATCH,
     }
     return {
         "steps": 1_000_000,
         "modalities": {
-            "image": {"name": "image", "patch": 32, "buckets": view.size // 32},
-            "text": {"name": "text", "tokenizer": others.TOKENIZER, "buckets": others.LENGTH},
+            "image": {"name": "image", "patch": 32, "max_positions": view.size // 32},
+            "text": {"name": "text", "tokenizer": others.TOKENIZER, "max_positions": others.LENGTH},
         },
-        "model": {"width": 8, "groups": [{"repeat": 1, "pattern": [layer]}]},
+        "model": {"width": 8, "layers": [{"repeat": 1, "blocks": [layer]}]},
         "tasks": {TASK: task},
-        "loader": {"processes": others.WORKERS, "ahead": others.AHEAD, "cache_mib": 0},
+        "loader": {"processes": others.WORKERS, "prefetch": others.AHEAD, "cache_mib": 0},
         "evaluation": {"every": 0},
     }
 

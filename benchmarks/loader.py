@@ -16,7 +16,7 @@ from mmjax.engine.loader import HostBatch
 def measure(effort: Effort) -> list[Quantity]:
     """The ratio, and the examples per second of both."""
     steps = Steps(effort.block)
-    ahead = steps.experiment.run.loader.ahead
+    ahead = steps.experiment.run.loader.prefetch
     untimed = ahead + 2  # what was read ahead before the first step is used up
     timed = effort.steps * steps.period
     length = untimed + timed

@@ -68,15 +68,15 @@ MACHINES = (
 )
 FULL: dict[str, dict[str, Any]] = {
     "decoder": {
-        "width": 4096, "layers": 32, "heads": 32, "hidden": 11_008, "vocabulary": 32_000, "length": 4096,
+        "width": 4096, "layers": 32, "num_heads": 32, "mlp_dim": 11_008, "vocabulary": 32_000, "length": 4096,
     },
     "ViT": {
-        "width": 1024, "layers": 24, "heads": 16, "hidden": 4096, "pixels": 224, "patch": 14, "classes": 1000,
+        "width": 1024, "layers": 24, "num_heads": 16, "mlp_dim": 4096, "pixels": 224, "patch": 14, "classes": 1000,
     },
 }  # fmt: skip
 SMALL: dict[str, dict[str, Any]] = {
-    "decoder": {"width": 64, "layers": 2, "heads": 4, "hidden": 128, "vocabulary": 512, "length": 32},
-    "ViT": {"width": 64, "layers": 2, "heads": 4, "hidden": 128, "pixels": 224, "patch": 14, "classes": 256},
+    "decoder": {"width": 64, "layers": 2, "num_heads": 4, "mlp_dim": 128, "vocabulary": 512, "length": 32},
+    "ViT": {"width": 64, "layers": 2, "num_heads": 4, "mlp_dim": 128, "pixels": 224, "patch": 14, "classes": 256},
 }  # fmt: skip
 
 
@@ -121,24 +121,24 @@ def compared(what: str, plans: Mapping[str, Mapping[str, Any]], pairs: int) -> l
 
 def block(what: str, sizes: Mapping[str, Any], batch: int) -> Block:
     """The config of a step."""
-    layer = {"name": "transformer", "heads": sizes["heads"], "hidden": sizes["hidden"]}
+    layer = {"name": "transformer", "num_heads": sizes["heads"], "mlp_dim": sizes["hidden"]}
     if what == "decoder":
         layer |= {"norm": "rms", "mlp": "swiglu", "rotary": 10_000.0}
         length = sizes["length"] - 1  # and the token that a text begins with
-        modality = {"name": "text", "vocabulary": sizes["vocabulary"], "buckets": length}
+        modality = {"name": "text", "vocabulary": sizes["vocabulary"], "max_positions": length}
         inputs: Block = {"text": {"field": "caption", "length": length}}
-        objective: Block = {"name": "transfusion", "order": ["text"], "drop": 0.0}
+        objective: Block = {"name": "transfusion", "modalities": ["text"], "condition_dropout": 0.0}
         model = {"norm": "rms", "remat": "full"}
     else:
         layer |= {"bias": True}
         side = sizes["pixels"] // sizes["patch"]
-        modality = {"name": "image", "patch": sizes["patch"], "buckets": side}
+        modality = {"name": "image", "patch": sizes["patch"], "max_positions": side}
         inputs = {"image": {"size": sizes["pixels"]}}
         objective = {
             "name": "classification", "classes": sizes["classes"], "label": "subgroup", "init": "lecun",
         }  # fmt: skip
         model = {}
-    groups = [{"repeat": sizes["layers"], "pattern": [layer]}]
+    groups = [{"repeat": sizes["layers"], "blocks": [layer]}]
     task = {
         "source": {"name": "tfds", "dataset": "emoji", "split": "train"},
         "inputs": inputs, "objective": objective, "batch": batch,
@@ -146,7 +146,7 @@ def block(what: str, sizes: Mapping[str, Any], batch: int) -> Block:
     return {
         "steps": 10,
         "modalities": {next(iter(inputs)): modality},
-        "model": {"width": sizes["width"], "groups": groups, **model},
+        "model": {"width": sizes["width"], "layers": groups, **model},
         "tasks": {TASK: task},
         "optimizer": {"name": "adamw", "clip": 1.0, "weight_decay": 0.1, "warmup": 1},
         "dtype": {"compute": "bfloat16"},

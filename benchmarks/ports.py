@@ -58,7 +58,7 @@ class Case:
 
 def _geglu(width: int) -> dict[str, Any]:
     hidden = int(width * 4 * 2 / 3)  # as the port has it
-    return {"name": "transformer", "heads": width // 64, "hidden": hidden, "mlp": "geglu"}
+    return {"name": "transformer", "num_heads": width // 64, "mlp_dim": hidden, "mlp": "geglu"}
 
 
 CASES: Mapping[str, Case] = {

@@ -91,7 +91,7 @@ def step(sizes: Mapping[str, int], seed: int) -> tuple[Call, int]:
 
 def _program(sizes: Mapping[str, int], salt: float = 1.0) -> tuple[Declaration, Call]:
     """A trunk, and the gradient of a loss of it, times `salt`."""
-    block: dict[str, Any] = {"name": "transformer", "heads": HEADS, "hidden": HIDDEN}
+    block: dict[str, Any] = {"name": "transformer", "num_heads": HEADS, "mlp_dim": HIDDEN}
     if sizes["experts"]:
         block["experts"] = {"count": sizes["experts"]}
     trunk = Trunk([GroupConfig(sizes["depth"], (block,))], WIDTH)

@@ -69,14 +69,14 @@ def measure(effort: Effort) -> list[Quantity]:
 def block(seed: int) -> Block:
     """The config of our half."""
     layer = {
-        "name": "transformer", "heads": HEADS, "hidden": HIDDEN, "norm": "rms", "mlp": "swiglu",
+        "name": "transformer", "num_heads": HEADS, "mlp_dim": HIDDEN, "norm": "rms", "mlp": "swiglu",
         "rotary": 10_000.0, "qk_norm": True,
     }  # fmt: skip
-    objective = {"name": "transfusion", "order": ["text", "image"], "target": "flow"}
+    objective = {"name": "transfusion", "modalities": ["text", "image"], "prediction": "flow"}
     task = {
         "source": {"name": "tfds", "dataset": "emoji", "split": "train"},
         "inputs": {"text": {"length": LENGTH}, "image": {"size": SIDE * PATCH}},
-        "objective": {**objective, "weight": WEIGHT, "drop": 0.0},
+        "objective": {**objective, "weight": WEIGHT, "condition_dropout": 0.0},
         "batch": ROWS,
     }
     return {
@@ -87,11 +87,11 @@ def block(seed: int) -> Block:
                 "name": "text",
                 "tokenizer": "emoji/1.0.0/tokenizer.model",
                 "vocabulary": VOCABULARY,
-                "buckets": LENGTH,
+                "max_positions": LENGTH,
             },
-            "image": {"name": "image", "patch": PATCH, "buckets": SIDE},
+            "image": {"name": "image", "patch": PATCH, "max_positions": SIDE},
         },
-        "model": {"width": WIDTH, "groups": [{"repeat": LAYERS, "pattern": [layer]}]},
+        "model": {"width": WIDTH, "layers": [{"repeat": LAYERS, "blocks": [layer]}]},
         "tasks": {TASK: task},
         "optimizer": {"name": "adamw", "learning_rate": 1e-3, "clip": 0.0},
         "evaluation": {"every": 0},

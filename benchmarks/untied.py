@@ -19,6 +19,7 @@ from flax import nnx
 from benchmarks._pairs import Effort, Quantity, ratios, rounds
 from mmjax.blocks.transformer import PARTS
 from mmjax.core.parameters import Declaration
+from mmjax.nn.by_modality import SHARED, PerModality
 from mmjax.nn.masks import Causal
 from mmjax.nn.selective_scan import Tokens, selective_scan
 from mmjax.nn.stream import Stream
@@ -26,7 +27,7 @@ from mmjax.nn.trunk import GroupConfig, Trunk
 
 NAMES = ("text", "image", "sound")
 ROWS, LENGTH, WIDTH, LAYERS = 8, 384, 256, 4
-BLOCK = {"name": "transformer", "heads": 4, "hidden": 4 * WIDTH, "qk_norm": True}
+BLOCK = {"name": "transformer", "num_heads": 4, "mlp_dim": 4 * WIDTH, "qk_norm": True}
 SPAN = 16  # tokens of an interleaved segment
 INNER, STATE = 512, 16  # of the recurrence
 
@@ -67,9 +68,13 @@ def _wait(step: Step) -> None:
 def _trunk_step(layout: Layout, is_untied: bool, seed: int) -> Step:
     """Loss and gradient of a trunk."""
     names = list(dict.fromkeys(name for name, _ in layout))
-    block = {**BLOCK, "untie": list(PARTS), "modalities": names} if is_untied else BLOCK
-    norms = names if is_untied else []
-    trunk = Trunk([GroupConfig(LAYERS, (block,))], WIDTH, norm_modalities=norms)
+    block = (
+        {**BLOCK, "per_modality": {"parts": list(PARTS), "modalities": names}}
+        if is_untied
+        else BLOCK
+    )
+    norms = PerModality(("norm",), tuple(names)) if is_untied else SHARED
+    trunk = Trunk([GroupConfig(LAYERS, (block,))], WIDTH, per_modality=norms)
     declaration = Declaration(nnx.Dict({"trunk": trunk}))
     parameters = jax.jit(declaration.initialise)(seed)
     x = jax.random.normal(jax.random.key(seed), (ROWS, LENGTH, WIDTH))

@@ -68,7 +68,7 @@ def assert_equal(losses: Mapping[str, list[float]]) -> None:
 
 def block(size: str, pixels: int, batch: int, seed: int) -> Block:
     width, layers, heads = SIZES[size]
-    layer = {"name": "transformer", "heads": heads, "hidden": 4 * width}
+    layer = {"name": "transformer", "num_heads": heads, "mlp_dim": 4 * width}
     task = {
         "source": {"name": "tfds", "dataset": "emoji", "split": "train"},
         "inputs": {"image": {"size": pixels}},
@@ -80,8 +80,8 @@ def block(size: str, pixels: int, batch: int, seed: int) -> Block:
     return {
         "steps": 1_000_000,  # the rate stays as it is, or nearly
         "seed": seed,
-        "modalities": {"image": {"name": "image", "patch": PATCH, "buckets": pixels // PATCH}},
-        "model": {"width": width, "groups": [{"repeat": layers, "pattern": [layer]}]},
+        "modalities": {"image": {"name": "image", "patch": PATCH, "max_positions": pixels // PATCH}},
+        "model": {"width": width, "layers": [{"repeat": layers, "blocks": [layer]}]},
         "tasks": {TASK: task},
         "optimizer": {
             "name": "adamw", "learning_rate": RATE, "clip": 0.0, "decay": "constant",
@@ -101,7 +101,13 @@ def _ours(steps: Steps, batch: HostBatch) -> Callable[[], float]:
 def peers(steps: Steps, size: str, pixels: int, batch: HostBatch) -> dict[str, Callable[[], float]]:
     """Steps of the others, which begin with our parameters."""
     width, layers, heads = SIZES[size]
-    sizes = {"width": width, "layers": layers, "heads": heads, "hidden": 4 * width, "patch": PATCH}
+    sizes = {
+        "width": width,
+        "layers": layers,
+        "num_heads": heads,
+        "mlp_dim": 4 * width,
+        "patch": PATCH,
+    }
     ours = by_layer(steps.parameters, layers, pixels // PATCH)
     given = batch.rows["inputs"]["image"]["pixels"], batch.rows["fields"]["subgroup"]
     model = _vit_flax.ViT(**sizes, classes=CLASSES)

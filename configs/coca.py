@@ -21,8 +21,8 @@ What differs, or is ours:
 
 Pairs are the drawings and names that the data sets here hold (theirs: JFT-3B and ALIGN). For your own, set
 `tasks.captions.source` and `tasks.captions.evaluators.*.source` (records with `image`, an encoded picture; `caption`;
-`concept`, an integer that pairs of one content share: `tasks.captions.objective.concept` names it, an empty name where
-no two do), and `modalities.text.tokenizer` with its number of pieces in `modalities.text.vocabulary`.
+`concept`, an integer that pairs of one content share: `tasks.captions.objective.positive_key` names it, an empty name
+where no two do), and `modalities.text.tokenizer` with its number of pieces in `modalities.text.vocabulary`.
 
 Hardware: a TPU pod (the paper: 2,048 TPUv4 chips for 5 days); results: none, the paper's sizes have not been trained
 here. `small`: a CPU with 2 cores, 1,200 steps of 11.5 GFLOP, 5 to 9 minutes in all, measured beside other work. Results
@@ -60,11 +60,11 @@ def data(split: str) -> dict[str, Any]:
 
 def layers(name: str, repeat: int, heads: int, hidden: int) -> list[dict[str, Any]]:
     block: dict[str, Any] = {
-        "name": name, "heads": heads, "hidden": hidden, "bias": True, "attention_bias": True, "eps": 1e-5,
+        "name": name, "num_heads": heads, "mlp_dim": hidden, "bias": True, "attention_bias": True, "eps": 1e-5,
     }  # fmt: skip
     if name == "cross_transformer":
         block["context_norm"] = True
-    return [{"repeat": repeat, "pattern": [block]}]
+    return [{"repeat": repeat, "blocks": [block]}]
 
 
 def model(
@@ -72,11 +72,11 @@ def model(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the encoder's block, and the objective's keys of the decoder's size."""
     groups = layers("transformer", encoder, heads, encoder_mlp)
-    return {"width": width, "groups": groups, "norm_eps": 1e-5}, {
+    return {"width": width, "layers": groups, "norm_eps": 1e-5}, {
         "unimodal": layers("transformer", decoder, heads, decoder_mlp),
         "multimodal": layers("cross_transformer", decoder, heads, decoder_mlp),
         "pooler_heads": heads,
-        "joint": width,
+        "embed_dim": width,
     }
 
 
@@ -89,13 +89,13 @@ def get_config(setting: Setting) -> ConfigDict:
     config.steps = 500_000
     config.seed = 0
     config.modalities = {
-        "image": {"name": "image", "patch": 18, "buckets": 16, "positions": "table"},
+        "image": {"name": "image", "patch": 18, "max_positions": 16, "positions": "table"},
         # No tokenizer: give one of 64,000 pieces.
         "text": {
             "name": "text",
             "tokenizer": "",
             "vocabulary": 64_000,
-            "buckets": 64,
+            "max_positions": 64,
             "positions": "table",
         },
     }
@@ -108,9 +108,9 @@ def get_config(setting: Setting) -> ConfigDict:
                 "text": {"field": "caption", "length": 64},
             },
             "objective": {
-                "name": "coca", "between": ["image", "text"], "concept": "concept", **decoder,
+                "name": "coca", "modalities": ["image", "text"], "positive_key": "concept", **decoder,
                 "queries": 256, "pooling": "cascade", "pooler_bias": True, "pooler_norms": True,
-                "norm_eps": 1e-5, "temperature": 0.07, "contrastive_weight": 1.0, "caption_weight": 2.0,
+                "norm_eps": 1e-5, "init_temperature": 0.07, "contrastive_weight": 1.0, "caption_weight": 2.0,
                 "remat": "full", "chunk": 4096,
             },
             "batch": 65_536,
@@ -121,7 +121,7 @@ def get_config(setting: Setting) -> ConfigDict:
         },
     }  # fmt: skip
     config.optimizer = {
-        "name": "muon", "learning_rate": 8e-4, "warmup": 10_000, "decay": "linear", "final": 0.0,
+        "name": "muon", "learning_rate": 8e-4, "warmup": 10_000, "decay": "linear", "end_lr_ratio": 0.0,
         "b1": 0.9, "b2": 0.999, "weight_decay": 0.01, "clip": 1.0, "moments_dtype": "bfloat16",
     }  # fmt: skip
     config.dtype = {"compute": "bfloat16"}
@@ -136,16 +136,16 @@ def get_config(setting: Setting) -> ConfigDict:
 def make_small(config: ConfigDict) -> None:
     """Set the numbers of `small` that go with smaller pictures, shorter texts and a shorter run."""
     config.steps = 1200
-    config.modalities.image.update({"patch": 8, "buckets": 4})
+    config.modalities.image.update({"patch": 8, "max_positions": 4})
     config.modalities.text.update(
-        {"tokenizer": "emoji/1.0.0/tokenizer.model", "vocabulary": 2048, "buckets": 12}
+        {"tokenizer": "emoji/1.0.0/tokenizer.model", "vocabulary": 2048, "max_positions": 12}
     )
     config.model.remat = "none"
     task = config.tasks.captions
     task.batch = 64
     task.inputs.image.size = 32
     task.inputs.text.length = 12
-    task.objective.update({"queries": 16, "joint": 96, "remat": "none"})
+    task.objective.update({"queries": 16, "embed_dim": 96, "remat": "none"})
     config.optimizer.update({"learning_rate": 2e-3, "warmup": 50, "weight_decay": 0.1})
     config.dtype.compute = "float32"
     config.checkpoint.every = 400

@@ -116,12 +116,12 @@ def shapes(
     """Return buckets of as many tokens: videos as released, of twice the frames (with `more`), and of larger ones."""
     size, larger = sizes
     views: dict[str, Any] = {
-        "released": {"frames": frames, "size": size, "drop": drop},
-        "long": {"frames": 2 * frames, **more, "size": size, "drop": long},
-        "large": {"frames": frames, "size": larger, "drop": large},
+        "released": {"frames": frames, "size": size, "token_drop": drop},
+        "long": {"frames": 2 * frames, **more, "size": size, "token_drop": long},
+        "large": {"frames": frames, "size": larger, "token_drop": large},
     }
     buckets: dict[str, Any] = {name: {"inputs": {"vision": view}} for name, view in views.items()}
-    buckets["released"]["share"] = 2
+    buckets["released"]["weight"] = 2
     return buckets
 
 
@@ -138,26 +138,26 @@ def data(name: str, split: str = "train") -> dict[str, Any]:
 
 def layers(repeat: int, heads: int, hidden: int, experts: int = 0) -> list[dict[str, Any]]:
     """Return the trunk; with experts, those of the last layers, and queries and keys are normalised."""
-    block: dict[str, Any] = {"name": "transformer", "heads": heads, "hidden": hidden}
+    block: dict[str, Any] = {"name": "transformer", "num_heads": heads, "mlp_dim": hidden}
     if not experts:
-        return [{"repeat": repeat, "pattern": [block]}]
+        return [{"repeat": repeat, "blocks": [block]}]
     block["qk_norm"] = True
     # No group of tokens spans two of 256 devices (IMP's code makes as many groups as there are).
     routed = {
-        "count": experts, "router": {"name": "expert_choice", "capacity": 1.0}, "group": 2048, "groups": 256,
+        "count": experts, "router": {"name": "expert_choice", "capacity": 1.0}, "group_size": 2048, "min_groups": 256,
     }  # fmt: skip
     sparse = min(EXPERT_LAYERS, repeat // 2)
     return [
-        {"repeat": repeat - sparse, "pattern": [block]},
-        {"repeat": sparse, "pattern": [{**block, "experts": routed}]},
+        {"repeat": repeat - sparse, "blocks": [block]},
+        {"repeat": sparse, "blocks": [{**block, "experts": routed}]},
     ]
 
 
 def compared(*modalities: str, initial: float) -> dict[str, Any]:
     """Return the loss of all pairs of modalities; several clips or sentences are a bag (MIL-NCE)."""
     return {
-        "name": "cross_modal", "between": list(modalities), "space": "disjoint", "joint": 1024,
-        "initial": initial, "head": "joint",
+        "name": "cross_modal", "modalities": list(modalities), "space": "disjoint", "embed_dim": 1024,
+        "init_temperature": initial, "head": "joint",
     }  # fmt: skip
 
 
@@ -168,11 +168,11 @@ def classified(modality: str, classes: int) -> dict[str, Any]:
 
 
 def tasks(initial: float) -> dict[str, Any]:
-    """The six tasks; under the rule `interval`, a share is the passes from one visit to the next."""
+    """The six tasks; `interval` is the passes from one visit to the next."""
     image = {"field": "image", "frames": 1, "size": 256, "crop": 0.5, "flip": True}
     clip = {"frames": 4, "stride": 2, "size": 256, "crop": 0.5, "flip": True}
     # Captions may read what is written in the picture: it is not mirrored.
-    video = {**clip, "frames": 16, "flip": False, "drop": 0.75}
+    video = {**clip, "frames": 16, "flip": False, "token_drop": 0.75}
     sound, text = {"frames": 128}, {"field": "caption", "length": 16}
     texts = {**text, "instances": 5}
     retrieval, accuracy = {"name": "retrieval"}, {"name": "accuracy"}
@@ -181,11 +181,11 @@ def tasks(initial: float) -> dict[str, Any]:
         folder: str, inputs: dict[str, Any], objective: dict[str, Any], interval: int, batch: int, **more: Any
     ) -> dict[str, Any]:  # fmt: skip
         return {
-            "source": data(folder), "inputs": inputs, "objective": objective, "share": interval, "batch": batch,
+            "source": data(folder), "inputs": inputs, "objective": objective, "interval": interval, "batch": batch,
             "evaluators": {"test": {**more, "source": data(folder, "test")}},
         }  # fmt: skip
 
-    pair = {"between": ["vision", "text"]}
+    pair = {"modalities": ["vision", "text"]}
     return {
         "image_text": task(
             "image_text", {"vision": image, "text": texts}, compared("vision", "text", initial=initial),
@@ -214,26 +214,26 @@ def get_config(setting: Setting) -> ConfigDict:
     config.steps = steps
     config.seed = 0
     config.modalities = {
-        "vision": {"name": "video", "tube": 4, "patch": 16, "time_buckets": 16, "buckets": 32, **POSITIONS},
+        "vision": {"name": "video", "tube": 4, "patch": 16, "max_time_positions": 16, "max_positions": 32, **POSITIONS},
         "spectrogram": {
-            "name": "spectrogram", "patch_frames": 16, "patch_mels": 16, "mels": 128, "rate": 16_000,
-            "window": 2048, "hop": 1024, "low": 80.0, "high": 7600.0, "buckets": 64, **POSITIONS,
+            "name": "spectrogram", "patch_frames": 16, "patch_mels": 16, "mels": 128, "sample_rate": 16_000,
+            "window": 2048, "hop": 1024, "low": 80.0, "high": 7600.0, "max_positions": 64, **POSITIONS,
         },
         # No tokenizer: give T5's, of 32,000 pieces and 100 sentinels.
         "text": {
-            "name": "text", "tokenizer": "", "vocabulary": 32_100, "buckets": 4096, **POSITIONS,
+            "name": "text", "tokenizer": "", "vocabulary": 32_100, "max_positions": 4096, **POSITIONS,
         },
     }  # fmt: skip
     config.model = {
-        "width": width, "groups": layers(repeat, heads, hidden, experts), "remat": "full",
+        "width": width, "layers": layers(repeat, heads, hidden, experts), "remat": "full",
     }  # fmt: skip
     config.tasks = tasks(1.0 if experts else 0.2)
     if setting.form == "mixed":
         for name, buckets in BUCKETS.items():
-            config.tasks[name].buckets = buckets
+            config.tasks[name].shapes = buckets
     config.schedule = {"rule": "interval"}
     config.optimizer = {
-        "name": "adamw", "learning_rate": peak, "warmup": warmup, "decay": "cosine", "final": final,
+        "name": "adamw", "learning_rate": peak, "warmup": warmup, "decay": "cosine", "end_lr_ratio": final,
         "b1": 0.9, "b2": 0.999, "eps": 1e-7, "weight_decay": 1e-4, "clip": 1.0,
     }  # fmt: skip
     config.dtype = {"compute": "bfloat16"}
@@ -297,21 +297,21 @@ NUMBERS = {  # batch, interval
 
 def on_emoji(name: str, task: ConfigDict) -> None:
     """Set the data of a task, and the sizes that go with them."""
-    task.batch, task.share = NUMBERS[name]
+    task.batch, task.interval = NUMBERS[name]
     task.source, test = SOURCES[name]
     task.evaluators.test.source = test
     if "vision" in task.inputs:
         frames = {1: 1, 4: 2, 16: 4}[task.inputs.vision.frames]
         task.inputs.vision.update({"frames": frames, "size": 32, "flip": False})
-        if "drop" in task.inputs.vision:
-            task.inputs.vision.drop = 0.5
+        if "token_drop" in task.inputs.vision:
+            task.inputs.vision.token_drop = 0.5
     if "spectrogram" in task.inputs:
-        task.inputs.spectrogram.update({"frames": 40 if name == "sounds" else 64, "gain": 6.0})
+        task.inputs.spectrogram.update({"frames": 40 if name == "sounds" else 64, "gain_db": 6.0})
     if "text" in task.inputs:
         task.inputs.text.length = 12
         if "instances" in task.inputs.text:
             task.inputs.text.instances = 0  # a drawing has one name
-        task.objective.update({"joint": 96, "concept": "concept", "initial": 0.1})
+        task.objective.update({"embed_dim": 96, "positive_key": "concept", "init_temperature": 0.1})
     if name in CLASSES:
         task.objective.label, task.objective.classes = CLASSES[name]
 
@@ -319,35 +319,39 @@ def on_emoji(name: str, task: ConfigDict) -> None:
 def keep_apart(config: ConfigDict) -> None:
     """Give each modality a copy of all of the trunk, of the same size."""
     names = list(config.modalities)
-    config.model.norm_modalities = names
-    for block in (b for group in config.model.groups for b in group["pattern"]):
-        block |= {"untie": [p for p in PARTS if p != "qk_norm"], "modalities": names}
+    config.model.per_modality = {"parts": ["norm"], "modalities": names}
+    for block in (b for group in config.model.layers for b in group["blocks"]):
+        block |= {
+            "per_modality": {"parts": [p for p in PARTS if p != "qk_norm"], "modalities": names}
+        }
 
 
 def make_small(config: ConfigDict) -> None:
     """Set the data of `small`, and the sizes that go with them."""
-    config.modalities.vision.update({"tube": 2, "patch": 8, "time_buckets": 4, "buckets": 12})
+    config.modalities.vision.update(
+        {"tube": 2, "patch": 8, "max_time_positions": 4, "max_positions": 12}
+    )
     config.modalities.spectrogram.update(
         {
-            "patch_frames": 4, "patch_mels": 64, "mels": 64, "rate": 11_025, "window": 512, "hop": 256,
-            "low": 60.0, "high": 5500.0, "buckets": 16,
+            "patch_frames": 4, "patch_mels": 64, "mels": 64, "sample_rate": 11_025, "window": 512, "hop": 256,
+            "low": 60.0, "high": 5500.0, "max_positions": 16,
         }
     )  # fmt: skip
     config.modalities.text.update(
-        {"tokenizer": "emoji/1.0.0/tokenizer.model", "vocabulary": 2048, "buckets": 128}
+        {"tokenizer": "emoji/1.0.0/tokenizer.model", "vocabulary": 2048, "max_positions": 128}
     )
     for modality in config.modalities.values():
         # As large as the content, positions keep contrastive learning from its first hundreds of steps.
         modality.positions_scale = 0.05
     for routed in (
-        b["experts"] for g in config.model.groups for b in g["pattern"] if "experts" in b
+        b["experts"] for g in config.model.layers for b in g["blocks"] if "experts" in b
     ):
-        routed["groups"] = 1
+        routed["min_groups"] = 1
     config.model.remat = "none"
     for name, task in config.tasks.items():
         on_emoji(name, task)
-        if "buckets" in task:
-            task.buckets = SMALL_BUCKETS[name]
+        if "shapes" in task:
+            task.shapes = SMALL_BUCKETS[name]
     config.dtype.compute = "float32"
     config.mesh = {"data": -1}
     config.checkpoint.every = 300

@@ -24,7 +24,7 @@ What differs, or is ours:
 
 Pairs are the drawings and names that the data sets here hold. For your own, set `tasks.image_text.source` and
 `tasks.image_text.evaluators.*.source` (records with `image`, an encoded picture; `caption`; `concept`, an integer that
-pairs of one content share: `tasks.image_text.objective.concept` names it, an empty name where no two do), and
+pairs of one content share: `tasks.image_text.objective.positive_key` names it, an empty name where no two do), and
 `modalities.text.tokenizer` with its number of pieces in `modalities.text.vocabulary`.
 
 Hardware: 256 chips of TPU v5e or 128 of v5p, by the plans in `plans/`; results: none, the published sizes have not been
@@ -64,16 +64,16 @@ SIZES = {
 EXPERTS = {
     "count": 32,
     "router": {
-        "name": "token_choice", "top": 1, "capacity": 1.05, "priority": True, "noise": 1.0,
+        "name": "token_choice", "top_k": 1, "capacity": 1.05, "batch_priority": True, "noise": 1.0,
     },
-    "group": 2048,
-    "groups": 256,
+    "group_size": 2048,
+    "min_groups": 256,
     "losses": {"importance": 0.01, "load": 0.01, "z": 0.001},
 }  # fmt: skip
 ENTROPIES = {
-    "local": {"text": 0.01},
-    "spread": {"text": 0.01, "image": 0.01},
-    "threshold": {"text": 2.197, "image": 2.996},  # log 9 and log 20
+    "local_entropy": {"text": 0.01},
+    "global_entropy": {"text": 0.01, "image": 0.01},
+    "entropy_floor": {"text": 2.197, "image": 2.996},  # log 9 and log 20
 }
 
 
@@ -84,15 +84,15 @@ def data(split: str) -> dict[str, Any]:
 def layers(losses: str, repeat: int, paired: int, heads: int, hidden: int) -> list[dict[str, Any]]:
     """Return the trunk: `paired` of its layers, the last, take turns, dense and with experts."""
     block: dict[str, Any] = {
-        "name": "transformer", "heads": heads, "hidden": hidden, "bias": True, "attention_bias": True,
+        "name": "transformer", "num_heads": heads, "mlp_dim": hidden, "bias": True, "attention_bias": True,
     }  # fmt: skip
     if losses == "dense":
-        return [{"repeat": repeat, "pattern": [block]}]
+        return [{"repeat": repeat, "blocks": [block]}]
     experts = {**EXPERTS, **(ENTROPIES if losses == "entropies" else {})}
     if losses == "none":
         del experts["losses"]
-    pairs = {"repeat": paired // 2, "pattern": [block, {**block, "experts": experts}]}
-    first = {"repeat": repeat - paired, "pattern": [block]}
+    pairs = {"repeat": paired // 2, "blocks": [block, {**block, "experts": experts}]}
+    first = {"repeat": repeat - paired, "blocks": [block]}
     return [first, pairs] if repeat > paired else [pairs]
 
 
@@ -104,18 +104,23 @@ def get_config(setting: Setting) -> ConfigDict:
     config.steps = 781_250
     config.seed = 0
     config.modalities = {
-        "image": {"name": "image", "patch": patch, "buckets": 224 // patch, "positions": "table"},
+        "image": {
+            "name": "image",
+            "patch": patch,
+            "max_positions": 224 // patch,
+            "positions": "table",
+        },
         # No tokenizer: give one of 32,000 pieces.
         "text": {
             "name": "text",
             "tokenizer": "",
             "vocabulary": 32_000,
-            "buckets": 16,
+            "max_positions": 16,
             "positions": "table",
         },
     }
     config.model = {
-        "width": width, "groups": layers(setting.losses, repeat, paired, heads, hidden), "remat": "full",
+        "width": width, "layers": layers(setting.losses, repeat, paired, heads, hidden), "remat": "full",
     }  # fmt: skip
     config.tasks = {
         "image_text": {
@@ -125,15 +130,15 @@ def get_config(setting: Setting) -> ConfigDict:
                 "text": {"field": "caption", "length": 16},
             },
             "objective": {
-                "name": "contrastive", "between": ["image", "text"], "concept": "concept", "joint": width,
-                "temperature": 0.1, "together": True, "chunk": 4096,
+                "name": "contrastive", "modalities": ["image", "text"], "positive_key": "concept", "embed_dim": width,
+                "init_temperature": 0.1, "joint_forward": True, "chunk": 4096,
             },
             "batch": 16_384,
             "evaluators": {n: {"name": "retrieval", "source": s} for n, s in splits.items()},
         },
     }  # fmt: skip
     config.optimizer = {
-        "name": "adamw", "learning_rate": 1e-3, "warmup": 10_000, "decay": "cosine", "final": 0.0,
+        "name": "adamw", "learning_rate": 1e-3, "warmup": 10_000, "decay": "cosine", "end_lr_ratio": 0.0,
         "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "clip": 1.0,
     }  # fmt: skip
     config.dtype = {"compute": "bfloat16"}
@@ -150,22 +155,22 @@ def get_config(setting: Setting) -> ConfigDict:
 def make_small(config: ConfigDict) -> None:
     """Set the numbers of `small` that go with smaller pictures, shorter texts and a shorter run."""
     config.steps = 600
-    config.modalities.image.buckets = 4
+    config.modalities.image.max_positions = 4
     config.modalities.text.update(
-        {"tokenizer": "emoji/1.0.0/tokenizer.model", "vocabulary": 2048, "buckets": 12}
+        {"tokenizer": "emoji/1.0.0/tokenizer.model", "vocabulary": 2048, "max_positions": 12}
     )
     for experts in (
-        b["experts"] for g in config.model.groups for b in g["pattern"] if "experts" in b
+        b["experts"] for g in config.model.layers for b in g["blocks"] if "experts" in b
     ):
-        experts.update({"count": 8, "group": 512, "groups": 1})
-        if "threshold" in experts:
-            experts["threshold"] = {"text": 1.0986, "image": 1.6094}  # log 3 and log 5
+        experts.update({"count": 8, "group_size": 512, "min_groups": 1})
+        if "entropy_floor" in experts:
+            experts["entropy_floor"] = {"text": 1.0986, "image": 1.6094}  # log 3 and log 5
     config.model.remat = "none"
     task = config.tasks.image_text
     task.batch = 64
     task.inputs.image.size = 32
     task.inputs.text.length = 12
-    task.objective.update({"joint": 96, "chunk": 0})
+    task.objective.update({"embed_dim": 96, "chunk": 0})
     config.optimizer.update({"learning_rate": 2e-3, "warmup": 50})
     config.dtype.compute = "float32"
     config.mesh = {"data": -1}

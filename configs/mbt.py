@@ -76,11 +76,11 @@ def layers(
 ) -> list[dict[str, Any]]:
     """Layers in which modalities keep apart, then those in which fusion tokens pass between them."""
     block = {
-        "name": "bottleneck", "modalities": list(modalities), "heads": heads, "hidden": hidden,
+        "name": "bottleneck", "modalities": list(modalities), "num_heads": heads, "mlp_dim": hidden,
         "bias": True, "attention_bias": True,
     }  # fmt: skip
     return [
-        {"repeat": repeat, "pattern": [{**block, "fuse": fuse}]}
+        {"repeat": repeat, "blocks": [{**block, "fuse": fuse}]}
         for repeat, fuse in ((apart, False), (fused, True))
     ]
 
@@ -92,29 +92,30 @@ def recipe(groups: list[dict[str, Any]]) -> ConfigDict:
     config.seed = 0
     config.modalities = {
         "video": {
-            "name": "video", "tube": 2, "patch": 16, "time_buckets": 16, "buckets": 14, "positions": "table",
+            "name": "video", "tube": 2, "patch": 16, "max_time_positions": 16, "max_positions": 14,
+            "positions": "table",
         },
         "spectrogram": {
-            "name": "spectrogram", "patch_frames": 16, "patch_mels": 16, "mels": 128, "rate": 16_000,
-            "window": 800, "hop": 160, "low": 60.0, "high": 7600.0, "buckets": 50,
+            "name": "spectrogram", "patch_frames": 16, "patch_mels": 16, "mels": 128, "sample_rate": 16_000,
+            "window": 800, "hop": 160, "low": 60.0, "high": 7600.0, "max_positions": 50,
             "positions": "table",
         },
     }  # fmt: skip
-    config.model = {"width": 768, "groups": groups, "remat": "none"}
+    config.model = {"width": 768, "layers": groups, "remat": "none"}
     config.tasks = {
         "sounds": {
             "source": data("train"),
             "inputs": VIEWS,
             "objective": {
                 "name": "fusion", "modalities": [*VIEWS], "classes": 309, "label": "label", "tokens": 4,
-                "mask": "full", "reading": "mean", "loss": "each", "shared": True, "smoothing": 0.3,
+                "mask": "full", "readout": "mean", "loss": "each", "shared": True, "smoothing": 0.3,
             },
             "batch": 64,
             "evaluators": evaluators(data("test"), [*VIEWS]),
         },
     }  # fmt: skip
     config.optimizer = {
-        "name": "muon", "learning_rate": 1e-3, "warmup": 7_000, "decay": "cosine", "final": 0.0,
+        "name": "muon", "learning_rate": 1e-3, "warmup": 7_000, "decay": "cosine", "end_lr_ratio": 0.0,
         "weight_decay": 0.0, "clip": 1.0,
     }  # fmt: skip
     config.dtype = {"compute": "bfloat16"}
@@ -133,7 +134,7 @@ def get_config(setting: Setting) -> ConfigDict:
 
 # --- small -------------------------------------------------------------------------------------
 
-NOTES = {"spectrogram": {"frames": 40, "gain": 6.0}, "waveform": {"samples": 5376, "level": 0.1}}
+NOTES = {"spectrogram": {"frames": 40, "gain_db": 6.0}, "waveform": {"samples": 5376, "rms": 0.1}}
 
 
 def notes(split: str) -> dict[str, Any]:
@@ -145,12 +146,12 @@ def on_notes(config: ConfigDict) -> ConfigDict:
     config.steps = 300
     config.modalities = {
         "spectrogram": {
-            "name": "spectrogram", "patch_frames": 4, "patch_mels": 64, "mels": 64, "rate": 11_025,
-            "window": 512, "hop": 256, "low": 60.0, "high": 5500.0, "buckets": 10,
+            "name": "spectrogram", "patch_frames": 4, "patch_mels": 64, "mels": 64, "sample_rate": 11_025,
+            "window": 512, "hop": 256, "low": 60.0, "high": 5500.0, "max_positions": 10,
             "positions": "table",
         },
         "waveform": {
-            "name": "waveform", "patch": 256, "rate": 11_025, "buckets": 21, "positions": "table",
+            "name": "waveform", "patch": 256, "sample_rate": 11_025, "max_positions": 21, "positions": "table",
         },
     }  # fmt: skip
     config.model.width = 128

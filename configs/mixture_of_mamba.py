@@ -62,21 +62,24 @@ UNTIED = ("in", "x", "dt", "out")
 def layers(setting: Setting, repeat: int, **more: Any) -> list[dict[str, Any]]:
     block = {"name": "mamba", "norm": "rms", "eps": 1e-5, "depth": repeat, **more}
     if not setting.dense:
-        block |= {"untie": list(UNTIED), "modalities": mot.modalities(setting.tasks)}
-    return [{"repeat": repeat, "pattern": [block]}]
+        block |= {
+            "per_modality": {"parts": list(UNTIED), "modalities": mot.modalities(setting.tasks)}
+        }
+    return [{"repeat": repeat, "blocks": [block]}]
 
 
 def get_config(setting: Setting) -> ConfigDict:
     """Return the config of a setting."""
     config: ConfigDict = mot.recipe(setting.tasks, setting.dense)
     config.model.width = 2048
-    config.model.groups = layers(setting, 48)
+    config.model.layers = layers(setting, 48)
     # The paper unties projections alone.
-    config.model.norm_modalities = []
+    if "per_modality" in config.model:
+        del config.model["per_modality"]
     config.tasks.captions.batch //= 4
     if setting.size == "small":
         mot.make_small(config)
-        config.model.groups = layers(setting, 4, state=8)
+        config.model.layers = layers(setting, 4, state=8)
         config.steps = 250
         config.tasks.captions.batch = 16
     return config

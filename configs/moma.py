@@ -62,18 +62,18 @@ class Setting:
 def layers(experts: str, repeat: int, heads: int, hidden: int) -> list[dict[str, Any]]:
     """Return Chameleon's block with its norms behind their parts, and its experts."""
     groups: list[dict[str, Any]] = mot.layers("chameleon", True, repeat, heads, hidden)
-    (block,) = groups[0]["pattern"]
-    block["order"] = "post"
+    (block,) = groups[0]["blocks"]
+    block["norm_position"] = "post"
     if experts != "dense":
         block["experts"] = {
             "count": {"experts": 4, "one": 1, "mixed": 8}[experts],
             "router": {"name": "expert_choice", "score": "sigmoid", "capacity": 1.0},
-            "group": 2048,
-            "groups": 256,
-            "causal": {"hidden": 1024},
+            "group_size": 2048,
+            "min_groups": 256,
+            "causal": {"mlp_dim": 1024},
         }
     if experts in ("experts", "one"):
-        block |= {"untie": ["mlp"], "modalities": mot.modalities("chameleon")}
+        block |= {"per_modality": {"parts": ["mlp"], "modalities": mot.modalities("chameleon")}}
     return groups
 
 
@@ -82,7 +82,7 @@ def get_config(setting: Setting) -> ConfigDict:
     config: ConfigDict = mot.recipe("chameleon", dense=True)
     config.steps = 250_000
     config.modalities.text.vocabulary = 57_344  # beside the codes
-    config.model.update({"width": 2048, "groups": layers(setting.experts, 24, 16, 5632)})
+    config.model.update({"width": 2048, "layers": layers(setting.experts, 24, 16, 5632)})
     if setting.experts in ("experts", "mixed"):
         config.mesh.expert = 4
     if setting.size == "small":
@@ -93,7 +93,7 @@ def get_config(setting: Setting) -> ConfigDict:
 def make_small(config: ConfigDict, groups: list[dict[str, Any]]) -> None:
     """Set the numbers of `small`, with its layers."""
     mot.make_small(config)
-    for experts in (b["experts"] for g in groups for b in g["pattern"] if "experts" in b):
-        experts.update({"group": 1024, "groups": 1, "causal": {"hidden": 64}})
-    config.model.groups = groups
+    for experts in (b["experts"] for g in groups for b in g["blocks"] if "experts" in b):
+        experts.update({"group_size": 1024, "min_groups": 1, "causal": {"mlp_dim": 64}})
+    config.model.layers = groups
     config.mesh = {"data": 1, "fsdp": -1}

@@ -65,15 +65,17 @@ class Setting:
 # Sequences of 4,288 positions: 4 images of 1,025, whose captions share 188.
 CHAMELEON_PACKING = {"pack": 4, "capacity": {"text": 188}, "window": 64}
 # MoMa's rate (Lin et al. 2024) and Chameleon's eps.
-CHAMELEON = {"learning_rate": 1e-4, "decay": "linear", "final": 0.01, "eps": 1e-5}
+CHAMELEON = {"learning_rate": 1e-4, "decay": "linear", "end_lr_ratio": 0.01, "eps": 1e-5}
 
 
 def layers(tasks: str, dense: bool, repeat: int, heads: int, hidden: int) -> list[dict[str, Any]]:
     """Return the block of such tasks, `PARTS` by modality unless it is dense."""
-    block: dict[str, Any] = {"qk_norm": "layer", "order": "pre"} if tasks == "chameleon" else {}
+    block: dict[str, Any] = (
+        {"qk_norm": "layer", "norm_position": "pre"} if tasks == "chameleon" else {}
+    )
     if not dense:
         parts = [part for part in PARTS if part != "qk_norm" or block]
-        block |= {"untie": parts, "modalities": modalities(tasks)}
+        block |= {"per_modality": {"parts": parts, "modalities": modalities(tasks)}}
     return transfusion.layers(repeat, heads, hidden, **block)
 
 
@@ -84,9 +86,9 @@ def modalities(tasks: str) -> list[str]:
 def recipe(tasks: str, dense: bool) -> ConfigDict:
     """Return the config at the paper's size: its tasks and their rate, and the last norm of each modality."""
     config: ConfigDict = transfusion.recipe()
-    config.model.groups = layers(tasks, dense, 32, 32, 11_008)
+    config.model.layers = layers(tasks, dense, 32, 32, 11_008)
     task = config.tasks.captions
-    task.objective.channels = 0
+    task.objective.unet_channels = 0
     if tasks == "chameleon":
         del config.modalities["image"]
         config.modalities.colours = {"name": "colours", "levels": 20, "positions": "none"}
@@ -95,13 +97,13 @@ def recipe(tasks: str, dense: bool) -> ConfigDict:
             "colours": {"size": 32, "crop": 0.7},
         }
         task.objective = {
-            "name": "transfusion", "order": ["text", "colours"], "discrete": ["text", "colours"],
-            "drop": 0.1, "swap": 0.2, **CHAMELEON_PACKING,
+            "name": "transfusion", "modalities": ["text", "colours"], "discrete": ["text", "colours"],
+            "condition_dropout": 0.1, "reverse_prob": 0.2, **CHAMELEON_PACKING,
         }  # fmt: skip
         task.batch = transfusion.SEQUENCES * task.objective.pack
         config.optimizer.update(CHAMELEON)
     if not dense:
-        config.model.norm_modalities = modalities(tasks)
+        config.model.per_modality = {"parts": ["norm"], "modalities": modalities(tasks)}
     return config
 
 
@@ -110,7 +112,7 @@ def get_config(setting: Setting) -> ConfigDict:
     config = recipe(setting.tasks, setting.dense)
     if setting.size == "small":
         make_small(config)
-        config.model.groups = layers(setting.tasks, setting.dense, 4, 4, 344)
+        config.model.layers = layers(setting.tasks, setting.dense, 4, 4, 344)
     return config
 
 

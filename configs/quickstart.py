@@ -56,7 +56,7 @@ def clips(split: str, count: int = 1) -> dict[str, Any]:
 
 def contrastive(modality: str, concept: str) -> dict[str, Any]:
     return {
-        "name": "contrastive", "between": [modality, "text"], "concept": concept, "joint": JOINT,
+        "name": "contrastive", "modalities": [modality, "text"], "positive_key": concept, "embed_dim": JOINT,
         "head": "joint",
     }  # fmt: skip
 
@@ -70,29 +70,29 @@ def get_config(setting: Setting = Setting()) -> ConfigDict:
     drawings, concepts = data("emoji", "test_drawing"), data("emoji", "test_concept")
     line_art = data("emoji_line", "test_line")
     picture = {"size": 32, "crop": 0.7}
-    layer = {"name": "transformer", "heads": 4, "hidden": 512}
+    layer = {"name": "transformer", "num_heads": 4, "mlp_dim": 512}
 
     config = ConfigDict(sort_keys=False)
     config.steps = 900
     config.seed = 0
     config.modalities = {
-        "image": {"name": "image", "patch": 8, "buckets": 16},
-        "video": {"name": "video", "tube": 2, "patch": 8, "time_buckets": 4, "buckets": 16},
+        "image": {"name": "image", "patch": 8, "max_positions": 16},
+        "video": {"name": "video", "tube": 2, "patch": 8, "max_time_positions": 4, "max_positions": 16},
         "spectrogram": {
-            "name": "spectrogram", "patch_frames": 4, "patch_mels": 64, "rate": 11025, "window": 512,
-            "high": 5500.0, "buckets": 16,
+            "name": "spectrogram", "patch_frames": 4, "patch_mels": 64, "sample_rate": 11025, "window": 512,
+            "high": 5500.0, "max_positions": 16,
         },
-        "waveform": {"name": "waveform", "patch": 256, "rate": 11025, "buckets": 32},
+        "waveform": {"name": "waveform", "patch": 256, "sample_rate": 11025, "max_positions": 32},
         "text": {"name": "text", "tokenizer": "emoji/1.0.0/tokenizer.model"},
     }  # fmt: skip
-    config.model = {"width": 128, "groups": [{"repeat": 4, "pattern": [layer]}]}
+    config.model = {"width": 128, "layers": [{"repeat": 4, "blocks": [layer]}]}
     config.tasks = {
         "image_text": {
             "source": data("emoji", "train"),
             "inputs": {"image": picture, "text": text(12)},
             "objective": contrastive("image", "concept"),
             "batch": 96,
-            "share": 3,
+            "weight": 3,
             "evaluators": {
                 "drawings": {"name": "retrieval", "source": drawings},
                 "concepts": {"name": "retrieval", "source": concepts},
@@ -105,17 +105,17 @@ def get_config(setting: Setting = Setting()) -> ConfigDict:
             "inputs": {"video": {"size": 32, "frames": 4, "stride": 2}, "text": text(12)},
             "objective": contrastive("video", "pair"),
             "batch": 64,
-            "share": 2,
+            "weight": 2,
             "evaluators": {
-                "drawings": {"name": "retrieval", "source": clips("test_drawing"), "concept": "pair"},
+                "drawings": {"name": "retrieval", "source": clips("test_drawing"), "positive_key": "pair"},
             },
         },
         "speech_text": {
             "source": data("speech", "train"),
-            "inputs": {"spectrogram": {"frames": 64, "gain": 6.0}, "text": text(12)},
+            "inputs": {"spectrogram": {"frames": 64, "gain_db": 6.0}, "text": text(12)},
             "objective": contrastive("spectrogram", "concept"),
             "batch": 64,
-            "share": 3,
+            "weight": 3,
             "evaluators": {
                 "voices": {"name": "retrieval", "source": data("speech", "test_voice")},
             },
@@ -125,7 +125,7 @@ def get_config(setting: Setting = Setting()) -> ConfigDict:
             "inputs": {"image": picture},
             "objective": {"name": "classification", "classes": 99, "label": "subgroup"},
             "batch": 64,
-            "share": 1,
+            "weight": 1,
             "evaluators": {
                 "drawings": {"name": "accuracy", "source": drawings},
                 "concepts": {"name": "accuracy", "source": concepts},
@@ -134,15 +134,15 @@ def get_config(setting: Setting = Setting()) -> ConfigDict:
         "instruments": {
             "source": data("notes", "train"),
             "inputs": {
-                "spectrogram": {"frames": 40, "gain": 6.0},
-                "waveform": {"samples": 5376, "level": 0.1},
+                "spectrogram": {"frames": 40, "gain_db": 6.0},
+                "waveform": {"samples": 5376, "rms": 0.1},
             },
             "objective": {
                 "name": "classification", "classes": 128, "label": "program",
                 "modalities": ["spectrogram", "waveform"],
             },
             "batch": 64,
-            "share": 1,
+            "weight": 1,
             "evaluators": {
                 "pitches": {"name": "accuracy", "source": data("notes", "test_pitch")},
             },
@@ -150,9 +150,9 @@ def get_config(setting: Setting = Setting()) -> ConfigDict:
         "masked_image": {
             "source": data("emoji", "train"),
             "inputs": {"image": {"size": 64, "crop": 0.7, "flip": True}},
-            "objective": {"name": "masked_image", "inner": 64, "depth": 1, "heads_per_layer": 2},
+            "objective": {"name": "masked_image", "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2},
             "batch": 64,
-            "share": 1,
+            "weight": 1,
             "evaluators": {"concepts": {"name": "held_out_loss", "source": concepts}},
         },
     }  # fmt: skip

@@ -67,32 +67,38 @@ def data(split: str) -> dict[str, Any]:
 def layers(repeat: int, heads: int, hidden: int, **more: Any) -> list[dict[str, Any]]:
     """Return Llama's block, with `more` of its settings."""
     block = {
-        "name": "transformer", "heads": heads, "hidden": hidden, "norm": "rms", "mlp": "swiglu",
+        "name": "transformer", "num_heads": heads, "mlp_dim": hidden, "norm": "rms", "mlp": "swiglu",
         "rotary": 10_000.0, "eps": 1e-5, **more,
     }  # fmt: skip
-    return [{"repeat": repeat, "pattern": [block]}]
+    return [{"repeat": repeat, "blocks": [block]}]
 
 
 def task(share: int, modalities: list[str], objective: dict[str, Any]) -> dict[str, Any]:
     inputs = {"text": {"field": "caption", "length": 255}, "image": {"size": 256, "crop": 0.7}}
     splits = {"drawings": data("test_drawing"), "concepts": data("test_concept")}
     evaluators = {n: {"name": "held_out_loss", "source": s} for n, s in splits.items()}
-    if objective.get("swap"):
+    if objective.get("reverse_prob"):
         evaluators |= {f"written_{n}": {"name": "captions", "source": s} for n, s in splits.items()}
     return {
         "source": data("train"),
         "inputs": {name: inputs[name] for name in modalities},
-        "objective": {"name": "transfusion", "order": modalities, **objective},
+        "objective": {"name": "transfusion", "modalities": modalities, **objective},
         "batch": SEQUENCES * objective["pack"],
-        "share": share,
+        "weight": share,
         "evaluators": evaluators,
     }
 
 
 def recipe(tasks: str = "transfusion") -> ConfigDict:
     """Return the config at the paper's size, with the tasks of a setting."""
-    draw = {"weight": 5.0, "target": "epsilon", "drop": 0.1, "channels": 128, "guidance": 5.0}
-    draw["steps"] = 250
+    draw = {
+        "weight": 5.0,
+        "prediction": "epsilon",
+        "condition_dropout": 0.1,
+        "unet_channels": 128,
+        "guidance": 5.0,
+    }
+    draw["sampling_steps"] = 250
 
     config = ConfigDict(sort_keys=False)
     config.steps = 500_000
@@ -104,13 +110,15 @@ def recipe(tasks: str = "transfusion") -> ConfigDict:
     }
     config.model = {
         "width": 4096,
-        "groups": layers(32, 32, 11_008),
+        "layers": layers(32, 32, 11_008),
         "norm": "rms",
         "norm_eps": 1e-5,
         "remat": "full",
     }
     config.tasks = {
-        "captions": task(1, ["text", "image"], {**CAPTIONED, **draw, "swap": 0.2, "limit": 0.5}),
+        "captions": task(
+            1, ["text", "image"], {**CAPTIONED, **draw, "reverse_prob": 0.2, "max_time": 0.5}
+        ),
     }
     if tasks == "alternating":
         # What is written and what is drawn are two tasks: one's loss is not in the other's step.
@@ -119,7 +127,7 @@ def recipe(tasks: str = "transfusion") -> ConfigDict:
             "draw": task(1, ["text", "image"], {**CAPTIONED, **draw, "weights": {"text": 0.0}}),
         }
     config.optimizer = {
-        "name": "adamw", "learning_rate": 3e-4, "warmup": 4000, "decay": "cosine", "final": 0.05,
+        "name": "adamw", "learning_rate": 3e-4, "warmup": 4000, "decay": "cosine", "end_lr_ratio": 0.05,
         "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0,
     }  # fmt: skip
     config.dtype = {"compute": "bfloat16"}
@@ -135,10 +143,10 @@ def get_config(setting: Setting) -> ConfigDict:
     if setting.size == "7b":
         return config
     make_small(config)
-    config.model.groups = layers(4, 4, 344)
+    config.model.layers = layers(4, 4, 344)
     for task in config.tasks.values():
         if "image" in task.inputs:
-            task.objective.channels = 16
+            task.objective.unet_channels = 16
             task.batch = 32
         else:
             task.objective.update({"pack": 16, "capacity": {"text": 85}, "window": 128})
@@ -160,7 +168,7 @@ def make_small(config: ConfigDict) -> ConfigDict:
         task.objective.update({"pack": 4, "capacity": {"text": 24}, "window": 32})
         if "image" in task.inputs:
             task.inputs.image.size = 32
-            task.objective.steps = 50
+            task.objective.sampling_steps = 50
     config.optimizer.update({"learning_rate": 2e-3, "warmup": 50})
     config.dtype.compute = "float32"
     config.checkpoint.every = 250

@@ -50,9 +50,9 @@ class Setting:
 
 def layers(repeat: int, heads: int, hidden: int) -> list[dict[str, Any]]:
     block = {
-        "name": "transformer", "heads": heads, "hidden": hidden, "bias": True, "attention_bias": True,
+        "name": "transformer", "num_heads": heads, "mlp_dim": hidden, "bias": True, "attention_bias": True,
     }  # fmt: skip
-    return [{"repeat": repeat, "pattern": [block]}]
+    return [{"repeat": repeat, "blocks": [block]}]
 
 
 def get_config(setting: Setting) -> ConfigDict:
@@ -60,6 +60,6 @@ def get_config(setting: Setting) -> ConfigDict:
     small = setting.size == "small"
     config: ConfigDict = mbt.recipe(layers(4, 4, 512) if small else layers(12, 12, 3072))
     config.tasks.sounds.objective.update(
-        {"tokens": 8, "mask": "zorro", "reading": "each", "shared": False, "smoothing": 0.0}
+        {"tokens": 8, "mask": "zorro", "readout": "each", "shared": False, "smoothing": 0.0}
     )
     return mbt.on_notes(config) if small else config

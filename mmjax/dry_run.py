@@ -168,6 +168,6 @@ def _remarks(experiment: Experiment, found: Pace, workdir: epath.Path) -> Iterat
         mark = " (?)" if found.measured else ""
         yield f"Step times{mark} follow from model FLOPs at {human_flops(found.rate)}FLOP/s, {how}."
     yield "Evaluation, checkpoints, compilation and waiting for data come on top."
-    every = experiment.run.schedule.measure
+    every = experiment.run.schedule.rebalance_every
     if every and any(each.rule == BUDGET for each in experiment.stretches()):
         yield f"Under {BUDGET}, measured step times set the shares anew every {every} steps."

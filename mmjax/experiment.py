@@ -30,7 +30,7 @@ from mmjax.run_config import RunConfig
 from mmjax.schedule.buckets import check_tokens
 from mmjax.schedule.phases import Setting, Settings, make_settings
 from mmjax.schedule.schedule import Schedule
-from mmjax.schedule.stretches import BUDGET, Stretch, from_config, stretches
+from mmjax.schedule.stretches import BUDGET, Stretch, from_config, key_of, stretches
 from mmjax.task import Task, make_task
 
 
@@ -105,11 +105,11 @@ class Experiment:
         return {n: self._reach(task) for n, task in self.tasks.items() if kinds[n] != SHARED}
 
     def _kinds(self) -> dict[str, str]:
-        default = self.run.optimizer.view
+        default = self.run.optimizer.update_scope
         return {
-            name: check_kind(task.config.view, f"tasks.{name}.view")
-            if task.config.view
-            else check_kind(default, "optimizer.view")
+            name: check_kind(task.config.update_scope, f"tasks.{name}.update_scope")
+            if task.config.update_scope
+            else check_kind(default, "optimizer.update_scope")
             for name, task in self.tasks.items()
         }
 
@@ -124,13 +124,30 @@ class Experiment:
     def _check_schedule(self) -> None:
         config = self.run.schedule
         for index, phase in enumerate(config.phases):
-            _check_weights(phase.weights or {}, self.tasks, f"schedule.phases[{index}].weights")
+            where = f"schedule.phases[{index}]"
+            _check_weights(phase.weights or {}, self.tasks, f"{where}.weights")
+            _check_weights(phase.intervals or {}, self.tasks, f"{where}.intervals")
+        self._check_numbers()
         self.schedule(lambda start: dict.fromkeys(self.tasks, 1.0))
-        if config.measure and all(each.rule != BUDGET for each in self.stretches()):
+        if config.rebalance_every and all(each.rule != BUDGET for each in self.stretches()):
             raise UserError(
-                f"config.schedule.measure is {config.measure}, but no stretch has the rule '{BUDGET}'. "
-                "Set schedule.rule, or leave measure at 0."
+                f"config.schedule.rebalance_every is {config.rebalance_every}, but no stretch has the rule '{BUDGET}'. "
+                "Set schedule.rule, or leave rebalance_every at 0."
             )
+
+    def _check_numbers(self) -> None:
+        """Raise where a weight or an interval is set that no rule of the run reads."""
+        read = {key_of(each.rule) for each in self.stretches()}
+        for key, other in (("weight", "interval"), ("interval", "weight")):
+            named = [n for n, number in self._numbers(key).items() if number != 1]
+            if key not in read and (
+                named or any(getattr(p, f"{key}s") for p in self.run.schedule.phases)
+            ):
+                where = f"tasks.{named[0]}.{key}" if named else f"{key}s of schedule.phases"
+                raise UserError(
+                    f"{where} is set, but no rule of the schedule reads it: '{self.run.schedule.rule}' reads "
+                    f"'{other}'. Set that, or another schedule.rule."
+                )
 
     def _check_shapes(self) -> None:
         """Phases and buckets may change the shapes of data, and of no parameter; buckets, no number of tokens."""
@@ -152,7 +169,7 @@ class Experiment:
                 check_tokens(sizes, f"tasks.{name}")
 
     def _heads(self, task: Task) -> dict[str, Any]:
-        return task.objective.heads(self.run.model.width, task.inputs)
+        return task.objective.heads(self.run.model.trunk.width, task.inputs)
 
     def _check_accumulation(self, kinds: Mapping[str, str]) -> None:
         every = self.run.optimizer.accumulate
@@ -200,7 +217,10 @@ class Experiment:
 
     def stretches(self) -> list[Stretch]:
         """The schedule as the config describes it."""
-        return stretches(self.run.schedule.rule, self._shares(), self.run.schedule.phases)
+        config = self.run.schedule
+        return stretches(
+            config.rule, self._numbers("weight"), config.phases, self._numbers("interval")
+        )
 
     def schedule(self, seconds: Callable[[int], Mapping[str, float]] | None = None) -> Schedule:
         """The schedule from step 0 as the config describes it, in integers.
@@ -210,14 +230,16 @@ class Experiment:
         """
         config = self.run.schedule
         seconds = seconds or self.flops_at
-        return from_config(config.rule, self._shares(), self.run.seed, config.phases, seconds)
+        weights, intervals = self._numbers("weight"), self._numbers("interval")
+        return from_config(config.rule, weights, self.run.seed, config.phases, seconds, intervals)
 
     def flops_at(self, step: int) -> dict[str, float]:
         """Model FLOPs of a training step of each task, as it is at a step; the mean over its buckets."""
         return {t: v.mean(self.flops) for t, v in self.settings.at(step).variants.items()}
 
-    def _shares(self) -> dict[str, int]:
-        return {name: task.config.share for name, task in self.tasks.items()}
+    def _numbers(self, key: str) -> dict[str, int]:
+        """Return `weight` or `interval` of each task."""
+        return {name: getattr(task.config, key) for name, task in self.tasks.items()}
 
     @cached_property
     def flops(self) -> Mapping[str, int]:
@@ -313,7 +335,8 @@ def _build(block: Mapping[str, Any], folder: str, used: Iterable[tuple[str, str]
         modalities[name] = replace(modality, folder=folder) if folder else modality
     tasks = {name: make_task(name, inner, modalities) for name, inner in run.tasks.items()}
     heads = [
-        (t.objective.head, t.objective.heads(run.model.width, t.inputs)) for t in tasks.values()
+        (t.objective.head, t.objective.heads(run.model.trunk.width, t.inputs))
+        for t in tasks.values()
     ]
     declaration = declare_model(run.model, modalities, heads)
     evaluators = {name: make_evaluators(task) for name, task in tasks.items()}

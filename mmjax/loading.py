@@ -233,8 +233,9 @@ class Embedder:
     ) -> list[Any]:
         """What a task such as Transfusion's makes of a sequence of spans: text and pictures in turn.
 
-        Modalities that see each other whatever their order (`mutual`) and are not in the list are pure noise: then
-        `[("image", None)]` draws from the distribution of pictures, `[("image", None), ("sound", None)]` from both's.
+        Modalities that see each other whatever their order (`bidirectional_spans`) and are not in the list are pure
+        noise: then `[("image", None)]` draws from the distribution of pictures, `[("image", None), ("sound", None)]`
+        from both's.
 
         Args:
           spans: `(modality, value)`, a value as of `embed`; where it is None the span is made, after those before it.

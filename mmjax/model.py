@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import jax
 from flax import nnx
 
 from mmjax.core import config as configs
-from mmjax.core.bounds import COUNT, POSITIVE, check
+from mmjax.core.bounds import COUNT, POSITIVE, FieldError, check
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import constrain
 from mmjax.modalities.base import PRESENT, Modality, as_rows
+from mmjax.nn.by_modality import SHARED, PerModality, check_parts
 from mmjax.nn.experts import Experts
 from mmjax.nn.masks import FULL, Mask
 from mmjax.nn.stream import Aux, Stream, concatenate
@@ -23,28 +24,88 @@ from mmjax.nn.trunk import GroupConfig, Trunk
 Batch = Mapping[str, Any]
 
 
+TRUNK = "trunk"  # the tower that every modality reads where a config names no other
+
+
 @dataclass(frozen=True)
-class ModelConfig:
-    """The encoder.
+class TowerConfig:
+    """A stack of layers.
 
     Attributes:
       width: size of a token.
-      groups: the trunk's layers.
+      layers: groups of blocks, in order.
       remat: what the backward pass computes again: `none`, `dots` or `full`.
       norm: the last norm, `layer` or `rms`.
       norm_eps: its eps.
-      norm_modalities: modalities (or modality: expert) that have a last norm each; empty for one of all.
+      per_modality: which modalities have a last norm each (`parts: ["norm"]`), see `mmjax.nn.by_modality`.
     """
 
     width: int
-    groups: tuple[GroupConfig, ...]
+    layers: tuple[GroupConfig, ...]
     remat: str = field(default="none", metadata=configs.FREE)
     norm: str = "layer"
     norm_eps: float = 1e-6
-    norm_modalities: Any = ()
+    per_modality: PerModality = SHARED
 
     def __post_init__(self) -> None:
         check(self, width=COUNT, norm_eps=POSITIVE)
+        check_parts(self, ("norm",))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The encoder: its towers, or the keys of one tower, the trunk, as a short form of `towers: {"trunk": {...}}`.
+
+    Attributes:
+      width, layers, remat, norm, norm_eps, per_modality: of the trunk, see `TowerConfig`.
+      towers: towers by name. One can be built today: `trunk`.
+    """
+
+    width: int | None = None
+    layers: tuple[GroupConfig, ...] | None = None
+    remat: str = field(default="none", metadata=configs.FREE)
+    norm: str = "layer"
+    norm_eps: float = 1e-6
+    per_modality: PerModality = SHARED
+    towers: dict[str, TowerConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.towers:
+            for key in ("width", "layers"):
+                if getattr(self, key) is None:
+                    raise FieldError(self, key, "is missing.")
+            _ = self.trunk  # checks the keys
+            return
+        if list(self.towers) != [TRUNK]:
+            words = f"names {', '.join(self.towers)}; one tower can be built, and its name is '{TRUNK}'."
+            raise FieldError(self, "towers", words)
+        for name in (f.name for f in fields(TowerConfig)):
+            if getattr(self, name) != getattr(ModelConfig, name, None):
+                raise FieldError(self, name, f"is set beside towers; set towers.{TRUNK}.{name}.")
+
+    @property
+    def trunk(self) -> TowerConfig:
+        """The tower, whichever way it is written."""
+        if self.towers:
+            return self.towers[TRUNK]
+        given = {f.name: getattr(self, f.name) for f in fields(TowerConfig)}
+        try:
+            return TowerConfig(**given)
+        except FieldError as error:  # the keys are the model's own in the short form
+            raise FieldError(self, error.key, error.words) from error
+
+    @property
+    def where(self) -> str:
+        """The path of the tower's block in a config."""
+        return f"model.towers.{TRUNK}" if self.towers else "model"
+
+
+def tower_of(block: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the path and the block of the trunk in a config, whichever way it is written."""
+    model = block["model"]
+    if model.get("towers"):
+        return f"model.towers.{TRUNK}", model["towers"][TRUNK]
+    return "model", model
 
 
 class Model(nnx.Module):
@@ -53,14 +114,16 @@ class Model(nnx.Module):
     def __init__(
         self, config: ModelConfig, modalities: Mapping[str, Modality], heads: Mapping[str, Any]
     ):
-        self.stems = nnx.Dict({name: m.stem(config.width) for name, m in modalities.items()})
+        tower = config.trunk
+        self.stems = nnx.Dict({name: m.stem(tower.width) for name, m in modalities.items()})
         self.trunk = Trunk(
-            config.groups,
-            config.width,
-            config.remat,
-            norm_modalities=config.norm_modalities,
-            norm=config.norm,
-            norm_eps=config.norm_eps,
+            tower.layers,
+            tower.width,
+            tower.remat,
+            f"{config.where}.layers",
+            per_modality=tower.per_modality,
+            norm=tower.norm,
+            norm_eps=tower.norm_eps,
         )
         self.heads = nnx.Dict({name: nnx.Dict(parts) for name, parts in heads.items()})
         for _, part in nnx.iter_modules(self):

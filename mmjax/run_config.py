@@ -38,20 +38,20 @@ class ScheduleConfig:
     """Which task runs when.
 
     Attributes:
-      rule: `shares`, `random`, `interval` or `budget`; each task's `share` is its weight there. Under
-        `budget` it is a share of the chips' time, first by model FLOPs.
+      rule: `shares`, `random`, `interval` or `budget`; see `mmjax/schedule/rules/`. Under `budget` a
+        task's `weight` is its part of the chips' time, first by model FLOPs.
       phases: later stretches, by ascending `start`, and what changes there. Evaluation has the shapes of `tasks` at
         step 0.
-      measure: under `budget`, steps after which, and again after as many, the shares are set from
+      rebalance_every: under `budget`, steps after which, and again after as many, the shares are set from
         measured step times; 0 to stay with model FLOPs.
     """
 
     rule: str = "shares"
     phases: tuple[PhaseConfig, ...] = ()
-    measure: int = 0
+    rebalance_every: int = 0
 
     def __post_init__(self) -> None:
-        check(self, measure=SIZE)
+        check(self, rebalance_every=SIZE)
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,17 @@ class LogConfig:
     """What a run leaves to read.
 
     Attributes:
-      every: steps after which the lines of `metrics.jsonl` are sure to be on the disk.
+      flush_every: steps after which the lines of `metrics.jsonl` are sure to be on the disk.
       report: write `report.html` at the end.
       wandb: project of Weights & Biases that gets the numbers too; empty for none.
     """
 
-    every: int = 20
+    flush_every: int = 20
     report: bool = True
     wandb: str = ""
 
     def __post_init__(self) -> None:
-        check(self, every=COUNT)
+        check(self, flush_every=COUNT)
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,13 @@ class TaskConfig:
         many clips or sentences of each example.
       objective: the loss.
       batch: examples per visit, over all devices.
-      share: its weight in the schedule.
+      weight: its weight in the schedule: in the steps, or in the time under the rule `budget`; 0: it does not run.
+      interval: under the rule `interval`, the passes from one visit to the next; 0: it does not run.
       evaluators: by a name of one's own.
       microbatches: parts in which a batch is done, one after another, to save memory.
-      buckets: the shapes that its visits take in turn, by a name of one's own, see `mmjax.schedule.buckets`; those of
+      shapes: the shapes that its visits take in turn, by a name of one's own, see `mmjax.schedule.buckets`; those of
         `inputs` if empty. Evaluation has those of `inputs`.
-      view: how its steps see the optimizer (see `mmjax.optim.views.View`); `optimizer.view` if empty.
+      update_scope: how its steps see the optimizer (see `mmjax.optim.views.View`); `optimizer.update_scope` if empty.
       shared_time: whether the stretches that training cuts out of an example's video and sounds begin at one random
         time (IMP, MBT), relative to the places where each may begin, or each at its own.
     """
@@ -53,15 +54,16 @@ class TaskConfig:
     inputs: dict[str, dict[str, Any]] = field(metadata=SCHEDULE)
     objective: dict[str, Any] = field(metadata=SCHEDULE)
     batch: int = field(metadata=SCHEDULE)
-    share: int = field(default=1, metadata=SCHEDULE)
+    weight: int = field(default=1, metadata=SCHEDULE)
+    interval: int = field(default=1, metadata=SCHEDULE)
     evaluators: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=FREE)
     microbatches: int = field(default=1, metadata=FREE)
-    buckets: dict[str, BucketConfig] = field(default_factory=dict, metadata=SCHEDULE)
-    view: str = field(default="", metadata=SCHEDULE)
+    shapes: dict[str, BucketConfig] = field(default_factory=dict, metadata=SCHEDULE)
+    update_scope: str = field(default="", metadata=SCHEDULE)
     shared_time: bool = field(default=True, metadata=SCHEDULE)
 
     def __post_init__(self) -> None:
-        check(self, batch=COUNT, share=SIZE, microbatches=COUNT)
+        check(self, batch=COUNT, weight=SIZE, interval=SIZE, microbatches=COUNT)
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def make_task(
     where = where or f"tasks.{name}"
     config = configs.build(TaskConfig, block, where)
     configs.check_names(config.evaluators, f"{where}.evaluators")
-    configs.check_names(config.buckets, f"{where}.buckets")
+    configs.check_names(config.shapes, f"{where}.shapes")
     if config.batch < 1:
         raise UserError(f"{where}.batch is {config.batch}; it must be at least 1.")
     if config.microbatches < 1 or config.batch % config.microbatches:
@@ -274,16 +276,16 @@ def make_input(
 
 @dataclass(frozen=True)
 class BucketConfig:
-    """One of a task's `buckets`.
+    """One of a task's `shapes`.
 
     Attributes:
       inputs: modality -> the settings that differ from those of the task's `inputs`.
-      share: its weight among the task's visits.
+      weight: its weight among the task's visits.
     """
 
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    share: int = 1
+    weight: int = 1
 
     def __post_init__(self) -> None:
-        if self.share < 1:
-            raise UserError(f"A bucket's share is {self.share}; it must be at least 1.")
+        if self.weight < 1:
+            raise UserError(f"A shape's weight is {self.weight}; it must be at least 1.")

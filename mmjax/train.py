@@ -153,7 +153,7 @@ def _report_if_missing(session: Session, phases: PhaseLog) -> None:
     def stuck(text: str) -> None:
         phases.event("stuck", text=text)
 
-    with Watchdog(run.limits.stuck, stuck) as watchdog, phases.phase("report"):
+    with Watchdog(run.limits.watchdog_seconds, stuck) as watchdog, phases.phase("report"):
         watchdog.at("writing the report")
         write_report(session.workdir)
 

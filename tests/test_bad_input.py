@@ -70,13 +70,13 @@ def test_an_unknown_key_on_the_command_line(command, workdir, tmp_path):
 _EDITS = [
     ("config.steps = 14", "config.stps = 14", ["'config.stps'", "'steps'"]),
     ('"width": 32', '"widht": 32', ["'config.model.widht'", "'width'"]),
-    ('"share": 2', '"shair": 2', ["'tasks.image_text.shair'", "'share'"]),
-    ('"joint": 16', '"joined": 16', ["'tasks.image_text.objective.joined'", "'joint'"]),
+    ('"weight": 2', '"wieght": 2', ["'tasks.image_text.wieght'", "'weight'"]),
+    ('"embed_dim": 16', '"embed_dims": 16', ["'tasks.image_text.objective.embed_dims'", "'embed_dim'"]),
     ('"length": 8', '"lenght": 8', ["'tasks.image_text.inputs.text.lenght'", "'length'"]),
     ('"names": drawings', '"nams": drawings', ["image_text.evaluators.groups.nams'", "'names'"]),
     ('"patch": 8', '"pach": 8', ["'modalities.image.pach'", "'patch'"]),
-    ('"repeat": 2', '"repeet": 2', ["'config.model.groups[0].repeet'", "'repeat'"]),
-    ('"hidden": 64', '"hiden": 64', ["model.groups[0].pattern[0]", "hiden"]),
+    ('"repeat": 2', '"repeet": 2', ["'config.model.layers[0].repeet'", "'repeat'"]),
+    ('"mlp_dim": 64', '"mlp_dm": 64', ["model.layers[0].blocks[0]", "mlp_dm"]),
     ("config.steps = 14", "config.steps = '14'", ["'config.steps' is '14'", "expected int"]),
     ('"batch": 16', '"batch": 16.0', ["'tasks.image_text.batch' is 16.0", "expected int"]),
     ('"split": s', '"split": 3', ["'tasks.image_text.source.split' is 3", "expected str"]),
@@ -239,17 +239,17 @@ def test_a_structural_change_is_refused(toy_copy):
 
 
 def test_a_schedule_change_asks_for_a_word(toy_copy):
-    words = (*TOY, f"--workdir={toy_copy}", "--config.steps=4", "--config.tasks.one.share=5")
+    words = (*TOY, f"--workdir={toy_copy}", "--config.steps=4", "--config.tasks.one.weight=5")
     message = refused(train.main, *words)
-    assert "tasks.one.share (schedule): saved 2, now 5" in message and "--allow_change" in message
+    assert "tasks.one.weight (schedule): saved 2, now 5" in message and "--allow_change" in message
 
 
 def test_a_free_change_is_taken_up_and_told(toy_copy):
     ended = run(
-        train.main, *TOY, f"--workdir={toy_copy}", "--config.steps=4", "--config.log.every=7"
+        train.main, *TOY, f"--workdir={toy_copy}", "--config.steps=4", "--config.log.flush_every=7"
     )
     assert (ended.status, ended.err) == (0, "")
-    assert "log.every (free): saved None, now 7" in ended.out and "Done" in ended.out
+    assert "log.flush_every (free): saved None, now 7" in ended.out and "Done" in ended.out
 
 
 def test_a_checkpoint_of_other_shapes(toy_copy):

@@ -38,7 +38,7 @@ MULTIPLE = (
         (["mesh.slices=3"], "mesh.slices is 3; it must divide the 8 devices here"),
         (["mesh.slices=-2"], "mesh.slices is -2; it must be at least 0"),
         (["mesh.slices=2", "mesh.data=1", "mesh.fsdp=8"], "Set --config.mesh.data to a multiple of 2, or"),
-        (["mesh.across=slices"], "mesh.across: no axis 'slices'. Known: data, expert, fsdp, sequence, tensor."),
+        (["mesh.dcn_axis=slices"], "mesh.dcn_axis: no axis 'slices'. Known: data, expert, fsdp, sequence, tensor."),
         (["mesh.rules.embed=['fspd']"], "mesh.rules.embed: no axis 'fspd'. Did you mean 'fsdp'?"),
         (["mesh.rules.embd=['fsdp']"], "mesh.rules: no logical axis 'embd'. Did you mean 'embed'?"),
         (["mesh.rules.embed=fsdp"], "'config.mesh.rules.embed' is 'fsdp'; expected a list, each str."),

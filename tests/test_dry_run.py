@@ -153,13 +153,13 @@ def test_it_stops_where_the_data_have_changed(tmp_path: Path) -> None:
 def test_a_changed_schedule_needs_to_be_allowed(tmp_path: Path) -> None:
     run(tmp_path / "run", "steps=4")
     words = [f"--extra={EXTRA}", f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", "--dry_run"]
-    words.append("--config.tasks.two.share=9")
+    words.append("--config.tasks.two.weight=9")
     assert "allow_change" in mains.refused(train.main, *words)
     assert "two 9" in mains.run(train.main, *words, "--allow_change").out
 
 
 def test_a_budget_is_shown_in_integers(tmp_path: Path) -> None:
-    text = dry(tmp_path / "run", "schedule.rule=budget", "schedule.measure=5")
+    text = dry(tmp_path / "run", "schedule.rule=budget", "schedule.rebalance_every=5")
     weights = make_experiment(toyrun.block("schedule.rule=budget")).schedule().segments[0]
     assert f"shares (budget)  one {weights.weights['one']}" in text
     assert "every 5 steps" in text

@@ -36,23 +36,23 @@ def experiment(*overrides: str, **more: Any) -> Experiment:
         ("tasks.image_text.evaluators.groups.lable='x'", "evaluators.groups.lable'. Did you mean"),
         ("tasks.image_text.evaluators.groups.name='zero'", "no 'zero' in mmjax/evaluators"),
         ("steps=0", "config.steps is 0; it must be at least 1"),
-        ("limits.non_finite=0", "config.limits.non_finite is 0; it must be at least 1"),
+        ("limits.max_non_finite_steps=0", "config.limits.max_non_finite_steps is 0; it must be at least 1"),
         ("steps=-3", "config.steps is -3"),
         ("steps=1.5", "'config.steps' is 1.5; expected int"),
         ("model.width=0", "config.model.width is 0"),
         ("model.width=33", "33"),
-        ("model.groups=[]", "model.groups"),
-        ("model.groups=[{'repeat': 0, 'pattern': []}]", "model.groups"),
-        ("model.groups=[{'repeat': 1, 'pattern': [{'name': 'transfomer'}]}]", "'transformer'"),
-        ("model.groups=[{'repeat': 1, 'pattern': [{'name': 'transformer', 'heads': 2, 'hiden': 4}]}]", "hiden"),
+        ("model.layers=[]", "model.layers"),
+        ("model.layers=[{'repeat': 0, 'blocks': []}]", "model.layers"),
+        ("model.layers=[{'repeat': 1, 'blocks': [{'name': 'transfomer'}]}]", "'transformer'"),
+        ("model.layers=[{'repeat': 1, 'blocks': [{'name': 'transformer', 'num_heads': 2, 'mlp_dm': 4}]}]", "mlp_dm"),
         ("evaluation.batch=0", "config.evaluation.batch is 0"),
         ("evaluation.every=-1", "config.evaluation.every is -1"),
         ("checkpoint.every=-1", "config.checkpoint.every is -1"),
         ("checkpoint.keep=0", "config.checkpoint.keep is 0"),
-        ("log.every=0", "config.log.every is 0"),
+        ("log.flush_every=0", "config.log.flush_every is 0"),
         ("loader.threads=-1", "config.loader.threads is -1"),
         ("tasks={}", "config.tasks is empty"),
-        ("tasks.image_text.share=-1", "tasks.image_text.share is -1; it must be at least 0"),
+        ("tasks.image_text.weight=-1", "tasks.image_text.weight is -1; it must be at least 0"),
         ("schedule.rule='share'", "Did you mean 'shares'?"),
         ("schedule.phases=[{'weights': {'image_text': 1}}]", "schedule.phases[0].start' is missing"),
         ("schedule.phases=[{'start': 3, 'weights': 5}]", "schedule.phases[0].weights' is 5"),
@@ -93,11 +93,11 @@ def test_two_tasks_may_share_a_head_of_one_shape_only():
     heads = [n for n in make_experiment(shared).declaration.specs if n.startswith("heads/")]
     assert heads == [n for n in experiment().declaration.specs if n.startswith("heads/")]
     with pytest.raises(UserError, match="'image_text'.*different shapes.*another head name"):
-        make_experiment(configs.override(shared, ["tasks.again.objective.joint=24"]))
+        make_experiment(configs.override(shared, ["tasks.again.objective.embed_dim=24"]))
 
 
 def test_the_schedule_is_the_tasks_shares_in_their_order():
-    schedule = experiment("tasks.masked_image.share=2").schedule()
+    schedule = experiment("tasks.masked_image.weight=2").schedule()
     assert schedule.shares(0, 12) == {"image_text": 0.5, "masked_image": 0.5}
     assert schedule.task(0) == "image_text"
     phases = "schedule.phases=[{'start': 4, 'weights': {'masked_image': 1}}]"

@@ -35,8 +35,8 @@ def test_each_golden_file_is_of_a_setting() -> None:
 @pytest.mark.parametrize(
     ("cls", "default", "changed", "before", "after"),
     [
-        (LogConfig, 20, 10, '"log": {"every": 20,', '"log": {"every": 10,'),
-        (Text, 128, 64, '   "buckets": 128,', '   "buckets": 64,'),
+        (LogConfig, 20, 10, '"log": {"flush_every": 20,', '"log": {"flush_every": 10,'),
+        (Text, 128, 64, '   "max_positions": 128,', '   "max_positions": 64,'),
     ],
 )
 def test_a_default_that_changes_is_one_line_of_a_golden_file(

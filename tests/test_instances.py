@@ -197,7 +197,7 @@ def test_a_number_of_instances_is_a_number(value: Any) -> None:
 
 TASK: dict[str, Any] = {
     "source": {"name": "tfds", "dataset": "emoji", "split": "train"},
-    "inputs": {"image": {"size": 16, "drop": 0.5}},
+    "inputs": {"image": {"size": 16, "token_drop": 0.5}},
     "objective": {"name": "masked_image"},
     "batch": 4,
 }

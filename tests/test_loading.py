@@ -419,7 +419,7 @@ def test_the_tokenizer_in_assets_is_taken_before_the_one_that_the_config_names(c
 
 
 def test_a_checkpoint_of_other_shapes_names_parameter_expected_and_found(copy):
-    plant(copy, "tasks.image_text.objective.joint", 24)
+    plant(copy, "tasks.image_text.objective.embed_dim", 24)
     with pytest.raises(UserError) as raised:
         mmjax.load(str(copy))
     assert (
@@ -443,7 +443,7 @@ def test_a_checkpoint_of_other_shapes_names_parameter_expected_and_found(copy):
         ("modalities.text.name", "planted.Text"),
         ("tasks.image_text.evaluators.groups.name", "planted"),
         ("tasks.image_text.source.name", "planted"),
-        ("model.groups", [{"repeat": 2, "pattern": [{"name": "planted", "hidden": 1}]}]),
+        ("model.layers", [{"repeat": 2, "blocks": [{"name": "planted", "hidden": 1}]}]),
         ("tasks.image_text.objective.__class__", "planted"),
         ("extra", ["planted"]),
     ],
@@ -466,18 +466,18 @@ def test_a_planted_config_of_many_layers_is_refused_before_they_are_built(copy, 
     group = trunk.Group
 
     def built(config: trunk.GroupConfig, *more: Any) -> Any:
-        is_trunk = more[-1].startswith("model.groups")
+        is_trunk = more[-1].startswith("model.layers")
         assert not is_trunk, "the layers were built"
         return group(config, *more)
 
     monkeypatch.setattr(trunk, "Group", built)
-    layer = {"name": "transformer", "heads": 2, "hidden": 64}
+    layer = {"name": "transformer", "num_heads": 2, "mlp_dim": 64}
     plant(
         copy,
-        "model.groups",
-        [{"repeat": 4, "pattern": [layer]}, {"repeat": 50_000, "pattern": [layer] * 2}],
+        "model.layers",
+        [{"repeat": 4, "blocks": [layer]}, {"repeat": 50_000, "blocks": [layer] * 2}],
     )
-    with pytest.raises(UserError, match="model.groups: 100,004 layers; at most 4,096"):
+    with pytest.raises(UserError, match="model.layers: 100,004 layers; at most 4,096"):
         mmjax.load(str(copy))
 
 

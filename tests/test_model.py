@@ -15,15 +15,19 @@ from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh
 from mmjax.modalities.image import Image
 from mmjax.modalities.text import Text
-from mmjax.model import ModelConfig, declare_model
+from mmjax.model import ModelConfig, TowerConfig, declare_model, tower_of
 from mmjax.nn.dense import Dense
 from mmjax.nn.stream import Stream
 from mmjax.nn.trunk import GroupConfig
 
 WIDTH = 4
-BLOCK = {"name": "transformer", "heads": 2, "hidden": 5}
+BLOCK = {"name": "transformer", "num_heads": 2, "mlp_dim": 5}
+TOWER = {"width": 4, "layers": [{"repeat": 2, "blocks": [BLOCK]}]}
 CONFIG = ModelConfig(WIDTH, (GroupConfig(2, (BLOCK,)),))
-MODALITIES: dict[str, Any] = {"image": Image(patch=2, buckets=4), "text": Text(vocabulary=16, buckets=8)}  # fmt: skip
+MODALITIES: dict[str, Any] = {
+    "image": Image(patch=2, max_positions=4),
+    "text": Text(vocabulary=16, max_positions=8),
+}
 
 
 def head(n_out: int = 3) -> dict[str, Dense]:
@@ -70,7 +74,7 @@ def test_parameters_stand_under_stems_trunk_and_heads() -> None:
 
 def test_adding_a_head_leaves_every_other_bit() -> None:
     # All matrices of one shape, so that little is compiled.
-    config = ModelConfig(WIDTH, (GroupConfig(1, ({**BLOCK, "hidden": WIDTH},)),))
+    config = ModelConfig(WIDTH, (GroupConfig(1, ({**BLOCK, "mlp_dim": WIDTH},)),))
     images = {"image": MODALITIES["image"]}
     before, after = (
         declare_model(config, images, [(name, head(WIDTH)) for name in names]).initialise(5)
@@ -151,10 +155,42 @@ def test_bfloat16_goes_through() -> None:
 
 
 def test_the_config_block() -> None:
-    block = {"width": 4, "groups": [{"repeat": 2, "pattern": [BLOCK]}], "remat": "full"}
+    block = {"width": 4, "layers": [{"repeat": 2, "blocks": [BLOCK]}], "remat": "full"}
     assert configs.build(ModelConfig, block, "model") == ModelConfig(
         4, (GroupConfig(2, (BLOCK,)),), "full"
     )
+
+
+def test_one_tower_may_be_written_by_its_name() -> None:
+    tower = {"width": 4, "layers": [{"repeat": 2, "blocks": [BLOCK]}], "norm": "rms"}
+    short = configs.build(ModelConfig, tower, "model")
+    long = configs.build(ModelConfig, {"towers": {"trunk": tower}}, "model")
+    assert short.trunk == long.trunk == TowerConfig(4, (GroupConfig(2, (BLOCK,)),), norm="rms")
+    one, two = (
+        {n: (s.shape, s.axes) for n, s in declare_model(c, MODALITIES, []).specs.items()}
+        for c in (short, long)
+    )
+    assert one == two
+    assert tower_of({"model": tower}) == ("model", tower)
+    assert tower_of({"model": {"towers": {"trunk": tower}}}) == ("model.towers.trunk", tower)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({}, "model.width is missing"),
+        ({"width": 4}, "model.layers is missing"),
+        ({"towers": {"eye": TOWER, "mouth": TOWER}}, "model.towers names eye, mouth; one tower"),
+        ({"towers": {"trunk": {"width": 4}}}, "'model.towers.trunk.layers' is missing"),
+        ({"towers": {"trunk": {**TOWER, "width": 0}}}, "model.towers.trunk.width is 0"),
+        ({"towers": {"trunk": TOWER}, "width": 4}, "model.width is set beside towers; set towers.trunk.width"),
+        ({"towers": {"trunk": TOWER}, "norm": "rms"}, "model.norm is set beside towers"),
+        ({**TOWER, "per_modality": {"parts": ["mlp"], "modalities": ["a"]}}, "model.per_modality.parts names 'mlp'"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_towers(block: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        configs.build(ModelConfig, block, "model")
 
 
 @pytest.mark.parametrize(
@@ -162,11 +198,11 @@ def test_the_config_block() -> None:
     [
         ({"widht": 4}, "Unknown config key 'model.widht'. Did you mean 'width'"),
         ({"width": "4"}, "'model.width' is '4'; expected int"),
-        ({"groups": [{"repeat": 2, "patern": []}]}, r"'model.groups\[0\].patern'. Did you mean 'pattern'"),
-        ({"groups": [{"repeat": 2}]}, r"'model.groups\[0\].pattern' is missing"),
+        ({"layers": [{"repeat": 2, "blcks": []}]}, r"'model.layers\[0\].blcks'. Did you mean 'blocks'"),
+        ({"layers": [{"repeat": 2}]}, r"'model.layers\[0\].blocks' is missing"),
     ],
 )  # fmt: skip
 def test_mistakes_in_the_config_block(change: dict[str, Any], message: str) -> None:
-    block = {"width": 4, "groups": [{"repeat": 2, "pattern": [BLOCK]}]}
+    block = {"width": 4, "layers": [{"repeat": 2, "blocks": [BLOCK]}]}
     with pytest.raises(UserError, match=message):
         configs.build(ModelConfig, {**block, **change}, "model")

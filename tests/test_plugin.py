@@ -240,10 +240,10 @@ def get_config():
         "modalities": {"tone": {"name": "tone"}},
         "model": {
             "width": 8,
-            "groups": [
-                {"repeat": 2, "pattern": [{"name": "shift"}]},
-                {"repeat": 1, "pattern": [
-                    {"name": "transformer", "heads": 2, "hidden": 4,
+            "layers": [
+                {"repeat": 2, "blocks": [{"name": "shift"}]},
+                {"repeat": 1, "blocks": [
+                    {"name": "transformer", "num_heads": 2, "mlp_dim": 4,
                      "experts": {"count": 3, "router": {"name": "in_turn", "first": 1}}},
                 ]},
             ],
@@ -348,16 +348,16 @@ EXPERTS = {"count": 3, "router": {"name": "in_turn", "frst": 1}}
 @pytest.mark.parametrize(
     ("block", "said"),
     [
-        ({"name": "shift", "scal": 3}, "pattern[0].scal'. Did you mean 'scale'?"),
+        ({"name": "shift", "scal": 3}, "blocks[0].scal'. Did you mean 'scale'?"),
         (
-            {"name": "transformer", "heads": 2, "hidden": 4, "experts": EXPERTS},
-            "pattern[0].experts.router.frst'. Did you mean 'first'?",
+            {"name": "transformer", "num_heads": 2, "mlp_dim": 4, "experts": EXPERTS},
+            "blocks[0].experts.router.frst'. Did you mean 'first'?",
         ),
     ],
     ids=["layer", "router"],
 )
 def test_the_keys_of_a_layer_and_of_a_router_are_checked_too(extra, command, block, said):
-    groups = [{"repeat": 1, "pattern": [block]}]
-    words = [f"--extra={extra}", f"--config={extra}/config.py", f"--config.model.groups={groups}"]
+    groups = [{"repeat": 1, "blocks": [block]}]
+    words = [f"--extra={extra}", f"--config={extra}/config.py", f"--config.model.layers={groups}"]
     done = command("show", *words)
     assert done.returncode == 2 and said in done.stderr

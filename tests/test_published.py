@@ -24,8 +24,8 @@ from mmjax.experiment import make_experiment
 # Keys that a config sets and no paper knows of: data and their fields, hardware, and how much is kept.
 FREE = re.compile(
     r"seed$|(mesh|checkpoint|evaluation)\.|model\.remat$|tasks\.\w+\.(source|evaluators)\."
-    r"|modalities\.\w+\.(name|tokenizer)$|tasks\.\w+\.inputs\.\w+\.field$|tasks\.\w+\.objective\.(label|concept|chunk|remat)$"
-    r"|tasks\.\w+\.buckets\."  # IMP's setting `mixed`, which is ours
+    r"|modalities\.\w+\.(name|tokenizer)$|tasks\.\w+\.inputs\.\w+\.field$|tasks\.\w+\.objective\.(label|positive_key|chunk|remat)$"
+    r"|tasks\.\w+\.shapes\."  # IMP's setting `mixed`, which is ours
 )
 
 
@@ -110,8 +110,8 @@ def test_the_header_names_all_keys_to_set_for_other_data(recipe: Recipe) -> None
     for name, task in own["tasks"].items():
         keys |= {f"tasks.{name}.source"}
         keys |= {f"tasks.{name}.evaluators.{e}.source" for e in task["evaluators"]}
-        if task["objective"].get("concept"):
-            keys |= {f"tasks.{name}.objective.concept"}
+        if task["objective"].get("positive_key"):
+            keys |= {f"tasks.{name}.objective.positive_key"}
     named = [w for file in recipe.headers for w in re.findall(r"`([\w.*]+)`", header(file))]
     assert not {key for key in keys if not any(fnmatch.fnmatch(key, word) for word in named)}
 
@@ -132,7 +132,7 @@ class Mutation:
     reported: str
 
 
-LAST, FIRST = "model.groups.1.pattern.0", "model.groups.0.pattern.0"
+LAST, FIRST = "model.layers.1.blocks.0", "model.layers.0.blocks.0"
 PAIR, SOUNDS = "tasks.image_text.objective", "tasks.sounds.objective"
 CAPTIONS = "tasks.captions.objective"
 
@@ -151,64 +151,70 @@ def mot(changes: Mapping[str, Any], reported: str) -> Mutation:
 
 def whole(vision: Any) -> Any:
     """Return a view of four frames without dropped tokens."""
-    return {**vision, "frames": 4, "drop": 0.0}
+    return {**vision, "frames": 4, "token_drop": 0.0}
 
 
 def dropped(vision: Any) -> Any:
-    return {**vision, "frames": 16, "drop": 0.75}
+    return {**vision, "frames": 16, "token_drop": 0.75}
 
 
 SPARSE = f"{LAST}.experts"
 MUTATIONS = (
-    imp({"tasks.video_text.inputs.vision": whole}, "tasks.video_text.inputs.vision.drop"),
+    imp({"tasks.video_text.inputs.vision": whole}, "tasks.video_text.inputs.vision.token_drop"),
     imp({"tasks.video_audio_text.inputs.vision": whole}, "tasks.video_audio_text.inputs.vision.frames"),
     imp({"tasks.videos.inputs.vision": dropped}, "tasks.videos.inputs.vision.frames"),
-    imp({"tasks.videos.inputs.vision": dropped}, "tasks.videos.inputs.vision.drop"),
+    imp({"tasks.videos.inputs.vision": dropped}, "tasks.videos.inputs.vision.token_drop"),
     imp({"optimizer.learning_rate": 1e-2}, "optimizer.learning_rate"),
     imp({"optimizer.b1": 0.5}, "optimizer.b1"),
     imp({"optimizer.b2": 0.9}, "optimizer.b2"),
-    imp({"optimizer.final": 0.5}, "optimizer.final"),
+    imp({"optimizer.end_lr_ratio": 0.5}, "optimizer.end_lr_ratio"),
     imp({"optimizer.eps": 1e-3}, "optimizer.eps"),
     imp({"optimizer.weight_decay": 0.1}, "optimizer.weight_decay"),
     imp({"optimizer.clip": 9.0}, "optimizer.clip"),
-    imp({"model.groups": lambda groups: groups[::-1]}, "layers.experts"),
+    imp({"model.layers": lambda groups: groups[::-1]}, "layers.experts"),
     imp({f"{FIRST}.qk_norm": None, f"{LAST}.qk_norm": None}, "layers.qk_norm"),
-    imp({f"{PAIR}.initial": 0.2}, f"{PAIR}.initial"),
+    imp({f"{PAIR}.init_temperature": 0.2}, f"{PAIR}.init_temperature"),
     imp({f"{PAIR}.space": "linear"}, f"{PAIR}.space"),
     imp({f"{SPARSE}.router": {"name": "token_choice"}}, "layers.experts.router.name"),
     imp({f"{PAIR}.head": "own"}, f"{PAIR}.head"),
     imp({"modalities.spectrogram.window": 1024, "modalities.spectrogram.hop": 512}, "modalities.spectrogram.window"),
-    imp({"modalities.vision.time_buckets": 64, "modalities.vision.buckets": 512}, "modalities.vision.buckets"),
-    imp({"modalities.spectrogram.buckets": 8}, "modalities.spectrogram.buckets"),
+    imp(
+        {"modalities.vision.max_time_positions": 64, "modalities.vision.max_positions": 512},
+        "modalities.vision.max_positions",
+    ),
+    imp({"modalities.spectrogram.max_positions": 8}, "modalities.spectrogram.max_positions"),
     imp({"steps": 50}, "steps"),
     imp({"tasks.video_text.inputs.vision.flip": True}, "tasks.video_text.inputs.vision.flip"),
     Mutation("imp:s", {"optimizer.warmup": 12_000}, "optimizer.warmup"),
-    Mutation("imp:l", {"optimizer.final": 1e-3}, "optimizer.final"),
-    limoe({f"{PAIR}.together": False}, f"{PAIR}.together"),
-    limoe({"model.groups.0.pattern.1.experts.router.priority": False}, "layers.experts.router.priority"),
-    limoe({"model.groups.0.pattern.1.experts.threshold": {"text": 0.0, "image": 0.0}}, "layers.experts.threshold"),
-    limoe({"model.groups.0.pattern.1.experts.local.text": 0.5}, "layers.experts.local"),
-    limoe({"model.groups.0.pattern.1.experts.local.image": 0.01}, "layers.experts.local"),
+    Mutation("imp:l", {"optimizer.end_lr_ratio": 1e-3}, "optimizer.end_lr_ratio"),
+    limoe({f"{PAIR}.joint_forward": False}, f"{PAIR}.joint_forward"),
+    limoe({"model.layers.0.blocks.1.experts.router.batch_priority": False}, "layers.experts.router.batch_priority"),
+    limoe(
+        {"model.layers.0.blocks.1.experts.entropy_floor": {"text": 0.0, "image": 0.0}},
+        "layers.experts.entropy_floor",
+    ),
+    limoe({"model.layers.0.blocks.1.experts.local_entropy.text": 0.5}, "layers.experts.local_entropy"),
+    limoe({"model.layers.0.blocks.1.experts.local_entropy.image": 0.01}, "layers.experts.local_entropy"),
     limoe({"optimizer.learning_rate": 1.0}, "optimizer.learning_rate"),
     limoe({f"{FIRST}.attention_bias": None}, "layers.attention_bias"),
     Mutation("moma:1b", {f"{FIRST}.experts.router.capacity": 4.0}, "layers.experts.router.capacity"),
-    Mutation("moma:1b", {f"{FIRST}.experts.causal": None}, "layers.experts.causal.hidden"),
-    Mutation("moma:1b", {f"{FIRST}.order": "pre"}, "layers.order"),
-    Mutation("mot:7b", {f"{FIRST}.order": "post"}, "layers.order"),
+    Mutation("moma:1b", {f"{FIRST}.experts.causal": None}, "layers.experts.causal.mlp_dim"),
+    Mutation("moma:1b", {f"{FIRST}.norm_position": "pre"}, "layers.norm_position"),
+    Mutation("mot:7b", {f"{FIRST}.norm_position": "post"}, "layers.norm_position"),
     Mutation("mot:7b", {f"{FIRST}.qk_norm": True}, "layers.qk_norm"),
     mot({f"{CAPTIONS}.weight": 1.0}, f"{CAPTIONS}.weight"),
-    mot({f"{CAPTIONS}.limit": 1.0}, f"{CAPTIONS}.limit"),
+    mot({f"{CAPTIONS}.max_time": 1.0}, f"{CAPTIONS}.max_time"),
     mot({f"{FIRST}.rotary": None}, "layers.rotary"),
-    mot({f"{CAPTIONS}.target": "v"}, f"{CAPTIONS}.target"),
-    mot({f"{CAPTIONS}.swap": 0.8}, f"{CAPTIONS}.swap"),
+    mot({f"{CAPTIONS}.prediction": "v"}, f"{CAPTIONS}.prediction"),
+    mot({f"{CAPTIONS}.reverse_prob": 0.8}, f"{CAPTIONS}.reverse_prob"),
     mot({"optimizer.b2": 0.5}, "optimizer.b2"),
-    mot({"modalities.text.positions": "learned", "modalities.text.buckets": 255}, "modalities.text.positions"),
+    mot({"modalities.text.positions": "learned", "modalities.text.max_positions": 255}, "modalities.text.positions"),
     Mutation("coca:2b", {f"{CAPTIONS}.caption_weight": 1.0}, f"{CAPTIONS}.caption_weight"),
     Mutation("coca:2b", {"optimizer.learning_rate": 0.8}, "optimizer.learning_rate"),
     Mutation("coca:2b", {f"{CAPTIONS}.pooling": "parallel"}, f"{CAPTIONS}.pooling"),
     Mutation("coca:2b", {"optimizer.decay": None}, "optimizer.decay"),
     Mutation("mbt:b", {f"{SOUNDS}.smoothing": 0.0}, f"{SOUNDS}.smoothing"),
-    Mutation("mbt:b", {f"{SOUNDS}.reading": "each"}, f"{SOUNDS}.reading"),
+    Mutation("mbt:b", {f"{SOUNDS}.readout": "each"}, f"{SOUNDS}.readout"),
     Mutation("zorro:b", {f"{SOUNDS}.mask": "full"}, f"{SOUNDS}.mask"),
     Mutation("mixture_of_mamba:1b", {f"{FIRST}.norm": "layer"}, "layers.norm"),
 )  # fmt: skip
@@ -240,14 +246,14 @@ def test_a_wrong_config_is_reported(mutation: Mutation) -> None:
 
 def test_a_weight_of_the_wrong_sign_is_refused() -> None:
     """LIMoE's local entropy of texts, with which routing would be pushed to one expert."""
-    changes = {"model.groups.0.pattern.1.experts.local.text": -0.01}
+    changes = {"model.layers.0.blocks.1.experts.local_entropy.text": -0.01}
     wrong = mutated(config("limoe:b16"), changes)
-    with pytest.raises(UserError, match=r"local\.text is -0.01; it must be at least 0"):
+    with pytest.raises(UserError, match=r"local_entropy\.text is -0.01; it must be at least 0"):
         make_experiment(wrong)
 
 
 def test_a_default_that_changes_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The form of CoCa's loss, and the place of a block's norms, are keys that no config sets."""
+    """The kind of CoCa's loss, and the place of a block's norms, are keys that no config sets."""
     from mmjax.blocks.transformer import Transformer
     from mmjax.objectives.coca import Coca
 
@@ -255,7 +261,7 @@ def test_a_default_that_changes_is_reported(monkeypatch: pytest.MonkeyPatch) -> 
     defaults = list(Transformer.__init__.__defaults__ or ())
     defaults[defaults.index("pre")] = "post"
     monkeypatch.setattr(Transformer.__init__, "__defaults__", tuple(defaults))
-    changed = {**Coca.__init__.__kwdefaults__, "form": "sigmoid"}
+    changed = {**Coca.__init__.__kwdefaults__, "loss": "sigmoid"}
     monkeypatch.setattr(Coca.__init__, "__kwdefaults__", changed)
     wrong = mismatches(recipe, config(recipe.name))
-    assert set(wrong) == {"layers.order", f"{CAPTIONS}.form"}
+    assert set(wrong) == {"layers.norm_position", f"{CAPTIONS}.loss"}

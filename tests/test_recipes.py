@@ -199,8 +199,8 @@ def test_fusion_at_the_papers_size_is_traced_whole(name: str, tokens: int) -> No
 
 
 def test_layers_of_mbt_fuse_from_the_eighth_on() -> None:
-    groups = block("mbt:b")["model"]["groups"]
-    fuse = [block["fuse"] for g in groups for _ in range(g["repeat"]) for block in g["pattern"]]
+    groups = block("mbt:b")["model"]["layers"]
+    fuse = [block["fuse"] for g in groups for _ in range(g["repeat"]) for block in g["blocks"]]
     assert fuse == [False] * 8 + [True] * 4
 
 
@@ -227,8 +227,8 @@ def names_of_layers(config: Any) -> list[Any]:
     """By group: what its blocks are, without their sizes and modalities."""
     kept = ("name", "fuse")
     return [
-        [{k: b[k] for k in kept if k in b} for b in group["pattern"]]
-        for group in config["model"]["groups"]
+        [{k: b[k] for k in kept if k in b} for b in group["blocks"]]
+        for group in config["model"]["layers"]
     ]
 
 

@@ -49,13 +49,13 @@ def test_a_token_of_limoe_meets_what_it_meets_in_the_dense_tower(name: str) -> N
     config = block(name)["model"]
     routers = sum(
         g["repeat"] * config["width"] * layer["experts"]["count"]
-        for g in config["groups"]
-        for layer in g["pattern"]
+        for g in config["layers"]
+        for layer in g["blocks"]
         if "experts" in layer
     )
     assert met(name) == met(f"{name}-dense") + routers
-    sparse = config["groups"][-1]
-    assert [("experts" in layer) for layer in sparse["pattern"]] == [False, True]
+    sparse = config["layers"][-1]
+    assert [("experts" in layer) for layer in sparse["blocks"]] == [False, True]
 
 
 def test_moma_is_as_large_as_published() -> None:
@@ -76,8 +76,8 @@ def test_moma_is_as_large_as_published() -> None:
 
 
 def test_moma_has_four_experts_for_each_modality() -> None:
-    (layer,) = block("moma:1b")["model"]["groups"][0]["pattern"]
-    assert layer["untie"] == ["mlp"] and layer["modalities"] == ["text", "colours"]
+    (layer,) = block("moma:1b")["model"]["layers"][0]["blocks"]
+    assert layer["per_modality"] == {"parts": ["mlp"], "modalities": ["text", "colours"]}
     assert layer["experts"]["count"] == 4 and layer["experts"]["router"]["score"] == "sigmoid"
     specs = experiment("moma:1b").declaration.specs
     held = {n.split("/mlps/")[0]: s.shape[:2] for n, s in specs.items() if "/mlps/" in n}

@@ -85,7 +85,7 @@ def test_the_small_recipe_differs_in_sizes_only(system: str, setting: str) -> No
     differences = configs.compare(big, small, RunConfig)
     changed = {d.key.replace("capacity.text", "capacity").split(".")[-1] for d in differences}
     assert len(differences) > 10 and changed <= ends
-    layers = [without_sizes(of["model"]["groups"][0]["pattern"][0]) for of in (big, small)]
+    layers = [without_sizes(of["model"]["layers"][0]["blocks"][0]) for of in (big, small)]
     layers[1].pop("state", None)  # a size that the large one leaves at its default
     assert layers[0] == layers[1]
 

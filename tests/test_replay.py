@@ -25,8 +25,8 @@ from mmjax.schedule.stretches import from_config
 
 ROOT = Path(__file__).resolve().parent
 # Non-finite steps, a task that is left out, and a change of the config at step 12.
-FIRST = ("tasks.one.objective.bad_loss=(13,)", "limits.non_finite=2")
-CHANGE = (*FIRST, "tasks.one.share=1", "tasks.one.batch=4", "steps=20")
+FIRST = ("tasks.one.objective.bad_loss=(13,)", "limits.max_non_finite_steps=2")
+CHANGE = (*FIRST, "tasks.one.weight=1", "tasks.one.batch=4", "steps=20")
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from mmjax.task import Task, TaskConfig
 ROWS, SIZE, LENGTH, WIDTH, CLASSES, VOCABULARY = 6, 4, 4, 8, 3, 11
 VALID = np.array([True, True, False, True, False, True])
 BOTH = ("image", "text")
-DENSE: dict[str, Any] = {"name": "transformer", "heads": 2, "hidden": 8}
+DENSE: dict[str, Any] = {"name": "transformer", "num_heads": 2, "mlp_dim": 8}
 
 
 def experts(router: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -44,13 +44,13 @@ def experts(router: Mapping[str, Any], **more: Any) -> dict[str, Any]:
 
 
 TOKENS = experts(
-    {"name": "token_choice", "top": 2, "capacity": 0.5, "noise": 1.0},
+    {"name": "token_choice", "top_k": 2, "capacity": 0.5, "noise": 1.0},
     losses={"importance": 1.0, "load": 1.0, "balance": 1.0, "z": 1.0},
     local={"image": 1.0},
     spread={"image": 1.0, "text": 1.0},
 )
-CHOICE = experts({"name": "expert_choice", "capacity": 0.5}, causal={"hidden": 4})
-SOFT = experts({"name": "soft", "columns": 2})
+CHOICE = experts({"name": "expert_choice", "capacity": 0.5}, causal={"mlp_dim": 4})
+SOFT = experts({"name": "soft", "slots_per_expert": 2})
 # One trunk of all kinds, attention among them: what any of them lets through is seen.
 MIXED = (GroupConfig(1, (TOKENS, CHOICE, SOFT)),)
 CROSS = {**DENSE, "name": "cross_transformer"}
@@ -58,13 +58,13 @@ OBJECTIVES: dict[str, Objective] = {
     "classification": Classification(head="h", classes=CLASSES, modalities=BOTH, init="lecun"),
     "coca": Coca(
         head="h", unimodal=(GroupConfig(1, (TOKENS,)),), multimodal=(GroupConfig(1, (CROSS, CHOICE)),),
-        queries=2, pooler_heads=2, joint=4, concept="concept",
+        queries=2, pooler_heads=2, embed_dim=4, positive_key="concept",
     ),
-    "contrastive": Contrastive(head="h", between=BOTH, joint=4, concept="concept", together=True),
-    "cross_modal": CrossModal(head="h", between=BOTH, joint=4, concept="concept"),
+    "contrastive": Contrastive(head="h", modalities=BOTH, embed_dim=4, positive_key="concept", joint_forward=True),
+    "cross_modal": CrossModal(head="h", modalities=BOTH, embed_dim=4, positive_key="concept"),
     "fusion": Fusion(head="h", classes=CLASSES, modalities=BOTH, init="lecun"),
-    "masked_image": MaskedImage(head="h", inner=8, depth=1, heads_per_layer=2),
-    "transfusion": Transfusion(head="h", pack=2, across=True),
+    "masked_image": MaskedImage(head="h", decoder_width=8, decoder_depth=1, decoder_heads=2),
+    "transfusion": Transfusion(head="h", pack=2, attend_across_items=True),
 }  # fmt: skip
 # Compiled quickly rather than to run quickly.
 QUICKLY = {
@@ -73,8 +73,8 @@ QUICKLY = {
     "xla_cpu_use_fusion_emitters": False,
 }
 MODALITIES = {
-    "image": Image(patch=2, buckets=2),
-    "text": Text(vocabulary=VOCABULARY, buckets=8),
+    "image": Image(patch=2, max_positions=2),
+    "text": Text(vocabulary=VOCABULARY, max_positions=8),
 }
 INPUTS = {
     "image": Input("image", MODALITIES["image"], ImageInput(size=SIZE)),
@@ -178,13 +178,13 @@ def test_nor_does_it_change_what_evaluation_computes(name: str, computation: Com
 
 
 EXPERTS = (
-    "model.groups=[{'repeat': 1, 'pattern': [{'name': 'transformer', 'heads': 2, 'hidden': 8, 'experts': "
+    "model.layers=[{'repeat': 1, 'blocks': [{'name': 'transformer', 'num_heads': 2, 'mlp_dim': 8, 'experts': "
     "{'count': 2, 'router': {'name': 'expert_choice', 'capacity': 0.6}}}]}]"
 )
 PAIR = (
     "modalities={'toy': {'name': 'toy'}, 'other': {'name': 'toy'}}",
     "tasks={'one': {'source': {'name': 'toy'}, 'batch': 8, 'inputs': {'toy': {}, 'other': {}}, "
-    "'objective': {'name': 'contrastive', 'between': ['toy', 'other'], 'joint': 4}}}",
+    "'objective': {'name': 'contrastive', 'modalities': ['toy', 'other'], 'embed_dim': 4}}}",
 )
 
 

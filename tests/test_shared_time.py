@@ -21,8 +21,10 @@ from mmjax.task import RowSpec, make_input, make_task
 FRAMES, SAMPLES = 41, 4000  # a clip of 10 s, say, at 4 frames and 400 samples a second
 MODALITIES = {
     "video": Video(tube=2, patch=4),
-    "waveform": Waveform(patch=10, rate=400),
-    "spectrogram": Spectrogram(patch_frames=2, patch_mels=1, mels=2, rate=400, window=20, hop=10, low=0, high=200),
+    "waveform": Waveform(patch=10, sample_rate=400),
+    "spectrogram": Spectrogram(
+        patch_frames=2, patch_mels=1, mels=2, sample_rate=400, window=20, hop=10, low=0, high=200
+    ),
     "image": Image(patch=4),
 }  # fmt: skip
 EXAMPLE = {
@@ -126,7 +128,7 @@ def test_a_spectrogram_shares_it_too() -> None:
 
 
 def test_tokens_are_dropped_by_example_and_input_still() -> None:
-    rows = spec(video={"drop": 0.5}, waveform={"drop": 0.5})
+    rows = spec(video={"token_drop": 0.5}, waveform={"token_drop": 0.5})
     made = [rows.make(EXAMPLE, np.random.default_rng(s))["inputs"] for s in range(8)]
     for name in ("video", "waveform"):
         assert len({m[name]["coordinates"].tobytes() for m in made}) > 2
@@ -152,7 +154,7 @@ def test_a_task_shares_unless_it_says_not() -> None:
     block = {
         "source": {"name": "tfds", "dataset": "emoji", "split": "train"},
         "inputs": INPUTS,
-        "objective": {"name": "contrastive", "between": ["video", "waveform"], "joint": 4},
+        "objective": {"name": "contrastive", "modalities": ["video", "waveform"], "embed_dim": 4},
         "batch": 8,
     }
     assert make_task("a", block, MODALITIES).rows().shared_time

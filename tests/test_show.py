@@ -143,11 +143,11 @@ def initial(folder: Path, *overrides: str) -> str:
 def test_the_digest_does_not_depend_on_how_layers_are_grouped(tmp_path):
     layer = "{'name': 'toy'}"
     groups = {
-        "one": f"[{{'repeat': 2, 'pattern': [{layer}]}}]",
-        "two": f"[{{'repeat': 1, 'pattern': [{layer}]}}, {{'repeat': 1, 'pattern': [{layer}]}}]",
-        "pattern": f"[{{'repeat': 1, 'pattern': [{layer}, {layer}]}}]",
+        "one": f"[{{'repeat': 2, 'blocks': [{layer}]}}]",
+        "two": f"[{{'repeat': 1, 'blocks': [{layer}]}}, {{'repeat': 1, 'blocks': [{layer}]}}]",
+        "blocks": f"[{{'repeat': 1, 'blocks': [{layer}, {layer}]}}]",
     }
-    found = {n: initial(tmp_path / n, f"model.groups={g}") for n, g in groups.items()}
+    found = {n: initial(tmp_path / n, f"model.layers={g}") for n, g in groups.items()}
     assert len(set(found.values())) == 1, found
     assert initial(tmp_path / "seed", "seed=1") not in found.values()
 
@@ -181,7 +181,7 @@ def test_names_are_those_of_the_checkpoint_with_shapes_and_dtypes(tiny_run, tmp_
 
 
 def test_overrides_count():
-    wider = totals(shown(f"--config={TINY}", "--config.tasks.image_text.objective.joint=24"))
+    wider = totals(shown(f"--config={TINY}", "--config.tasks.image_text.objective.embed_dim=24"))
     assert wider["heads/image_text"] == 2 * 32 * 24 + 1
     assert wider["trunk"] == PARTS["trunk"]
 

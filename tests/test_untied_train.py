@@ -18,13 +18,12 @@ from mmjax.engine.compile import LimitsConfig, compile_all
 
 # `toy` stands for text, `other` for pictures.
 NAMES = ["toy", "other"]
-DENSE = {"name": "transformer", "heads": 2, "hidden": 6, "qk_norm": True}
-MOT = {**DENSE, "untie": list(PARTS), "modalities": NAMES}
+DENSE = {"name": "transformer", "num_heads": 2, "mlp_dim": 6, "qk_norm": True}
+MOT = {**DENSE, "per_modality": {"parts": list(PARTS), "modalities": NAMES}}
 MAMBA = {
     "name": "mamba",
     "state": 2,
-    "untie": ["norm", "in", "x", "dt", "out"],
-    "modalities": NAMES,
+    "per_modality": {"parts": ["norm", "in", "x", "dt", "out"], "modalities": NAMES},
 }
 BOTH = {
     "source": {"name": "toy"},
@@ -36,12 +35,12 @@ BOTH = {
 
 def overrides(*pattern: Any, norms: Any = ()) -> list[str]:
     """The toy config with a second modality, and a task that reads both as one sequence."""
-    one = {**toyrun.block()["tasks"]["one"], "share": 1, "evaluators": {}}
+    one = {**toyrun.block()["tasks"]["one"], "weight": 1, "evaluators": {}}
     return [
         "modalities.other={'name': 'toy'}",
-        f"model.groups={[{'repeat': 1, 'pattern': list(pattern)}]}",
-        f"model.norm_modalities={list(norms)}",
-        f"tasks={ {'one': one, 'both': {**BOTH, 'share': 1}} }",
+        f"model.layers={[{'repeat': 1, 'blocks': list(pattern)}]}",
+        f"model.per_modality={ {'parts': ['norm'] if norms else [], 'modalities': list(norms)} }",
+        f"tasks={ {'one': one, 'both': {**BOTH, 'weight': 1}} }",
         "optimizer.warmup=0",
         "optimizer.name=adamw",
     ]
@@ -74,7 +73,7 @@ def unchanged(states: list[Any]) -> set[str]:
 
 def test_copies_of_an_absent_modality_stay_to_the_bit() -> None:
     config = overrides(MOT, MAMBA, norms=NAMES)
-    own = after(["both", "one"], *config, "optimizer.view=own_clock")
+    own = after(["both", "one"], *config, "optimizer.update_scope=own_clock")
     of_other = {n for n in own[0].parameters if "other" in n.split("/")}
     assert len(of_other) > 20
     assert unchanged(own) == of_other | {n for n in own[0].parameters if n.startswith("heads/both")}
@@ -83,7 +82,10 @@ def test_copies_of_an_absent_modality_stay_to_the_bit() -> None:
 def test_under_the_shared_view_they_move() -> None:
     """The control of the test above."""
     assert not unchanged(
-        after(["both", "one"], *overrides({**DENSE, "untie": ["mlp"], "modalities": NAMES}))
+        after(
+            ["both", "one"],
+            *overrides({**DENSE, "per_modality": {"parts": ["mlp"], "modalities": NAMES}}),
+        )
     )
 
 

@@ -63,7 +63,7 @@ def singles(block: Block, seed: int) -> dict[str, tuple[str, ...]]:
         words.append(f"optimizer.warmup={round(warmup * visits / steps)}")
         for other in experiment.tasks:
             if other != task:
-                words += [f"tasks.{other}.share=0", f"tasks.{other}.evaluators={{}}"]
+                words += [f"tasks.{other}.weight=0", f"tasks.{other}.evaluators={{}}"]
         found[task] = tuple(words)
     return found
 

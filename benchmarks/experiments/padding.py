@@ -102,12 +102,12 @@ def measure(block: configs.Block, tokens: int = 0, rows: int = 4096) -> dict[str
 
 def _narrow(block: configs.Block) -> configs.Block:
     """The config with a model of no size: which tokens there are does not depend on it."""
-    layer = {"name": "transformer", "heads": 1, "hidden": 8}
-    model = {"width": 16, "groups": [{"repeat": 1, "pattern": [layer]}]}
+    layer = {"name": "transformer", "num_heads": 1, "mlp_dim": 8}
+    model = {"width": 16, "layers": [{"repeat": 1, "blocks": [layer]}]}
     tasks = {}
     for name, task in block["tasks"].items():
         objective = {**task["objective"]}
-        objective |= {"channels": 0} if "channels" in objective else {}
+        objective |= {"unet_channels": 0} if "unet_channels" in objective else {}
         tasks[name] = {**task, "objective": objective, "evaluators": {}}
     return {**block, "model": model, "tasks": tasks, "mesh": {"data": 1}}
 

@@ -35,28 +35,28 @@ class CrossTransformer:
     tokens of both streams have the same width.
 
     Attributes:
-      heads: attention heads, of either attention.
-      hidden: size of the MLP's hidden layer.
+      num_heads: attention heads, of either attention.
+      mlp_dim: size of the MLP's hidden layer.
       bias: biases in the MLP and norms.
       qk_norm: normalise queries and keys per head, see `Attention`.
-      kernel: what computes the attention, see `mmjax.nn.attention_kernels`.
+      attention_impl: what computes the attention, see `mmjax.nn.attention_kernels`.
       attention_bias: biases of queries, keys, values and outputs, of either attention.
       eps: of all its norms.
       context_norm: a norm of the context before its keys and values (open_clip's CoCa).
     """
 
-    heads: int
-    hidden: int
+    num_heads: int
+    mlp_dim: int
     bias: bool = False
     qk_norm: bool | str = False
-    kernel: str = "auto"
+    attention_impl: str = "auto"
     attention_bias: bool = False
     eps: float = 1e-6
     context_norm: bool = False
 
     def __post_init__(self) -> None:
-        check(self, heads=COUNT, hidden=COUNT, eps=POSITIVE)
-        check_choices(self, kernel=("auto", *KERNELS))
+        check(self, num_heads=COUNT, mlp_dim=COUNT, eps=POSITIVE)
+        check_choices(self, attention_impl=("auto", *KERNELS))
         if isinstance(self.qk_norm, str):
             check_choices(self, qk_norm=NORMS)
 
@@ -74,13 +74,13 @@ class CrossTransformerBlock(nnx.Module):
 
         def attention() -> Attention:
             biases, eps = config.attention_bias, config.eps
-            heads, qk_norm, kernel = config.heads, config.qk_norm, config.kernel
+            heads, qk_norm, kernel = config.num_heads, config.qk_norm, config.attention_impl
             return Attention(width, heads, qk_norm, kernel, bias=biases, eps=eps)
 
         self.attention_norm, self.cross_norm, self.mlp_norm = (norm() for _ in range(3))
         self.context_norm = norm() if config.context_norm else None
         self.attention, self.cross = attention(), attention()
-        self.mlp = Mlp(width, config.hidden, config.bias)
+        self.mlp = Mlp(width, config.mlp_dim, config.bias)
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         del key  # no dropout

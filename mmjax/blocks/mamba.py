@@ -15,7 +15,7 @@ from mmjax.core.bounds import COUNT, POSITIVE, check, check_choices
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import declare
 from mmjax.core.sharding import constrain
-from mmjax.nn.by_modality import apply, check_untied, kinds, untied
+from mmjax.nn.by_modality import SHARED, PerModality, apply, check_parts, kinds
 from mmjax.nn.dense import NORMS, Dense, norm_of
 from mmjax.nn.masks import Causal, Mask, Or, Same, factors
 from mmjax.nn.selective_scan import Tokens, scan_from, selective_scan
@@ -41,9 +41,8 @@ class Mamba:
       expand: inner channels per channel.
       taps: tokens that the causal depthwise convolution sees.
       rank: inner size of the step's projection; by default width / 16, rounded up.
-      untie: which of `PARTS` have a copy per modality. `in`, `x`, `dt` and `out`: Mixture-of-Mamba (Liang et al.
-        2025); it shares the convolution, A and D.
-      modalities: which have one; see `mmjax.nn.by_modality`.
+      per_modality: which of `PARTS` have a copy for which modalities, see `mmjax.nn.by_modality`. `in`, `x`, `dt` and
+        `out`: Mixture-of-Mamba (Liang et al. 2025); it shares the convolution, A and D.
       norm: `rms` (as all published models have it) or `layer`, without bias.
       eps: of the norm.
       depth: number of such blocks that add to one residual stream; `out` is initialised `1 / sqrt(depth)` times as
@@ -54,8 +53,7 @@ class Mamba:
     expand: int = 2
     taps: int = 4
     rank: int | None = None
-    untie: tuple[str, ...] = ()
-    modalities: tuple[str, ...] | dict[str, str] = ()
+    per_modality: PerModality = SHARED
     norm: str = "rms"
     eps: float = 1e-6
     depth: int = 1
@@ -63,7 +61,7 @@ class Mamba:
     def __post_init__(self) -> None:
         check(self, state=COUNT, expand=COUNT, taps=COUNT, rank=COUNT, depth=COUNT, eps=POSITIVE)
         check_choices(self, norm=NORMS)
-        check_untied(self, PARTS)
+        check_parts(self, PARTS)
 
     def build(self, width: int) -> MambaBlock:
         """Return the block for tokens of a width."""
@@ -76,7 +74,7 @@ class MambaBlock(nnx.Module):
     def __init__(self, width: int, config: Mamba):
         self.rank = math.ceil(width / 16) if config.rank is None else config.rank
         inner, self.state, self.taps = config.expand * width, config.state, config.taps
-        copies, depth = untied(config), config.depth
+        copies, depth = config.per_modality, config.depth
         self.norm = copies("norm", lambda: norm_of(config.norm, width, False, config.eps))
         self.inner, self.gate = (copies("in", lambda: _dense(width, inner)) for _ in range(2))
         self.conv = copies("conv", lambda: Taps(config.taps, inner))

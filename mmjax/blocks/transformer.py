@@ -13,7 +13,16 @@ from flax import nnx
 from mmjax.core.bounds import AMOUNT, COUNT, POSITIVE, FieldError, check, check_choices
 from mmjax.nn.attention import Attention, KeyValues
 from mmjax.nn.attention_kernels import KERNELS
-from mmjax.nn.by_modality import Call, Kinds, apply, check_untied, kinds, plainly, untied
+from mmjax.nn.by_modality import (
+    SHARED,
+    Call,
+    Kinds,
+    PerModality,
+    apply,
+    check_parts,
+    kinds,
+    plainly,
+)
 from mmjax.nn.dense import MLPS, NORMS, mlp_of, norm_of
 from mmjax.nn.experts import Experts, ExpertsConfig, route
 from mmjax.nn.stream import Aux, Stream, no_aux
@@ -26,22 +35,24 @@ ORDERS = ("pre", "post")
 class SharedKeys:
     """Keys of a transformer block, without those that give its parts copies; see `Transformer`."""
 
-    heads: int
-    hidden: int
+    num_heads: int
+    mlp_dim: int
     bias: bool = False
     qk_norm: bool | str = False
-    kernel: str = "auto"
+    attention_impl: str = "auto"
     norm: str = "layer"
     mlp: str = "gelu"
-    order: str = "pre"
+    norm_position: str = "pre"
     rotary: float = 0.0
     experts: ExpertsConfig | None = None
     attention_bias: bool = False
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        check(self, heads=COUNT, hidden=COUNT, rotary=AMOUNT, eps=POSITIVE)
-        check_choices(self, kernel=("auto", *KERNELS), norm=NORMS, mlp=MLPS, order=ORDERS)
+        check(self, num_heads=COUNT, mlp_dim=COUNT, rotary=AMOUNT, eps=POSITIVE)
+        check_choices(
+            self, attention_impl=("auto", *KERNELS), norm=NORMS, mlp=MLPS, norm_position=ORDERS
+        )
         if isinstance(self.qk_norm, str):
             check_choices(self, qk_norm=NORMS)
 
@@ -54,34 +65,34 @@ class Transformer(SharedKeys):
     `rms`, MLP `swiglu`, rotary 10000.
 
     Attributes:
-      heads: attention heads.
-      hidden: size of the MLP's hidden layer.
+      num_heads: attention heads.
+      mlp_dim: size of the MLP's hidden layer.
       bias: biases in the MLP and layer norms (`rms` has none).
       qk_norm: normalise queries and keys per head: true for the block's `norm` without bias, or `layer` (with bias) or
         `rms`.
-      kernel: what computes the attention, see `mmjax.nn.attention_kernels`; whatever it is, the model is the same.
+      attention_impl: what computes the attention, see `mmjax.nn.attention_kernels`; the model does not depend on
+        it.
       norm: `layer` or `rms`, of all its norms.
       mlp: `gelu`, `swiglu` or `geglu`.
-      order: `pre` or `post`, where the norms are.
+      norm_position: `pre` or `post`, where the norms are.
       rotary: the base of rotary embeddings of each token's `position`; 0 for none.
       experts: in place of the MLP, several of which a router chooses, see `mmjax.nn.experts`. Untied, each modality
         has experts of its own (MoMa, Lin et al. 2024).
       attention_bias: biases of queries, keys, values and the attention's output. With `bias`, a ViT's block.
       eps: of all its norms.
-      untie: which of `PARTS` have a copy per modality. All of them: Mixture-of-Transformers (Liang et al. 2024);
-        the MLP (and norms): multiway blocks (VLMo, BEiT-3). Attention is over all tokens whatever is untied.
-      modalities: which have one; see `mmjax.nn.by_modality`.
+      per_modality: which of `PARTS` have a copy for which modalities, see `mmjax.nn.by_modality`. All of them:
+        Mixture-of-Transformers (Liang et al. 2024); the MLP (and norms): multiway blocks (VLMo, BEiT-3). Attention is
+        over all tokens whatever has copies.
     """
 
-    untie: tuple[str, ...] = ()
-    modalities: tuple[str, ...] | dict[str, str] = ()
+    per_modality: PerModality = SHARED
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_untied(self, PARTS)
-        if "qk_norm" in self.untie and not self.qk_norm:
+        check_parts(self, PARTS)
+        if "qk_norm" in self.per_modality.parts and not self.qk_norm:
             words = "names 'qk_norm', which the block does not have: set qk_norm."
-            raise FieldError(self, "untie", words)
+            raise FieldError(self, "per_modality.parts", words)
 
     def build(self, width: int) -> TransformerBlock:
         """Return the block for tokens of a width."""
@@ -92,23 +103,23 @@ class TransformerBlock(nnx.Module):
     """The block that `Transformer` describes."""
 
     def __init__(self, width: int, config: Transformer):
-        copies, experts = untied(config), config.experts
-        self.order = config.order
+        copies, experts = config.per_modality, config.experts
+        self.order = config.norm_position
 
         def norm() -> Any:
             return norm_of(config.norm, width, config.bias, config.eps)
 
         def mlp() -> Any:
             if experts is not None:
-                return Experts(width, config.hidden, experts, config.mlp, config.bias)
-            return mlp_of(config.mlp, width, config.hidden, config.bias)
+                return Experts(width, config.mlp_dim, experts, config.mlp, config.bias)
+            return mlp_of(config.mlp, width, config.mlp_dim, config.bias)
 
         self.attention_norm = copies("attention_norm", norm)
         self.attention = Attention(
             width,
-            config.heads,
+            config.num_heads,
             config.qk_norm,
-            config.kernel,
+            config.attention_impl,
             copies,
             config.norm,
             config.rotary,

@@ -28,6 +28,7 @@ from typing import Any, TypeVar, Union
 from mmjax.core import settings
 from mmjax.core.bounds import FieldError
 from mmjax.core.errors import UserError, nearest
+from mmjax.core.renamed_keys import new_name
 
 T = TypeVar("T")
 # Packages whose modules a config names, each in a file of its own, by kind.
@@ -329,7 +330,8 @@ def build(cls: type[T], block: Mapping[str, Any], where: str) -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in block:
         if key not in fields:
-            raise UserError(f"Unknown config key '{where}.{key}'.{nearest(key, fields)}")
+            hint = new_name(key, fields) or nearest(key, fields)
+            raise UserError(f"Unknown config key '{where}.{key}'.{hint}")
     values = {}
     for name, field in fields.items():
         if name in block:

@@ -1,52 +1,25 @@
-"""What configs of earlier versions mean today: the table of changed defaults.
+"""Rewrite configs of earlier versions as configs of today's that mean the same.
 
-A checkpoint holds the keys that its config set, not the defaults it relied on. When a default changes, a row of
-`ROWS` writes the old default into every older config, so that its run is loaded, evaluated and resumed as before.
+A checkpoint holds the keys that its config set, under the names of its time, and not the defaults it relied on. Each
+version of configs has, in this order: changed structure (`MOVES`), changed names (`mmjax/core/renamed_keys.py`), and
+changed defaults (`ROWS`, which write the old default where a config does not set the key), so that a run of an older
+version is loaded, evaluated and resumed as before.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Block = dict[str, Any]
+from mmjax.core.renamed_keys import RENAMES, Block, Condition, always, blocks, named, of_modality
 
 # Increase it with every change of the table.
-VERSION = 2
+VERSION = 3
 # What the meta data of a checkpoint call the version of their config; checkpoints before version 2 lack it.
 KEY = "config_version"
-
-
-def always(config: Block, block: Block, path: tuple[str, ...]) -> bool:
-    """Accept every block that the path matches."""
-    del config, block, path
-    return True
-
-
-def named(*names: str) -> Callable[[Block, Block, tuple[str, ...]], bool]:
-    """Accept blocks with one of these values of `name`."""
-    return lambda config, block, path: block.get("name") in names
-
-
-def of_modality(*names: str) -> Callable[[Block, Block, tuple[str, ...]], bool]:
-    """Accept blocks `tasks.TASK.inputs.MODALITY` whose modality has one of these names in `config.modalities`."""
-    return lambda config, block, path: (
-        config.get("modalities", {}).get(path[-1], {}).get("name") in names
-    )
-
-
-def of_several(*names: str) -> Callable[[Block, Block, tuple[str, ...]], bool]:
-    """Accept blocks `tasks.TASK` with two inputs or more whose modalities have these names."""
-
-    def accept(config: Block, block: Block, path: tuple[str, ...]) -> bool:
-        del path
-        known = {m for m, b in config.get("modalities", {}).items() if b.get("name") in names}
-        return len(known & block.get("inputs", {}).keys()) > 1
-
-    return accept
 
 
 @dataclass(frozen=True)
@@ -66,7 +39,18 @@ class Row:
     path: str
     key: str
     old: Any
-    when: Callable[[Block, Block, tuple[str, ...]], bool] = always
+    when: Condition = always
+
+
+def of_several(*names: str) -> Condition:
+    """Accept blocks `tasks.TASK` with two inputs or more whose modalities have these names."""
+
+    def accept(config: Block, block: Block, path: tuple[str, ...]) -> bool:
+        del path
+        known = {m for m, b in config.get("modalities", {}).items() if b.get("name") in names}
+        return len(known & block.get("inputs", {}).keys()) > 1
+
+    return accept
 
 
 def has_losses(config: Block, block: Block, path: tuple[str, ...]) -> bool:
@@ -104,17 +88,65 @@ ROWS: tuple[Row, ...] = (
 )
 
 
+def move_per_modality(config: Block) -> None:
+    """Move `untie` and `modalities` of a block, and `model.norm_modalities`, into one key `per_modality`."""
+    model = config.get("model", {})
+    norms = model.pop("norm_modalities", None)
+    if norms:
+        model["per_modality"] = {"modalities": norms, "parts": ["norm"]}
+    paths = ("model.groups.*.pattern.*", "tasks.*.objective.*.*.pattern.*")
+    for path in paths:
+        for _, block in blocks(config, path):
+            if block.get("name") in ("transformer", "mamba"):
+                parts, modalities = block.pop("untie", ()), block.pop("modalities", ())
+                if parts and modalities:
+                    block["per_modality"] = {"modalities": modalities, "parts": parts}
+
+
+def move_intervals(config: Block) -> None:
+    """Move the weights of tasks that run at intervals into the key `interval`, those of phases into `intervals`."""
+    schedule = config.get("schedule", {})
+    phases = schedule.get("phases", ())
+    rules = {schedule.get("rule", "shares"), *(p["rule"] for p in phases if p.get("rule"))}
+    if "interval" not in rules:
+        return
+    for holder, old, new in [
+        *((task, "share", "interval") for task in config.get("tasks", {}).values()),
+        *((phase, "weights", "intervals") for phase in phases),
+    ]:
+        if old in holder:
+            holder[new] = copy.deepcopy(holder[old])
+            if rules == {"interval"}:
+                del holder[old]
+
+
+# By version, what changed the structure of a config.
+MOVES: Mapping[int, tuple[Callable[[Block], None], ...]] = {
+    3: (move_per_modality, move_intervals),
+}
+
+
 def upgrade(config: Mapping[str, Any], version: int) -> Block:
     """Return `config`, written for `version`, as a config of today's version that means the same."""
     upgraded: Block = copy.deepcopy(dict(config))
-    for row in ROWS:
-        if version < row.version:
-            if "*" not in row.path:
-                _make(upgraded, row.path)
-            for path, block in _blocks(upgraded, tuple(row.path.split("."))):
-                if row.key not in block and row.when(upgraded, block, path):
-                    block[row.key] = copy.deepcopy(row.old)
+    for later in range(version + 1, VERSION + 1):
+        for move in MOVES.get(later, ()):
+            move(upgraded)
+        for rename in RENAMES:
+            if rename.version == later:
+                rename.apply(upgraded)
+        for row in ROWS:
+            if row.version == later:
+                _write(upgraded, row)
     return upgraded
+
+
+def _write(config: Block, row: Row) -> None:
+    if "*" not in row.path:
+        _make(config, row.path)
+    for path, block in blocks(config, row.path):
+        if row.key not in block and row.when(config, block, path):
+            block[row.key] = copy.deepcopy(row.old)
 
 
 def upgrade_meta(meta: Mapping[str, Any]) -> Block:
@@ -135,22 +167,3 @@ def _renamed(identity: str) -> str:
 def _make(config: Block, path: str) -> None:
     for name in filter(None, path.split(".")):
         config = config.setdefault(name, {})
-
-
-def _blocks(
-    tree: Any, pattern: tuple[str, ...], before: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Block]]:
-    """The blocks of a config that a path matches, each with its own path; an empty path is the config itself."""
-    if pattern in ((), ("",)):
-        if isinstance(tree, dict):
-            yield before, tree
-        return
-    first, *rest = pattern
-    if isinstance(tree, dict):
-        children = tree.items() if first == "*" else [(first, tree.get(first))]
-    elif isinstance(tree, list) and (first == "*" or first.isdigit()):
-        children = [(str(i), v) for i, v in enumerate(tree) if first in ("*", str(i))]
-    else:
-        return
-    for name, child in children:
-        yield from _blocks(child, tuple(rest), (*before, name))

@@ -45,7 +45,7 @@ class MeshConfig:
 
     Attributes:
       slices: groups of devices that only a slower network joins; 0 for as many as TPUs say, else 1.
-      across: the axis that the slices divide, so that no other one crosses that network.
+      dcn_axis: the axis that the slices divide, so that no other one crosses that network.
       rules: logical axis -> mesh axes that share it, in place of the entry in `RULES`.
     """
 
@@ -55,13 +55,15 @@ class MeshConfig:
     tensor: int = 1
     sequence: int = 1
     slices: int = 0
-    across: str = "data"
+    dcn_axis: str = "data"
     rules: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(self, slices=SIZE, **dict.fromkeys(AXES, "[-1, 2147483647]"))
-        if self.across not in AXES:
-            raise UserError(f"mesh.across: no axis '{self.across}'.{nearest(self.across, AXES)}")
+        if self.dcn_axis not in AXES:
+            raise UserError(
+                f"mesh.dcn_axis: no axis '{self.dcn_axis}'.{nearest(self.dcn_axis, AXES)}"
+            )
         for name, axes in self.rules.items():
             if name not in RULES:
                 raise UserError(f"mesh.rules: no logical axis '{name}'.{nearest(name, RULES)}")
@@ -109,14 +111,14 @@ def _sizes(config: MeshConfig, devices: int) -> list[int]:
 def device_grid(sizes: Sequence[int], config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
     """The devices as an array of shape `sizes`, neighbours on the chips' network where it is known.
 
-    Along `config.across` the slices follow one another; every other axis stays within one.
+    Along `config.dcn_axis` the slices follow one another; every other axis stays within one.
     """
     slices = _by_slice(config.slices, devices)
-    axis, inner = AXES.index(config.across), list(sizes)
+    axis, inner = AXES.index(config.dcn_axis), list(sizes)
     if inner[axis] % len(slices):
         raise UserError(
-            f"mesh.{config.across} is {inner[axis]}, which {len(slices)} slices do not divide. Set "
-            f"--config.mesh.{config.across} to a multiple of {len(slices)}, or --config.mesh.across to "
+            f"mesh.{config.dcn_axis} is {inner[axis]}, which {len(slices)} slices do not divide. Set "
+            f"--config.mesh.{config.dcn_axis} to a multiple of {len(slices)}, or --config.mesh.dcn_axis to "
             "another axis."
         )
     inner[axis] //= len(slices)

@@ -29,28 +29,34 @@ class LimitsConfig:
     Attributes:
       memory_gib: bytes of one device that a program may need, in GiB; 0 for no limit.
       programs: number of programs that a config may make.
-      invalid: examples of a task that may fail to be read before the run stops.
-      non_finite: steps of a task in a row with a non-finite loss or gradient before the run leaves it out.
+      max_invalid_examples: examples of a task that may fail to be read before the run stops.
+      max_non_finite_steps: steps of a task in a row with a non-finite loss or gradient before the run leaves it out.
       divergence: a task has diverged when its loss is over this many times its first losses; 0: never.
       divergence_visits: visits of a task whose median is compared, of its first and of its last ones.
-      stuck: seconds without a sign of life (a step, a batch, a save) before the run is ended; 0: never.
+      watchdog_seconds: seconds without a sign of life (a step, a batch, a save) before the run is ended; 0: never.
     """
 
     memory_gib: float = 0.0
     programs: int = 64
-    invalid: int = 100
-    non_finite: int = field(default=10, metadata=SCHEDULE)
+    max_invalid_examples: int = 100
+    max_non_finite_steps: int = field(default=10, metadata=SCHEDULE)
     divergence: float = field(default=10.0, metadata=SCHEDULE)
     divergence_visits: int = field(default=16, metadata=SCHEDULE)
-    stuck: float = 1800.0
+    watchdog_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
-        check(self, memory_gib=AMOUNT, programs=COUNT, invalid=SIZE, non_finite=COUNT)
-        check(self, divergence=AMOUNT, divergence_visits=COUNT, stuck=AMOUNT)
+        check(
+            self,
+            memory_gib=AMOUNT,
+            programs=COUNT,
+            max_invalid_examples=SIZE,
+            max_non_finite_steps=COUNT,
+        )
+        check(self, divergence=AMOUNT, divergence_visits=COUNT, watchdog_seconds=AMOUNT)
 
     @property
     def bounds(self) -> Bounds:
-        return Bounds(self.non_finite, self.divergence, self.divergence_visits)
+        return Bounds(self.max_non_finite_steps, self.divergence, self.divergence_visits)
 
 
 @dataclass(frozen=True)

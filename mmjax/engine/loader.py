@@ -43,7 +43,7 @@ class LoaderConfig:
 
     Attributes:
       threads: threads of the run's process that read and preprocess, where there are no `processes`.
-      ahead: batches made ahead of the step that runs.
+      prefetch: batches made ahead of the step that runs.
       cache_mib: memory for examples as read, per source and process, in MiB.
       processes: processes that read and preprocess in place of threads, batches dealt out in turn; 0 for none.
         Of use where threads would wait for Python itself more than for decoding: small pictures, many cores. Each
@@ -51,12 +51,12 @@ class LoaderConfig:
     """
 
     threads: int = 2
-    ahead: int = 4
+    prefetch: int = 4
     cache_mib: int = 256
     processes: int = 0
 
     def __post_init__(self) -> None:
-        check(self, threads=SIZE, ahead=SIZE, cache_mib=SIZE, processes=SIZE)
+        check(self, threads=SIZE, prefetch=SIZE, cache_mib=SIZE, processes=SIZE)
 
 
 @partial(
@@ -214,7 +214,7 @@ class Loader:
         if config.processes:
             batches = _by_processes(steps, config)
         else:
-            options = grain.ReadOptions(config.threads, config.ahead)
+            options = grain.ReadOptions(config.threads, config.prefetch)
             batches = grain.MapDataset.source(steps).to_iter_dataset(options)
         self._batches = iter(batches)
         self._begins = bool(config.processes)
@@ -232,7 +232,7 @@ class Loader:
             raise UserError(
                 f"A process of the loader was ended from outside (exit code {ended[1]}; -9 is SIGKILL, often "
                 "because memory ran out). Run again to resume from the newest checkpoint; if it happens again, lower "
-                "loader.processes, loader.ahead or loader.cache_mib."
+                "loader.processes, loader.prefetch or loader.cache_mib."
             ) from None
 
     def _next(self) -> HostBatch:
@@ -259,7 +259,7 @@ def _by_processes(steps: _Steps, config: LoaderConfig) -> grain.IterDataset[Host
     if not flags.FLAGS.is_parsed():  # Grain asks for flags of its own, which nobody here gives
         flags.FLAGS.mark_as_parsed()
     # Grain keeps so many of each process there, and as many again here.
-    each = -(-config.ahead // (2 * config.processes))
+    each = -(-config.prefetch // (2 * config.processes))
     options = grain.MultiprocessingOptions(config.processes, max(each, 1))
     # No threads in there: they would wait for each other.
     batches = grain.MapDataset.source(steps).to_iter_dataset(grain.ReadOptions(0, 0))

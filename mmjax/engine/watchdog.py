@@ -76,7 +76,9 @@ class Watchdog:
         text = f"nothing has moved for {seconds:.0f} s: {self._doing}"
         os.write(2, f"\nmmjax: stuck: {text}. Where each thread stands:\n\n".encode())
         faulthandler.dump_traceback(file=2, all_threads=True)
-        os.write(2, b"\nRun again to go on. config.limits.stuck sets the time, 0 for never.\n")
+        os.write(
+            2, b"\nRun again to go on. config.limits.watchdog_seconds sets the time, 0 for never.\n"
+        )
         log = threading.Thread(target=self._tell, args=(text,), daemon=True)
         log.start()
         log.join(_LAST_WORDS)

@@ -22,16 +22,16 @@ class Retrieval(Evaluator):
     """Recall at k in both directions; any candidate of the query's concept counts as found.
 
     Attributes:
-      concept: integer field that says which examples belong together.
+      positive_key: integer field that says which examples belong together.
       unique: the modality of which only one example per concept is a candidate (texts that repeat).
       at: the values of k.
-      between: the two modalities, of a task that compares more.
+      modalities: the two modalities, of a task that compares more.
     """
 
-    concept: str = "concept"
+    positive_key: str = "concept"
     unique: str = "text"
     at: tuple[int, ...] = (1, 5, 10)
-    between: tuple[str, ...] = ()
+    modalities: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check(self, at=COUNT)
@@ -39,17 +39,17 @@ class Retrieval(Evaluator):
     def passes(self, task: Task) -> dict[str, Pass]:
         one, two = self._pair(task)
         return {
-            m: Pass(embed(task, m, other), self.source, (self.concept,))
+            m: Pass(embed(task, m, other), self.source, (self.positive_key,))
             for m, other in ((one, two), (two, one))
         }
 
     def _pair(self, task: Task) -> tuple[str, str]:
         known = embedded(task.objective)
-        pair = self.between or known
+        pair = self.modalities or known
         if len(pair) != 2 or not set(pair) <= set(known):
             raise UserError(
                 f"tasks.{task.name}: retrieval needs an objective that embeds two modalities, or two of them; "
-                f"'between' is {list(self.between)}, the objective embeds {list(known)}."
+                f"'modalities' is {list(self.modalities)}, the objective embeds {list(known)}."
             )
         return pair[0], pair[1]
 
@@ -59,7 +59,7 @@ class Retrieval(Evaluator):
         return self._direction(task, one, two, sides) + self._direction(task, two, one, sides)
 
     def _side(self, modality: str, output: Outputs) -> tuple[np.ndarray, np.ndarray]:
-        vectors, concepts = output["vector"], output[self.concept]
+        vectors, concepts = output["vector"], output[self.positive_key]
         if modality != self.unique:
             return vectors, concepts
         first = np.sort(np.unique(concepts, return_index=True)[1])

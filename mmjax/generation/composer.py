@@ -39,13 +39,13 @@ class Spans(Protocol):
     @property
     def continuous(self) -> tuple[str, ...]: ...
     @property
-    def target(self) -> str: ...
+    def prediction(self) -> str: ...
     @property
-    def mutual(self) -> bool: ...
+    def bidirectional_spans(self) -> bool: ...
     @property
     def compact(self) -> bool: ...
     @property
-    def steps(self) -> int: ...
+    def sampling_steps(self) -> int: ...
     @property
     def guidance(self) -> float | None: ...
     @property
@@ -127,7 +127,7 @@ class Composer:
     def _blocks(self) -> list[list[int]]:
         """Places in the plan of the spans that are read together: one, or all continuous ones if they are mutual."""
         is_continuous = [span.name not in self._of.discrete for span in self._plan]
-        if not self._of.mutual or not any(is_continuous):
+        if not self._of.bidirectional_spans or not any(is_continuous):
             return [[place] for place in range(len(self._plan))]
         together = [place for place, is_one in enumerate(is_continuous) if is_one]
         names = [self._plan[place].name for place in together]
@@ -200,7 +200,7 @@ class Composer:
             own = jax.vmap(lambda key, i=index: jax.random.fold_in(key, i))(keys_B)
             size = clean[name].shape[1:]
             noise[name] = jax.vmap(lambda k, s=size: jax.random.normal(k, s, dtype))(own)
-        guidance, alone = self._guidance(block), self._of.mutual
+        guidance, alone = self._guidance(block), self._of.bidirectional_spans
 
         def predict(x_t: Values, t: jax.Array, step: jax.Array) -> Values:
             pure = _fresh(keys_B, _ABSENT, step, clean)
@@ -222,14 +222,14 @@ class Composer:
 
         bounds = {self._stems[name].bound for name in drawn}
         bound = bounds.pop() if len(bounds) == 1 else None
-        diffusion = Diffusion(self._of.target, self._of.sampler)
-        made: Values = diffusion.sample(predict, noise, self._of.steps, bound, fresh)
+        diffusion = Diffusion(self._of.prediction, self._of.sampler)
+        made: Values = diffusion.sample(predict, noise, self._of.sampling_steps, bound, fresh)
         return made
 
     def _guidance(self, block: Sequence[Span]) -> float:
         """The weight of the guided prediction for the spans of a block that are made."""
         first = self._plan[0]
-        by_others = self._of.mutual and sum(not span.absent for span in block) > 1
+        by_others = self._of.bidirectional_spans and sum(not span.absent for span in block) > 1
         if first.name in self._of.discrete or by_others:
             return GUIDANCE if self._of.guidance is None else self._of.guidance
         if self._of.guidance not in (None, 1):

@@ -33,19 +33,19 @@ _LEAST = 1e-3  # of alpha: at t = 1 the data would be divided by it
 
 @dataclass(frozen=True)
 class Diffusion:
-    """A noise schedule and what is predicted, named by `target`, and a sampler.
+    """A noise schedule and what is predicted, named by `prediction`, and a sampler.
 
     Raises:
-      UserError: an unknown target or sampler.
+      UserError: an unknown prediction or sampler.
     """
 
-    target: str = "epsilon"
+    prediction: str = "epsilon"
     sampler: str = "ddim"
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
+        if self.prediction not in TARGETS:
             raise UserError(
-                f"There is no diffusion target '{self.target}'.{nearest(self.target, TARGETS)}"
+                f"There is no diffusion prediction '{self.prediction}'.{nearest(self.prediction, TARGETS)}"
             )
         if self.sampler not in SAMPLERS:
             raise UserError(
@@ -54,7 +54,7 @@ class Diffusion:
 
     def levels(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`alpha(t)` and `sigma(t)`."""
-        if self.target == "flow":
+        if self.prediction == "flow":
             return 1 - t, t
         start = math.cos(_OFFSET / (1 + _OFFSET) * math.pi / 2)
         alpha = jnp.cos((t + _OFFSET) / (1 + _OFFSET) * (math.pi / 2)) / start
@@ -68,9 +68,9 @@ class Diffusion:
 
     def wanted(self, x: jax.Array, e: jax.Array, t: jax.Array) -> jax.Array:
         """What the model should predict from `x_t` and t."""
-        if self.target == "epsilon":
+        if self.prediction == "epsilon":
             return e
-        if self.target == "flow":
+        if self.prediction == "flow":
             return e - x
         alpha, sigma = self.levels(_spread(t, x))
         return alpha * e - sigma * x
@@ -80,9 +80,9 @@ class Diffusion:
     ) -> tuple[jax.Array, jax.Array]:
         """The data and the noise that a prediction says `x_t` is made of."""
         alpha, sigma = self.levels(_spread(t, x_t))
-        if self.target == "epsilon":
+        if self.prediction == "epsilon":
             return (x_t - sigma * predicted) / alpha, predicted
-        if self.target == "flow":
+        if self.prediction == "flow":
             return x_t - sigma * predicted, x_t + alpha * predicted
         return alpha * x_t - sigma * predicted, sigma * x_t + alpha * predicted
 

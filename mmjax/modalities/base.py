@@ -114,7 +114,7 @@ class Input:
     @property
     def drops(self) -> bool:
         """Whether only some of the tokens are there."""
-        return bool(getattr(self.settings, "drop", 0.0))
+        return bool(getattr(self.settings, "token_drop", 0.0))
 
     def whole(self) -> Input:
         """As evaluation has it: all tokens of one instance."""

@@ -33,19 +33,19 @@ class Colours(Placed, Modality[ImageInput]):
 
     Attributes:
       levels: of each of red, green and blue.
-      buckets: position buckets per axis; the sides of the largest picture at least.
+      max_positions: position buckets per axis; the sides of the largest picture at least.
       max_pixels: as of `image`.
       positions, positions_scale: see `mmjax.nn.positions.Placed`; without positions, a picture has any size.
     """
 
     Input = ImageInput
     levels: int = 8
-    buckets: int = 64
+    max_positions: int = 64
     max_pixels: int = field(default=pictures.MAX_PIXELS, metadata=FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, buckets=COUNT, max_pixels=pictures.PIXELS)
+        check(self, max_positions=COUNT, max_pixels=pictures.PIXELS)
         if not 2 <= self.levels <= 256:
             raise UserError(f"colours: levels is {self.levels}; expected 2 to 256.")
 
@@ -55,14 +55,14 @@ class Colours(Placed, Modality[ImageInput]):
         return self.levels**3
 
     def stem(self, width: int) -> nnx.Module:
-        buckets = {"y": self.buckets, "x": self.buckets}
+        buckets = {"y": self.max_positions, "x": self.max_positions}
         return ColoursStem(self.levels, width, self.make_positions(width, buckets))
 
     def arrays(self, settings: ImageInput) -> ArraySpec:
         check_view(settings)
-        if settings.size > self.limit(self.buckets):
+        if settings.size > self.limit(self.max_positions):
             raise UserError(
-                f"colours: size is {settings.size}; expected 1 to the {self.buckets} position buckets."
+                f"colours: size is {settings.size}; expected 1 to the {self.max_positions} position buckets."
             )
         shape = (settings.size**2,)
         return {

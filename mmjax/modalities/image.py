@@ -35,7 +35,7 @@ class ImageInput:
       crop: smallest area, as a fraction, of a random crop in training; 1.0 for none.
       flip: mirror at random in training.
       background: grey value behind transparent pixels, 0 to 255; at random in training where -1.
-      drop: the part of the tokens that training drops, see `mmjax.modalities.base.dropped`.
+      token_drop: the part of the tokens that training drops, see `mmjax.modalities.base.dropped`.
       fit: how a picture that is not square becomes one. `crop`: its shorter side becomes `size`, and of the longer one
         the middle is taken; a random crop in training is that of Inception, of `crop_aspect`, and becomes a square.
         `pad`: its longer side becomes `size`, and the rest is background. `squash`: both sides become `size`.
@@ -48,7 +48,7 @@ class ImageInput:
     crop: float = 1.0
     flip: bool = False
     background: int = 255
-    drop: float = 0.0
+    token_drop: float = 0.0
     fit: str = "crop"
     crop_aspect: tuple[float, ...] = (3 / 4, 4 / 3)
 
@@ -59,22 +59,22 @@ class Image(Placed, Modality[ImageInput]):
 
     Attributes:
       patch: side of a patch in pixels.
-      buckets: position buckets per axis.
+      max_positions: position buckets per axis.
       max_pixels: pixels of a picture as it is stored, beyond which it is not decoded.
       positions, positions_scale: see `mmjax.nn.positions.Placed`; without positions, a picture has any size.
     """
 
     Input = ImageInput
     patch: int = 8
-    buckets: int = 64
+    max_positions: int = 64
     max_pixels: int = field(default=pictures.MAX_PIXELS, metadata=FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, patch=COUNT, buckets=COUNT, max_pixels=pictures.PIXELS)
+        check(self, patch=COUNT, max_positions=COUNT, max_pixels=pictures.PIXELS)
 
     def stem(self, width: int) -> nnx.Module:
-        buckets = {"y": self.buckets, "x": self.buckets}
+        buckets = {"y": self.max_positions, "x": self.max_positions}
         return ImageStem(self.patch, width, self.make_positions(width, buckets))
 
     def arrays(self, settings: ImageInput) -> ArraySpec:
@@ -83,14 +83,14 @@ class Image(Placed, Modality[ImageInput]):
             raise UserError(
                 f"image size {settings.size} is not a multiple of the patch {self.patch}."
             )
-        if settings.size // self.patch > self.limit(self.buckets):
+        if settings.size // self.patch > self.limit(self.max_positions):
             raise UserError(
                 f"image size {settings.size} has {settings.size // self.patch} patches a side, over the "
-                f"{self.buckets} position buckets."
+                f"{self.max_positions} position buckets."
             )
-        if settings.drop:
+        if settings.token_drop:
             side = settings.size // self.patch
-            return dropped_arrays(side * side, self.patch**2 * 3, 2, settings.drop, np.uint8)
+            return dropped_arrays(side * side, self.patch**2 * 3, 2, settings.token_drop, np.uint8)
         return {"pixels": jax.ShapeDtypeStruct((settings.size, settings.size, 3), np.uint8)}
 
     def preprocess(
@@ -105,11 +105,11 @@ class Image(Placed, Modality[ImageInput]):
         if settings.flip and rng is not None and rng.random() < 0.5:
             pixels = pixels[:, ::-1]
         pixels = _flatten(pixels, settings.background, rng)
-        if not settings.drop:
+        if not settings.token_drop:
             return {"pixels": pixels}
         side = settings.size // self.patch
         values_SP = patchify(pixels[None], self.patch)[0]
-        return dropped(values_SP, (side, side), settings.drop, rng)[0]
+        return dropped(values_SP, (side, side), settings.token_drop, rng)[0]
 
     def raw(self, value: Any) -> Any:
         """Return a PIL image (RGB or RGBA) the right way up.

@@ -48,19 +48,19 @@ class SpectrogramInput:
       frames: length; a multiple of the patch. A sound longer than its `(frames - 1) hop + window` samples
         is cut, at a random place in training and in its middle otherwise; a shorter one is followed by
         zeros.
-      rate: samples per second of the field, where it does not say so itself; 0 for the modality's.
-      gain: largest random change of loudness in training, up or down, in dB.
-      drop: the part of the tokens that training drops, see `mmjax.modalities.base.dropped`.
+      sample_rate: samples per second of the field, where it does not say so itself; 0 for the modality's.
+      gain_db: largest random change of loudness in training, up or down, in dB.
+      token_drop: the part of the tokens that training drops, see `mmjax.modalities.base.dropped`.
     """
 
     field: str = "audio"
     frames: int = 64
-    rate: int = 0
-    gain: float = 0.0
-    drop: float = 0.0
+    sample_rate: int = 0
+    gain_db: float = 0.0
+    token_drop: float = 0.0
 
     def __post_init__(self) -> None:
-        check(self, frames=COUNT, rate=SIZE, gain=AMOUNT, drop=PART)
+        check(self, frames=COUNT, sample_rate=SIZE, gain_db=AMOUNT, token_drop=PART)
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ class Spectrogram(Placed, Modality[SpectrogramInput]):
     Attributes:
       patch_frames, patch_mels: sides of a patch.
       mels: bands M; a multiple of `patch_mels`.
-      rate: samples per second; other sounds are resampled to it.
+      sample_rate: samples per second; other sounds are resampled to it.
       window: samples of a frame.
       hop: samples from frame to frame.
       low, high: Hz where the first band begins and the last one ends; at most half the rate.
-      buckets: position buckets in time; the patches of the longest sound at least.
+      max_positions: position buckets in time; the patches of the longest sound at least.
       max_seconds: length of a sound as it is stored, beyond which it is not decoded.
       positions, positions_scale: see `mmjax.nn.positions.Placed`; without positions, a sound has any length.
     """
@@ -92,22 +92,24 @@ class Spectrogram(Placed, Modality[SpectrogramInput]):
     patch_frames: int = 16
     patch_mels: int = 16
     mels: int = 64
-    rate: int = 16000
+    sample_rate: int = 16000
     window: int = 1024
     hop: int = 256
     low: float = 60.0
     high: float = 7600.0
-    buckets: int = 64
+    max_positions: int = 64
     max_seconds: float = field(default=MAX_SECONDS, metadata=FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, patch_frames=COUNT, patch_mels=COUNT, mels=COUNT, rate=COUNT, window=COUNT)
-        check(self, hop=COUNT, low=AMOUNT, high=AMOUNT, buckets=COUNT, max_seconds=POSITIVE)
-        if not 0 <= self.low < self.high <= self.rate / 2:
+        check(
+            self, patch_frames=COUNT, patch_mels=COUNT, mels=COUNT, sample_rate=COUNT, window=COUNT
+        )
+        check(self, hop=COUNT, low=AMOUNT, high=AMOUNT, max_positions=COUNT, max_seconds=POSITIVE)
+        if not 0 <= self.low < self.high <= self.sample_rate / 2:
             raise UserError(
                 f"spectrogram: bands from {self.low:g} to {self.high:g} Hz do not lie in order "
-                f"between 0 and {self.rate / 2:g}, half the rate."
+                f"between 0 and {self.sample_rate / 2:g}, half the rate."
             )
         if self.mels < 1 or self.mels % self.patch_mels:
             raise UserError(
@@ -116,17 +118,17 @@ class Spectrogram(Placed, Modality[SpectrogramInput]):
 
     def stem(self, width: int) -> nnx.Module:
         size = (self.patch_frames, self.patch_mels)
-        buckets = {"t": self.buckets, "f": self.mels // self.patch_mels}
+        buckets = {"t": self.max_positions, "f": self.mels // self.patch_mels}
         return SpectrogramStem(size, width, self.make_positions(width, buckets))
 
     def arrays(self, settings: SpectrogramInput) -> ArraySpec:
         count = patches(
-            "spectrogram frames", settings.frames, self.patch_frames, self.limit(self.buckets)
+            "spectrogram frames", settings.frames, self.patch_frames, self.limit(self.max_positions)
         )
         self._bands()
-        if settings.drop:
+        if settings.token_drop:
             values, bands = self.patch_frames * self.patch_mels, self.mels // self.patch_mels
-            made = dropped_arrays(count * bands, values, 2, settings.drop, np.float32)
+            made = dropped_arrays(count * bands, values, 2, settings.token_drop, np.float32)
             return {**made, "valid": jax.ShapeDtypeStruct(made["patches"].shape[:1], np.bool_)}
         return {
             "mel": jax.ShapeDtypeStruct((settings.frames, self.mels), np.float32),
@@ -145,22 +147,27 @@ class Spectrogram(Placed, Modality[SpectrogramInput]):
         `valid` says which patches of time hold at least one frame that begins within the sound; the first
         one always is. Where tokens are dropped: patches, coordinates, and which of these tokens are valid.
         """
-        samples = at_rate(read(value, settings.rate or self.rate, self.max_seconds), self.rate)
+        samples = at_rate(
+            read(value, settings.sample_rate or self.sample_rate, self.max_seconds),
+            self.sample_rate,
+        )
         size = (settings.frames - 1) * self.hop + self.window
         samples, length = window(samples, size, rng, time)
-        samples *= loudness(samples[:length], 0.0, settings.gain, rng)
+        samples *= loudness(samples[:length], 0.0, settings.gain_db, rng)
         starts = np.arange(0, settings.frames, self.patch_frames) * self.hop
         mel_TM, valid_T = self.log_mel(samples), starts < max(length, 1)
-        if not settings.drop:
+        if not settings.token_drop:
             return {"mel": mel_TM, "valid": valid_T}
         bands = self.mels // self.patch_mels
         values_SP = cut(mel_TM[None], (self.patch_frames, self.patch_mels))[0]
-        made, index_K = dropped(values_SP, (len(valid_T), bands), settings.drop, rng)
+        made, index_K = dropped(values_SP, (len(valid_T), bands), settings.token_drop, rng)
         return {**made, "valid": np.repeat(valid_T, bands)[index_K]}
 
     def raw(self, value: Any) -> Sound:
         """`(float32[N], rate)` at the modality's rate, from what `mmjax.modalities.waveform.read` takes."""
-        return at_rate(read(value, self.rate, self.max_seconds), self.rate), self.rate
+        return at_rate(
+            read(value, self.sample_rate, self.max_seconds), self.sample_rate
+        ), self.sample_rate
 
     def log_mel(self, samples: np.ndarray) -> np.ndarray:
         """float32 `[1 + (N - window) // hop, mels]` of the samples float32 `[N]`."""
@@ -174,7 +181,7 @@ class Spectrogram(Placed, Modality[SpectrogramInput]):
         return np.ascontiguousarray((decibel - CENTRE) / SPREAD, np.float32)
 
     def _bands(self) -> Any:
-        return _bands(self.rate, self.window, self.mels, self.low, self.high)
+        return _bands(self.sample_rate, self.window, self.mels, self.low, self.high)
 
 
 def _fft_size(window: int) -> int:

@@ -50,7 +50,7 @@ class Text(Placed, Modality[TextInput]):
       tokenizer: path of a SentencePiece model or a Hugging Face `tokenizer.json`: absolute, or under `folder`. Needed
         where texts are read or written; a plan does without.
       vocabulary: rows of the embedding table: the tokenizer's size, rounded up by `pad_vocabulary_to`.
-      buckets: position buckets; the longest text of any task at least.
+      max_positions: position buckets; the longest text of any task at least.
       pad_vocabulary_to: the table's rows are the first multiple of it that holds the tokenizer; 0 for any number that
         does. Ids without a piece are never written.
       end: the piece that closes a text; by default as the tokenizer's file says, or under a usual name.
@@ -60,13 +60,13 @@ class Text(Placed, Modality[TextInput]):
     Input = TextInput
     tokenizer: str = ""
     vocabulary: int = 2048
-    buckets: int = 128
+    max_positions: int = 128
     pad_vocabulary_to: int = field(default=1, metadata=FREE)
     end: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, vocabulary=COUNT, buckets=COUNT)
+        check(self, vocabulary=COUNT, max_positions=COUNT)
         if self.pad_vocabulary_to < 0:
             raise UserError(
                 f"modalities.text.pad_vocabulary_to is {self.pad_vocabulary_to}; expected 1 for just the tokenizer's "
@@ -74,13 +74,13 @@ class Text(Placed, Modality[TextInput]):
             )
 
     def stem(self, width: int) -> nnx.Module:
-        positions = self.make_positions(width, {"token": self.buckets})
-        return TextStem(self.vocabulary, self.buckets, width, positions, self.token_ids())
+        positions = self.make_positions(width, {"token": self.max_positions})
+        return TextStem(self.vocabulary, self.max_positions, width, positions, self.token_ids())
 
     def arrays(self, settings: TextInput) -> ArraySpec:
-        if settings.length > self.limit(self.buckets):
+        if settings.length > self.limit(self.max_positions):
             raise UserError(
-                f"text length {settings.length} is over the {self.buckets} position buckets."
+                f"text length {settings.length} is over the {self.max_positions} position buckets."
             )
         shape = (settings.length,)
         return {

@@ -41,7 +41,7 @@ class VideoInput:
       stride: of every `stride` frames one is taken.
       size, crop, flip, background, fit, crop_aspect: as for images; a crop, a mirroring and a grey are those of all
         frames.
-      drop: the part of the tokens that training drops, see `mmjax.modalities.base.dropped`.
+      token_drop: the part of the tokens that training drops, see `mmjax.modalities.base.dropped`.
     """
 
     field: str = "video"
@@ -51,7 +51,7 @@ class VideoInput:
     crop: float = 1.0
     flip: bool = False
     background: int = 255
-    drop: float = 0.0
+    token_drop: float = 0.0
     fit: str = "crop"
     crop_aspect: tuple[float, ...] = (3 / 4, 4 / 3)
 
@@ -63,8 +63,8 @@ class Video(Placed, Modality[VideoInput]):
     Attributes:
       tube: frames of a tube.
       patch: height and width of a tube in pixels.
-      time_buckets: position buckets in time; the tubes of the longest video at least.
-      buckets: position buckets in height and in width; the tubes of the largest picture at least.
+      max_time_positions: position buckets in time; the tubes of the longest video at least.
+      max_positions: position buckets in height and in width; the tubes of the largest picture at least.
       max_pixels: pixels of a frame as it is stored, beyond which it is not decoded.
       max_frames: frames of a stored video, beyond which it is not decoded.
       positions, positions_scale: see `mmjax.nn.positions.Placed`; without positions, a video has any size.
@@ -74,18 +74,18 @@ class Video(Placed, Modality[VideoInput]):
     temporal = True
     tube: int = 4
     patch: int = 16
-    time_buckets: int = 16
-    buckets: int = 64
+    max_time_positions: int = 16
+    max_positions: int = 64
     max_pixels: int = field(default=pictures.MAX_PIXELS, metadata=FREE)
     max_frames: int = field(default=2**14, metadata=FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, tube=COUNT, patch=COUNT, time_buckets=COUNT, buckets=COUNT)
+        check(self, tube=COUNT, patch=COUNT, max_time_positions=COUNT, max_positions=COUNT)
         check(self, max_pixels=pictures.PIXELS, max_frames=COUNT)
 
     def stem(self, width: int) -> nnx.Module:
-        buckets = {"t": self.time_buckets, "y": self.buckets, "x": self.buckets}
+        buckets = {"t": self.max_time_positions, "y": self.max_positions, "x": self.max_positions}
         tube = (self.tube, self.patch, self.patch)
         return VideoStem(tube, width, self.make_positions(width, buckets))
 
@@ -94,12 +94,12 @@ class Video(Placed, Modality[VideoInput]):
         if settings.stride < 1:
             raise UserError(f"video stride {settings.stride}: it must be at least 1.")
         if settings.frames != 1:
-            _check("frames", settings.frames, self.tube, self.limit(self.time_buckets))
-        _check("size", settings.size, self.patch, self.limit(self.buckets))
-        if settings.drop:
+            _check("frames", settings.frames, self.tube, self.limit(self.max_time_positions))
+        _check("size", settings.size, self.patch, self.limit(self.max_positions))
+        if settings.token_drop:
             t, y, x = self._grid(settings)
             values = self.tube * self.patch * self.patch * 3
-            return dropped_arrays(t * y * x, values, 3, settings.drop, np.uint8)
+            return dropped_arrays(t * y * x, values, 3, settings.token_drop, np.uint8)
         shape = (settings.frames, settings.size, settings.size, 3)
         return {"pixels": jax.ShapeDtypeStruct(shape, np.uint8)}
 
@@ -121,11 +121,11 @@ class Video(Placed, Modality[VideoInput]):
             for i in sorted(set(chosen))
         }
         pixels = np.stack([made[i] for i in chosen])
-        if not settings.drop:
+        if not settings.token_drop:
             return {"pixels": pixels}
         pixels = np.repeat(pixels, self.tube, axis=0) if settings.frames == 1 else pixels
         values_SP = cut(pixels[None], (self.tube, self.patch, self.patch))[0]
-        return dropped(values_SP, self._grid(settings), settings.drop, rng)[0]
+        return dropped(values_SP, self._grid(settings), settings.token_drop, rng)[0]
 
     def _grid(self, settings: VideoInput) -> tuple[int, int, int]:
         side = settings.size // self.patch

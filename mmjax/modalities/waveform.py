@@ -42,21 +42,21 @@ class WaveformInput:
       field: field of the example.
       samples: length at the modality's rate; a multiple of the patch. A longer sound is cut, at a random
         place in training and in its middle otherwise; a shorter one is followed by zeros.
-      rate: samples per second of the field, where it does not say so itself; 0 for the modality's.
-      level: root mean square that every sound is scaled to; 0 leaves it as recorded.
-      gain: largest random change of loudness in training, up or down, in dB.
-      drop: the part of the tokens that training drops, see `mmjax.modalities.base.dropped`.
+      sample_rate: samples per second of the field, where it does not say so itself; 0 for the modality's.
+      rms: root mean square that every sound is scaled to; 0 leaves it as recorded.
+      gain_db: largest random change of loudness in training, up or down, in dB.
+      token_drop: the part of the tokens that training drops, see `mmjax.modalities.base.dropped`.
     """
 
     field: str = "audio"
     samples: int = 16384
-    rate: int = 0
-    level: float = 0.0
-    gain: float = 0.0
-    drop: float = 0.0
+    sample_rate: int = 0
+    rms: float = 0.0
+    gain_db: float = 0.0
+    token_drop: float = 0.0
 
     def __post_init__(self) -> None:
-        check(self, samples=COUNT, rate=SIZE, level=AMOUNT, gain=AMOUNT, drop=PART)
+        check(self, samples=COUNT, sample_rate=SIZE, rms=AMOUNT, gain_db=AMOUNT, token_drop=PART)
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Waveform(Placed, Modality[WaveformInput]):
 
     Attributes:
       patch: samples of a patch.
-      rate: samples per second; other sounds are resampled to it.
-      buckets: position buckets; the patches of the longest sound at least.
+      sample_rate: samples per second; other sounds are resampled to it.
+      max_positions: position buckets; the patches of the longest sound at least.
       max_seconds: length of a sound as it is stored, beyond which it is not decoded.
       positions, positions_scale: see `mmjax.nn.positions.Placed`; without positions, a sound has any length.
     """
@@ -74,21 +74,25 @@ class Waveform(Placed, Modality[WaveformInput]):
     Input = WaveformInput
     temporal = True
     patch: int = 256
-    rate: int = 16000
-    buckets: int = 512
+    sample_rate: int = 16000
+    max_positions: int = 512
     max_seconds: float = field(default=MAX_SECONDS, metadata=FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, patch=COUNT, rate=COUNT, buckets=COUNT, max_seconds=POSITIVE)
+        check(self, patch=COUNT, sample_rate=COUNT, max_positions=COUNT, max_seconds=POSITIVE)
 
     def stem(self, width: int) -> nnx.Module:
-        return WaveformStem(self.patch, width, self.make_positions(width, {"t": self.buckets}))
+        return WaveformStem(
+            self.patch, width, self.make_positions(width, {"t": self.max_positions})
+        )
 
     def arrays(self, settings: WaveformInput) -> ArraySpec:
-        count = patches("waveform samples", settings.samples, self.patch, self.limit(self.buckets))
-        if settings.drop:
-            made = dropped_arrays(count, self.patch, 1, settings.drop, np.float32)
+        count = patches(
+            "waveform samples", settings.samples, self.patch, self.limit(self.max_positions)
+        )
+        if settings.token_drop:
+            made = dropped_arrays(count, self.patch, 1, settings.token_drop, np.float32)
             return {**made, "valid": jax.ShapeDtypeStruct(made["patches"].shape[:1], np.bool_)}
         return {
             "samples": jax.ShapeDtypeStruct((settings.samples,), np.float32),
@@ -107,18 +111,25 @@ class Waveform(Placed, Modality[WaveformInput]):
         A patch is valid where it holds at least one sample of the sound; the first one always is. Where tokens are
         dropped: patches, coordinates, and which of these tokens are valid.
         """
-        samples = at_rate(read(value, settings.rate or self.rate, self.max_seconds), self.rate)
+        samples = at_rate(
+            read(value, settings.sample_rate or self.sample_rate, self.max_seconds),
+            self.sample_rate,
+        )
         samples, length = window(samples, settings.samples, rng, time)
-        samples *= loudness(samples[:length], settings.level, settings.gain, rng)
+        samples *= loudness(samples[:length], settings.rms, settings.gain_db, rng)
         valid_S = np.arange(0, settings.samples, self.patch) < max(length, 1)
-        if not settings.drop:
+        if not settings.token_drop:
             return {"samples": samples, "valid": valid_S}
-        made, index_K = dropped(samples.reshape(-1, self.patch), valid_S.shape, settings.drop, rng)
+        made, index_K = dropped(
+            samples.reshape(-1, self.patch), valid_S.shape, settings.token_drop, rng
+        )
         return {**made, "valid": valid_S[index_K]}
 
     def raw(self, value: Any) -> Sound:
         """`(float32[N], rate)` at the modality's rate, from what `read` takes."""
-        return at_rate(read(value, self.rate, self.max_seconds), self.rate), self.rate
+        return at_rate(
+            read(value, self.sample_rate, self.max_seconds), self.sample_rate
+        ), self.sample_rate
 
 
 def patches(what: str, size: int, patch: int, buckets: float) -> int:
@@ -277,7 +288,7 @@ def window(
 def loudness(
     samples: np.ndarray, level: float, gain: float, rng: np.random.Generator | None
 ) -> np.float32:
-    """A factor that brings the samples' root mean square to `level` (if any), then a random gain."""
+    """A factor that brings the samples' root mean square to `level` (`rms`, if any), then a random gain."""
     factor = 1.0
     if level > 0 and len(samples):
         # Silence stays silence: nothing is raised by more than 80 dB.

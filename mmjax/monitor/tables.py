@@ -87,7 +87,7 @@ def program_table(rows: Sequence[Mapping[str, Any]], stream: TextIO | None = Non
     Args:
       rows: name (the task), kind (train, embed/MODALITY), shape (a short text), bytes (at the peak), flops,
         compile_seconds, cached (a truth value), tokens (positions of a training step, padding included). What is not
-        known is None or missing. Where a task's `view` of the optimizer is not shared, a second table tells views and
+        known is None or missing. Where a task's `update_scope` is not shared, a second table tells views and
         `optimizer_bytes`.
       stream: standard output if None.
     """

@@ -14,7 +14,7 @@ from mmjax.core.errors import UserError
 from mmjax.core.parameters import Initializer, declare
 from mmjax.core.sharding import constrain
 from mmjax.nn.attention_kernels import attend, check_kernel
-from mmjax.nn.by_modality import ONE, TIED, Kinds, Untied, apply
+from mmjax.nn.by_modality import ONE, SHARED, Kinds, PerModality, apply
 from mmjax.nn.dense import lecun, norm_of, product
 from mmjax.nn.masks import Pairs
 from mmjax.nn.positions import rotate
@@ -43,9 +43,9 @@ class Attention(nnx.Module):
     queries and keys are normalised per head (Dehghani et al. 2023): where it is True by the norm `norm` without bias,
     else by the norm that it names, a layer norm with bias (Chameleon). `kernel` is one of `attention_kernels`. On a
     mesh with a `sequence` axis each device attends from its own tokens to those of all: only keys and values are
-    gathered, so the result is exact. What is `untied` (`query`, `key`, `value`, `out`, `qk_norm`) is by modality, its
-    bias as well; tokens attend to each other all the same. Where `rotary` is not 0, queries and keys are rotated by the
-    places of their tokens (see `rotate`), it being the base.
+    gathered, so the result is exact. What `per_modality` names (`query`, `key`, `value`, `out`, `qk_norm`) has a copy
+    per modality, its bias as well; tokens attend to each other all the same. Where `rotary` is not 0, queries and keys
+    are rotated by the places of their tokens (see `rotate`), it being the base.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Attention(nnx.Module):
         heads: int,
         qk_norm: bool | str = False,
         kernel: str = "auto",
-        untied: Untied = TIED,
+        per_modality: PerModality = SHARED,
         norm: str = "layer",
         rotary: float = 0.0,
         bias: bool = False,
@@ -66,16 +66,17 @@ class Attention(nnx.Module):
         size = width // heads
         # Query, key and value stay apart so that each can be routed or frozen on its own.
         self.query, self.key, self.value = (
-            untied(part, lambda: _inner(width, heads, size)) for part in ("query", "key", "value")
+            per_modality(part, lambda: _inner(width, heads, size))
+            for part in ("query", "key", "value")
         )
-        self.out = untied("out", lambda: _outer(width, heads, size))
+        self.out = per_modality("out", lambda: _outer(width, heads, size))
         self.query_bias, self.key_bias, self.value_bias, self.out_bias = (
-            untied(part, lambda: _bias(width)) if bias else None
+            per_modality(part, lambda: _bias(width)) if bias else None
             for part in ("query", "key", "value", "out")
         )
         kind = norm if qk_norm is True else str(qk_norm)
         self.query_norm, self.key_norm = (
-            untied("qk_norm", lambda: norm_of(kind, size, qk_norm is not True, eps))
+            per_modality("qk_norm", lambda: norm_of(kind, size, qk_norm is not True, eps))
             if qk_norm
             else None
             for _ in range(2)

@@ -1,10 +1,10 @@
 """Parts with a copy per modality: each token uses its own modality's (Mixture-of-Transformers, VLMo, BEiT-3).
 
-A block says which of its parts are untied and for which modalities:
+The key `per_modality` of a block (or of the model, for its last norm) says which of its parts have copies, for which
+modalities:
 
-    untie: ["query", "key", "value", "out", "mlp"]
-    modalities: ["text", "image"]                  a copy each
-    modalities: {"text": "text", "speech": "sound", "notes": "sound"}      two copies, one of them for two modalities
+    {"parts": ["query", "key", "value", "out", "mlp"], "modalities": ["text", "image"]}          a copy each
+    {"parts": ["mlp"], "modalities": {"text": "text", "speech": "sound", "notes": "sound"}}      two copies
 
 Each copy is a parameter of its own (`mlp/text/up/kernel`), never a slice of a larger one. A token passes one copy, so
 that the products cost what they cost a block without copies.
@@ -13,15 +13,15 @@ that the products cost what they cost a block without copies.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mmjax.core.bounds import FieldError, check_choices
+from mmjax.core.bounds import FieldError
 from mmjax.core.errors import UserError, nearest
 from mmjax.core.parameters import as_copy
 from mmjax.nn.masks import code
@@ -75,7 +75,7 @@ class ByModality(nnx.Module):
         if modality not in self.experts:
             raise UserError(
                 f"The stream has tokens of modality '{modality}', for which there is no copy."
-                f"{nearest(modality, self.experts)} Add it to `modalities` of the block (or of the trunk's norm)."
+                f"{nearest(modality, self.experts)} Add it to `per_modality.modalities` of the block (or of the model)."
             )
         return self.experts[modality]
 
@@ -153,51 +153,41 @@ def apply(part: Any, x: jax.Array, kinds: Kinds, call: Call = plainly) -> jax.Ar
 
 
 @dataclass(frozen=True)
-class Untied:
-    """Which parts of a block have copies, and for whom: modality -> expert."""
+class PerModality:
+    """The parts of a block that have a copy per modality.
 
-    parts: frozenset[str] = frozenset()
-    experts: Mapping[str, str] = field(default_factory=dict)
+    Attributes:
+      parts: those that have copies; which there are, the block says.
+      modalities: those that have a copy each, or modality -> name of its copy, which several may share.
+    """
+
+    parts: tuple[str, ...] = ()
+    modalities: tuple[str, ...] | dict[str, str] = ()
+
+    def __post_init__(self) -> None:
+        if bool(self.parts) != bool(self.modalities):
+            words = f"is {list(self.parts)} and modalities {self.modalities or []}: name the parts that have copies, "
+            raise FieldError(self, "parts", f"{words}and the modalities that have one; or neither.")
 
     def __call__(self, part: str, make: Callable[[], Any]) -> Any:
-        """The part, or its copies."""
-        return ByModality(make, self.experts) if part in self.parts else make()
+        """Return the part, or its copies."""
+        return ByModality(make, experts(self.modalities)) if part in self.parts else make()
 
 
-TIED = Untied()
+SHARED = PerModality()
 
 
-class HasCopies(Protocol):
-    """The config of a block whose parts may have copies."""
-
-    @property
-    def untie(self) -> tuple[str, ...]:
-        """The parts that have copies."""
-
-    @property
-    def modalities(self) -> Modalities:
-        """The modalities that have one, see the module's docstring."""
-
-
-def check_untied(block: HasCopies, known: Iterable[str]) -> None:
-    """Raise unless `untie` names parts that the block has, and one of `untie` and `modalities` has the other.
+def check_parts(block: Any, known: Iterable[str]) -> None:
+    """Raise unless the block's `per_modality` names parts that the block has.
 
     Raises:
-      FieldError: names the key.
+      FieldError: suggests the nearest name.
     """
-    check_choices(block, untie=known)
-    if bool(block.untie) != bool(block.modalities):
-        raise FieldError(
-            block,
-            "untie",
-            f"is {list(block.untie)} and modalities {block.modalities or []}: name the parts that have copies, and "
-            "the modalities that have one; or neither.",
-        )
-
-
-def untied(block: HasCopies) -> Untied:
-    """Return which parts of a block have copies."""
-    return Untied(frozenset(block.untie), experts(block.modalities))
+    known = list(known)
+    for part in block.per_modality.parts:
+        if part not in known:
+            words = f"names '{part}'.{nearest(part, known)}"
+            raise FieldError(block, "per_modality.parts", words)
 
 
 def experts(modalities: Modalities) -> dict[str, str]:

@@ -42,34 +42,41 @@ class ExpertsConfig:
       count: how many.
       router: `{name: expert_choice, token_choice or soft, ...}`, its keys those of the class in
         `mmjax/nn/routers/NAME.py`.
-      group: tokens that compete for slots, at most.
-      groups: how many groups at least, where there are as many rows. Where it is the number of devices that share a
+      group_size: tokens that compete for slots, at most.
+      min_groups: how many groups at least, where there are as many rows. Where it is the number of devices that share a
         batch, none spans two of them, whose tokens would have to be gathered; routing does not depend on the mesh.
       losses: weight of `importance`, `load`, `balance` and `z`, see there.
       losses_over: `group`, where the first three are of each group and their mean is taken, as V-MoE (Riquelme et al.
         2021) and Switch (Fedus et al. 2022) have it; or `batch`, where they are of all tokens together, a weaker pull.
-      local, spread: by modality, the weights of LIMoE's entropy losses: of each token's scores, and of their mean.
-      threshold: of `spread`, by modality; log(count) where it is not given.
+      local_entropy, global_entropy: by modality, the weights of LIMoE's entropy losses: of each token's scores, and of
+        their mean.
+      entropy_floor: of `global_entropy`, by modality; log(count) where it is not given.
       causal: of experts that choose: a second router that says of a token alone whether an expert takes it, for
         generation; see `CausalConfig`.
     """
 
     count: int
     router: Router = ExpertChoice()
-    group: int = 2048
-    groups: int = 1
+    group_size: int = 2048
+    min_groups: int = 1
     losses: dict[str, float] = field(default_factory=dict)
     losses_over: str = "group"
-    local: dict[str, float] = field(default_factory=dict)
-    spread: dict[str, float] = field(default_factory=dict)
-    threshold: dict[str, float] = field(default_factory=dict)
+    local_entropy: dict[str, float] = field(default_factory=dict)
+    global_entropy: dict[str, float] = field(default_factory=dict)
+    entropy_floor: dict[str, float] = field(default_factory=dict)
     causal: CausalConfig | None = None
 
     def __post_init__(self) -> None:
-        check(self, count=COUNT, group=COUNT, groups=COUNT)
-        check(self, losses=AMOUNT, local=AMOUNT, spread=AMOUNT, threshold=AMOUNT)
+        check(self, count=COUNT, group_size=COUNT, min_groups=COUNT)
+        check(
+            self, losses=AMOUNT, local_entropy=AMOUNT, global_entropy=AMOUNT, entropy_floor=AMOUNT
+        )
         check_choices(self, losses=LOSSES, losses_over=OVER)
-        balancing = {**self.losses, "local": self.local, "spread": self.spread}
+        balancing = {
+            **self.losses,
+            "local_entropy": self.local_entropy,
+            "global_entropy": self.global_entropy,
+        }
         named = [name for name, value in balancing.items() if value and name != "z"]
         if self.count == 1 and named:
             words = f"is 1, and '{named[0]}' balances experts. Raise it, or leave '{named[0]}' out."
@@ -78,11 +85,11 @@ class ExpertsConfig:
 
     def _check_router(self) -> None:
         router, name = self.router, type(self.router).__name__
-        if router.top > self.count:
-            words = f"is {router.top}, of {self.count} experts; it is at most their number."
-            raise FieldError(self, "router.top", words)
-        if not router.has_losses and (self.losses or self.local or self.spread):
-            words = f"is {name}, which has no auxiliary losses; leave losses, local and spread out."
+        if router.top_k > self.count:
+            words = f"is {router.top_k}, of {self.count} experts; it is at most their number."
+            raise FieldError(self, "router.top_k", words)
+        if not router.has_losses and (self.losses or self.local_entropy or self.global_entropy):
+            words = f"is {name}, which has no auxiliary losses; leave losses, local_entropy and global_entropy out."
             raise FieldError(self, "router", words)
         if "load" in self.losses and not router.noise:
             words = "needs a router with noise; set router.noise of token_choice."
@@ -93,7 +100,7 @@ class ExpertsConfig:
 
     def modalities(self) -> set[str]:
         """Those that the losses name."""
-        return {*self.local, *self.spread, *self.threshold}
+        return {*self.local_entropy, *self.global_entropy, *self.entropy_floor}
 
 
 @dataclass(frozen=True)
@@ -104,15 +111,15 @@ class CausalConfig:
     token goes to the experts whose logit is above 0.
 
     Attributes:
-      hidden: size of the hidden layer.
+      mlp_dim: size of the hidden layer.
       weight: of its loss.
     """
 
-    hidden: int
+    mlp_dim: int
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check(self, hidden=COUNT, weight=AMOUNT)
+        check(self, mlp_dim=COUNT, weight=AMOUNT)
 
 
 class CausalRouter(nnx.Module):
@@ -148,7 +155,7 @@ class Experts(nnx.Module):
         self.router = declare((width, count), ("embed", None), lecun, keep=True)
         self.scale = declare((), (), initializers.ones, keep=True) if rule.normalise else None
         causal = self.config.causal
-        self.causal = CausalRouter(width, causal.hidden, self.config.count) if causal else None
+        self.causal = CausalRouter(width, causal.mlp_dim, self.config.count) if causal else None
         self.mlps = mlp_of(mlp, width, hidden, bias)
         repeated(self.mlps, self.config.count, "experts")
         as_copy(self.mlps, self.config.count / rule.meets(self.config.count))
@@ -210,7 +217,7 @@ class Experts(nnx.Module):
         return jnp.einsum("bse,ebsd->bsd", gate_BSE.astype(x_BSD.dtype), y_EBSD)
 
     def _grouped(self, x_BS: jax.Array) -> jax.Array:
-        return grouped_rows(x_BS, self.config.group, self.config.groups)
+        return grouped_rows(x_BS, self.config.group_size, self.config.min_groups)
 
     def _sums(self, x_GTD: jax.Array, dispatch: Dispatch) -> jax.Array:
         graph, state = nnx.split(self.mlps)
@@ -239,10 +246,10 @@ class Experts(nnx.Module):
         loss = jnp.zeros((), logits_GTE.dtype)
         for name, weight in config.losses.items():
             loss = loss + weight * self._named(name, logits_GTE, noisy_GTE, scores_GTE, valid_GT)
-        for name in (n for n in kinds if n in config.local or n in config.spread):
-            threshold = config.threshold.get(name, float(np.log(config.count)))
+        for name in (n for n in kinds if n in config.local_entropy or n in config.global_entropy):
+            threshold = config.entropy_floor.get(name, float(np.log(config.count)))
             local, spread = entropy_losses(scores_GTE, kinds[name], threshold)
-            weights = config.local.get(name, 0.0), config.spread.get(name, 0.0)
+            weights = config.local_entropy.get(name, 0.0), config.global_entropy.get(name, 0.0)
             loss = loss + weights[0] * local + weights[1] * spread
         return loss
 
@@ -262,7 +269,7 @@ class Experts(nnx.Module):
         if name == "z":
             return z_loss(logits_GTE, valid_GT)
         if name == "load":
-            deviation, top = self.rule.noise / self.config.count, self.rule.top
+            deviation, top = self.rule.noise / self.config.count, self.rule.top_k
             return load_loss(logits_GTE, noisy_GTE, deviation, top, valid_GT)
         return {"importance": importance_loss, "balance": balance_loss}[name](scores_GTE, valid_GT)
 
@@ -330,7 +337,7 @@ def modalities(stream: Stream) -> dict[str, jax.Array]:
 def grouped_rows(x_BS: jax.Array, size: int, groups: int = 1) -> jax.Array:
     """`[B, S, ...] -> [G, T, ...]`, T at most `size`, in order: several rows to a group, or several groups to a row.
 
-    As many rows as divide the batch and leave `groups` of them, as few parts as divide the row.
+    As many rows as divide the batch and leave `min_groups` of them, as few parts as divide the row.
     """
     rows, length = x_BS.shape[:2]
     if length <= size:

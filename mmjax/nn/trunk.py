@@ -14,7 +14,7 @@ from mmjax.core import config as configs
 from mmjax.core.bounds import COUNT, check
 from mmjax.core.parameters import stack_layers
 from mmjax.core.sharding import constrain
-from mmjax.nn.by_modality import ByModality, Modalities, apply, experts, kinds
+from mmjax.nn.by_modality import SHARED, PerModality, apply, kinds
 from mmjax.nn.dense import norm_of
 from mmjax.nn.stream import Aux, Stream, add_up, fold
 
@@ -23,11 +23,13 @@ _LAYERS = 4096  # of a trunk: each has names of its own in a checkpoint, and a c
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """`repeat` times the blocks of `pattern`; each is `{name: ..., ...}`, see `mmjax.blocks.base`."""
+    """`repeat` times the blocks of `blocks`; each is `{name: ..., ...}`, see `mmjax.blocks.base`."""
 
     repeat: int
-    pattern: tuple[dict[str, Any], ...] = field(
-        metadata=configs.holds("blocks", {"kernel": "free", "experts.losses_over": "schedule"})
+    blocks: tuple[dict[str, Any], ...] = field(
+        metadata=configs.holds(
+            "blocks", {"attention_impl": "free", "experts.losses_over": "schedule"}
+        )
     )
 
     def __post_init__(self) -> None:
@@ -38,14 +40,14 @@ class Group(nnx.Module):
     """A pattern of blocks, its parameters stacked over the repeats and run by `lax.scan`."""
 
     def __init__(self, group: GroupConfig, width: int, first: int, remat: str, where: str):
-        if not group.pattern:
-            raise configs.UserError(f"{where}.pattern is empty; a group repeats one block or more.")
+        if not group.blocks:
+            raise configs.UserError(f"{where}.blocks is empty; a group repeats one block or more.")
         self.blocks = nnx.List(
-            [_build(b, width, f"{where}.pattern[{i}]") for i, b in enumerate(group.pattern)]
+            [_build(b, width, f"{where}.blocks[{i}]") for i, b in enumerate(group.blocks)]
         )
         self.first, self.repeat, self.remat = first, group.repeat, remat
         for offset, block in enumerate(self.blocks):
-            stack_layers(block, first + offset, len(group.pattern), group.repeat)
+            stack_layers(block, first + offset, len(group.blocks), group.repeat)
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         graph, state = nnx.split(self.blocks)
@@ -133,7 +135,7 @@ def _remat(body: Any, policy: str) -> Any:
 class Trunk(nnx.Module):
     """All groups in order, then a norm (`layer` or `rms`): one trunk for every modality and task.
 
-    With `norm_modalities`, there is a last norm for each of them (see `mmjax.nn.by_modality`).
+    With `per_modality` its modalities have a last norm each (see `mmjax.nn.by_modality`).
     """
 
     def __init__(
@@ -141,14 +143,14 @@ class Trunk(nnx.Module):
         groups: Sequence[GroupConfig],
         width: int,
         remat: str = "none",
-        where: str = "model.groups",
-        norm_modalities: Modalities = (),
+        where: str = "model.layers",
+        per_modality: PerModality = SHARED,
         norm: str = "layer",
         norm_eps: float = 1e-6,
     ):
         if not groups:
             raise configs.UserError(f"{where} is empty; a trunk needs a group.")
-        layers = sum(max(group.repeat, 0) * len(group.pattern) for group in groups)
+        layers = sum(max(group.repeat, 0) * len(group.blocks) for group in groups)
         if layers > _LAYERS:
             raise configs.UserError(
                 f"{where}: {layers:,} layers; at most {_LAYERS:,} can be built."
@@ -157,11 +159,8 @@ class Trunk(nnx.Module):
         first = 0
         for index, group in enumerate(groups):
             self.groups.append(Group(group, width, first, remat, f"{where}[{index}]"))
-            first += group.repeat * len(group.pattern)
-        self.norm: Any = norm_of(norm, width, eps=norm_eps)
-        if norm_modalities:
-            copies = experts(norm_modalities)
-            self.norm = ByModality(lambda: norm_of(norm, width, eps=norm_eps), copies)
+            first += group.repeat * len(group.blocks)
+        self.norm: Any = per_modality("norm", lambda: norm_of(norm, width, eps=norm_eps))
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         stream, aux = self.layers(stream, key)

@@ -323,7 +323,7 @@ def refuse_drop(objective: Objective, inputs: Mapping[str, Input]) -> None:
     for each in inputs.values():
         if each.drops:
             raise UserError(
-                f"objective {type(objective).__name__} needs all tokens of '{each.name}'; leave out 'drop'."
+                f"objective {type(objective).__name__} needs all tokens of '{each.name}'; leave out 'token_drop'."
             )
 
 

@@ -20,13 +20,13 @@ from mmjax.generation.decoding import Sampling, generate
 from mmjax.modalities.base import Input
 from mmjax.model import Batch, Model
 from mmjax.nn.dense import Dense
+from mmjax.nn.losses import next_token_losses
 from mmjax.nn.masks import Causal
 from mmjax.nn.pooler import Pooler
 from mmjax.nn.stream import Aux, Stream, add_up
 from mmjax.nn.trunk import GroupConfig, Trunk
 from mmjax.objectives.base import Loss, Part, Represented, Shows, Writes, row_keys
 from mmjax.objectives.contrastive import Contrastive, unit
-from mmjax.objectives.transfusion import next_token_losses
 
 POOLING = ("cascade", "parallel")
 
@@ -102,7 +102,7 @@ class Coca(Contrastive, Writes, Shows):
     does not count. A weight of 0 leaves that loss's part of the pass out.
 
     Attributes:
-      between: the modality that is captioned, and the text.
+      modalities: the modality that is captioned, and the text.
       unimodal, multimodal: layers of the text decoder's halves; those of the second have cross-attention.
       queries: tokens that the decoder reads of the other modality.
       pooler_heads: attention heads of both poolers.
@@ -116,7 +116,7 @@ class Coca(Contrastive, Writes, Shows):
       norm_eps: eps of the poolers' norms and of the last one of either half of the decoder.
     """
 
-    between: tuple[str, ...] = ("image", "text")
+    modalities: tuple[str, ...] = ("image", "text")
     unimodal: tuple[GroupConfig, ...]
     multimodal: tuple[GroupConfig, ...]
     queries: int = 256
@@ -141,7 +141,7 @@ class Coca(Contrastive, Writes, Shows):
 
     @property
     def _text(self) -> str:
-        return self.between[1]
+        return self.modalities[1]
 
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
         text: Any = inputs[self._text].modality
@@ -167,7 +167,7 @@ class Coca(Contrastive, Writes, Shows):
     def see(self, model: Model, arrays: Any, key: jax.Array | None) -> tuple[Seen, Aux]:
         """The modality that is captioned: encoded and pooled."""
         head = model.heads[self.head]
-        stream, aux = model.encode([model.tokens(self.between[0], arrays)], key)
+        stream, aux = model.encode([model.tokens(self.modalities[0], arrays)], key)
         context = head.generative(stream)
         pooled = head.contrastive(context if self.pooling == "cascade" else stream)
         return Seen(context, pooled.x_BSD[:, 0]), aux
@@ -197,7 +197,7 @@ class Coca(Contrastive, Writes, Shows):
 
     def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
         """Both vectors of each row, and its caption's summed cross-entropy and number of tokens."""
-        shown, text = self.between
+        shown, text = self.modalities
         keys = jax.random.split(key, 3)
         seen, aux_seen = self.see(model, batch["inputs"][shown], keys[0])
         read, aux_read = self.read(model, batch["inputs"][text], keys[1])
@@ -272,10 +272,10 @@ class Coca(Contrastive, Writes, Shows):
         return Stream(token.x_BSD, layout=token.layout)
 
     def writes(self) -> tuple[str, ...]:
-        return self.between
+        return self.modalities
 
     def write(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        shown, text = self.between
+        shown, text = self.modalities
         given = batch["inputs"][text]
         seen, _ = self.see(model, batch["inputs"][shown], None)
         read, _ = self.read(model, given, None)
@@ -289,7 +289,7 @@ class Coca(Contrastive, Writes, Shows):
         }
 
     def shows(self) -> tuple[str, ...]:
-        return (self.between[0], "its text", "the text it writes")
+        return (self.modalities[0], "its text", "the text it writes")
 
     def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """The pictures, if it is of such, and beside each text the one that the model writes."""

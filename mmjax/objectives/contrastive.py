@@ -75,60 +75,61 @@ class Contrastive(Coupled, Embeds):
     """Both directions of cross-entropy over the global batch (CLIP, Radford et al. 2021), or SigLIP's loss.
 
     Attributes:
-      between: the two modalities.
-      form: `softmax`, or `sigmoid`, by which each pair of rows is a decision of its own (Zhai et al. 2023).
-      concept: integer field; rows that share its value are positives of each other. Empty: only the pair.
-      joint: size of the joint space.
-      temperature: initial temperature, learned as the logarithm of its inverse (SigLIP: 0.1). Under `softmax` it stays
-        at 0.01 or above (CLIP), under `sigmoid` it has no bound (a published SigLIP's is 1 / 112.3).
+      modalities: the two modalities.
+      loss: `softmax`, or `sigmoid`, by which each pair of rows is a decision of its own (Zhai et al. 2023).
+      positive_key: integer field; rows that share its value are positives of each other. Empty: only the pair.
+      embed_dim: size of the joint space.
+      init_temperature: initial temperature, learned as the logarithm of its inverse (SigLIP: 0.1). Under `softmax` it
+        stays at 0.01 or above (CLIP), under `sigmoid` it has no bound (a published SigLIP's is 1 / 112.3).
       bias: of the logits under `sigmoid`, learned, to begin with.
       chunk: rows that are compared at a time, so that memory grows with the batch and not with its square
         (see `chunked_info_nce`); 0 for all at once.
-      together: encode both in one pass, each attending to its own tokens alone, so that tokens of both compete for
+      joint_forward: encode both in one pass, each attending to its own tokens alone, so that tokens of both compete for
         experts (LIMoE, Mustafa et al. 2022); without experts this changes nothing.
     """
 
-    between: tuple[str, ...]
-    form: str = "softmax"
-    concept: str = ""
-    joint: int = 256
-    temperature: float = 0.07
+    modalities: tuple[str, ...]
+    loss: str = "softmax"
+    positive_key: str = ""
+    embed_dim: int = 256
+    init_temperature: float = 0.07
     bias: float = -10.0
     chunk: int = 0
-    together: bool = False
+    joint_forward: bool = False
 
     def __post_init__(self) -> None:
-        check(self, joint=COUNT)
-        if len(self.between) != 2 or self.temperature <= 0:
+        check(self, embed_dim=COUNT)
+        if len(self.modalities) != 2 or self.init_temperature <= 0:
             raise UserError(
-                "contrastive needs two modalities in 'between' and a positive temperature; "
-                f"found {list(self.between)}, {self.temperature}."
+                "contrastive needs two modalities in 'modalities' and a positive 'init_temperature'; "
+                f"found {list(self.modalities)}, {self.init_temperature}."
             )
-        if self.form not in FORMS:
-            raise UserError(f"contrastive: form is '{self.form}'.{nearest(self.form, FORMS)}")
-        if self.form == "softmax" and self.temperature < 1 / MAX_SCALE:
+        if self.loss not in FORMS:
+            raise UserError(f"contrastive: loss is '{self.loss}'.{nearest(self.loss, FORMS)}")
+        if self.loss == "softmax" and self.init_temperature < 1 / MAX_SCALE:
             raise UserError(
-                f"contrastive: temperature is {self.temperature}; under softmax it is at least {1 / MAX_SCALE}."
+                f"contrastive: init_temperature is {self.init_temperature}; under softmax it is at least "
+                f"{1 / MAX_SCALE}."
             )
         if self.chunk < 0:
             raise UserError(f"contrastive: chunk is {self.chunk}; it must be at least 0.")
 
     def reads(self) -> tuple[str, ...]:
-        return self.between
+        return self.modalities
 
     def fields(self) -> tuple[str, ...]:
-        return (self.concept,) if self.concept else ()
+        return (self.positive_key,) if self.positive_key else ()
 
     def embeds(self) -> tuple[str, ...]:
-        return self.between
+        return self.modalities
 
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
         projections = {
-            m: Dense(width, self.joint, ("embed", "joint"), bias=False) for m in self.between
+            m: Dense(width, self.embed_dim, ("embed", "joint"), bias=False) for m in self.modalities
         }
-        bias = {"bias": Bias(self.bias)} if self.form == "sigmoid" else {}
-        bound = MAX_SCALE if self.form == "softmax" else None
-        return {**projections, "scale": Scale(1 / self.temperature, bound), **bias}
+        bias = {"bias": Bias(self.bias)} if self.loss == "sigmoid" else {}
+        bound = MAX_SCALE if self.loss == "softmax" else None
+        return {**projections, "scale": Scale(1 / self.init_temperature, bound), **bias}
 
     def embed(
         self, model: Model, modality: str, arrays: Mapping[str, jax.Array], toward: str = ""
@@ -146,14 +147,14 @@ class Contrastive(Coupled, Embeds):
         return unit(joint_BE.astype(jnp.promote_types(joint_BE.dtype, jnp.float32)))
 
     def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
-        if self.together:
-            streams = [model.tokens(m, batch["inputs"][m]) for m in self.between]
+        if self.joint_forward:
+            streams = [model.tokens(m, batch["inputs"][m]) for m in self.modalities]
             out, aux = model.encode(streams, key, Same("modality"))
-            pairs = zip(self.between, segments(out), strict=True)
+            pairs = zip(self.modalities, segments(out), strict=True)
             return Represented(tuple(self._project(model, m, own) for m, own in pairs), aux)
         made = [
             self._embed(model, m, batch["inputs"][m], jax.random.fold_in(key, i))
-            for i, m in enumerate(self.between)
+            for i, m in enumerate(self.modalities)
         ]
         (a_BE, aux_a), (b_BE, aux_b) = made
         return Represented((a_BE, b_BE), add_up([aux_a, aux_b]))
@@ -161,10 +162,10 @@ class Contrastive(Coupled, Embeds):
     def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
         a_BE, b_BE = rows
         valid_B = batch["valid"]
-        concept_B = concepts(batch, self.concept)
+        concept_B = concepts(batch, self.positive_key)
         scale = model.heads[self.head].scale()
         known = {"scale": scale}
-        if self.form == "sigmoid":
+        if self.loss == "sigmoid":
             known["bias"] = model.heads[self.head].bias()
             value, recall, baseline = sigmoid_loss(
                 a_BE, b_BE, scale, known["bias"], concept_B, valid_B, self.chunk

@@ -60,33 +60,35 @@ class CrossModal(Coupled, Embeds):
     equation 1): `l_ij = logsumexp over their present instances n, m of <a_in, b_jm> / t`.
 
     Attributes:
-      between: two modalities or more.
+      modalities: two modalities or more.
       weights: by pair, `"vision text"`, in the mean; 1 where it is not given, and 0 leaves the pair out.
-      concept: integer field; rows that share its value are positives of each other. Empty: only the pair.
+      positive_key: integer field; rows that share its value are positives of each other. Empty: only the pair.
       space: `disjoint`, two layers and a norm for each modality towards each other one; or `linear`, one map for
         each modality, to a space of all.
-      joint: size of a space.
-      initial: temperature to begin with, learned for each pair as `relu(t) + 1e-6` (see `Temperature`).
+      embed_dim: size of a space.
+      init_temperature: temperature to begin with, learned for each pair as `relu(t) + 1e-6` (see `Temperature`).
     """
 
-    between: tuple[str, ...]
+    modalities: tuple[str, ...]
     weights: dict[str, float] = field(default_factory=dict)
-    concept: str = ""
+    positive_key: str = ""
     space: str = "disjoint"
-    joint: int = 256
-    initial: float = 0.2
+    embed_dim: int = 256
+    init_temperature: float = 0.2
 
     def __post_init__(self) -> None:
-        check(self, joint=COUNT, weights=AMOUNT)
-        if len(set(self.between)) < 2 or len(set(self.between)) < len(self.between):
+        check(self, embed_dim=COUNT, weights=AMOUNT)
+        if len(set(self.modalities)) < 2 or len(set(self.modalities)) < len(self.modalities):
             raise UserError(
-                f"cross_modal: between is {list(self.between)}; name two different modalities or more."
+                f"cross_modal: modalities is {list(self.modalities)}; name two different modalities or more."
             )
         if self.space not in SPACES:
             raise UserError(f"cross_modal: space is '{self.space}'.{nearest(self.space, SPACES)}")
-        if self.initial <= 0:
-            raise UserError(f"cross_modal: initial is {self.initial}; it must be above 0.")
-        known = [" ".join(pair) for pair in combinations(self.between, 2)]
+        if self.init_temperature <= 0:
+            raise UserError(
+                f"cross_modal: init_temperature is {self.init_temperature}; it must be above 0."
+            )
+        known = [" ".join(pair) for pair in combinations(self.modalities, 2)]
         for name in self.weights:
             if name not in known:
                 raise UserError(f"cross_modal: no pair '{name}'.{nearest(name, known)}")
@@ -95,7 +97,7 @@ class CrossModal(Coupled, Embeds):
 
     def _pairs(self) -> dict[Pair, float]:
         """The pairs that count, and their parts of the mean."""
-        weights = {p: self.weights.get(" ".join(p), 1.0) for p in combinations(self.between, 2)}
+        weights = {p: self.weights.get(" ".join(p), 1.0) for p in combinations(self.modalities, 2)}
         total = sum(weights.values())
         return {pair: weight / total for pair, weight in weights.items() if weight}
 
@@ -104,17 +106,17 @@ class CrossModal(Coupled, Embeds):
 
     def _spaces(self) -> dict[tuple[str, str], str]:
         """The head's part for each ordered pair."""
-        ordered = [(m, other) for m in self.between for other in self._partners(m)]
+        ordered = [(m, other) for m in self.modalities for other in self._partners(m)]
         return {(m, o): f"{m}_to_{o}" if self.space == "disjoint" else m for m, o in ordered}
 
     def reads(self) -> tuple[str, ...]:
-        return self.between
+        return self.modalities
 
     def fields(self) -> tuple[str, ...]:
-        return (self.concept,) if self.concept else ()
+        return (self.positive_key,) if self.positive_key else ()
 
     def embeds(self) -> tuple[str, ...]:
-        return self.between
+        return self.modalities
 
     def check_inputs(self, inputs: Mapping[str, Input]) -> None:
         del inputs  # several instances, and tokens dropped: any will do
@@ -122,11 +124,14 @@ class CrossModal(Coupled, Embeds):
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
         def space() -> Any:
             if self.space == "disjoint":
-                return Space(width, self.joint)
-            return Dense(width, self.joint, ("embed", "joint"), bias=False)
+                return Space(width, self.embed_dim)
+            return Dense(width, self.embed_dim, ("embed", "joint"), bias=False)
 
         spaces = {name: space() for name in dict.fromkeys(self._spaces().values())}
-        return {**spaces, **{_temperature(p): Temperature(self.initial) for p in self._pairs()}}
+        return {
+            **spaces,
+            **{_temperature(p): Temperature(self.init_temperature) for p in self._pairs()},
+        }
 
     def embed(
         self, model: Model, modality: str, arrays: Mapping[str, jax.Array], toward: str = ""
@@ -148,20 +153,20 @@ class CrossModal(Coupled, Embeds):
         """Of each ordered pair the vectors `[B, N, E]`."""
         rows: dict[str, jax.Array] = {}
         auxes, size = [], batch["valid"].shape[0]
-        for index, modality in enumerate(self.between):
+        for index, modality in enumerate(self.modalities):
             arrays = batch["inputs"][modality]
             key_of = jax.random.fold_in(key, index)
             pooled, aux = self._pooled(model, modality, arrays, key_of)
             auxes.append(aux)
             for other in self._partners(modality):
                 vectors = self._vectors(model, pooled, modality, other)
-                rows[f"{modality} {other}"] = vectors.reshape(size, -1, self.joint)
+                rows[f"{modality} {other}"] = vectors.reshape(size, -1, self.embed_dim)
         return Represented(rows, add_up(auxes))
 
     def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
         valid_B, one_B1 = batch["valid"], jnp.ones((batch["valid"].shape[0], 1), bool)
-        present = {m: batch["inputs"][m].get(PRESENT, one_B1) for m in self.between}
-        concept_B = concepts(batch, self.concept)
+        present = {m: batch["inputs"][m].get(PRESENT, one_B1) for m in self.modalities}
+        concept_B = concepts(batch, self.positive_key)
         total = baseline = anchors = jnp.zeros(())
         metrics: dict[str, jax.Array] = {}
         for (one, two), weight in self._pairs().items():

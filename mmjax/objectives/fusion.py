@@ -45,15 +45,15 @@ class Fusion(Classification):
     """`Classification` with classifiers of each modality's tokens and of fusion tokens.
 
     Zorro (Recasens et al. 2023): `mask` is `zorro` (a modality's tokens see their own kind only, the fusion tokens see
-    all) and `reading` is `each` (the loss is the mean of those of each modality's output and of the fusion output), so
+    all) and `readout` is `each` (the loss is the mean of those of each modality's output and of the fusion output), so
     that one modality alone is classified as if the others had never been there. MBT (Nagrani et al. 2021): layers are
-    `bottleneck`s, `reading` is `mean` (a prediction is the mean of the modalities' logits), `loss` is `each`, and the
+    `bottleneck`s, `readout` is `mean` (a prediction is the mean of the modalities' logits), `loss` is `each`, and the
     classifier is `shared`.
 
     Attributes:
       tokens: number of fusion tokens.
       mask: `zorro`, or `full`.
-      reading: `each` or `mean`.
+      readout: `each` or `mean`.
       loss: under the reading `mean`, the loss of the mean of the modalities' logits (`mean_logits`), or the mean of
         each modality's loss (`each`); under the reading `each` it is the latter whatever this says.
       shared: one classifier for all outputs, in place of one for each.
@@ -61,7 +61,7 @@ class Fusion(Classification):
 
     tokens: int = 4
     mask: str = "zorro"
-    reading: str = "each"
+    readout: str = "each"
     loss: str = "mean_logits"
     shared: bool = False
 
@@ -73,7 +73,7 @@ class Fusion(Classification):
             )
         if self.tokens < 1:
             raise UserError(f"fusion: tokens is {self.tokens}; it must be at least 1.")
-        for key, known in (("mask", tuple(MASKS)), ("reading", READINGS), ("loss", LOSSES)):
+        for key, known in (("mask", tuple(MASKS)), ("readout", READINGS), ("loss", LOSSES)):
             if getattr(self, key) not in known:
                 value = getattr(self, key)
                 raise UserError(f"fusion: {key} is '{value}'.{nearest(value, known)}")
@@ -85,7 +85,7 @@ class Fusion(Classification):
 
     def _read(self) -> tuple[str, ...]:
         """Return the names of the outputs: modalities, and the fusion tokens where these are read."""
-        return (*self.modalities, *([FUSION] if self.reading == "each" else []))
+        return (*self.modalities, *([FUSION] if self.readout == "each" else []))
 
     def outputs(
         self, model: Model, inputs: Mapping[str, Any], key: jax.Array | None
@@ -110,14 +110,14 @@ class Fusion(Classification):
     def predict(self, model: Model, inputs: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
         """Of one modality, its own output's; of several, the fusion output's or the mean of theirs."""
         logits, _ = self.outputs(model, inputs, None)
-        if self.reading == "mean":
+        if self.readout == "mean":
             return mean(logits)
         return logits[FUSION] if len(inputs) > 1 else logits[next(iter(inputs))]
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         logits, aux = self.outputs(model, batch["inputs"], key)
         label_B, valid_B = batch["fields"][self.label], batch["valid"]
-        if self.reading == "mean" and self.loss == "mean_logits":
+        if self.readout == "mean" and self.loss == "mean_logits":
             logits = {"all": mean(logits)}
         losses = {
             name: cross_entropy(x, label_B, valid_B, self.smoothing) for name, x in logits.items()

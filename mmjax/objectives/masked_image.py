@@ -32,7 +32,7 @@ class Decoder(nnx.Module):
     def __init__(
         self, width: int, inner: int, depth: int, heads: int, buckets: int, patch_values: int
     ):
-        block = {"name": "transformer", "heads": heads, "hidden": 4 * inner}
+        block = {"name": "transformer", "num_heads": heads, "mlp_dim": 4 * inner}
         self.embed = Dense(width, inner, ("embed", None))
         self.mask = declare((inner,), (None,), initializers.normal(0.02), decay=False)
         self.positions = Positions(inner, {"y": buckets, "x": buckets})
@@ -68,18 +68,20 @@ class MaskedImage(Objective, Shows):
 
     Attributes:
       modality: the image modality's name.
-      ratio: fraction of the patches that is hidden.
-      inner, depth, heads_per_layer: size of the decoder.
+      mask_ratio: fraction of the patches that is hidden.
+      decoder_width, decoder_depth, decoder_heads: size of the decoder.
     """
 
     modality: str = "image"
-    ratio: float = 0.75
-    inner: int = 128
-    depth: int = 2
-    heads_per_layer: int = 4
+    mask_ratio: float = 0.75
+    decoder_width: int = 128
+    decoder_depth: int = 2
+    decoder_heads: int = 4
 
     def __post_init__(self) -> None:
-        check(self, ratio="(0, 1)", inner=COUNT, depth=COUNT, heads_per_layer=COUNT)
+        check(
+            self, mask_ratio="(0, 1)", decoder_width=COUNT, decoder_depth=COUNT, decoder_heads=COUNT
+        )
 
     def reads(self) -> tuple[str, ...]:
         return (self.modality,)
@@ -93,7 +95,12 @@ class MaskedImage(Objective, Shows):
         values = image.patch**2 * 3
         return {
             "decoder": Decoder(
-                width, self.inner, self.depth, self.heads_per_layer, image.buckets, values
+                width,
+                self.decoder_width,
+                self.decoder_depth,
+                self.decoder_heads,
+                image.max_positions,
+                values,
             )
         }
 
@@ -102,7 +109,7 @@ class MaskedImage(Objective, Shows):
         stream = model.tokens(self.modality, batch["inputs"][self.modality])
         key_encode, key_decode = jax.random.split(key)
         tokens = stream.x_BSD.shape[1]
-        keep = visible(tokens, self.ratio)
+        keep = visible(tokens, self.mask_ratio)
         draw_BS = jax.vmap(lambda row: jax.random.uniform(row, (tokens,)))(row_keys(batch, key))
         index_BS = jnp.argsort(draw_BS, axis=1)
         seen, aux = model.encode([stream.take(index_BS[:, :keep])], key_encode)

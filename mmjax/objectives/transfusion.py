@@ -24,6 +24,7 @@ from mmjax.modalities.base import Input
 from mmjax.modalities.image import patch_side, patchify, unpatchify
 from mmjax.model import Batch, Model
 from mmjax.nn.adapter import Adapter
+from mmjax.nn.losses import next_token_losses, wide
 from mmjax.nn.masks import FULL, Causal, KeyIs, Mask, QueryIs, Same
 from mmjax.nn.packing import Region, lay, lift, pack, positions, share, unpack
 from mmjax.nn.stream import Aux, Stream, concatenate
@@ -88,7 +89,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
     The loss couples rows only in that a discrete mean is over the tokens of the whole batch.
 
     With discrete spans alone it is Chameleon's objective; with one span alone a language model (MonoFormer alternates
-    that with drawing); with several continuous spans that are `mutual`, each with a time of its own, UniDiffuser's.
+    that with drawing); with several continuous spans that see each other (`bidirectional_spans`), UniDiffuser's.
 
     Sequences have static shapes. By default each span has slots for the longest text, and most of a short text's are
     padding. With `capacity`, the texts of a sequence's items lie without gaps in slots that they share. So that their
@@ -99,68 +100,71 @@ class Transfusion(Coupled, Writes, Composes, Shows):
     hold every text whole. Of an item that is not cut, loss and gradient are those of the item alone.
 
     Attributes:
-      order: the modalities of an item, as they are read.
+      modalities: the modalities of an item, as they are read.
       discrete: those that are predicted token by token; the first of them is what it writes of another modality.
       weight: of the loss of each continuous modality (the paper: 5); 1 of each discrete one.
       weights: by modality, where it is another.
-      target: what diffusion predicts, see `mmjax.generation.diffusion`.
-      limit: the largest time of a continuous span that a discrete one comes after (the paper: 0.5, so that there is
+      prediction: what diffusion predicts, see `mmjax.generation.diffusion`.
+      max_time: the largest time of a continuous span that a discrete one comes after (the paper: 0.5, so that there is
         something to tell).
-      drop: share of rows that lose a discrete span which comes first, for guidance.
-      swap: share of rows that are read from the last span to the first.
-      pack: items of a sequence; with `across` they are one document, else they do not see each other.
+      condition_dropout: share of rows that lose a discrete span which comes first, for guidance.
+      reverse_prob: share of rows that are read from the last span to the first.
+      pack: items of a sequence; with `attend_across_items` they are one document, else they do not see each other.
       capacity: by discrete modality, slots that the spans of a sequence share, each with the token of its beginning;
         a modality without an entry has slots for its longest span in each item.
       window: consecutive rows of a batch that are grouped by length into sequences, a multiple of `pack` that divides
         the batch (the whole batch, if that is smaller); 0 to take them as they come. A process reads whole windows:
         choose one that divides its rows.
       z_loss: weight of the mean of `logsumexp(logits)^2` of discrete tokens (Chameleon: 1e-5).
-      mutual: continuous spans see each other whatever their order.
-      channels: of the first size of a U-Net between the trunk and pictures; 0 for linear adapters.
-      steps: of drawing a continuous span.
+      bidirectional_spans: continuous spans see each other whatever their order.
+      unet_channels: of the first size of a U-Net between the trunk and pictures; 0 for linear adapters.
+      sampling_steps: of drawing a continuous span.
       guidance: weight g of a drawn span's guided prediction, `without + g (with - without)`, `without` being without
-        the discrete span that comes first and with other `mutual` spans as pure noise; 1 for no guidance. By default
-        it is 3 where there is something to be guided by. A number for a sequence without such is an error.
+        the discrete span that comes first and with spans that it sees both ways as pure noise; 1 for no guidance. By
+        default it is 3 where there is something to be guided by. A number for a sequence without such is an error.
       sampler: `ddim` (deterministic) or `ddpm` (ancestral), see `mmjax.generation.diffusion`.
       sampling: of what is written.
     """
 
-    order: tuple[str, ...] = ("text", "image")
+    modalities: tuple[str, ...] = ("text", "image")
     discrete: tuple[str, ...] = ("text",)
     weight: float = 5.0
     weights: dict[str, float] = field(default_factory=dict)
-    target: str = "epsilon"
-    limit: float = 0.5
-    drop: float = 0.1
-    swap: float = 0.0
+    prediction: str = "epsilon"
+    max_time: float = 0.5
+    condition_dropout: float = 0.1
+    reverse_prob: float = 0.0
     pack: int = 1
     capacity: dict[str, int] = field(default_factory=dict)
     window: int = 0
-    across: bool = False
-    mutual: bool = False
-    channels: int = 0
+    attend_across_items: bool = False
+    bidirectional_spans: bool = False
+    unet_channels: int = 0
     z_loss: float = 0.0
-    steps: int = 25
+    sampling_steps: int = 25
     guidance: float | None = None
     sampler: str = "ddim"
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
-        Diffusion(self.target, self.sampler)
-        check(self, weight=AMOUNT, weights=AMOUNT, steps=COUNT, guidance=AMOUNT, z_loss=AMOUNT)
-        if not self.order or len(set(self.order)) < len(self.order):
+        Diffusion(self.prediction, self.sampler)
+        check(self, weight=AMOUNT, weights=AMOUNT, guidance=AMOUNT, z_loss=AMOUNT)
+        check(self, sampling_steps=COUNT)
+        if not self.modalities or len(set(self.modalities)) < len(self.modalities):
             raise UserError(
-                f"transfusion: order is {list(self.order)}; it names each modality once, and one at least."
+                f"transfusion: modalities is {list(self.modalities)}; it names each modality once, and one at least."
             )
         for name in (*self.discrete, *self.weights):
-            if name not in self.order:
-                raise UserError(f"transfusion: '{name}' is not in order {list(self.order)}.")
-        for key in ("limit", "drop", "swap"):
+            if name not in self.modalities:
+                raise UserError(
+                    f"transfusion: '{name}' is not in modalities {list(self.modalities)}."
+                )
+        for key in ("max_time", "condition_dropout", "reverse_prob"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"transfusion: {key} is {getattr(self, key)}; expected [0, 1].")
-        if self.pack < 1 or self.channels < 0:
+        if self.pack < 1 or self.unet_channels < 0:
             raise UserError(
-                f"transfusion: pack is {self.pack}, at least 1; channels {self.channels}, not below 0."
+                f"transfusion: pack is {self.pack}, at least 1; unet_channels {self.unet_channels}, not below 0."
             )
         self._check_capacity()
 
@@ -179,28 +183,28 @@ class Transfusion(Coupled, Writes, Composes, Shows):
             raise UserError(
                 f"transfusion: window is {self.window}; expected 0 or a multiple of pack, {self.pack}."
             )
-        if self.window and (self.across or not self.capacity):
+        if self.window and (self.attend_across_items or not self.capacity):
             raise UserError(
                 f"transfusion: window is {self.window}, which groups items by length for `capacity`, and not those "
-                "of documents (`across`). Set it to 0."
+                "of documents (`attend_across_items`). Set it to 0."
             )
 
     @property
     def continuous(self) -> tuple[str, ...]:
         """The modalities that diffusion learns."""
-        return tuple(m for m in self.order if m not in self.discrete)
+        return tuple(m for m in self.modalities if m not in self.discrete)
 
     @property
     def compact(self) -> bool:
         """Whether positions count the tokens that exist; else they count slots."""
-        return bool(self.swap or self.capacity)
+        return bool(self.reverse_prob or self.capacity)
 
     def reads(self) -> tuple[str, ...]:
-        return self.order
+        return self.modalities
 
     def whole(self) -> Objective:
         """Slots for all of each text; items that do not see each other are then a sequence each."""
-        pack = self.pack if self.across or not self.capacity else 1
+        pack = self.pack if self.attend_across_items or not self.capacity else 1
         return replace(self, capacity=dict.fromkeys(self.capacity, _ALL), window=0, pack=pack)
 
     def rows_together(self) -> int:
@@ -217,7 +221,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         """Count the tokens of the sequences, with those that begin spans; what is dropped or cut does not count."""
         inputs, choices = batch["inputs"], self._choices(row_keys(batch, key))
         counts, total = [], 0
-        for name in self.order:
+        for name in self.modalities:
             begins = int(name in self.discrete)
             if begins:
                 valid_BS = inputs[name]["valid"] & self._kept(name, *choices)[:, None]
@@ -238,7 +242,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         refuse_drop(self, inputs)
 
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
-        for name in self.order:
+        for name in self.modalities:
             if ("ids" in inputs[name].arrays()) != (name in self.discrete):
                 raise UserError(
                     f"transfusion: discrete is {list(self.discrete)}; modality '{name}' "
@@ -249,16 +253,16 @@ class Transfusion(Coupled, Writes, Composes, Shows):
                 raise UserError(
                     f"transfusion: capacity names '{name}', which is no text: its spans have one length. Leave it out."
                 )
-        for name in self.continuous if self.channels else ():
+        for name in self.continuous if self.unet_channels else ():
             pixels = inputs[name].arrays().get("pixels")
             if pixels is None or len(pixels.shape) != 3:
                 raise UserError(
-                    f"transfusion: channels is {self.channels}, but '{name}' holds no pictures, which U-Nets are for. "
-                    "Set channels to 0."
+                    f"transfusion: unet_channels is {self.unet_channels}, but '{name}' holds no pictures, which U-Nets "
+                    "are for. Set unet_channels to 0."
                 )
-        vocabularies = {m: _vocabulary(inputs[m]) for m in self.order if m in self.discrete}
+        vocabularies = {m: _vocabulary(inputs[m]) for m in self.modalities if m in self.discrete}
         sizes = {m: _size(inputs[m], width) for m in self.continuous}
-        return {"adapter": Adapter(width, vocabularies, sizes, self.channels)}
+        return {"adapter": Adapter(width, vocabularies, sizes, self.unet_channels)}
 
     # --- the spans -----------------------------------------------------------------------------
 
@@ -310,18 +314,18 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         return values + patchify(pictures, patch_side(values))
 
     def mask(self) -> Mask:
-        """Causal, or of the same continuous span; within an item unless `across`."""
+        """Causal, or of the same continuous span; within an item unless `attend_across_items`."""
         within = Same("item") if self.pack > 1 else FULL
         # Where all items are read in the order in which they lie, a mask that is known before the program runs.
-        lies_in_order = self.capacity and not (self.swap or self.across)
+        lies_in_order = self.capacity and not (self.reverse_prob or self.attend_across_items)
         found: Mask = Causal("index") if lies_in_order else Causal()
         for name in self.continuous:
             found = found | (Same("segment") & KeyIs("modality", name))
-        if self.mutual:
+        if self.bidirectional_spans:
             pairs = ((one, other) for one in self.continuous for other in self.continuous)
             for one, other in pairs:
                 found = found | (QueryIs("modality", one) & KeyIs("modality", other) & within)
-        return found if self.across else found & within
+        return found if self.attend_across_items else found & within
 
     def run(
         self,
@@ -334,7 +338,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
     ) -> Outputs:
         """One pass: all spans of noised values `x_t`; rows that do not exist take no shared slots."""
         streams, ways, regions = dict[str, Stream](), {}, dict[str, Region]()
-        for name in self.order:
+        for name in self.modalities:
             if name not in self.discrete:
                 streams[name], ways[name] = self.noisy(
                     model, name, inputs[name], x_t[name], draws.times[name]
@@ -353,9 +357,13 @@ class Transfusion(Coupled, Writes, Composes, Shows):
             x_BSD, aux = self._trunk(model, list(streams.values()), draws.swapped_B, key)
             lengths = [stream.x_BSD.shape[1] for stream in streams.values()]
             parts = jnp.split(x_BSD, list(accumulate(lengths))[:-1], axis=1)
-            out = dict(zip(self.order, parts, strict=True))
+            out = dict(zip(self.modalities, parts, strict=True))
         return Outputs(
-            {m: self.logits(model, m, out[m][:, :-1]) for m in self.order if m in self.discrete},
+            {
+                m: self.logits(model, m, out[m][:, :-1])
+                for m in self.modalities
+                if m in self.discrete
+            },
             {m: self.predicted(model, m, out[m], ways[m]) for m in self.continuous},
             {m: streams[m].mask_BS() for m in self.continuous},
             aux,
@@ -379,7 +387,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         self, model: Model, streams: Sequence[Stream], swapped_B: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Aux]:
         stream = concatenate(list(streams))
-        if self.swap:
+        if self.reverse_prob:
             place_BS = positions([s.mask_BS() for s in streams], swapped_B)
             stream = replace(stream, attributes={"position": place_BS})
         stream, aux = model.encode([pack(stream, self.pack)], key, self.mask())
@@ -387,7 +395,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
 
     def _kept(self, name: str, keep_B: jax.Array, swapped_B: jax.Array) -> jax.Array:
         """Rows that have this discrete span: all but those that are to lose the one which comes first."""
-        index, last = self.order.index(name), len(self.order) - 1
+        index, last = self.modalities.index(name), len(self.modalities) - 1
         if not last:
             return jnp.ones_like(keep_B)
         return keep_B | ~jnp.where(swapped_B, index == last, index == 0)
@@ -396,7 +404,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
 
     def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
         """Of each row and modality: the summed loss, and how much it is a sum of."""
-        inputs, diffusion = batch["inputs"], Diffusion(self.target)
+        inputs, diffusion = batch["inputs"], Diffusion(self.prediction)
         leaf = jax.tree.leaves(nnx.state(model.heads[self.head].adapter))[0]
         dtype = jnp.promote_types(leaf.dtype, jnp.float32)
         stems: Any = model.stems
@@ -405,7 +413,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         x_t = {m: diffusion.noised(x[m], draws.noise[m], draws.times[m]) for m in x}
         out = self.run(model, inputs, x_t, draws, key, batch["valid"])
         rows: dict[str, Any] = {}
-        for name in self.order:
+        for name in self.modalities:
             if name in self.discrete:
                 kept_B = self._kept(name, draws.keep_B, draws.swapped_B)
                 rows[name] = self._discrete(name, inputs[name], kept_B, out, dtype)
@@ -428,7 +436,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         logits = out.logits[name]
         terms = {"sum": next_token_losses(logits, ids), "count": told}
         if self.z_loss:
-            terms["z"] = jnp.square(jax.nn.logsumexp(_wide(logits), axis=-1))
+            terms["z"] = jnp.square(jax.nn.logsumexp(wide(logits), axis=-1))
 
         def total(x: jax.Array) -> jax.Array:
             x = jnp.where(told, x, 0)
@@ -468,13 +476,13 @@ class Transfusion(Coupled, Writes, Composes, Shows):
             return jax.random.uniform(sees), jax.random.uniform(swap)
 
         sees_B, swap_B = jax.vmap(of_row)(keys_B)
-        return sees_B >= self.drop, swap_B < self.swap
+        return sees_B >= self.condition_dropout, swap_B < self.reverse_prob
 
     def _limits(self, name: str, swapped_B: jax.Array) -> jax.Array:
-        index = self.order.index(name)
-        after = any(m in self.discrete for m in self.order[index + 1 :])
-        before = any(m in self.discrete for m in self.order[:index])
-        return jnp.where(jnp.where(swapped_B, before, after), self.limit, 1.0)
+        index = self.modalities.index(name)
+        after = any(m in self.discrete for m in self.modalities[index + 1 :])
+        before = any(m in self.discrete for m in self.modalities[:index])
+        return jnp.where(jnp.where(swapped_B, before, after), self.max_time, 1.0)
 
     def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
         value = baseline = jnp.zeros((), jnp.float32)
@@ -506,11 +514,11 @@ class Transfusion(Coupled, Writes, Composes, Shows):
 
     def writes(self) -> tuple[str, ...]:
         """The first of `discrete`, of the modality beside it, where it may come after it."""
-        if len(self.order) != 2 or not self.discrete:
+        if len(self.modalities) != 2 or not self.discrete:
             return ()
         text = self.discrete[0]
-        other = self.order[1 - self.order.index(text)]
-        return (other, text) if (self.order[1] == text or self.swap) else ()
+        other = self.modalities[1 - self.modalities.index(text)]
+        return (other, text) if (self.modalities[1] == text or self.reverse_prob) else ()
 
     def captions(
         self, model: Model, arrays: Mapping[str, jax.Array], length: int, keys_B: jax.Array
@@ -535,11 +543,11 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         }
 
     def composes(self) -> tuple[str, ...]:
-        return self.order
+        return self.modalities
 
     def beside(self, modalities: Sequence[str]) -> tuple[str, ...]:
         """Spans that see each other were all there in training: those that are not given are pure noise."""
-        mutual = self.continuous if self.mutual else ()
+        mutual = self.continuous if self.bidirectional_spans else ()
         return tuple(m for m in mutual if m not in modalities) if {*mutual} & {*modalities} else ()
 
     def compose(self, model: Model, spans: Sequence[Span], keys_B: jax.Array) -> list[jax.Array]:
@@ -548,29 +556,21 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         return [viewed(model, span, x) for span, x in zip(wanted, made, strict=True)]
 
     def shows(self) -> tuple[str, ...]:
-        if len(self.order) < 2 or self.order[0] not in self.discrete:
+        if len(self.modalities) < 2 or self.modalities[0] not in self.discrete:
             return ()
-        return (f"the {self.order[0]}'s {self.order[-1]}", f"drawn from the {self.order[0]}")
+        first, last = self.modalities[0], self.modalities[-1]
+        return f"the {first}'s {last}", f"drawn from the {first}"
 
     def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """Pictures of the data, and what the model draws from their texts; nothing if they are no pictures."""
-        last, keys_B = Span(self.order[-1], batch["inputs"][self.order[-1]]), row_keys(batch, key)
+        drawn_name, keys_B = self.modalities[-1], row_keys(batch, key)
+        last = Span(drawn_name, batch["inputs"][drawn_name])
         given = span_values(model, last)
         if given.dtype != jnp.uint8:
             return {}
-        before = [Span(m, batch["inputs"][m]) for m in self.order[:-1]]
+        before = [Span(m, batch["inputs"][m]) for m in self.modalities[:-1]]
         [drawn] = self.compose(model, [*before, replace(last, made=True)], keys_B)
         return dict(zip(self.shows(), (given, drawn), strict=True))
-
-
-def next_token_losses(logits_BLV: jax.Array, ids_BL: jax.Array) -> jax.Array:
-    """`-log softmax(logits)[id]` of each token, `[B, L]`, in float32 or wider."""
-    logs_BLV = jax.nn.log_softmax(_wide(logits_BLV), axis=-1)
-    return -jnp.take_along_axis(logs_BLV, ids_BL[..., None], axis=-1)[..., 0]
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _mean(x_BS: jax.Array, there_BS: jax.Array) -> dict[str, jax.Array]:

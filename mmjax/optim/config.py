@@ -15,7 +15,7 @@ from mmjax.core.errors import UserError, nearest
 from mmjax.optim.rules import RuleConfig
 from mmjax.optim.views import SHARED
 
-# What is left of the peak after a part of the decay, in [0, 1], that ends at `final`.
+# What is left of the peak after a part of the decay, in [0, 1], that ends at `end_lr_ratio`.
 DECAYS: Mapping[str, Callable[[Any, float], Any]] = {
     "cosine": lambda part, final: final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * part)),
     "linear": lambda part, final: 1 - (1 - final) * part,
@@ -34,19 +34,19 @@ class OptimizerConfig:
         of Adam's updates (Liu et al. 2025), and `adamw` for all else.
       learning_rate: the peak.
       warmup: units of linear warm-up from 0.
-      decay: `cosine` or `linear`, to `final` times the peak at the end of the run; or `constant`.
+      decay: `cosine` or `linear`, to `end_lr_ratio` times the peak at the end of the run; or `constant`.
       b1, b2, eps: Adam's; the first two are Lion's as well.
       momentum: Muon's.
-      factored: Adafactor keeps rows and columns apart in matrices with no side below this.
+      min_dim_to_factor: Adafactor keeps rows and columns apart in matrices with no side below this.
       moments_dtype: of first moments, `bfloat16` or `float32`; empty for the parameters' own. Second moments are
         float32 or wider, like averages and sums: a bfloat16 average whose weight is 0.999 stands still.
       weight_decay: decoupled, times the learning rate; on matrices only, unless a rule says otherwise.
       clip: bound of the norm of the gradient of all that a step moves; 0 for none.
       unit: what `warmup` and the decay count: `steps` of the run, `examples` of all tasks, or `visits`
-        (each task its own: its rate falls to `final` by its last visit in the config's schedule, under
+        (each task its own: its rate falls to `end_lr_ratio` by its last visit in the config's schedule, under
         `budget` that by model FLOPs. Where measured times or a quarantine give it more visits, the rate
-        stays at `final` for these; where fewer, it ends above).
-      view: of tasks that name none (see `mmjax.optim.views.View`).
+        stays at `end_lr_ratio` for these; where fewer, it ends above).
+      update_scope: of tasks that name none (see `mmjax.optim.views.View`).
       rules: by parameter path.
       ema: decay of an exponential moving average of the parameters, kept in buffers and used by
         evaluation; 0 for none.
@@ -61,17 +61,17 @@ class OptimizerConfig:
     learning_rate: float = 1e-3
     warmup: int = 0
     decay: str = "cosine"
-    final: float = 0.0
+    end_lr_ratio: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
     momentum: float = 0.95
-    factored: int = field(default=128, metadata=STRUCTURAL)
+    min_dim_to_factor: int = field(default=128, metadata=STRUCTURAL)
     moments_dtype: str = field(default="", metadata=STRUCTURAL)
     weight_decay: float = 0.0
     clip: float = 1.0
     unit: str = "steps"
-    view: str = SHARED
+    update_scope: str = SHARED
     rules: tuple[RuleConfig, ...] = ()
     ema: float = 0.0
     accumulate: int = field(default=1, metadata=STRUCTURAL)
@@ -81,12 +81,12 @@ class OptimizerConfig:
             self,
             learning_rate=AMOUNT,
             warmup=AMOUNT,
-            final=FRACTION,
+            end_lr_ratio=FRACTION,
             weight_decay=AMOUNT,
             clip=AMOUNT,
         )
         check(self, b1=PART, b2=PART, momentum=PART, ema=PART, eps=POSITIVE)
-        check(self, factored=COUNT, accumulate=COUNT)
+        check(self, min_dim_to_factor=COUNT, accumulate=COUNT)
 
 
 def learning_rate(
@@ -105,7 +105,7 @@ def learning_rate(
     def rate(count: Any) -> jax.Array:
         # The first step of the warm-up already moves: the rate at step t is (t + 1) / warmup of the peak.
         before = _ratio(count + 1, jnp.maximum(warmup, 1))
-        after = decay(_ratio(jnp.clip(count - warmup, 0, tail), tail), config.final)
+        after = decay(_ratio(jnp.clip(count - warmup, 0, tail), tail), config.end_lr_ratio)
         return config.learning_rate * jnp.where(count < warmup, before, after)
 
     return rate

@@ -69,7 +69,7 @@ def apply_rules(rules: Sequence[RuleConfig], specs: Mapping[str, Spec]) -> dict[
             part = ", ".join(c for c, yes in zip(spec.canonical, frozen, strict=True) if yes)
             raise UserError(
                 f"optimizer.rules freeze {part}, but not the other layers of their group. "
-                "Make two groups of it in model.groups; layers keep their names."
+                "Make two groups of it in model.layers; layers keep their names."
             )
         shape = (len(each),) if spec.stack else ()
         found[name] = Ruled(

@@ -140,11 +140,11 @@ def _adafactor(config: OptimizerConfig, spec: Spec) -> LeafTransform:
     """Shazeer and Stern (2018), algorithms 4 and 5, without a first moment."""
     shape, axes = as_matrix(spec)
     transform = optax.chain(
-        optax.scale_by_factored_rms(min_dim_size_to_factor=config.factored),
+        optax.scale_by_factored_rms(min_dim_size_to_factor=config.min_dim_to_factor),
         optax.clip_by_block_rms(1.0),
         optax.scale_by_param_block_rms(),
     )
-    if len(shape) < 2 or sorted(shape)[-2] < config.factored:
+    if len(shape) < 2 or sorted(shape)[-2] < config.min_dim_to_factor:
         return LeafTransform(transform, shape, {"count": (), "v": axes})
     # As Optax chooses: the row statistics lose the largest axis, the column statistics the next.
     second, largest = np.argsort(shape)[-2:]

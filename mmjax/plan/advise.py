@@ -9,6 +9,7 @@ from typing import Any
 from mmjax.core.config import Block
 from mmjax.core.errors import UserError
 from mmjax.experiment import make_experiment
+from mmjax.model import tower_of
 
 REMATS = ("none", "dots", "full")
 _MOST = 32  # micro-batches
@@ -93,7 +94,7 @@ def _parts(batch: int, start: int) -> list[int]:
 def changed(block: Block, task: str, remat: str, microbatches: int) -> Block:
     """A copy of the config with these choices."""
     made = copy.deepcopy(block)
-    made["model"]["remat"] = remat
+    tower_of(made)[1]["remat"] = remat
     made["tasks"][task]["microbatches"] = microbatches
     return made
 
@@ -109,8 +110,9 @@ def _price(
 
 def _overrides(block: Block, remat: str, chosen: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
     """The keys that differ from the config."""
-    if block["model"].get("remat", "none") != remat:
-        yield f"model.remat={remat}"
+    where, tower = tower_of(block)
+    if tower.get("remat", "none") != remat:
+        yield f"{where}.remat={remat}"
     for task, each in chosen.items():
         if block["tasks"][task].get("microbatches", 1) != each["microbatches"]:
             yield f"tasks.{task}.microbatches={each['microbatches']}"

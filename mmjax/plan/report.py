@@ -198,8 +198,8 @@ def advice(
         )
     if kind != "train":
         return [*found, f"--config.evaluation.batch={experiment.run.evaluation.batch // 2} or less"]
-    if experiment.run.model.remat != "full":
-        found.append("--config.model.remat=full")
+    if experiment.run.model.trunk.remat != "full":
+        found.append(f"--config.{experiment.run.model.where}.remat=full")
     parts = 2 * config.microbatches
     if config.batch % parts == 0:
         found.append(f"--config.tasks.{task}.microbatches={parts} or more")

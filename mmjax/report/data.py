@@ -119,12 +119,15 @@ class Run:
             if self.meta is not None:
                 return Schedule.from_json(self.meta["clock"]["segments"])
             block = self.config.get("schedule", {})
-            weights = {n: t.get("share", 1) for n, t in self.config["tasks"].items()}
+            weights, intervals = (
+                {n: t.get(key, 1) for n, t in self.config["tasks"].items()}
+                for key in ("weight", "interval")
+            )
             phases = [
                 configs.build(PhaseConfig, each, "phases") for each in block.get("phases", ())
             ]
             rule, seed = block.get("rule", "shares"), self.config.get("seed", 0)
-            return from_config(rule, weights, seed, phases)
+            return from_config(rule, weights, seed, phases, intervals=intervals)
         except (UserError, KeyError, TypeError, AttributeError):
             return None  # a config of another version: the rest of the page can do without
 

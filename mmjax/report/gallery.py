@@ -81,7 +81,7 @@ def retrieved(model: Embedder, task: Task, count: int) -> Iterator[Panel]:
     for name, evaluator in retrievals(task).items():
         where = f"tasks.{task.name}.evaluators.{name}.source"
         source = configs.component("sources", evaluator.source, where)
-        shelf = read_shelf(source.open(), task, getattr(evaluator, "concept"))  # noqa: B009
+        shelf = read_shelf(source.open(), task, getattr(evaluator, "positive_key"))  # noqa: B009
         yield gallery(model, task, shelf, source.label, getattr(evaluator, "unique", ""), count)
 
 
@@ -118,7 +118,7 @@ def retrievals(task: Task) -> dict[str, Evaluator]:
         is_of_pairs = len(wanted) == 2 and {each.computation for each in passes} == wanted
         if is_of_pairs and all(each.block == evaluator.source for each in passes):
             found[name] = evaluator
-    return {name: each for name, each in found.items() if hasattr(each, "concept")}
+    return {name: each for name, each in found.items() if hasattr(each, "positive_key")}
 
 
 def read_shelf(examples: Examples, task: Task, concept: str) -> Shelf:

@@ -43,7 +43,7 @@ _ENCODED = (  # how files of known kinds begin, from byte `at` on
 
 def as_given(each: Input, value: Any) -> Any:
     """A field's value as a person would give it: a bare sound with the rate that the task states."""
-    rate = getattr(each.settings, "rate", 0)
+    rate = getattr(each.settings, "sample_rate", 0)
     return (value, int(rate)) if rate and isinstance(value, np.ndarray) else value
 
 
@@ -55,7 +55,7 @@ def shown(each: Input, value: Any) -> Any:
     own = getattr(each.modality, "preview", None)
     found = own(value) if own else each.modality.raw(value)
     if isinstance(found, np.ndarray) and found.ndim == 1:
-        return found, int(getattr(each.modality, "rate", _RATE))
+        return found, int(getattr(each.modality, "sample_rate", _RATE))
     return found
 
 
@@ -144,7 +144,13 @@ def _spectrum(samples: np.ndarray, rate: int) -> Html:
     hop = max((len(mono) - window) // _SPECTRUM[0], window // 8)
     padded = np.pad(np.clip(mono, -1, 1), (0, max(window - len(mono), 0))).astype(np.float32)
     mel = Spectrogram(
-        patch_mels=1, mels=_SPECTRUM[1], rate=rate, window=window, hop=hop, low=0.0, high=rate / 2
+        patch_mels=1,
+        mels=_SPECTRUM[1],
+        sample_rate=rate,
+        window=window,
+        hop=hop,
+        low=0.0,
+        high=rate / 2,
     )
     level_TM = mel.log_mel(padded)
     level_MT = (level_TM.T[::-1] - level_TM.min()) / max(np.ptp(level_TM), 1e-6)

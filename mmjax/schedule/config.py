@@ -18,13 +18,13 @@ class PhaseTaskConfig:
       inputs: settings by modality that replace those of `tasks.NAME.inputs` (resolution, length).
       batch: examples per visit, over all devices.
       microbatches: parts in which a batch is computed.
-      buckets: settings by bucket that replace those of `tasks.NAME.buckets`.
+      shapes: settings by bucket that replace those of `tasks.NAME.shapes`.
     """
 
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     batch: int | None = None
     microbatches: int | None = None
-    buckets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(self, batch=COUNT, microbatches=COUNT)
@@ -42,6 +42,7 @@ class PhaseConfig:
     Attributes:
       start: its first step.
       weights: task name -> weight, for the tasks that run from then on.
+      intervals: task name -> interval, likewise, under the rule `interval`.
       rule: the rule of the schedule.
       tasks: task name -> what changes of it: other resolutions, lengths, batches.
       rules: rules of the optimizer after `optimizer.rules` (to freeze parts, for example); they replace those of the
@@ -51,10 +52,11 @@ class PhaseConfig:
 
     start: int
     weights: dict[str, int] | None = None
+    intervals: dict[str, int] | None = None
     rule: str | None = None
     tasks: dict[str, PhaseTaskConfig] = field(default_factory=dict)
     rules: tuple[RuleConfig, ...] | None = None
     learning_rate: float | None = None
 
     def __post_init__(self) -> None:
-        check(self, start=COUNT, weights=SIZE, learning_rate=AMOUNT)
+        check(self, start=COUNT, weights=SIZE, intervals=SIZE, learning_rate=AMOUNT)

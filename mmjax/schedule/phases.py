@@ -161,15 +161,15 @@ def _variants(
     names: dict[str, str],
 ) -> Variants:
     """A task's, under names that `names` keeps by what distinguishes programs."""
-    if not task.config.buckets:
+    if not task.config.shapes:
         name = names.setdefault(_key(task, rules), f"{task.name}{suffix}")
         return Variants((Variant(name, task),))
     each = []
-    for bucket, config in task.config.buckets.items():
-        block = merged({**_block(task), "buckets": {}}, {"inputs": config.inputs})
-        made = make_task(task.name, block, modalities, f"tasks.{task.name}.buckets.{bucket}")
+    for bucket, config in task.config.shapes.items():
+        block = merged({**_block(task), "shapes": {}}, {"inputs": config.inputs})
+        made = make_task(task.name, block, modalities, f"tasks.{task.name}.shapes.{bucket}")
         name = names.setdefault(_key(made, rules), f"{task.name}.{bucket}{suffix}")
-        each.append(Variant(name, made, bucket, config.share))
+        each.append(Variant(name, made, bucket, config.weight))
     return Variants(tuple(each))
 
 

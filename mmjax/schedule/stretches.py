@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from mmjax.core.errors import UserError, nearest
 from mmjax.schedule.config import PhaseConfig
-from mmjax.schedule.rules.base import check_weights, names, rule_of
+from mmjax.schedule.rules.base import Rule, check_weights, names, rule_of
 from mmjax.schedule.schedule import Schedule, Segment
 
 BUDGET = "budget"  # a rule of configs only: it becomes `shares` when step times are known
@@ -32,10 +32,14 @@ class Stretch:
 
 
 def stretches(
-    rule: str, weights: Mapping[str, int], phases: Sequence[PhaseConfig] = ()
+    rule: str,
+    weights: Mapping[str, int],
+    phases: Sequence[PhaseConfig] = (),
+    intervals: Mapping[str, int] | None = None,
 ) -> list[Stretch]:
     """Return what a config asks for, from step 0 on; the arguments and errors are those of `from_config`."""
-    planned = [_stretch(0, rule, weights, "schedule")]
+    numbers = {"weight": weights, "interval": weights if intervals is None else intervals}
+    planned = [_stretch(0, rule, numbers, "schedule")]
     for index, phase in enumerate(phases):
         where, before = f"schedule.phases[{index}]", planned[-1]
         if phase.start <= before.start:
@@ -43,9 +47,15 @@ def stretches(
                 f"{where}.start is {phase.start}, not after the stretch before it "
                 f"(step {before.start}). Put phases in ascending order, above 0."
             )
-        weights = before.weights if phase.weights is None else phase.weights
-        planned.append(_stretch(phase.start, phase.rule or before.rule, weights, where))
+        changed = {"weight": phase.weights, "interval": phase.intervals}
+        numbers |= {key: value for key, value in changed.items() if value is not None}
+        planned.append(_stretch(phase.start, phase.rule or before.rule, numbers, where))
     return planned
+
+
+def key_of(rule: str) -> str:
+    """Return the key of a task that a rule reads: `weight` or `interval`."""
+    return Rule.key if rule == BUDGET else rule_of(rule).key
 
 
 def stretch_at(planned: Sequence[Stretch], step: int) -> Stretch:
@@ -53,12 +63,15 @@ def stretch_at(planned: Sequence[Stretch], step: int) -> Stretch:
     return planned[bisect.bisect_right([each.start for each in planned], step) - 1]
 
 
-def _stretch(start: int, rule: str, weights: Mapping[str, int], where: str) -> Stretch:
+def _stretch(
+    start: int, rule: str, numbers: Mapping[str, Mapping[str, int]], where: str
+) -> Stretch:
     known = (*names(), BUDGET)
     if rule not in known:
         raise UserError(
             f"{where}.rule: there is no schedule rule '{rule}'.{nearest(str(rule), known)}"
         )
+    weights = numbers[key_of(rule)]
     return Stretch(
         start, rule, check_weights(None if rule == BUDGET else rule_of(rule), weights, rule)
     )
@@ -70,18 +83,19 @@ def from_config(
     seed: int,
     phases: Sequence[PhaseConfig] = (),
     seconds: Callable[[int], Mapping[str, float]] = lambda start: {},
+    intervals: Mapping[str, int] | None = None,
 ) -> Schedule:
     """The schedule that a config describes.
 
     Args:
       rule: the name of a rule (`mmjax/schedule/rules/`), or `budget`.
-      weights: task name -> share of the steps (`shares`, `random`), interval in passes
-        (`interval`), or share of the time (`budget`), in the order in which tasks take turns.
-        0: the task does not run.
+      weights: task name -> weight in the steps (`shares`, `random`) or in the time (`budget`), in the order in
+        which tasks take turns. 0: the task does not run.
       seed: for `random`.
       phases: later stretches, by ascending start.
       seconds: start of a stretch -> seconds of a step of each task then, or anything in proportion
         to them; for `budget`.
+      intervals: task name -> passes from one visit to the next, for `interval`; `weights` if None.
 
     Raises:
       UserError: an unknown rule; a weight that is not an integer from 0 up; no task with a
@@ -89,7 +103,7 @@ def from_config(
         without a step time.
     """
     segments: tuple[Segment, ...] = ()
-    for each in stretches(rule, weights, phases):
+    for each in stretches(rule, weights, phases, intervals):
         base = Schedule(segments).visits(each.start) if segments else {}
         segments = (*segments, _frozen(each, seconds, base, seed))
     return Schedule(segments)

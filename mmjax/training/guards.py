@@ -37,12 +37,15 @@ class InvalidExamples:
         """Return the clock that also counts what was noted by any process since the last call.
 
         Raises:
-          UserError: a task has more such examples than `limits.invalid`.
+          UserError: a task has more such examples than `limits.max_invalid_examples`.
         """
         # Processes may share rows: each is counted once.
         noted = {(t, p): e for part in processes.gather(self._unread) for t, p, e in part}
         self._unread = []
-        seed, limit = self._session.experiment.run.seed, self._session.experiment.run.limits.invalid
+        seed, limit = (
+            self._session.experiment.run.seed,
+            self._session.experiment.run.limits.max_invalid_examples,
+        )
         for (task, position), error in sorted(noted.items()):
             size = len(self._session.data[task])
             [example] = order.example_ids(seed, task, position, 1, size).tolist()
@@ -52,8 +55,8 @@ class InvalidExamples:
             self._log.event("invalid example", f"task {task}, position {position}: {error}")
             if clock.invalid[task] > limit:
                 raise UserError(
-                    f"Task '{task}': {clock.invalid[task]} examples could not be read, over limits.invalid = "
-                    f"{limit}. The last: {error}"
+                    f"Task '{task}': {clock.invalid[task]} examples could not be read, over "
+                    f"limits.max_invalid_examples = {limit}. The last: {error}"
                 )
         return clock
 

@@ -44,7 +44,7 @@ class RunLog:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            watchdog = Watchdog(self._run.limits.stuck, self._stuck)
+            watchdog = Watchdog(self._run.limits.watchdog_seconds, self._stuck)
             self._watchdog = stack.enter_context(watchdog)
             self._writer = stack.enter_context(self._open_writer())
             stack.enter_context(self._progress)
@@ -112,8 +112,8 @@ class RunLog:
         self._progress.update(done.step, done.task, done.loss, examples, done.seconds)
 
     def beat(self, step: int) -> None:
-        """Flush the metrics after every `log.every` steps, and note how far the run is."""
-        if (step + 1) % self._run.log.every == 0:
+        """Flush the metrics after every `log.flush_every` steps, and note how far the run is."""
+        if (step + 1) % self._run.log.flush_every == 0:
             self._writer.flush()
             self._phases.beat(step=step)
 

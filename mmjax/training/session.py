@@ -463,7 +463,11 @@ def _movers(config: Mapping[str, Any]) -> Any:
     """What decides which parameters have optimizer state: rules, views, and what the losses reach."""
     optimizer = config.get("optimizer", {})
     tasks = {
-        name: (task.get("view") or optimizer.get("view"), task["objective"], task["inputs"])
+        name: (
+            task.get("update_scope") or optimizer.get("update_scope"),
+            task["objective"],
+            task["inputs"],
+        )
         for name, task in config["tasks"].items()
     }
     phases = config.get("schedule", {}).get("phases", ())
@@ -537,7 +541,7 @@ def _moves_schedule(change: configs.Difference, experiment: Experiment, restored
         tasks |= Clock.from_json(restored.meta["clock"]).quarantined.keys()
     parts = change.key.split(".")
     return parts[0] == "schedule" or (
-        parts[0] == "tasks" and (parts[1] in tasks or parts[2] == "share")
+        parts[0] == "tasks" and (parts[1] in tasks or parts[2] in ("weight", "interval"))
     )
 
 

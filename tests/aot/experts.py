@@ -27,9 +27,9 @@ from mmjax.plan.topology import Topology, describe
 ROWS, LENGTH, WIDTH, HIDDEN, GROUP = 64, 256, 256, 1024, 1024
 ROUTERS: dict[str, dict[str, Any]] = {
     "expert_choice": {"capacity": 1.0},
-    "token_choice": {"top": 1, "capacity": 1.0},
-    "two_choices": {"name": "token_choice", "top": 2, "capacity": 0.5, "priority": True},
-    "soft": {"columns": 0},  # as many slots in all as the others have
+    "token_choice": {"top_k": 1, "capacity": 1.0},
+    "two_choices": {"name": "token_choice", "top_k": 2, "capacity": 0.5, "batch_priority": True},
+    "soft": {"slots_per_expert": 0},  # as many slots in all as the others have
 }
 
 
@@ -53,8 +53,8 @@ def main() -> None:
         layout = Layout({axis: int(n) for axis, n in mesh.shape.items()}, [0] * 8)
         rule = {"name": router, **ROUTERS[router]}
         if router == "soft":
-            rule["columns"] = GROUP // count
-        config = {"count": count, "router": rule, "group": GROUP}
+            rule["slots_per_expert"] = GROUP // count
+        config = {"count": count, "router": rule, "group_size": GROUP}
         declaration = Declaration(
             Experts(WIDTH, HIDDEN, configs.build(ExpertsConfig, config, "experts"))
         )

@@ -10,13 +10,13 @@ from mmjax.plan.workers import compile_cases
 BLOCK: dict[str, Any] = {
     "steps": 10,
     "modalities": {
-        "text": {"name": "text", "vocabulary": 2048, "buckets": 16},
-        "image": {"name": "image", "patch": 16, "buckets": 8},
+        "text": {"name": "text", "vocabulary": 2048, "max_positions": 16},
+        "image": {"name": "image", "patch": 16, "max_positions": 8},
     },
     "model": {
         "width": 256,
-        "groups": [
-            {"repeat": 1, "pattern": [{"name": "transformer", "heads": 4, "hidden": 512}]}
+        "layers": [
+            {"repeat": 1, "blocks": [{"name": "transformer", "num_heads": 4, "mlp_dim": 512}]}
         ],
     },
     "tasks": {
@@ -24,8 +24,8 @@ BLOCK: dict[str, Any] = {
             "source": {"name": "tfds", "dataset": "emoji", "split": "train"},
             "inputs": {"image": {"size": 32}, "text": {"field": "caption", "length": 8}},
             "objective": {
-                "name": "cross_modal", "between": ["image", "text"], "space": "disjoint", "head": "joint",
-                "joint": 64,
+                "name": "cross_modal", "modalities": ["image", "text"], "space": "disjoint", "head": "joint",
+                "embed_dim": 64,
             },
             "batch": 2048,
         }

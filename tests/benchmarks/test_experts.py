@@ -14,7 +14,7 @@ from benchmarks._pairs import Effort
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in {"ROWS": 4, "LENGTH": 16, "WIDTH": 16, "HIDDEN": 64, "COUNT": 4}.items():
         monkeypatch.setattr(experts, name, size)
-    monkeypatch.setitem(experts.ROUTERS, "soft", {"name": "soft", "columns": 4})  # type: ignore[index]
+    monkeypatch.setitem(experts.ROUTERS, "soft", {"name": "soft", "slots_per_expert": 4})  # type: ignore[index]
 
 
 def test_all_routers_are_timed_and_agree_with_products() -> None:

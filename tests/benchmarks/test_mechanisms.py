@@ -32,7 +32,7 @@ def test_the_variants_of_a_comparison_end_at_the_same_compute(name: str) -> None
 
 
 def toy(*overrides: str) -> Variant:
-    return Variant(TOY, ("tasks.two.share=0", "tasks.two.evaluators={}", *overrides))
+    return Variant(TOY, ("tasks.two.weight=0", "tasks.two.evaluators={}", *overrides))
 
 
 TOYS = Comparison("Does it?", {"narrow": toy(), "wide": toy("tasks.one.batch=16")}, parts=("loss",))

@@ -21,7 +21,7 @@ def test_a_task_alone_has_the_visits_of_the_mixture() -> None:
     block = toyrun.block("steps=30")  # shares 2 and 1, a warm-up of 2 in 30
     alone = mixture.singles(block, seed=5)
     assert alone["one"] == (
-        "seed=5", "steps=20", "optimizer.warmup=1", "tasks.two.share=0", "tasks.two.evaluators={}",
+        "seed=5", "steps=20", "optimizer.warmup=1", "tasks.two.weight=0", "tasks.two.evaluators={}",
     )  # fmt: skip
     assert alone["two"][:3] == ("seed=5", "steps=10", "optimizer.warmup=1")
 

@@ -16,7 +16,7 @@ from mmjax.core.errors import UserError
 from mmjax.experiment import make_experiment
 from mmjax.nn.trunk import GroupConfig, Trunk
 
-SIZES = {"heads": 2, "hidden": 8}
+SIZES = {"num_heads": 2, "mlp_dim": 8}
 BLOCKS: dict[str, dict[str, Any]] = {
     "bottleneck": {**SIZES, "modalities": ["text", "image"]},
     "cross_transformer": SIZES,
@@ -35,7 +35,7 @@ def built(name: str, **keys: Any) -> Any:
 def error(name: str, **keys: Any) -> str:
     with pytest.raises(UserError) as raised:
         built(name, **keys)
-    place, _, words = str(raised.value).partition("model.groups[0].pattern[1].")
+    place, _, words = str(raised.value).partition("model.layers[0].blocks[1].")
     assert place in ("", "Unknown config key '", "Config key '"), raised.value
     return words
 
@@ -59,7 +59,7 @@ def test_every_block_is_a_frozen_dataclass_that_documents_each_key(name: str) ->
     ("name", "key", "nearest"),
     [
         ("bottleneck", "fused", "fuse"),
-        ("cross_transformer", "hiden", "hidden"),
+        ("cross_transformer", "hiden", "mlp_dim"),
         ("mamba", "stat", "state"),
         ("transformer", "rotery", "rotary"),
     ],
@@ -69,7 +69,7 @@ def test_an_unknown_key_is_refused_with_the_nearest(name: str, key: str, nearest
 
 
 def test_a_bottlenecks_blocks_have_no_copies() -> None:
-    assert error("bottleneck", untie=["mlp"]).startswith("untie'.")
+    assert error("bottleneck", per_modality={"parts": ["mlp"]}).startswith("per_modality'.")
 
 
 @pytest.mark.parametrize("name", ["transformer", "bottleneck"])
@@ -91,11 +91,11 @@ def test_a_bottlenecks_blocks_have_no_copies() -> None:
         ({"losses_over": "bach"}, "experts.losses_over is 'bach'. Did you mean 'batch'?"),
         ({"router": {"name": "expert_choice", "score": "sigmod"}},
          "experts.router.score is 'sigmod'. Did you mean 'sigmoid'?"),
-        ({"router": {"name": "token_choice", "top": 2.0}}, "experts.router.top' is 2.0; expected int."),
-        ({"router": {"name": "token_choice", "top": 0}},
-         "experts.router.top is 0; it must be at least 1."),
-        ({"router": {"name": "token_choice", "top": 5}},
-         "experts.router.top is 5, of 4 experts; it is at most their number."),
+        ({"router": {"name": "token_choice", "top_k": 2.0}}, "experts.router.top_k' is 2.0; expected int."),
+        ({"router": {"name": "token_choice", "top_k": 0}},
+         "experts.router.top_k is 0; it must be at least 1."),
+        ({"router": {"name": "token_choice", "top_k": 5}},
+         "experts.router.top_k is 5, of 4 experts; it is at most their number."),
         ({"router": "token_choice"}, "experts.router' is 'token_choice'; expected a block of keys."),
         ({"router": {}}, "experts.router: 'name' is missing. Known: expert_choice, soft, token_choice."),
         ({"count": 0}, "experts.count is 0; it must be at least 1."),
@@ -111,15 +111,15 @@ def test_the_keys_of_experts_are_checked_at_every_depth(
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"heads": 4.0}, "heads' is 4.0; expected int."),
-        ({"heads": "4"}, "heads' is '4'; expected int."),
-        ({"heads": True}, "heads' is True; expected int."),
+        ({"num_heads": 4.0}, "num_heads' is 4.0; expected int."),
+        ({"num_heads": "4"}, "num_heads' is '4'; expected int."),
+        ({"num_heads": True}, "num_heads' is True; expected int."),
         ({"bias": 1}, "bias' is 1; expected bool."),
         ({"qk_norm": 1}, "qk_norm' is 1; expected bool or str."),
         ({"qk_norm": "layr"}, "qk_norm is 'layr'. Did you mean 'layer'?"),
-        ({"kernel": "splsh"}, "kernel is 'splsh'. Did you mean 'splash'?"),
-        ({"heads": 0}, "heads is 0; it must be at least 1."),
-        ({"hidden": -1}, "hidden is -1; it must be at least 1."),
+        ({"attention_impl": "splsh"}, "attention_impl is 'splsh'. Did you mean 'splash'?"),
+        ({"num_heads": 0}, "num_heads is 0; it must be at least 1."),
+        ({"mlp_dim": -1}, "mlp_dim is -1; it must be at least 1."),
         ({"eps": 0}, "eps is 0.0; it must be above 0."),
     ],
 )
@@ -132,7 +132,7 @@ def test_what_the_keys_alone_do_not_show_is_refused_by_the_blocks_place(name: st
     with pytest.raises(UserError) as raised:
         built(name, heads=3)
     words = "attention: width 4 does not divide over 3 heads."
-    assert str(raised.value) == f"model.groups[0].pattern[1]: {words}"
+    assert str(raised.value) == f"model.layers[0].blocks[1]: {words}"
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,14 @@ def test_what_the_keys_alone_do_not_show_is_refused_by_the_blocks_place(name: st
         ({"rank": True}, "rank' is True; expected int."),
         ({"taps": 0}, "taps is 0; it must be at least 1."),
         ({"norm": "rsm"}, "norm is 'rsm'. Did you mean 'rms'?"),
-        ({"untie": "in"}, "untie' is 'in'; expected a list, each str."),
-        ({"untie": ["inn"], "modalities": ["text"]}, "untie names 'inn'. Did you mean 'in'?"),
+        (
+            {"per_modality": {"parts": "in"}},
+            "per_modality.parts' is 'in'; expected a list, each str.",
+        ),
+        (
+            {"per_modality": {"parts": ["inn"], "modalities": ["text"]}},
+            "per_modality.parts names 'inn'. Did you mean 'in'?",
+        ),
         ({"modalities": {"text": 1}}, "modalities.text' is 1; expected str."),
     ],
 )
@@ -151,12 +157,12 @@ def test_a_wrong_value_of_mamba_is_refused_by_its_key(keys: dict[str, Any], said
     assert error("mamba", **keys) == said
 
 
-@pytest.mark.parametrize("key", ["heads", "hidden"])
+@pytest.mark.parametrize("key", ["num_heads", "mlp_dim"])
 def test_a_size_that_is_missing_is_named(key: str) -> None:
     keys = {k: v for k, v in SIZES.items() if k != key}
     with pytest.raises(UserError) as raised:
         Trunk([GroupConfig(1, ({"name": "transformer", **keys},))], 4)
-    assert str(raised.value) == f"Config key 'model.groups[0].pattern[0].{key}' is missing (int)."
+    assert str(raised.value) == f"Config key 'model.layers[0].blocks[0].{key}' is missing (int)."
 
 
 @pytest.mark.parametrize("wrong", [TypeError, ValueError, UserError])
@@ -184,12 +190,14 @@ def test_a_block_that_is_no_dataclass_is_refused(monkeypatch: pytest.MonkeyPatch
     module = __import__("mmjax.blocks.toy", fromlist=["Toy"])
     monkeypatch.setattr(module, "Toy", Old)
     with pytest.raises(
-        UserError, match=r"pattern\[1\]\.name: 'toy' in mmjax/blocks is no dataclass"
+        UserError, match=r"blocks\[1\]\.name: 'toy' in mmjax/blocks is no dataclass"
     ):
         built("toy")
 
 
 def test_a_mistake_is_found_when_the_config_is_checked() -> None:
-    pattern = [{"name": "transformer", **SIZES, "kernel": "splsh"}]
-    with pytest.raises(UserError, match=r"^model\.groups\[0\]\.pattern\[0\]\.kernel is 'splsh'"):
-        make_experiment(toyrun.block(f"model.groups={[{'repeat': 1, 'pattern': pattern}]}"))
+    pattern = [{"name": "transformer", **SIZES, "attention_impl": "splsh"}]
+    with pytest.raises(
+        UserError, match=r"^model\.layers\[0\]\.blocks\[0\]\.attention_impl is 'splsh'"
+    ):
+        make_experiment(toyrun.block(f"model.layers={[{'repeat': 1, 'blocks': pattern}]}"))

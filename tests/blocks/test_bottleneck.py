@@ -15,7 +15,7 @@ from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.nn.stream import Stream
 
-WIDTH, BLOCK = 6, {"heads": 2, "hidden": 5}
+WIDTH, BLOCK = 6, {"num_heads": 2, "mlp_dim": 5}
 LAYOUT = (("image", 3), ("sound", 2), ("fusion", 2))
 VALID = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1, 1]], bool)
 

@@ -19,7 +19,7 @@ from mmjax.nn.stream import Stream, concatenate
 from mmjax.nn.trunk import GroupConfig, Trunk
 
 WIDTH, LENGTH = 4, 6
-BLOCK = {"heads": 2, "hidden": 5}
+BLOCK = {"num_heads": 2, "mlp_dim": 5}
 OPEN_CLIP: dict[str, Any] = {"attention_bias": True, "context_norm": True, "eps": 1e-5}
 THERE = np.array([[1, 1, 1], [1, 0, 1]], bool)
 
@@ -66,7 +66,7 @@ def test_only_the_context_that_exists_is_read() -> None:
 def test_part_by_part_as_at_once(parts: list[int]) -> None:
     """Blocks of both kinds, in groups and patterns, with biases and normalised queries."""
     mixed = GroupConfig(
-        2, (plain(1).pattern[0], crossing(1, bias=True, qk_norm=True, **OPEN_CLIP).pattern[0])
+        2, (plain(1).blocks[0], crossing(1, bias=True, qk_norm=True, **OPEN_CLIP).blocks[0])
     )
     declaration, p = built(plain(2), mixed)
     given = stream()

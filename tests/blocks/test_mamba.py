@@ -115,7 +115,7 @@ def test_against_numpy(words: dict[str, Any], norm: Any, eps: float) -> None:
 
 @pytest.mark.parametrize("untie", [[part] for part in PARTS] + [PUBLISHED])
 def test_each_switch(untie: list[str]) -> None:
-    declaration = declared(untie=untie, modalities=NAMES)
+    declaration = declared(per_modality={"parts": untie, "modalities": NAMES})
     p = random(declaration)
     expected = np.stack([mixer(p, x, TOKENS) for x in tokens()])
     found = run(declaration, p, layout=LAYOUT)
@@ -215,7 +215,7 @@ def test_states_of_one_chunk_at_a_time_are_held(way: str) -> None:
 
 
 def test_the_state_is_float32_where_the_model_is_bfloat16() -> None:
-    declaration = declared(untie=PUBLISHED, modalities=NAMES)
+    declaration = declared(per_modality={"parts": PUBLISHED, "modalities": NAMES})
 
     def call(p: Any) -> Any:
         block = declaration.merge(p, jnp.bfloat16)
@@ -259,7 +259,7 @@ PACKED = jax.jit(_packed)
 
 
 def test_causal_and_no_more() -> None:
-    declaration = declared(untie=PUBLISHED, modalities=NAMES)
+    declaration = declared(per_modality={"parts": PUBLISHED, "modalities": NAMES})
     p = random(declaration)
     item = jnp.asarray([[0, 0, 0, 0, 1, 1, 1]])
 
@@ -282,7 +282,7 @@ def test_operations_are_those_of_the_projections() -> None:
     by_hand = 2 * 2 * 7 * (
         2 * WIDTH * INNER + INNER * (RANK + 2 * STATE) + RANK * INNER + INNER * WIDTH
     )  # fmt: skip
-    for more in ({}, {"untie": PARTS, "modalities": NAMES}):
+    for more in ({}, {"per_modality": {"parts": PARTS, "modalities": NAMES}}):
         declaration = declared(**more)
         p = random(declaration)
 
@@ -294,8 +294,13 @@ def test_operations_are_those_of_the_projections() -> None:
 
 
 def test_a_pattern_of_attention_and_mamba() -> None:
-    mot = {"name": "transformer", "heads": 2, "hidden": 5, "untie": ["mlp"], "modalities": NAMES}
-    mamba = {"name": "mamba", **SIZES, "untie": PUBLISHED, "modalities": NAMES}
+    mot = {
+        "name": "transformer",
+        "num_heads": 2,
+        "mlp_dim": 5,
+        "per_modality": {"parts": ["mlp"], "modalities": NAMES},
+    }
+    mamba = {"name": "mamba", **SIZES, "per_modality": {"parts": PUBLISHED, "modalities": NAMES}}
     trunk = Trunk([GroupConfig(2, (mot, mamba))], WIDTH, "full")
     declaration = Declaration(nnx.Dict({"trunk": trunk}))
     p = jax.jit(lambda: declaration.initialise(0, jnp.float64))()
@@ -352,10 +357,13 @@ def test_masks_that_it_cannot_keep_to(mask: Any) -> None:
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({"state": 0}, r"pattern\[0\].state is 0"),
-        ({"rank": 0}, r"pattern\[0\].rank is 0"),
-        ({"untie": ["out_proj"], "modalities": NAMES}, r"untie names 'out_proj'\. Did you mean 'out'\?"),
-        ({"stat": 3}, r"pattern\[0\]\.stat'\. Did you mean 'state'\?"),
+        ({"state": 0}, r"blocks\[0\].state is 0"),
+        ({"rank": 0}, r"blocks\[0\].rank is 0"),
+        (
+            {"per_modality": {"parts": ["out_proj"], "modalities": NAMES}},
+            r"per_modality.parts names 'out_proj'\. Did you mean 'out'\?",
+        ),
+        ({"stat": 3}, r"blocks\[0\]\.stat'\. Did you mean 'state'\?"),
     ],
 )  # fmt: skip
 def test_mistakes_in_the_config(block: Any, message: str) -> None:
@@ -388,8 +396,8 @@ def test_tokens_are_read_by_their_position(
 
 
 MIXED = [
-    {"name": "mamba", **SIZES, "untie": PUBLISHED, "modalities": NAMES},
-    {"name": "transformer", "heads": 2, "hidden": 4, "rotary": 10.0},
+    {"name": "mamba", **SIZES, "per_modality": {"parts": PUBLISHED, "modalities": NAMES}},
+    {"name": "transformer", "num_heads": 2, "mlp_dim": 4, "rotary": 10.0},
 ]
 
 

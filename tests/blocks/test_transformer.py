@@ -127,7 +127,7 @@ def test_a_norm_of_queries_and_keys_that_is_not_there() -> None:
 
 def test_a_bias_has_a_copy_where_its_projection_has_one() -> None:
     names = ["text", "image"]
-    words: dict[str, Any] = {"untie": ["query", "out"], "modalities": names}
+    words: dict[str, Any] = {"per_modality": {"parts": ["query", "out"], "modalities": names}}
     layer, p = built(attention_bias=True, **words)
     biases = {n for n in p if "_bias" in n}
     copies = {f"attention/{part}_bias/{m}" for part in ("query", "out") for m in names}

@@ -20,9 +20,9 @@ def sources(block: Any) -> Iterator[dict[str, Any]]:
 
 def get_config() -> dict[str, Any]:
     config = configs.read_file(str(QUICKSTART))
-    layer = {"name": "transformer", "heads": 2, "hidden": 64}
+    layer = {"name": "transformer", "num_heads": 2, "mlp_dim": 64}
     config["steps"] = 22  # two periods of the schedule
-    config["model"] = {"width": 32, "groups": [{"repeat": 2, "pattern": [layer]}]}
+    config["model"] = {"width": 32, "layers": [{"repeat": 2, "blocks": [layer]}]}
     for task in config["tasks"].values():
         task["batch"] = 8
         for evaluator in task["evaluators"].values():
@@ -30,7 +30,7 @@ def get_config() -> dict[str, Any]:
                 source["split"] += "[:64]"
     masked = config["tasks"]["masked_image"]
     masked["inputs"]["image"]["size"] = 32
-    masked["objective"]["inner"] = 32
+    masked["objective"]["decoder_width"] = 32
     config["optimizer"]["warmup"] = 4
     config["checkpoint"]["every"] = 11
     config["evaluation"]["batch"] = 64

@@ -8,7 +8,7 @@ def get_config() -> ConfigDict:
     train, drawings, concepts = (
         {**emoji, "split": s} for s in ("train", "test_drawing", "test_concept")
     )
-    layer = {"name": "transformer", "heads": 2, "hidden": 64}
+    layer = {"name": "transformer", "num_heads": 2, "mlp_dim": 64}
 
     text = {"name": "text", "tokenizer": "emoji/1.0.0/tokenizer.model"}
 
@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.steps = 14
     config.seed = 0
     config.modalities = {"image": {"name": "image", "patch": 8}, "text": text}
-    config.model = {"width": 32, "groups": [{"repeat": 2, "pattern": [layer]}]}
+    config.model = {"width": 32, "layers": [{"repeat": 2, "blocks": [layer]}]}
     config.tasks = {
         "image_text": {
             "source": train,
@@ -26,12 +26,12 @@ def get_config() -> ConfigDict:
             },
             "objective": {
                 "name": "contrastive",
-                "between": ["image", "text"],
-                "concept": "concept",
-                "joint": 16,
+                "modalities": ["image", "text"],
+                "positive_key": "concept",
+                "embed_dim": 16,
             },
             "batch": 16,
-            "share": 2,
+            "weight": 2,
             "evaluators": {
                 "drawings": {"name": "retrieval", "source": drawings},
                 "groups": {"name": "zero_shot", "source": drawings, "names": drawings},
@@ -40,9 +40,14 @@ def get_config() -> ConfigDict:
         "masked_image": {
             "source": train,
             "inputs": {"image": {"size": 32, "flip": True}},
-            "objective": {"name": "masked_image", "inner": 32, "depth": 1, "heads_per_layer": 2},
+            "objective": {
+                "name": "masked_image",
+                "decoder_width": 32,
+                "decoder_depth": 1,
+                "decoder_heads": 2,
+            },
             "batch": 8,
-            "share": 1,
+            "weight": 1,
             "evaluators": {"drawings": {"name": "held_out_loss", "source": drawings}},
         },
     }

@@ -11,7 +11,7 @@ def task(tokens: int, batch: int, share: int) -> dict[str, Any]:
         "inputs": {"toy": {"tokens": tokens}},
         "objective": {"name": "toy"},
         "batch": batch,
-        "share": share,
+        "weight": share,
         "evaluators": {"loss": {"name": "held_out_loss", "source": {"name": "toy", "count": 16}}},
     }
 
@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict(sort_keys=False)
     config.steps = 12
     config.modalities = {"toy": {"name": "toy"}}
-    config.model = {"width": 8, "groups": [{"repeat": 2, "pattern": [{"name": "toy"}]}]}
+    config.model = {"width": 8, "layers": [{"repeat": 2, "blocks": [{"name": "toy"}]}]}
     config.tasks = {"one": task(tokens=2, batch=8, share=2), "two": task(3, 16, 1)}
     # A constant rate, so that the length of a run changes none of its steps.
     config.optimizer = {

@@ -23,27 +23,28 @@ from mmjax.task import BucketConfig, TaskConfig
 
 # What a block of each class needs besides the key that is tried.
 NEEDED: dict[str, dict[str, Any]] = {
-    "Bottleneck": {"heads": 2, "hidden": 4, "modalities": ["a"]},
-    "CausalConfig": {"hidden": 4},
+    "Bottleneck": {"num_heads": 2, "mlp_dim": 4, "modalities": ["a"]},
+    "CausalConfig": {"mlp_dim": 4},
     "Classification": {"classes": 2, "modalities": ["a"], "label": "l"},
     "Coca": {
-        "unimodal": [{"repeat": 1, "pattern": []}],
-        "multimodal": [{"repeat": 1, "pattern": []}],
+        "unimodal": [{"repeat": 1, "blocks": []}],
+        "multimodal": [{"repeat": 1, "blocks": []}],
     },
-    "Contrastive": {"between": ["a", "b"]},
-    "CrossModal": {"between": ["a", "b"]},
-    "CrossTransformer": {"heads": 2, "hidden": 4},
+    "Contrastive": {"modalities": ["a", "b"]},
+    "CrossModal": {"modalities": ["a", "b"]},
+    "CrossTransformer": {"num_heads": 2, "mlp_dim": 4},
     "ExpertsConfig": {"count": 2},
     "Fusion": {"classes": 2, "modalities": ["a", "b"], "label": "l"},
-    "GroupConfig": {"repeat": 1, "pattern": []},
-    "ModelConfig": {"width": 8, "groups": []},
+    "GroupConfig": {"repeat": 1, "blocks": []},
+    "ModelConfig": {"width": 8, "layers": []},
     "MovingEmoji": {"split": "train"},
     "PhaseConfig": {"start": 1},
     "RuleConfig": {"match": ".*"},
-    "RunConfig": {"steps": 1, "modalities": {}, "model": {"width": 8, "groups": []}, "tasks": {}},
+    "RunConfig": {"steps": 1, "modalities": {}, "model": {"width": 8, "layers": []}, "tasks": {}},
     "TaskConfig": {"source": {}, "inputs": {}, "objective": {}, "batch": 1},
-    "Transformer": {"heads": 2, "hidden": 4},
-    "Transfusion": {"order": ["a", "b"], "discrete": ["a"]},
+    "TowerConfig": {"width": 8, "layers": []},
+    "Transformer": {"num_heads": 2, "mlp_dim": 4},
+    "Transfusion": {"modalities": ["a", "b"], "discrete": ["a"]},
 }
 # The name of a number in a dictionary, where not every name will do.
 NAMES = {("CrossModal", "weights"): "a b", ("ExpertsConfig", "losses"): "z"}
@@ -152,19 +153,19 @@ def test_a_class_of_the_config_is_a_frozen_dataclass_of_this_package() -> None:
 EDGES = [
     ("optimizer.learning_rate", [0.0, 1e-9, 10.0], [-1e-9]),
     ("optimizer.warmup", [0, 10**10], [-1]),
-    ("optimizer.final", [0.0, 1.0], [1.1]),
+    ("optimizer.end_lr_ratio", [0.0, 1.0], [1.1]),
     ("optimizer.b1", [0.0, 0.999], [1.0]),
     ("optimizer.b2", [0.0, 0.999], [1.0]),
     ("optimizer.momentum", [0.0], [1.0]),
     ("optimizer.ema", [0.0, 0.9999], [1.0]),
     ("optimizer.eps", [1e-30], [0.0]),
-    ("optimizer.factored", [1], [0]),
+    ("optimizer.algorithm.min_dim_to_factor", [1], [0]),
     ("optimizer.accumulate", [1], [0]),
     ("steps", [1, 2**31 - 1], [0, 2**31]),
     ("evaluation.batch", [1], [0]),
     ("checkpoint.keep", [1], [0]),
     ("limits.memory_gib", [0.0, 0.5], [-0.5]),
-    ("log.every", [1], [0]),
+    ("log.flush_every", [1], [0]),
 ]
 
 
@@ -182,11 +183,11 @@ def test_bounds_are_where_they_should_be(key: str, good: list[Any], bad: list[An
 @pytest.mark.parametrize(
     ("kind", "name", "key", "bad"),
     [
-        ("objectives", "masked_image", "ratio", [0.0, 1.0]),
-        ("objectives", "contrastive", "temperature", [0.0]),
-        ("objectives", "cross_modal", "initial", [0.0]),
+        ("objectives", "masked_image", "mask_ratio", [0.0, 1.0]),
+        ("objectives", "contrastive", "init_temperature", [0.0]),
+        ("objectives", "cross_modal", "init_temperature", [0.0]),
         ("objectives", "classification", "smoothing", [1.0]),
-        ("objectives", "transfusion", "swap", [1.5]),
+        ("objectives", "transfusion", "reverse_prob", [1.5]),
         ("objectives", "transfusion", "pack", [0]),
         ("modalities", "waveform", "patch", [0]),
         ("modalities", "spectrogram", "hop", [0]),
@@ -240,9 +241,9 @@ def test_intervals(interval: str, inside: list[float], outside: list[float]) -> 
     assert not any(contains(interval, value) for value in outside)
 
 
-@pytest.mark.parametrize("key", ["heads", "hidden", "rotary"])
+@pytest.mark.parametrize("key", ["num_heads", "mlp_dim", "rotary"])
 def test_a_layer_with_a_size_below_0_is_refused_by_its_place(key: str) -> None:
-    block = {"name": "transformer", "heads": 2, "hidden": 8, key: -1}
-    groups = [{"repeat": 1, "pattern": [block]}]
-    with pytest.raises(UserError, match=rf"pattern\[0\]\.{key} is -1"):
-        make_experiment(toyrun.block(f"model.groups={groups}"))
+    block = {"name": "transformer", "num_heads": 2, "mlp_dim": 8, key: -1}
+    groups = [{"repeat": 1, "blocks": [block]}]
+    with pytest.raises(UserError, match=rf"blocks\[0\]\.{key} is -1"):
+        make_experiment(toyrun.block(f"model.layers={groups}"))

@@ -27,7 +27,7 @@ def written(tmp_path, text: str) -> str:
 def test_a_file_gives_plain_data():
     block = configs.read_file(str(TINY))
     assert json.loads(json.dumps(block)) == block
-    assert block["tasks"]["image_text"]["objective"]["between"] == ["image", "text"]
+    assert block["tasks"]["image_text"]["objective"]["modalities"] == ["image", "text"]
     assert list(block["tasks"]) == ["image_text", "masked_image"], "order decides who goes first"
 
 

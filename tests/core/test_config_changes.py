@@ -67,7 +67,7 @@ def expected_class(key: str) -> str:
         return "schedule"
     if first == "tasks":
         inner = rest[1]
-        if inner in ("share", "batch", "inputs", "objective", "view"):
+        if inner in ("weight", "batch", "inputs", "objective", "view"):
             return "schedule"
         if inner in ("evaluators", "microbatches") or rest[1:] == ["source", "folder"]:
             return "free"
@@ -95,7 +95,7 @@ NAMED: dict[str, Any] = {
         "colours": {"name": "colours"},
         "gone": {"name": "module_of_a_folder_not_added"},
     },
-    "model": {"groups": [{"pattern": [{"name": "transformer"}, {"name": "mamba"}]}]},
+    "model": {"layers": [{"blocks": [{"name": "transformer"}, {"name": "mamba"}]}]},
     "tasks": {
         "a": {"source": {"name": "tfds"}, "objective": {"name": "contrastive"}},
         "b": {"source": {"name": "array_record"}},
@@ -110,12 +110,12 @@ NAMED: dict[str, Any] = {
     ("key", "kind"),
     [
         ("steps", "free"),
-        ("log.every", "free"),
+        ("log.flush_every", "free"),
         ("mesh.data", "free"),
         ("loader.threads", "free"),
         ("limits.programs", "free"),
-        ("limits.stuck", "free"),
-        ("limits.non_finite", "schedule"),
+        ("limits.watchdog_seconds", "free"),
+        ("limits.max_non_finite_steps", "schedule"),
         ("limits.divergence", "schedule"),
         ("limits.divergence_visits", "schedule"),
         ("limits.old", "free"),
@@ -139,28 +139,28 @@ NAMED: dict[str, Any] = {
         ("modalities.sound.max_seconds", "free"),
         ("modalities.wave.max_seconds", "free"),
         ("modalities.wave.name", "structural"),
-        ("tasks.a.share", "schedule"),
+        ("tasks.a.weight", "schedule"),
         ("tasks.a.batch", "schedule"),
         ("tasks.a.inputs.image.size", "schedule"),
-        ("tasks.a.buckets.b.share", "schedule"),
-        ("tasks.a.objective.temperature", "schedule"),
-        ("tasks.a.view", "schedule"),
+        ("tasks.a.shapes.b.weight", "schedule"),
+        ("tasks.a.objective.init_temperature", "schedule"),
+        ("tasks.a.update_scope", "schedule"),
         ("tasks.a.microbatches", "free"),
         ("init_from.path", "structural"),
         ("init_from.strict", "free"),
         ("init_from.non_finite", "free"),
-        ("optimizer.view", "schedule"),
+        ("optimizer.update_scope", "schedule"),
         ("optimizer.rules.0.freeze", "schedule"),
         ("schedule.rule", "schedule"),
         ("optimizer.learning_rate", "schedule"),
         ("optimizer.momentum", "schedule"),
         ("optimizer.name", "structural"),
         ("optimizer.moments_dtype", "structural"),
-        ("optimizer.factored", "structural"),
+        ("optimizer.algorithm.min_dim_to_factor", "structural"),
         ("seed", "structural"),
         ("dtype.parameters", "structural"),
         ("model.width", "structural"),
-        ("model.groups.0.repeat", "structural"),
+        ("model.layers.0.repeat", "structural"),
         ("modalities.image.patch", "structural"),
         ("tasks.a.source.split", "structural"),
         ("tasks.a.source.dataset", "structural"),
@@ -170,14 +170,14 @@ NAMED: dict[str, Any] = {
         ("tasks.a.shares", "structural"),
         ("steps.old", "free"),
         # Blocks of layers.
-        ("model.groups.0.pattern.0.kernel", "free"),
-        ("model.groups.0.pattern.1.kernel", "free"),
-        ("model.groups.7.pattern.0.kernel", "free"),
-        ("model.groups.0.pattern.0.experts.losses_over", "schedule"),
-        ("model.groups.0.pattern.0.experts.count", "structural"),
-        ("model.groups.0.pattern.0.experts.kernel", "structural"),
-        ("model.groups.0.pattern.0.heads", "structural"),
-        ("tasks.a.objective.unimodal.0.pattern.0.kernel", "schedule"),
+        ("model.layers.0.blocks.0.attention_impl", "free"),
+        ("model.layers.0.blocks.1.attention_impl", "free"),
+        ("model.layers.7.blocks.0.attention_impl", "free"),
+        ("model.layers.0.blocks.0.experts.losses_over", "schedule"),
+        ("model.layers.0.blocks.0.experts.count", "structural"),
+        ("model.layers.0.blocks.0.experts.kernel", "structural"),
+        ("model.layers.0.blocks.0.num_heads", "structural"),
+        ("tasks.a.objective.unimodal.0.blocks.0.attention_impl", "schedule"),
         # Whole blocks, where one of the configs has an empty one.
         ("schedule", "schedule"),
         ("optimizer", "schedule"),
@@ -193,7 +193,7 @@ NAMED: dict[str, Any] = {
         ("modalities.text.max_pixels", "structural"),
         ("modalities.gone.size", "structural"),
         ("tasks.gone.source.size", "structural"),
-        ("tasks.gone.share", "schedule"),
+        ("tasks.gone.weight", "schedule"),
         ("tasks.other.evaluators.b.old", "free"),
         ("old.key", "structural"),
     ],
@@ -252,7 +252,7 @@ def saved() -> dict[str, Any]:
     return {
         "steps": 10,
         "model": {"width": 8},
-        "tasks": {"a": {"share": 1, "source": {"name": "x"}}},
+        "tasks": {"a": {"weight": 1, "source": {"name": "x"}}},
     }
 
 
@@ -268,10 +268,10 @@ def test_free_changes_are_told():
 
 
 def test_schedule_changes_ask_for_a_word():
-    new = changed(tasks__a__share=3)
+    new = changed(tasks__a__weight=3)
     with pytest.raises(UserError, match="--allow_change") as raised:
         configs.check_compatible(saved(), new, allow_change=False, schema=RunConfig)
-    assert "tasks.a.share (schedule): saved 1, now 3" in str(raised.value)
+    assert "tasks.a.weight (schedule): saved 1, now 3" in str(raised.value)
     [difference] = configs.check_compatible(saved(), new, allow_change=True, schema=RunConfig)
     assert difference.kind == "schedule"
 
@@ -288,7 +288,7 @@ def test_structural_changes_are_refused(allow_change):
 
 def test_a_whole_task_comes_and_goes_as_schedule():
     new = saved()
-    new["tasks"]["b"] = {"share": 1, "source": {"name": "y"}}
+    new["tasks"]["b"] = {"weight": 1, "source": {"name": "y"}}
     [came], [went] = (
         configs.compare(saved(), new, RunConfig),
         configs.compare(new, saved(), RunConfig),

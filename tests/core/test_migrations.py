@@ -7,7 +7,8 @@ from unittest import mock
 import pytest
 
 from mmjax.core import migrations
-from mmjax.core.migrations import Row, named, of_modality, upgrade, upgrade_meta
+from mmjax.core.migrations import Row, upgrade, upgrade_meta
+from mmjax.core.renamed_keys import Rename, named, of_modality
 
 TABLE = migrations.ROWS  # the real ones: tests here patch them
 CONFIG = {
@@ -25,7 +26,11 @@ def rows() -> object:
         Row(3, "optimizer", "final", 0.0),
         Row(3, "", "seed", 7),
     )
-    with mock.patch.object(migrations, "ROWS", table):
+    with (
+        mock.patch.object(migrations, "ROWS", table),
+        mock.patch.object(migrations, "RENAMES", ()),
+        mock.patch.object(migrations, "MOVES", {}),
+    ):
         yield
 
 
@@ -56,6 +61,16 @@ def test_only_rows_after_its_version_apply() -> None:
 def test_what_a_config_says_stays() -> None:
     config = {**CONFIG, "seed": 1}
     assert upgrade(config, 1)["seed"] == 1
+
+
+def test_renames_of_a_version_come_before_its_defaults() -> None:
+    renames = (Rename(3, "optimizer", {"final": "end"}),)
+    rows = (Row(3, "optimizer", "end", 0.0),)
+    with (
+        mock.patch.object(migrations, "RENAMES", renames),
+        mock.patch.object(migrations, "ROWS", rows),
+    ):
+        assert upgrade({"optimizer": {"final": 0.5}}, 2)["optimizer"] == {"end": 0.5}
 
 
 def test_losses_of_experts_were_over_the_batch() -> None:

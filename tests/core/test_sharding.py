@@ -179,7 +179,7 @@ def test_rules_go_with_the_mesh_into_traces():
         ({"rules": {"embd": ("fsdp",)}}, "mesh.rules: no logical axis 'embd'. Did you mean 'embed'?"),
         ({"rules": {"embed": ("fspd",)}}, "mesh.rules.embed: no axis 'fspd'. Did you mean 'fsdp'?"),
         ({"rules": {"embed": ("fsdp", "fsdp")}}, "mesh.rules.embed names an axis twice: fsdp, fsdp"),
-        ({"across": "dta"}, "mesh.across: no axis 'dta'. Did you mean 'data'?"),
+        ({"dcn_axis": "dta"}, "mesh.dcn_axis: no axis 'dta'. Did you mean 'data'?"),
     ],
 )  # fmt: skip
 def test_rules_of_what_there_is_not(settings, message):
@@ -204,9 +204,9 @@ def test_only_the_axis_across_goes_from_slice_to_slice(sizes, across):
     axis = AXES.index(across)
     if sizes[axis] % 2:
         with pytest.raises(UserError, match=f"mesh.{across} is 1, which 2 slices do not divide"):
-            of_slices(*sizes, across=across)
+            of_slices(*sizes, dcn_axis=across)
         return
-    ids = of_slices(*sizes, across=across)
+    ids = of_slices(*sizes, dcn_axis=across)
     assert sorted(ids.flat) == list(range(8))
     slices = np.moveaxis(ids, axis, 0) // 4
     for index in range(sizes[axis]):

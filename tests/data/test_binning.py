@@ -79,7 +79,7 @@ class Spec:
 
 def rows(window: int, share: tuple[int, int], position: int = 48) -> Any:
     objective = Transfusion(
-        order=("text",), pack=2, capacity={"text": 12} if window else {}, window=window
+        modalities=("text",), pack=2, capacity={"text": 12} if window else {}, window=window
     )
     task: Any = SimpleNamespace(name="task", objective=objective, rows=Spec, batch=24)
     examples: Any = Texts()

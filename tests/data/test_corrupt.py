@@ -266,12 +266,12 @@ from ml_collections import ConfigDict
 
 def get_config():
     source = {{"name": "array_record", "path": {path!r}}}
-    layer = {{"name": "transformer", "heads": 2, "hidden": 16}}
+    layer = {{"name": "transformer", "num_heads": 2, "mlp_dim": 16}}
     config = ConfigDict(sort_keys=False)
     config.steps = {steps}
     config.seed = 3
     config.modalities = {{"image": {{"name": "image", "patch": 8}}}}
-    config.model = {{"width": 8, "groups": [{{"repeat": 1, "pattern": [layer]}}]}}
+    config.model = {{"width": 8, "layers": [{{"repeat": 1, "blocks": [layer]}}]}}
     config.tasks = {{"labels": {{
         "source": source,
         "inputs": {{"image": {{"size": 16}}}},
@@ -322,12 +322,16 @@ def test_a_run_counts_and_names_them_across_a_restart(
 def test_a_run_past_its_limit_stops_and_says_which(
     command: Any, data: Data, tmp_path: Path
 ) -> None:
-    done = command("train", *arguments(data.damaged, tmp_path, "--config.limits.invalid=3"))
+    done = command(
+        "train", *arguments(data.damaged, tmp_path, "--config.limits.max_invalid_examples=3")
+    )
     assert done.returncode == 2
     ids = list(example_ids(3, "labels", 0, COUNT, COUNT))
     last = max(DAMAGED, key=ids.index)
     said = re.sub(r"\s+", " ", done.stderr)
-    assert "Task 'labels': 4 examples could not be read, over limits.invalid = 3" in said
+    assert (
+        "Task 'labels': 4 examples could not be read, over limits.max_invalid_examples = 3" in said
+    )
     assert f"[{last}]: {PLACE[last][0]}, record {PLACE[last][1]}: " in said
     assert "Traceback" not in done.stderr
 

@@ -146,7 +146,12 @@ def test_a_label_outside_the_classes_never_reaches_a_loss(tmp_path: Path) -> Non
         "evaluators={}",
     )
     overrides = [f"tasks.one.{word}" for word in words]
-    run(tmp_path / "run", *overrides, "limits.invalid=8", "limits.non_finite=2")
+    run(
+        tmp_path / "run",
+        *overrides,
+        "limits.max_invalid_examples=8",
+        "limits.max_non_finite_steps=2",
+    )
     clock = toyrun.meta(tmp_path / "run")["clock"]
     assert clock["invalid_ids"]["one"] == [
         4,
@@ -181,15 +186,23 @@ def test_evaluation_has_no_row_for_an_odd_example(odd_spec: RowSpec, emoji_dir: 
 
 def test_an_example_counts_once_in_all_epochs(tmp_path: Path) -> None:
     """Also after a restart, for which the checkpoint knows the ids; a first sight of another one still counts."""
-    corrupt = ("tasks.one.source.corrupt=(3,17)", "limits.invalid=2", "loader.threads=1")
+    corrupt = (
+        "tasks.one.source.corrupt=(3,17)",
+        "limits.max_invalid_examples=2",
+        "loader.threads=1",
+    )
     run(tmp_path / "run", *corrupt, "steps=40")
     run(tmp_path / "run", *corrupt, "steps=80")
     clock = toyrun.meta(tmp_path / "run")["clock"]
     assert clock["positions"]["one"] > 8 * 40 and clock["invalid"]["one"] == 2
     events = [x["text"] for x in log(tmp_path / "run") if x["line"] == "event"]
     assert len([text for text in events if "is garbage" in text]) == 2
-    with pytest.raises(UserError, match="3 examples could not be read, over limits.invalid = 2"):
-        run(tmp_path / "more", "tasks.one.source.corrupt=(3,17,20)", "limits.invalid=2")
+    with pytest.raises(
+        UserError, match="3 examples could not be read, over limits.max_invalid_examples = 2"
+    ):
+        run(
+            tmp_path / "more", "tasks.one.source.corrupt=(3,17,20)", "limits.max_invalid_examples=2"
+        )
 
 
 def test_the_count_of_an_older_checkpoint_is_added_to(tmp_path: Path) -> None:

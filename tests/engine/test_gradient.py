@@ -79,8 +79,8 @@ class Cases:
 @pytest.fixture(scope="module")
 def cases() -> Cases:
     block = toyrun.block()
-    layer = {"name": "transformer", "heads": 2, "hidden": 8}
-    block["model"] = {"width": 8, "groups": [{"repeat": 2, "pattern": [layer]}]}
+    layer = {"name": "transformer", "num_heads": 2, "mlp_dim": 8}
+    block["model"] = {"width": 8, "layers": [{"repeat": 2, "blocks": [layer]}]}
     block["modalities"] = {
         "a": {"name": "toy"},
         "b": {"name": "toy"},

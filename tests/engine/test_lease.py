@@ -317,7 +317,7 @@ def test_a_run_that_loses_its_lease_saves_nothing_more(
 
     monkeypatch.setattr(flight, "place", placed)
     with pytest.raises(LeaseLostError, match="process 4194305 on there since"):
-        toyrun.run(tmp_path, "log.every=1")
+        toyrun.run(tmp_path, "log.flush_every=1")
     assert checkpoint.steps(epath.Path(tmp_path))[0] == step // 4 * 4
     assert FileStore(tmp_path).read().text == lease_text(2, at=OTHER)
     assert not (tmp_path / "results.json").exists()

@@ -128,7 +128,9 @@ def test_the_position_decides_not_the_visits(toy: World, whole: list[HostBatch])
     assert ids(moved[0]) != ids(whole[3])
 
 
-@pytest.mark.parametrize("config", [LoaderConfig(threads=1, ahead=1), LoaderConfig(8, 16)], ids=str)
+@pytest.mark.parametrize(
+    "config", [LoaderConfig(threads=1, prefetch=1), LoaderConfig(8, 16)], ids=str
+)
 def test_threads_and_reading_ahead_change_nothing(
     toy: World, whole: list[HostBatch], config: LoaderConfig
 ) -> None:
@@ -154,7 +156,7 @@ def test_an_error_in_a_process_is_told(toy: World) -> None:
 
 def test_a_process_that_was_killed_is_told_in_one_line(toy: World) -> None:
     """As by the system, for want of memory."""
-    config = LoaderConfig(processes=1, ahead=1)
+    config = LoaderConfig(processes=1, prefetch=1)
     loader = Loader(config, toy.settings, toy.data, toy.clock(0), 10**6, 0, WHOLE)
     before = set(active_children())
     next(loader)
@@ -243,7 +245,7 @@ def test_rows_are_what_the_task_says(toy: World, whole: list[HostBatch]) -> None
 def test_closing_stops_the_threads(toy: World) -> None:
     before = set(threading.enumerate())
     loader = Loader(
-        LoaderConfig(threads=4, ahead=2), toy.settings, toy.data, toy.clock(0), 10**6, 0, WHOLE
+        LoaderConfig(threads=4, prefetch=2), toy.settings, toy.data, toy.clock(0), 10**6, 0, WHOLE
     )
     next(loader)
     started = set(threading.enumerate()) - before
@@ -427,16 +429,27 @@ def test_the_count_goes_on_after_a_restart(tmp_path: Path) -> None:
 
 def test_too_many_corrupt_records_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        run(tmp_path / "run", f"tasks.two.source.corrupt={tuple(range(30))}", "limits.invalid=20")
+        run(
+            tmp_path / "run",
+            f"tasks.two.source.corrupt={tuple(range(30))}",
+            "limits.max_invalid_examples=20",
+        )
     said = str(error.value)
-    assert "Task 'two'" in said and "limits.invalid = 20" in said and "is garbage" in said
-    run(tmp_path / "fewer", "tasks.two.source.corrupt=(1,)", "limits.invalid=2")
+    assert (
+        "Task 'two'" in said and "limits.max_invalid_examples = 20" in said and "is garbage" in said
+    )
+    run(tmp_path / "fewer", "tasks.two.source.corrupt=(1,)", "limits.max_invalid_examples=2")
 
 
 def test_a_batch_of_nothing_but_invalid_rows_has_no_loss(tmp_path: Path) -> None:
     """Zero, not NaN."""
     every = tuple(range(40))
-    run(tmp_path / "run", f"tasks.two.source.corrupt={every}", "limits.invalid=1000", "steps=6")
+    run(
+        tmp_path / "run",
+        f"tasks.two.source.corrupt={every}",
+        "limits.max_invalid_examples=1000",
+        "steps=6",
+    )
     lines = [x for x in deterministic(tmp_path / "run") if x["kind"] == "train"]
     assert {x["loss"] for x in lines if x["task"] == "two"} == {0.0}
     assert all(x["loss"] > 0 for x in lines if x["task"] == "one")

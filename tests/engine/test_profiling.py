@@ -58,7 +58,7 @@ def test_a_trace_ends_with_the_run_and_begins_where_it_goes_on(tmp_path: Path) -
 
 
 def test_what_was_compiled(tmp_path: Path, straight: Path) -> None:
-    run(tmp_path / "run", "profile.dumps=True", "steps=1", "tasks.two.share=0")
+    run(tmp_path / "run", "profile.dumps=True", "steps=1", "tasks.two.weight=0")
     folder = tmp_path / "run" / "dumps"
     # Of the training programs only that of the task that runs.
     stems = ["00_one", "01_one_loss", "02_two_loss"]

@@ -226,17 +226,17 @@ def test_a_program_of_a_later_phase_is_refused_at_the_start(
     one, two = (programs[task].report["bytes"] for task in ("one", "two"))
     limit = f"limits.memory_gib={(one + two) / 2 / 2**30}"
     with watched() as seen, pytest.raises(UserError, match="limits.memory_gib") as error:
-        run(tmp_path / "run", "tasks.two.share=0", LATER, limit)
+        run(tmp_path / "run", "tasks.two.weight=0", LATER, limit)
     assert "two: " in str(error.value) and "one: " not in str(error.value)
     assert not seen.ids
     # The control: the same limit is kept by what runs before.
-    run(tmp_path / "run", "tasks.two.share=0", limit, "steps=6")
+    run(tmp_path / "run", "tasks.two.weight=0", limit, "steps=6")
 
 
 def test_later_phases_compile_before_the_first_step(
     tmp_path: Path, compiles: Counter[tuple[str, str]]
 ) -> None:
-    run(tmp_path / "run", "tasks.two.share=0", LATER)
+    run(tmp_path / "run", "tasks.two.weight=0", LATER)
     tasks = [x["task"] for x in deterministic(tmp_path / "run") if x["kind"] == "train"]
     assert tasks == ["one"] * 6 + ["two"] * 6
     assert (compiles["compile", COMPILED], compiles["step", COMPILED]) == (5, 0)
@@ -246,10 +246,10 @@ def test_a_task_that_will_not_run_is_not_compiled(
     tmp_path: Path, compiles: Counter[tuple[str, str]]
 ) -> None:
     """Neither one without a share, nor one whose last visit is over; their evaluators stay."""
-    run(tmp_path / "run", "tasks.two.share=0", "steps=2")
+    run(tmp_path / "run", "tasks.two.weight=0", "steps=2")
     assert compiles["compile", COMPILED] == 4
     later = 'schedule.phases=({"start": 2, "weights": {"two": 1}},)'
-    run(tmp_path / "run", "tasks.two.share=0", later, "steps=4", allow_change=True)
+    run(tmp_path / "run", "tasks.two.weight=0", later, "steps=4", allow_change=True)
     assert compiles["compile", COMPILED] == 8
 
 
@@ -446,9 +446,9 @@ def test_non_finite_steps_of_the_only_task_end_the_run(tmp_path: Path) -> None:
         run(
             tmp_path / "run",
             f"tasks.one.objective.bad_gradient={tuple(range(40))}",
-            "tasks.two.share=0",
-            "limits.non_finite=3",
-            "log.every=1",
+            "tasks.two.weight=0",
+            "limits.max_non_finite_steps=3",
+            "log.flush_every=1",
         )
     said = str(error.value)
     assert "Task 'one': 3 steps in a row" in said and "up to step 2" in said
@@ -457,7 +457,12 @@ def test_non_finite_steps_of_the_only_task_end_the_run(tmp_path: Path) -> None:
 
 def test_non_finite_steps_that_are_not_in_a_row_are_no_reason(tmp_path: Path) -> None:
     """Example 13 comes once in 5 visits: at most twice in a row, where two epochs meet."""
-    run(tmp_path / "run", "steps=24", "tasks.one.objective.bad_loss=(13,)", "limits.non_finite=3")
+    run(
+        tmp_path / "run",
+        "steps=24",
+        "tasks.one.objective.bad_loss=(13,)",
+        "limits.max_non_finite_steps=3",
+    )
     assert toyrun.meta(tmp_path / "run")["clock"]["skipped"]["one"] >= 3
 
 
@@ -465,7 +470,12 @@ def test_a_rate_that_is_too_high_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"no task has had a finite loss and gradient.*learning_rate"
     ):
-        run(tmp_path / "run", "optimizer.learning_rate=1e30", "limits.non_finite=2", "steps=30")
+        run(
+            tmp_path / "run",
+            "optimizer.learning_rate=1e30",
+            "limits.max_non_finite_steps=2",
+            "steps=30",
+        )
     skipped = _events(tmp_path / "run", "non-finite")
     assert len(skipped) >= 2
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 30

@@ -67,7 +67,7 @@ def test_a_process_that_is_stuck_is_ended_with_words(how: str) -> None:
     assert started.returncode == status, err
     assert all(word in err for word in words), err
     if "log" not in how and status == STUCK:
-        assert out.startswith("log: nothing has moved for") and "limits.stuck" in err
+        assert out.startswith("log: nothing has moved for") and "limits.watchdog_seconds" in err
 
 
 LIVES = {

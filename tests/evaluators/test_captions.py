@@ -26,11 +26,11 @@ from mmjax.task import Task, make_task
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "coca_tiny.py"
 SOURCE = {"name": "tfds", "dataset": "emoji", "split": "test_drawing"}
-LAYER = {"heads": 1, "hidden": 4}
+LAYER = {"num_heads": 1, "mlp_dim": 4}
 OBJECTIVE = {
     "name": "coca",
-    "unimodal": [{"repeat": 1, "pattern": [{"name": "transformer", **LAYER}]}],
-    "multimodal": [{"repeat": 1, "pattern": [{"name": "cross_transformer", **LAYER}]}],
+    "unimodal": [{"repeat": 1, "blocks": [{"name": "transformer", **LAYER}]}],
+    "multimodal": [{"repeat": 1, "blocks": [{"name": "cross_transformer", **LAYER}]}],
 }
 
 
@@ -89,12 +89,12 @@ def test_texts_end_where_they_end() -> None:
 
 def test_colours_are_compared_to_the_last_whatever_their_ids() -> None:
     """Ids 0 and 3, which are padding and the end of texts, are colours like others."""
-    modalities = {"text": Text(), "colours": Colours(levels=5, buckets=4)}
+    modalities = {"text": Text(), "colours": Colours(levels=5, max_positions=4)}
     block = {
         "source": SOURCE,
         "inputs": {"text": {"length": 4}, "colours": {"size": 2}},
         "objective": {
-            "name": "transfusion", "order": ["text", "colours"], "discrete": ["colours", "text"],
+            "name": "transfusion", "modalities": ["text", "colours"], "discrete": ["colours", "text"],
         },
         "batch": 4,
     }  # fmt: skip

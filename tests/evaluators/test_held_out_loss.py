@@ -142,8 +142,8 @@ def test_a_loss_of_no_terms_is_not_a_number() -> None:
 
 LENGTHS = (1, 1, 15, 15, 4)
 MODALITIES = {
-    "text": Text(vocabulary=11, buckets=16),
-    "image": Image(patch=2, buckets=2),
+    "text": Text(vocabulary=11, max_positions=16),
+    "image": Image(patch=2, max_positions=2),
 }
 
 
@@ -151,8 +151,8 @@ def sequences(*order: str) -> tuple[Task, Declaration, dict[str, jax.Array]]:
     """Return a task of texts of very different lengths (and pictures), and a tiny model of it."""
     inputs = {"text": Input("text", MODALITIES["text"], TextInput(length=15))}
     inputs["image"] = Input("image", MODALITIES["image"], ImageInput(size=4))
-    objective = Transfusion(order=order, head="h", drop=0.5)
-    block = {"name": "transformer", "heads": 2, "hidden": 8}
+    objective = Transfusion(modalities=order, head="h", condition_dropout=0.5)
+    block = {"name": "transformer", "num_heads": 2, "mlp_dim": 8}
     config = ModelConfig(8, (GroupConfig(1, (block,)),))
     chosen = {m: inputs[m] for m in order}
     heads = [("h", objective.heads(8, chosen))]

@@ -22,7 +22,7 @@ FEW = st.integers(-2, 2)  # so that ties are common
 
 
 def task(objective: Any = None, name: str = "pairs") -> Task:
-    made: Any = objective or Contrastive(between=("image", "text"), head="pairs")
+    made: Any = objective or Contrastive(modalities=("image", "text"), head="pairs")
     return Task(name, TaskConfig({}, {}, {}, 4), {}, made, None)  # type: ignore[arg-type]
 
 
@@ -179,7 +179,7 @@ def test_the_first_example_of_a_concept_speaks_for_it() -> None:
 
 
 def test_the_passes_it_needs() -> None:
-    passes = Retrieval(source=SOURCE, concept="kind").passes(task())
+    passes = Retrieval(source=SOURCE, positive_key="kind").passes(task())
     assert {n: str(p.computation) for n, p in passes.items()} == {
         "image": "embed/image",
         "text": "embed/text",

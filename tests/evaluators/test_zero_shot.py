@@ -19,7 +19,7 @@ NAMES = {"name": "array_record", "path": "data/pairs", "glob": "train*"}
 
 
 def task() -> Task:
-    objective: Any = Contrastive(between=("image", "text"), head="pairs")
+    objective: Any = Contrastive(modalities=("image", "text"), head="pairs")
     return Task("pairs", TaskConfig({}, {}, {}, 4), {}, objective, None)  # type: ignore[arg-type]
 
 

@@ -13,11 +13,11 @@ ROWS, LENGTH, WIDTH, HIDDEN, COUNT = 4, 6, 5, 7, 3
 LAYOUT = (("text", 2), ("image", 4))
 VALID = np.random.default_rng(3).random((ROWS, LENGTH)) < 0.8
 X = np.random.default_rng(4).normal(size=(ROWS, LENGTH, WIDTH))
-CHOICE = {"count": COUNT, "router": {"name": "expert_choice", "capacity": 0.8}, "group": 12}
+CHOICE = {"count": COUNT, "router": {"name": "expert_choice", "capacity": 0.8}, "group_size": 12}
 TOKENS = {
     "count": COUNT,
-    "router": {"name": "token_choice", "top": 2, "capacity": 0.4},
-    "group": 12,
+    "router": {"name": "token_choice", "top_k": 2, "capacity": 0.4},
+    "group_size": 12,
 }
 
 
@@ -37,4 +37,4 @@ def mlp(p: Mapping[str, np.ndarray], e: int, x: np.ndarray) -> np.ndarray:
 
 
 def block(**more: Any) -> dict[str, Any]:
-    return {"name": "transformer", "heads": 2, "hidden": HIDDEN, **more}
+    return {"name": "transformer", "num_heads": 2, "mlp_dim": HIDDEN, **more}

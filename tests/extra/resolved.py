@@ -20,11 +20,11 @@ def resolve(made: Experiment) -> Values:
     run = made.run
     values = {
         "steps": run.steps,
-        "model.width": run.model.width,
-        "model.norm": run.model.norm,
-        "model.norm_eps": run.model.norm_eps,
-        "model.norm_modalities": tuple(run.model.norm_modalities),
-        **layers(run.model.groups, "layers"),
+        "model.width": run.model.trunk.width,
+        "model.norm": run.model.trunk.norm,
+        "model.norm_eps": run.model.trunk.norm_eps,
+        **flat(run.model.trunk.per_modality, "model.per_modality"),
+        **layers(run.model.trunk.layers, "layers"),
         **flat(run.optimizer, "optimizer"),
         **flat(run.dtype, "dtype"),
         "schedule.rule": run.schedule.rule,
@@ -33,7 +33,11 @@ def resolve(made: Experiment) -> Values:
         values |= named(modality, f"modalities.{name}")
     for name, task in made.tasks.items():
         at = f"tasks.{name}"
-        values |= {f"{at}.batch": task.batch, f"{at}.share": task.config.share}
+        values |= {
+            f"{at}.batch": task.batch,
+            f"{at}.weight": task.config.weight,
+            f"{at}.interval": task.config.interval,
+        }
         values |= named(task.objective, f"{at}.objective")
         for modality, given in task.inputs.items():
             values |= flat(given.settings, f"{at}.inputs.{modality}")
@@ -101,7 +105,7 @@ def _complete_source(block: Mapping[str, Any]) -> Values:
 def _plain(value: Any) -> Any:
     """Return JSON data of dataclasses and of what they hold; layers with their defaults."""
     if isinstance(value, GroupConfig):
-        return {"repeat": value.repeat, "pattern": [_plain(written(b)) for b in value.pattern]}
+        return {"repeat": value.repeat, "blocks": [_plain(written(b)) for b in value.blocks]}
     if dataclasses.is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -119,7 +123,7 @@ def layers(groups: Sequence[GroupConfig], at: str) -> Values:
     `experts` are the numbers of the layers that have some; their keys are those of `ExpertsConfig` and of its router.
     """
     all_of_them = [
-        written(block) for group in groups for _ in range(group.repeat) for block in group.pattern
+        written(block) for group in groups for _ in range(group.repeat) for block in group.blocks
     ]
     values: Values = {f"{at}.count": len(all_of_them)}
     for key in dict.fromkeys(key for layer in all_of_them for key in layer):
@@ -138,6 +142,8 @@ def written(block: Mapping[str, Any]) -> Values:
         value = getattr(made, field.name)
         if isinstance(value, ExpertsConfig):
             layer |= flat(value, "experts") | named(value.router, "experts.router")
+        elif dataclasses.is_dataclass(value):
+            layer |= flat(value, field.name)
         elif field.name != "experts":
             layer[field.name] = value
     return layer
@@ -146,7 +152,7 @@ def written(block: Mapping[str, Any]) -> Values:
 def set_keys(block: Mapping[str, Any]) -> Iterator[str]:
     """Yield the keys that a config sets, named as `resolve` names them."""
     for key, _ in configs.flat(block):
-        key = re.sub(r"^model\.groups\.\d+\.pattern\.\d+", "layers", key)
-        key = re.sub(r"^model\.groups\.\d+\.repeat", "layers.count", key)
-        key = re.sub(r"(objective\.\w+)\.\d+\.pattern\.\d+", r"\1", key)
+        key = re.sub(r"^model\.layers\.\d+\.blocks\.\d+", "layers", key)
+        key = re.sub(r"^model\.layers\.\d+\.repeat", "layers.count", key)
+        key = re.sub(r"(objective\.\w+)\.\d+\.blocks\.\d+", r"\1", key)
         yield re.sub(r"(objective\.\w+)\.\d+\.repeat", r"\1.count", key)

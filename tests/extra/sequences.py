@@ -23,14 +23,14 @@ from mmjax.objectives.transfusion import Draws, Transfusion
 
 ROWS, SIZE, LENGTH, WIDTH, VOCABULARY = 4, 4, 5, 8, 11
 VALID = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]], bool)
-BLOCK = {"name": "transformer", "heads": 2, "hidden": 8}
-UNTIED = {**BLOCK, "untie": ["query", "mlp"], "modalities": ["text", "image"]}
+BLOCK = {"name": "transformer", "num_heads": 2, "mlp_dim": 8}
+UNTIED = {**BLOCK, "per_modality": {"parts": ["query", "mlp"], "modalities": ["text", "image"]}}
 MODALITIES = {
-    "image": Image(patch=2, buckets=2),
-    "text": Text(vocabulary=VOCABULARY, buckets=8),
-    "colours": Colours(levels=2, buckets=4),
-    "video": Video(tube=1, patch=2, buckets=2, time_buckets=2),
-    "sound": Spectrogram(patch_frames=2, patch_mels=2, mels=4, buckets=2),
+    "image": Image(patch=2, max_positions=2),
+    "text": Text(vocabulary=VOCABULARY, max_positions=8),
+    "colours": Colours(levels=2, max_positions=4),
+    "video": Video(tube=1, patch=2, max_positions=2, max_time_positions=2),
+    "sound": Spectrogram(patch_frames=2, patch_mels=2, mels=4, max_positions=2),
 }
 INPUTS = {
     "image": Input("image", MODALITIES["image"], ImageInput(size=SIZE)),
@@ -41,17 +41,19 @@ INPUTS = {
 }
 TOKENS = {"text": LENGTH + 1, "image": 4, "colours": 5, "sound": 4}
 TEXT_FIRST = Transfusion(head="head")
-IMAGE_FIRST = replace(TEXT_FIRST, order=("image", "text"))
-MIXED = replace(TEXT_FIRST, swap=0.5)
-CHAMELEON = replace(TEXT_FIRST, order=("text", "colours"), discrete=("text", "colours"))
-UNIDIFFUSER = replace(TEXT_FIRST, order=("image", "sound"), discrete=(), mutual=True)
+IMAGE_FIRST = replace(TEXT_FIRST, modalities=("image", "text"))
+MIXED = replace(TEXT_FIRST, reverse_prob=0.5)
+CHAMELEON = replace(TEXT_FIRST, modalities=("text", "colours"), discrete=("text", "colours"))
+UNIDIFFUSER = replace(
+    TEXT_FIRST, modalities=("image", "sound"), discrete=(), bidirectional_spans=True
+)
 
 
 def built(objective: Transfusion, *blocks: Any) -> tuple[Declaration, dict[str, Any]]:
     """The model's declaration, and random parameters."""
-    modalities = {m: MODALITIES[m] for m in objective.order}
+    modalities = {m: MODALITIES[m] for m in objective.modalities}
     config = ModelConfig(WIDTH, (GroupConfig(2, blocks or (BLOCK,)),))
-    heads = objective.heads(WIDTH, {m: INPUTS[m] for m in objective.order})
+    heads = objective.heads(WIDTH, {m: INPUTS[m] for m in objective.modalities})
     declaration = declare_model(config, modalities, [("head", heads)])
     rng = np.random.default_rng(0)
     return declaration, {
@@ -106,4 +108,4 @@ def noised(objective: Transfusion, model: Any) -> dict[str, jax.Array]:
 
 def plan(objective: Transfusion, made: str) -> list[Span]:
     inputs = batch()["inputs"]
-    return [Span(m, inputs[m], made=m == made) for m in objective.order]
+    return [Span(m, inputs[m], made=m == made) for m in objective.modalities]

@@ -77,7 +77,7 @@ def test_a_guidance_of_ones_own(trained: Path) -> None:
 def test_a_caption_of_colours_is_no_text() -> None:
     """An objective that writes colours after texts: what it writes are no words."""
     colours = Input("colours", Colours(), ImageInput(size=4))
-    objective = Transfusion(order=("text", "colours"), discrete=("colours", "text"))
+    objective = Transfusion(modalities=("text", "colours"), discrete=("colours", "text"))
     task = SimpleNamespace(name="draw", inputs={"colours": colours}, objective=objective)
     run: Any = SimpleNamespace(_given=lambda *_: (task, "text", []))
     with pytest.raises(UserError, match="Task 'draw' writes 'colours' of 'text', .* Use compose"):

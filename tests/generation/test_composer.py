@@ -54,7 +54,7 @@ def drawn(model: Any, objective: Transfusion, plan: Sequence[Span]) -> list[np.n
 
 def test_both_are_guided_by_the_other_at_pure_noise(mutual: Any) -> None:
     """UniDiffuser's joint sampler as a loop over steps, each prediction a pass of whole sequences as in training."""
-    objective = replace(UNIDIFFUSER, steps=3, guidance=2.5, target="flow")
+    objective = replace(UNIDIFFUSER, sampling_steps=3, guidance=2.5, prediction="flow")
     inputs = batch()["inputs"]
     inputs["sound"]["valid"] = jnp.ones((ROWS, 2), bool)  # of what is made, all tokens exist
     own = [jax.random.fold_in(key, 0) for key in keys()]
@@ -89,7 +89,7 @@ def test_both_are_guided_by_the_other_at_pure_noise(mutual: Any) -> None:
 
 
 def test_a_picture_is_guided_by_the_sound_that_is_given(mutual: Any) -> None:
-    objective = replace(UNIDIFFUSER, steps=2, guidance=0.0)
+    objective = replace(UNIDIFFUSER, sampling_steps=2, guidance=0.0)
     [none] = drawn(mutual, objective, spans("made", "given"))
     [other] = drawn(mutual, objective, spans("made", "given", mel=1.0))
     np.testing.assert_array_equal(none, other)  # weight 0: the sound is not heard
@@ -104,7 +104,7 @@ def test_a_picture_is_guided_by_the_sound_that_is_given(mutual: Any) -> None:
 
 
 def test_a_guidance_without_an_effect_is_an_error(mutual: Any) -> None:
-    objective = replace(UNIDIFFUSER, steps=1, guidance=8.0)
+    objective = replace(UNIDIFFUSER, sampling_steps=1, guidance=8.0)
     for plan in (spans("made", "absent"), spans("absent", "made")):
         with pytest.raises(UserError, match="guidance is 8, and nothing guides the drawing of"):
             Composer(objective, mutual, plan).compose(keys())
@@ -115,7 +115,8 @@ def test_a_guidance_without_an_effect_is_an_error(mutual: Any) -> None:
     # Where no number is set, what can be guided is, and nothing else.
     model = declaration.merge(p)
     free, one = (
-        drawn(model, replace(TEXT_FIRST, steps=2, guidance=g), picture) for g in (None, 1.0)
+        drawn(model, replace(TEXT_FIRST, sampling_steps=2, guidance=g), picture)
+        for g in (None, 1.0)
     )
     np.testing.assert_array_equal(free[0], one[0])
 
@@ -129,7 +130,7 @@ def test_spans_that_see_each_other_are_all_in_a_sequence(mutual: Any) -> None:
 
 def test_arrays_of_what_is_made_are_not_read(mutual: Any) -> None:
     """Blank ones say that no token exists, and a sound whose tokens do not exist would not hear itself."""
-    objective = replace(UNIDIFFUSER, steps=2, guidance=1.0)
+    objective = replace(UNIDIFFUSER, sampling_steps=2, guidance=1.0)
     made = []
     for valid in (True, False):
         image, sound = spans("made", "made")
@@ -139,7 +140,7 @@ def test_arrays_of_what_is_made_are_not_read(mutual: Any) -> None:
 
 
 def test_an_ancestral_sampler_adds_noise_of_its_own(mutual: Any) -> None:
-    objective = replace(UNIDIFFUSER, steps=3, guidance=1.0)
+    objective = replace(UNIDIFFUSER, sampling_steps=3, guidance=1.0)
     one, other = (
         drawn(mutual, replace(objective, sampler=sampler), spans("made", "made"))
         for sampler in ("ddim", "ddpm")
@@ -156,7 +157,7 @@ def test_a_padding_id_in_the_middle_of_a_written_text_is_read(
     ids = jnp.tile(jnp.array([[5, 0, 7, 3, 0]], jnp.int32), (ROWS, 1))
     text = {"ids": ids, "valid": jnp.arange(5)[None] < jnp.full((ROWS, 1), 4)}
     declaration, p = built(TEXT_FIRST)
-    objective, model = replace(TEXT_FIRST, steps=2), declaration.merge(p)
+    objective, model = replace(TEXT_FIRST, sampling_steps=2), declaration.merge(p)
     picture = Span("image", batch()["inputs"]["image"], made=True)
     monkeypatch.setattr(Composer, "write", lambda self, past, span, keys: ids)
 

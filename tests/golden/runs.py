@@ -54,12 +54,12 @@ class Golden:
 
 _EXPERTS = {
     "name": "transformer",
-    "heads": 2,
-    "hidden": 16,
+    "num_heads": 2,
+    "mlp_dim": 16,
     "experts": {
         "count": 4,
-        "router": {"name": "token_choice", "top": 2, "noise": 1.0},
-        "group": 8,
+        "router": {"name": "token_choice", "top_k": 2, "noise": 1.0},
+        "group_size": 8,
         "losses": {"importance": 0.01, "load": 0.01},
     },
 }
@@ -69,11 +69,11 @@ RUNS = {
     "experts": Golden(
         "toy.py",
         (
-            f"model.groups=[{{'repeat': 2, 'pattern': [{{'name': 'toy'}}, {_EXPERTS!r}]}}]",
+            f"model.layers=[{{'repeat': 2, 'blocks': [{{'name': 'toy'}}, {_EXPERTS!r}]}}]",
             "optimizer.decay=cosine",
         ),
     ),
-    "own_moments": Golden("toy.py", ("optimizer.view=own_moments",)),
+    "own_moments": Golden("toy.py", ("optimizer.update_scope=own_moments",)),
     "accumulate": Golden("toy.py", ("optimizer.accumulate=2", "optimizer.ema=0.9")),
 }
 

@@ -16,7 +16,9 @@ from mmjax.modalities.image import ImageInput
 
 
 def given(size: int = 2, **more: int) -> Input:
-    return Input("colours", Colours(**{"levels": 4, "buckets": 4, **more}), ImageInput(size=size))
+    return Input(
+        "colours", Colours(**{"levels": 4, "max_positions": 4, **more}), ImageInput(size=size)
+    )
 
 
 PICTURE = np.array([[[0, 0, 0], [255, 0, 0]], [[0, 64, 0], [100, 130, 200]]], np.uint8)
@@ -39,7 +41,7 @@ def test_a_picture_comes_back_within_half_a_level() -> None:
 
 
 def test_the_stem_looks_up_and_adds_places() -> None:
-    declaration = Declaration(Colours(levels=2, buckets=2).stem(3))
+    declaration = Declaration(Colours(levels=2, max_positions=2).stem(3))
     p = jax.jit(declaration.initialise)(0)
     ids = jnp.array([[0, 7, 7, 1]])
     x = np.asarray(declaration.merge(p)({"ids": ids}).x_BSD)[0]

@@ -26,7 +26,7 @@ from mmjax.nn.stream import Stream
 from mmjax.run_config import RunConfig
 from mmjax.task import make_input
 
-IMAGE = Image(patch=4, buckets=8)
+IMAGE = Image(patch=4, max_positions=8)
 
 
 def pixels(height: int = 8, width: int = 8, channels: int = 3, seed: int = 0) -> np.ndarray:

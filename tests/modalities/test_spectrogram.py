@@ -17,7 +17,9 @@ from mmjax.core.parameters import Declaration
 from mmjax.modalities.base import Input
 from mmjax.modalities.spectrogram import Spectrogram, SpectrogramInput, cut, mel, triangles
 
-SMALL = Spectrogram(patch_frames=2, patch_mels=4, mels=8, rate=8000, window=256, hop=64, high=3800)
+SMALL = Spectrogram(
+    patch_frames=2, patch_mels=4, mels=8, sample_rate=8000, window=256, hop=64, high=3800
+)
 
 
 def reference(samples: np.ndarray, m: Spectrogram) -> np.ndarray:
@@ -36,7 +38,7 @@ def reference(samples: np.ndarray, m: Spectrogram) -> np.ndarray:
     for band in range(m.mels):
         knots = [low + band * step, low + (band + 1) * step, low + (band + 2) * step]
         for k in range(size // 2 + 1):
-            place = 1127.0104803 * math.log(1 + k * m.rate / size / 700)
+            place = 1127.0104803 * math.log(1 + k * m.sample_rate / size / 700)
             energy[:, band] += np.interp(place, knots, [0, 1, 0], left=0, right=0) * power[k]
     return (10 * np.log10(np.maximum(energy, 1e-8)) + 50) / 20
 
@@ -54,9 +56,9 @@ def sound(length: int, seed: int = 0) -> np.ndarray:
     [
         Spectrogram(),
         SMALL,
-        Spectrogram(rate=8000, window=200, hop=80, mels=16, low=100, high=4000),
-        Spectrogram(rate=16000, window=2048, hop=1024, mels=128, low=80),
-        Spectrogram(rate=8000, window=300, hop=77, mels=16, low=0, high=3999),
+        Spectrogram(sample_rate=8000, window=200, hop=80, mels=16, low=100, high=4000),
+        Spectrogram(sample_rate=16000, window=2048, hop=1024, mels=128, low=80),
+        Spectrogram(sample_rate=8000, window=300, hop=77, mels=16, low=0, high=3999),
     ],
 )
 def test_log_mel_is_that_of_scipy(modality):
@@ -125,7 +127,7 @@ def test_frames_are_those_of_a_stretch_or_of_the_sound_and_zeros(length, patches
     size = (frames - 1) * 64 + 256
     samples = sound(length)
     rng = np.random.default_rng(length) if train else None
-    view = Input("sound", SMALL, SpectrogramInput(frames=frames, rate=8000))
+    view = Input("sound", SMALL, SpectrogramInput(frames=frames, sample_rate=8000))
     made = view.preprocess({"audio": samples}, rng)
     if length > size:
         starts = range(length - size + 1) if train else [(length - size) // 2]
@@ -145,7 +147,7 @@ def test_training_cuts_at_different_places():
 
 
 def test_gain_shifts_what_is_above_the_floor():
-    samples, view = sound(448), SpectrogramInput(frames=4, gain=10.0)
+    samples, view = sound(448), SpectrogramInput(frames=4, gain_db=10.0)
     plain = SMALL.preprocess(view, samples, None)["mel"]
     shifts = []
     for seed in range(30):
@@ -158,7 +160,7 @@ def test_gain_shifts_what_is_above_the_floor():
 def test_a_sound_of_another_rate_is_resampled():
     time = np.arange(22050) / 22050
     tone = 0.5 * np.sin(2 * np.pi * 1000 * time)
-    view, modality = SpectrogramInput(frames=32, rate=22050), Spectrogram()
+    view, modality = SpectrogramInput(frames=32, sample_rate=22050), Spectrogram()
     bare = modality.preprocess(view, tone, None)
     said = modality.preprocess(SpectrogramInput(frames=32), (tone, 22050), None)
     raw = modality.preprocess(view, modality.raw((tone, 22050)), None)
@@ -199,7 +201,7 @@ def test_bands_narrower_than_a_bin_are_refused():
 )
 def test_lengths_that_do_not_fit(frames, message):
     with pytest.raises(UserError, match=message):
-        Spectrogram(buckets=2).arrays(SpectrogramInput(frames=frames))
+        Spectrogram(max_positions=2).arrays(SpectrogramInput(frames=frames))
 
 
 # --- tokens ------------------------------------------------------------------------------------
@@ -222,7 +224,7 @@ def normed(p: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
 
 
 def test_tokens_are_projected_patches_and_positions_time_first():
-    modality = Spectrogram(patch_frames=2, patch_mels=4, mels=12, buckets=6)
+    modality = Spectrogram(patch_frames=2, patch_mels=4, mels=12, max_positions=6)
     stem, p = built(modality)
     grid = np.random.default_rng(1).normal(size=(2, 6, 12)).astype(np.float32)
     valid = np.array([[1, 0, 0], [1, 1, 1]], bool)
@@ -247,7 +249,7 @@ def test_cut_keeps_every_value():
 
 
 def test_another_length_reads_the_same_parameters():
-    modality = Spectrogram(patch_frames=2, patch_mels=4, mels=8, buckets=8)
+    modality = Spectrogram(patch_frames=2, patch_mels=4, mels=8, max_positions=8)
     stem, _ = built(modality)
 
     def positions(steps: int) -> np.ndarray:

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def text(folder: Path) -> Text:
-    return Text(folder=str(folder), tokenizer="small.model", vocabulary=PIECES, buckets=64)
+    return Text(folder=str(folder), tokenizer="small.model", vocabulary=PIECES, max_positions=64)
 
 
 def row(text: Text, value: Any, length: int = 12) -> tuple[np.ndarray, np.ndarray]:
@@ -158,7 +158,7 @@ def test_an_older_config_keeps_its_tokenizer_and_its_larger_table() -> None:
 def test_a_tokenizer_of_another_kind(tmp_path: Path) -> None:
     """T5's: 0 pads and begins, 1 ends; the stem has these ids."""
     size = Tokenizer(tokenizer_files.t5(tmp_path / "t5.model")).vocab_size
-    text = Text(folder=str(tmp_path), tokenizer="t5.model", vocabulary=size, buckets=64)
+    text = Text(folder=str(tmp_path), tokenizer="t5.model", vocabulary=size, max_positions=64)
     stem: Any = text.stem(4)
     assert stem.token_ids == text.token_ids() == TokenIds(size, pad=0, begin=0, end=1)
     pieces = tokenizer_files.by_the_library(tmp_path / "t5.model", "red apple")
@@ -226,7 +226,7 @@ def test_a_run_keeps_a_file_inside_its_folder(
 
 
 def test_tokens_are_embeddings_plus_the_position_of_their_index() -> None:
-    declaration = Declaration(Text(vocabulary=16, buckets=8).stem(5))
+    declaration = Declaration(Text(vocabulary=16, max_positions=8).stem(5))
     rng = np.random.default_rng(0)
     p = {n: rng.normal(size=s.shape).astype("f") for n, s in declaration.specs.items()}
     call = jax.jit(lambda p, arrays, dtype: declaration.merge(p, dtype)(arrays), static_argnums=2)
@@ -248,5 +248,5 @@ def test_tokens_are_embeddings_plus_the_position_of_their_index() -> None:
 
 
 def test_the_table_is_a_vocabulary_and_does_not_decay() -> None:
-    spec = Declaration(Text(vocabulary=16, buckets=8).stem(5)).specs["embedding"]
+    spec = Declaration(Text(vocabulary=16, max_positions=8).stem(5)).specs["embedding"]
     assert spec.shape == (16, 5) and spec.axes == ("vocabulary", "embed") and not spec.decay

@@ -187,7 +187,7 @@ def test_settings_that_do_not_fit(change, message):
 
 def test_clips_drop_tokens_of_their_own():
     """Two examples whose generators differ; one generator gives the same tokens again."""
-    view = Input("clip", VIDEO, VideoInput(frames=4, size=16, drop=0.75))
+    view = Input("clip", VIDEO, VideoInput(frames=4, size=16, token_drop=0.75))
     video = clip(4, 16, 16)
     found = [
         view.preprocess({"video": video}, np.random.default_rng(seed))["coordinates"]
@@ -219,7 +219,7 @@ def normed(p: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
 
 
 def test_tokens_are_projected_tubes_and_positions_time_first():
-    stem, p = built(Video(tube=2, patch=4, time_buckets=8, buckets=4))
+    stem, p = built(Video(tube=2, patch=4, max_time_positions=8, max_positions=4))
     pixels = np.stack([clip(4, 8, 16, seed) for seed in range(2)])
     stream = stem({"pixels": pixels})
     assert stream.x_BSD.shape == (2, 2 * 2 * 4, 6) and stream.valid_BS is None
@@ -244,7 +244,7 @@ def test_cut_by_loops():
 
 
 def test_another_resolution_and_frame_count_read_the_same_parameters():
-    stem, _ = built(Video(tube=2, patch=4, time_buckets=4, buckets=4))
+    stem, _ = built(Video(tube=2, patch=4, max_time_positions=4, max_positions=4))
 
     def positions(t: int, y: int, x: int) -> np.ndarray:
         grey = np.full((1, 2 * t, 4 * y, 4 * x, 3), 128, np.uint8)

@@ -298,7 +298,7 @@ def test_a_resampled_tone_is_the_tone():
 
 def test_raw_sounds_keep_their_rate_whatever_the_field_has():
     modality = Waveform(patch=4)
-    settings = WaveformInput(samples=400, rate=8000)
+    settings = WaveformInput(samples=400, sample_rate=8000)
     raw = modality.raw((sine(300, 0.02, 48000), 48000))
     again = modality.raw(raw)
     np.testing.assert_array_equal(again[0], raw[0])
@@ -342,13 +342,13 @@ def test_a_window_leaves_the_sound_alone():
     before = sound.copy()
     for size in (64, len(sound), 256):
         assert not np.shares_memory(window(sound, size, None)[0], sound)
-        made = Waveform(patch=1).preprocess(WaveformInput(samples=size, level=0.9), sound, None)
+        made = Waveform(patch=1).preprocess(WaveformInput(samples=size, rms=0.9), sound, None)
         made["samples"] += 1
     np.testing.assert_array_equal(sound, before)
 
 
 def test_level_scales_the_sound_that_is_there_and_not_silence():
-    modality, settings = Waveform(patch=8), WaveformInput(samples=1600, level=0.2)
+    modality, settings = Waveform(patch=8), WaveformInput(samples=1600, rms=0.2)
     made = modality.preprocess(settings, sine(200, 0.05, amplitude=0.01), None)["samples"]
     assert np.sqrt(np.square(made[:800]).mean()) == pytest.approx(0.2, rel=1e-5)
     for silence in (np.zeros(100), np.zeros(0), np.zeros(4000)):
@@ -358,7 +358,7 @@ def test_level_scales_the_sound_that_is_there_and_not_silence():
 
 
 def test_gain_is_within_its_bounds_and_in_training_only():
-    modality, settings = Waveform(patch=8), WaveformInput(samples=160, gain=6.0)
+    modality, settings = Waveform(patch=8), WaveformInput(samples=160, gain_db=6.0)
     sound = sine(200, 0.01)
     factors = [
         modality.preprocess(settings, sound, np.random.default_rng(i))["samples"] @ sound / (sound @ sound)
@@ -378,7 +378,7 @@ def test_gain_is_within_its_bounds_and_in_training_only():
 )
 def test_settings_that_do_not_fit(settings, message):
     with pytest.raises(UserError, match=message):
-        Waveform(patch=8, buckets=10).arrays(settings)
+        Waveform(patch=8, max_positions=10).arrays(settings)
 
 
 # --- tokens ------------------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def normed(p: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
 
 
 def test_tokens_are_projected_patches_and_positions():
-    stem, p = built(Waveform(patch=4, buckets=8))
+    stem, p = built(Waveform(patch=4, max_positions=8))
     samples = np.random.default_rng(1).normal(size=(2, 16)).astype(np.float32)
     valid = np.array([[1, 1, 0, 0], [1, 1, 1, 1]], bool)
     stream = stem({"samples": samples, "valid": valid})
@@ -407,7 +407,7 @@ def test_tokens_are_projected_patches_and_positions():
 
 
 def test_another_length_reads_the_same_parameters():
-    modality = Waveform(patch=4, buckets=8)
+    modality = Waveform(patch=4, max_positions=8)
     stem, _ = built(modality)
 
     def positions(count: int) -> np.ndarray:

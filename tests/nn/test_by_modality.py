@@ -18,7 +18,7 @@ from mmjax.analysis.flops import model_flops, train_flops
 from mmjax.blocks.transformer import PARTS
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration, from_canonical, to_canonical
-from mmjax.nn.by_modality import ByModality, Kinds, Untied, apply
+from mmjax.nn.by_modality import ByModality, Kinds, PerModality, apply
 from mmjax.nn.dense import Dense
 from mmjax.nn.masks import Causal, code
 from mmjax.nn.stream import Stream
@@ -38,8 +38,10 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def declared(untie: Any = (), modalities: Any = ()) -> Declaration:
-    words = {"heads": HEADS, "hidden": HIDDEN, "bias": True, "qk_norm": True}
-    block = layers.block("transformer", WIDTH, **words, untie=untie, modalities=modalities)
+    words = {"num_heads": HEADS, "mlp_dim": HIDDEN, "bias": True, "qk_norm": True}
+    block = layers.block(
+        "transformer", WIDTH, **words, per_modality={"parts": untie, "modalities": modalities}
+    )
     return Declaration(block)
 
 
@@ -241,14 +243,28 @@ def test_copies_have_the_axes_and_the_decay_of_the_dense_block() -> None:
 
 # --- in a trunk ---------------------------------------------------------------------------------
 
-BLOCK = {"name": "transformer", "heads": 2, "hidden": 5}
-MOT = {**BLOCK, "untie": [p for p in PARTS if p != "qk_norm"], "modalities": NAMES}
+BLOCK = {"name": "transformer", "num_heads": 2, "mlp_dim": 5}
+MOT = {
+    **BLOCK,
+    "per_modality": {"parts": [p for p in PARTS if p != "qk_norm"], "modalities": NAMES},
+}
 TWO = {"text": "text", "image": "image", "sound": "image"}
-VLMO = {**BLOCK, "untie": ["mlp", "mlp_norm"], "modalities": TWO}
+VLMO = {**BLOCK, "per_modality": {"parts": ["mlp", "mlp_norm"], "modalities": TWO}}
 
 
 def trunk(*groups: GroupConfig, remat: str = "none", norms: Any = ()) -> Declaration:
-    return Declaration(nnx.Dict({"trunk": Trunk(groups, WIDTH, remat, norm_modalities=norms)}))
+    return Declaration(
+        nnx.Dict(
+            {
+                "trunk": Trunk(
+                    groups,
+                    WIDTH,
+                    remat,
+                    per_modality=PerModality(("norm",) if norms else (), norms),
+                )
+            }
+        )
+    )
 
 
 def test_scan_and_remat_change_nothing() -> None:
@@ -299,16 +315,16 @@ def test_multiway_blocks_below_shared_ones() -> None:
 @pytest.mark.parametrize(
     ("untie", "modalities", "message"),
     [
-        (["mpl"], NAMES, r"untie names 'mpl'\. Did you mean 'mlp'\?"),
-        (["mlp"], (), r"untie is \['mlp'\] and modalities \[\]: name"),
-        ((), NAMES, r"untie is \[\] and modalities"),
+        (["mpl"], NAMES, r"per_modality.parts names 'mpl'\. Did you mean 'mlp'\?"),
+        (["mlp"], (), r"per_modality.parts is \['mlp'\] and modalities \[\]: name"),
+        ((), NAMES, r"per_modality.parts is \[\] and modalities"),
         (["qk_norm"], NAMES, r"set qk_norm"),
         (["mlp"], ["experts"], r"no copy can have the name 'experts'"),
-        (["mlp"], "text", r"modalities' is 'text'; expected a list, each str or a block of keys"),
+        (["mlp"], "text", r"per_modality.modalities' is 'text'; expected a list, each str or a block of keys"),
     ],
 )  # fmt: skip
 def test_mistakes_in_the_config(untie: Any, modalities: Any, message: str) -> None:
-    block = {**BLOCK, "untie": untie, "modalities": modalities}
+    block = {**BLOCK, "per_modality": {"parts": untie, "modalities": modalities}}
     with pytest.raises(UserError, match=message):
         trunk(GroupConfig(1, (block,)))
 
@@ -327,7 +343,7 @@ def test_streams_that_do_not_fit(layout: Any, message: str) -> None:
 
 
 def test_a_layout_of_another_length_is_our_mistake() -> None:
-    copies = Untied(frozenset({"mlp"}), {name: name for name in NAMES})
+    copies = PerModality(("mlp",), tuple(NAMES))
     part = copies("mlp", lambda: Dense(1, 1, (None, None)))
     with pytest.raises(ValueError, match="of a stream of 4 tokens"):
         apply(part, jnp.zeros((1, 4, 1)), Kinds((("text", 3),)))

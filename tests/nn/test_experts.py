@@ -75,7 +75,7 @@ def test_each_token_is_the_sum_of_its_slots(config: dict[str, Any]) -> None:
 
 def test_experts_that_are_all_alike_are_the_dense_layer() -> None:
     """Each token at all of them, whose gates sum to one."""
-    config = {"count": COUNT, "router": {"name": "token_choice", "top": COUNT, "capacity": 1.0}}
+    config = {"count": COUNT, "router": {"name": "token_choice", "top_k": COUNT, "capacity": 1.0}}
     p = random(Declaration(layers.experts(WIDTH, HIDDEN, config)))
     p |= {n: np.broadcast_to(v[:1], v.shape) for n, v in p.items() if n != "router"}
     y, aux = run(config, p, np.ones_like(VALID))
@@ -97,12 +97,16 @@ def test_auxiliary_losses_add_up_and_reach_the_router() -> None:
     assert float(run(plain, p)[1].loss) == 0
     parts = [
         {"losses": {"importance": 0.5}}, {"losses": {"balance": 0.1}}, {"losses": {"z": 0.01}},
-        {"local": {"text": 0.3}}, {"spread": {"image": 2.0}, "threshold": {"image": 1.5}},
+        {"local_entropy": {"text": 0.3}}, {"global_entropy": {"image": 2.0}, "entropy_floor": {"image": 1.5}},
     ]  # fmt: skip
     alone = [float(run({**TOKENS, **part}, p)[1].loss) for part in parts]
     assert min(alone) > 0
     together: dict[str, Any] = {"losses": {"importance": 0.5, "balance": 0.1, "z": 0.01}}
-    together |= {"local": {"text": 0.3}, "spread": {"image": 2.0}, "threshold": {"image": 1.5}}
+    together |= {
+        "local_entropy": {"text": 0.3},
+        "global_entropy": {"image": 2.0},
+        "entropy_floor": {"image": 1.5},
+    }
     assert float(run({**TOKENS, **together}, p)[1].loss) == pytest.approx(sum(alone), rel=1e-6)
     declaration = Declaration(layers.experts(WIDTH, HIDDEN, {**TOKENS, **together}))
     stream = Stream(jnp.asarray(X), layout=LAYOUT)
@@ -118,8 +122,14 @@ LOSSES = {"importance": 0.5, "balance": 0.1, "load": 0.2}
 @pytest.mark.parametrize("over", ["group", "batch"])
 def test_losses_are_of_each_group_or_of_the_whole_batch(over: str) -> None:
     """Of the router's own scores, by loops over groups of two rows, or all rows as one."""
-    router: dict[str, Any] = {"name": "token_choice", "top": 1, "noise": 1.0}
-    config = {"count": COUNT, "router": router, "group": 12, "losses": LOSSES, "losses_over": over}
+    router: dict[str, Any] = {"name": "token_choice", "top_k": 1, "noise": 1.0}
+    config = {
+        "count": COUNT,
+        "router": router,
+        "group_size": 12,
+        "losses": LOSSES,
+        "losses_over": over,
+    }
     p = random(Declaration(layers.experts(WIDTH, HIDDEN, config)))
     valid = VALID.copy()
     valid[2:] = False  # a group without a token
@@ -155,7 +165,7 @@ def trunk(width: int = 8, **more: Any) -> Declaration:
 def test_experts_by_modality_are_those_of_each_alone() -> None:
     """MoMa: the tokens of a modality compete with their own kind only."""
     names = ["text", "image"]
-    words: Any = {"experts": CHOICE, "untie": ["mlp"], "modalities": names}
+    words: Any = {"experts": CHOICE, "per_modality": {"parts": ["mlp"], "modalities": names}}
     declaration = Declaration(layers.block("transformer", 8, heads=2, hidden=HIDDEN, **words))
     p = random(declaration)
     model = declaration.merge(p)
@@ -179,7 +189,7 @@ def test_the_cost_is_that_of_the_slots_whatever_the_number_of_experts() -> None:
     shape = (4, 64, 8)
 
     def cost(count: int, **rule: Any) -> int:
-        config = {"count": count, "router": {"name": "expert_choice", **rule}, "group": 128}
+        config = {"count": count, "router": {"name": "expert_choice", **rule}, "group_size": 128}
         declaration = Declaration(layers.experts(8, 16, config))
         p = {n: jax.ShapeDtypeStruct(s.shape, "float32") for n, s in declaration.specs.items()}
         x = jax.ShapeDtypeStruct(shape, "float32")
@@ -269,7 +279,7 @@ def test_groups_of_the_config_are_those_that_compete() -> None:
     x = rng.normal(size=(4, 3, WIDTH)).astype("f")
     moved = {}
     for groups in (1, 4):
-        declaration = Declaration(layers.experts(WIDTH, HIDDEN, {"count": 2, "groups": groups}))
+        declaration = Declaration(layers.experts(WIDTH, HIDDEN, {"count": 2, "min_groups": groups}))
         p = {n: rng.normal(size=s.shape).astype("f") for n, s in declaration.specs.items()}
         call = jax.jit(lambda x, d=declaration, p=p: d.merge(p)(Stream(x), None)[0])
         moved[groups] = float(np.abs(call(x)[:1] - call(x[:1])).max())
@@ -280,7 +290,7 @@ def test_groups_of_the_config_are_those_that_compete() -> None:
     "config, said",
     [
         ({"count": 0}, "count is 0"),
-        ({"count": 2, "groups": 0}, "groups is 0; it must be at least 1"),
+        ({"count": 2, "min_groups": 0}, "groups is 0; it must be at least 1"),
         (
             {"count": 2, "router": {"name": "expert_choise"}},
             "no 'expert_choise' in mmjax/nn/routers. Did you mean",
@@ -292,7 +302,10 @@ def test_groups_of_the_config_are_those_that_compete() -> None:
             {"count": 1, "losses": {"importance": 1.0}},
             "count is 1, and 'importance' balances experts",
         ),
-        ({"count": 1, "spread": {"text": 1.0}}, "count is 1, and 'spread' balances experts"),
+        (
+            {"count": 1, "global_entropy": {"text": 1.0}},
+            "count is 1, and 'global_entropy' balances experts",
+        ),
     ],
 )
 def test_mistakes(config: Any, said: str) -> None:

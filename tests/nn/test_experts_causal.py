@@ -13,7 +13,7 @@ from mmjax.nn.stream import Stream
 CAUSAL = {
     "count": 2,
     "router": {"name": "expert_choice", "score": "sigmoid", "capacity": 1.0},
-    "causal": {"hidden": 3, "weight": 1.0},
+    "causal": {"mlp_dim": 3, "weight": 1.0},
 }
 
 

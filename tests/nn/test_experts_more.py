@@ -27,7 +27,7 @@ X = np.random.default_rng(4).normal(size=(ROWS, LENGTH, WIDTH))
 CAUSALLY = {
     "count": 3,
     "router": {"name": "expert_choice", "score": "sigmoid", "capacity": 1.5},
-    "causal": {"hidden": 5, "weight": 0.7},
+    "causal": {"mlp_dim": 5, "weight": 0.7},
 }
 
 
@@ -50,8 +50,8 @@ def softmax(x: np.ndarray, axis: int) -> np.ndarray:
 
 @pytest.mark.parametrize("normalise", [True, False])
 def test_soft_experts_by_their_formula(normalise: bool) -> None:
-    router = {"name": "soft", "columns": 2, "normalise": normalise}
-    declaration, p = experts({"count": 3, "router": router, "group": LENGTH})
+    router = {"name": "soft", "slots_per_expert": 2, "normalise": normalise}
+    declaration, p = experts({"count": 3, "router": router, "group_size": LENGTH})
     y, aux = declaration.merge(p)(stream(), None)
     for row in range(ROWS):
         x, phi = X[row][VALID[row]], p["router"]
@@ -141,7 +141,9 @@ def trunk(config: Any, **more: Any) -> Declaration:
     return Declaration(nnx.Dict(trunk=Trunk([group], WIDTH)))
 
 
-@pytest.mark.parametrize("more", [{}, {"untie": ["mlp"], "modalities": ["text", "image"]}])
+@pytest.mark.parametrize(
+    "more", [{}, {"per_modality": {"parts": ["mlp"], "modalities": ["text", "image"]}}]
+)
 def test_token_by_token_each_goes_where_its_causal_router_says(more: dict[str, Any]) -> None:
     declaration = trunk(CAUSALLY, **more)
     model = declaration.merge({n: jnp.asarray(v) for n, v in random(declaration).items()})["trunk"]
@@ -161,7 +163,7 @@ def test_token_by_token_each_goes_where_its_causal_router_says(more: dict[str, A
     changed[:, 4:] += 1
     np.testing.assert_array_equal(parts(changed)[:, :4], y[:, :4])
     # By hand: the first token alone, through all layers.
-    graph, state = nnx.split(model.groups[0].blocks)
+    graph, state = nnx.split(model.layers[0].blocks)
     one = Stream(jnp.asarray(X[:, :1]), layout=((names[0], 1),), mask=Causal())
     for repeat in range(2):
         dense, sparse = nnx.merge(graph, jax.tree.map(lambda a, r=repeat: a[r], state))
@@ -192,7 +194,7 @@ def test_token_by_token_each_goes_where_its_causal_router_says(more: dict[str, A
 
 
 def _first(model: Any) -> Any:
-    graph, state = nnx.split(model.groups[0].blocks)
+    graph, state = nnx.split(model.layers[0].blocks)
     return graph, jax.tree.map(lambda x: x[0], state)
 
 
@@ -200,9 +202,9 @@ def _first(model: Any) -> Any:
     ("config", "said"),
     [
         ({"losses": {"load": 1.0}}, "losses.load needs a router with noise"),
-        ({"router": {"name": "token_choice"}, "causal": {"hidden": 3}}, "causal is for a router whose experts choose"),
+        ({"router": {"name": "token_choice"}, "causal": {"mlp_dim": 3}}, "causal is for a router whose experts choose"),
         ({"router": {"name": "soft"}, "losses": {"z": 1.0}}, "router is Soft, which has no auxiliary losses"),
-        ({"router": {"name": "soft"}, "local": {"text": 1.0}}, "router is Soft, which has no auxiliary losses"),
+        ({"router": {"name": "soft"}, "local_entropy": {"text": 1.0}}, "router is Soft, which has no auxiliary losses"),
         ({"causal": {"hiden": 3}}, "Did you mean 'hidden'"),
     ],
 )  # fmt: skip
@@ -216,14 +218,14 @@ def test_what_does_not_go_together_is_said(config: Any, said: str) -> None:
 
 def test_usage_is_told_of_each_layer_and_modality() -> None:
     """Layers 1 and 3 have experts, of a pattern of two blocks; passes add up."""
-    config = {**TOKENS, "group": ROWS * LENGTH}
+    config = {**TOKENS, "group_size": ROWS * LENGTH}
     declaration = trunk(config)
     p = {n: jnp.asarray(v) for n, v in random(declaration).items()}
     model = declaration.merge(p)["trunk"]
     _, aux = model(stream(), None)
     assert set(aux.usage) == {f"{layer} {name}" for layer in ("001", "003") for name in ("text", "image")}  # fmt: skip
     x = stream()
-    graph, state = nnx.split(model.groups[0].blocks)
+    graph, state = nnx.split(model.layers[0].blocks)
     for repeat, layer in enumerate(("001", "003")):
         first, second = nnx.merge(graph, jax.tree.map(lambda a, r=repeat: a[r], state))
         x, _ = first(x, None)
@@ -245,8 +247,8 @@ def test_usage_is_told_of_each_layer_and_modality() -> None:
 
 def test_losses_name_modalities_that_there_are() -> None:
     words = (
-        "model.groups=[{'repeat': 1, 'pattern': [{'name': 'transformer', 'heads': 2, 'hidden': 8, 'experts': "
-        "{'count': 2, 'router': {'name': 'token_choice'}, 'spread': {'toi': 1.0}}}]}]"
+        "model.layers=[{'repeat': 1, 'blocks': [{'name': 'transformer', 'num_heads': 2, 'mlp_dim': 8, 'experts': "
+        "{'count': 2, 'router': {'name': 'token_choice'}, 'global_entropy': {'toi': 1.0}}}]}]"
     )
     from mmjax.experiment import make_experiment
 
@@ -256,9 +258,9 @@ def test_losses_name_modalities_that_there_are() -> None:
 
 # --- upcycling ---------------------------------------------------------------------------------
 
-LAYER = "{'name': 'transformer', 'heads': 2, 'hidden': 8%s}"
-GROUPS = "model.groups=[{'repeat': 2, 'pattern': [" + LAYER + "]}]"
-SPARSE = ", 'experts': {'count': 3, 'router': {'name': 'token_choice', 'top': 3}}"
+LAYER = "{'name': 'transformer', 'num_heads': 2, 'mlp_dim': 8%s}"
+GROUPS = "model.layers=[{'repeat': 2, 'blocks': [" + LAYER + "]}]"
+SPARSE = ", 'experts': {'count': 3, 'router': {'name': 'token_choice', 'top_k': 3}}"
 
 
 def test_a_dense_run_begins_every_expert(

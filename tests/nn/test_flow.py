@@ -26,7 +26,7 @@ LAYOUT = (("image", 3), ("sound", 2), ("fusion", 2))
 IMAGE, SOUND, FUSION = slice(0, 3), slice(3, 5), slice(5, 7)
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 KERNELS = ("plain", "chunked", "splash")
-BLOCK = {"heads": 2, "hidden": 8}
+BLOCK = {"num_heads": 2, "mlp_dim": 8}
 APART, FUSED = (
     {"name": "bottleneck", "modalities": ["image", "sound"], "fuse": fuse, **BLOCK}
     for fuse in (False, True)
@@ -46,7 +46,7 @@ SYSTEMS: dict[str, tuple[str, list[tuple[int, dict[str, Any]]], list[str]]] = {
 def compiled(system: str, kernel: str) -> Any:
     """Of tokens [S, D] and which exist [S]: the size of the gradient of each token by each, [S, S]."""
     mask, layers, _ = SYSTEMS[system]
-    groups = [GroupConfig(n, ({**block, "kernel": kernel},)) for n, block in layers]
+    groups = [GroupConfig(n, ({**block, "attention_impl": kernel},)) for n, block in layers]
     declaration = Declaration(nnx.Dict(trunk=Trunk(groups, WIDTH)))
     rng = np.random.default_rng(0)
     p = {n: jnp.asarray(rng.normal(size=s.shape), "float32") for n, s in declaration.specs.items()}

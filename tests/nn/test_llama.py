@@ -17,6 +17,7 @@ from jax.test_util import check_grads
 from mmjax.blocks.transformer import PARTS
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
+from mmjax.nn.by_modality import PerModality
 from mmjax.nn.dense import norm_of
 from mmjax.nn.masks import Causal
 from mmjax.nn.positions import rotate
@@ -84,7 +85,7 @@ PLACES = np.broadcast_to(np.arange(LENGTH), (ROWS, LENGTH))
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("order", ["pre", "post"])
 def test_against_numpy(order: str, qk_norm: bool) -> None:
-    words = {**LLAMA, "order": order, "qk_norm": qk_norm}
+    words = {**LLAMA, "norm_position": order, "qk_norm": qk_norm}
     p = random(Declaration(layers.block("transformer", WIDTH, heads=HEADS, hidden=HIDDEN, **words)))
     x, first, second = X, p["attention_norm/scale"], p["mlp_norm/scale"]
     if order == "pre":
@@ -131,14 +132,20 @@ def test_token_by_token_is_the_whole_at_once(order: str, untie: tuple[str, ...])
     names = ["text", "image"]
     block: dict[str, Any] = {
         "name": "transformer",
-        "heads": HEADS,
-        "hidden": HIDDEN,
+        "num_heads": HEADS,
+        "mlp_dim": HIDDEN,
         **LLAMA,
-        "order": order,
+        "norm_position": order,
     }
-    block |= {"qk_norm": True, "untie": list(untie), "modalities": names if untie else []}
+    block |= {
+        "qk_norm": True,
+        "per_modality": {"parts": list(untie), "modalities": names if untie else []},
+    }
     trunk = Trunk(
-        [GroupConfig(2, (block,))], WIDTH, norm="rms", norm_modalities=names if untie else ()
+        [GroupConfig(2, (block,))],
+        WIDTH,
+        norm="rms",
+        per_modality=PerModality(("norm",) if untie else (), tuple(names) if untie else ()),
     )
     declaration = Declaration(nnx.Dict({"trunk": trunk}))
     model = declaration.merge({n: jnp.asarray(v) for n, v in random(declaration).items()})["trunk"]
@@ -153,7 +160,11 @@ def test_token_by_token_is_the_whole_at_once(order: str, untie: tuple[str, ...])
 
 
 def test_every_norm_can_be_untied() -> None:
-    words: Any = {**LLAMA, "qk_norm": True, "untie": PARTS, "modalities": ["text", "image"]}
+    words: Any = {
+        **LLAMA,
+        "qk_norm": True,
+        "per_modality": {"parts": PARTS, "modalities": ["text", "image"]},
+    }
     declaration = Declaration(
         layers.block("transformer", WIDTH, heads=HEADS, hidden=HIDDEN, **words)
     )
@@ -161,13 +172,13 @@ def test_every_norm_can_be_untied() -> None:
     p = random(declaration)
     dense = {n.replace("/text", ""): v for n, v in p.items() if "/text" in n}
     same = {n: dense[n.replace("/text", "").replace("/image", "")] for n in p}
-    plain = {k: v for k, v in words.items() if k not in ("untie", "modalities")}
+    plain = {k: v for k, v in words.items() if k != "per_modality"}
     np.testing.assert_allclose(run(same, X, **words), run(dense, X, **plain), rtol=1e-10)
 
 
 @pytest.mark.parametrize("order", ["pre", "post"])
 def test_gradients_are_finite_differences(order: str) -> None:
-    words = {**LLAMA, "order": order, "qk_norm": True}
+    words = {**LLAMA, "norm_position": order, "qk_norm": True}
     declaration = Declaration(
         layers.block("transformer", WIDTH, heads=HEADS, hidden=HIDDEN, **words)
     )
@@ -181,7 +192,7 @@ def test_gradients_are_finite_differences(order: str) -> None:
 
 
 def test_the_last_norm_of_a_trunk() -> None:
-    block = {"name": "transformer", "heads": HEADS, "hidden": HIDDEN, **LLAMA}
+    block = {"name": "transformer", "num_heads": HEADS, "mlp_dim": HIDDEN, **LLAMA}
     declaration = Declaration(nnx.Dict(trunk=Trunk([GroupConfig(1, (block,))], WIDTH, norm="rms")))
     p = random(declaration)
     trunk = declaration.merge({n: jnp.asarray(v) for n, v in p.items()})["trunk"]
@@ -213,7 +224,7 @@ def test_norms_and_rotations_are_done_in_float32(dtype: str) -> None:
     [
         ({"norm": "rsm"}, "norm is 'rsm'. Did you mean 'rms'"),
         ({"mlp": "swigl"}, "mlp is 'swigl'. Did you mean 'swiglu'"),
-        ({"order": "pst"}, "order is 'pst'. Did you mean 'post'"),
+        ({"norm_position": "pst"}, "norm_position is 'pst'. Did you mean 'post'"),
         ({"rotary": -1.0}, "rotary is -1.0"),
     ],
 )

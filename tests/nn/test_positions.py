@@ -188,12 +188,12 @@ def test_every_modality_names_mistakes_of_its_positions(modality: Any) -> None:
 
 
 MODALITIES: list[Any] = [
-    (Text(vocabulary=5, buckets=2, positions="none"), TextInput(length=3)),
-    (Colours(levels=2, buckets=1, positions="none"), ImageInput(size=2)),
-    (Image(patch=2, buckets=1, positions="none"), ImageInput(size=4)),
-    (Video(tube=1, patch=2, time_buckets=1, buckets=1, positions="none"), VideoInput(frames=2, size=4)),
-    (Waveform(patch=4, buckets=1, positions="none"), WaveformInput(samples=8)),
-    (Spectrogram(buckets=1, positions="none"), SpectrogramInput(frames=32)),
+    (Text(vocabulary=5, max_positions=2, positions="none"), TextInput(length=3)),
+    (Colours(levels=2, max_positions=1, positions="none"), ImageInput(size=2)),
+    (Image(patch=2, max_positions=1, positions="none"), ImageInput(size=4)),
+    (Video(tube=1, patch=2, max_time_positions=1, max_positions=1, positions="none"), VideoInput(frames=2, size=4)),
+    (Waveform(patch=4, max_positions=1, positions="none"), WaveformInput(samples=8)),
+    (Spectrogram(max_positions=1, positions="none"), SpectrogramInput(frames=32)),
 ]  # fmt: skip
 
 

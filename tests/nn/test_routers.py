@@ -54,12 +54,12 @@ def token_choice(router: TokenChoice, logits: np.ndarray, valid: np.ndarray) -> 
     """Riquelme et al. (2021), algorithms 1 and 2, one group: k-th choices of all tokens before those after."""
     tokens, experts = logits.shape
     scores = softmax(logits)
-    count = min(tokens, math.ceil(router.capacity * router.top * tokens / experts))
+    count = min(tokens, math.ceil(router.capacity * router.top_k * tokens / experts))
     order = [t for t in range(tokens) if valid[t]]
-    if router.priority:
+    if router.batch_priority:
         order.sort(key=lambda t: (-scores[t].max(), t))
     taken, weights = [0] * experts, np.zeros((tokens, experts))
-    for k in range(router.top):
+    for k in range(router.top_k):
         for t in order:
             e = sorted(range(experts), key=lambda e: (-scores[t, e], e))[k]
             if taken[e] < count:
@@ -85,9 +85,12 @@ ROUTERS: dict[str, tuple[Router, Any]] = {
     "expert choice, more room": (ExpertChoice(capacity=2.5), expert_choice),
     "expert choice, sigmoid": (ExpertChoice(score="sigmoid", capacity=0.5), expert_choice),
     "first choice": (TokenChoice(), token_choice),
-    "two choices": (TokenChoice(top=2, capacity=0.5), token_choice),
-    "two choices by priority": (TokenChoice(top=2, capacity=0.6, priority=True), token_choice),
-    "room for all": (TokenChoice(top=2, capacity=100.0), token_choice),
+    "two choices": (TokenChoice(top_k=2, capacity=0.5), token_choice),
+    "two choices by priority": (
+        TokenChoice(top_k=2, capacity=0.6, batch_priority=True),
+        token_choice,
+    ),
+    "room for all": (TokenChoice(top_k=2, capacity=100.0), token_choice),
 }
 
 
@@ -238,8 +241,8 @@ def test_entropies_of_a_modality() -> None:
     [
         (lambda: ExpertChoice(capacity=0.0), "capacity is 0.0"),
         (lambda: ExpertChoice(score="sigmod"), "score is 'sigmod'. Did you mean 'sigmoid'"),
-        (lambda: TokenChoice(top=0), "top is 0"),
-        (lambda: TokenChoice(top=4).route(jnp.zeros((1, 2, 3)), jnp.ones((1, 2), bool)), "top is 4, of 3 experts"),
+        (lambda: TokenChoice(top_k=0), "top is 0"),
+        (lambda: TokenChoice(top_k=4).route(jnp.zeros((1, 2, 3)), jnp.ones((1, 2), bool)), "top is 4, of 3 experts"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense(make: Any, said: str) -> None:
@@ -257,7 +260,7 @@ def test_soft_slots_are_means_of_tokens_and_tokens_means_of_slots() -> None:
     logits = rng.normal(size=(2, tokens, experts * columns))
     valid = np.array([[True, True, False, True, True], [False, False, True, False, False]])
     x = rng.normal(size=(2, tokens, width))
-    router = Soft(columns=columns)
+    router = Soft(slots_per_expert=columns)
     made = router.route(jnp.asarray(logits), jnp.asarray(valid))
     slots = np.zeros((2, experts, columns, width))
     for g, e, c in np.ndindex(2, experts, columns):
@@ -279,7 +282,7 @@ def test_a_soft_group_without_tokens_is_zero_also_backwards() -> None:
     x, logits = jnp.ones((1, 3, 2)), jnp.ones((1, 3, 4))
 
     def total(logits: jax.Array) -> jax.Array:
-        made = Soft(columns=2).route(logits, jnp.zeros((1, 3), bool))
+        made = Soft(slots_per_expert=2).route(logits, jnp.zeros((1, 3), bool))
         return made.combine(made.gather(x), 3).sum()
 
     value, gradient = jax.value_and_grad(total)(logits)
@@ -315,7 +318,7 @@ def test_the_load_loss_by_loops(top: int) -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Soft(columns=0), "columns is 0"),
+        (lambda: Soft(slots_per_expert=0), "columns is 0"),
         (lambda: TokenChoice(noise=-1.0), "noise is -1.0"),
     ],
 )

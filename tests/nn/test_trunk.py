@@ -24,8 +24,8 @@ from mmjax.nn.stream import Aux, Stream
 from mmjax.nn.trunk import GroupConfig, Trunk, add_up
 
 WIDTH = 4
-BLOCK = {"name": "transformer", "heads": 2, "hidden": 5}
-OTHER = {"name": "transformer", "heads": 1, "hidden": 3, "qk_norm": True}
+BLOCK = {"name": "transformer", "num_heads": 2, "mlp_dim": 5}
+OTHER = {"name": "transformer", "num_heads": 1, "mlp_dim": 3, "qk_norm": True}
 VALID = np.array([[1, 1, 0], [1, 0, 0]], bool)
 Groups = Sequence[GroupConfig]
 
@@ -103,7 +103,7 @@ def final_norm(canonical: Mapping[str, np.ndarray], x: np.ndarray) -> np.ndarray
 def test_groups_equal_a_loop_over_their_layers(x64: None, groups: Groups) -> None:
     declaration = declared(groups)
     canonical = random_canonical(declaration)
-    blocks = [b for g in groups for _ in range(g.repeat) for b in g.pattern]
+    blocks = [b for g in groups for _ in range(g.repeat) for b in g.blocks]
 
     @jax.jit
     def layers(canonical: Any, stream: Stream) -> Any:
@@ -245,13 +245,13 @@ def test_bfloat16_compute_keeps_the_norms_and_gives_bfloat16() -> None:
     ("groups", "remat", "message"),
     [
         ([GroupConfig(1, ({"name": "transfomer"},))], "none",
-         r"model\.groups\[0\]\.pattern\[0\]\.name: no 'transfomer' .* 'transformer'\?"),
-        ([GroupConfig(1, (BLOCK, {**BLOCK, "hiden": 3}))], "none",
-         r"key 'model\.groups\[0\]\.pattern\[1\]\.hiden'\. Did you mean 'hidden'\?"),
-        ([GroupConfig(1, (BLOCK,)), GroupConfig(1, ({**BLOCK, "heads": 3},))], "none",
-         r"model\.groups\[1\]\.pattern\[0\]: attention: width 4 does not divide over 3 heads"),
-        ([GroupConfig(1, ({"heads": 2},))], "none", r"pattern\[0\]: 'name' is missing"),
-        ([GroupConfig(2, ())], "none", r"model\.groups\[0\]\.pattern is empty"),
+         r"model\.groups\[0\]\.blocks\[0\]\.name: no 'transfomer' .* 'transformer'\?"),
+        ([GroupConfig(1, (BLOCK, {**BLOCK, "mlp_dm": 3}))], "none",
+         r"key 'model\.layers\[0\]\.blocks\[1\]\.mlp_dm'\. Did you mean 'mlp_dim'\?"),
+        ([GroupConfig(1, (BLOCK,)), GroupConfig(1, ({**BLOCK, "num_heads": 3},))], "none",
+         r"model\.groups\[1\]\.blocks\[0\]: attention: width 4 does not divide over 3 heads"),
+        ([GroupConfig(1, ({"num_heads": 2},))], "none", r"blocks\[0\]: 'name' is missing"),
+        ([GroupConfig(2, ())], "none", r"model\.layers\[0\]\.blocks is empty"),
         ([], "none", r"model\.groups is empty"),
         ([GroupConfig(1, (BLOCK,))], "dot", r"model\.remat is 'dot'\. Did you mean 'dots'\?"),
     ],
@@ -265,7 +265,7 @@ def test_mistakes_in_the_config_say_where(groups: Groups, remat: str, message: s
 @pytest.mark.parametrize("kernel", ["plain", "chunked"])
 def test_a_mask_holds_through_all_layers(x64: None, kernel: str) -> None:
     """Causal text after a picture that all see: gradients of every output by every input token."""
-    block = {**BLOCK, "kernel": kernel}
+    block = {**BLOCK, "attention_impl": kernel}
     declaration = declared([GroupConfig(2, (block,))])
     p = {
         n: jax.random.normal(jax.random.key(i), s.shape)
@@ -287,7 +287,7 @@ def test_kernels_of_attention_are_made_whole_once_in_a_pass() -> None:
     """Query, key, value and out: in the forward pass and in the backward one, which does the layer again."""
     width = 64
     trunk = Trunk(
-        [GroupConfig(2, ({"name": "transformer", "heads": 4, "hidden": 192},))], width, "full"
+        [GroupConfig(2, ({"name": "transformer", "num_heads": 4, "mlp_dim": 192},))], width, "full"
     )
     declaration = Declaration(nnx.Dict({"trunk": trunk}))
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))

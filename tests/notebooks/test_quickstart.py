@@ -155,7 +155,7 @@ def test_the_run_is_the_quickstart_but_for_sizes():
     assert list(tiny["tasks"]) == list(whole["tasks"]) and tiny["modalities"] == whole["modalities"]
     for name, task in whole["tasks"].items():
         assert tiny["tasks"][name]["objective"]["name"] == task["objective"]["name"]
-        assert tiny["tasks"][name]["share"] == task["share"]
+        assert tiny["tasks"][name]["weight"] == task["weight"]
 
 
 # --- the notebook, executed --------------------------------------------------------------------

@@ -25,7 +25,7 @@ from mmjax.objectives.classification import Classification, cross_entropy, is_ri
 
 WIDTH, SIZE, PATCH, CLASSES = 8, 8, 4, 5
 INPUTS = {"image": Input("image", Image(patch=PATCH), ImageInput(size=SIZE))}
-LAYER = {"name": "transformer", "heads": 2, "hidden": 16}
+LAYER = {"name": "transformer", "num_heads": 2, "mlp_dim": 16}
 
 
 def logits(rows: int, classes: int = CLASSES, seed: int = 0) -> np.ndarray:

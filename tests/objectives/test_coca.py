@@ -37,22 +37,22 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def group(name: str, repeat: int = 2, kernel: str = "auto") -> tuple[GroupConfig, ...]:
-    block = {"name": name, "heads": HEADS, "hidden": HIDDEN, "kernel": kernel}
+    block = {"name": name, "num_heads": HEADS, "mlp_dim": HIDDEN, "attention_impl": kernel}
     return (GroupConfig(repeat, (block,)),)
 
 
 def objective(**settings: Any) -> Coca:
     return Coca(
         **{
-            "head": "coca", "joint": 3, "concept": "concept", "queries": 3, "pooler_heads": HEADS,
+            "head": "coca", "embed_dim": 3, "positive_key": "concept", "queries": 3, "pooler_heads": HEADS,
             "unimodal": group("transformer"), "multimodal": group("cross_transformer"), **settings,
         }
     )  # fmt: skip
 
 
 INPUTS = {
-    "image": Input("image", Image(patch=2, buckets=4), ImageInput(size=4)),
-    "text": Input("text", Text(vocabulary=VOCABULARY, buckets=8), TextInput(length=LENGTH)),
+    "image": Input("image", Image(patch=2, max_positions=4), ImageInput(size=4)),
+    "text": Input("text", Text(vocabulary=VOCABULARY, max_positions=8), TextInput(length=LENGTH)),
 }
 
 
@@ -528,4 +528,4 @@ def test_mistakes() -> None:
     with pytest.raises(UserError, match="queries is 0; it must be at least 1"):
         objective(queries=0)
     with pytest.raises(UserError, match="two modalities"):
-        replace(objective(), between=("image",))
+        replace(objective(), modalities=("image",))

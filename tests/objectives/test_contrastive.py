@@ -276,12 +276,12 @@ def test_descent_leads_back_below_the_bound(x64: None) -> None:
 
 def test_without_a_bound_the_scale_is_exp(x64: None) -> None:
     """A published SigLIP's, which `form: sigmoid` has."""
-    made = Contrastive(between=("image", "text"), form="sigmoid", temperature=0.005)
+    made = Contrastive(modalities=("image", "text"), loss="sigmoid", init_temperature=0.005)
     scale = made.heads(4, {})["scale"]
     value, slope = jax.value_and_grad(lambda x: Declaration(scale).merge({"log": x})())(4.7215)
     assert float(value) == pytest.approx(112.337, rel=1e-4)
     assert float(slope) == pytest.approx(float(value), rel=1e-9)
-    assert Contrastive(between=("image", "text")).heads(4, {})["scale"].bound == 100
+    assert Contrastive(modalities=("image", "text")).heads(4, {})["scale"].bound == 100
 
 
 def test_the_scale_begins_at_one_over_the_temperature_in_the_parameter_dtype() -> None:
@@ -329,7 +329,7 @@ def pair_batch(rows: int = 5) -> dict[str, Any]:
 
 def run(model: Table, batch: Any, concept: str) -> tuple[Loss, jax.Array]:
     """The objective's loss, and its embeddings of `b`."""
-    objective = Contrastive(between=("a", "b"), concept=concept, joint=3, head="pair")
+    objective = Contrastive(modalities=("a", "b"), positive_key=concept, embed_dim=3, head="pair")
     given: Any = model
 
     @jax.jit
@@ -376,19 +376,20 @@ def test_the_baseline_is_what_equal_logits_cost(x64: None) -> None:
 
 
 def test_what_it_reads_and_makes() -> None:
-    objective = Contrastive(between=("image", "text"), concept="concept", joint=3)
+    objective = Contrastive(modalities=("image", "text"), positive_key="concept", embed_dim=3)
     assert objective.reads() == objective.embeds() == ("image", "text")
     assert objective.fields() == ("concept",)
-    assert Contrastive(between=("image", "text")).fields() == ()
+    assert Contrastive(modalities=("image", "text")).fields() == ()
     assert set(objective.heads(4, {})) == {"image", "text", "scale"}
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"between": ("image",)}, "two modalities"),
-        ({"between": ("a", "b"), "temperature": 0.0}, "positive"),
-        ({"between": ("a", "b"), "temperature": 0.005}, "temperature is 0.005; under softmax it is at least 0.01"),
+        ({"modalities": ("image",)}, "two modalities"),
+        ({"modalities": ("a", "b"), "init_temperature": 0.0}, "positive"),
+        ({"modalities": ("a", "b"), "init_temperature": 0.005},
+         "init_temperature is 0.005; under softmax it is at least 0.01"),
     ],
 )  # fmt: skip
 def test_mistakes(settings: dict[str, Any], message: str) -> None:
@@ -397,16 +398,16 @@ def test_mistakes(settings: dict[str, Any], message: str) -> None:
 
 
 def real_model() -> tuple[Declaration, Contrastive, dict[str, Any]]:
-    block = {"name": "transformer", "heads": 1, "hidden": 4}
+    block = {"name": "transformer", "num_heads": 1, "mlp_dim": 4}
     modalities: dict[str, Any] = {
-        "image": Image(patch=2, buckets=4),
-        "text": Text(vocabulary=16, buckets=8),
+        "image": Image(patch=2, max_positions=4),
+        "text": Text(vocabulary=16, max_positions=8),
     }
     inputs = {
         "image": Input("image", modalities["image"], ImageInput(size=4)),
         "text": Input("text", modalities["text"], TextInput(length=3)),
     }
-    objective = Contrastive(between=("image", "text"), joint=3, head="pair")
+    objective = Contrastive(modalities=("image", "text"), embed_dim=3, head="pair")
     heads = [("pair", objective.heads(4, inputs))]
     config = ModelConfig(4, (GroupConfig(1, (block,)),))
     rng = np.random.default_rng(0)

@@ -95,7 +95,7 @@ def test_a_chunk_must_divide_the_batch(x64: None) -> None:
     with pytest.raises(UserError, match="chunk 5 does not divide the batch of 12. Choose one"):
         chunked_info_nce(*rows(ROWS), chunk=5)
     with pytest.raises(UserError, match="chunk is -1"):
-        Contrastive(between=("a", "b"), chunk=-1)
+        Contrastive(modalities=("a", "b"), chunk=-1)
 
 
 class _Scaled:
@@ -112,7 +112,7 @@ def test_the_objective_takes_the_rows_in_chunks_where_it_is_told_to(
 ) -> None:
     a, b, scale, concept, valid = rows(ROWS)
     batch = {"valid": jnp.asarray(valid), "fields": {"c": jnp.asarray(concept)}}
-    objective = Contrastive(between=("a", "b"), concept="c", chunk=chunk)
+    objective = Contrastive(modalities=("a", "b"), positive_key="c", chunk=chunk)
 
     def compare(a: Any, b: Any) -> Any:
         model: Any = _Scaled(jnp.asarray(scale))

@@ -123,7 +123,7 @@ def test_memory_of_chunks_grows_with_the_batch_alone() -> None:
 
 
 def test_the_head_has_a_bias() -> None:
-    made = Contrastive(between=("image", "text"), form="sigmoid", temperature=0.1)
+    made = Contrastive(modalities=("image", "text"), loss="sigmoid", init_temperature=0.1)
     assert set(made.heads(4, {})) == {"image", "text", "scale", "bias"}
-    with pytest.raises(UserError, match="form is 'sigmod'. Did you mean 'sigmoid'"):
-        Contrastive(between=("image", "text"), form="sigmod")
+    with pytest.raises(UserError, match="loss is 'sigmod'. Did you mean 'sigmoid'"):
+        Contrastive(modalities=("image", "text"), loss="sigmod")

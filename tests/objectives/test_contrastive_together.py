@@ -17,7 +17,7 @@ from mmjax.objectives.contrastive import Contrastive
 
 ROWS = 4
 TIGHT = {  # of 4 rows with 4 tokens and 3, half find a slot, the first that ask
-    "count": 2, "router": {"name": "token_choice", "capacity": 0.5}, "group": 64,
+    "count": 2, "router": {"name": "token_choice", "capacity": 0.5}, "group_size": 64,
     "losses": {"importance": 1.0},
 }  # fmt: skip
 
@@ -27,12 +27,12 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 def pair(experts: dict[str, Any] | None) -> tuple[Declaration, dict[str, Any], dict[str, Any]]:
     """A model of one layer, parameters, and a batch."""
-    image, text = Image(patch=4, buckets=2), Text(vocabulary=32, buckets=4)
-    block: dict[str, Any] = {"name": "transformer", "heads": 2, "hidden": 16}
+    image, text = Image(patch=4, max_positions=2), Text(vocabulary=32, max_positions=4)
+    block: dict[str, Any] = {"name": "transformer", "num_heads": 2, "mlp_dim": 16}
     if experts:
         block["experts"] = experts
-    config = ModelConfig(width=8, groups=(GroupConfig(repeat=1, pattern=(block,)),))
-    heads = Contrastive(between=("image", "text"), joint=4).heads(8, {})
+    config = ModelConfig(width=8, layers=(GroupConfig(repeat=1, blocks=(block,)),))
+    heads = Contrastive(modalities=("image", "text"), embed_dim=4).heads(8, {})
     declaration = declare_model(config, {"image": image, "text": text}, [("pair", heads)])
     rng = np.random.default_rng(1)
     parameters = {
@@ -52,7 +52,9 @@ def pair(experts: dict[str, Any] | None) -> tuple[Declaration, dict[str, Any], d
 def represented(
     declaration: Declaration, parameters: Any, batch: Any, together: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    objective = Contrastive(between=("image", "text"), joint=4, together=together, head="pair")
+    objective = Contrastive(
+        modalities=("image", "text"), embed_dim=4, joint_forward=together, head="pair"
+    )
 
     @jax.jit
     def call(p: Any, batch: Any) -> Any:
@@ -65,7 +67,9 @@ def represented(
 def value_and_gradient(
     declaration: Declaration, parameters: Any, batch: Any, together: bool
 ) -> Any:
-    objective = Contrastive(between=("image", "text"), joint=4, together=together, head="pair")
+    objective = Contrastive(
+        modalities=("image", "text"), embed_dim=4, joint_forward=together, head="pair"
+    )
 
     @jax.jit
     @jax.value_and_grad

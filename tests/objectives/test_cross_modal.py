@@ -94,7 +94,9 @@ def by_loops(
 @pytest.mark.parametrize("weights", [{}, {"vision text": 2.0, "sound text": 0.0}])
 @pytest.mark.parametrize("concept", [np.arange(B), np.array([7, 8, 7, 8, 7])])
 def test_against_loops_with_its_gradient(weights: dict[str, float], concept: np.ndarray) -> None:
-    objective = CrossModal(between=NAMES, weights=weights, concept="c", head="h", joint=E)
+    objective = CrossModal(
+        modalities=NAMES, weights=weights, positive_key="c", head="h", embed_dim=E
+    )
     rows, model = rows_of(), Head(TEMPERATURES)
     inputs = {m: {PRESENT: jnp.asarray(p)} for m, p in rows["present"].items()}
     batch: Any = {
@@ -127,7 +129,7 @@ def test_one_instance_each_is_the_plain_loss() -> None:
     ones = jnp.ones((B, 1), bool)
     logits = bag_logits(jnp.asarray(a[:, None] / 0.3), jnp.asarray(b[:, None]), ones, ones)
     np.testing.assert_allclose(logits, a @ b.T / 0.3, rtol=1e-12)
-    objective = CrossModal(between=("vision", "text"), head="h", joint=E)
+    objective = CrossModal(modalities=("vision", "text"), head="h", embed_dim=E)
     rows = {"vision text": jnp.asarray(a[:, None]), "text vision": jnp.asarray(b[:, None])}
     model: Any = Head({"vision_text": 0.3})
     batch = {"valid": jnp.asarray(VALID), "inputs": {"vision": {}, "text": {}}}
@@ -147,19 +149,19 @@ def test_one_instance_each_is_the_plain_loss() -> None:
     ],
 )
 def test_heads_are_of_the_pairs_that_count(space: str, parts: set[str]) -> None:
-    objective = CrossModal(between=NAMES, weights={"sound text": 0.0}, space=space)
+    objective = CrossModal(modalities=NAMES, weights={"sound text": 0.0}, space=space)
     assert set(objective.heads(8, {})) == {*parts, "temperature_vision_sound", "temperature_vision_text"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({"between": ("text",)}, "two different modalities"),
-        ({"between": ("text", "text")}, "two different modalities"),
-        ({"between": NAMES, "space": "linar"}, "Did you mean 'linear'"),
-        ({"between": NAMES, "initial": 0.0}, "must be above 0"),
-        ({"between": NAMES, "weights": {"text vision": 1.0}}, "no pair 'text vision'.*'vision text'"),
-        ({"between": NAMES[:2], "weights": {"vision sound": 0.0}}, "every pair has the weight 0"),
+        ({"modalities": ("text",)}, "two different modalities"),
+        ({"modalities": ("text", "text")}, "two different modalities"),
+        ({"modalities": NAMES, "space": "linar"}, "Did you mean 'linear'"),
+        ({"modalities": NAMES, "init_temperature": 0.0}, "must be above 0"),
+        ({"modalities": NAMES, "weights": {"text vision": 1.0}}, "no pair 'text vision'.*'vision text'"),
+        ({"modalities": NAMES[:2], "weights": {"vision sound": 0.0}}, "every pair has the weight 0"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said(words: dict[str, Any], said: str) -> None:
@@ -202,7 +204,7 @@ RAW = {"vision_sound": 0.5, "vision_text": 0.7, "sound_text": -0.3}
 
 def test_from_pooled_vectors_to_the_loss_as_imp_has_it() -> None:
     """Spaces, temperatures `relu(t) + 1e-6` and MIL-NCE, in NumPy."""
-    objective = CrossModal(between=NAMES, head="h", joint=E)
+    objective = CrossModal(modalities=NAMES, head="h", embed_dim=E)
     declaration = Declaration(nnx.Dict(objective.heads(WIDTH, {})))
     rng = np.random.default_rng(5)
     p = {n: rng.normal(size=s.shape) for n, s in declaration.specs.items()}
@@ -232,7 +234,7 @@ def test_from_pooled_vectors_to_the_loss_as_imp_has_it() -> None:
 def test_the_baseline_is_of_the_rows_that_have_both() -> None:
     """What equal vectors cost: log of how many rows a pair compares, mean over the pairs by weight."""
     weights = {"vision text": 2.0}
-    objective = CrossModal(between=NAMES, weights=weights, head="h", joint=E)
+    objective = CrossModal(modalities=NAMES, weights=weights, head="h", embed_dim=E)
     present = {m: np.ones((B, n), bool) for m, n in COUNTS.items()}
     present["text"][[0, 3]] = False  # of the four valid rows, two have no text
     vectors = {
@@ -255,8 +257,8 @@ def test_the_baseline_is_of_the_rows_that_have_both() -> None:
 # --- in a run ----------------------------------------------------------------------------------
 
 PAIR = (
-    "tasks.one.objective={'name': 'cross_modal', 'between': ['toy', 'other', 'third'], 'joint': 4, "
-    "'concept': 'label'}"
+    "tasks.one.objective={'name': 'cross_modal', 'modalities': ['toy', 'other', 'third'], 'embed_dim': 4, "
+    "'positive_key': 'label'}"
 )
 MODALITIES = (
     "modalities={'toy': {'name': 'toy'}, 'other': {'name': 'toy'}, 'third': {'name': 'toy'}}"
@@ -266,8 +268,8 @@ INPUTS = (
     "'third': {'tokens': 2}}"
 )
 EVALUATORS = (
-    "tasks.one.evaluators={'r': {'name': 'retrieval', 'source': {'name': 'toy', 'count': 12}, 'concept': 'label', "
-    "'between': ['toy', 'third'], 'unique': 'none'}}"
+    "tasks.one.evaluators={'r': {'name': 'retrieval', 'source': {'name': 'toy', 'count': 12}, 'positive_key': 'label', "
+    "'modalities': ['toy', 'third'], 'unique': 'none'}}"
 )
 
 

@@ -22,10 +22,10 @@ from mmjax.objectives.fusion import Fusion
 ROWS, WIDTH, CLASSES = 4, 8, 3
 ZORRO = Fusion(head="head", classes=CLASSES, modalities=("image", "text"))
 FULL = replace(ZORRO, mask="full")
-MBT = replace(FULL, reading="mean")
+MBT = replace(FULL, readout="mean")
 RELEASED = replace(MBT, loss="each", shared=True)  # scenic's, with class tokens
-PLAIN = {"name": "transformer", "heads": 2, "hidden": 8}
-BOTTLENECK = {"name": "bottleneck", "modalities": ["image", "text"], "heads": 2, "hidden": 8}
+PLAIN = {"name": "transformer", "num_heads": 2, "mlp_dim": 8}
+BOTTLENECK = {"name": "bottleneck", "modalities": ["image", "text"], "num_heads": 2, "mlp_dim": 8}
 
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -33,7 +33,10 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 def built(objective: Fusion, block: dict[str, Any]) -> Any:
     """A function of inputs to logits by output, jitted, and the model."""
-    modalities = {"image": Image(patch=2, buckets=2), "text": Text(vocabulary=9, buckets=8)}
+    modalities = {
+        "image": Image(patch=2, max_positions=2),
+        "text": Text(vocabulary=9, max_positions=8),
+    }
     inputs = {
         "image": Input("image", modalities["image"], ImageInput(size=4)),
         "text": Input("text", modalities["text"], TextInput(length=5)),
@@ -108,7 +111,7 @@ def test_the_loss_is_that_of_what_is_read(objective: Fusion, block: dict[str, An
         told = [(1 - s) * x[r, label[r]] + s * x[r].mean() for r in rows]
         return float(np.mean([np.log(np.exp(x[r]).sum()) for r in rows]) - np.mean(told))
 
-    if objective.reading == "each":
+    if objective.readout == "each":
         assert set(logits) == {"image", "text", "fusion"}
         expected = np.mean([entropy(x) for x in logits.values()])
     else:
@@ -135,7 +138,7 @@ def test_one_modality_is_classified_by_its_own_output_and_several_by_fusion() ->
     ("change", "words"),
     [
         ({"mask": "zoro"}, "mask is 'zoro'.*'zorro'"),
-        ({"reading": "all"}, "reading is 'all'"),
+        ({"readout": "all"}, "readout is 'all'"),
         ({"tokens": 0}, "tokens is 0"),
         ({"modalities": ()}, "modalities is empty"),
         ({"modalities": ("image", "fusion")}, "the name 'fusion' is that of its own tokens"),

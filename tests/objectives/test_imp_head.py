@@ -18,7 +18,9 @@ from mmjax.core.parameters import Declaration
 from mmjax.objectives.cross_modal import CrossModal, Space, Temperature
 
 WIDTH, JOINT, ROWS = 6, 5, 4
-PAIR = CrossModal(between=("vision", "text"), head="joint", joint=JOINT, initial=0.2)
+PAIR = CrossModal(
+    modalities=("vision", "text"), head="joint", embed_dim=JOINT, init_temperature=0.2
+)
 
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -197,13 +197,15 @@ def test_predictions_come_out_in_image_order(data: st.DataObject) -> None:
 
 
 def objective(ratio: float = 0.75) -> MaskedImage:
-    return MaskedImage(ratio=ratio, inner=4, depth=1, heads_per_layer=1, head="mim")
+    return MaskedImage(
+        mask_ratio=ratio, decoder_width=4, decoder_depth=1, decoder_heads=1, head="mim"
+    )
 
 
 def declared(ratio: float = 0.75) -> Declaration:
-    image = Image(patch=PATCH, buckets=4)
+    image = Image(patch=PATCH, max_positions=4)
     inputs = {"image": Input("image", image, ImageInput(size=SIZE))}
-    block = {"name": "transformer", "heads": 1, "hidden": 4}
+    block = {"name": "transformer", "num_heads": 1, "mlp_dim": 4}
     config = ModelConfig(WIDTH, (GroupConfig(1, (block,)),))
     return declare_model(config, {"image": image}, [("mim", objective(ratio).heads(WIDTH, inputs))])
 

@@ -50,12 +50,12 @@ def reach(objective: Transfusion, drawn: Draws, *blocks: Any) -> np.ndarray:
     """Whether the trunk's output of token s of row b depends on token t of row c: bool `[B, S, B, S]`."""
     declaration, p = built(objective, *blocks)
     model, inputs = declaration.merge(p), batch()["inputs"]
-    lengths = [TOKENS[m] for m in objective.order]
+    lengths = [TOKENS[m] for m in objective.modalities]
 
     def outputs(change: jax.Array) -> jax.Array:
         streams = []
         for name, part in zip(
-            objective.order, jnp.split(change, np.cumsum(lengths)[:-1], axis=1), strict=True
+            objective.modalities, jnp.split(change, np.cumsum(lengths)[:-1], axis=1), strict=True
         ):
             if name in objective.discrete:
                 stream = objective.written(model, name, inputs[name], jnp.ones(ROWS, bool))
@@ -72,15 +72,17 @@ def reach(objective: Transfusion, drawn: Draws, *blocks: Any) -> np.ndarray:
 
 def allowed(objective: Transfusion, swapped: np.ndarray) -> np.ndarray:
     """The same by the paper's words, in plain loops over items and spans."""
-    lengths = {m: TOKENS[m] for m in objective.order}
-    tokens = [(b, m, i) for b in range(ROWS) for m in objective.order for i in range(lengths[m])]
+    lengths = {m: TOKENS[m] for m in objective.modalities}
+    tokens = [
+        (b, m, i) for b in range(ROWS) for m in objective.modalities for i in range(lengths[m])
+    ]
     exists = {
         "text": lambda b, i: i == 0 or VALID[b, i - 1],
         "sound": lambda b, i: not (b == 1 and i >= 2),
     }
 
     def place(b: int, m: str) -> int:
-        at = objective.order.index(m)
+        at = objective.modalities.index(m)
         return -at if swapped[b] else at
 
     found = np.zeros((len(tokens), len(tokens)), bool)
@@ -90,32 +92,34 @@ def allowed(objective: Transfusion, swapped: np.ndarray) -> np.ndarray:
                 continue
             if b != c:
                 found[q, k] = (
-                    objective.across and b // objective.pack == c // objective.pack and c < b
+                    objective.attend_across_items
+                    and b // objective.pack == c // objective.pack
+                    and c < b
                 )
             elif m != n:
                 both = {m, n} <= set(objective.continuous)
-                found[q, k] = place(b, n) < place(b, m) or (objective.mutual and both)
+                found[q, k] = place(b, n) < place(b, m) or (objective.bidirectional_spans and both)
             else:
                 found[q, k] = j <= i or m in objective.continuous
     size = sum(lengths.values())
     return found.reshape(ROWS, size, ROWS, size)  # fmt: skip
 
 
-THREE = replace(TEXT_FIRST, order=("text", "image", "sound"))
+THREE = replace(TEXT_FIRST, modalities=("text", "image", "sound"))
 CASES = {
     "text first": TEXT_FIRST,
     "image first": IMAGE_FIRST,
     "either": MIXED,
     "packed": replace(TEXT_FIRST, pack=2),
     "packed, either": replace(MIXED, pack=4),
-    "a document": replace(TEXT_FIRST, pack=2, across=True),
-    "documents, either": replace(MIXED, pack=2, across=True),
+    "a document": replace(TEXT_FIRST, pack=2, attend_across_items=True),
+    "documents, either": replace(MIXED, pack=2, attend_across_items=True),
     "discrete": CHAMELEON,
-    "discrete, packed": replace(CHAMELEON, pack=2, swap=0.5),
+    "discrete, packed": replace(CHAMELEON, pack=2, reverse_prob=0.5),
     "three": replace(THREE, pack=2),
     "mutual": UNIDIFFUSER,
-    "mutual, packed": replace(THREE, pack=2, mutual=True),
-    "one": replace(TEXT_FIRST, order=("text",)),
+    "mutual, packed": replace(THREE, pack=2, bidirectional_spans=True),
+    "one": replace(TEXT_FIRST, modalities=("text",)),
 }
 
 
@@ -125,8 +129,12 @@ CASES = {
 def test_no_token_sees_what_the_mask_forbids(name: str, kernel: str) -> None:
     """By the gradient of every output with respect to every input, and it sees all that is allowed."""
     objective = CASES[name]
-    swapped = np.array([False, True, True, False]) if objective.swap else np.zeros(ROWS, bool)
-    found = reach(objective, draws(objective, jnp.asarray(swapped)), {**BLOCK, "kernel": kernel})
+    swapped = (
+        np.array([False, True, True, False]) if objective.reverse_prob else np.zeros(ROWS, bool)
+    )
+    found = reach(
+        objective, draws(objective, jnp.asarray(swapped)), {**BLOCK, "attention_impl": kernel}
+    )
     wanted = allowed(objective, swapped)
     exists = np.stack([wanted[b, :, b].any(axis=0) for b in range(ROWS)])  # pads are seen by none
     # Outputs of padding hold no promise; two layers reach what one allows, as the relation is transitive.
@@ -154,7 +162,9 @@ def test_parts_by_modality_change_nothing_of_what_sees_what() -> None:
     ],
 )
 def test_the_loss_against_its_formula(name: str, target: str) -> None:
-    objective = replace(CASES[name], target=target, drop=0.5, weights={objective_last(name): 3.0})
+    objective = replace(
+        CASES[name], prediction=target, condition_dropout=0.5, weights={objective_last(name): 3.0}
+    )
     declaration, p = built(objective)
     model, b, key = declaration.merge(p), batch(), jax.random.key(3)
     inputs = b["inputs"]
@@ -171,7 +181,7 @@ def test_the_loss_against_its_formula(name: str, target: str) -> None:
         wanted[m] = {"epsilon": e, "v": alpha * e - sigma * x[m], "flow": e - x[m]}[target]
     out = objective.run(model, inputs, x_t, drawn, key)
     loss, total = objective(model, b, key), 0.0
-    for m in objective.order:
+    for m in objective.modalities:
         if m in objective.discrete:
             logits, ids = np.asarray(out.logits[m]), np.asarray(inputs[m]["ids"])
             logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -196,7 +206,9 @@ def test_the_loss_against_its_formula(name: str, target: str) -> None:
 @pytest.mark.parametrize("capacity", [{}, {"text": 10}])
 def test_the_z_loss_is_the_mean_square_of_the_log_of_the_sum(capacity: Any) -> None:
     """Chameleon: 1e-5 log^2 Z of each discrete token that is told; a modality's weight holds for it too."""
-    objective = replace(CHAMELEON, z_loss=0.1, weights={"text": 3.0}, drop=0.0, capacity=capacity)
+    objective = replace(
+        CHAMELEON, z_loss=0.1, weights={"text": 3.0}, condition_dropout=0.0, capacity=capacity
+    )
     objective = replace(objective, pack=2)
     declaration, p = built(objective)
     model, b, key = declaration.merge(p), batch(), jax.random.key(3)
@@ -224,7 +236,7 @@ def objective_last(name: str) -> str:
 
 
 def first(objective: Transfusion, m: str, swapped: np.ndarray) -> np.ndarray:
-    at, last = objective.order.index(m), len(objective.order) - 1
+    at, last = objective.modalities.index(m), len(objective.modalities) - 1
     return np.where(swapped, at == last, at == 0)
 
 
@@ -257,7 +269,7 @@ def test_packed_items_are_what_they_are_alone() -> None:
         model, b, key = declaration.merge(p), batch(), jax.random.key(3)
         one, two = (replace(objective, pack=n)(model, b, key) for n in (1, 2))
         np.testing.assert_allclose(one.value, two.value, rtol=1e-10)
-        shared = replace(objective, pack=2, across=True)(model, b, key)
+        shared = replace(objective, pack=2, attend_across_items=True)(model, b, key)
         assert abs(float(shared.value - one.value)) > 1e-6
 
 
@@ -303,7 +315,7 @@ def test_a_text_is_written_as_if_each_token_were_made_anew(objective: Transfusio
     made = objective.write(model, b, jax.random.key(0))
     inputs, ids = dict(b["inputs"]), jnp.zeros((ROWS, LENGTH), jnp.int32)
     clean = {"image": model.stems["image"].values(inputs["image"], jnp.float64)}
-    swapped = objective.order[0] == "text"  # so that the image comes first
+    swapped = objective.modalities[0] == "text"  # so that the image comes first
     for at in range(LENGTH):
         inputs["text"] = {"ids": ids, "valid": jnp.ones((ROWS, LENGTH), bool)}
         out = objective.run(
@@ -333,7 +345,7 @@ def drawn(guidance: float, ids: jax.Array, objective: Transfusion = TEXT_FIRST) 
     declaration, p = built(objective)
     inputs = batch()["inputs"]
     given = {**inputs, "text": {**inputs["text"], "ids": ids}}
-    objective = replace(objective, guidance=guidance, steps=4)
+    objective = replace(objective, guidance=guidance, sampling_steps=4)
     keys = jax.random.split(jax.random.key(0), ROWS)
     spans = [Span("text", given["text"]), Span("image", given["image"], made=True)]
     return np.asarray(Composer(objective, declaration.merge(p), spans).compose(keys)[0])
@@ -351,7 +363,7 @@ def test_guidance_leads_away_from_what_is_drawn_without_the_text() -> None:
 
 def test_text_and_pictures_in_turn() -> None:
     """Given a text, a picture is drawn, a text written after it, and another picture drawn after both."""
-    objective = replace(MIXED, steps=3)
+    objective = replace(MIXED, sampling_steps=3)
     declaration, p = built(objective)
     model, inputs = declaration.merge(p), batch()["inputs"]
     keys = jax.random.split(jax.random.key(0), ROWS)
@@ -386,7 +398,7 @@ def renumbered(p: dict[str, Any], number: np.ndarray) -> dict[str, Any]:
 
 def test_the_numbers_of_special_tokens_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding 9 and end 5 in place of 0 and 3, or 5 for both: texts and what is drawn after them are the same."""
-    objective, number = replace(MIXED, steps=2), np.arange(VOCABULARY)
+    objective, number = replace(MIXED, sampling_steps=2), np.arange(VOCABULARY)
     number[[0, 9, 3, 5]] = [9, 0, 5, 3]
     _, p = built(objective)
     inputs, keys = batch()["inputs"], jax.random.split(jax.random.key(0), ROWS)
@@ -435,7 +447,7 @@ def test_colours_are_written_after_their_text() -> None:
 
 def test_one_of_two_spans_is_drawn_given_the_other_or_both_together() -> None:
     """UniDiffuser's three ways: joint, and each conditioned on the other."""
-    objective = replace(UNIDIFFUSER, steps=3)
+    objective = replace(UNIDIFFUSER, sampling_steps=3)
     declaration, p = built(objective)
     model, inputs = declaration.merge(p), batch()["inputs"]
     keys = jax.random.split(jax.random.key(0), ROWS)
@@ -443,7 +455,7 @@ def test_one_of_two_spans_is_drawn_given_the_other_or_both_together() -> None:
     def made(given: str, change: float) -> list[np.ndarray]:
         sound = {**inputs["sound"], "mel": inputs["sound"]["mel"] + change}
         arrays = {"image": inputs["image"], "sound": sound}
-        spans = [Span(m, arrays[m], made=m != given) for m in objective.order]
+        spans = [Span(m, arrays[m], made=m != given) for m in objective.modalities]
         return [np.asarray(x) for x in objective.compose(model, spans, keys)]
 
     image, sound = made("", 0.0)
@@ -473,15 +485,18 @@ def test_what_a_given_span_tells_is_what_it_tells_in_training() -> None:
 def test_a_recurrence_reads_items_in_their_order_and_nothing_after(name: str) -> None:
     """Mixture-of-Mamba: the tokens of a picture, too, see those before them alone."""
     objective = CASES[name]
-    swapped = np.array([False, True, True, False]) if objective.swap else np.zeros(ROWS, bool)
-    block = {"name": "mamba", "state": 2, "untie": ["in", "x", "dt", "out"]}
+    swapped = (
+        np.array([False, True, True, False]) if objective.reverse_prob else np.zeros(ROWS, bool)
+    )
+    block = {"name": "mamba", "state": 2}
+    parts = ["in", "x", "dt", "out"]
     found = reach(
         objective,
         draws(objective, jnp.asarray(swapped)),
-        {**block, "modalities": list(objective.order)},
+        {**block, "per_modality": {"parts": parts, "modalities": list(objective.modalities)}},
     )
     wanted, size = allowed(objective, swapped), found.shape[1]
-    starts = np.cumsum([0, *(TOKENS[m] for m in objective.order)])
+    starts = np.cumsum([0, *(TOKENS[m] for m in objective.modalities)])
     for start, end in zip(starts[:-1], starts[1:], strict=True):
         within = np.tril(np.ones((end - start, end - start), bool))
         for row in range(ROWS):
@@ -510,16 +525,18 @@ def test_a_stem_of_its_own_values_is_the_stem(name: str) -> None:
 
 
 def test_spans_of_text_video_and_sound_learn_together() -> None:
-    objective = replace(TEXT_FIRST, order=("text", "video", "sound"), pack=2, target="flow")
+    objective = replace(
+        TEXT_FIRST, modalities=("text", "video", "sound"), pack=2, prediction="flow"
+    )
     declaration, p = built(objective)
     loss = objective(declaration.merge(p), batch(), jax.random.key(0))
     assert set(loss.metrics) >= {"text", "video", "sound"} and np.isfinite(loss.value)
-    parts = [float(loss.metrics[m]) for m in objective.order]
+    parts = [float(loss.metrics[m]) for m in objective.modalities]
     np.testing.assert_allclose(loss.value, parts[0] + 5 * (parts[1] + parts[2]), rtol=1e-6)
 
 
 def test_a_unet_reads_the_noise_and_the_time() -> None:
-    objective = replace(TEXT_FIRST, channels=4)
+    objective = replace(TEXT_FIRST, unet_channels=4)
     declaration, p = built(objective)
     model = declaration.merge(p)
     assert [n for n in declaration.specs if "/unet/" in n]
@@ -536,11 +553,11 @@ def test_a_unet_reads_the_noise_and_the_time() -> None:
 @pytest.mark.parametrize(
     "words, said",
     [
-        ({"order": ("text", "text")}, "order is .*names each modality once"),
-        ({"order": ("image",)}, "'text' is not in order"),
-        ({"limit": 2}, "limit is 2"),
+        ({"modalities": ("text", "text")}, "modalities is .*names each modality once"),
+        ({"modalities": ("image",)}, "'text' is not in modalities"),
+        ({"max_time": 2}, "max_time is 2"),
         ({"pack": 0}, "pack is 0"),
-        ({"weights": {"speech": 1.0}}, "'speech' is not in order"),
+        ({"weights": {"speech": 1.0}}, "'speech' is not in modalities"),
         ({"z_loss": -1.0}, "z_loss is -1.0"),
     ],
 )
@@ -552,7 +569,7 @@ def test_settings_that_make_no_sense(words: Any, said: str) -> None:
 def test_modalities_that_are_not_what_the_config_says() -> None:
     for other in ("sound", "video"):
         with pytest.raises(UserError, match=f"channels is 4, but '{other}' holds no pictures"):
-            built(replace(TEXT_FIRST, order=("text", other), channels=4))
+            built(replace(TEXT_FIRST, modalities=("text", other), unet_channels=4))
     with pytest.raises(UserError, match="modality 'image' has no token ids"):
         built(replace(TEXT_FIRST, discrete=("text", "image")))
     with pytest.raises(UserError, match="modality 'colours' has token ids"):

@@ -34,15 +34,19 @@ from mmjax.objectives.base import Objective, row_keys
 from mmjax.objectives.transfusion import Transfusion
 
 ROTARY = {**BLOCK, "rotary": 100.0}
-MAMBA = {"name": "mamba", "state": 2, "untie": ["in"], "modalities": ["text", "image"]}
+MAMBA = {
+    "name": "mamba",
+    "state": 2,
+    "per_modality": {"parts": ["in"], "modalities": ["text", "image"]},
+}
 ROOMY = {"text": 10}  # the texts of two rows have at most 8 tokens, and a token before each
 CASES: dict[str, tuple[Transfusion, Any]] = {
     # A text that is dropped would leave a hole in the positions of slots, and leaves none in shared ones.
-    "in order": (replace(TEXT_FIRST, pack=2, capacity=ROOMY, drop=0.0), ROTARY),
+    "in order": (replace(TEXT_FIRST, pack=2, capacity=ROOMY, condition_dropout=0.0), ROTARY),
     "either order": (replace(MIXED, pack=2, capacity=ROOMY), {**UNTIED, "rotary": 100.0}),
-    "colours": (replace(CHAMELEON, pack=2, swap=0.5, capacity=ROOMY), ROTARY),
-    "one sequence": (replace(MIXED, pack=4, capacity={"text": 19}, drop=0.5), ROTARY),
-    "text alone": (replace(TEXT_FIRST, order=("text",), pack=2, capacity=ROOMY), ROTARY),
+    "colours": (replace(CHAMELEON, pack=2, reverse_prob=0.5, capacity=ROOMY), ROTARY),
+    "one sequence": (replace(MIXED, pack=4, capacity={"text": 19}, condition_dropout=0.5), ROTARY),
+    "text alone": (replace(TEXT_FIRST, modalities=("text",), pack=2, capacity=ROOMY), ROTARY),
     "a recurrence": (replace(MIXED, pack=2, capacity=ROOMY), MAMBA),
 }  # fmt: skip
 
@@ -99,13 +103,17 @@ def test_items_that_share_slots_are_what_they_are_alone(name: str) -> None:
 @pytest.mark.parametrize("case", [TEXT_FIRST, MIXED], ids=["in order", "either order"])
 def test_items_of_a_document_see_those_before_them(case: Transfusion) -> None:
     """`across`, in shared slots and in slots of their own; without rotations, only the order matters."""
-    slots = replace(case, pack=2, across=True)
+    slots = replace(case, pack=2, attend_across_items=True)
     declaration, p = built(slots)
     model, b, key = declaration.merge(p), batch(), jax.random.key(3)
     b["valid"] = jnp.ones(ROWS, bool)
     wanted, found, single = (
         jax.jit(lambda each=each: each.represent(model, b, key).rows)()
-        for each in (slots, replace(slots, capacity=ROOMY), replace(slots, across=False))
+        for each in (
+            slots,
+            replace(slots, capacity=ROOMY),
+            replace(slots, attend_across_items=False),
+        )
     )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), without_cut(found), wanted
@@ -115,7 +123,7 @@ def test_items_of_a_document_see_those_before_them(case: Transfusion) -> None:
 
 def test_texts_over_the_capacity_are_cut_to_one_length_and_keep_their_end() -> None:
     """Lengths 3 and 5 in six slots after their beginnings: 3 each; 1 and 2 stay whole."""
-    objective = replace(TEXT_FIRST, order=("text",), pack=2, capacity={"text": 8})
+    objective = replace(TEXT_FIRST, modalities=("text",), pack=2, capacity={"text": 8})
     declaration, p = built(objective, ROTARY)
     model, b, key = declaration.merge(p), batch(), jax.random.key(3)
     b["valid"] = jnp.ones(ROWS, bool)
@@ -143,7 +151,9 @@ def test_texts_over_the_capacity_are_cut_to_one_length_and_keep_their_end() -> N
 
 def test_a_row_that_is_not_valid_takes_no_slot() -> None:
     """Its text and the sequence's others need nine slots; without it five are enough, and none is cut."""
-    objective = replace(TEXT_FIRST, order=("text",), pack=2, capacity={"text": 7}, drop=0.0)
+    objective = replace(
+        TEXT_FIRST, modalities=("text",), pack=2, capacity={"text": 7}, condition_dropout=0.0
+    )
     declaration, p = built(objective, ROTARY)
     model, b, key = declaration.merge(p), batch(), jax.random.key(3)
     b["valid"] = jnp.array([False, True, True, True])
@@ -155,7 +165,7 @@ def test_a_row_that_is_not_valid_takes_no_slot() -> None:
 
 def test_micro_batches_keep_sequences_together() -> None:
     """A loss of documents is that of the whole batch, whose documents they have."""
-    objective = replace(TEXT_FIRST, pack=2, across=True)
+    objective = replace(TEXT_FIRST, pack=2, attend_across_items=True)
     declaration, p = built(objective)
 
     def value(count: int) -> Any:
@@ -171,7 +181,7 @@ def test_micro_batches_keep_sequences_together() -> None:
 
 @pytest.mark.parametrize("pack, capacity", [(2, {}), (2, {"text": 7}), (4, {"text": 14})])
 def test_occupancy_counts_the_tokens_that_sequences_hold(pack: int, capacity: Any) -> None:
-    objective = replace(MIXED, pack=pack, capacity=capacity, drop=0.4)
+    objective = replace(MIXED, pack=pack, capacity=capacity, condition_dropout=0.4)
     declaration, p = built(objective)
     model, b = declaration.merge(p), batch()
     b["valid"] = jnp.array([True, True, True, False])
@@ -230,7 +240,7 @@ def test_a_kernel_that_needs_a_static_mask_can_attend_where_spans_lie_in_order()
     stand_in: Any = SimpleNamespace(
         stems=model.stems, heads=model.heads, tokens=model.tokens, encode=spy
     )
-    for each in (objective, replace(objective, swap=0.5)):
+    for each in (objective, replace(objective, reverse_prob=0.5)):
         each.represent(stand_in, batch(), jax.random.key(0))
     assert found == ["splash", "plain"]
 
@@ -260,7 +270,10 @@ def test_what_is_held_predicts_as_the_shared_slots_do(block: Any) -> None:
             "window is 6; expected 0 or a multiple",
         ),
         ({"window": 4}, "window is 4, which groups items by length for `capacity`"),
-        ({"capacity": {"text": 8}, "window": 4, "across": True}, "not those of documents"),
+        (
+            {"capacity": {"text": 8}, "window": 4, "attend_across_items": True},
+            "not those of documents",
+        ),
     ],
 )
 def test_capacities_that_make_no_sense(words: Any, said: str) -> None:

@@ -42,7 +42,14 @@ SPECS = {
     "layers": spec("layers", (3, 4, 4), True, LAYERS),
 }
 CONFIG = OptimizerConfig(
-    learning_rate=0.1, warmup=5, final=0.1, b1=0.8, b2=0.95, eps=1e-3, weight_decay=0.3, clip=2.0
+    learning_rate=0.1,
+    warmup=5,
+    end_lr_ratio=0.1,
+    b1=0.8,
+    b2=0.95,
+    eps=1e-3,
+    weight_decay=0.3,
+    clip=2.0,
 )
 
 
@@ -98,9 +105,9 @@ def rate(config: OptimizerConfig, step: int) -> float:
         return config.learning_rate
     part = min((step - config.warmup) / (STEPS - config.warmup), 1.0)
     if config.decay == "linear":
-        return config.learning_rate * (1 + (config.final - 1) * part)
+        return config.learning_rate * (1 + (config.end_lr_ratio - 1) * part)
     cosine = (1 + math.cos(math.pi * part)) / 2
-    return config.learning_rate * (config.final + (1 - config.final) * cosine)
+    return config.learning_rate * (config.end_lr_ratio + (1 - config.end_lr_ratio) * cosine)
 
 
 def adamw(config: OptimizerConfig, rates: Sequence[float]) -> list[Values]:
@@ -255,7 +262,7 @@ def test_parameters_and_state_keep_their_dtype() -> None:
 def test_bfloat16_parameters_keep_second_moments_and_counts_wide(name: str) -> None:
     """And first moments in their own dtype, unless `moments_dtype` says otherwise."""
     specs = {**SPECS, "wide": spec("wide", (8, 8), True)}
-    optimizer = made(replace(CONFIG, name=name, factored=8), specs)
+    optimizer = made(replace(CONFIG, name=name, min_dim_to_factor=8), specs)
     with jax.enable_x64(False):
         parameters = {n: jnp.ones(s.shape, jnp.bfloat16) for n, s in specs.items()}
         state = jax.jit(optimizer.init)(parameters)
@@ -320,7 +327,7 @@ def test_what_a_bfloat16_parameter_loses() -> None:
 def test_the_rate_at_any_step(
     steps: int, warmup: int, final: float, decay: str, data: st.DataObject
 ) -> None:
-    config = OptimizerConfig(learning_rate=0.02, warmup=warmup, decay=decay, final=final)
+    config = OptimizerConfig(learning_rate=0.02, warmup=warmup, decay=decay, end_lr_ratio=final)
     step = data.draw(st.integers(0, steps + 50))
     found = float(learning_rate(config, steps)(step))
     if step < warmup:
@@ -346,7 +353,7 @@ def test_a_length_that_is_an_argument_gives_the_rate_of_one_that_is_a_constant(
 ) -> None:
     """To the rounding of float32, beside Optax's schedules with the length in the program."""
     config, count = (
-        OptimizerConfig(learning_rate=0.3, warmup=warmup, final=final),
+        OptimizerConfig(learning_rate=0.3, warmup=warmup, end_lr_ratio=final),
         int(part * steps),
     )
     schedules = [optax.cosine_decay_schedule(0.3, max(steps - warmup, 1), alpha=final)]
@@ -362,13 +369,13 @@ def test_a_length_that_is_an_argument_gives_the_rate_of_one_that_is_a_constant(
 
 
 def test_the_rate_meets_its_corners() -> None:
-    at = learning_rate(OptimizerConfig(learning_rate=1.0, warmup=4, final=0.1), 24)
+    at = learning_rate(OptimizerConfig(learning_rate=1.0, warmup=4, end_lr_ratio=0.1), 24)
     corners = [float(at(s)) for s in (0, 3, 4, 14, 24, 1000)]
     np.testing.assert_allclose(corners, [0.25, 1.0, 1.0, 0.55, 0.1, 0.1], rtol=1e-6)
 
 
 def test_a_linear_decay_meets_its_corners() -> None:
-    config = OptimizerConfig(learning_rate=1.0, warmup=4, final=0.1, decay="linear")
+    config = OptimizerConfig(learning_rate=1.0, warmup=4, end_lr_ratio=0.1, decay="linear")
     at = learning_rate(config, 24)
     corners = [float(at(s)) for s in (0, 3, 4, 9, 14, 19, 24, 1000)]
     np.testing.assert_allclose(corners, [0.25, 1, 1, 0.775, 0.55, 0.325, 0.1, 0.1], rtol=1e-6)

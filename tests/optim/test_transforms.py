@@ -276,7 +276,7 @@ def test_state_lies_by_the_axes_that_it_keeps() -> None:
     """The layers' kernel is [layers, embed, mlp]: rows follow `embed`, columns `mlp`."""
     with jax.enable_x64(False):
         toy = parts(
-            "model.width=16", "optimizer.name=adafactor", "optimizer.factored=8",
+            "model.width=16", "optimizer.name=adafactor", "optimizer.algorithm.min_dim_to_factor=8",
             "mesh.fsdp=2", "mesh.tensor=2", devices=8,
         )  # fmt: skip
     kernel = toy.state.optimizer["trunk/groups/0/blocks/0/inner/kernel"]
@@ -290,7 +290,7 @@ def test_state_lies_by_the_axes_that_it_keeps() -> None:
     "overrides",
     [
         ("optimizer.name=muon", "optimizer.moments_dtype=bfloat16"),
-        ("optimizer.name=adafactor", "optimizer.factored=8"),
+        ("optimizer.name=adafactor", "optimizer.algorithm.min_dim_to_factor=8"),
     ],
     ids=["muon", "adafactor"],
 )

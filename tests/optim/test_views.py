@@ -33,7 +33,7 @@ from mmjax.optim.views import SHARED, View
 TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny.py"
 SHORT = ("optimizer.warmup=0", "optimizer.ema=0.5", "optimizer.weight_decay=0.1")
 TASKS = ("one", "two")
-OWN = "optimizer.view=own_moments"
+OWN = "optimizer.update_scope=own_moments"
 
 
 @functools.cache
@@ -71,7 +71,7 @@ def belongings(state: Any, name: str) -> Any:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_what_a_task_does_not_reach_is_the_same_to_the_last_bit(name: str) -> None:
     tasks = ["two", "one", "one"]
-    states, metrics = after(tasks, "optimizer.view=own_clock", f"optimizer.name={name}")
+    states, metrics = after(tasks, "optimizer.update_scope=own_clock", f"optimizer.name={name}")
     assert all(m["finite"] for m in metrics)
     touched = {n for n in states[0].parameters if not n.startswith("heads/two/")}
     for before, now in zip(states[1:], states[2:], strict=False):
@@ -92,7 +92,7 @@ def test_the_shared_view_moves_everything() -> None:
 
 def test_views_differ_by_task() -> None:
     """Steps of `one` move all; steps of `two` only what they reach."""
-    states, _ = after(["one", "two", "one"], "tasks.two.view=own_clock")
+    states, _ = after(["one", "two", "one"], "tasks.two.update_scope=own_clock")
     far = "heads/one/out/kernel"
     assert same(belongings(states[2], far), belongings(states[1], far))
     assert states[3].optimizer["heads/two/out/kernel"]["count"] == 3
@@ -100,7 +100,7 @@ def test_views_differ_by_task() -> None:
 
 def test_the_norm_is_of_what_is_reached() -> None:
     """It is the same number: what is not reached has the gradient zero."""
-    adam = ("optimizer.view=own_clock", "optimizer.name=adamw")
+    adam = ("optimizer.update_scope=own_clock", "optimizer.name=adamw")
     norms = [after(["one"], *view)[1][0]["grad_norm"] for view in ((), adam)]
     np.testing.assert_allclose(norms[0], norms[1], rtol=1e-6)
 
@@ -109,7 +109,9 @@ def test_the_norm_is_of_what_is_reached() -> None:
 
 
 def moves(*overrides: str) -> dict[str, frozenset[str]]:
-    block = configs.override(configs.read_file(str(TINY)), ["optimizer.view=own_clock", *overrides])
+    block = configs.override(
+        configs.read_file(str(TINY)), ["optimizer.update_scope=own_clock", *overrides]
+    )
     return {name: view.moves for name, view in make_experiment(block).views.items()}
 
 
@@ -160,7 +162,7 @@ def test_own_moments_are_those_of_the_task_trained_alone() -> None:
 
 def test_a_task_with_moments_of_its_own_leaves_the_others_as_they_are() -> None:
     shared = parts(*SHORT).experiment
-    toy = parts("tasks.two.view=own_moments", *SHORT)
+    toy = parts("tasks.two.update_scope=own_moments", *SHORT)
     abstract = toy.experiment.abstract_state(toy.mesh)
     plain = shared.abstract_state(toy.mesh)
     assert abstract.optimizer == plain.optimizer and abstract.parameters == plain.parameters
@@ -172,7 +174,7 @@ def test_a_task_with_moments_of_its_own_leaves_the_others_as_they_are() -> None:
 
 
 def test_the_table_tells_what_own_moments_cost() -> None:
-    toy, programs = compiled(*SHORT, "tasks.two.view=own_moments")
+    toy, programs = compiled(*SHORT, "tasks.two.update_scope=own_moments")
     reports = [p.report for p in programs.values()]
     moments = sum(x.nbytes for x in jax.tree.leaves(toy.state.moments))
     common = sum(x.nbytes for x in jax.tree.leaves(toy.state.optimizer))
@@ -186,7 +188,12 @@ def test_the_table_tells_what_own_moments_cost() -> None:
 
 
 def test_bytes_are_those_of_one_device() -> None:
-    settings = ("tasks.two.view=own_moments", "model.width=16", "mesh.fsdp=8", "mesh.data=1")
+    settings = (
+        "tasks.two.update_scope=own_moments",
+        "model.width=16",
+        "mesh.fsdp=8",
+        "mesh.data=1",
+    )
     toy = parts(*settings, devices=8)
     request = toy.experiment.train_requests(toy.mesh)["two"]
     first = toy.mesh.devices.flat[0]
@@ -205,7 +212,7 @@ def test_bytes_are_those_of_one_device() -> None:
 
 @pytest.mark.parametrize("view", ["own_clock", "own_moments"])
 def test_a_run_goes_on_in_the_same_bits(tmp_path: Path, view: str) -> None:
-    settings = (f"tasks.two.view={view}", "optimizer.unit=visits", "optimizer.decay=cosine")
+    settings = (f"tasks.two.update_scope={view}", "optimizer.unit=visits", "optimizer.decay=cosine")
     run(tmp_path / "straight", *settings)
     run(tmp_path / "halved", *settings, "checkpoint.every=3")
     for step in (12, 9):  # as if it had been killed after step 6
@@ -221,8 +228,8 @@ def test_a_view_may_change_under_a_run(tmp_path: Path) -> None:
     """The task's own moments begin at zero; everything else goes on."""
     run(tmp_path, "steps=4")
     with pytest.raises(UserError, match=r"tasks\.two\.view \(schedule\)"):
-        run(tmp_path, "tasks.two.view=own_moments")
-    run(tmp_path, "tasks.two.view=own_moments", "steps=8", allow_change=True)
+        run(tmp_path, "tasks.two.update_scope=own_moments")
+    run(tmp_path, "tasks.two.update_scope=own_moments", "steps=8", allow_change=True)
     folder = epath.Path(tmp_path)
     shapes = checkpoint.read_shapes(folder, 8)
     assert {n.partition(":")[0] for n in shapes["moments"]} == {"two"}
@@ -234,9 +241,9 @@ def test_an_unknown_view_is_refused_with_the_nearest() -> None:
     with pytest.raises(
         UserError, match=r"tasks\.two\.view: no 'own_clok'. Did you mean 'own_clock'"
     ):
-        parts("tasks.two.view=own_clok")
+        parts("tasks.two.update_scope=own_clok")
     with pytest.raises(UserError, match=r"optimizer\.view: no 'share'. Did you mean 'shared'"):
-        parts("optimizer.view=share")
+        parts("optimizer.update_scope=share")
 
 
 # --- units of the learning rate ----------------------------------------------------------------

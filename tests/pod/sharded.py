@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "data 2 fsdp 2 sequence 2": {"data": 2, "fsdp": 2, "sequence": 2},
     "tensor 4 sequence 2": {"data": 1, "tensor": 4, "sequence": 2},
     # Slices that are not the outermost blocks of the mesh, so that devices lie in another order.
-    "data 2 fsdp 2 tensor 2": {"data": 2, "fsdp": 2, "tensor": 2, "slices": 2, "across": "fsdp"},
+    "data 2 fsdp 2 tensor 2": {"data": 2, "fsdp": 2, "tensor": 2, "slices": 2, "dcn_axis": "fsdp"},
 }
 # Each axis alone, and the meshes on which whole programs are compiled: enough for a system whose mechanisms are those
 # of layers and objectives that another one has on every mesh.
@@ -60,11 +60,11 @@ EVERY_CASE = ("moma", "quickstart", "transfusion")
 WHOLE = ("data 2 fsdp 2 sequence 2", "data 2 fsdp 2 tensor 2")
 # So that a system's small recipe and its large one are the same here, and run once.
 MODALITIES = {
-    "text": {"buckets": 32},
-    "image": {"patch": 4, "buckets": 8},
-    "colours": {"levels": 8, "buckets": 8},
-    "video": {"time_buckets": 2, "buckets": 8},
-    "spectrogram": {"buckets": 8},
+    "text": {"max_positions": 32},
+    "image": {"patch": 4, "max_positions": 8},
+    "colours": {"levels": 8, "max_positions": 8},
+    "video": {"max_time_positions": 2, "max_positions": 8},
+    "spectrogram": {"max_positions": 8},
 }
 # A bias of keys has no gradient but rounding, as it adds the same to all logits of a query; with an eps as small as
 # Adam's own, its update would be as large as the others'.
@@ -79,7 +79,7 @@ CONTROL = "control"
 
 def small(block: configs.Block) -> configs.Block:
     """The same modalities, layers, tasks and optimizer; of each, only sizes that the code reads are smaller."""
-    model = {"width": 32, "groups": [_group(g) for g in block["model"]["groups"]]}
+    model = {"width": 32, "layers": [_group(g) for g in block["model"]["layers"]]}
     modalities = {
         name: _capped(_without_file(m), vocabulary=512, **MODALITIES.get(m["name"], {}))
         for name, m in block["modalities"].items()
@@ -103,31 +103,33 @@ def _without_file(modality: configs.Block) -> configs.Block:
 
 def _group(group: configs.Block) -> configs.Block:
     """Two repeats, under one scan; every size divides over eight devices."""
-    sizes = {"heads": 8, "hidden": 64, "state": 8}
+    sizes = {"num_heads": 8, "mlp_dim": 64, "state": 8}
     pattern = [
         {
             **_routed(b),
             **{k: n for k, n in sizes.items() if k in b or b["name"] == "mamba" and k == "state"},
         }
-        for b in group["pattern"]
+        for b in group["blocks"]
     ]
-    return {**group, "repeat": min(group["repeat"], 2), "pattern": pattern}
+    return {**group, "repeat": min(group["repeat"], 2), "blocks": pattern}
 
 
 def _routed(layer: configs.Block) -> configs.Block:
     """Groups of tokens that compete do not reach over devices, as in a batch of the full size."""
     if not layer.get("experts"):
         return layer
-    return {**layer, "experts": _capped(layer["experts"], count=16, group=8, groups=8)}
+    return {**layer, "experts": _capped(layer["experts"], count=16, group_size=8, min_groups=8)}
 
 
 def _task(task: configs.Block, modalities: configs.Block) -> configs.Block:
     """Pictures of at most eight patches a side, and not much longer."""
     inputs = {name: _view(view, modalities[name]) for name, view in task["inputs"].items()}
-    objective = _capped(task["objective"], queries=8, pooler_heads=8, joint=32, chunk=4)
+    objective = _capped(task["objective"], queries=8, pooler_heads=8, embed_dim=32, chunk=4)
     if objective["name"] in ("classification", "fusion"):
         objective["init"] = "lecun"  # at zero, as they begin, no gradient would come to the trunk
-    objective |= _capped(objective, pack=2, window=2, channels=4, steps=2, guidance=1.0)
+    objective |= _capped(
+        objective, pack=2, window=2, unet_channels=4, sampling_steps=2, guidance=1.0
+    )
     is_groups = {
         k for k, v in objective.items() if isinstance(v, list) and v and isinstance(v[0], dict)
     }

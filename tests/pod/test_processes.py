@@ -280,7 +280,7 @@ def test_a_process_that_all_wait_for_is_named(
 ) -> None:
     run = team("slow")
     monkeypatch.setenv("MEMBER_SLOW", "1:1")  # seconds for each batch of process 1
-    words = ["--config.loader.threads=1", "--config.loader.ahead=1", "--config.steps=8"]
+    words = ["--config.loader.threads=1", "--config.loader.prefetch=1", "--config.steps=8"]
     ended = run.run(2, 1, "first", *words)
     assert ended.statuses == [0, 0], ended.said
     assert "slow process: process 1 waits" in ended.said[0]

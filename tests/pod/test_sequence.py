@@ -21,15 +21,21 @@ def experiment() -> Experiment:
         "waveform": {"samples": TOKENS * 64},
     }
     # All logits at once: what a chunk holds does not grow with the stream anyway.
-    layer = {"name": "transformer", "heads": 2, "hidden": 64, "kernel": "plain"}
+    layer = {"name": "transformer", "num_heads": 2, "mlp_dim": 64, "attention_impl": "plain"}
     return make_experiment(
         {
             "steps": 1,
             "modalities": {
-                "video": {"name": "video", "tube": 2, "patch": 8, "time_buckets": 16, "buckets": 8},
-                "waveform": {"name": "waveform", "patch": 64, "buckets": TOKENS},
+                "video": {
+                    "name": "video",
+                    "tube": 2,
+                    "patch": 8,
+                    "max_time_positions": 16,
+                    "max_positions": 8,
+                },
+                "waveform": {"name": "waveform", "patch": 64, "max_positions": TOKENS},
             },
-            "model": {"width": 32, "groups": [{"repeat": 2, "pattern": [layer]}]},
+            "model": {"width": 32, "layers": [{"repeat": 2, "blocks": [layer]}]},
             "tasks": {
                 name: {
                     "source": {"name": "array_record", "path": "none"},

@@ -61,7 +61,7 @@ def test_what_hangs_or_dies_ends_the_run_with_words_and_it_goes_on(
     fault: str, faulty: Faulty, straight: Path, tmp_path: Path
 ) -> None:
     status, words = ENDS[fault]
-    ended = faulty(fault, tmp_path / "run", f"--config.limits.stuck={LIMIT}")
+    ended = faulty(fault, tmp_path / "run", f"--config.limits.watchdog_seconds={LIMIT}")
     assert ended.returncode == status, ended.stderr
     assert all(word in ended.stderr for word in words), ended.stderr
     events = [x["text"] for x in log(tmp_path / "run") if x["line"] == "event"]
@@ -77,7 +77,11 @@ def test_what_only_looks_wrong_changes_nothing(
     how: str, faulty: Faulty, straight: Path, tmp_path: Path
 ) -> None:
     """A run of eight times the limit in all; and stamps that go back by years."""
-    more = ["--config.limits.stuck=2", "--config.loader.threads=1", "--config.loader.ahead=1"]
+    more = [
+        "--config.limits.watchdog_seconds=2",
+        "--config.loader.threads=1",
+        "--config.loader.prefetch=1",
+    ]
     ended = faulty(how, tmp_path / "run", *(more if how == "slow_source" else []))
     assert ended.returncode == 0, ended.stderr
     stamps = [x["time"] for x in log(tmp_path / "run")]
@@ -86,7 +90,11 @@ def test_what_only_looks_wrong_changes_nothing(
     assert seconds == sorted(seconds) and seconds[-1] < 1e5
     if how == "slow_source":
         saved, original = (toyrun.meta(w)["config"] for w in (tmp_path / "run", straight))
-        assert saved.pop("limits") == {"stuck": 2} and saved.pop("loader") and saved == original
+        assert (
+            saved.pop("limits") == {"watchdog_seconds": 2}
+            and saved.pop("loader")
+            and saved == original
+        )
         assert deterministic(tmp_path / "run") == deterministic(straight)
     else:
         same(tmp_path / "run", straight)

@@ -376,7 +376,7 @@ def hostile_run(tmp_path: Any) -> epath.Path:
         phases.event(EVIL, text=QUOTES)
         with phases.phase(EVIL):
             pass
-    blocks = {task: {"batch": 4, "share": 1} for task in tasks}
+    blocks = {task: {"batch": 4, "weight": 1} for task in tasks}
     config = {"steps": 400, "seed": 0, "tasks": blocks, EVIL: QUOTES}
     (workdir / "config.json").write_text(json.dumps(config))
     return workdir

@@ -20,7 +20,7 @@ from mmjax.report.page import page
 from mmjax.report.routing import heat_map
 
 EXPERTS = (
-    "model.groups=[{'repeat': 2, 'pattern': [{'name': 'transformer', 'heads': 2, 'hidden': 8, 'experts': "
+    "model.layers=[{'repeat': 2, 'blocks': [{'name': 'transformer', 'num_heads': 2, 'mlp_dim': 8, 'experts': "
     "{'count': 3, 'router': {'name': 'expert_choice'}}}]}]"
 )
 CLASSES = "{'name': 'classification', 'modalities': ['toy'], 'classes': 5}"

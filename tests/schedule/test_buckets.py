@@ -22,14 +22,14 @@ from mmjax.replay import replay
 from mmjax.schedule.buckets import Variant, Variants
 
 BUCKETS: dict[str, Any] = {
-    "small": {"inputs": {"toy": {"columns": 7}}, "share": 2},
+    "small": {"inputs": {"toy": {"columns": 7}}, "weight": 2},
     "large": {"inputs": {"toy": {"columns": 9, "noise": 0.1}}},
 }
 LONG = ("steps=16", "limits.divergence=0", "checkpoint.keep=9")
 
 
 def bucketed(buckets: Any) -> str:
-    return f"tasks.two.buckets={buckets!r}"
+    return f"tasks.two.shapes={buckets!r}"
 
 
 def experiment(*more: str, buckets: Any = BUCKETS) -> Experiment:
@@ -63,7 +63,7 @@ def test_each_bucket_is_a_program_and_equal_ones_are_one() -> None:
     }
     assert shapes == {"one": (2, 6), "two.small": (3, 7), "two.large": (3, 9)}
     assert made.tasks["two"].inputs["toy"].arrays()["rows"].shape == (3, 6)  # evaluation's
-    later = {"start": 8, "tasks": {"two": {"buckets": {"large": {"share": 5}}}}}
+    later = {"start": 8, "tasks": {"two": {"shapes": {"large": {"weight": 5}}}}}
     assert set(experiment(f"schedule.phases={[later]!r}").settings.programs) == {
         "one",
         "two.small",
@@ -79,10 +79,10 @@ def test_each_bucket_is_a_program_and_equal_ones_are_one() -> None:
     ("buckets", "words"),
     [
         ({"a": {"inputs": {"toy": {"tokens": 2}}}, "b": {}}, "buckets give different numbers of tokens.*a 2, b 3"),
-        ({"a": {"share": 0}}, "share is 0; it must be at least 1"),
-        ({"a": {"shares": 2}}, "tasks.two.buckets.a.shares.*Did you mean 'share'"),
-        ({"a": {"inputs": {"toy": {"colums": 7}}}}, "tasks.two.buckets.a.*Did you mean 'columns'"),
-        ({"a": {"inputs": {"toys": {"columns": 7}}}}, "tasks.two.buckets.a.*Did you mean 'toy'"),
+        ({"a": {"weight": 0}}, "weight is 0; it must be at least 1"),
+        ({"a": {"wieght": 2}}, "tasks.two.shapes.a.wieght.*Did you mean 'weight'"),
+        ({"a": {"inputs": {"toy": {"colums": 7}}}}, "tasks.two.shapes.a.*Did you mean 'columns'"),
+        ({"a": {"inputs": {"toys": {"columns": 7}}}}, "tasks.two.shapes.a.*Did you mean 'toy'"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_bucket_is_said(buckets: Any, words: str) -> None:
@@ -145,7 +145,7 @@ def test_a_dry_run_has_a_row_for_each(
 def test_a_budget_takes_the_mean_over_buckets(tmp_path: Path) -> None:
     from mmjax.training.rebalance import Budget
 
-    made = experiment("schedule.rule='budget'", "schedule.measure=8")
+    made = experiment("schedule.rule='budget'", "schedule.rebalance_every=8")
     times = {"one": 1.0, "two.small": 2.0, "two.large": 5.0}
     folder = epath.Path(tmp_path)
     writer = metrics.MetricWriter(folder, 0)

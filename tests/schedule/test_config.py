@@ -65,10 +65,14 @@ def test_a_phase_keeps_the_weights_and_the_rule_that_it_does_not_name():
         PhaseConfig(4, {"a": 1, "b": 3}),
         PhaseConfig(8),
         PhaseConfig(12, rule="interval"),
+        PhaseConfig(16, intervals={"a": 1, "b": 4}),
+        PhaseConfig(20, rule="random"),
     ]
-    segments = from_config("shares", {"a": 1, "b": 1}, 0, phases).segments
+    intervals = {"a": 1, "b": 2}
+    segments = from_config("shares", {"a": 1, "b": 1}, 0, phases, intervals=intervals).segments
     assert [(s.start, s.rule, s.weights["b"]) for s in segments] == [
-        (0, "shares", 1), (4, "shares", 3), (8, "shares", 3), (12, "interval", 3),
+        (0, "shares", 1), (4, "shares", 3), (8, "shares", 3), (12, "interval", 2),
+        (16, "interval", 4), (20, "random", 3),
     ]  # fmt: skip
 
 

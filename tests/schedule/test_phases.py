@@ -205,7 +205,7 @@ def test_what_is_thawed_has_optimizer_state_from_the_start(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("view", ["own_clock", "own_moments"])
 def test_views_keep_to_what_the_phase_moves(tmp_path: Path, view: str) -> None:
-    run(tmp_path, phased(*PHASES), *LONG, f"optimizer.view={view}")
+    run(tmp_path, phased(*PHASES), *LONG, f"optimizer.update_scope={view}")
     at = {step: parameters_of(tmp_path, step) for step in (8, 12, 16)}
     np.testing.assert_array_equal(at[8][STEM], at[12][STEM])
     assert (at[12][STEM] != at[16][STEM]).any()
@@ -236,7 +236,7 @@ def test_programs_that_lie_behind_are_not_compiled(
         ({"tasks": {"tow": {"batch": 4}}}, r"phases\[0\].tasks': no task 'tow'.*'two'"),
         (
             {"tasks": {"two": {"objective": {}}}},
-            "two.objective'.*batch, buckets, inputs, microbatches",
+            "two.objective'.*batch, inputs, microbatches, shapes",
         ),
         ({"tasks": {"two": {"bach": 4}}}, "two.bach'.*'batch'"),
         ({"tasks": {"two": {"batch": 0}}}, r"phases\[0\].tasks.two.batch is 0"),
@@ -266,7 +266,7 @@ def test_a_dry_run_counts_each_program(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_budget_knows_what_a_step_costs_in_its_phase() -> None:
-    made = experiment(PHASES[0], more=("schedule.rule='budget'", "tasks.one.share=1"))
+    made = experiment(PHASES[0], more=("schedule.rule='budget'", "tasks.one.weight=1"))
     first, second = made.schedule().segments
     cost = made.flops
     for segment, two in ((first, "two"), (second, "two@4")):

@@ -157,7 +157,7 @@ def test_phases_keep_the_rule_unless_they_say_otherwise():
         {"a": 1, "b": 2},
         7,
         [
-            PhaseConfig(6, {"b": 1, "a": 2}),
+            PhaseConfig(6, intervals={"b": 1, "a": 2}),
             PhaseConfig(12, {"a": 3, "b": 1}, rule="shares"),
         ],
     )

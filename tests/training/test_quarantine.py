@@ -25,7 +25,7 @@ from mmjax.training import flight, loop
 from mmjax.training.session import roll_back
 
 # Task one is broken: its visits are steps 0, 2, 3, 5, ...
-BROKEN = (f"tasks.one.objective.bad_gradient={tuple(range(40))}", "limits.non_finite=2")
+BROKEN = (f"tasks.one.objective.bad_gradient={tuple(range(40))}", "limits.max_non_finite_steps=2")
 # Task two goes uphill: its losses are over the limit from step 4 on, and for long enough at step 13.
 UPHILL = (
     "tasks.two.objective.climbs=true",
@@ -38,7 +38,7 @@ BOTH = (
     *UPHILL,
     "tasks.bad={'source': {'name': 'toy'}, 'inputs': {'toy': {}}, 'batch': 8, 'objective': "
     f"{{'name': 'toy', 'bad_loss': {tuple(range(40))}}}}}",
-    "limits.non_finite=2",
+    "limits.max_non_finite_steps=2",
 )  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def test_a_longer_run_is_no_other(broken: Path, tmp_path: Path) -> None:
 def test_a_task_whose_block_changes_is_tried_again(broken: Path, tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     run(workdir, *BROKEN)
-    run(workdir, "limits.non_finite=2", "steps=18", allow_change=True)
+    run(workdir, "limits.max_non_finite_steps=2", "steps=18", allow_change=True)
     assert segments(workdir)[2:] == [(12, {"one": 2, "two": 1})]
     assert clock(workdir)["quarantined"] == {} and tasks(workdir)[12:].count("one") == 4
     assert clock(workdir)["positions"]["one"] == 24 + 4 * 8
@@ -147,7 +147,7 @@ def test_a_task_whose_block_changes_is_tried_again(broken: Path, tmp_path: Path)
 def test_another_change_leaves_it_out(tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     run(workdir, *BROKEN)
-    run(workdir, *BROKEN, "steps=18", "tasks.two.share=3", allow_change=True)
+    run(workdir, *BROKEN, "steps=18", "tasks.two.weight=3", allow_change=True)
     assert segments(workdir)[2:] == [(12, {"one": 0, "two": 3})]
     assert clock(workdir)["quarantined"] == {"one": 4}
 
@@ -155,7 +155,7 @@ def test_another_change_leaves_it_out(tmp_path: Path) -> None:
 def test_a_run_goes_on_where_a_later_phase_has_no_task_left(tmp_path: Path) -> None:
     """Also under a budget, which has nothing to share there; stopped in it, it goes on the same way."""
     phase = 'schedule.phases=({"start": 8, "rule": "budget", "weights": {"one": 1, "two": 0}},)'
-    words = (*BROKEN, phase, "schedule.measure=5", "evaluation.every=0")
+    words = (*BROKEN, phase, "schedule.rebalance_every=5", "evaluation.every=0")
     run(tmp_path / "run", *words, "steps=9")
     run(tmp_path / "run", *words)
     assert tasks(tmp_path / "run")[4:] == ["two"] * 8
@@ -169,7 +169,7 @@ def test_a_rate_that_breaks_the_parameters_at_once_ends_the_run_with_one_error(
     tmp_path: Path,
 ) -> None:
     """No task is left out for it: step 0 is finite, steps 1 to 3 are not, and neither task is at fault."""
-    words = ("optimizer.learning_rate=1e30", "optimizer.warmup=0", "limits.non_finite=2")
+    words = ("optimizer.learning_rate=1e30", "optimizer.warmup=0", "limits.max_non_finite_steps=2")
     with pytest.raises(
         UserError, match="no task has had a finite .* from step 1 to step 3, and no check"
     ) as error:
@@ -202,7 +202,7 @@ def test_parameters_that_a_step_broke_are_those_of_the_checkpoint_before_it_agai
     """Step 5 is of task one; the checkpoint of step 8 holds what it broke, that of step 4 does not."""
     workdir = tmp_path / "run"
     monkeypatch.setattr(flight, "dispatch", broken_after(5))
-    run(workdir, "limits.non_finite=2")
+    run(workdir, "limits.max_non_finite_steps=2")
     [told] = events(workdir, "diverged")
     assert told.startswith("Task 'one' has diverged by step 8: no task has had a finite loss")
     assert tasks(workdir) == ["one", "two", "one", "one"] + ["two"] * 8
@@ -218,7 +218,7 @@ def test_where_a_run_may_or_can_not_go_back_broken_parameters_end_it(
 ) -> None:
     monkeypatch.setattr(flight, "dispatch", broken_after(5))
     with pytest.raises(UserError, match="from step 6 to step 8"):
-        run(tmp_path / "run", "limits.non_finite=2", *words)
+        run(tmp_path / "run", "limits.max_non_finite_steps=2", *words)
 
 
 # --- finite divergence -------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_no_limit_no_divergence(tmp_path: Path) -> None:
 
 def test_the_last_task_that_diverges_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Task 'two' has diverged.*no other task is left"):
-        run(tmp_path / "run", *UPHILL, "tasks.one.share=0", "checkpoint.every=0")
+        run(tmp_path / "run", *UPHILL, "tasks.one.weight=0", "checkpoint.every=0")
 
 
 def test_both_kinds_in_one_run(both: Path) -> None:
@@ -319,7 +319,7 @@ def test_killed_before_and_after_it_ends_in_the_same_bits(
 
 def test_a_task_without_visits_left_takes_over(tmp_path: Path) -> None:
     """Its program is there, though nothing said at the start that it would run again."""
-    workdir, shares = tmp_path / "run", ("tasks.one.share=9", "tasks.two.share=1")
+    workdir, shares = tmp_path / "run", ("tasks.one.weight=9", "tasks.two.weight=1")
     run(workdir, *shares, "steps=10")
     assert tasks(workdir).count("two") == 1
     run(workdir, *shares, *BROKEN, "steps=18", allow_change=True)

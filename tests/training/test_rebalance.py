@@ -25,7 +25,12 @@ from mmjax.training import rebalance
 from mmjax.training.rebalance import Budget
 from mmjax.training.session import fresh_clock
 
-RULE = ("schedule.rule=budget", "schedule.measure=4", "checkpoint.every=3", "evaluation.every=0")
+RULE = (
+    "schedule.rule=budget",
+    "schedule.rebalance_every=4",
+    "checkpoint.every=3",
+    "evaluation.every=0",
+)
 
 
 def segments(workdir: Path) -> list[tuple[int, dict[str, int]]]:
@@ -45,7 +50,7 @@ def slow_two(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_planned_shares_follow_from_model_flops() -> None:
-    made = make_experiment(block("schedule.rule=budget", "tasks.one.share=3"))
+    made = make_experiment(block("schedule.rule=budget", "tasks.one.weight=3"))
     flops = made.flops
     wanted = budget_weights({t: float(n) for t, n in flops.items()}, {"one": 3, "two": 1})
     [segment] = made.schedule().segments
@@ -59,7 +64,7 @@ def test_a_phase_may_be_a_budget_and_leave_it(tmp_path: Path) -> None:
         'schedule.phases=({"start": 6, "rule": "budget", "weights": {"one": 1, "two": 1}},'
         '{"start": 9, "rule": "interval", "weights": {"one": 1, "two": 2}})'
     )
-    made = make_experiment(block(phases, "schedule.measure=4"))
+    made = make_experiment(block(phases, "schedule.rebalance_every=4"))
     assert [s.rule for s in made.schedule().segments] == ["shares", "shares", "interval"]
     boundaries = Budget(made, tmp_path)
     # Of 4 and 8 only the second lies in the budget's stretch.
@@ -131,7 +136,7 @@ def test_a_line_that_is_no_decision_is_passed_over(tmp_path: Path, line: str) ->
 
 def test_frozen_shares_are_for_one_config(tmp_path: Path, slow_two: None) -> None:
     run(tmp_path / "run", *RULE, "steps=6")
-    run(tmp_path / "run", *RULE, "tasks.two.share=9", allow_change=True)
+    run(tmp_path / "run", *RULE, "tasks.two.weight=9", allow_change=True)
     wanted = budget_weights({"one": 1, "two": 7}, {"one": 2, "two": 9})
     assert segments(tmp_path / "run")[-1] == (8, wanted)
 
@@ -175,10 +180,12 @@ def test_a_kill_from_outside(
 def test_what_a_person_gets_wrong() -> None:
     with pytest.raises(UserError, match="'budgte'.*Did you mean 'budget'"):
         make_experiment(block("schedule.rule=budgte"))
-    with pytest.raises(UserError, match="schedule.measure is -1"):
-        make_experiment(block("schedule.measure=-1"))
-    with pytest.raises(UserError, match="schedule.measure is 5, but no stretch has the rule"):
-        make_experiment(block("schedule.measure=5"))
+    with pytest.raises(UserError, match="schedule.rebalance_every is -1"):
+        make_experiment(block("schedule.rebalance_every=-1"))
+    with pytest.raises(
+        UserError, match="schedule.rebalance_every is 5, but no stretch has the rule"
+    ):
+        make_experiment(block("schedule.rebalance_every=5"))
 
 
 def test_a_quarantine_about_to_begin_begins_at_the_boundary(

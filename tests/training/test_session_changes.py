@@ -26,8 +26,8 @@ from mmjax.schedule.schedule import Schedule
 def test_another_share_is_refused_with_words(half: Path) -> None:
     before = contents(half)
     with pytest.raises(UserError) as error:
-        run(half, "tasks.one.share=1")
-    assert "tasks.one.share (schedule): saved 2, now 1" in str(error.value)
+        run(half, "tasks.one.weight=1")
+    assert "tasks.one.weight (schedule): saved 2, now 1" in str(error.value)
     assert "--allow_change" in str(error.value)
     assert contents(half) == before
 
@@ -35,7 +35,7 @@ def test_another_share_is_refused_with_words(half: Path) -> None:
 def test_another_share_starts_a_segment_and_keeps_every_place(half: Path) -> None:
     before = toyrun.meta(half)["clock"]
     with watched() as seen:
-        run(half, "tasks.one.share=1", "tasks.two.share=3", "steps=20", allow_change=True)
+        run(half, "tasks.one.weight=1", "tasks.two.weight=3", "steps=20", allow_change=True)
     clock = toyrun.meta(half)["clock"]
     schedule = Schedule.from_json(clock["segments"])
     assert [s.start for s in schedule.segments] == [0, 8]
@@ -63,8 +63,8 @@ def test_a_batch_that_changes_keeps_the_place(half: Path) -> None:
 
 
 def test_a_second_change_starts_a_third_segment(half: Path) -> None:
-    run(half, "tasks.one.share=1", "steps=16", allow_change=True)
-    run(half, "tasks.one.share=5", "steps=22", allow_change=True)
+    run(half, "tasks.one.weight=1", "steps=16", allow_change=True)
+    run(half, "tasks.one.weight=5", "steps=22", allow_change=True)
     clock = toyrun.meta(half)["clock"]
     schedule = Schedule.from_json(clock["segments"])
     assert [s.start for s in schedule.segments] == [0, 8, 16]
@@ -75,7 +75,7 @@ def test_a_second_change_starts_a_third_segment(half: Path) -> None:
 def test_a_task_that_is_added_leaves_the_others_where_they_stood(half: Path) -> None:
     before, held = toyrun.meta(half)["clock"], toyrun.parameters(half)
     config = block()
-    config["tasks"]["three"] = {**config["tasks"]["one"], "share": 1}
+    config["tasks"]["three"] = {**config["tasks"]["one"], "weight": 1}
     with watched() as seen:
         run(half, "steps=20", config=config, allow_change=True)
     clock = toyrun.meta(half)["clock"]
@@ -194,10 +194,10 @@ def test_what_a_run_began_with_is_kept_once_and_written_where_it_changes_only(
 def test_a_config_that_is_refused_is_not_written(half: Path) -> None:
     before = (half / "config.json").read_bytes()
     with pytest.raises(UserError):
-        run(half, "tasks.one.share=3")
+        run(half, "tasks.one.weight=3")
     assert (half / "config.json").read_bytes() == before
-    run(half, "tasks.one.share=3", allow_change=True)
-    assert json.loads((half / "config.json").read_text())["tasks"]["one"]["share"] == 3
+    run(half, "tasks.one.weight=3", allow_change=True)
+    assert json.loads((half / "config.json").read_text())["tasks"]["one"]["weight"] == 3
 
 
 def test_shapes_that_do_not_fit_are_named(copy: Path) -> None:

@@ -73,7 +73,7 @@ class Router(abc.ABC):
     Attributes:
       columns: logits of each token for each expert.
       noise: standard deviation of what training adds to the logits, as a multiple of 1 / experts.
-      top: experts that a token chooses.
+      top_k: experts that a token chooses.
       normalise: tokens and experts' vectors are made unit vectors, times a learned scale.
       has_losses: auxiliary losses of its scores make sense.
       sees_all: experts choose among all tokens of a group, so that generation needs another router.
@@ -82,7 +82,7 @@ class Router(abc.ABC):
     KIND: ClassVar[str] = "routers"
     columns = 1
     noise = 0.0
-    top = 1
+    top_k = 1
     normalise = False
     has_losses = True
     sees_all = False
@@ -109,7 +109,7 @@ class Limited(Router):
     """A rule that gives each slot one token.
 
     Attributes:
-      capacity: slots of all experts together, as a multiple of the tokens (times `top`, where tokens choose). Tokens
+      capacity: slots of all experts together, as a multiple of the tokens (times `top_k`, where tokens choose). Tokens
         that do not exist count here, so that shapes are static: where many are missing, others find a slot more often.
     """
 

@@ -44,20 +44,20 @@ class Soft(Router):
     over all slots for what a token gets. Nothing is dropped.
 
     Attributes:
-      columns: slots of each expert (IMP's configuration: 32).
+      slots_per_expert: slots of each expert (IMP's configuration: 32).
       normalise: tokens and slots' vectors are made unit vectors, times a learned scale (section 2.3 there).
     """
 
     has_losses = False
-    columns: int = 32
+    slots_per_expert: int = 32
     normalise: bool = True
 
     def __post_init__(self) -> None:
-        check(self, columns=COUNT)
+        check(self, slots_per_expert=COUNT)
 
     def slots(self, tokens: int, experts: int) -> int:
         del tokens, experts
-        return self.columns
+        return self.slots_per_expert
 
     def meets(self, experts: int) -> float:
         return experts
@@ -69,5 +69,5 @@ class Soft(Router):
         # Finite: a group without any token must give zeros, not NaN, also backwards.
         masked_GTL = jnp.where(there_GT1, wide_GTL, jnp.finfo(wide_GTL.dtype).min)
         weights = jax.nn.softmax(masked_GTL, axis=1), jax.nn.softmax(wide_GTL, axis=2)
-        shape = (*wide_GTL.shape[:2], -1, self.columns)
+        shape = (*wide_GTL.shape[:2], -1, self.slots_per_expert)
         return Mixture(*(jnp.where(there_GT1, w, 0).reshape(shape) for w in weights))

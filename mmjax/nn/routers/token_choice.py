@@ -17,36 +17,36 @@ from mmjax.nn.routers.base import Limited, Slots
 class TokenChoice(Limited):
     """Each token goes to the experts that score highest with it (Shazeer et al. 2017), if they have a slot left.
 
-    First choices come before second ones; among these earlier tokens come first, or with `priority` those whose best
-    score is highest (batch priority routing, Riquelme et al. 2021). Of equal scores the first expert's is chosen.
+    First choices come before second ones; among these earlier tokens come first, or with `batch_priority` those whose
+    best score is highest (batch priority routing, Riquelme et al. 2021). Of equal scores the first expert's is chosen.
 
     Attributes:
-      top: experts of a token.
-      priority: sort tokens by their best score.
+      top_k: experts of a token.
+      batch_priority: sort tokens by their best score.
       noise: standard deviation of what training adds to the logits, as a multiple of 1 / experts (V-MoE: 1).
     """
 
-    top: int = 1
-    priority: bool = False
+    top_k: int = 1
+    batch_priority: bool = False
     noise: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, top=COUNT, noise=AMOUNT)
+        check(self, top_k=COUNT, noise=AMOUNT)
 
     def slots(self, tokens: int, experts: int) -> int:
-        return min(tokens, math.ceil(self.capacity * self.top * tokens / experts))
+        return min(tokens, math.ceil(self.capacity * self.top_k * tokens / experts))
 
     def meets(self, experts: int) -> float:
-        return min(self.top, experts)
+        return min(self.top_k, experts)
 
     def route(self, logits_GTL: jax.Array, valid_GT: jax.Array) -> Slots:
         groups, tokens, experts = logits_GTL.shape
-        if self.top > experts:
-            raise UserError(f"router: top is {self.top}, of {experts} experts.")
-        gate_GTK, expert_GTK = jax.lax.top_k(self.scores(logits_GTL), self.top)
+        if self.top_k > experts:
+            raise UserError(f"router: top is {self.top_k}, of {experts} experts.")
+        gate_GTK, expert_GTK = jax.lax.top_k(self.scores(logits_GTL), self.top_k)
         order_GT = jnp.broadcast_to(jnp.arange(tokens), (groups, tokens))
-        if self.priority:
+        if self.batch_priority:
             best_GT = jnp.where(valid_GT, gate_GTK[..., 0], -1)
             order_GT = jnp.argsort(-best_GT, axis=1, stable=True)
         count = self.slots(tokens, experts)
@@ -56,7 +56,7 @@ class TokenChoice(Limited):
             for x in (gate_GTK, expert_GTK)
         ]
         gate_GM, expert_GM = served
-        token_GM = jnp.tile(order_GT, (1, self.top))
+        token_GM = jnp.tile(order_GT, (1, self.top_k))
         there_GM = jnp.take_along_axis(valid_GT, token_GM, axis=1)
         asks_GME = jax.nn.one_hot(expert_GM, experts, dtype=jnp.int32) * there_GM[..., None]
         before_GME = jnp.cumsum(asks_GME, axis=1) - asks_GME

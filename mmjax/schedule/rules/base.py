@@ -28,11 +28,11 @@ class Rule(abc.ABC):
 
     Attributes:
       varies: whether periods differ from one another; else each is the first.
-      word: what a weight is called in messages.
+      key: the key of a task that a weight is read from, `weight` or `interval`.
     """
 
     varies: ClassVar[bool] = False
-    word: ClassVar[str] = "share"
+    key: ClassVar[str] = "weight"
 
     @abc.abstractmethod
     def counts(self, weights: Sequence[int]) -> list[int]:
@@ -111,7 +111,7 @@ def check_weights(rule: Rule | None, weights: Mapping[str, int], name: str = "")
     Raises:
       UserError: a weight that is no integer from 0 up, no task that runs, or a period above `MAX_PERIOD`.
     """
-    word = rule.word if rule else Rule.word
+    word = rule.key if rule else Rule.key
     checked = {t: exact_integer(w, f"Task '{t}': its {word}") for t, w in weights.items()}
     if not checked:
         raise UserError("The schedule has no tasks. Give at least one.")

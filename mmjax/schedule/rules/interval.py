@@ -16,7 +16,7 @@ class Interval(Rule):
     The published loop counts passes from 1. From 0, the first pass runs every task once.
     """
 
-    word = "interval"
+    key = "interval"
 
     def counts(self, weights: Sequence[int]) -> list[int]:
         passes = math.lcm(*weights)

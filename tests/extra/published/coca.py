@@ -17,29 +17,29 @@ def coca(size: str) -> Recipe:
     objective = "tasks.captions.objective."
     block = {"bias": True, "attention_bias": True, "qk_norm": False, "eps": 1e-5}
     rows = same(TABLE_1, {
-        "model.width": width, "layers.count": encoder, "layers.heads": heads, "layers.hidden": encoder_mlp,
-        "layers.name": "transformer", "layers.mlp": "gelu", "layers.order": "pre", "layers.norm": "layer",
-        "layers.rotary": 0.0, "layers.experts": (), "layers.untie": (), "model.norm": "layer",
-        f"{objective}pooler_heads": heads, f"{objective}joint": width,
+        "model.width": width, "layers.count": encoder, "layers.num_heads": heads, "layers.mlp_dim": encoder_mlp,
+        "layers.name": "transformer", "layers.mlp": "gelu", "layers.norm_position": "pre", "layers.norm": "layer",
+        "layers.rotary": 0.0, "layers.experts": (), "layers.per_modality.parts": (), "model.norm": "layer",
+        f"{objective}pooler_heads": heads, f"{objective}embed_dim": width,
     })  # fmt: skip
     for half, name in (("unimodal", "transformer"), ("multimodal", "cross_transformer")):
-        sizes = {"name": name, "count": decoder, "heads": heads, "hidden": decoder_mlp}
+        sizes = {"name": name, "count": decoder, "num_heads": heads, "mlp_dim": decoder_mlp}
         rows += same(TABLE_1, sizes, f"{objective}{half}.") + same(
             OPEN_CLIP, block, f"{objective}{half}."
         )
     rows += same(OPEN_CLIP, block, "layers.") + same(OPEN_CLIP, {
         "model.norm_eps": 1e-5, f"{objective}norm_eps": 1e-5, f"{objective}multimodal.context_norm": True,
-        f"{objective}pooler_bias": True, f"{objective}pooler_norms": True, f"{objective}temperature": 0.07,
+        f"{objective}pooler_bias": True, f"{objective}pooler_norms": True, f"{objective}init_temperature": 0.07,
         "modalities.image.positions": "table", "modalities.text.positions": "table",
     })  # fmt: skip
     rows += same(SECTION, {
         "steps": 500_000, "tasks.captions.batch": 65_536, "tasks.captions.inputs.image.size": 288,
-        "modalities.image.patch": 18, "modalities.image.buckets": 16, "modalities.text.vocabulary": 64_000,
+        "modalities.image.patch": 18, "modalities.image.max_positions": 16, "modalities.text.vocabulary": 64_000,
         "optimizer.learning_rate": 8e-4, "optimizer.warmup": 10_000, "optimizer.decay": "linear",
-        "optimizer.final": 0.0, "optimizer.b1": 0.9, "optimizer.b2": 0.999, "optimizer.weight_decay": 0.01,
-        f"{objective}name": "coca", f"{objective}between": ("image", "text"), f"{objective}queries": 256,
+        "optimizer.end_lr_ratio": 0.0, "optimizer.b1": 0.9, "optimizer.b2": 0.999, "optimizer.weight_decay": 0.01,
+        f"{objective}name": "coca", f"{objective}modalities": ("image", "text"), f"{objective}queries": 256,
         f"{objective}pooling": "cascade", f"{objective}contrastive_weight": 1.0, f"{objective}caption_weight": 2.0,
-        f"{objective}form": "softmax", **PLAIN,
+        f"{objective}loss": "softmax", **PLAIN,
     })  # fmt: skip
     rows.append(
         Row(
@@ -53,7 +53,7 @@ def coca(size: str) -> Recipe:
     )
     rows += ours("memory", "first moments in bfloat16", {"optimizer.moments_dtype": "bfloat16"})
     rows += ours("not said in the paper", "The 64 tokens of a text and the crop are ours", {
-        "tasks.captions.inputs.text.length": 64, "modalities.text.buckets": 64,
+        "tasks.captions.inputs.text.length": 64, "modalities.text.max_positions": 64,
         "tasks.captions.inputs.image.crop": 0.7, "optimizer.clip": 1.0, "dtype.compute": "bfloat16",
     })  # fmt: skip
     rows += missing(

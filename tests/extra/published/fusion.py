@@ -7,9 +7,10 @@ from published.rows import PLAIN, Recipe, Row, missing, ours, same
 SCENIC = "[C] scenic/projects/mbt"
 MBT_CONFIG, MBT_MODEL = f"{SCENIC}/configs/audioset/balanced_audioset_base.py", f"{SCENIC}/model.py"
 VIT = {
-    "model.width": 768, "layers.count": 12, "layers.heads": 12, "layers.hidden": 3072, "layers.bias": True,
+    "model.width": 768, "layers.count": 12, "layers.num_heads": 12, "layers.mlp_dim": 3072, "layers.bias": True,
     "layers.attention_bias": True, "layers.qk_norm": False, "layers.norm": "layer", "layers.eps": 1e-6,
-    "layers.mlp": "gelu", "layers.order": "pre", "layers.rotary": 0.0, "model.norm": "layer", "model.norm_eps": 1e-6,
+    "layers.mlp": "gelu", "layers.norm_position": "pre", "layers.rotary": 0.0, "model.norm": "layer",
+    "model.norm_eps": 1e-6,
     "layers.experts": (), "modalities.video.positions": "table",
     "modalities.spectrogram.positions": "table",
 }  # fmt: skip
@@ -18,15 +19,15 @@ VIT = {
 def clips() -> list[Row]:
     """Return the rows of inputs and optimizer that MBT's recipe and Zorro's have in common."""
     rows = same(MBT_CONFIG, {
-        "modalities.video.tube": 2, "modalities.video.patch": 16, "modalities.video.time_buckets": 16,
-        "modalities.video.buckets": 14, "modalities.spectrogram.patch_frames": 16,
+        "modalities.video.tube": 2, "modalities.video.patch": 16, "modalities.video.max_time_positions": 16,
+        "modalities.video.max_positions": 14, "modalities.spectrogram.patch_frames": 16,
         "modalities.spectrogram.patch_mels": 16, "modalities.spectrogram.mels": 128,
-        "modalities.spectrogram.buckets": 50, "tasks.sounds.inputs.video.frames": 32,
+        "modalities.spectrogram.max_positions": 50, "tasks.sounds.inputs.video.frames": 32,
         "tasks.sounds.inputs.video.stride": 2, "tasks.sounds.inputs.video.size": 224,
-        "tasks.sounds.inputs.video.flip": True, "tasks.sounds.inputs.video.drop": 0.0,
+        "tasks.sounds.inputs.video.flip": True, "tasks.sounds.inputs.video.token_drop": 0.0,
         "tasks.sounds.inputs.spectrogram.frames": 800, "tasks.sounds.batch": 64, "optimizer.decay": "cosine",
-        "optimizer.final": 0.0, "optimizer.weight_decay": 0.0, "optimizer.clip": 1.0, **PLAIN,
-        "modalities.spectrogram.rate": 16_000, "modalities.spectrogram.hop": 160,
+        "optimizer.end_lr_ratio": 0.0, "optimizer.weight_decay": 0.0, "optimizer.clip": 1.0, **PLAIN,
+        "modalities.spectrogram.sample_rate": 16_000, "modalities.spectrogram.hop": 160,
     })  # fmt: skip
     # 50 epochs, and 2.5, of the 180,000 clips of VGGSound.
     rows += same(f"{MBT_CONFIG}, [P] table 1", {"steps": 140_000, "optimizer.warmup": 7_000})
@@ -51,7 +52,7 @@ def mbt() -> Recipe:
     })  # fmt: skip
     rows += same(f"{MBT_CONFIG}, {MBT_MODEL} MBT and loss_function", {
         "name": "fusion", "modalities": ("video", "spectrogram"), "tokens": 4, "mask": "full", "smoothing": 0.3,
-        "reading": "mean", "loss": "each", "shared": True, "init": "zeros", "norm": "none",
+        "readout": "mean", "loss": "each", "shared": True, "init": "zeros", "norm": "none",
     }, "tasks.sounds.objective.")  # fmt: skip
     rows += missing(
         MBT_CONFIG,
@@ -67,9 +68,11 @@ def mbt() -> Recipe:
 
 def zorro() -> Recipe:
     paper, port = "[K] Recasens et al. 2023", "[C] zorro-pytorch"
-    rows = clips() + same(paper, {**VIT, "layers.name": "transformer", "layers.untie": ()})
+    rows = clips() + same(
+        paper, {**VIT, "layers.name": "transformer", "layers.per_modality.parts": ()}
+    )
     rows += same(port, {
-        "name": "fusion", "modalities": ("video", "spectrogram"), "mask": "zorro", "reading": "each", "shared": False,
+        "name": "fusion", "modalities": ("video", "spectrogram"), "mask": "zorro", "readout": "each", "shared": False,
     }, "tasks.sounds.objective.")  # fmt: skip
     rows.append(
         Row(

@@ -33,8 +33,9 @@ def imp(size: str, sparse: bool, mixed: bool) -> Recipe:
     (width, hidden, count, heads), (peak, final, warmup, steps), experts = IMP[size]
     optimization = f"{EXPERIMENT} {dict(s='Small', b='Base', l='Large')[size]}PreTrainOptimization"
     rows = same(optimization, {
-        **ADAMW, "steps": steps, "optimizer.learning_rate": peak, "optimizer.decay": "cosine", "optimizer.final": final,
-        "optimizer.b1": 0.9, "optimizer.b2": 0.999, "optimizer.eps": 1e-7, "optimizer.weight_decay": 1e-4,
+        **ADAMW, "steps": steps, "optimizer.learning_rate": peak, "optimizer.decay": "cosine",
+        "optimizer.end_lr_ratio": final, "optimizer.b1": 0.9, "optimizer.b2": 0.999, "optimizer.eps": 1e-7,
+        "optimizer.weight_decay": 1e-4,
         "optimizer.clip": 1.0, "schedule.rule": "interval",
     })  # fmt: skip
     ahead = PRE_WARMUP[size]
@@ -57,11 +58,11 @@ def imp(size: str, sparse: bool, mixed: bool) -> Recipe:
         ),
     ]
     rows += same(f"{GARDEN}/config.py", {
-        "model.width": width, "layers.count": count, "layers.heads": heads, "layers.hidden": hidden,
-        "layers.name": "transformer", "layers.mlp": "gelu", "layers.order": "pre", "layers.bias": False,
+        "model.width": width, "layers.count": count, "layers.num_heads": heads, "layers.mlp_dim": hidden,
+        "layers.name": "transformer", "layers.mlp": "gelu", "layers.norm_position": "pre", "layers.bias": False,
         "layers.attention_bias": False, "layers.rotary": 0.0, "layers.norm": "layer", "layers.eps": 1e-6,
-        "layers.qk_norm": sparse, "model.norm": "layer", "model.norm_eps": 1e-6, "model.norm_modalities": (),
-        "layers.untie": (),
+        "layers.qk_norm": sparse, "model.norm": "layer", "model.norm_eps": 1e-6, "model.per_modality.modalities": (),
+        "layers.per_modality.parts": (),
     })  # fmt: skip
     rows += imp_experts(experts, count) if sparse else same(GARDEN, {"layers.experts": ()})
     rows += imp_modalities() + imp_tasks(1.0 if sparse else 0.2)
@@ -78,26 +79,26 @@ def imp(size: str, sparse: bool, mixed: bool) -> Recipe:
 def imp_experts(experts: int, count: int) -> list[Row]:
     rows = same(f"[C] {RELEASE}/modeling/config.py, {EXPERIMENT}", {
         "layers.experts.count": experts, "layers.experts": tuple(range(count - 6, count)),
-        "layers.experts.group": 2048, "layers.experts.losses": {}, "layers.experts.local": {},
-        "layers.experts.spread": {}, "layers.experts.router.name": "expert_choice",
+        "layers.experts.group_size": 2048, "layers.experts.losses": {}, "layers.experts.local_entropy": {},
+        "layers.experts.global_entropy": {}, "layers.experts.router.name": "expert_choice",
         "layers.experts.router.capacity": 1.0, "layers.experts.router.score": "softmax",
     })  # fmt: skip
     words = "at least 256 groups of tokens compete"
-    return rows + ours("no group spans two devices", words, {"layers.experts.groups": 256})
+    return rows + ours("no group spans two devices", words, {"layers.experts.min_groups": 256})
 
 
 def imp_modalities() -> list[Row]:
     rows = same(f"{GARDEN}/imp.py setup, {EXPERIMENT} MAX_*", {
-        "vision.tube": 4, "vision.patch": 16, "vision.time_buckets": 16, "vision.buckets": 32,
-        "spectrogram.patch_frames": 16, "spectrogram.patch_mels": 16, "spectrogram.buckets": 64,
-        "text.buckets": 4096, "text.vocabulary": 32_100,
+        "vision.tube": 4, "vision.patch": 16, "vision.max_time_positions": 16, "vision.max_positions": 32,
+        "spectrogram.patch_frames": 16, "spectrogram.patch_mels": 16, "spectrogram.max_positions": 64,
+        "text.max_positions": 4096, "text.vocabulary": 32_100,
     }, "modalities.")  # fmt: skip
     for name in ("vision", "spectrogram", "text"):
         embeddings = f"[C] {RELEASE}/modeling/embeddings.py"
         values = {"positions": "learned", "positions_scale": 1.0}
         rows += same(embeddings, values, f"modalities.{name}.")
     return rows + same(f"{DATA} _audio_override, [C] {RELEASE}/data/config.py Spectrogram", {
-        "mels": 128, "rate": 16_000, "window": 2048, "hop": 1024, "low": 80.0, "high": 7600.0,
+        "mels": 128, "sample_rate": 16_000, "window": 2048, "hop": 1024, "low": 80.0, "high": 7600.0,
     }, "modalities.spectrogram.")  # fmt: skip
 
 
@@ -105,9 +106,9 @@ def imp_tasks(initial: float) -> list[Row]:
     rows = list[Row]()
     for task, (interval, batch, names) in IMP_LOADERS.items():
         at, modalities = f"tasks.{task}.", tuple(names.split())
-        rows += same(f"{DATA} ..._PRETRAIN_LOADERS", {"share": interval, "batch": batch}, at)
+        rows += same(f"{DATA} ..._PRETRAIN_LOADERS", {"interval": interval, "batch": batch}, at)
         if task in IMP_VISION:
-            keys = ("frames", "stride", "size", "drop", "flip")
+            keys = ("frames", "stride", "size", "token_drop", "flip")
             vision = dict(zip(keys, IMP_VISION[task], strict=True))
             rows += same(
                 f"{DATA} _vision_override, {SETS}", {**vision, "crop": 0.5}, f"{at}inputs.vision."
@@ -115,15 +116,15 @@ def imp_tasks(initial: float) -> list[Row]:
         if "spectrogram" in modalities:
             rows += same(
                 f"{DATA} AUDIO_NUM_SECONDS",
-                {"frames": 128, "drop": 0.0},
+                {"frames": 128, "token_drop": 0.0},
                 f"{at}inputs.spectrogram.",
             )
         if "text" in modalities:
             texts = {"length": 16, "instances": 5 if task == "image_text" else 0}
             rows += same(f"{SETS} max_num_sentences", texts, f"{at}inputs.text.")
             rows += same(f"[C] {RELEASE}/optimization/objectives.py CrossModalNCE, {GARDEN}/config.py", {
-                "name": "cross_modal", "between": modalities, "weights": {}, "space": "disjoint", "joint": 1024,
-                "initial": initial, "head": "joint", "concept": "",
+                "name": "cross_modal", "modalities": modalities, "weights": {}, "space": "disjoint", "embed_dim": 1024,
+                "init_temperature": initial, "head": "joint", "positive_key": "",
             }, f"{at}objective.")  # fmt: skip
         else:
             rows += same(f"[C] {RELEASE}/modeling/heads.py", {

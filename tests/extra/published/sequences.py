@@ -15,8 +15,8 @@ LLAMA_BLOCK = {
 SEVEN_BILLION = {
     "model.width": 4096,
     "layers.count": 32,
-    "layers.heads": 32,
-    "layers.hidden": 11_008,
+    "layers.num_heads": 32,
+    "layers.mlp_dim": 11_008,
 }
 ADAM_OF_LLAMA = {
     **ADAMW,
@@ -34,10 +34,10 @@ def sequences(task: str, order: tuple[str, ...], drawn: bool) -> list[Row]:
     pack, slots = (14, 512) if drawn else (128, 3456)
     rows = same(
         f"{ZHOU}, section 4.4: 4 million tokens",
-        {"batch": 1024 * pack, "objective.name": "transfusion", "objective.order": order},
+        {"batch": 1024 * pack, "objective.name": "transfusion", "objective.modalities": order},
         at,
     )
-    rows += same(f"{ZHOU}, section 4.4", {"objective.across": False, "share": 1}, at)
+    rows += same(f"{ZHOU}, section 4.4", {"objective.attend_across_items": False, "weight": 1}, at)
     rows += ours(
         "captions have 25 tokens here",
         "14 captioned images that do not see each other and whose captions share 512"
@@ -55,9 +55,10 @@ def sequences(task: str, order: tuple[str, ...], drawn: bool) -> list[Row]:
     )
     if drawn:
         rows += same(f"{ZHOU}, sections 3 and 4", {
-            "objective.weight": 5.0, "objective.target": "epsilon", "objective.drop": 0.1, "objective.steps": 250,
+            "objective.weight": 5.0, "objective.prediction": "epsilon", "objective.condition_dropout": 0.1,
+            "objective.sampling_steps": 250,
             "objective.guidance": 5.0, "objective.discrete": ("text",), "inputs.image.size": 256,
-            "objective.mutual": False,
+            "objective.bidirectional_spans": False,
         }, at)  # fmt: skip
         rows += ours(
             "not said", "Images are pixels in patches of 16", {"inputs.image.crop": 0.7}, at
@@ -68,7 +69,7 @@ def sequences(task: str, order: tuple[str, ...], drawn: bool) -> list[Row]:
 def transfusion_rate() -> list[Row]:
     return same(f"{ZHOU}, section 4.1 [K]", {
         "steps": 500_000, **ADAM_OF_LLAMA, "optimizer.learning_rate": 3e-4, "optimizer.warmup": 4000,
-        "optimizer.decay": "cosine", "optimizer.final": 0.05, "optimizer.eps": 1e-8,
+        "optimizer.decay": "cosine", "optimizer.end_lr_ratio": 0.05, "optimizer.eps": 1e-8,
     }) + ours("not said", "4 million tokens to a batch", {"dtype.compute": "bfloat16"})  # fmt: skip
 
 
@@ -92,16 +93,19 @@ def transfusion_images() -> list[Row]:
 
 def transfusion(alternating: bool) -> Recipe:
     rows = same(LLAMA, {
-        **LLAMA_BLOCK, **SEVEN_BILLION, "layers.qk_norm": False, "layers.order": "pre", "layers.untie": (),
-        "layers.experts": (), "model.norm_modalities": (),
+        **LLAMA_BLOCK, **SEVEN_BILLION, "layers.qk_norm": False, "layers.norm_position": "pre",
+        "layers.per_modality.parts": (),
+        "layers.experts": (), "model.per_modality.modalities": (),
     })  # fmt: skip
     rows += transfusion_rate() + transfusion_images()
-    adapters = {"objective.channels": 128}
+    adapters = {"objective.unet_channels": 128}
     words = "through U-Net adapters"
     if not alternating:
         rows += sequences("captions", ("text", "image"), True)
         rows += same(
-            f"{ZHOU}, section 4.2", {"swap": 0.2, "limit": 0.5}, "tasks.captions.objective."
+            f"{ZHOU}, section 4.2",
+            {"reverse_prob": 0.2, "max_time": 0.5},
+            "tasks.captions.objective.",
         )
         rows += ours("from pixels", words, adapters, "tasks.captions.")
         return Recipe("transfusion:7b", ("transfusion",), tuple(rows))
@@ -109,7 +113,7 @@ def transfusion(alternating: bool) -> Recipe:
     rows += sequences("write", ("text",), False) + sequences("draw", ("text", "image"), True)
     rows += ours("from pixels", words, adapters, "tasks.draw.")
     rows += ours("after MonoFormer", alternates, {
-        "tasks.draw.objective.weights": {"text": 0.0}, "tasks.draw.objective.swap": 0.0,
+        "tasks.draw.objective.weights": {"text": 0.0}, "tasks.draw.objective.reverse_prob": 0.0,
     })  # fmt: skip
     rows += missing(
         "[C] MonoFormer, train.py",
@@ -141,7 +145,7 @@ def chameleon_rows(moma: bool) -> list[Row]:
             falls,
         ),
         Row(
-            "optimizer.final",
+            "optimizer.end_lr_ratio",
             0.01,
             0.01 if moma else 0.0,
             MOMA if moma else CHAMELEON,
@@ -162,10 +166,10 @@ def chameleon_rows(moma: bool) -> list[Row]:
         {
             "inputs.colours.size": 32,
             "objective.name": "transfusion",
-            "objective.order": ("text", "colours"),
+            "objective.modalities": ("text", "colours"),
             "objective.discrete": ("text", "colours"),
-            "objective.across": False,
-            "share": 1,
+            "objective.attend_across_items": False,
+            "weight": 1,
         },
         "tasks.captions.",
     )
@@ -175,8 +179,8 @@ def chameleon_rows(moma: bool) -> list[Row]:
     return rows + ours("four images to 4,288 positions", "Batch and steps are ours", {
         "steps": 250_000 if moma else 500_000, "tasks.captions.batch": 4096, "tasks.captions.objective.pack": 4,
         "tasks.captions.objective.capacity": {"text": 188}, "tasks.captions.objective.window": 64,
-        "tasks.captions.inputs.text.length": 1022, "tasks.captions.objective.channels": 0,
-        "tasks.captions.objective.drop": 0.1, "tasks.captions.objective.swap": 0.2,
+        "tasks.captions.inputs.text.length": 1022, "tasks.captions.objective.unet_channels": 0,
+        "tasks.captions.objective.condition_dropout": 0.1, "tasks.captions.objective.reverse_prob": 0.2,
         "tasks.captions.inputs.colours.crop": 0.7, "dtype.compute": "bfloat16",
     })  # fmt: skip
 
@@ -187,8 +191,10 @@ def mot_tasks(chameleon: bool) -> list[Row]:
     rows = (
         transfusion_rate() + transfusion_images() + sequences("captions", ("text", "image"), True)
     )
-    rows += same(f"{ZHOU}, section 4.2", {"swap": 0.2, "limit": 0.5}, "tasks.captions.objective.")
-    return rows + same(MOT, {"tasks.captions.objective.channels": 0})
+    rows += same(
+        f"{ZHOU}, section 4.2", {"reverse_prob": 0.2, "max_time": 0.5}, "tasks.captions.objective."
+    )
+    return rows + same(MOT, {"tasks.captions.objective.unet_channels": 0})
 
 
 def two_heads(words: str, vocabulary: int) -> list[Row]:
@@ -205,18 +211,19 @@ def mot(chameleon: bool, dense: bool) -> Recipe:
     )
     parts = ALL_PARTS[:4] + (("qk_norm",) if chameleon else ()) + ALL_PARTS[4:]
     copies: dict[str, Any] = {
-        "layers.untie": parts,
-        "layers.modalities": names,
-        "model.norm_modalities": names,
+        "layers.per_modality.parts": parts,
+        "layers.per_modality.modalities": names,
+        "model.per_modality.modalities": names,
+        "model.per_modality.parts": ("norm",),
     }
     rows += same(MOT, dict.fromkeys(copies, ()) if dense else copies)
     if not chameleon:
-        rows += same(LLAMA, {"layers.qk_norm": False, "layers.order": "pre"})
+        rows += same(LLAMA, {"layers.qk_norm": False, "layers.norm_position": "pre"})
         return Recipe(name, ("mot", "transfusion"), tuple(rows))
     said = "norms behind its parts"
     rows += [
         Row(
-            "layers.order",
+            "layers.norm_position",
             "pre",
             "pre" if dense else "post",
             CHAMELEON if dense else MOT,
@@ -240,15 +247,18 @@ def mot(chameleon: bool, dense: bool) -> Recipe:
 
 def moma(experts: str) -> Recipe:
     rows = chameleon_rows(True) + two_heads("a head each (57,344 and 8,000)", 57_344) + same(MOMA, {
-        **LLAMA_BLOCK, "model.width": 2048, "layers.count": 24, "layers.heads": 16, "layers.hidden": 5632,
-        "layers.order": "post", "model.norm_modalities": (),
+        **LLAMA_BLOCK, "model.width": 2048, "layers.count": 24, "layers.num_heads": 16, "layers.mlp_dim": 5632,
+        "layers.norm_position": "post", "model.per_modality.modalities": (),
     }) + same(CHAMELEON, {"layers.qk_norm": "layer"})  # fmt: skip
     own = experts in ("experts", "one")
     rows += same(
         MOMA,
-        {"layers.untie": ("mlp",), "layers.modalities": ("text", "colours")}
+        {
+            "layers.per_modality.parts": ("mlp",),
+            "layers.per_modality.modalities": ("text", "colours"),
+        }
         if own
-        else {"layers.untie": ()},
+        else {"layers.per_modality.parts": ()},
     )
     if experts == "dense":
         rows += same(MOMA, {"layers.experts": ()})
@@ -256,11 +266,11 @@ def moma(experts: str) -> Recipe:
         rows += same(MOMA, {
             "layers.experts": tuple(range(24)), "layers.experts.count": {"experts": 4, "one": 1, "mixed": 8}[experts],
             "layers.experts.router.name": "expert_choice", "layers.experts.router.score": "sigmoid",
-            "layers.experts.router.capacity": 1.0, "layers.experts.losses": {}, "layers.experts.local": {},
-            "layers.experts.spread": {}, "layers.experts.causal.hidden": 1024,
+            "layers.experts.router.capacity": 1.0, "layers.experts.losses": {}, "layers.experts.local_entropy": {},
+            "layers.experts.global_entropy": {}, "layers.experts.causal.mlp_dim": 1024,
         })  # fmt: skip
         rows += ours("a sort of a batch compiles for minutes", "Tokens compete with those of their sequence", {
-            "layers.experts.group": 2048, "layers.experts.groups": 256,
+            "layers.experts.group_size": 2048, "layers.experts.min_groups": 256,
         })  # fmt: skip
     rows += missing(
         MOMA,
@@ -283,9 +293,12 @@ def mixture_of_mamba(chameleon: bool, dense: bool) -> Recipe:
     rows += same(MAMBA, {
         "model.width": 2048, "layers.count": 48, "layers.name": "mamba", "layers.state": 16, "layers.expand": 2,
         "layers.taps": 4, "layers.rank": None, "layers.norm": "rms", "layers.eps": 1e-5, "layers.depth": 48,
-        "model.norm": "rms", "model.norm_eps": 1e-5, "model.norm_modalities": (), "layers.experts": (),
+        "model.norm": "rms", "model.norm_eps": 1e-5, "model.per_modality.modalities": (), "layers.experts": (),
     })  # fmt: skip
-    copies: dict[str, Any] = {"layers.untie": ("in", "x", "dt", "out"), "layers.modalities": names}
+    copies: dict[str, Any] = {
+        "layers.per_modality.parts": ("in", "x", "dt", "out"),
+        "layers.per_modality.modalities": names,
+    }
     source = "[C] Mixture-of-Mamba/MixtureOfMamba.py"
     rows += same(source, dict.fromkeys(copies, ()) if dense else copies)
     rows += missing("[P] Liang et al. 2025", "the paper's setting with speech")
