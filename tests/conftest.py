@@ -17,11 +17,12 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "xla-tests"))
 os.environ.setdefault("MMJAX_DATA_DIR", str(_CACHE / "data"))
-# Modules that several tests share: `toyrun`, `harness`.
+# Modules that several tests share: `toyrun`, `harness`; and the hooks of `budget`.
 sys.path[:0] = [str(Path(__file__).resolve().parent / folder) for folder in ("extra", "pod")]
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from budget import pytest_addoption, pytest_terminal_summary  # noqa: E402, F401
 from etils import epath  # noqa: E402
 from harness import Harness  # noqa: E402
 from hypothesis import settings  # noqa: E402

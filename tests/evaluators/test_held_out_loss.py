@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -11,56 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from brightness import SOURCE, task
 
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import MeshConfig, make_mesh
 from mmjax.engine.steps import eval_request
-from mmjax.evaluators.base import Embed, LossOf, Pass, Record, function, make_evaluators, row_spec
+from mmjax.evaluators.base import LossOf, Record
 from mmjax.evaluators.held_out_loss import HeldOutLoss
-from mmjax.evaluators.retrieval import Retrieval
 from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.text import Text, TextInput
 from mmjax.model import ModelConfig, declare_model
 from mmjax.nn.trunk import GroupConfig
-from mmjax.objectives.base import Embeds, Loss, Objective
 from mmjax.objectives.transfusion import Transfusion
 from mmjax.task import Task, TaskConfig
-
-SOURCE = {"name": "tfds", "dataset": "emoji", "split": "test_concept"}
-
-
-@dataclass(frozen=True)
-class Brightness(Objective, Embeds):
-    """A loss without parameters."""
-
-    def reads(self) -> tuple[str, ...]:
-        return ("image",)
-
-    def fields(self) -> tuple[str, ...]:
-        return ("group",)
-
-    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
-        return {}
-
-    def embeds(self) -> tuple[str, ...]:
-        return ("image",)
-
-    def embed(
-        self, model: Any, modality: str, arrays: Mapping[str, jax.Array], toward: str = ""
-    ) -> jax.Array:
-        return arrays["pixels"].mean(axis=(1, 2)) * model
-
-    def __call__(self, model: Any, batch: Mapping[str, Any], key: jax.Array) -> Loss:
-        return Loss(jnp.float32(model * 3), {"baseline": jnp.float32(5)})
-
-
-def task(evaluators: dict[str, Any] | None = None) -> Task:
-    image = Input("image", Image(), ImageInput(size=8))
-    other = Input("depth", Image(), ImageInput(field="depth", size=16))
-    config = TaskConfig({}, {}, {}, 4, evaluators=evaluators or {})
-    return Task("bright", config, {"image": image, "depth": other}, Brightness(), None)  # type: ignore[arg-type]
 
 
 def test_the_record_is_the_mean_over_rows_beside_the_baseline() -> None:
@@ -223,36 +187,3 @@ def test_the_pass_it_needs() -> None:
     [each] = HeldOutLoss(source=SOURCE).passes(task()).values()
     assert each.computation == LossOf() and each.block == SOURCE and each.fields == ()
     assert each.source.label == "test_concept"
-
-
-def test_rows_of_a_pass_hold_what_its_output_needs() -> None:
-    embedding = row_spec(task(), Pass(Embed("depth"), SOURCE, ("concept",)))
-    assert set(embedding.inputs) == {"depth"} and embedding.fields == ("concept",)
-    loss = row_spec(task(), Pass(LossOf(), SOURCE, ("concept", "group")))
-    assert set(loss.inputs) == {"image", "depth"} and loss.fields == ("group", "concept")
-
-
-def test_functions_give_one_output_per_row() -> None:
-    batch = {"inputs": {"image": {"pixels": np.ones((2, 4, 4, 3))}}, "valid": jnp.ones(2, bool)}
-    model: Any = 2.0
-    outputs = function(task(), LossOf())(model, batch, jax.random.key(0))
-    assert set(outputs) == {"loss", "baseline", "terms", "weight", "compared"}
-    np.testing.assert_array_equal(outputs["terms"], [1.0, 1.0])
-    np.testing.assert_array_equal(outputs["loss"], [6.0, 6.0])
-    np.testing.assert_array_equal(outputs["baseline"], [5.0, 5.0])
-    outputs = function(task(), Embed("image"))(model, batch, jax.random.key(0))
-    np.testing.assert_array_equal(outputs["vector"], np.full((2, 3), 2.0))
-
-
-def test_evaluators_are_built_from_their_blocks() -> None:
-    blocks = {
-        "one": {"name": "held_out_loss", "source": SOURCE},
-        "two": {"name": "retrieval", "source": SOURCE, "at": [3]},
-    }
-    made = make_evaluators(task(blocks))
-    assert made["one"] == HeldOutLoss(source=SOURCE)
-    assert made["two"] == Retrieval(source=SOURCE, at=(3,))
-    with pytest.raises(UserError, match=r"tasks.bright.evaluators.one.name: .*'retrieval'\?"):
-        make_evaluators(task({"one": {"name": "retrival"}}))
-    with pytest.raises(UserError, match=r"Unknown config key 'tasks.bright.evaluators.one.att'"):
-        make_evaluators(task({"one": {"name": "retrieval", "att": [3]}}))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import jax
 import numpy as np
+import pytest
 from etils import epath
 from jax.sharding import Mesh
 
@@ -20,7 +21,7 @@ from mmjax.core.config import Block
 from mmjax.core.parameters import digest
 from mmjax.core.sharding import batch_sharding, make_mesh
 from mmjax.engine import checkpoint
-from mmjax.engine.compile import use_cache
+from mmjax.engine.compile import Program, compile_all, use_cache
 from mmjax.engine.loader import make_batch, place
 from mmjax.engine.state import State, compute_dtype, init_state, shardings
 from mmjax.engine.steps import ticks
@@ -156,3 +157,16 @@ def parts(*overrides: str, devices: int = 1) -> Parts:
 def host(tree: Any) -> Any:
     """A tree of arrays as NumPy arrays of their own, which a later donation does not touch."""
     return jax.tree.map(lambda x: np.array(x, copy=True), tree)
+
+
+def wrap_calls(monkeypatch: pytest.MonkeyPatch, wrap: Callable[[Any], Any]) -> None:
+    """Training programs whose call is wrapped."""
+
+    def compiled(requests: Mapping[str, Any], *arguments: Any) -> dict[str, Program]:
+        programs = compile_all(requests, *arguments)
+        return {
+            name: replace(p, call=wrap(p.call)) if requests[name].kind == "train" else p
+            for name, p in programs.items()
+        }
+
+    monkeypatch.setattr(train, "compile_all", compiled)

@@ -10,73 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attending import BATCH, HEADS, MASKS, loops, pairs_of, projections
 
 from mmjax.analysis.flops import model_flops
 from mmjax.core.errors import UserError
 from mmjax.nn import attention_kernels as module
 from mmjax.nn import kernels
 from mmjax.nn.attention_kernels import attend, choose
-from mmjax.nn.masks import FULL, Causal, KeyIs, Mask, Pairs, QueryIs, Same
-
-BATCH, HEADS = 2, 2
-
-MASKS: dict[str, Mask] = {
-    "full": FULL,
-    "causal": Causal(),
-    "packed": Causal() & Same("item"),
-    "pictures": Causal() | Same("span", beside=0),
-    "prefix": Causal() | KeyIs("prefix", 1),
-    "zorro": Same("stream") | QueryIs("stream", 2),
-}
+from mmjax.nn.masks import FULL, Causal, Pairs, Same
 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK", 8)
-
-
-def attributes(length: int) -> dict[str, np.ndarray]:
-    """Of one stream: two packed items, two pictures, a prefix, three streams in turn."""
-    at = np.arange(length)
-    return {
-        "position": at[None],
-        "item": (at >= length // 2).astype(int)[None],
-        "span": np.where(at % 7 > 2, at // 7 + 1, 0)[None],
-        "prefix": (at < 3).astype(int)[None],
-        "stream": (at % 3)[None],
-    }
-
-
-def pairs_of(mask: Mask, length: int, valid: bool = False, dynamic: bool = False) -> Pairs:
-    of: Any = attributes(length)
-    if dynamic:
-        of = {name: jnp.asarray(np.repeat(x, BATCH, 0)) for name, x in of.items()}
-    exists = None
-    if valid:  # the first key of each item stays, so that every query reads something
-        draws = np.random.default_rng(5).random((BATCH, length)) < 0.7
-        draws[:, [0, 1, 2, length // 2]] = True
-        exists = jnp.asarray(draws)
-    return Pairs(mask, of, of, exists)
-
-
-def projections(length: int, size: int, dtype: Any) -> tuple[jax.Array, ...]:
-    rng = np.random.default_rng(3)
-    return tuple(
-        jnp.asarray(rng.normal(size=(BATCH, length, HEADS, size)), dtype) for _ in range(3)
-    )
-
-
-def loops(q: Any, k: Any, v: Any, pairs: Pairs) -> np.ndarray:
-    """One query at a time, over the keys that it may read."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    whole = pairs.allowed()
-    allowed = np.broadcast_to(True if whole is None else whole, (*q.shape[:2], k.shape[1]))
-    out = np.zeros_like(q)
-    for b, s, h in np.ndindex(*q.shape[:3]):
-        keys = np.flatnonzero(allowed[b, s])
-        weight = np.exp(k[b, keys, h] @ q[b, s, h] / np.sqrt(q.shape[-1]))
-        out[b, s, h] = weight @ v[b, keys, h] / weight.sum()
-    return out
 
 
 @pytest.mark.parametrize("valid", [False, True])
@@ -104,35 +50,6 @@ def test_the_gradient_of_the_chunked_form_is_that_of_the_plain_one(
 
     for found, expected in zip(gradient("chunked"), gradient("plain"), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-13)
-
-
-@pytest.mark.parametrize("mask", ["full", "causal", "packed", "pictures", "zorro"])
-def test_splash_against_loops_and_its_gradient(mask: str) -> None:
-    """In interpret mode: the numerics of the kernel, with static masks, segments and padding."""
-    # Static but for `packed`, whose items are segment ids; 150 is padded to 256.
-    pairs = pairs_of(MASKS[mask], 150, valid=True)
-    if mask == "packed":
-        of = {**attributes(150), "item": jnp.asarray(attributes(150)["item"])}
-        pairs = Pairs(pairs.mask, of, of, pairs.valid_BT)
-    inputs = projections(150, 16, jnp.float32)
-    exists = np.asarray(pairs.valid_BT)[..., None, None]
-    weights = np.random.default_rng(9).normal(size=inputs[0].shape) * exists
-
-    def run(function: Any) -> Any:
-        def loss(x: Any) -> tuple[jax.Array, jax.Array]:
-            out = function(*x, pairs)
-            return (out * weights).sum(), out
-
-        return jax.jit(jax.grad(loss, has_aux=True))(inputs)
-
-    gradients, out = run(partial(kernels.splash, interpret=True))
-    expected, _ = run(partial(attend, kernel="plain"))
-    rows = np.broadcast_to(exists, out.shape)
-    np.testing.assert_allclose(
-        np.where(rows, out, 0), np.where(rows, loops(*inputs, pairs), 0), atol=2e-5
-    )
-    for found, wanted in zip(gradients, expected, strict=True):
-        np.testing.assert_allclose(found, wanted, atol=5e-5)
 
 
 @pytest.mark.parametrize("kernel", ["plain", "chunked", "splash"])

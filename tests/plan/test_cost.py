@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from mmjax.plan import hlo
 from mmjax.plan.cost import DCN, ICI, Cost, cost
-from mmjax.plan.groups import Layout, groups_of
+from mmjax.plan.groups import Layout
 
 ONE = Layout({"data": 1}, [0])
 FOUR = Layout({"data": 2, "fsdp": 2}, [0] * 4)
@@ -319,19 +318,3 @@ def test_an_all_reduce_of_which_a_shard_is_kept_is_a_reduce_scatter() -> None:
         4,
     )
     assert found.wires == {(ICI, "reduce-scatter", "fsdp"): 64}
-
-
-# --- groups ------------------------------------------------------------------------------------
-
-
-def test_a_part_of_an_axis() -> None:
-    """`(2)2`: behind 2 groups of the axis, 2 of its members."""
-    found = groups_of("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", 8)
-    np.testing.assert_array_equal(found, [[0, 1], [2, 3], [4, 5], [6, 7]])
-    found = groups_of("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", 8)
-    np.testing.assert_array_equal(found, [[0, 2], [1, 3], [4, 6], [5, 7]])
-
-
-def test_two_axes_of_a_mesh() -> None:
-    found = groups_of("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}", 8)
-    np.testing.assert_array_equal(found, [[0, 1, 4, 5], [2, 3, 6, 7]])

@@ -8,15 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,8 +22,6 @@ from etils import epath
 from harness import LIMIT, deterministic, finished_steps, log
 
 from mmjax import train
-from mmjax.core.errors import UserError
-from mmjax.engine import processes
 from mmjax.engine.lease import Lease
 from mmjax.engine.lease_store import FileStore
 
@@ -227,31 +222,6 @@ def test_the_parameters_are_compared_where_they_moved(alone: Team) -> None:
     assert len({tuple(ids) for ids in alone.ids("whole")}) == STEPS
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--processes=2", "--process=0"],
-        ["--coordinator=h:1", "--processes=two", "--process=0"],
-        ["--coordinator=h:1", "--processes=2"],
-        ["--coordinator=h:1", "--processes=2", "--process=2"],
-    ],
-    ids=" ".join,
-)
-def test_numbers_that_name_no_process_are_refused(words: list[str]) -> None:
-    from mmjax.core import commandline
-
-    made = commandline.parser("A main.")
-    processes.add_arguments(made)
-    arguments, _ = commandline.parse(made, words)
-    with pytest.raises(UserError, match="--processes="):
-        processes.join(arguments)
-
-
-def test_alone_a_process_agrees_with_itself() -> None:
-    assert processes.gather({"a": [1]}) == [{"a": [1]}]
-    assert processes.is_first()
-
-
 def test_processes_that_were_started_otherwise_are_told_which_keys_differ(
     team: Callable[[str], Team],
 ) -> None:
@@ -288,23 +258,6 @@ def test_a_process_that_all_wait_for_is_named(
     assert any("process 1 waits" in x["text"] for x in events)
 
 
-@pytest.mark.parametrize(
-    ("each", "found"),
-    [
-        ([0.1, 0.9, 0.2], (1, 0.9, 0.15)),
-        ([0.1, 0.9, 0.4], (1, 0.9, 0.25)),
-        ([0.4, 0.9, 0.4], None),  # not three times the others
-        ([0.001, 0.09, 0.001], None),  # nothing beside a step
-        ([0.9, 0.9], None),
-        ([0.9], None),
-    ],
-)
-def test_only_a_process_that_stands_out_is_slow(
-    each: list[float], found: tuple[int, float, float] | None
-) -> None:
-    assert processes.stands_out(each, least=0.1) == (found and pytest.approx(found))
-
-
 def test_all_processes_of_a_second_run_end_where_another_lives(team: Callable[[str], Team]) -> None:
     made = team("second")
     made.workdir.mkdir()
@@ -316,47 +269,3 @@ def test_all_processes_of_a_second_run_end_where_another_lives(team: Callable[[s
     assert ended.statuses == [2, 2], ended.said
     assert all(f"is in use: train, process {os.getpid()} on" in said for said in ended.said)
     assert store.read() == before and [p.name for p in made.workdir.iterdir()] == ["lease.json"]
-
-
-# --- joining -----------------------------------------------------------------------------------
-
-
-def join(where: str, process: int = 0) -> None:
-    processes.join(Namespace(coordinator=where, processes="2", process=str(process)))
-
-
-@pytest.mark.parametrize("host", ["", "127.0.0.1"])
-def test_a_port_that_another_program_listens_on_is_told_before_jax_ends_by_it(host: str) -> None:
-    with socket.create_server((host, 0)) as other:
-        port = other.getsockname()[1]
-        with pytest.raises(
-            UserError, match=f"cannot listen at port {port} of this machine .*in use"
-        ):
-            join(f"10.0.0.1:{port}")
-
-
-@pytest.mark.parametrize("where", ["host", "host:", "host:0", "host:65536", "host:-1", "host:x"])
-def test_a_coordinator_needs_a_port(where: str) -> None:
-    with pytest.raises(UserError, match="give HOST:PORT"):
-        join(where)
-
-
-def test_a_port_that_was_in_use_just_now_is_free() -> None:
-    """Connections of an ended server linger."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        client = socket.create_connection(("127.0.0.1", port))
-        accepted, _ = server.accept()
-        accepted.close()  # closes first, and so lingers
-        client.close()
-    processes._check_port(f"127.0.0.1:{port}")
-
-
-def test_a_process_that_waits_for_the_others_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    told = threading.Event()
-    printing = mock.patch("builtins.print", lambda *a, **k: told.set())
-    with printing, processes._notice_after(0.0, "mmjax: waiting for the other processes"):
-        assert told.wait(60)
-    with processes._notice_after(1000.0, "never"):
-        pass
-    assert "never" not in capsys.readouterr().err

@@ -18,7 +18,7 @@ from mmjax.modalities.image import Image, ImageInput
 from mmjax.objectives.base import Embeds
 from mmjax.report.gallery import Shelf, answers, gallery, read_shelf
 from mmjax.report.html import text
-from mmjax.report.panel import framed, spread, thanks
+from mmjax.report.panel import framed, thanks
 
 Parse = Callable[[str], Any]
 EVIL = "<script>alert(1)</script>"
@@ -51,7 +51,7 @@ class _Objective(Embeds):
 def _task(pair: tuple[str, str]) -> Any:
     """A task that embeds two modalities, of which nothing but their values is known."""
     inputs = {
-        m: Input(m, SimpleNamespace(raw=lambda v: v, preprocess=lambda s, v, r: {}, rate=8000,
+        m: Input(m, SimpleNamespace(raw=lambda v: v, preprocess=lambda s, v, r: {}, sample_rate=8000,
                                     arrays=lambda s: {}), SimpleNamespace(field=m))
         for m in pair
     }  # fmt: skip
@@ -148,13 +148,3 @@ def test_answers_are_the_nearest_and_agree_with_the_recall(
     positive = concept[:, None] == concept[None, :]
     for k, wanted in zip((1, 5, 10), recall(similarity, positive, (1, 5, 10)), strict=True):
         assert np.mean([(a.place or 10**9) <= k for a in made]) == pytest.approx(wanted)
-
-
-@given(st.integers(0, 300), st.integers(1, 40))
-def test_spread_is_even_and_takes_both_ends(count: int, most: int) -> None:
-    chosen = spread(count, most)
-    assert len(chosen) == min(count, most) and chosen == sorted(set(chosen))
-    if most > 1 and count:
-        assert chosen[0] == 0 and chosen[-1] == count - 1
-        gaps = np.diff(chosen)
-        assert not len(gaps) or gaps.max() - gaps.min() <= 1

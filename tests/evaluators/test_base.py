@@ -1,0 +1,49 @@
+"""Passes and evaluators: what they read, and how they are built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from brightness import SOURCE, task
+
+from mmjax.core.errors import UserError
+from mmjax.evaluators.base import Embed, LossOf, Pass, function, make_evaluators, row_spec
+from mmjax.evaluators.held_out_loss import HeldOutLoss
+from mmjax.evaluators.retrieval import Retrieval
+
+
+def test_rows_of_a_pass_hold_what_its_output_needs() -> None:
+    embedding = row_spec(task(), Pass(Embed("depth"), SOURCE, ("concept",)))
+    assert set(embedding.inputs) == {"depth"} and embedding.fields == ("concept",)
+    loss = row_spec(task(), Pass(LossOf(), SOURCE, ("concept", "group")))
+    assert set(loss.inputs) == {"image", "depth"} and loss.fields == ("group", "concept")
+
+
+def test_functions_give_one_output_per_row() -> None:
+    batch = {"inputs": {"image": {"pixels": np.ones((2, 4, 4, 3))}}, "valid": jnp.ones(2, bool)}
+    model: Any = 2.0
+    outputs = function(task(), LossOf())(model, batch, jax.random.key(0))
+    assert set(outputs) == {"loss", "baseline", "terms", "weight", "compared"}
+    np.testing.assert_array_equal(outputs["terms"], [1.0, 1.0])
+    np.testing.assert_array_equal(outputs["loss"], [6.0, 6.0])
+    np.testing.assert_array_equal(outputs["baseline"], [5.0, 5.0])
+    outputs = function(task(), Embed("image"))(model, batch, jax.random.key(0))
+    np.testing.assert_array_equal(outputs["vector"], np.full((2, 3), 2.0))
+
+
+def test_evaluators_are_built_from_their_blocks() -> None:
+    blocks = {
+        "one": {"name": "held_out_loss", "source": SOURCE},
+        "two": {"name": "retrieval", "source": SOURCE, "at": [3]},
+    }
+    made = make_evaluators(task(blocks))
+    assert made["one"] == HeldOutLoss(source=SOURCE)
+    assert made["two"] == Retrieval(source=SOURCE, at=(3,))
+    with pytest.raises(UserError, match=r"tasks.bright.evaluators.one.name: .*'retrieval'\?"):
+        make_evaluators(task({"one": {"name": "retrival"}}))
+    with pytest.raises(UserError, match=r"Unknown config key 'tasks.bright.evaluators.one.att'"):
+        make_evaluators(task({"one": {"name": "retrieval", "att": [3]}}))
