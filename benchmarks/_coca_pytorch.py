@@ -34,7 +34,7 @@ def peer(experiment: Experiment, task: Task, rows: Batch) -> Peer | None:
     import torch
 
     objective: Any = task.objective
-    shown, text = objective.between
+    shown, text = objective.modalities
     patch = getattr(task.inputs[shown].modality, "patch")  # noqa: B009
     pixels = np.asarray(rows["inputs"][shown]["pixels"], np.float32) / 127.5 - 1
     images = torch.from_numpy(np.array(patchify(pixels, patch)))
@@ -69,7 +69,7 @@ def _model(experiment: Experiment, task: Task, patch_values: int) -> Any:
 
     objective: Any = task.objective
     config, own = experiment.run.model.trunk, _only(experiment.run.model.trunk.layers)
-    text: Any = task.inputs[objective.between[1]].modality
+    text: Any = task.inputs[objective.modalities[1]].modality
     layer = torch.nn.TransformerEncoderLayer(
         config.width, own["num_heads"], own["mlp_dim"], dropout=0.0, activation="gelu",
         batch_first=True, norm_first=True,
@@ -79,7 +79,7 @@ def _model(experiment: Experiment, task: Task, patch_values: int) -> Any:
     first, second = _only(objective.unimodal), _only(objective.multimodal)
     return CoCa(
         dim=config.width, num_tokens=text.vocabulary, unimodal_depth=first["repeat"],
-        multimodal_depth=second["repeat"], dim_latents=objective.joint, image_dim=config.width,
+        multimodal_depth=second["repeat"], dim_latents=objective.embed_dim, image_dim=config.width,
         num_img_queries=objective.queries, dim_head=config.width // first["num_heads"],
         heads=first["num_heads"], ff_mult=first["mlp_dim"] // config.width, img_encoder=encoder,
         caption_loss_weight=objective.caption_weight,

@@ -19,6 +19,7 @@ from mmjax.core.parameters import Arrays
 from mmjax.core.sharding import make_mesh
 from mmjax.engine.compile import Program, compile_all
 from mmjax.engine.loader import HostBatch, Loader, process_rows
+from mmjax.engine.requests import train_requests
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.schedule.rules.base import rule_of
 from mmjax.training.flight import dispatch
@@ -49,7 +50,7 @@ class Steps:
         with tempfile.TemporaryDirectory() as workdir:
             folder = epath.Path(workdir)
             self._session: Session = begin(self.experiment, folder, self._mesh, False, print)
-        requests, limits = self.experiment.train_requests(self._mesh), self.experiment.run.limits
+        requests, limits = train_requests(self.experiment, self._mesh), self.experiment.run.limits
         self._programs: dict[str, Program] = compile_all(requests, self._mesh, limits)
         self._state: Any = self._session.state()
 
@@ -108,7 +109,7 @@ class Steps:
 
     def _send(self, task: str, batch: HostBatch) -> Any:
         chosen, program = self.experiment.tasks[task], self._programs[task]
-        now = {"visit": batch.step, **self.experiment.progress(task, batch.step, {})}
+        now = {"visit": batch.step, **self.experiment.optimizers.progress(task, batch.step, {})}
         self._state, metrics = dispatch(program, chosen, self._mesh, self._state, batch, now)
         return metrics
 

@@ -226,7 +226,7 @@ def losses(what: str) -> tuple[float, float]:
 
 def our_loss(experiment: Experiment, batch: HostBatch) -> tuple[float, dict[str, Any]]:
     """The loss of a fresh state, and its parameters by name; texts without their table of positions, none row 0."""
-    state = init_state(experiment.declaration, experiment.optimizer, 0, np.float32)
+    state = init_state(experiment.declaration, experiment.optimizers.whole, 0, np.float32)
     positions = "stems/text/positions/norm/"
     parameters = {
         name: value * (not name.startswith(positions)) for name, value in state.parameters.items()

@@ -61,7 +61,7 @@ def dry_run(block: Block, workdir: epath.Path, allow_change: bool) -> None:
 
 
 def _segments_table(experiment: Experiment, schedule: Schedule) -> None:
-    planned, rows = experiment.stretches(), []
+    planned, rows = experiment.planned.stretches(), []
     ends = [segment.start for segment in schedule.segments[1:]] + [experiment.run.steps]
     for segment, end in zip(schedule.segments, ends, strict=True):
         phase = stretch_at(planned, segment.start)
@@ -169,5 +169,5 @@ def _remarks(experiment: Experiment, found: Pace, workdir: epath.Path) -> Iterat
         yield f"Step times{mark} follow from model FLOPs at {human_flops(found.rate)}FLOP/s, {how}."
     yield "Evaluation, checkpoints, compilation and waiting for data come on top."
     every = experiment.run.schedule.rebalance_every
-    if every and any(each.rule == BUDGET for each in experiment.stretches()):
+    if every and any(each.rule == BUDGET for each in experiment.planned.stretches()):
         yield f"Under {BUDGET}, measured step times set the shares anew every {every} steps."

@@ -22,6 +22,7 @@ from mmjax.core.sharding import make_mesh
 from mmjax.core.workdir import EVALUATIONS
 from mmjax.engine import processes
 from mmjax.engine.compile import compile_all, use_cache
+from mmjax.engine.requests import eval_requests
 from mmjax.evaluators.base import Record
 from mmjax.experiment import make_experiment
 from mmjax.loading import check_files, find_step, read_parameters
@@ -52,7 +53,7 @@ def evaluate(workdir: epath.Path, step: int | None, overrides: Sequence[str]) ->
     mesh = make_mesh(experiment.run.mesh)
     evaluation = Evaluation(experiment, mesh)
     announce_changed(meta.get("identities", {}), evaluation, print)
-    requests = experiment.eval_requests(mesh)
+    requests = eval_requests(experiment, mesh)
     with processes.compiling(requests) as watch:
         programs = compile_all(requests, mesh, experiment.run.limits, watch)
     program_table([p.report for p in programs.values()])

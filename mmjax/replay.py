@@ -25,6 +25,7 @@ from mmjax.core.workdir import METRICS
 from mmjax.engine import checkpoint, processes
 from mmjax.engine.compile import compile_all, use_cache
 from mmjax.engine.loader import Loader, process_rows
+from mmjax.engine.requests import train_requests
 from mmjax.engine.state import Clock
 from mmjax.experiment import make_experiment
 from mmjax.loading import find_step
@@ -102,7 +103,7 @@ def _run(session: Session, last: int) -> dict[str, float]:
     """The steps up to `last`; its metrics."""
     experiment, mesh, clock = session.experiment, session.mesh, session.clock
     schedule, run = clock.schedule, experiment.run
-    requests = experiment.train_requests(mesh)
+    requests = train_requests(experiment, mesh)
     needed = experiment.settings.visits(schedule, clock.step, last + 1)
     chosen = {n: requests[n] for n in requests if n in needed}
     with processes.compiling(chosen) as watch:
@@ -117,7 +118,7 @@ def _run(session: Session, last: int) -> dict[str, float]:
         name, visit = schedule.task(host.step), schedule.visit(host.step)
         variant = experiment.settings.variant(name, host.step, visit)
         task, program = variant.task, programs[variant.program]
-        now = {"visit": visit, **experiment.progress(name, host.step, positions)}
+        now = {"visit": visit, **experiment.optimizers.progress(name, host.step, positions)}
         state, values = dispatch(program, task, mesh, state, host, now)
         positions[task.name] += task.batch
         jax.block_until_ready(values)

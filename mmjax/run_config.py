@@ -15,7 +15,7 @@ from mmjax.engine.profiling import ProfileConfig
 from mmjax.engine.warm_start import WarmStartConfig
 from mmjax.model import ModelConfig
 from mmjax.optim.config import OptimizerConfig
-from mmjax.schedule.config import PhaseConfig
+from mmjax.schedule.config import ScheduleConfig
 from mmjax.task import TaskConfig
 
 
@@ -31,27 +31,6 @@ class DtypeConfig:
 
     parameters: str = "float32"
     compute: str = "float32"
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """Which task runs when.
-
-    Attributes:
-      rule: `shares`, `random`, `interval` or `budget`; see `mmjax/schedule/rules/`. Under `budget` a
-        task's `weight` is its part of the chips' time, first by model FLOPs.
-      phases: later stretches, by ascending `start`, and what changes there. Evaluation has the shapes of `tasks` at
-        step 0.
-      rebalance_every: under `budget`, steps after which, and again after as many, the shares are set from
-        measured step times; 0 to stay with model FLOPs.
-    """
-
-    rule: str = "shares"
-    phases: tuple[PhaseConfig, ...] = ()
-    rebalance_every: int = 0
-
-    def __post_init__(self) -> None:
-        check(self, rebalance_every=SIZE)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from mmjax.engine.compile import Program, Request, compile_all, use_cache
 from mmjax.engine.health import Diverged
 from mmjax.engine.lease import hold
 from mmjax.engine.profiling import dump
+from mmjax.engine.requests import eval_requests, train_requests
 from mmjax.engine.watchdog import Watchdog
 from mmjax.evaluators.base import Record, evaluators_of
 from mmjax.experiment import Experiment, make_experiment
@@ -161,7 +162,7 @@ def _report_if_missing(session: Session, phases: PhaseLog) -> None:
 def _compile(session: Session, there: Mapping[str, Program]) -> dict[str, Program]:
     """All programs that the rest of the run needs, those that are `there` already among them."""
     experiment, mesh = session.experiment, session.mesh
-    requests = _coming(session) | experiment.eval_requests(mesh)
+    requests = _coming(session) | eval_requests(experiment, mesh)
     missing = {name: request for name, request in requests.items() if name not in there}
     with processes.compiling(missing, "state for checkpoints") as watch:
         programs = {**there, **compile_all(missing, mesh, experiment.run.limits, watch)}
@@ -209,7 +210,7 @@ def _coming(session: Session) -> dict[str, Request]:
         if task in schedule.running(start, stop)
         for variant in variants
     }
-    requests = session.experiment.train_requests(session.mesh)
+    requests = train_requests(session.experiment, session.mesh)
     return {name: request for name, request in requests.items() if name in needed}
 
 

@@ -15,7 +15,8 @@ import toyrun
 from mmjax.core.errors import UserError
 from mmjax.engine import checkpoint
 from mmjax.engine.state import EMA, SUM, SUMMED, State, state_from_canonical, state_to_canonical
-from mmjax.engine.steps import loss_function, train_function
+from mmjax.engine.steps import ModelSpec, loss_function, train_function
+from mmjax.experiment import Experiment
 
 WORDS = ("optimizer.accumulate=3", "dtype.parameters=float64", "dtype.compute=float64")
 ORDER = ("one", "two", "one")  # by the shares 2 and 1
@@ -29,12 +30,16 @@ def ticks(step: int, last: bool = False) -> dict[str, Any]:
     return {"step": np.int32(step), "visit": np.int32(visit), "last": np.int32(last)}
 
 
+def spec(experiment: Experiment) -> ModelSpec:
+    return ModelSpec(experiment.declaration, np.float64, np.float64, 0)
+
+
 def step(
     parts: toyrun.Parts, state: State, number: int, batch: Any, last: bool = False
 ) -> tuple[State, Any]:
     experiment = parts.experiment
     task = experiment.tasks[ORDER[number]]
-    function = train_function(task, experiment.declaration, experiment.optimizer, np.float64, 0)
+    function = train_function(spec(experiment), task, experiment.optimizers.whole)
     return jax.jit(function)(state, batch, ticks(number, last))
 
 
@@ -46,7 +51,7 @@ def batches(parts: toyrun.Parts) -> list[Any]:
 
 def gradient(parts: toyrun.Parts, number: int, batch: Any) -> dict[str, np.ndarray]:
     experiment = parts.experiment
-    loss_of = loss_function(experiment.tasks[ORDER[number]], experiment.declaration, np.float64, 0)
+    loss_of = loss_function(spec(experiment), experiment.tasks[ORDER[number]])
     visit = ticks(number)["visit"]
     found = jax.grad(lambda p: loss_of(p, {}, batch, visit).value)(parts.state.parameters)
     return toyrun.host(found)
@@ -63,7 +68,7 @@ def test_a_round_is_one_step_on_the_mean_of_its_gradients() -> None:
             np.testing.assert_array_equal(state.parameters[name], before[name])
         state, told = step(parts, state, number, batch)
         assert bool(told["finite"])
-    config, optimizer = parts.experiment.run.optimizer, parts.experiment.optimizer
+    config, optimizer = parts.experiment.run.optimizer, parts.experiment.optimizers.whole
     rate = float(optimizer.rate("one", ticks(2)))
     for name, old in before.items():
         mean = sum(g[name] for g in grads) / 3
@@ -79,7 +84,7 @@ def test_a_round_is_one_step_on_the_mean_of_its_gradients() -> None:
 def expected_of(parts: toyrun.Parts, before: Any, mean: Any, number: int) -> np.ndarray:
     """AdamW's first step in NumPy, from the mean gradient of a parameter."""
     config, [(name, old)] = parts.experiment.run.optimizer, before.items()
-    rate = float(parts.experiment.optimizer.rate("one", ticks(number)))
+    rate = float(parts.experiment.optimizers.whole.rate("one", ticks(number)))
     decay = config.weight_decay * parts.experiment.declaration.specs[name].decay
     return np.asarray(old - rate * (mean / (np.abs(mean) + config.eps) + decay * old))
 
@@ -130,8 +135,14 @@ def test_the_round_that_the_end_of_the_run_cuts_short_is_applied() -> None:
 
 def test_a_run_says_which_step_is_its_last() -> None:
     experiment = toyrun.parts(*WORDS, "steps=5").experiment
-    assert [experiment.progress("one", step, {})["last"] for step in range(5)] == [0, 0, 0, 0, 1]
-    assert "last" not in toyrun.parts("steps=5").experiment.progress("one", 4, {})
+    assert [experiment.optimizers.progress("one", step, {})["last"] for step in range(5)] == [
+        0,
+        0,
+        0,
+        0,
+        1,
+    ]
+    assert "last" not in toyrun.parts("steps=5").experiment.optimizers.progress("one", 4, {})
 
 
 def test_sums_and_averages_have_canonical_names() -> None:

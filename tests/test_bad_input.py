@@ -161,9 +161,9 @@ def test_a_data_set_of_others_that_is_not_built(tmp_path, workdir):
     ("override", "words"),
     [
         ("inputs.text.field=captoin", ["tasks.image_text reads field 'captoin'", "'caption'?"]),
-        ("objective.concept=concpt", ["tasks.image_text reads field 'concpt'", "'concept'?"]),
+        ("objective.positive_key=concpt", ["tasks.image_text reads field 'concpt'", "'concept'?"]),
         ("evaluators.groups.label=gruop", ["tasks.image_text.evaluators reads field 'gruop'", "'group'?"]),
-        ("evaluators.drawings.concept=x", ["tasks.image_text.evaluators reads field 'x'"]),
+        ("evaluators.drawings.positive_key=x", ["tasks.image_text.evaluators reads field 'x'"]),
     ],
 )  # fmt: skip
 def test_a_field_that_the_data_lacks(emoji_dir, workdir, override, words):
@@ -177,7 +177,7 @@ def test_a_field_that_the_data_lacks(emoji_dir, workdir, override, words):
     [
         ("inputs.text.field=image", "[0]: field 'image' as modality 'text': a text is a string"),
         ("inputs.image.field=caption", "[0]: field 'caption' as modality 'image': an image has"),
-        ("objective.concept=caption", "(str); expected an integer"),
+        ("objective.positive_key=caption", "(str); expected an integer"),
         ("source.split=trian", "'emoji' has no split 'trian'. Did you mean 'train'?"),
         ("source.split=train[:0]", "split 'train[:0]' has no examples"),
     ],

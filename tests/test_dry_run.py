@@ -160,7 +160,7 @@ def test_a_changed_schedule_needs_to_be_allowed(tmp_path: Path) -> None:
 
 def test_a_budget_is_shown_in_integers(tmp_path: Path) -> None:
     text = dry(tmp_path / "run", "schedule.rule=budget", "schedule.rebalance_every=5")
-    weights = make_experiment(toyrun.block("schedule.rule=budget")).schedule().segments[0]
+    weights = make_experiment(toyrun.block("schedule.rule=budget")).planned.schedule().segments[0]
     assert f"shares (budget)  one {weights.weights['one']}" in text
     assert "every 5 steps" in text
     # Two to one in time, whatever the FLOP/s.

@@ -12,8 +12,9 @@ import pytest
 from mmjax.core import config as configs
 from mmjax.core.errors import UserError
 from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.engine.requests import eval_requests, pass_key, program_key, train_requests
 from mmjax.evaluators.base import Embed
-from mmjax.experiment import Experiment, make_experiment, pass_key, program_key
+from mmjax.experiment import Experiment, make_experiment
 from mmjax.optim.optimizer import PARTS
 
 TINY = Path(__file__).resolve().parent / "configs" / "tiny.py"
@@ -67,7 +68,7 @@ def experiment(*overrides: str, **more: Any) -> Experiment:
 def test_a_config_that_could_not_run_is_refused_by_key(override, words):
     with pytest.raises(UserError, match=re.escape(words)):
         made = experiment(override)
-        made.eval_requests(make_mesh(made.run.mesh))
+        eval_requests(made, make_mesh(made.run.mesh))
 
 
 @pytest.mark.parametrize("kind", ["tasks", "modalities"])
@@ -97,11 +98,11 @@ def test_two_tasks_may_share_a_head_of_one_shape_only():
 
 
 def test_the_schedule_is_the_tasks_shares_in_their_order():
-    schedule = experiment("tasks.masked_image.weight=2").schedule()
+    schedule = experiment("tasks.masked_image.weight=2").planned.schedule()
     assert schedule.shares(0, 12) == {"image_text": 0.5, "masked_image": 0.5}
     assert schedule.task(0) == "image_text"
     phases = "schedule.phases=[{'start': 4, 'weights': {'masked_image': 1}}]"
-    later = experiment(phases).schedule()
+    later = experiment(phases).planned.schedule()
     assert {later.task(s) for s in range(4, 30)} == {"masked_image"}
 
 
@@ -113,7 +114,7 @@ def test_passes_that_are_alike_are_read_and_run_once():
     images = next(each for _, each in found if each.computation == Embed("image"))
     assert set(images.fields) == {"concept", "group"}, "what retrieval and zero-shot want together"
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    assert set(made.eval_requests(mesh)) == {program_key(task, each) for task, each in found}
+    assert set(eval_requests(made, mesh)) == {program_key(task, each) for task, each in found}
 
 
 def test_another_split_is_another_pass_of_the_same_program():
@@ -124,14 +125,14 @@ def test_another_split_is_another_pass_of_the_same_program():
     assert len(passes) == 2
     # Though they want other fields: those stay on the host.
     assert {p.fields for _, p in passes} == {("concept",), ("concept", "group")}
-    requests = made.eval_requests(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    requests = eval_requests(made, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     assert [r.kind for r in requests.values()].count("embed/image") == 1
     assert len(requests) == 3
 
 
 def test_a_request_for_every_task():
     made = experiment()
-    requests = made.train_requests(make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    requests = train_requests(made, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     assert list(requests) == ["image_text", "masked_image"]
     assert {r.kind for r in requests.values()} == {"train"}
 
@@ -146,11 +147,11 @@ def test_modalities_find_their_files_in_a_runs_assets(tmp_path):
 def test_progress_by_examples_ends_where_the_run_would() -> None:
     """More examples than planned (a task left out, a copy of a run with fewer tasks) leave the rate at its end."""
     made = experiment("optimizer.unit=examples")
-    assert made.progress("image_text", 0, {"image_text": 0})["part"] == 0
-    assert made.progress("image_text", 0, {"image_text": 10**9})["part"] == PARTS
+    assert made.optimizers.progress("image_text", 0, {"image_text": 0})["part"] == 0
+    assert made.optimizers.progress("image_text", 0, {"image_text": 10**9})["part"] == PARTS
 
 
 def test_a_warm_up_longer_than_the_run_never_ends() -> None:
     made = experiment("optimizer.unit=examples", "optimizer.warmup=100000", "steps=2")
-    rate = made.optimizer.rate("image_text", {"part": jax.numpy.int32(PARTS // 2)})
+    rate = made.optimizers.whole.rate("image_text", {"part": jax.numpy.int32(PARTS // 2)})
     assert 0 < rate < made.run.optimizer.learning_rate

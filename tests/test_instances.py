@@ -53,7 +53,7 @@ def stem_of(name: str, seed: int = 0) -> Any:
 def test_tokens_that_stay_are_those_of_the_whole(name: str) -> None:
     """To the bit: the same values at the same coordinates, whether or not others were dropped."""
     example = {"value": CASES[name][2]}
-    whole, part = made(name), made(name, drop=0.6)
+    whole, part = made(name), made(name, token_drop=0.6)
     with jax.enable_x64(True):
         stem = stem_of(name)
         one, all_ = (
@@ -78,8 +78,8 @@ def test_tokens_that_stay_are_those_of_the_whole(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_evaluation_has_all_tokens_of_one_instance(name: str) -> None:
     plain = made(name)
-    assert made(name, drop=0.5, instances=3).whole().arrays() == plain.arrays()
-    assert made(name, drop=0.5).drops and not made(name, drop=0.5).whole().drops
+    assert made(name, token_drop=0.5, instances=3).whole().arrays() == plain.arrays()
+    assert made(name, token_drop=0.5).drops and not made(name, token_drop=0.5).whole().drops
 
 
 @given(st.integers(1, 40), st.floats(0, 0.97))
@@ -108,7 +108,7 @@ def test_each_example_drops_its_own_and_each_token_as_often() -> None:
 @pytest.mark.parametrize("drop", [-0.1, 1.0, 0.99])
 def test_a_drop_that_leaves_nothing_is_refused(drop: float) -> None:
     with pytest.raises(UserError, match=r"here: drop is .*it must be in \[0, 1\) and leave one"):
-        made("image", drop=drop)
+        made("image", token_drop=drop)
 
 
 # --- stills ------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_a_still_is_a_tube_of_the_same_frame() -> None:
     assert one.x_BSD.shape[1] == 4
     for axis, coordinates in two.coordinates.items():
         np.testing.assert_array_equal(one.coordinates[axis], coordinates)
-    assert made("video", frames=1, drop=0.5).arrays()["patches"].shape == (2, 2 * 8 * 8 * 3)
+    assert made("video", frames=1, token_drop=0.5).arrays()["patches"].shape == (2, 2 * 8 * 8 * 3)
     with pytest.raises(UserError, match="frames 3: not a positive multiple"):
         made("video", frames=3)
 

@@ -54,7 +54,7 @@ def test_tokens_batches_and_intervals_are_those_released(name: str) -> None:
         "image_text": (1, 8192), "images": (1, 8192), "video_text": (12, 8192), "videos": (5, 2048),
         "video_audio_text": (12, 8192), "sounds": (8, 2048),
     }  # fmt: skip
-    shares = made.schedule().between(0, 2 * 302)
+    shares = made.planned.schedule().between(0, 2 * 302)
     # Every task runs, as in the released loop it would not: one in twelve passes, say.
     assert {n: round(100 * s / 604, 1) for n, s in shares.items()} == pytest.approx(
         {"image_text": 40.1, "images": 40.1, "video_text": 3.3, "videos": 8.0, "video_audio_text": 3.3, "sounds": 5.0},

@@ -46,8 +46,8 @@ def experts(router: Mapping[str, Any], **more: Any) -> dict[str, Any]:
 TOKENS = experts(
     {"name": "token_choice", "top_k": 2, "capacity": 0.5, "noise": 1.0},
     losses={"importance": 1.0, "load": 1.0, "balance": 1.0, "z": 1.0},
-    local={"image": 1.0},
-    spread={"image": 1.0, "text": 1.0},
+    local_entropy={"image": 1.0},
+    global_entropy={"image": 1.0, "text": 1.0},
 )
 CHOICE = experts({"name": "expert_choice", "capacity": 0.5}, causal={"mlp_dim": 4})
 SOFT = experts({"name": "soft", "slots_per_expert": 2})

@@ -14,8 +14,8 @@ from mmjax.run_config import (
     EvaluationConfig,
     LogConfig,
     RunConfig,
-    ScheduleConfig,
 )
+from mmjax.schedule.config import ScheduleConfig
 
 LEAST: dict[str, Any] = {
     "steps": 3,

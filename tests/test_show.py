@@ -129,9 +129,9 @@ def initial(folder: Path, *overrides: str) -> str:
     """The digest of a checkpoint of the toy config's initial state."""
     made = make_experiment(toyrun.block(*overrides))
     zeros = dict.fromkeys(made.tasks, 0)
-    clock = Clock(0, made.schedule(), zeros, zeros, zeros)
+    clock = Clock(0, made.planned.schedule(), zeros, zeros, zeros)
     state = jax.jit(
-        lambda: init_state(made.declaration, made.optimizer, made.run.seed, jnp.float32)
+        lambda: init_state(made.declaration, made.optimizers.whole, made.run.seed, jnp.float32)
     )()
     with Checkpoints(epath.Path(folder), CheckpointConfig()) as checkpoints:
         tree = state_to_canonical(made.declaration.specs, state)

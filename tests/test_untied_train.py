@@ -15,6 +15,7 @@ from toyrun import host, parts
 from mmjax.blocks.transformer import PARTS
 from mmjax.core.parameters import from_canonical, to_canonical
 from mmjax.engine.compile import LimitsConfig, compile_all
+from mmjax.engine.requests import train_requests
 
 # `toy` stands for text, `other` for pictures.
 NAMES = ["toy", "other"]
@@ -49,7 +50,7 @@ def overrides(*pattern: Any, norms: Any = ()) -> list[str]:
 def after(tasks: list[str], *more: str) -> list[Any]:
     """The states after steps of `tasks`."""
     toy = parts(*more)
-    programs = compile_all(toy.experiment.train_requests(toy.mesh), toy.mesh, LimitsConfig())
+    programs = compile_all(train_requests(toy.experiment, toy.mesh), toy.mesh, LimitsConfig())
     state, states = toy.state, []
     for step, task in enumerate(tasks):
         visit = tasks[:step].count(task)

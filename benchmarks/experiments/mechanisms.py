@@ -37,7 +37,7 @@ def flops(block: Block) -> int:
     """Model FLOPs of a whole run."""
     experiment = make_experiment(block)
     steps = experiment.run.steps
-    visits = experiment.settings.visits(experiment.schedule(), 0, steps)
+    visits = experiment.settings.visits(experiment.planned.schedule(), 0, steps)
     return sum(int(experiment.flops[program]) * count for program, count in visits.items())
 
 

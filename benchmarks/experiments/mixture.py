@@ -58,7 +58,7 @@ def singles(block: Block, seed: int) -> dict[str, tuple[str, ...]]:
     experiment = make_experiment(block)
     steps, warmup = experiment.run.steps, experiment.run.optimizer.warmup
     found = {}
-    for task, visits in experiment.schedule().visits(steps).items():
+    for task, visits in experiment.planned.schedule().visits(steps).items():
         words = [f"seed={seed}", f"steps={visits}"]
         words.append(f"optimizer.warmup={round(warmup * visits / steps)}")
         for other in experiment.tasks:

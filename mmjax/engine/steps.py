@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -31,23 +31,38 @@ Metrics = dict[str, jax.Array]
 Ticks = Mapping[str, jax.Array]
 
 
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model, and how it computes.
+
+    Attributes:
+      declaration: its parameters.
+      dtype: of the parameters.
+      compute: dtype of the arithmetic.
+      seed: of the run.
+    """
+
+    declaration: Declaration
+    dtype: Any
+    compute: Any
+    seed: int
+
+
 # --- the functions -----------------------------------------------------------------------------
 
 
-def loss_function(
-    task: Task, declaration: Declaration, compute: Any, seed: int
-) -> Callable[[Arrays, Arrays, Any, jax.Array], Loss]:
+def loss_function(spec: ModelSpec, task: Task) -> Callable[[Arrays, Arrays, Any, jax.Array], Loss]:
     """`(moved parameters, the others, batch, visit) -> loss` of a task."""
 
     def loss_of(moved: Arrays, others: Arrays, batch: Any, visit: jax.Array) -> Loss:
-        model = declaration.merge({**others, **moved}, compute)
-        return task.loss(model, batch, jax.random.fold_in(task.fold(seed), visit))
+        model = spec.declaration.merge({**others, **moved}, spec.compute)
+        return task.loss(model, batch, jax.random.fold_in(task.fold(spec.seed), visit))
 
     return loss_of
 
 
 def train_function(
-    task: Task, declaration: Declaration, optimizer: Optimizer, compute: Any, seed: int
+    spec: ModelSpec, task: Task, optimizer: Optimizer
 ) -> Callable[[State, Any, Ticks], tuple[State, Metrics]]:
     """`(state, batch, {step, visit, perhaps part}) -> (state, metrics)`: loss, gradient, update."""
     view = optimizer.views[task.name]
@@ -56,9 +71,9 @@ def train_function(
         moved, others = _parted(state.parameters, view)
 
         def model_of(moved: Arrays) -> Any:
-            return declaration.merge({**others, **moved}, compute)
+            return spec.declaration.merge({**others, **moved}, spec.compute)
 
-        key = jax.random.fold_in(task.fold(seed), ticks["visit"])
+        key = jax.random.fold_in(task.fold(spec.seed), ticks["visit"])
         loss, grads = loss_and_gradient(task, model_of, moved, batch, key)
         finite = jnp.isfinite(loss.value) & jnp.isfinite(_norm(grads))
         # A non-finite loss or gradient leaves everything as it was, and the host counts it. So does a batch without
@@ -156,17 +171,10 @@ def _averaged(buffers: Arrays, parameters: Arrays, moved: Iterable[str], decay: 
 
 
 def train_request(
-    task: Task,
-    declaration: Declaration,
-    optimizer: Optimizer,
-    compute: Any,
-    seed: int,
-    state: State,
-    mesh: Mesh,
+    spec: ModelSpec, task: Task, optimizer: Optimizer, state: State, mesh: Mesh
 ) -> Request:
     """The training program of a task against the pinned abstract `state`."""
-    step = train_function(task, declaration, optimizer, compute, seed)
-    loss_of = loss_function(task, declaration, compute, seed)
+    step, loss_of = train_function(spec, task, optimizer), loss_function(spec, task)
     view = optimizer.views[task.name]
     batch = abstract_batch(task.rows(), task.batch, mesh, f"tasks.{task.name}")
     parts = task.config.microbatches
@@ -185,7 +193,7 @@ def train_request(
     return Request(
         task.name, "train", step, arguments, outputs, (0,), _shape(task.rows(), task.batch), count,
         {
-            "tokens": positions(task, declaration, batch),
+            "tokens": positions(task, spec.declaration, batch),
             "view": view.kind,
             "optimizer_bytes": optimizer_bytes(state, view.kind, task.name),
         },
@@ -210,21 +218,19 @@ def optimizer_bytes(state: State, kind: str, task: str) -> int:
     return shard_bytes(held)
 
 
-def reach_of(task: Task, declaration: Declaration, dtype: Any, compute: Any, seed: int) -> Reach:
-    """What the gradient of a task's loss reaches."""
-    loss_of = loss_function(task, declaration, compute, seed)
-    parameters, batch = declaration.shapes(dtype), task.rows().batch(task.batch)
+def reach_of(spec: ModelSpec, task: Task) -> Reach:
+    """Return what the gradient of a task's loss reaches."""
+    loss_of = loss_function(spec, task)
+    parameters, batch = spec.declaration.shapes(spec.dtype), task.rows().batch(task.batch)
     visit = jax.ShapeDtypeStruct((), np.int32)
     return reach(lambda p, *rest: loss_of(p, {}, *rest).value, parameters, batch, visit)
 
 
 def eval_request(
+    spec: ModelSpec,
     task: Task,
     computation: Computation,
     size: int,
-    declaration: Declaration,
-    compute: Any,
-    seed: int,
     parameters: Arrays,
     mesh: Mesh,
 ) -> Request:
@@ -232,18 +238,18 @@ def eval_request(
     outputs_of = function(task, computation)
 
     def run(parameters: Arrays, batch: Any, ticks: Ticks) -> dict[str, jax.Array]:
-        own = jax.random.fold_in(task.fold(seed), 2**31)
+        own = jax.random.fold_in(task.fold(spec.seed), 2**31)
         key, of_rows = (jax.random.fold_in(own, index) for index in (ticks["batch"], 0))
         # An example draws the same whatever the size of the batches that it comes in.
         keyed = {**batch, "keys": row_keys(batch, of_rows, ticks["batch"] * size)}
-        outputs = outputs_of(declaration.merge(parameters, compute), keyed, key)
+        outputs = outputs_of(spec.declaration.merge(parameters, spec.compute), keyed, key)
         return {**outputs, "valid": batch["valid"]}
 
-    spec = device_spec(task, computation)
-    batch = abstract_batch(spec, size, mesh, f"evaluation.batch (of tasks.{task.name})")
+    rows = device_spec(task, computation)
+    batch = abstract_batch(rows, size, mesh, f"evaluation.batch (of tasks.{task.name})")
     arguments = (parameters, batch, {"batch": _tick(mesh)})
     return Request(
-        task.name, str(computation), run, arguments, replicated(mesh), (), _shape(spec, size),
+        task.name, str(computation), run, arguments, replicated(mesh), (), _shape(rows, size),
         lambda: flops.model_flops(run, *arguments),
     )  # fmt: skip
 

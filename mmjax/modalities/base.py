@@ -118,7 +118,7 @@ class Input:
 
     def whole(self) -> Input:
         """As evaluation has it: all tokens of one instance."""
-        settings = replace(self.settings, drop=0.0) if self.drops else self.settings
+        settings = replace(self.settings, token_drop=0.0) if self.drops else self.settings
         return replace(self, settings=settings, instances=0)
 
     def arrays(self) -> ArraySpec:

@@ -22,7 +22,8 @@ from mmjax.core import commandline, errors
 from mmjax.core.config import Block
 from mmjax.core.errors import UserError, nearest
 from mmjax.engine.compile import cache_folder
-from mmjax.experiment import Experiment, make_experiment, program_key
+from mmjax.engine.requests import program_key
+from mmjax.experiment import Experiment, make_experiment
 from mmjax.plan.advise import advise
 from mmjax.plan.case import Specification
 from mmjax.plan.report import make_plan

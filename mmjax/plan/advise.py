@@ -36,7 +36,7 @@ def advise(block: Block, task: str, plan: Plan) -> dict[str, Any]:
     """
     experiment = make_experiment(block)
     tasks = [task] if task else list(experiment.tasks)
-    visits = experiment.schedule().visits(experiment.run.steps)
+    visits = experiment.planned.schedule().visits(experiment.run.steps)
     tried = [
         each for remat in REMATS for name in tasks for each in _climb(block, name, remat, plan)
     ]

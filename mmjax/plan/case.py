@@ -30,6 +30,7 @@ from mmjax.core.chips import Chip, chip
 from mmjax.core.errors import UserError
 from mmjax.core.sharding import AXES, make_mesh, shard_bytes
 from mmjax.engine.compile import Request
+from mmjax.engine.requests import eval_requests, train_requests
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.plan import cost, hlo
 from mmjax.plan.groups import Layout
@@ -111,8 +112,8 @@ class Cases:
         self._devices = describe(specification.topology)
         self._mesh = make_mesh(self._experiment.run.mesh, self._devices)
         self._requests: dict[str, Request] = {
-            **self._experiment.train_requests(self._mesh),
-            **self._experiment.eval_requests(self._mesh),
+            **train_requests(self._experiment, self._mesh),
+            **eval_requests(self._experiment, self._mesh),
         }
         self._state = self._experiment.abstract_state(self._mesh)
 

@@ -27,7 +27,7 @@ def make_plan(
 ) -> dict[str, Any]:
     """The plan of a config for a topology."""
     facts = reports.facts
-    visits = experiment.settings.visits(experiment.schedule(), 0, experiment.run.steps)
+    visits = experiment.settings.visits(experiment.planned.schedule(), 0, experiment.run.steps)
     code = sum(c["bytes"]["code"] for c in reports.cases.values() if c["status"] == "compiled")
     programs = [
         _program(name, case, facts, code, experiment, visits)

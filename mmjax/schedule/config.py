@@ -1,4 +1,4 @@
-"""The block of a config that describes a phase of the schedule."""
+"""The block of a config that describes the schedule, and its phases."""
 
 from __future__ import annotations
 
@@ -60,3 +60,24 @@ class PhaseConfig:
 
     def __post_init__(self) -> None:
         check(self, start=COUNT, weights=SIZE, intervals=SIZE, learning_rate=AMOUNT)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Which task runs when.
+
+    Attributes:
+      rule: `shares`, `random`, `interval` or `budget`; see `mmjax/schedule/rules/`. Under `budget` a
+        task's `weight` is its part of the chips' time, first by model FLOPs.
+      phases: later stretches, by ascending `start`, and what changes there. Evaluation has the shapes of `tasks` at
+        step 0.
+      rebalance_every: under `budget`, steps after which, and again after as many, the shares are set from
+        measured step times; 0 to stay with model FLOPs.
+    """
+
+    rule: str = "shares"
+    phases: tuple[PhaseConfig, ...] = ()
+    rebalance_every: int = 0
+
+    def __post_init__(self) -> None:
+        check(self, rebalance_every=SIZE)

@@ -23,9 +23,10 @@ from mmjax.engine import processes
 from mmjax.engine.compile import Program
 from mmjax.engine.lease_store import object_store
 from mmjax.engine.loader import make_batch, place, process_rows
+from mmjax.engine.requests import pass_key, program_key
 from mmjax.engine.steps import ticks
 from mmjax.evaluators.base import Outputs, Pass, Record, device_spec, row_spec
-from mmjax.experiment import Experiment, pass_key, program_key
+from mmjax.experiment import Experiment
 from mmjax.monitor import metrics
 from mmjax.monitor.line_file import LineFile
 from mmjax.sources.base import Cached, Examples
@@ -55,7 +56,7 @@ class Evaluation:
         """The records of all evaluators, in the order of the config.
 
         Args:
-          programs: those of `Experiment.eval_requests`, compiled.
+          programs: those of `mmjax.engine.requests.eval_requests`, compiled.
           parameters: on the mesh.
           beat: called before each batch, with the name of its task.
         """

@@ -142,7 +142,7 @@ class Loop:
         """Give a step to the devices, and move the clock past it."""
         schedule, settings = self._clock.schedule, self._experiment.settings
         task, visit = schedule.task(step), schedule.visit(step)
-        progress = self._experiment.progress(task, step, self._clock.positions)
+        progress = self._experiment.optimizers.progress(task, step, self._clock.positions)
         self._log.alive("waiting for data", task, step)
         started = time.monotonic()
         host = next(self._loader)

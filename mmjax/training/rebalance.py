@@ -37,7 +37,7 @@ class Budget:
 
     def __init__(self, experiment: Experiment, workdir: epath.Path) -> None:
         self._experiment, self._path = experiment, workdir / SEGMENTS
-        self._planned = experiment.stretches()
+        self._planned = experiment.planned.stretches()
 
     def next(self, step: int) -> int | None:
         """The first boundary after `step`, None if there is none to come."""

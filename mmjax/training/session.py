@@ -111,7 +111,11 @@ class Session:
 
         def fresh(given: Any = None) -> State:
             return init_state(
-                experiment.declaration, experiment.optimizer, experiment.run.seed, dtype, given
+                experiment.declaration,
+                experiment.optimizers.whole,
+                experiment.run.seed,
+                dtype,
+                given,
             )
 
         if self.restored is None:
@@ -497,7 +501,7 @@ def clock_after(
 def fresh_clock(experiment: Experiment) -> Clock:
     """The clock before step 0."""
     zeros = dict.fromkeys(experiment.tasks, 0)
-    return Clock(0, experiment.schedule(), zeros, zeros, zeros)
+    return Clock(0, experiment.planned.schedule(), zeros, zeros, zeros)
 
 
 def _clock(experiment: Experiment, restored: Restored, changes: list[configs.Difference]) -> Clock:
@@ -505,7 +509,7 @@ def _clock(experiment: Experiment, restored: Restored, changes: list[configs.Dif
     saved = _released(Clock.from_json(restored.meta["clock"]), changes)
     if not any(_moves_schedule(c, experiment, restored) for c in changes):
         return saved
-    planned, now = experiment.schedule(), saved.step
+    planned, now = experiment.planned.schedule(), saved.step
     schedule = saved.schedule
     later = [s for s in planned.segments if s.start > now]
     for start, segment in ((now, planned.segment(now)), *((s.start, s) for s in later)):

@@ -130,7 +130,7 @@ def test_a_wrong_value_is_refused_by_its_key(name: str, keys: dict[str, Any], sa
 @pytest.mark.parametrize("name", ["bottleneck", "cross_transformer", "transformer"])
 def test_what_the_keys_alone_do_not_show_is_refused_by_the_blocks_place(name: str) -> None:
     with pytest.raises(UserError) as raised:
-        built(name, heads=3)
+        built(name, num_heads=3)
     words = "attention: width 4 does not divide over 3 heads."
     assert str(raised.value) == f"model.layers[0].blocks[1]: {words}"
 

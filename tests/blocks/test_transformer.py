@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 def built(**settings: Any) -> tuple[Any, dict[str, np.ndarray]]:
     """The block as a function of a stream, and its (random) parameters."""
     declaration = Declaration(
-        layers.block("transformer", WIDTH, heads=HEADS, hidden=HIDDEN, **settings)
+        layers.block("transformer", WIDTH, num_heads=HEADS, mlp_dim=HIDDEN, **settings)
     )
     rng = np.random.default_rng(0)
     p = {name: rng.normal(size=spec.shape) for name, spec in declaration.specs.items()}

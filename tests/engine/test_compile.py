@@ -14,6 +14,7 @@ from toyrun import Parts, host, parts, run, watched
 
 from mmjax.core.errors import UserError
 from mmjax.engine.compile import LimitsConfig, Program, compile_all, use_cache
+from mmjax.engine.requests import eval_requests, train_requests
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def toy() -> Parts:
 
 @pytest.fixture(scope="module")
 def programs(toy: Parts) -> dict[str, Program]:
-    requests = toy.experiment.train_requests(toy.mesh) | toy.experiment.eval_requests(toy.mesh)
+    requests = train_requests(toy.experiment, toy.mesh) | eval_requests(toy.experiment, toy.mesh)
     return compile_all(requests, toy.mesh, LimitsConfig())
 
 
@@ -48,14 +49,14 @@ def test_the_table_tells_what_was_compiled(programs: Mapping[str, Program]) -> N
 def test_bytes_cover_the_state_once() -> None:
     """The state is donated: it counts as argument, and not again as output beside a step's temporaries."""
     wide = parts("model.width=256", "tasks.one.batch=1")
-    request = wide.experiment.train_requests(wide.mesh)["one"]
+    request = train_requests(wide.experiment, wide.mesh)["one"]
     state = sum(x.nbytes for x in jax.tree.leaves(wide.state))
     programs = compile_all({"one": request}, wide.mesh, LimitsConfig())
     assert state < programs["one"].report["bytes"] < 2.2 * state
 
 
 def test_what_does_not_fit_is_refused_by_name(toy: Parts, programs: Mapping[str, Program]) -> None:
-    requests = toy.experiment.train_requests(toy.mesh)
+    requests = train_requests(toy.experiment, toy.mesh)
     one, two = (programs[t].report["bytes"] for t in ("one", "two"))
     assert one < two
     with pytest.raises(UserError) as error:
@@ -109,7 +110,7 @@ def test_a_run_of_another_length_has_the_same_programs(unit: str) -> None:
 
     def texts(*overrides: str) -> dict[str, str]:
         toy = parts("optimizer.decay=cosine", f"optimizer.unit={unit}", *overrides)
-        requests, texts = toy.experiment.train_requests(toy.mesh), {}
+        requests, texts = train_requests(toy.experiment, toy.mesh), {}
         for name, r in requests.items():
             jitted = jax.jit(r.function, donate_argnums=r.donate, out_shardings=r.out_shardings)
             with jax.set_mesh(toy.mesh):
@@ -134,7 +135,7 @@ def test_the_cache_has_the_programs_of_a_run_of_another_length(tmp_path: Path) -
 def _one_anew(*overrides: str) -> Program:
     """The program of a task, traced again."""
     toy = parts("model.width=4", *overrides)
-    requests = {"one": toy.experiment.train_requests(toy.mesh)["one"]}
+    requests = {"one": train_requests(toy.experiment, toy.mesh)["one"]}
     return compile_all(requests, toy.mesh, LimitsConfig())["one"]
 
 

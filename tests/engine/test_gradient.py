@@ -16,6 +16,7 @@ from toyrun import host, parts
 from mmjax.core.errors import UserError
 from mmjax.engine.compile import LimitsConfig, compile_all
 from mmjax.engine.gradient import loss_and_gradient
+from mmjax.engine.requests import train_requests
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.model import Batch, Model
 from mmjax.objectives.base import Coupled, Loss, Objective, row_keys
@@ -40,8 +41,12 @@ def task(name: str, reads: Mapping[str, Any], **objective: Any) -> dict[str, Any
 
 PAIR: dict[str, Any] = {"a": {"tokens": 2}, "b": {"tokens": 3}}
 TASKS = {
-    "concepts": task("contrastive", PAIR, between=["a", "b"], joint=4, concept="concept"),
-    "masked": task("masked_image", {"image": {"size": 8}}, inner=8, depth=1, heads_per_layer=2),
+    "concepts": task(
+        "contrastive", PAIR, modalities=["a", "b"], embed_dim=4, positive_key="concept"
+    ),
+    "masked": task(
+        "masked_image", {"image": {"size": 8}}, decoder_width=8, decoder_depth=1, decoder_heads=2
+    ),
     "classes": task("classification", {"image": {"size": 8}}, classes=5),
 }
 
@@ -270,12 +275,12 @@ def test_a_part_spreads_over_all_devices() -> None:
         with pytest.raises(
             UserError, match=r"tasks\.one in \d+ microbatches: batch 4 does not divide"
         ):
-            toy.experiment.train_requests(toy.mesh)
+            train_requests(toy.experiment, toy.mesh)
 
 
 def program_of(*overrides: str, devices: int = 1) -> tuple[Any, Any]:
     toy = parts("tasks.one.objective.hidden=0.0", *overrides, devices=devices)
-    request = toy.experiment.train_requests(toy.mesh)["one"]
+    request = train_requests(toy.experiment, toy.mesh)["one"]
     return toy, compile_all({"one": request}, toy.mesh, LimitsConfig())["one"]
 
 

@@ -69,7 +69,7 @@ class World:
 def world(*overrides: str) -> World:
     experiment = make_experiment(block(*overrides))
     data = {name: task.source.open() for name, task in experiment.tasks.items()}
-    return World(experiment.tasks, experiment.settings, data, experiment.schedule())
+    return World(experiment.tasks, experiment.settings, data, experiment.planned.schedule())
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from mmjax.core.errors import UserError
 from mmjax.engine import checkpoint
 from mmjax.engine.compile import LimitsConfig, compile_all
 from mmjax.engine.integrity import unseal
+from mmjax.engine.requests import train_requests
 from mmjax.engine.state import (
     EMA,
     SUMMED,
@@ -111,7 +112,7 @@ def test_what_belongs_to_a_parameter_lies_like_it() -> None:
 
 def test_averages_follow_the_parameters(toy: Parts) -> None:
     """`average = 0.75 average + 0.25 parameter` after each update, from the initial parameters on."""
-    programs = compile_all(toy.experiment.train_requests(toy.mesh), toy.mesh, LimitsConfig())
+    programs = compile_all(train_requests(toy.experiment, toy.mesh), toy.mesh, LimitsConfig())
     state = jax.tree.map(lambda x: jnp.array(x, copy=True), toy.state)
     averages = {n: p.astype(np.float64) for n, p in host(state.parameters).items()}
     start = host(state.parameters)

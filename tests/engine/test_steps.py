@@ -15,6 +15,7 @@ from toyrun import Parts, host, parts, run, watched
 
 from mmjax.core.errors import UserError
 from mmjax.engine.compile import LimitsConfig, compile_all
+from mmjax.engine.requests import train_requests
 
 
 def _equal(one: Any, two: Any) -> bool:
@@ -25,7 +26,7 @@ def _equal(one: Any, two: Any) -> bool:
 
 def _stepped(toy: Parts, task: str, ids: Any, step: int = 3) -> tuple[Any, Any]:
     """State and metrics after one step of a task on a copy of the initial state."""
-    request = toy.experiment.train_requests(toy.mesh)[task]
+    request = train_requests(toy.experiment, toy.mesh)[task]
     call = compile_all({task: request}, toy.mesh, LimitsConfig())[task].call
     copied = jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), toy.state)
     batch = toy.batch(task, ids)
@@ -77,7 +78,7 @@ def test_the_state_keeps_its_shardings() -> None:
     toy = parts("mesh.fsdp=2", "mesh.tensor=2", devices=8)
     abstract = toy.experiment.abstract_state(toy.mesh)
     state = toy.state
-    programs = compile_all(toy.experiment.train_requests(toy.mesh), toy.mesh, LimitsConfig())
+    programs = compile_all(train_requests(toy.experiment, toy.mesh), toy.mesh, LimitsConfig())
     for task in ("one", "two", "one"):
         batch = toy.batch(task, range(8))
         state, _ = programs[task].call(state, batch, toy.ticks(task, 1, 1))

@@ -15,7 +15,7 @@ from brightness import SOURCE, task
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import MeshConfig, make_mesh
-from mmjax.engine.steps import eval_request
+from mmjax.engine.steps import ModelSpec, eval_request
 from mmjax.evaluators.base import LossOf, Record
 from mmjax.evaluators.held_out_loss import HeldOutLoss
 from mmjax.modalities.base import Input
@@ -132,7 +132,9 @@ def program(order: tuple[str, ...], size: int) -> tuple[Task, Any]:
     """Return the task, and its evaluation of a batch of a size."""
     made, declaration, p = sequences(*order)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    request = eval_request(made, LossOf(), size, declaration, jnp.float64, 0, p, mesh)
+    request = eval_request(
+        ModelSpec(declaration, jnp.float64, jnp.float64, 0), made, LossOf(), size, p, mesh
+    )
     return made, jax.jit(partial(request.function, p))
 
 

@@ -138,7 +138,7 @@ class Parts:
 
     def ticks(self, task: str, step: int, visit: int) -> Any:
         """What a training program of a task takes besides state and batch."""
-        progress = self.experiment.progress(task, step, {})
+        progress = self.experiment.optimizers.progress(task, step, {})
         return ticks(self.mesh, step=step, visit=visit, **progress)
 
 
@@ -149,7 +149,9 @@ def parts(*overrides: str, devices: int = 1) -> Parts:
     dtype = compute_dtype(experiment.run.dtype.parameters)
 
     def fresh() -> State:
-        return init_state(experiment.declaration, experiment.optimizer, experiment.run.seed, dtype)
+        return init_state(
+            experiment.declaration, experiment.optimizers.whole, experiment.run.seed, dtype
+        )
 
     return Parts(experiment, mesh, jax.jit(fresh, out_shardings=shardings(abstract))())
 

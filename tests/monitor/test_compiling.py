@@ -12,6 +12,7 @@ from toyrun import parts
 
 from mmjax.engine import processes
 from mmjax.engine.compile import LimitsConfig, compile_all
+from mmjax.engine.requests import train_requests
 from mmjax.monitor.compiling import CACHED, COMPILED, COMPILING, TRACING, Compiling
 
 LABELS = {"a": "image_text train", "b": "image_text embed/text", "c": "video_text train"}
@@ -100,7 +101,7 @@ def test_one_process_shows_it_for_all() -> None:
 
 def test_every_program_is_traced_then_compiled_or_cached() -> None:
     toy = parts()
-    requests = toy.experiment.train_requests(toy.mesh)
+    requests = train_requests(toy.experiment, toy.mesh)
     states: dict[str, list[str]] = {name: [] for name in requests}
     compile_all(requests, toy.mesh, LimitsConfig(), lambda name, state: states[name].append(state))
     for name in ("one", "two"):

@@ -166,7 +166,7 @@ def test_experts_by_modality_are_those_of_each_alone() -> None:
     """MoMa: the tokens of a modality compete with their own kind only."""
     names = ["text", "image"]
     words: Any = {"experts": CHOICE, "per_modality": {"parts": ["mlp"], "modalities": names}}
-    declaration = Declaration(layers.block("transformer", 8, heads=2, hidden=HIDDEN, **words))
+    declaration = Declaration(layers.block("transformer", 8, num_heads=2, mlp_dim=HIDDEN, **words))
     p = random(declaration)
     model = declaration.merge(p)
     x = jnp.asarray(np.random.default_rng(5).normal(size=(ROWS, LENGTH, 8)))

@@ -70,7 +70,7 @@ def mlp(p: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
 
 def run(p: dict[str, Any], x: Any, places: Any = None, **words: Any) -> np.ndarray:
     declaration = Declaration(
-        layers.block("transformer", WIDTH, heads=HEADS, hidden=HIDDEN, **words)
+        layers.block("transformer", WIDTH, num_heads=HEADS, mlp_dim=HIDDEN, **words)
     )
     attributes = {} if places is None else {"position": jnp.asarray(places)}
     layout = (("text", 2), ("image", 3))
@@ -86,7 +86,9 @@ PLACES = np.broadcast_to(np.arange(LENGTH), (ROWS, LENGTH))
 @pytest.mark.parametrize("order", ["pre", "post"])
 def test_against_numpy(order: str, qk_norm: bool) -> None:
     words = {**LLAMA, "norm_position": order, "qk_norm": qk_norm}
-    p = random(Declaration(layers.block("transformer", WIDTH, heads=HEADS, hidden=HIDDEN, **words)))
+    p = random(
+        Declaration(layers.block("transformer", WIDTH, num_heads=HEADS, mlp_dim=HIDDEN, **words))
+    )
     x, first, second = X, p["attention_norm/scale"], p["mlp_norm/scale"]
     if order == "pre":
         x = x + attention(p, norm(x, first), PLACES)
@@ -101,7 +103,9 @@ def test_against_numpy(order: str, qk_norm: bool) -> None:
 @given(st.permutations(range(LENGTH)))
 def test_tokens_in_another_order_of_storage_are_the_same_tokens(order: list[int]) -> None:
     """What says where a token stands is its `position`: for the mask, and for the rotation."""
-    p = random(Declaration(layers.block("transformer", WIDTH, heads=HEADS, hidden=HIDDEN, **LLAMA)))
+    p = random(
+        Declaration(layers.block("transformer", WIDTH, num_heads=HEADS, mlp_dim=HIDDEN, **LLAMA))
+    )
     straight = run(p, X, PLACES, **LLAMA)
     at = np.asarray(order)
     np.testing.assert_allclose(run(p, X[:, at], PLACES[:, at], **LLAMA), straight[:, at], rtol=1e-9)
@@ -166,7 +170,7 @@ def test_every_norm_can_be_untied() -> None:
         "per_modality": {"parts": PARTS, "modalities": ["text", "image"]},
     }
     declaration = Declaration(
-        layers.block("transformer", WIDTH, heads=HEADS, hidden=HIDDEN, **words)
+        layers.block("transformer", WIDTH, num_heads=HEADS, mlp_dim=HIDDEN, **words)
     )
     assert all("/text" in n or "/image" in n for n in declaration.specs)
     p = random(declaration)
@@ -180,7 +184,7 @@ def test_every_norm_can_be_untied() -> None:
 def test_gradients_are_finite_differences(order: str) -> None:
     words = {**LLAMA, "norm_position": order, "qk_norm": True}
     declaration = Declaration(
-        layers.block("transformer", WIDTH, heads=HEADS, hidden=HIDDEN, **words)
+        layers.block("transformer", WIDTH, num_heads=HEADS, mlp_dim=HIDDEN, **words)
     )
 
     def value(p: Any, x: jax.Array) -> jax.Array:
@@ -230,6 +234,6 @@ def test_norms_and_rotations_are_done_in_float32(dtype: str) -> None:
 )
 def test_names_that_are_not_there(words: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        layers.block("transformer", WIDTH, heads=HEADS, hidden=HIDDEN, **words)
+        layers.block("transformer", WIDTH, num_heads=HEADS, mlp_dim=HIDDEN, **words)
     with pytest.raises(UserError, match="heads have 3 numbers"):
-        layers.block("transformer", 6, heads=2, hidden=HIDDEN, rotary=10.0)
+        layers.block("transformer", 6, num_heads=2, mlp_dim=HIDDEN, rotary=10.0)

@@ -232,7 +232,7 @@ def test_the_z_loss_is_the_mean_square_of_the_log_of_the_sum(capacity: Any) -> N
 
 
 def objective_last(name: str) -> str:
-    return CASES[name].order[-1]
+    return CASES[name].modalities[-1]
 
 
 def first(objective: Transfusion, m: str, swapped: np.ndarray) -> np.ndarray:

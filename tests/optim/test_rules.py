@@ -17,6 +17,7 @@ from mmjax.core.errors import UserError
 from mmjax.core.parameters import Spec, Stack
 from mmjax.engine import checkpoint
 from mmjax.engine.compile import LimitsConfig, compile_all
+from mmjax.engine.requests import train_requests
 from mmjax.optim.rules import RuleConfig, apply_rules
 
 LAYERS = Stack(first=0, stride=1, repeat=3, prefix="trunk/layers", inner="kernel")
@@ -86,7 +87,7 @@ def stepped(*overrides: str) -> tuple[Any, Any, dict[str, Any]]:
     """Parameters before and after a step of task one, and its program's report."""
     toy = parts("optimizer.warmup=0", "optimizer.clip=0.0", *overrides)
     program = compile_all(
-        {"one": toy.experiment.train_requests(toy.mesh)["one"]}, toy.mesh, LimitsConfig()
+        {"one": train_requests(toy.experiment, toy.mesh)["one"]}, toy.mesh, LimitsConfig()
     )["one"]
     before = host(toy.state.parameters)
     state, _ = program.call(toy.state, toy.batch("one", range(8)), toy.ticks("one", 0, 0))

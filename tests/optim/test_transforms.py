@@ -211,7 +211,7 @@ def adafactor(name: str, least: int) -> Callable[[np.ndarray, np.ndarray], np.nd
 
 @pytest.mark.parametrize("least", [4, 128])
 def test_adafactor_is_the_published_one(least: int) -> None:
-    have, state = found(name="adafactor", factored=least)
+    have, state = found(name="adafactor", min_dim_to_factor=least)
     agree(have, expected(lambda n: adafactor(n, least)), 1e-6)  # its decay is a float32 power
     factored = {n for n in SPECS if set(state[n]) == {"count", "v_row", "v_col"}}
     assert factored == ({"mlp", "query", "out", "experts", "table"} if least == 4 else set())
@@ -219,7 +219,7 @@ def test_adafactor_is_the_published_one(least: int) -> None:
 
 
 def test_factored_state_is_small() -> None:
-    _, state = found(name="adafactor", factored=4)
+    _, state = found(name="adafactor", min_dim_to_factor=4)
     assert {k: v.shape for k, v in state["query"].items()} == {
         "count": (2,), "v_row": (2, 4), "v_col": (2, 6)
     }  # fmt: skip

@@ -23,6 +23,7 @@ from mmjax.core.errors import UserError
 from mmjax.core.parameters import Spec
 from mmjax.engine import checkpoint
 from mmjax.engine.compile import LimitsConfig, Program, compile_all
+from mmjax.engine.requests import train_requests
 from mmjax.engine.state import EMA
 from mmjax.experiment import make_experiment
 from mmjax.monitor.tables import program_table
@@ -39,7 +40,7 @@ OWN = "optimizer.update_scope=own_moments"
 @functools.cache
 def compiled(*overrides: str) -> tuple[Parts, dict[str, Program]]:
     toy = parts(*overrides)
-    return toy, compile_all(toy.experiment.train_requests(toy.mesh), toy.mesh, LimitsConfig())
+    return toy, compile_all(train_requests(toy.experiment, toy.mesh), toy.mesh, LimitsConfig())
 
 
 def after(tasks: Sequence[str], *overrides: str) -> tuple[list[Any], list[Any]]:
@@ -112,7 +113,7 @@ def moves(*overrides: str) -> dict[str, frozenset[str]]:
     block = configs.override(
         configs.read_file(str(TINY)), ["optimizer.update_scope=own_clock", *overrides]
     )
-    return {name: view.moves for name, view in make_experiment(block).views.items()}
+    return {name: view.moves for name, view in make_experiment(block).optimizers.views.items()}
 
 
 def test_reach_in_a_model_of_two_modalities() -> None:
@@ -195,7 +196,7 @@ def test_bytes_are_those_of_one_device() -> None:
         "mesh.data=1",
     )
     toy = parts(*settings, devices=8)
-    request = toy.experiment.train_requests(toy.mesh)["two"]
+    request = train_requests(toy.experiment, toy.mesh)["two"]
     first = toy.mesh.devices.flat[0]
     held = [
         s.data.nbytes
@@ -287,10 +288,10 @@ def rates(unit: str, warmup: int, tasks: Sequence[str]) -> list[float]:
         when = {
             "step": step,
             "visit": tasks[:step].count(task),
-            **experiment.progress(task, step, positions),
+            **experiment.optimizers.progress(task, step, positions),
         }
         ticks = {name: jnp.asarray(n) for name, n in when.items()}
-        found.append(float(experiment.optimizer.rate(task, ticks)))
+        found.append(float(experiment.optimizers.whole.rate(task, ticks)))
         positions[task] += experiment.tasks[task].batch
     return found
 

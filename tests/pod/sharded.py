@@ -29,6 +29,7 @@ from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh, replicate
 from mmjax.engine import steps as program
 from mmjax.engine.gradient import loss_and_gradient
 from mmjax.engine.loader import place
+from mmjax.engine.requests import train_requests
 from mmjax.engine.state import State, compute_dtype, init_state, shardings
 from mmjax.engine.steps import ticks
 from mmjax.experiment import Experiment, make_experiment
@@ -175,7 +176,7 @@ def begun(experiment: Experiment) -> State:
     """The state at step 0, on the host."""
 
     def fresh() -> State:
-        return init_state(experiment.declaration, experiment.optimizer, 0, np.float64)
+        return init_state(experiment.declaration, experiment.optimizers.whole, 0, np.float64)
 
     made: State = jax.device_get(jax.jit(fresh)())
     return made
@@ -194,7 +195,7 @@ class Steps:
         self.experiment, self.mesh, self.case = experiment, mesh, case
         self.abstract = experiment.abstract_state(mesh)
         self.state = jax.device_put(before, shardings(self.abstract))
-        self.requests = experiment.train_requests(mesh)
+        self.requests = train_requests(experiment, mesh)
         self._updates: dict[Any, Any] = {}
 
     def whole(self, name: str) -> dict[str, Any]:
@@ -219,7 +220,7 @@ class Steps:
     def parted(self, name: str) -> dict[str, Any]:
         """By two programs, of the gradient and of the update; tasks that move alike share the second, which
         takes most of the time that a step takes to compile."""
-        task, view = self.experiment.tasks[name], self.experiment.optimizer.views[name]
+        task, view = self.experiment.tasks[name], self.experiment.optimizers.whole.views[name]
         declaration, compute = self.experiment.declaration, compute_dtype("float64")
 
         def gradient(parameters: Any, batch: Any) -> Any:
@@ -242,7 +243,7 @@ class Steps:
 
     def _update(self, name: str, grads: Any) -> Any:
         """The program of a task's update, from its abstract gradient."""
-        optimizer = self.experiment.optimizer
+        optimizer = self.experiment.optimizers.whole
         alike = optimizer.views[name].kind == SHARED and optimizer.config.unit == "steps"
         key = "" if alike else name
 
@@ -262,7 +263,7 @@ class Steps:
         return place(batch, 0, task.batch, batch_sharding(self.mesh, task.batch, name))
 
     def _ticks(self, name: str) -> Any:
-        return ticks(self.mesh, step=0, visit=0, **self.experiment.progress(name, 0, {}))
+        return ticks(self.mesh, step=0, visit=0, **self.experiment.optimizers.progress(name, 0, {}))
 
 
 def lies(state: State) -> dict[str, list[Any]]:

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.engine.requests import train_requests
 from mmjax.experiment import Experiment, make_experiment
 
 TOKENS = 1024
@@ -53,7 +54,7 @@ def temporaries(experiment: Experiment, task: str, parts: int, **settings: Any) 
     """Bytes of one device for a step's temporaries, where `parts` devices share each stream."""
     config = MeshConfig(data=1, sequence=parts, **settings)
     mesh = make_mesh(config, jax.devices()[:parts])
-    request = experiment.train_requests(mesh)[task]
+    request = train_requests(experiment, mesh)[task]
     with jax.set_mesh(mesh):
         jitted = jax.jit(request.function, out_shardings=request.out_shardings)
         analysis = jitted.lower(*request.arguments).compile().memory_analysis()

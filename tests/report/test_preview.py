@@ -84,7 +84,7 @@ def test_files_are_known_by_how_they_begin(
 
 
 def test_a_modality_may_say_how_it_is_shown() -> None:
-    plain = SimpleNamespace(raw=lambda v: v, rate=11_025)
+    plain = SimpleNamespace(raw=lambda v: v, sample_rate=11_025)
     own = SimpleNamespace(raw=lambda v: v, preview=lambda v: f"seen: {v}")
     samples = np.zeros(10)
     assert shown(Input("own", own, None), "x") == "seen: x"
@@ -98,7 +98,7 @@ def test_sounds_of_a_field_keep_the_rate_that_the_task_states(
     name: str, rate: int, heard: int
 ) -> None:
     sound = component("modalities", {"name": name}, "modalities.sound")
-    each = Input("sound", sound, SimpleNamespace(field="audio", rate=rate))
+    each = Input("sound", sound, SimpleNamespace(field="audio", sample_rate=rate))
     tone = np.sin(2 * np.pi * 440 * np.arange(heard) / heard).astype(np.float32)
     samples, found = shown(each, as_given(each, tone))
     assert found == 16_000 and len(samples) == 16_000

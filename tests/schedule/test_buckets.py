@@ -138,7 +138,7 @@ def test_a_dry_run_has_a_row_for_each(
     dry_run(block(bucketed(BUCKETS), *LONG), epath.Path(tmp_path), False)
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[1] for line in lines if line.startswith("two.")}
-    counts = experiment().settings.visits(experiment().schedule(), 0, 16)
+    counts = experiment().settings.visits(experiment().planned.schedule(), 0, 16)
     assert rows == {n: str(c) for n, c in counts.items() if n != "one"} and len(rows) == 2
 
 
@@ -157,7 +157,7 @@ def test_a_budget_takes_the_mean_over_buckets(tmp_path: Path) -> None:
     writer.close()
     assert Budget(made, folder)._seconds(12) == {"one": 1.0, "two": (2 * 2.0 + 5.0) / 3}
     flops = made.flops
-    assert made.flops_at(0)["two"] == (2 * flops["two.small"] + flops["two.large"]) / 3
+    assert made.planned.flops_at(0)["two"] == (2 * flops["two.small"] + flops["two.large"]) / 3
 
 
 def test_buckets_may_change_from_a_step_on_with_leave(tmp_path: Path) -> None:

@@ -5,8 +5,7 @@ import pytest
 from mmjax.core import config as configs
 from mmjax.core.errors import UserError
 from mmjax.optim.rules import RuleConfig
-from mmjax.run_config import ScheduleConfig
-from mmjax.schedule.config import PhaseConfig
+from mmjax.schedule.config import PhaseConfig, ScheduleConfig
 from mmjax.schedule.stretches import from_config
 
 

@@ -22,6 +22,7 @@ from mmjax.core.sharding import MeshConfig, make_mesh
 from mmjax.data import order
 from mmjax.dry_run import dry_run
 from mmjax.engine.compile import LimitsConfig, compile_all
+from mmjax.engine.requests import train_requests
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.replay import replay
 from mmjax.schedule.buckets import Variant, Variants
@@ -89,7 +90,7 @@ def test_a_rate_alone_makes_no_program() -> None:
 def test_all_programs_count_and_fit_before_the_first_step() -> None:
     made = experiment(*PHASES)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    requests = made.train_requests(mesh)
+    requests = train_requests(made, mesh)
     with pytest.raises(UserError, match="makes 5 programs.*two@4"):
         compile_all(requests, mesh, LimitsConfig(programs=4))
     tiny = {name: requests[name] for name in ("two", "two@4")}
@@ -257,7 +258,7 @@ def test_a_dry_run_counts_each_program(tmp_path: Path, capsys: pytest.CaptureFix
     dry_run(block(phased(*PHASES), *LONG), epath.Path(tmp_path), allow_change=False)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     steps = {row[0]: int(row[1]) for row in rows if row and row[0] in ("one@8", "two@4", "two@8")}
-    tasks = experiment(*PHASES).schedule().strip(0, 16)
+    tasks = experiment(*PHASES).planned.schedule().strip(0, 16)
     assert steps == {
         "one@8": tasks[8:12].count("one"),
         "two@4": tasks[4:8].count("two"),
@@ -267,7 +268,7 @@ def test_a_dry_run_counts_each_program(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_budget_knows_what_a_step_costs_in_its_phase() -> None:
     made = experiment(PHASES[0], more=("schedule.rule='budget'", "tasks.one.weight=1"))
-    first, second = made.schedule().segments
+    first, second = made.planned.schedule().segments
     cost = made.flops
     for segment, two in ((first, "two"), (second, "two@4")):
         spent = segment.weights["one"] * cost["one"] / (segment.weights["two"] * cost[two])

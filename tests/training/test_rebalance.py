@@ -53,7 +53,7 @@ def test_planned_shares_follow_from_model_flops() -> None:
     made = make_experiment(block("schedule.rule=budget", "tasks.one.weight=3"))
     flops = made.flops
     wanted = budget_weights({t: float(n) for t, n in flops.items()}, {"one": 3, "two": 1})
-    [segment] = made.schedule().segments
+    [segment] = made.planned.schedule().segments
     assert (segment.rule, segment.weights) == ("shares", wanted)
     # By hand: the times of 1,000 steps are as three to one, to a step.
     assert wanted["one"] * flops["one"] / (wanted["two"] * flops["two"]) == pytest.approx(3, rel=0.01)  # fmt: skip
@@ -65,7 +65,7 @@ def test_a_phase_may_be_a_budget_and_leave_it(tmp_path: Path) -> None:
         '{"start": 9, "rule": "interval", "weights": {"one": 1, "two": 2}})'
     )
     made = make_experiment(block(phases, "schedule.rebalance_every=4"))
-    assert [s.rule for s in made.schedule().segments] == ["shares", "shares", "interval"]
+    assert [s.rule for s in made.planned.schedule().segments] == ["shares", "shares", "interval"]
     boundaries = Budget(made, tmp_path)
     # Of 4 and 8 only the second lies in the budget's stretch.
     assert [boundaries.next(step) for step in (0, 7, 8)] == [8, 8, None]
@@ -73,7 +73,7 @@ def test_a_phase_may_be_a_budget_and_leave_it(tmp_path: Path) -> None:
 
 def test_measured_shares_begin_at_a_boundary(tmp_path: Path, slow_two: None) -> None:
     run(tmp_path / "run", *RULE)
-    planned = make_experiment(block(*RULE)).schedule().segments[0].weights
+    planned = make_experiment(block(*RULE)).planned.schedule().segments[0].weights
     changed = budget_weights({"one": 1, "two": 7}, {"one": 2, "two": 1})
     # The second boundary finds what the first one did, and makes no segment.
     assert segments(tmp_path / "run") == [(0, planned), (4, changed)]

@@ -1,0 +1,116 @@
+"""The optimizer of a run: one state, seen by each task and each phase in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from mmjax.core.errors import UserError
+from mmjax.engine.steps import ModelSpec, reach_of
+from mmjax.optim.config import OptimizerConfig
+from mmjax.optim.optimizer import PARTS, Optimizer
+from mmjax.optim.reach import Reach
+from mmjax.optim.rules import apply_rules, trained
+from mmjax.optim.views import SHARED, View, check_kind, in_common, make_view
+from mmjax.schedule.phases import Setting, Settings
+from mmjax.schedule.planned import PlannedSchedule
+from mmjax.task import Task
+
+
+@dataclass(frozen=True)
+class Optimizers:
+    """The optimizer under each setting of a run, over one state.
+
+    Attributes:
+      config: `optimizer` of the config.
+      spec: the model whose parameters it moves.
+      tasks: by name.
+      settings: what holds from which step on.
+      planned: the run's schedule, which lengths come from.
+    """
+
+    config: OptimizerConfig
+    spec: ModelSpec
+    tasks: Mapping[str, Task]
+    settings: Settings
+    planned: PlannedSchedule
+
+    @property
+    def whole(self) -> Optimizer:
+        """The whole run's optimizer: it holds state for every parameter that any phase trains."""
+        return Optimizer(self.config, self.spec.declaration.specs, self._length, self.views)
+
+    def of(self, setting: Setting) -> Optimizer:
+        """Return the optimizer as it is under a setting, over the same state."""
+        config = replace(self.config, rules=setting.rules)
+        views, common = self._views(setting), in_common(self.views)
+        return Optimizer(config, self.spec.declaration.specs, self._length, views, common)
+
+    @cached_property
+    def views(self) -> Mapping[str, View]:
+        """How each task sees the optimizer, all phases taken together."""
+        each = [self._views(setting) for setting in self.settings.each]
+        return {
+            name: View(view.kind, frozenset[str]().union(*(views[name].moves for views in each)))
+            for name, view in each[0].items()
+        }
+
+    def _views(self, setting: Setting) -> dict[str, View]:
+        moving = trained(setting.rules, self.spec.declaration.specs)
+        return {
+            name: make_view(kind, moving, None if kind == SHARED else self._reaches[name])
+            for name, kind in self._kinds().items()
+        }
+
+    @cached_property
+    def _reaches(self) -> Mapping[str, Reach]:
+        """What is traced of the losses of tasks that do not share all."""
+        kinds = self._kinds()
+        return {
+            n: reach_of(self.spec, task) for n, task in self.tasks.items() if kinds[n] != SHARED
+        }
+
+    def _kinds(self) -> dict[str, str]:
+        default = self.config.update_scope
+        return {
+            name: check_kind(task.config.update_scope, f"tasks.{name}.update_scope")
+            if task.config.update_scope
+            else check_kind(default, "optimizer.update_scope")
+            for name, task in self.tasks.items()
+        }
+
+    def check(self) -> None:
+        """Raise a `UserError` where a task's view or a rule cannot be."""
+        every, kinds = self.config.accumulate, self._kinds()
+        own = [task for task, kind in kinds.items() if kind != SHARED]
+        if every > 1 and own:
+            raise UserError(
+                f"optimizer.accumulate is {every}, which makes one update of several tasks' steps; task "
+                f"'{own[0]}' has the update_scope '{kinds[own[0]]}'. Set it to '{SHARED}', or accumulate to 1."
+            )
+        for setting in self.settings.each:
+            apply_rules(setting.rules, self.spec.declaration.specs)
+
+    def _length(self, task: str) -> int:
+        """The run's length for a task in `optimizer.unit`: as its schedule has it from step 0."""
+        if self.config.unit == "steps":
+            return self.planned.steps
+        if self.config.unit == "examples":
+            return self.planned.examples
+        return self.planned.visits.get(task, 0)
+
+    def progress(self, task: str, step: int, positions: Mapping[str, int]) -> dict[str, float]:
+        """Return what a task's update asks of the clock besides step and visit, as ticks of a program."""
+        ticks = {**self.extents[task], "scale": self.settings.at(step).scale}
+        if self.config.accumulate > 1:
+            ticks["last"] = int(step + 1 == self.planned.steps)
+        if self.config.unit == "examples":
+            ticks["part"] = min(sum(positions.values()) * PARTS // self.planned.examples, PARTS)
+        return ticks
+
+    @cached_property
+    def extents(self) -> Mapping[str, Mapping[str, float]]:
+        """What each task's learning rate asks of the run's length; may trace, as the loop must not."""
+        optimizer = self.whole
+        return {task: optimizer.extent(task) for task in self.tasks}
