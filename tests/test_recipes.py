@@ -152,9 +152,9 @@ def test_a_size_of_coca_that_is_not_there() -> None:
 def test_the_small_coca_differs_in_sizes_only() -> None:
     big, small = block("coca:2b"), block("coca:small")
     ends = {
-        "steps", "patch", "vocabulary", "width", "repeat", "heads", "hidden", "size", "length", "batch", "queries",
-        "pooler_heads", "joint", "learning_rate", "warmup", "weight_decay", "every", "remat", "compute", "groups",
-        "unimodal", "multimodal", "buckets", "tokenizer",
+        "steps", "patch", "vocabulary", "width", "repeat", "num_heads", "mlp_dim", "size", "length", "batch", "queries",
+        "pooler_heads", "embed_dim", "learning_rate", "warmup", "weight_decay", "every", "remat", "compute", "layers",
+        "unimodal", "multimodal", "max_positions", "tokenizer",
     }  # fmt: skip
     differences = configs.compare(big, small, RunConfig)
     assert len(differences) > 15 and {d.key.split(".")[-1] for d in differences} <= ends
@@ -208,7 +208,7 @@ def test_layers_of_mbt_fuse_from_the_eighth_on() -> None:
 def test_a_small_fusion_differs_in_sizes_and_data_only(system: str) -> None:
     big, small = block(f"{system}:b"), block(f"{system}:small")
     sizes = {
-        "steps", "width", "repeat", "heads", "hidden", "tokens", "learning_rate", "warmup", "every", "batch",
+        "steps", "width", "repeat", "num_heads", "mlp_dim", "tokens", "learning_rate", "warmup", "every", "batch",
         "compute",
     }  # fmt: skip
     data = {"source", "inputs", "evaluators", "modalities", "classes", "label"}

@@ -50,7 +50,7 @@ def test_tokens_batches_and_intervals_are_those_released(name: str) -> None:
         "image_text": 256 + 5 * 16, "images": 256, "video_text": 256 + 16, "videos": 256,
         "video_audio_text": 256 + 64 + 16, "sounds": 64,
     }  # fmt: skip
-    assert {n: (t.config.share, t.batch) for n, t in made.tasks.items()} == {
+    assert {n: (t.config.interval, t.batch) for n, t in made.tasks.items()} == {
         "image_text": (1, 8192), "images": (1, 8192), "video_text": (12, 8192), "videos": (5, 2048),
         "video_audio_text": (12, 8192), "sounds": (8, 2048),
     }  # fmt: skip
@@ -87,13 +87,13 @@ def test_the_small_recipe_is_the_same_with_other_numbers_and_data(large: str, sm
         del made["mesh"]
         for task in made["tasks"].values():
             del task["source"], task["evaluators"]["test"]["source"]
-            for key in ("concept", "label"):
+            for key in ("positive_key", "label"):
                 task["objective"].pop(key, None)
             for view in task["inputs"].values():
-                view.pop("gain", None), view.pop("flip", None)
-            for bucket in task.get("buckets", {}).values():
+                view.pop("gain_db", None), view.pop("flip", None)
+            for bucket in task.get("shapes", {}).values():
                 bucket["inputs"]["vision"].pop("stride", None)
-                bucket.pop("share", None)
+                bucket.pop("weight", None)
     assert one == two
 
 

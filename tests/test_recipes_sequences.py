@@ -77,10 +77,9 @@ def test_the_small_recipe_differs_in_sizes_only(system: str, setting: str) -> No
     size, _ = SETTINGS[system]
     big, small = (block(f"{system}:{of}{setting}") for of in (size, "small"))
     ends = {
-        "steps", "patch", "buckets", "vocabulary", "width", "remat", "groups", "batch", "size", "length", "pack",
-        "capacity", "window",
-        "channels", "levels", "learning_rate", "warmup", "compute", "every", "repeat", "state", "heads", "hidden",
-        "tokenizer", "depth",
+        "steps", "patch", "max_positions", "vocabulary", "width", "remat", "layers", "batch", "size", "length", "pack",
+        "capacity", "window", "unet_channels", "sampling_steps", "levels", "learning_rate", "warmup", "compute",
+        "every", "repeat", "state", "num_heads", "mlp_dim", "tokenizer", "depth",
     }  # fmt: skip
     differences = configs.compare(big, small, RunConfig)
     changed = {d.key.replace("capacity.text", "capacity").split(".")[-1] for d in differences}
