@@ -43,11 +43,11 @@ def test_only_concepts_with_a_drawing_are_written_and_all_with_their_own(
     seen = [c for c in concepts if emoji.seen(c.codepoints)][:3]
     unseen = [c for c in concepts if not emoji.seen(c.codepoints)][:2]
     wanted = {c.codepoints: c for c in seen + unseen}
-    made = drawings.make(
+    result = drawings.make(
         VENDOR, epath.Path(tmp_path), None, has=lambda c: c.codepoints in wanted, draw=png
     )
-    assert made.path.parent.name == "emoji_made"
-    source = tfds.builder_from_directory(made.path).as_data_source()
+    assert result.path.parent.name == "emoji_made"
+    source = tfds.builder_from_directory(result.path).as_data_source()
     for split, members in (("old", seen), ("new", unseen)):
         records = [source[split][i] for i in range(len(source[split]))]
         keys = sorted(record["codepoints"].decode() for record in records)

@@ -31,19 +31,19 @@ def test_records_of_each_split_come_back_as_they_were(tmp_path: Path) -> None:
     builder = tfds.builder_from_directory(path)
     source = builder.as_data_source()
     assert {split: len(source[split]) for split in source} == {"train": 2, "test": 1}
-    found = {x["word"].decode(): x["sound"] for x in (source["train"][i] for i in range(2))}
-    assert found.keys() == SOUNDS.keys()
+    read = {x["word"].decode(): x["sound"] for x in (source["train"][i] for i in range(2))}
+    assert read.keys() == SOUNDS.keys()
     for key, sound in SOUNDS.items():
-        assert found[key].dtype == np.int16
-        np.testing.assert_array_equal(found[key], sound)
+        assert read[key].dtype == np.int16
+        np.testing.assert_array_equal(read[key], sound)
     assert builder.info.redistribution_info.license == "CC0"
 
 
 def test_keys_alone_fix_the_order(tmp_path: Path) -> None:
     records = [(f"{i}", {"word": f"{i}", "sound": SOUNDS["b"]}) for i in range(9)]
     orders = []
-    for name, given in (("one", records), ("two", records[::-1])):
-        path = write(tmp_path / name, {"train": given})
+    for name, keyed in (("one", records), ("two", records[::-1])):
+        path = write(tmp_path / name, {"train": keyed})
         source = tfds.builder_from_directory(path).as_data_source(split="train")
         orders.append([source[i]["word"] for i in range(9)])
     assert orders[0] == orders[1] and len(set(orders[0])) == 9

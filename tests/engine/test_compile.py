@@ -139,6 +139,7 @@ def _one_anew(*overrides: str) -> Program:
     return compile_all(requests, toy.mesh, LimitsConfig())["one"]
 
 
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 def test_a_cache_torn_by_a_kill_does_no_harm(tmp_path: Path) -> None:
     """Entries cut short are compiled anew, to a program that gives the same bits."""
     results = []

@@ -19,7 +19,7 @@ from mmjax.engine.requests import train_requests
 
 
 def _equal(one: Any, two: Any) -> bool:
-    """Whether two trees of arrays hold the same bits (NaN equals NaN)."""
+    """Return whether two trees of arrays hold the same bits (NaN equals NaN)."""
     same = jax.tree.map(lambda a, b: a.dtype == b.dtype and a.tobytes() == b.tobytes(), one, two)
     return all(jax.tree.leaves(same))
 

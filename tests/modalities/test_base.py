@@ -54,7 +54,7 @@ class Numbers(Modality[Settings]):
         return {"x": np.asarray(value[: settings.length], np.float32) + np.float32(time)}
 
 
-def made(instances: int = 0, modality: Any = None, **settings: Any) -> Input:
+def input_of(instances: int = 0, modality: Any = None, **settings: Any) -> Input:
     return Input("numbers", modality or Numbers(), Settings(**settings), instances)
 
 
@@ -62,10 +62,10 @@ EXAMPLE = {"numbers": [1, 2, 3, 4]}
 
 
 def test_an_input_reads_its_field() -> None:
-    arrays = made().preprocess(EXAMPLE, None)
+    arrays = input_of().preprocess(EXAMPLE, None)
     assert list(arrays) == ["x"]
     np.testing.assert_array_equal(arrays["x"], [1, 2, 3])
-    other = made(field="others", length=2)
+    other = input_of(field="others", length=2)
     assert other.field == "others"
     np.testing.assert_array_equal(other.preprocess({"others": [7, 8]}, None)["x"], [7, 8])
 
@@ -81,15 +81,15 @@ def test_arrays_other_than_the_declared_ones_are_refused(
     value: Any, modality: Numbers, words: str
 ) -> None:
     with pytest.raises(UserError, match=f"modality 'numbers', array 'x': {words}"):
-        made(modality=modality).preprocess({"numbers": value}, None)
+        input_of(modality=modality).preprocess({"numbers": value}, None)
 
 
 def test_instances_have_an_axis_of_their_own_and_say_which_are_there() -> None:
-    assert {n: (s.shape, s.dtype) for n, s in made(2).arrays().items()} == {
+    assert {n: (s.shape, s.dtype) for n, s in input_of(2).arrays().items()} == {
         "x": ((2, 3), np.float32),
         PRESENT: ((2,), np.bool_),
     }
-    arrays = made(2).preprocess(EXAMPLE, None, times=[0.0, 0.5])
+    arrays = input_of(2).preprocess(EXAMPLE, None, times=[0.0, 0.5])
     np.testing.assert_array_equal(arrays["x"], [[1, 2, 3], [1.5, 2.5, 3.5]])
     np.testing.assert_array_equal(arrays[PRESENT], [True, True])
 
@@ -99,22 +99,22 @@ def test_instances_that_are_not_there_are_zeros() -> None:
         def instances(self, value: Any, count: int, rng: Any) -> list[Any]:
             return [value[i : i + 3] for i in range(0, len(value), 3)]
 
-    arrays = made(3, Pieces()).preprocess({"numbers": [1, 2, 3, 4, 5, 6]}, None)
+    arrays = input_of(3, Pieces()).preprocess({"numbers": [1, 2, 3, 4, 5, 6]}, None)
     np.testing.assert_array_equal(arrays["x"], [[1, 2, 3], [4, 5, 6], [0, 0, 0]])
     np.testing.assert_array_equal(arrays[PRESENT], [True, True, False])
-    arrays = made(1, Pieces()).preprocess({"numbers": [1, 2, 3, 4, 5, 6]}, None)
+    arrays = input_of(1, Pieces()).preprocess({"numbers": [1, 2, 3, 4, 5, 6]}, None)
     np.testing.assert_array_equal(arrays["x"], [[1, 2, 3]])
 
 
 def test_evaluation_has_all_tokens_of_one_instance() -> None:
-    whole = made(4, token_drop=0.5).whole()
-    assert made(4, token_drop=0.5).drops and not whole.drops
-    assert whole == made()
+    whole = input_of(4, token_drop=0.5).whole()
+    assert input_of(4, token_drop=0.5).drops and not whole.drops
+    assert whole == input_of()
 
 
 def test_a_number_of_instances_is_not_negative() -> None:
     with pytest.raises(UserError, match="instances is -1"):
-        made(-1)
+        input_of(-1)
 
 
 def test_defaults_of_a_modality() -> None:

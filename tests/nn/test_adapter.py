@@ -51,7 +51,7 @@ def test_a_time_is_its_sines_and_cosines_through_two_maps(
 ) -> None:
     p = drawn(declaration)
     t = np.array([0.0, 0.3, 1.0])
-    found = declaration.merge(p).times("image", jnp.asarray(t))
+    result = declaration.merge(p).times("image", jnp.asarray(t))
     rates = np.exp(-np.log(1e4) * np.arange(64) / 64)
     angles = 1000 * t[:, None] * rates
     features = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
@@ -59,7 +59,7 @@ def test_a_time_is_its_sines_and_cosines_through_two_maps(
     up = x @ p["time/image/up/kernel"] + p["time/image/up/bias"]
     hidden = 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
     expected = hidden @ p["time/image/down/kernel"] + p["time/image/down/bias"]
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    np.testing.assert_allclose(result, expected, rtol=1e-9)
 
 
 def test_a_span_begins_with_its_token_and_a_row_that_is_not_kept_has_nothing_else(
@@ -85,11 +85,11 @@ def test_shared_slots_begin_where_each_span_does(declaration: Declaration) -> No
     valid = jnp.asarray([[True, True, True, True, False]])
     nothing = jnp.zeros((1, 5), jnp.int32)
     region = Region(nothing, index, nothing, valid, nothing, nothing)
-    found = declaration.merge(p).begun_in("text", Stream(x), region)
+    result = declaration.merge(p).begun_in("text", Stream(x), region)
     expected = np.array(x)
     expected[0, [0, 2]] = p["begin/text"]
-    np.testing.assert_allclose(found.x_BSD, expected, rtol=1e-6)
-    np.testing.assert_array_equal(found.valid_BS, valid)
+    np.testing.assert_allclose(result.x_BSD, expected, rtol=1e-6)
+    np.testing.assert_array_equal(result.valid_BS, valid)
 
 
 def test_a_unet_is_there_where_it_has_channels_and_takes_patches_of_a_power_of_two() -> None:

@@ -38,7 +38,7 @@ from mmjax.objectives.base import (
 
 @dataclass(frozen=True)
 class Plain(Objective):
-    """Reads two modalities, and offers nothing besides its loss."""
+    """Reads two modalities, and offers only its loss."""
 
     def reads(self) -> tuple[str, ...]:
         return ("image", "text")
@@ -50,7 +50,7 @@ class Plain(Objective):
         return Loss(jnp.zeros(()))
 
 
-def given(name: str, instances: int = 0, drop: float = 0.0) -> Input:
+def input_of(name: str, instances: int = 0, drop: float = 0.0) -> Input:
     modality: Any = SimpleNamespace()
     return Input(name, modality, SimpleNamespace(field=name, token_drop=drop), instances)
 
@@ -72,22 +72,20 @@ def test_an_objective_without_its_loss_cannot_be_made() -> None:
 
 
 def test_several_instances_are_refused_unless_an_objective_takes_them() -> None:
-    Plain().check_inputs({"image": given("image")})
+    Plain().check_inputs({"image": input_of("image")})
     with pytest.raises(
         UserError, match="Plain takes one instance of 'image'; leave out 'instances'"
     ):
-        Plain().check_inputs({"text": given("text"), "image": given("image", instances=2)})
+        Plain().check_inputs({"text": input_of("text"), "image": input_of("image", instances=2)})
 
 
 def test_dropped_tokens_are_refused_by_those_that_need_all() -> None:
-    refuse_drop(Plain(), {"image": given("image")})
-    with pytest.raises(
-        UserError, match="Plain needs all tokens of 'image'; leave out 'token_drop'"
-    ):
-        refuse_drop(Plain(), {"image": given("image", drop=0.5)})
+    refuse_drop(Plain(), {"image": input_of("image")})
+    with pytest.raises(UserError, match="Plain needs all tokens of 'image'; leave out 'token_drop'"):
+        refuse_drop(Plain(), {"image": input_of("image", drop=0.5)})
 
 
-# --- what it offers besides ---------------------------------------------------------------------
+# --- what else it offers ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("capability", [Embeds, Classifies, Writes, Composes, Shows])

@@ -17,7 +17,7 @@ from mmjax.plan.case import Specification
 NAMES = ["one", "two", "three"]
 SPECIFICATION = Specification({}, [], "v5e", (2, 2), 1, NAMES, False, "")
 
-# Stands in for `mmjax.plan.case`: answers for each program, but dies or sleeps at the one it is told to.
+# Stands in for `mmjax.plan.case`: answers for each program, but dies or sleeps at the second one.
 PROCESS = """
 import json, os, signal, sys, time
 names = json.load(sys.stdin)["names"]

@@ -30,11 +30,11 @@ ROW = {
 def run(rows: list[dict[str, Any]], seconds: Any = SECONDS, **changes: Any) -> Run:
     summary = {"seconds": seconds, "tasks": rows, "goodput": 0.6}
     tasks = {row["task"]: Visits(np.arange(2), {}, np.full(2, 8.0)) for row in rows}
-    given: dict[str, Any] = {
+    values: dict[str, Any] = {
         "workdir": epath.Path("/run"), "config": {"steps": 9}, "meta": None, "meta_step": 0, "tasks": tasks,
         "order": [], "records": [], "records_step": None, "history": {}, "log": [{"time": 0.0}], "summary": summary,
     }  # fmt: skip
-    return Run(**{**given, **changes})
+    return Run(**{**values, **changes})
 
 
 def read(parse: Parse, of: Run) -> Any:

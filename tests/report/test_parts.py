@@ -35,12 +35,12 @@ def run(**changes: Any) -> Run:
         "goodput": 0.5,
     }
     config = {"steps": 8, "seed": 7, "tasks": {EVIL: {"weight": 1}, "two": {"weight": 1}}}
-    given: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "workdir": epath.Path("/run"), "config": config, "meta": None, "meta_step": 0, "tasks": tasks,
         "order": [EVIL, "two"] * 4, "records": [{"name": "a"}], "records_step": 8, "history": {},
         "log": [{"time": 0.0, "line": "start"}, {"time": 3600.0, "line": "end"}], "summary": summary,
     }  # fmt: skip
-    return Run(**{**given, **changes})
+    return Run(**{**fields, **changes})
 
 
 def read(parse: Parse, html: Any) -> Any:
