@@ -1,19 +1,22 @@
-"""One step of every task of some configs, made small, on many meshes of this process's eight devices, in float64.
+"""One step of tasks on meshes of this process's eight devices, in float64, compared with the same step on one device.
 
-    python tests/pod/sharded.py OUT.json [--every_case] CONFIG ...
+    python tests/pod/sharded.py OUT.json [--extra=FOLDER] [--meshes="data 8,fsdp 8"] CONFIG ...
 
-writes, by config, what each case of `CASES` differs in from one device, and how its state lies. Systems that are not in
-`EVERY_CASE` are compared on the meshes of `FEW` only, unless all are asked for. Before each
-compilation it says on standard error which one comes, so that what XLA says there can be told apart.
+compares every task of each config, made small, on these meshes (by default all of `CASES`). `mechanisms.py` compares
+chosen tasks on chosen meshes, and `matrix.py` makes a table of all systems. Before each compilation the process says on
+standard error which one comes, so that what XLA says there can be told apart.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import os
+import re
+import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sequence 8": {"data": 1, "sequence": 8},
     "slices 2 fsdp 4": {"data": 2, "fsdp": 4, "slices": 2},
     "data 2 expert 4": {"data": 2, "expert": 4},
+    "data 2 expert 2 tensor 2": {"data": 2, "expert": 2, "tensor": 2},
     "data 2 tensor 4": {"data": 2, "tensor": 4},
     "data 2 sequence 4": {"data": 2, "sequence": 4},
     "data 2 fsdp 2 sequence 2": {"data": 2, "fsdp": 2, "sequence": 2},
@@ -51,14 +55,11 @@ CASES: dict[str, dict[str, Any]] = {
     # Slices that are not the outermost blocks of the mesh, so that devices lie in another order.
     "data 2 fsdp 2 tensor 2": {"data": 2, "fsdp": 2, "tensor": 2, "slices": 2, "dcn_axis": "fsdp"},
 }
-# Each axis alone, and the meshes on which whole programs are compiled: enough for a system whose mechanisms are those
-# of layers and objectives that another one has on every mesh.
-FEW = ("data 8", "fsdp 8", "expert 8", "tensor 8", "sequence 8", "data 2 fsdp 2 sequence 2",
-       "data 2 fsdp 2 tensor 2")  # fmt: skip
-EVERY_CASE = ("moma", "quickstart", "transfusion")
-# Here each task's program is compiled as training does it; elsewhere its gradient, and its update, which
-# tasks have in common.
-WHOLE = ("data 2 fsdp 2 sequence 2", "data 2 fsdp 2 tensor 2")
+# What of a step is compiled on a mesh: the gradient; the gradient and, in a program that tasks have in common, the
+# update; or both in one program, as training does it.
+GRADIENT, PARTED, WHOLE = "gradient", "parted", "whole"
+# In the matrix, on the meshes of whole programs; parted on all others.
+DEPTHS = {"data 2 fsdp 2 sequence 2": WHOLE, "data 2 fsdp 2 tensor 2": WHOLE}
 # So that a system's small recipe and its large one are the same here, and run once.
 MODALITIES = {
     "text": {"max_positions": 32},
@@ -69,10 +70,20 @@ MODALITIES = {
 }
 # A bias of keys has no gradient but rounding, as it adds the same to all logits of a query; with an eps as small as
 # Adam's own, its update would be as large as the others'.
-RATES = {"learning_rate": 1e-3, "weight_decay": 0.1, "warmup": 0, "eps": 1e-6}
+RATES = {"learning_rate": 1e-3, "weight_decay": 0.1, "warmup": 0}
+EPS = 1e-6
 LEAST = 1e-3  # arrays smaller than this are compared with this
+CLOSE = 1e-10  # the largest difference that rounding explains
 MARK = "compiles: "
 CONTROL = "control"
+WARNING = "Involuntary full rematerialization"
+ROOT = Path(__file__).resolve().parents[2]
+# Quick to compile rather than to run. More threads than collectives can block at once: with as few as there
+# are devices, one that waits in each of two independent loops leaves none for the others.
+FLAGS = (
+    f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 
 
 # --- a config made small -----------------------------------------------------------------------
@@ -92,9 +103,14 @@ def small(block: configs.Block) -> configs.Block:
         "model": {**block["model"], **model, "remat": "none"},
         "tasks": tasks,
         # From the first step at the full rate, so that an update moves something.
-        "optimizer": {**block.get("optimizer", {}), **RATES, "accumulate": 1},
+        "optimizer": _optimizer(block.get("optimizer", {})),
         "dtype": {"parameters": "float64", "compute": "float64"},
     }
+
+
+def _optimizer(block: configs.Block) -> configs.Block:
+    algorithm = {**block.get("algorithm", {}), "eps": EPS}
+    return {**block, **RATES, "accumulate": 1, "algorithm": algorithm}
 
 
 def _without_file(modality: configs.Block) -> configs.Block:
@@ -198,6 +214,10 @@ class Steps:
         self.requests = train_requests(experiment, mesh)
         self._updates: dict[Any, Any] = {}
 
+    def step(self, name: str, depth: str) -> dict[str, Any]:
+        """Return loss, gradient and, but for `GRADIENT`, the state after the step, by name of the array."""
+        return self.whole(name) if depth == WHOLE else self.parted(name, depth == PARTED)
+
     def whole(self, name: str) -> dict[str, Any]:
         """By the program of training itself, which tells its gradient too."""
         updated = program._updated
@@ -217,10 +237,10 @@ class Steps:
         }
         return flat(jax.device_get({"loss": told["loss"], "gradient": grads, "state": after}))
 
-    def parted(self, name: str) -> dict[str, Any]:
+    def parted(self, name: str, is_updated: bool = True) -> dict[str, Any]:
         """By two programs, of the gradient and of the update; tasks that move alike share the second, which
-        takes most of the time that a step takes to compile."""
-        task, view = self.experiment.tasks[name], self.experiment.optimizers.whole.views[name]
+        takes most of the time that a step takes to compile. Without it there is no state in the results."""
+        task, view = self.experiment.tasks[name], self.experiment.optimizers.views[name]
         declaration, compute = self.experiment.declaration, compute_dtype("float64")
 
         def gradient(parameters: Any, batch: Any) -> Any:
@@ -237,6 +257,8 @@ class Steps:
         what = f"{self.case} / {name}"
         made = compiled(gradient, (parameters, batch), out, self.mesh, what)
         loss, grads, buffers = made(self.state.parameters, self._batch(name))
+        if not is_updated:
+            return flat(jax.device_get({"loss": loss, "gradient": grads}))
         after = self._update(name, moves)(self.state, grads, self._ticks(name))
         after = replace(after, buffers={**after.buffers, **buffers})
         return flat(jax.device_get({"loss": loss, "gradient": grads, "state": after}))
@@ -275,32 +297,55 @@ def lies(state: State) -> dict[str, list[Any]]:
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, list[Any]]:
-    """The largest difference in the loss, the gradient and the state, and where: relative to the array's size."""
+    """Return the largest difference in the loss, the gradient and the state, and where.
+
+    It is relative to the array's size. The state is compared where `other` has one.
+    """
+    if not any(name.startswith("['state']") for name in other):
+        one = {name: a for name, a in one.items() if not name.startswith("['state']")}
     assert one.keys() == other.keys()
-    worst: dict[str, list[Any]] = {"loss": [0.0, ""], "gradient": [0.0, ""], "state": [0.0, ""]}
+    worst: dict[str, list[Any]] = {}
     for name, a in one.items():
         size = max(LEAST, float(np.max(np.abs(a), initial=0.0)))
         by = float(np.max(np.abs(np.asarray(other[name], np.float64) - a), initial=0.0)) / size
         kind = name.split("'")[1]
-        worst[kind] = max(worst[kind], [by if math.isfinite(by) else math.inf, name])
+        largest = worst.get(kind, [0.0, ""])
+        worst[kind] = max(largest, [by if math.isfinite(by) else math.inf, name])
     return worst
 
 
-def compare(block: configs.Block, cases: Sequence[str]) -> dict[str, Any]:
-    """One device against some cases."""
+def compare(
+    name: str,
+    block: configs.Block,
+    tasks_of: Mapping[str, Sequence[str]],
+    depths: Mapping[str, str] = DEPTHS,
+) -> dict[str, Any]:
+    """Return what differs from one device, by mesh and task, and how the state lies on each mesh.
+
+    Args:
+      name: of the config, in what is said on standard error.
+      tasks_of: names of tasks by name of a mesh of `CASES`.
+      depths: by name of a mesh, `GRADIENT` or `WHOLE`; `PARTED` on all others.
+    """
     experiment = make_experiment(block)
     before = begun(experiment)
-    alone = Steps(experiment, before, make_mesh(MeshConfig(data=1), jax.devices()[:1]), "one")
-    one = {name: alone.whole(name) for name in experiment.tasks}
-    found: dict[str, Any] = {"moved": moved(flat({"state": before}), one), "cases": {}, "lies": {}}
-    found["specs"] = {n: [s.shape, s.axes] for n, s in experiment.declaration.specs.items()}
-    for case in cases:
-        sizes = CASES[case]
-        steps = Steps(experiment, before, make_mesh(MeshConfig(**sizes)), case)
-        step = steps.whole if case in WHOLE else steps.parted
-        found["cases"][case] = {name: difference(one[name], step(name)) for name in one}
-        found["lies"][case] = lies(steps.state)
-    return found
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    alone = Steps(experiment, before, mesh, f"{name} / one")
+    one = {task: alone.parted(task) for task in experiment.tasks}
+    results: dict[str, Any] = {
+        "moved": moved(flat({"state": before}), one),
+        "cases": {},
+        "lies": {},
+    }
+    results["specs"] = {n: [s.shape, s.axes] for n, s in experiment.declaration.specs.items()}
+    for case, tasks in tasks_of.items():
+        mesh, depth = make_mesh(MeshConfig(**CASES[case])), depths.get(case, PARTED)
+        steps = Steps(experiment, before, mesh, f"{name} / {case}")
+        results["cases"][case] = {
+            task: difference(one[task], steps.step(task, depth)) for task in tasks
+        }
+        results["lies"][case] = lies(steps.state)
+    return results
 
 
 def moved(before: dict[str, Any], after: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -326,25 +371,57 @@ def control() -> None:
     jax.jit(lambda t, i: jnp.take(t, i, axis=0), out_shardings=wanted).lower(table, index).compile()
 
 
-def system_of(file: str) -> str:
-    """Return the system of `configs/SYSTEM.py:SETTING`."""
-    return Path(file.partition(":")[0]).stem
+# --- a process of its own ----------------------------------------------------------------------
+
+
+def write(out: str, results: Mapping[str, Any]) -> None:
+    """Write results as JSON, after the control."""
+    control()
+    Path(out).write_text(json.dumps(results))
+
+
+def run_apart(*words: str, timeout: float) -> tuple[dict[str, Any], dict[str, str]]:
+    """Run `python SCRIPT OUT.json WORD ...` on eight devices in 64 bits.
+
+    Returns:
+      The results, and what XLA said on standard error during each compilation.
+
+    Raises:
+      RuntimeError: the process failed.
+    """
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    # A program that is kept on disk is not compiled, and nothing is said of it.
+    env = {
+        **os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0", "JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu",
+        "NPROC": "64", "PYTHONPATH": path, "XLA_FLAGS": FLAGS,
+    }  # fmt: skip
+    script, *others = words
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "results.json"
+        command = [sys.executable, str(ROOT / "tests/pod" / script), str(out), *others]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=env, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(done.stderr[-3000:])
+        parts = re.split(rf"^{MARK}(.*)\n", done.stderr, flags=re.MULTILINE)[1:]
+        said = dict(zip(parts[::2], parts[1::2], strict=True))
+        assert 2 * len(said) == len(parts), "each compilation has a name of its own"
+        return json.loads(out.read_text()), said
 
 
 def main() -> None:
-    out, *files = (word for word in sys.argv[1:] if word != "--every_case")
-    # A program that is kept on disk is not compiled, and nothing is said of it.
-    jax.config.update("jax_enable_compilation_cache", False)
-    found: dict[str, Any] = {"configs": {}, "found": {}}
-    for file in files:
+    """Compare the configs that the command line names."""
+    out, *words = sys.argv[1:]
+    options = dict(word[2:].split("=", 1) for word in words if word.startswith("--"))
+    if "extra" in options:
+        configs.add_folder(options["extra"])
+    cases = options["meshes"].split(",") if "meshes" in options else list(CASES)
+    results = {}
+    for file in (word for word in words if not word.startswith("--")):
         block = small(configs.read_file(file))
-        key = hashlib.sha256(json.dumps(block, sort_keys=True).encode()).hexdigest()[:16]
-        found["configs"][file] = key
-        if key not in found["found"]:  # another config may be the same when it is small
-            is_every = system_of(file) in EVERY_CASE or "--every_case" in sys.argv
-            found["found"][key] = compare(block, tuple(CASES) if is_every else FEW)
-    control()
-    Path(out).write_text(json.dumps(found))
+        results[file] = compare(file, block, dict.fromkeys(cases, list(block["tasks"])))
+    write(out, results)
 
 
 if __name__ == "__main__":
