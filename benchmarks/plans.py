@@ -148,7 +148,12 @@ def block(what: str, sizes: Mapping[str, Any], batch: int) -> Block:
         "modalities": {next(iter(inputs)): modality},
         "model": {"width": sizes["width"], "layers": groups, **model},
         "tasks": {TASK: task},
-        "optimizer": {"name": "adamw", "clip": 1.0, "weight_decay": 0.1, "warmup": 1},
+        "optimizer": {
+            "algorithm": {"name": "adamw"},
+            "clip": 1.0,
+            "weight_decay": 0.1,
+            "warmup": 1,
+        },
         "dtype": {"compute": "bfloat16"},
         "mesh": {"data": 1, "fsdp": -1},
         "evaluation": {"every": 0},

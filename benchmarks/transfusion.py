@@ -93,7 +93,7 @@ def block(seed: int) -> Block:
         },
         "model": {"width": WIDTH, "layers": [{"repeat": LAYERS, "blocks": [layer]}]},
         "tasks": {TASK: task},
-        "optimizer": {"name": "adamw", "learning_rate": 1e-3, "clip": 0.0},
+        "optimizer": {"algorithm": {"name": "adamw"}, "learning_rate": 1e-3, "clip": 0.0},
         "evaluation": {"every": 0},
     }
 

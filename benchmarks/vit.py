@@ -84,7 +84,7 @@ def block(size: str, pixels: int, batch: int, seed: int) -> Block:
         "model": {"width": width, "layers": [{"repeat": layers, "blocks": [layer]}]},
         "tasks": {TASK: task},
         "optimizer": {
-            "name": "adamw", "learning_rate": RATE, "clip": 0.0, "decay": "constant",
+            "algorithm": {"name": "adamw"}, "learning_rate": RATE, "clip": 0.0, "decay": "constant",
             "weight_decay": 0.0,
         },
         "evaluation": {"every": 0},

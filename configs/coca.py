@@ -121,8 +121,9 @@ def get_config(setting: Setting) -> ConfigDict:
         },
     }  # fmt: skip
     config.optimizer = {
-        "name": "muon", "learning_rate": 8e-4, "warmup": 10_000, "decay": "linear", "end_lr_ratio": 0.0,
-        "b1": 0.9, "b2": 0.999, "weight_decay": 0.01, "clip": 1.0, "moments_dtype": "bfloat16",
+        "algorithm": {"name": "muon", "b1": 0.9, "b2": 0.999, "moments_dtype": "bfloat16"},
+        "learning_rate": 8e-4, "warmup": 10_000, "decay": "linear", "end_lr_ratio": 0.0,
+        "weight_decay": 0.01, "clip": 1.0,
     }  # fmt: skip
     config.dtype = {"compute": "bfloat16"}
     config.mesh = {"data": 1, "fsdp": -1}

@@ -233,8 +233,9 @@ def get_config(setting: Setting) -> ConfigDict:
             config.tasks[name].shapes = buckets
     config.schedule = {"rule": "interval"}
     config.optimizer = {
-        "name": "adamw", "learning_rate": peak, "warmup": warmup, "decay": "cosine", "end_lr_ratio": final,
-        "b1": 0.9, "b2": 0.999, "eps": 1e-7, "weight_decay": 1e-4, "clip": 1.0,
+        "algorithm": {"name": "adamw", "b1": 0.9, "b2": 0.999, "eps": 1e-7},
+        "learning_rate": peak, "warmup": warmup, "decay": "cosine", "end_lr_ratio": final,
+        "weight_decay": 1e-4, "clip": 1.0,
     }  # fmt: skip
     config.dtype = {"compute": "bfloat16"}
     config.mesh = {"data": 1, "fsdp": -1}

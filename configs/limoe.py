@@ -138,8 +138,9 @@ def get_config(setting: Setting) -> ConfigDict:
         },
     }  # fmt: skip
     config.optimizer = {
-        "name": "adamw", "learning_rate": 1e-3, "warmup": 10_000, "decay": "cosine", "end_lr_ratio": 0.0,
-        "b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "clip": 1.0,
+        "algorithm": {"name": "adamw", "b1": 0.9, "b2": 0.999, "eps": 1e-8},
+        "learning_rate": 1e-3, "warmup": 10_000, "decay": "cosine", "end_lr_ratio": 0.0,
+        "weight_decay": 0.01, "clip": 1.0,
     }  # fmt: skip
     config.dtype = {"compute": "bfloat16"}
     config.mesh = {"data": 1, "fsdp": -1}

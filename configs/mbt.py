@@ -115,7 +115,7 @@ def recipe(groups: list[dict[str, Any]]) -> ConfigDict:
         },
     }  # fmt: skip
     config.optimizer = {
-        "name": "muon", "learning_rate": 1e-3, "warmup": 7_000, "decay": "cosine", "end_lr_ratio": 0.0,
+        "algorithm": {"name": "muon"}, "learning_rate": 1e-3, "warmup": 7_000, "decay": "cosine", "end_lr_ratio": 0.0,
         "weight_decay": 0.0, "clip": 1.0,
     }  # fmt: skip
     config.dtype = {"compute": "bfloat16"}

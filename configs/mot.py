@@ -65,7 +65,9 @@ class Setting:
 # Sequences of 4,288 positions: 4 images of 1,025, whose captions share 188.
 CHAMELEON_PACKING = {"pack": 4, "capacity": {"text": 188}, "window": 64}
 # MoMa's rate (Lin et al. 2024) and Chameleon's eps.
-CHAMELEON = {"learning_rate": 1e-4, "decay": "linear", "end_lr_ratio": 0.01, "eps": 1e-5}
+CHAMELEON = {
+    "algorithm": {"eps": 1e-5}, "learning_rate": 1e-4, "decay": "linear", "end_lr_ratio": 0.01,
+}  # fmt: skip
 
 
 def layers(tasks: str, dense: bool, repeat: int, heads: int, hidden: int) -> list[dict[str, Any]]:

@@ -158,7 +158,7 @@ def get_config(setting: Setting = Setting()) -> ConfigDict:
     }  # fmt: skip
     config.schedule = {"rule": "shares"}
     config.optimizer = {
-        "name": "muon",
+        "algorithm": {"name": "muon"},
         "learning_rate": 2e-3,
         "warmup": 50,
         "weight_decay": 0.1,

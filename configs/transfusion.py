@@ -127,8 +127,9 @@ def recipe(tasks: str = "transfusion") -> ConfigDict:
             "draw": task(1, ["text", "image"], {**CAPTIONED, **draw, "weights": {"text": 0.0}}),
         }
     config.optimizer = {
-        "name": "adamw", "learning_rate": 3e-4, "warmup": 4000, "decay": "cosine", "end_lr_ratio": 0.05,
-        "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0,
+        "algorithm": {"name": "adamw", "b1": 0.9, "b2": 0.95, "eps": 1e-8},
+        "learning_rate": 3e-4, "warmup": 4000, "decay": "cosine", "end_lr_ratio": 0.05,
+        "weight_decay": 0.1, "clip": 1.0,
     }  # fmt: skip
     config.dtype = {"compute": "bfloat16"}
     config.mesh = {"data": 1, "fsdp": -1}

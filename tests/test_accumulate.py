@@ -69,10 +69,11 @@ def test_a_round_is_one_step_on_the_mean_of_its_gradients() -> None:
         state, told = step(parts, state, number, batch)
         assert bool(told["finite"])
     config, optimizer = parts.experiment.run.optimizer, parts.experiment.optimizers.whole
+    eps = config.algorithm.eps
     rate = float(optimizer.rate("one", ticks(2)))
     for name, old in before.items():
         mean = sum(g[name] for g in grads) / 3
-        direction = mean / (np.abs(mean) + config.eps)
+        direction = mean / (np.abs(mean) + eps)
         decay = config.weight_decay * parts.experiment.declaration.specs[name].decay
         expected = old - rate * (direction + decay * old)
         np.testing.assert_allclose(state.parameters[name], expected, rtol=1e-10, atol=1e-12)
@@ -86,7 +87,7 @@ def expected_of(parts: toyrun.Parts, before: Any, mean: Any, number: int) -> np.
     config, [(name, old)] = parts.experiment.run.optimizer, before.items()
     rate = float(parts.experiment.optimizers.whole.rate("one", ticks(number)))
     decay = config.weight_decay * parts.experiment.declaration.specs[name].decay
-    return np.asarray(old - rate * (mean / (np.abs(mean) + config.eps) + decay * old))
+    return np.asarray(old - rate * (mean / (np.abs(mean) + config.algorithm.eps) + decay * old))
 
 
 @pytest.mark.parametrize("bad", [0, 2], ids=["within a round", "at its end"])

@@ -88,7 +88,7 @@ _EDITS = [
     ('"contrastive"', '"contrastiv"', ["image_text.objective.name: no 'contrastiv'", "'contrastive'"]),
     ('"retrieval"', '"retreival"', ["evaluators.drawings.name: no 'retreival'", "'retrieval'"]),
     ('"tfds"', '"tfsd"', ["source.name: no 'tfsd'", "'tfds'"]),
-    ('"adamw"', '"adam"', ["optimizer.name: no 'adam'", "'adamw'"]),
+    ('"adamw"', '"adam"', ["optimizer.algorithm.name: no 'adam'", "'adamw'"]),
     ("config.seed = 0", "config.seed = print", ["config.seed is a builtin"]),
 ]  # fmt: skip
 

@@ -1,7 +1,7 @@
-"""A modality, a layer, a router, an objective, an evaluator, a source and a config of one's own: one file each.
+"""A modality, a layer, a router, an optimizer's algorithm, an objective, an evaluator, a source and a config.
 
-They lie in a folder that is given with `--extra`. If this test needs a change elsewhere in mmjax before
-they run, adding one touches more than its own file, and the design has failed there.
+Each is one file of one's own. They lie in a folder that is given with `--extra`. If this test needs a change
+elsewhere in mmjax before they run, adding one touches more than its own file, and the design has failed there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from etils import epath
+
+from mmjax.engine import checkpoint
 
 FILES = {
     "modalities/tone.py": '''
@@ -119,6 +122,29 @@ class InTurn(Router):
         there_GEC = valid_GT[:, jnp.minimum(index_EC, tokens - 1)] & (index_EC < tokens)
         index_GEC = jnp.broadcast_to(jnp.minimum(index_EC, tokens - 1), there_GEC.shape)
         return Slots(index_GEC, there_GEC.astype(logits_GTL.dtype))
+''',
+    "algorithms/heavy_ball.py": '''
+"""Gradient descent with momentum: m = momentum m + g, and a step against m."""
+from dataclasses import dataclass, field
+
+import optax
+
+from mmjax.core.bounds import PART, check
+from mmjax.core.config import SCHEDULE
+from mmjax.optim.algorithms.base import Algorithm
+from mmjax.optim.transforms import LeafTransform, layer_shape
+
+
+@dataclass(frozen=True)
+class HeavyBall(Algorithm):
+    momentum: float = field(default=0.9, metadata=SCHEDULE)
+
+    def __post_init__(self):
+        check(self, momentum=PART)
+
+    def transform(self, spec):
+        shape, axes = layer_shape(spec)
+        return LeafTransform(optax.trace(self.momentum), shape, {"trace": axes})
 ''',
     "objectives/pitch.py": '''
 """Regression of the pitch, a number from 0 up to `most`."""
@@ -257,7 +283,10 @@ def get_config():
                 "evaluators": {"error": {"name": "mean_error", "source": {"name": "tones", "count": 32}}},
             }
         },
-        "optimizer": {"learning_rate": 1e-2},
+        "optimizer": {
+            "algorithm": {"name": "heavy_ball", "momentum": 0.5},
+            "learning_rate": 1e-2,
+        },
     }
 ''',
 }  # fmt: skip
@@ -291,6 +320,10 @@ def test_it_trains(run):
     assert record["name"] == "error" and record["task"] == "pitch"
     assert record["split"] == "32 tones" and record["count"] == 32
     assert record["chance"] == np.var(np.arange(32) % 4)
+    folder = epath.Path(run)
+    state = checkpoint.read_shapes(folder, 30)["optimizer"]
+    assert {field for leaf in state.values() for field in leaf} == {"trace"}
+    assert "code.algorithms/heavy_ball" in checkpoint.read_meta(folder, 30)["identities"]
 
 
 def test_its_rule_of_the_schedule_is_used(extra, command, tmp_path):
@@ -301,6 +334,13 @@ def test_its_rule_of_the_schedule_is_used(extra, command, tmp_path):
     assert " block " in done.stdout
     done = command("train", *[w.replace("=block", "=blok") for w in words])
     assert done.returncode == 2 and "no schedule rule 'blok'. Did you mean 'block'?" in done.stderr
+
+
+def test_the_keys_of_its_algorithm_are_checked(extra, command):
+    words = [f"--extra={extra}", f"--config={extra}/config.py"]
+    done = command("show", *words, "--config.optimizer.algorithm.momentun=0.9")
+    said = "Unknown config key 'config.optimizer.algorithm.momentun'. Did you mean 'momentum'?"
+    assert done.returncode == 2 and said in done.stderr
 
 
 def test_it_is_evaluated_and_shown(run, extra, command):
@@ -338,7 +378,7 @@ except mmjax.core.errors.UserError as error:
 def test_without_the_folder_the_name_is_unknown(run, extra, command):
     done = command("evaluate", f"--workdir={run}")
     assert done.returncode == 2
-    assert "modalities.tone.name: no 'tone' in mmjax/modalities" in done.stderr
+    assert "optimizer.algorithm.name: no 'heavy_ball' in mmjax/optim/algorithms" in done.stderr
     assert "--extra" in done.stderr
 
 

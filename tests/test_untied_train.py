@@ -43,7 +43,7 @@ def overrides(*pattern: Any, norms: Any = ()) -> list[str]:
         f"model.per_modality={ {'parts': ['norm'] if norms else [], 'modalities': list(norms)} }",
         f"tasks={ {'one': one, 'both': {**BOTH, 'weight': 1}} }",
         "optimizer.warmup=0",
-        "optimizer.name=adamw",
+        "optimizer.algorithm.name=adamw",
     ]
 
 

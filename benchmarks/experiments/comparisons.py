@@ -104,7 +104,7 @@ def _imp(setting: str, *overrides: str) -> Variant:
 
 def _short(steps: int) -> tuple[str, ...]:
     return (
-        f"steps={steps}", f"checkpoint.every={steps}", "log.report=False", "optimizer.name=muon",
+        f"steps={steps}", f"checkpoint.every={steps}", "log.report=False", "optimizer.algorithm.name=muon",
         "optimizer.weight_decay=0.1",
     )  # fmt: skip
 

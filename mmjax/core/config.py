@@ -33,6 +33,7 @@ from mmjax.core.renamed_keys import new_name
 T = TypeVar("T")
 # Packages whose modules a config names, each in a file of its own, by kind.
 KINDS = {
+    "algorithms": "mmjax.optim.algorithms",
     "blocks": "mmjax.blocks",
     "evaluators": "mmjax.evaluators",
     "modalities": "mmjax.modalities",
@@ -330,7 +331,10 @@ def build(cls: type[T], block: Mapping[str, Any], where: str) -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in block:
         if key not in fields:
-            hint = new_name(key, fields) or nearest(key, fields)
+            inner = _key_of_component(key, block, hints)
+            known = [*fields, *_with_name(cls, {})]
+            moved = f" Did you mean '{where}.{inner}'?" if inner else nearest(key, known)
+            hint = new_name(key, fields) or moved
             raise UserError(f"Unknown config key '{where}.{key}'.{hint}")
     values = {}
     for name, field in fields.items():
@@ -342,6 +346,21 @@ def build(cls: type[T], block: Mapping[str, Any], where: str) -> T:
         return cls(**values)
     except FieldError as error:
         raise UserError(f"{where}.{error.key} {error.words}") from error
+
+
+def _key_of_component(key: str, block: Mapping[str, Any], hints: Mapping[str, Any]) -> str:
+    """Return `FIELD.KEY` if the component in a field of the block has this key, else an empty string."""
+    for name, hint in hints.items():
+        if hasattr(hint, "KIND"):
+            cls = _schema_of(hint, [block.get(name, {})])
+            if key == "name" or key in getattr(cls, "__dataclass_fields__", ()):
+                return f"{name}.{key}"
+    return ""
+
+
+def _with_name(hint: Any, block: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a component's block with the name that it has by default, if its kind has a default."""
+    return {"name": hint.DEFAULT, **block} if hasattr(hint, "DEFAULT") else block
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
@@ -356,7 +375,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         if option is not None:
             return _checked(value, option, where)
     if hasattr(hint, "KIND") and isinstance(value, Mapping):
-        return component(hint.KIND, value, where)
+        return component(hint.KIND, _with_name(hint, value), where)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(typing.cast(type, hint), value, where)
     if origin is dict and isinstance(value, Mapping):
@@ -476,6 +495,8 @@ def _class_of(
         kind = metadata["classes"].get(".".join(parts), kind)
         return _class_of(parts, _schema_of(metadata["holds"], blocks), {}, blocks, kind)
     inner = [_entry(block, part) for block in blocks]
+    if hasattr(hint, "KIND"):
+        hint = _schema_of(hint, blocks)
     if origin in (dict, tuple):
         return _class_of(rest, arguments[origin is dict], metadata, inner, kind)
     if not dataclasses.is_dataclass(hint):
@@ -491,13 +512,17 @@ _hints = functools.cache(typing.get_type_hints)
 
 
 def _schema_of(schema: str | type, blocks: Iterable[Any]) -> Any:
-    """Return the class that a block is built as, the first of `blocks` that names one; None if none does."""
-    if not isinstance(schema, str):
+    """Return the class that a block is built as, the first of `blocks` that names one; None if none does.
+
+    `schema` is a dataclass, or a kind or the base class of one.
+    """
+    kind = schema if isinstance(schema, str) else getattr(schema, "KIND", None)
+    if kind is None:
         return schema
     for block in blocks:
         with suppress(UserError):
             if isinstance(block, Mapping):
-                return resolve(schema, block.get("name"), "")
+                return resolve(kind, _with_name(schema, block).get("name"), "")
     return None
 
 

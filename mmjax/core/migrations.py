@@ -16,7 +16,7 @@ from typing import Any
 
 from mmjax.core.renamed_keys import RENAMES, Block, Condition, always, blocks, named, of_modality
 
-# Increase it with every change of the table.
+# Increase it with every change of a default, of a name or of the place of a key.
 VERSION = 3
 # What the meta data of a checkpoint call the version of their config; checkpoints before version 2 lack it.
 KEY = "config_version"
@@ -88,6 +88,28 @@ ROWS: tuple[Row, ...] = (
 )
 
 
+# Keys that each algorithm of the optimizer read before version 3, when all of them stood beside each other.
+_ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
+    "adafactor": ("factored",),
+    "adamw": ("b1", "b2", "eps", "moments_dtype"),
+    "lion": ("b1", "b2", "moments_dtype"),
+    "muon": ("b1", "b2", "eps", "momentum", "moments_dtype"),
+}
+
+
+def move_algorithm(config: Block) -> None:
+    """Move the keys of the optimizer's algorithm into `optimizer.algorithm`; drop those that it did not read."""
+    optimizer = config.get("optimizer")
+    if not isinstance(optimizer, dict):
+        return
+    every = {key for keys in _ALGORITHM_KEYS.values() for key in keys}
+    read = _ALGORITHM_KEYS.get(str(optimizer.get("name", "adamw")), every)
+    values = {key: optimizer.pop(key) for key in ("name", *sorted(every)) if key in optimizer}
+    moved = {key: value for key, value in values.items() if key == "name" or key in read}
+    if moved:
+        optimizer["algorithm"] = moved
+
+
 def move_per_modality(config: Block) -> None:
     """Move `untie` and `modalities` of a block, and `model.norm_modalities`, into one key `per_modality`."""
     model = config.get("model", {})
@@ -122,7 +144,7 @@ def move_intervals(config: Block) -> None:
 
 # By version, what changed the structure of a config.
 MOVES: Mapping[int, tuple[Callable[[Block], None], ...]] = {
-    3: (move_per_modality, move_intervals),
+    3: (move_algorithm, move_per_modality, move_intervals),
 }
 
 

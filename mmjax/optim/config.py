@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmjax.core.bounds import AMOUNT, COUNT, FRACTION, PART, POSITIVE, check
+from mmjax.core.bounds import AMOUNT, COUNT, FRACTION, PART, check
 from mmjax.core.config import STRUCTURAL
 from mmjax.core.errors import UserError, nearest
+from mmjax.optim.algorithms.adamw import Adamw
+from mmjax.optim.algorithms.base import Algorithm
 from mmjax.optim.rules import RuleConfig
 from mmjax.optim.views import SHARED
 
@@ -25,21 +27,14 @@ DECAYS: Mapping[str, Callable[[Any, float], Any]] = {
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """An optimizer of Optax, with a warm-up and a decay.
+    """An optimization algorithm, and what holds for all: a rate with warm-up and decay, weight decay, clipping, rules.
 
     Attributes:
-      name: `adamw` (Loshchilov & Hutter 2019); `adafactor` (Shazeer & Stern 2018; the rate is relative
-        to a parameter's size); `lion` (Chen et al. 2023; its authors set b2 to 0.99 and the rate to a
-        third of Adam's or less); `muon` (Jordan 2024) for the matrices of a trunk's layers, at the size
-        of Adam's updates (Liu et al. 2025), and `adamw` for all else.
+      algorithm: `{name: adamw, adafactor, lion or muon, ...}`, its keys those of the class in
+        `mmjax/optim/algorithms/NAME.py`; without `name` it is `adamw`.
       learning_rate: the peak.
       warmup: units of linear warm-up from 0.
       decay: `cosine` or `linear`, to `end_lr_ratio` times the peak at the end of the run; or `constant`.
-      b1, b2, eps: Adam's; the first two are Lion's as well.
-      momentum: Muon's.
-      min_dim_to_factor: Adafactor keeps rows and columns apart in matrices with no side below this.
-      moments_dtype: of first moments, `bfloat16` or `float32`; empty for the parameters' own. Second moments are
-        float32 or wider, like averages and sums: a bfloat16 average whose weight is 0.999 stands still.
       weight_decay: decoupled, times the learning rate; on matrices only, unless a rule says otherwise.
       clip: bound of the norm of the gradient of all that a step moves; 0 for none.
       unit: what `warmup` and the decay count: `steps` of the run, `examples` of all tasks, or `visits`
@@ -57,17 +52,11 @@ class OptimizerConfig:
         applied.
     """
 
-    name: str = field(default="adamw", metadata=STRUCTURAL)
+    algorithm: Algorithm = field(default=Adamw(), metadata=STRUCTURAL)
     learning_rate: float = 1e-3
     warmup: int = 0
     decay: str = "cosine"
     end_lr_ratio: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    momentum: float = 0.95
-    min_dim_to_factor: int = field(default=128, metadata=STRUCTURAL)
-    moments_dtype: str = field(default="", metadata=STRUCTURAL)
     weight_decay: float = 0.0
     clip: float = 1.0
     unit: str = "steps"
@@ -85,8 +74,7 @@ class OptimizerConfig:
             weight_decay=AMOUNT,
             clip=AMOUNT,
         )
-        check(self, b1=PART, b2=PART, momentum=PART, ema=PART, eps=POSITIVE)
-        check(self, min_dim_to_factor=COUNT, accumulate=COUNT)
+        check(self, ema=PART, accumulate=COUNT)
 
 
 def learning_rate(

@@ -18,7 +18,7 @@ from mmjax.core.errors import UserError, nearest
 from mmjax.core.parameters import Arrays, Spec
 from mmjax.optim.config import OptimizerConfig, learning_rate
 from mmjax.optim.rules import apply_rules
-from mmjax.optim.transforms import Axes, LeafState, leaf_transform, wide
+from mmjax.optim.transforms import Axes, LeafState, wide
 from mmjax.optim.views import OWN_MOMENTS, View, in_common, own_name
 
 # The tick of a step that each unit counts by. Examples come as parts of the run's, since there may be
@@ -64,7 +64,7 @@ class Optimizer:
         self.config, self.specs, self.views = config, specs, views
         self._length = length
         self._rules = apply_rules(config.rules, specs)
-        self._leaves = {name: leaf_transform(config, spec) for name, spec in specs.items()}
+        self._leaves = {n: config.algorithm.transform(spec) for n, spec in specs.items()}
         self._common = in_common(views) if common is None else common
 
     def init(self, parameters: Arrays) -> dict[str, LeafState]:

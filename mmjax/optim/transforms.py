@@ -1,28 +1,19 @@
-"""The optimizers by name: what the gradient of one parameter goes through, and how its state lies."""
+"""An Optax transform of one parameter, and how its state lies."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from optax import contrib
 
-from mmjax.core.errors import UserError, nearest
 from mmjax.core.parameters import Spec
-from mmjax.optim.config import OptimizerConfig
 
 LeafState = dict[str, jax.Array]
 Axes = tuple[str | None, ...]
-
-# Size of Muon's update relative to Adam's, after Liu et al. (2025): one learning rate and one weight
-# decay then serve the matrices and the rest.
-_MUON_RMS = 0.2
 
 
 def wide(dtype: Any) -> Any:
@@ -75,17 +66,10 @@ class LeafTransform:
         return kept
 
 
-def leaf_transform(config: OptimizerConfig, spec: Spec) -> LeafTransform:
-    """The transform of a parameter under the optimizer that the config names."""
-    if config.name not in _MAKERS:
-        raise UserError(f"optimizer.name: no '{config.name}'.{nearest(config.name, _MAKERS)}")
-    if config.moments_dtype not in ("", "float32", "bfloat16"):
-        raise UserError(
-            f"optimizer.moments_dtype is '{config.moments_dtype}'; expected 'float32', 'bfloat16' or ''."
-        )
-    if config.moments_dtype and config.name == "adafactor":
-        raise UserError("optimizer.moments_dtype: adafactor keeps no first moment. Leave it out.")
-    return _MAKERS[config.name](config, spec)
+def layer_shape(spec: Spec) -> tuple[tuple[int, ...], Axes]:
+    """Return shape and logical axes of a parameter, of one of its layers where it is stacked."""
+    skip = 1 if spec.stack else 0
+    return spec.shape[skip:], spec.axes[skip:]
 
 
 def as_matrix(spec: Spec) -> tuple[tuple[int, ...], Axes]:
@@ -94,11 +78,10 @@ def as_matrix(spec: Spec) -> tuple[tuple[int, ...], Axes]:
     Attention's `[D, heads, K]` is the matrix `[D, heads * K]`, its `[heads, K, D]` is
     `[heads * K, D]`; what stands before the last two axes (experts) are matrices side by side.
     """
-    skip = 1 if spec.stack else 0
     shape: list[int] = []
     axes: list[str | None] = []
     joins = False
-    for size, axis in zip(spec.shape[skip:], spec.axes[skip:], strict=True):
+    for size, axis in zip(*layer_shape(spec), strict=True):
         if joins:
             shape[-1] *= size
         else:
@@ -106,67 +89,6 @@ def as_matrix(spec: Spec) -> tuple[tuple[int, ...], Axes]:
             axes.append(axis)
         joins = axis == "heads"
     return tuple(shape), tuple(axes)
-
-
-def _adamw(config: OptimizerConfig, spec: Spec) -> LeafTransform:
-    """Loshchilov and Hutter (2019)."""
-    transform = optax.scale_by_adam(config.b1, config.b2, config.eps)
-    shape, axes = _own(spec)
-    fields = {"count": (), "mu": axes, "nu": axes}
-    return LeafTransform(transform, shape, fields, config.moments_dtype)
-
-
-def _lion(config: OptimizerConfig, spec: Spec) -> LeafTransform:
-    """Chen et al. (2023), algorithm 2."""
-    shape, axes = _own(spec)
-    transform = optax.scale_by_lion(config.b1, config.b2)
-    return LeafTransform(transform, shape, {"count": (), "mu": axes}, config.moments_dtype)
-
-
-def _muon(config: OptimizerConfig, spec: Spec) -> LeafTransform:
-    """Jordan (2024), with the update's size of Liu et al. (2025); AdamW where no trunk's matrix is."""
-    shape, axes = as_matrix(spec)
-    if spec.stack is None or len(shape) < 2:
-        return _adamw(config, spec)
-    sides = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-    transform = optax.chain(
-        contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=sides),
-        optax.scale(math.sqrt(max(shape[-2:])) * _MUON_RMS),
-    )
-    return LeafTransform(transform, shape, {"count": (), "mu": axes}, config.moments_dtype)
-
-
-def _adafactor(config: OptimizerConfig, spec: Spec) -> LeafTransform:
-    """Shazeer and Stern (2018), algorithms 4 and 5, without a first moment."""
-    shape, axes = as_matrix(spec)
-    transform = optax.chain(
-        optax.scale_by_factored_rms(min_dim_size_to_factor=config.min_dim_to_factor),
-        optax.clip_by_block_rms(1.0),
-        optax.scale_by_param_block_rms(),
-    )
-    if len(shape) < 2 or sorted(shape)[-2] < config.min_dim_to_factor:
-        return LeafTransform(transform, shape, {"count": (), "v": axes})
-    # As Optax chooses: the row statistics lose the largest axis, the column statistics the next.
-    second, largest = np.argsort(shape)[-2:]
-    fields = {
-        "count": (),
-        "v_row": tuple(a for i, a in enumerate(axes) if i != largest),
-        "v_col": tuple(a for i, a in enumerate(axes) if i != second),
-    }
-    return LeafTransform(transform, shape, fields)
-
-
-_MAKERS: Mapping[str, Callable[[OptimizerConfig, Spec], LeafTransform]] = {
-    "adamw": _adamw,
-    "adafactor": _adafactor,
-    "lion": _lion,
-    "muon": _muon,
-}
-
-
-def _own(spec: Spec) -> tuple[tuple[int, ...], Axes]:
-    skip = 1 if spec.stack else 0
-    return spec.shape[skip:], spec.axes[skip:]
 
 
 def _field(path: tuple[Any, ...]) -> str:

@@ -30,7 +30,7 @@ BLOCK: dict[str, Any] = {
             "batch": 2048,
         }
     },
-    "optimizer": {"name": "adamw", "learning_rate": 1e-3, "warmup": 1},
+    "optimizer": {"algorithm": {"name": "adamw"}, "learning_rate": 1e-3, "warmup": 1},
     "dtype": {"compute": "bfloat16"},
     "mesh": {"data": 1, "fsdp": -1},
     "evaluation": {"every": 0},

@@ -51,7 +51,9 @@ def get_config() -> ConfigDict:
             "evaluators": {"drawings": {"name": "held_out_loss", "source": drawings}},
         },
     }
-    config.optimizer = {"name": "adamw", "learning_rate": 1e-3, "warmup": 4, "weight_decay": 0.05}
+    config.optimizer = {
+        "algorithm": {"name": "adamw"}, "learning_rate": 1e-3, "warmup": 4, "weight_decay": 0.05,
+    }  # fmt: skip
     config.checkpoint = {"every": 4, "keep": 2}
     config.evaluation = {"every": 5, "batch": 64}
     config.log = {"report": False}  # has tests of its own

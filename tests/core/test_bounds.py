@@ -137,7 +137,7 @@ def test_the_walk_meets_every_kind_of_block() -> None:
         "RunConfig", "OptimizerConfig", "LimitsConfig", "MeshConfig", "WarmStartConfig", "GroupConfig",
         "RuleConfig", "TaskConfig", "SpectrogramInput", "Transfusion", "Retrieval", "MovingEmoji", "TokenChoice",
         "PhaseConfig", "PhaseTaskConfig",
-        "Transformer", "Mamba", "ExpertsConfig", "CausalConfig",
+        "Transformer", "Mamba", "ExpertsConfig", "CausalConfig", "Adamw", "Muon", "Adafactor", "Lion",
     }  # fmt: skip
     assert len(numbers()) > 90
     known = {(cls.__name__, key) for cls, key in numbers()}
@@ -154,12 +154,10 @@ EDGES = [
     ("optimizer.learning_rate", [0.0, 1e-9, 10.0], [-1e-9]),
     ("optimizer.warmup", [0, 10**10], [-1]),
     ("optimizer.end_lr_ratio", [0.0, 1.0], [1.1]),
-    ("optimizer.b1", [0.0, 0.999], [1.0]),
-    ("optimizer.b2", [0.0, 0.999], [1.0]),
-    ("optimizer.momentum", [0.0], [1.0]),
+    ("optimizer.algorithm.b1", [0.0, 0.999], [1.0]),
+    ("optimizer.algorithm.b2", [0.0, 0.999], [1.0]),
     ("optimizer.ema", [0.0, 0.9999], [1.0]),
-    ("optimizer.eps", [1e-30], [0.0]),
-    ("optimizer.algorithm.min_dim_to_factor", [1], [0]),
+    ("optimizer.algorithm.eps", [1e-30], [0.0]),
     ("optimizer.accumulate", [1], [0]),
     ("steps", [1, 2**31 - 1], [0, 2**31]),
     ("evaluation.batch", [1], [0]),

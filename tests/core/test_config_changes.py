@@ -55,7 +55,11 @@ def test_every_changed_leaf_is_found(block, data):
     ]
 
 
-MADE_OF_STATE = (["name"], ["moments_dtype"], ["factored"])
+MADE_OF_STATE = (
+    ["algorithm", "name"],
+    ["algorithm", "moments_dtype"],
+    ["algorithm", "factored"],
+)
 
 
 def expected_class(key: str) -> str:
@@ -96,6 +100,7 @@ NAMED: dict[str, Any] = {
         "gone": {"name": "module_of_a_folder_not_added"},
     },
     "model": {"layers": [{"blocks": [{"name": "transformer"}, {"name": "mamba"}]}]},
+    "optimizer": {"algorithm": {"name": "muon"}},
     "tasks": {
         "a": {"source": {"name": "tfds"}, "objective": {"name": "contrastive"}},
         "b": {"source": {"name": "array_record"}},
@@ -153,10 +158,11 @@ NAMED: dict[str, Any] = {
         ("optimizer.rules.0.freeze", "schedule"),
         ("schedule.rule", "schedule"),
         ("optimizer.learning_rate", "schedule"),
-        ("optimizer.momentum", "schedule"),
-        ("optimizer.name", "structural"),
-        ("optimizer.moments_dtype", "structural"),
-        ("optimizer.algorithm.min_dim_to_factor", "structural"),
+        ("optimizer.algorithm.momentum", "schedule"),
+        ("optimizer.algorithm.eps", "schedule"),
+        ("optimizer.algorithm.name", "structural"),
+        ("optimizer.algorithm.moments_dtype", "structural"),
+        ("optimizer.algorithm.old", "structural"),
         ("seed", "structural"),
         ("dtype.parameters", "structural"),
         ("model.width", "structural"),
@@ -200,6 +206,34 @@ NAMED: dict[str, Any] = {
 )
 def test_key_classes(key, kind):
     assert configs.key_class(key, RunConfig, NAMED) == kind
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "kinds"),
+    [
+        ({"name": "adafactor"}, {"factored": "structural"}),
+        ({"name": "lion"}, {"b1": "schedule", "b2": "schedule", "moments_dtype": "structural"}),
+        ({"name": "module_of_a_folder_not_added"}, {"b1": "structural"}),
+        # Without a name it is AdamW.
+        (
+            {},
+            {"b1": "schedule", "b2": "schedule", "eps": "schedule", "moments_dtype": "structural"},
+        ),
+    ],
+    ids=str,
+)
+def test_each_algorithm_of_the_optimizer_states_its_keys(
+    algorithm: dict[str, Any], kinds: dict[str, str]
+) -> None:
+    block = {"optimizer": {"algorithm": algorithm}}
+    keys = {key: f"optimizer.algorithm.{key}" for key in kinds}
+    assert {key: configs.key_class(at, RunConfig, block) for key, at in keys.items()} == kinds
+
+
+def test_a_run_that_names_no_algorithm_may_change_the_numbers_of_the_default():
+    new = {"steps": 1, "optimizer": {"algorithm": {"b2": 0.95}}}
+    found = configs.compare({"steps": 1}, new, RunConfig)
+    assert [str(d) for d in found] == ["optimizer.algorithm.b2 (schedule): saved None, now 0.95"]
 
 
 @dataclass

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from unittest import mock
 
 import pytest
+import toyrun
+from metafile import edited
 
+from mmjax.core import config as configs
 from mmjax.core import migrations
 from mmjax.core.migrations import Row, upgrade, upgrade_meta
 from mmjax.core.renamed_keys import Rename, named, of_modality
+from mmjax.optim.config import OptimizerConfig
 
 TABLE = migrations.ROWS  # the real ones: tests here patch them
 CONFIG = {
@@ -104,3 +109,70 @@ def test_mambas_of_older_configs_keep_their_norm() -> None:
     assert old["model"]["groups"][0]["pattern"] == [{"name": "mamba", "norm": "layer"}]
     assert old["tasks"]["a"]["objective"]["unimodal"][0]["pattern"][0]["norm"] == "layer"
     assert new == config
+
+
+EVERY = {
+    "b1": 0.8, "b2": 0.9, "eps": 1e-6, "factored": 8, "moments_dtype": "bfloat16", "momentum": 0.7,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "algorithm"),
+    [
+        (
+            {"name": "adamw", **EVERY},
+            {"name": "adamw", "b1": 0.8, "b2": 0.9, "eps": 1e-6, "moments_dtype": "bfloat16"},
+        ),
+        (EVERY, {"b1": 0.8, "b2": 0.9, "eps": 1e-6, "moments_dtype": "bfloat16"}),
+        ({"name": "adafactor", **EVERY}, {"name": "adafactor", "factored": 8}),
+        (
+            {"name": "lion", **EVERY},
+            {"name": "lion", "b1": 0.8, "b2": 0.9, "moments_dtype": "bfloat16"},
+        ),
+        (
+            {"name": "muon", **EVERY},
+            {
+                "name": "muon", "b1": 0.8, "b2": 0.9, "eps": 1e-6, "momentum": 0.7,
+                "moments_dtype": "bfloat16",
+            },
+        ),
+        ({"name": "muon"}, {"name": "muon"}),
+        ({"b2": 0.9}, {"b2": 0.9}),
+        ({"momentum": 0.7}, None),  # AdamW read none
+        ({}, None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_algorithm_of_an_older_optimizer_has_a_block_of_its_own(
+    old: dict[str, object], algorithm: dict[str, object] | None
+) -> None:
+    kept = {"learning_rate": 0.1, "rules": [{"match": "a"}]}
+    expected = kept if algorithm is None else {**kept, "algorithm": algorithm}
+    with mock.patch.object(migrations, "ROWS", ()):
+        for version in (1, 2):
+            upgraded = upgrade({"optimizer": {**kept, **old}}, version)["optimizer"]
+            assert upgraded == expected
+        assert upgrade({"optimizer": expected}, 3) == {"optimizer": expected}
+    assert configs.build(OptimizerConfig, upgraded, "optimizer").learning_rate == 0.1
+
+
+@pytest.mark.parametrize("config", [{}, {"optimizer": {}}, {"optimizer": [1]}], ids=str)
+def test_an_optimizer_that_is_not_there_or_no_block_stays(config: dict[str, object]) -> None:
+    with mock.patch.object(migrations, "ROWS", ()):
+        assert upgrade(config, 2) == config
+
+
+def test_a_run_from_before_the_block_is_resumed_in_the_same_bits(tmp_path: Path) -> None:
+    """Its config has the keys of other algorithms too."""
+    algorithm = {"name": "muon", "b2": 0.95, "momentum": 0.9, "moments_dtype": "bfloat16"}
+    words = [f"optimizer.algorithm.{key}={value}" for key, value in algorithm.items()]
+    with mock.patch.object(migrations, "ROWS", TABLE):
+        toyrun.run(tmp_path / "straight", *words)
+        toyrun.run(tmp_path / "halved", *words, "steps=8")
+        with edited(tmp_path / "halved", 8) as meta:
+            optimizer = meta["config"]["optimizer"]
+            assert optimizer.pop("algorithm") == algorithm
+            optimizer |= {**algorithm, "factored": 8}
+            meta[migrations.KEY] = 2
+        toyrun.run(tmp_path / "halved", *words)
+        assert toyrun.bits(tmp_path / "straight") == toyrun.bits(tmp_path / "halved")

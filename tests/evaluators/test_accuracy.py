@@ -135,7 +135,9 @@ def get_config():
                 "loss": {{"name": "held_out_loss", "source": {{**emoji, "split": "test_drawing"}}}},
             }},
         }}}})
-    config.optimizer = {{"name": "adamw", "learning_rate": 3e-3, "warmup": 5, "weight_decay": 0.0}}
+    config.optimizer = {{
+        "algorithm": {{"name": "adamw"}}, "learning_rate": 3e-3, "warmup": 5, "weight_decay": 0.0,
+    }}
     config.checkpoint = {{"every": 0}}
     config.steps = {steps}
     return config

@@ -26,6 +26,7 @@ def resolve(made: Experiment) -> Values:
         **flat(run.model.trunk.per_modality, "model.per_modality"),
         **layers(run.model.trunk.layers, "layers"),
         **flat(run.optimizer, "optimizer"),
+        **named(run.optimizer.algorithm, "optimizer.algorithm"),
         **flat(run.dtype, "dtype"),
         "schedule.rule": run.schedule.rule,
     }
@@ -68,6 +69,7 @@ def flat(value: Any, at: str) -> Values:
 def complete(made: Experiment) -> Values:
     """Return the whole config as nested blocks, with the default of every key that it leaves open."""
     config: Values = _plain(made.run)
+    config["optimizer"]["algorithm"] = _named(made.run.optimizer.algorithm)
     config["modalities"] = {name: _named(each) for name, each in made.modalities.items()}
     config["tasks"] = {name: _complete_task(made, name) for name in made.tasks}
     return config

@@ -81,7 +81,9 @@ def test_several_instances_are_refused_unless_an_objective_takes_them() -> None:
 
 def test_dropped_tokens_are_refused_by_those_that_need_all() -> None:
     refuse_drop(Plain(), {"image": input_of("image")})
-    with pytest.raises(UserError, match="Plain needs all tokens of 'image'; leave out 'token_drop'"):
+    with pytest.raises(
+        UserError, match="Plain needs all tokens of 'image'; leave out 'token_drop'"
+    ):
         refuse_drop(Plain(), {"image": input_of("image", drop=0.5)})
 
 

@@ -72,7 +72,9 @@ def belongings(state: Any, name: str) -> Any:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_what_a_task_does_not_reach_is_the_same_to_the_last_bit(name: str) -> None:
     tasks = ["two", "one", "one"]
-    states, metrics = after(tasks, "optimizer.update_scope=own_clock", f"optimizer.name={name}")
+    states, metrics = after(
+        tasks, "optimizer.update_scope=own_clock", f"optimizer.algorithm.name={name}"
+    )
     assert all(m["finite"] for m in metrics)
     touched = {n for n in states[0].parameters if not n.startswith("heads/two/")}
     for before, now in zip(states[1:], states[2:], strict=False):
@@ -101,7 +103,7 @@ def test_views_differ_by_task() -> None:
 
 def test_the_norm_is_of_what_is_reached() -> None:
     """It is the same number: what is not reached has the gradient zero."""
-    adam = ("optimizer.update_scope=own_clock", "optimizer.name=adamw")
+    adam = ("optimizer.update_scope=own_clock", "optimizer.algorithm.name=adamw")
     norms = [after(["one"], *view)[1][0]["grad_norm"] for view in ((), adam)]
     np.testing.assert_allclose(norms[0], norms[1], rtol=1e-6)
 

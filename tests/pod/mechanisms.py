@@ -25,7 +25,10 @@ MIXED_SEQUENCE, MIXED_TENSOR = "data 2 fsdp 2 sequence 2", "data 2 fsdp 2 tensor
 
 MODALITIES: dict[str, Block] = {
     "image": {"name": "image", "patch": 4, "max_positions": 8},
-    "video": {"name": "video", "tube": 2, "patch": 8, "max_time_positions": 2, "max_positions": 8, "positions": "table"},
+    "video": {
+        "name": "video", "tube": 2, "patch": 8, "max_time_positions": 2, "max_positions": 8,
+        "positions": "table",
+    },
     "text": {"name": "text", "vocabulary": 64, "max_positions": 16},
     "colours": {"name": "colours", "levels": 8, "positions": "none"},
     "spectrogram": {

@@ -20,6 +20,7 @@ from sharded import CASES, CLOSE, CONTROL, GRADIENT, ROOT, WARNING, flat, run_ap
 from mmjax.core import config as configs
 from mmjax.core.config import KINDS
 from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.engine.requests import train_requests
 from mmjax.experiment import make_experiment
 
 TASKS = [(name, task) for name, trial in TRIALS.items() for task in trial.tasks]
@@ -188,7 +189,7 @@ def test_each_system_lies_as_counted_and_traces_on_a_mesh(system: str) -> None:
         check_bytes(specs, bytes_of, sizes_of(case), case)
         assert check_optimizer(local, case) >= len(specs)
     mesh = make_mesh(MIXED)
-    requests = experiment.train_requests(mesh)
+    requests = train_requests(experiment, mesh)
     first = {t.config.objective["name"]: n for n, t in reversed(experiment.tasks.items())}
     with jax.set_mesh(mesh):
         for name in first.values():

@@ -36,14 +36,15 @@ def coca(size: str) -> Recipe:
         "steps": 500_000, "tasks.captions.batch": 65_536, "tasks.captions.inputs.image.size": 288,
         "modalities.image.patch": 18, "modalities.image.max_positions": 16, "modalities.text.vocabulary": 64_000,
         "optimizer.learning_rate": 8e-4, "optimizer.warmup": 10_000, "optimizer.decay": "linear",
-        "optimizer.end_lr_ratio": 0.0, "optimizer.b1": 0.9, "optimizer.b2": 0.999, "optimizer.weight_decay": 0.01,
+        "optimizer.end_lr_ratio": 0.0, "optimizer.weight_decay": 0.01,
+        "optimizer.algorithm.b1": 0.9, "optimizer.algorithm.b2": 0.999,
         f"{objective}name": "coca", f"{objective}modalities": ("image", "text"), f"{objective}queries": 256,
         f"{objective}pooling": "cascade", f"{objective}contrastive_weight": 1.0, f"{objective}caption_weight": 2.0,
         f"{objective}loss": "softmax", **PLAIN,
     })  # fmt: skip
     rows.append(
         Row(
-            "optimizer.name",
+            "optimizer.algorithm.name",
             "muon",
             "adafactor",
             SECTION,
@@ -51,7 +52,9 @@ def coca(size: str) -> Recipe:
             "The optimizer is Muon",
         )
     )
-    rows += ours("memory", "first moments in bfloat16", {"optimizer.moments_dtype": "bfloat16"})
+    rows += ours(
+        "memory", "first moments in bfloat16", {"optimizer.algorithm.moments_dtype": "bfloat16"}
+    )
     rows += ours("not said in the paper", "The 64 tokens of a text and the crop are ours", {
         "tasks.captions.inputs.text.length": 64, "modalities.text.max_positions": 64,
         "tasks.captions.inputs.image.crop": 0.7, "optimizer.clip": 1.0, "dtype.compute": "bfloat16",

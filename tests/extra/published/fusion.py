@@ -32,7 +32,10 @@ def clips() -> list[Row]:
     # 50 epochs, and 2.5, of the 180,000 clips of VGGSound.
     rows += same(f"{MBT_CONFIG}, [P] table 1", {"steps": 140_000, "optimizer.warmup": 7_000})
     rows += [
-        Row("optimizer.name", "muon", "momentum", MBT_CONFIG, "not implemented", "The optimizer is Muon at 1e-3"),
+        Row(
+            "optimizer.algorithm.name", "muon", "momentum", MBT_CONFIG, "not implemented",
+            "The optimizer is Muon at 1e-3",
+        ),
         Row("optimizer.learning_rate", 1e-3, 0.5, MBT_CONFIG, "of momentum", "theirs is momentum at 0.5"),
         Row("dtype.compute", "bfloat16", "float32", MBT_CONFIG, "twice as fast", "computes in bfloat16"),
         Row("tasks.sounds.objective.classes", 309, 527, MBT_CONFIG, "one label of a clip", "several to a clip"),

@@ -34,9 +34,9 @@ def imp(size: str, sparse: bool, mixed: bool) -> Recipe:
     optimization = f"{EXPERIMENT} {dict(s='Small', b='Base', l='Large')[size]}PreTrainOptimization"
     rows = same(optimization, {
         **ADAMW, "steps": steps, "optimizer.learning_rate": peak, "optimizer.decay": "cosine",
-        "optimizer.end_lr_ratio": final, "optimizer.b1": 0.9, "optimizer.b2": 0.999, "optimizer.eps": 1e-7,
-        "optimizer.weight_decay": 1e-4,
-        "optimizer.clip": 1.0, "schedule.rule": "interval",
+        "optimizer.end_lr_ratio": final,
+        "optimizer.algorithm.b1": 0.9, "optimizer.algorithm.b2": 0.999, "optimizer.algorithm.eps": 1e-7,
+        "optimizer.weight_decay": 1e-4, "optimizer.clip": 1.0, "schedule.rule": "interval",
     })  # fmt: skip
     ahead = PRE_WARMUP[size]
     rows += [

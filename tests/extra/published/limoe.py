@@ -36,12 +36,15 @@ def limoe(size: str, losses: str) -> Recipe:
         "tasks.image_text.objective.joint_forward": True,
     })]  # fmt: skip
     rows += [
-        Row("optimizer.name", "adamw", "adafactor", MEMORY, "Adafactor here has no momentum", "The optimizer is AdamW"),
+        Row(
+            "optimizer.algorithm.name", "adamw", "adafactor", MEMORY, "Adafactor here has no momentum",
+            "The optimizer is AdamW",
+        ),
         Row("optimizer.decay", "cosine", "rsqrt", MEMORY, "not implemented", "with a cosine decay"),
     ]  # fmt: skip
     rows += ours("goes with AdamW", "The optimizer is AdamW", {
-        "optimizer.end_lr_ratio": 0.0, "optimizer.b1": 0.9, "optimizer.b2": 0.999, "optimizer.eps": 1e-8,
-        "optimizer.weight_decay": 0.01, "optimizer.clip": 1.0,
+        "optimizer.algorithm.b1": 0.9, "optimizer.algorithm.b2": 0.999, "optimizer.algorithm.eps": 1e-8,
+        "optimizer.end_lr_ratio": 0.0, "optimizer.weight_decay": 0.01, "optimizer.clip": 1.0,
     })  # fmt: skip
     rows += ours("unknown here", "the crop and the 16 tokens of a text are ours", {
         "tasks.image_text.inputs.image.crop": 0.7, "tasks.image_text.inputs.text.length": 16,

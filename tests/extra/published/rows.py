@@ -67,7 +67,7 @@ def missing(source: str, *words: str) -> list[Row]:
 
 
 ADAMW = {
-    "optimizer.name": "adamw",
+    "optimizer.algorithm.name": "adamw",
     "optimizer.unit": "steps",
     "optimizer.ema": 0.0,
     "optimizer.accumulate": 1,

@@ -20,8 +20,8 @@ SEVEN_BILLION = {
 }
 ADAM_OF_LLAMA = {
     **ADAMW,
-    "optimizer.b1": 0.9,
-    "optimizer.b2": 0.95,
+    "optimizer.algorithm.b1": 0.9,
+    "optimizer.algorithm.b2": 0.95,
     "optimizer.weight_decay": 0.1,
     "optimizer.clip": 1.0,
 }
@@ -69,7 +69,7 @@ def sequences(task: str, order: tuple[str, ...], drawn: bool) -> list[Row]:
 def transfusion_rate() -> list[Row]:
     return same(f"{ZHOU}, section 4.1 [K]", {
         "steps": 500_000, **ADAM_OF_LLAMA, "optimizer.learning_rate": 3e-4, "optimizer.warmup": 4000,
-        "optimizer.decay": "cosine", "optimizer.end_lr_ratio": 0.05, "optimizer.eps": 1e-8,
+        "optimizer.decay": "cosine", "optimizer.end_lr_ratio": 0.05, "optimizer.algorithm.eps": 1e-8,
     }) + ours("not said", "4 million tokens to a batch", {"dtype.compute": "bfloat16"})  # fmt: skip
 
 
@@ -132,7 +132,7 @@ ALL_PARTS = ("query", "key", "value", "out", "attention_norm", "mlp_norm", "mlp"
 def chameleon_rows(moma: bool) -> list[Row]:
     """Return the rows of images as discrete tokens, and of the rate that goes with them."""
     rows = same(f"{MOMA}; betas, eps, decay of weights, bound: {CHAMELEON}", {
-        **ADAM_OF_LLAMA, "optimizer.learning_rate": 1e-4, "optimizer.warmup": 4000, "optimizer.eps": 1e-5,
+        **ADAM_OF_LLAMA, "optimizer.learning_rate": 1e-4, "optimizer.warmup": 4000, "optimizer.algorithm.eps": 1e-5,
     })  # fmt: skip
     falls = "falling linearly to 1 %" if moma else "falls linearly to 1 %"
     rows += [

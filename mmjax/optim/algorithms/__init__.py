@@ -1,0 +1,1 @@
+"""Optimization algorithms that the optimizer of a config may name."""
