@@ -222,7 +222,7 @@ def _decoder(p: Mapping[str, Any]) -> dict[str, Any]:
     trunk = "trunk/groups/0/blocks/0"
     table = p["stems/text/embedding"].copy()
     table[0] = p[f"heads/{TASK}/adapter/begin/text"]  # which no text has, here
-    found = {
+    result = {
         "token_embedder/embedding": table,
         "decoder/decoder_norm/scale": p["trunk/norm/scale"],
         "decoder/logits_dense/kernel": p[f"heads/{TASK}/adapter/logits/text/kernel"],
@@ -235,18 +235,18 @@ def _decoder(p: Mapping[str, Any]) -> dict[str, Any]:
         "mlp/wo/kernel": "mlp/down/kernel",
         **{f"self_attention/{n}/kernel": f"attention/{n}" for n in ("query", "key", "value", "out")},
     }.items():  # fmt: skip
-        found[f"decoder/layers/{theirs}"] = np.moveaxis(p[f"{trunk}/{name}"], 0, 1)
+        result[f"decoder/layers/{theirs}"] = np.moveaxis(p[f"{trunk}/{name}"], 0, 1)
     # MaxText divides the logits in the kernel, as it begins.
     size = p[f"{trunk}/attention/query"].shape[-1]
-    found["decoder/layers/self_attention/query/kernel"] /= size**0.5
-    return found
+    result["decoder/layers/self_attention/query/kernel"] /= size**0.5
+    return result
 
 
 def _vit(p: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     """Ours, layers apart (see `vit.by_layer`), by MaxText's names; biases that ours lacks are 0."""
     width, patch = sizes["width"], sizes["patch"]
     heads = (sizes["heads"], width // sizes["heads"])
-    found = {
+    result = {
         "encoder/embedding/kernel": p["stem"].reshape(patch, patch, 3, width),
         "encoder/embedding/bias": p["stem_bias"],
         "encoder/pos_embedding": p["positions"].reshape(1, -1, width),
@@ -258,16 +258,16 @@ def _vit(p: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     for i in range(sizes["layers"]):
         where = f"encoder/Transformer/encoderblock_{i}"
         for index, name in enumerate(("attention_norm", "mlp_norm")):
-            found[f"{where}/LayerNorm_{index}/scale"] = p[f"{i}/{name}"]
-            found[f"{where}/LayerNorm_{index}/bias"] = p[f"{i}/{name}_bias"]
+            result[f"{where}/LayerNorm_{index}/scale"] = p[f"{i}/{name}"]
+            result[f"{where}/LayerNorm_{index}/bias"] = p[f"{i}/{name}_bias"]
         for index, name in enumerate(("up", "down")):
-            found[f"{where}/MlpBlockViT_0/Dense_{index}/kernel"] = p[f"{i}/{name}"]
-            found[f"{where}/MlpBlockViT_0/Dense_{index}/bias"] = p[f"{i}/{name}_bias"]
+            result[f"{where}/MlpBlockViT_0/Dense_{index}/kernel"] = p[f"{i}/{name}"]
+            result[f"{where}/MlpBlockViT_0/Dense_{index}/bias"] = p[f"{i}/{name}_bias"]
         attention = f"{where}/MultiHeadDotProductAttention_0"
         for name in ("query", "key", "value", "out"):
-            found[f"{attention}/{name}/kernel"] = p[f"{i}/{name}"]
-            found[f"{attention}/{name}/bias"] = np.zeros(width if name == "out" else heads)
-    return found
+            result[f"{attention}/{name}/kernel"] = p[f"{i}/{name}"]
+            result[f"{attention}/{name}/bias"] = np.zeros(width if name == "out" else heads)
+    return result
 
 
 def main() -> None:

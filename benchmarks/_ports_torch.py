@@ -76,11 +76,11 @@ def _mamba(case: Any) -> nn.Module:
 def _by_layer(
     p: Arrays, case: Any, of_layer: Callable[[Callable[[str], np.ndarray]], Arrays]
 ) -> dict[str, np.ndarray]:
-    found = {"norm.weight": p[f"{NORM}/scale"], "norm.bias": p[f"{NORM}/bias"]}
+    result = {"norm.weight": p[f"{NORM}/scale"], "norm.bias": p[f"{NORM}/bias"]}
     for index in range(case.layers):
         each = of_layer(lambda name, index=index: p[f"{BLOCK}/{name}"][index])  # type: ignore[misc]
-        found |= {f"layers.{index}.{name}": value for name, value in each.items()}
-    return found
+        result |= {f"layers.{index}.{name}": value for name, value in each.items()}
+    return result
 
 
 def _zorro_names(p: Arrays, case: Any) -> dict[str, np.ndarray]:

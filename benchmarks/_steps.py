@@ -61,22 +61,22 @@ class Steps:
     @property
     def parameters(self) -> Arrays:
         """As they are now, by name."""
-        found: Arrays = self._state.parameters
-        return found
+        result: Arrays = self._state.parameters
+        return result
 
     @contextmanager
     def loader(self, start: int, stop: int) -> Iterator[Loader]:
         """The real loader of steps [start, stop), as it stands when a run goes on from `start`."""
 
-        run, settings, schedule = (
+        run, phases, schedule = (
             self.experiment.run,
-            self.experiment.settings,
+            self.experiment.phases,
             self.session.clock.schedule,
         )
-        positions = {t: settings.consumed(schedule, t, 0, start) for t in self.experiment.tasks}
+        positions = {t: phases.consumed(schedule, t, 0, start) for t in self.experiment.tasks}
         clock = replace(self.session.clock, step=start, positions=positions)
         made = Loader(
-            run.loader, settings, self.session.data, clock, stop, run.seed, process_rows(self._mesh)
+            run.loader, phases, self.session.data, clock, stop, run.seed, process_rows(self._mesh)
         )
         try:
             yield made
@@ -115,7 +115,7 @@ class Steps:
 
     def order(self, start: int, stop: int) -> Sequence[str]:
         """The tasks of steps [start, stop)."""
-        return self.session.clock.schedule.strip(start, stop)
+        return self.session.clock.schedule.sequence(start, stop)
 
     @property
     def period(self) -> int:

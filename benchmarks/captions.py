@@ -29,11 +29,11 @@ Call = Callable[[], Any]
 def measure(effort: Effort) -> list[Quantity]:
     """The ratios, for each task whose objective is `coca`; nothing for a config without such."""
     experiment = make_experiment(effort.block)
-    found: list[Quantity] = []
+    result: list[Quantity] = []
     for task in experiment.tasks.values():
         if isinstance(task.objective, Coca):
-            found += _of_task(experiment, task, effort)
-    return found
+            result += _of_task(experiment, task, effort)
+    return result
 
 
 def _of_task(experiment: Experiment, task: Task, effort: Effort) -> list[Quantity]:

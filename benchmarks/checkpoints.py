@@ -48,7 +48,7 @@ class Peer:
 
 def measure(effort: Effort) -> list[Quantity]:
     """By size: throughputs, and ratios of times to those of the others."""
-    found = []
+    result = []
     for size in SIZES:
         pairs = effort.pairs if size == SIZES[0] else max(3, effort.pairs // 10)
         values = arrays(size)
@@ -61,19 +61,19 @@ def measure(effort: Effort) -> list[Quantity]:
                 if name != OURS:
                     ratio = [a / b for a, b in zip(ours, each, strict=True)]
                     wanted = "at most 1" if size == SIZES[-1] else ""
-                    found.append(quantity(f"{what}: {OURS} to {name}", ratio, wanted=wanted))
+                    result.append(quantity(f"{what}: {OURS} to {name}", ratio, wanted=wanted))
                 if kind == "blocked":
-                    found.append(quantity(f"{what}: {name}", [1000 * t for t in each], "ms"))
+                    result.append(quantity(f"{what}: {name}", [1000 * t for t in each], "ms"))
                 else:
                     rates = [size / t for t in each]
-                    found.append(quantity(f"{what}: {name}", rates, "GB/s"))
-    return found
+                    result.append(quantity(f"{what}: {name}", rates, "GB/s"))
+    return result
 
 
 def _times(
     peers: Mapping[str, Peer], expected: Arrays, pairs: int
 ) -> dict[tuple[str, str], list[float]]:
-    found: dict[tuple[str, str], list[float]] = {}
+    result: dict[tuple[str, str], list[float]] = {}
     for pair in range(-1, pairs):
         names = list(peers)
         at = pair % len(names)
@@ -82,8 +82,8 @@ def _times(
                 once = _once(peers[name], Path(folder), expected)
             if pair >= 0:  # the first round is slower
                 for kind, seconds in once.items():
-                    found.setdefault((name, kind), []).append(seconds)
-    return found
+                    result.setdefault((name, kind), []).append(seconds)
+    return result
 
 
 def _once(peer: Peer, folder: Path, expected: Arrays) -> dict[str, float]:
@@ -111,10 +111,10 @@ def arrays(size: float) -> dict[str, np.ndarray]:
 def _peers(values: Arrays) -> dict[str, Peer]:
     """Ours and those whose packages are there; at 4 GB there is no room for the arrays more often than must be."""
     on_device = _on_device(values)
-    found = {OURS: _mmjax(*on_device), "Orbax": _orbax(*on_device)}
+    result = {OURS: _mmjax(*on_device), "Orbax": _orbax(*on_device)}
     if find_spec("torch") is not None:
-        found |= _torch(values)
-    return found
+        result |= _torch(values)
+    return result
 
 
 def _on_device(values: Arrays) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -140,8 +140,8 @@ def _mmjax(held: Arrays, abstract: Arrays) -> Peer:
 
     def restore(folder: Path) -> Arrays:
         state = checkpoint.read_state(epath.Path(folder), 1, {"parameters": abstract})
-        found: Arrays = jax.block_until_ready(state["parameters"])
-        return found
+        result: Arrays = jax.block_until_ready(state["parameters"])
+        return result
 
     return Peer(save, restore)
 
@@ -159,8 +159,8 @@ def _orbax(held: Arrays, abstract: Arrays) -> Peer:
 
     def restore(folder: Path) -> Arrays:
         with ocp.StandardCheckpointer() as made:
-            found: Arrays = jax.block_until_ready(made.restore(folder / "state", abstract))
-        return found
+            result: Arrays = jax.block_until_ready(made.restore(folder / "state", abstract))
+        return result
 
     return Peer(save, restore)
 
@@ -180,12 +180,12 @@ def _torch(values: Arrays) -> dict[str, Peer]:
         return lambda: future.result()
 
     def restore(folder: Path) -> Arrays:
-        found: Arrays = torch.load(folder / "state.pt", weights_only=True)
-        return found
+        result: Arrays = torch.load(folder / "state.pt", weights_only=True)
+        return result
 
     def read(folder: Path) -> Arrays:
-        found = {name: torch.empty_like(value) for name, value in held.items()}
-        dcp.load(found, checkpoint_id=str(folder / "state"))
-        return found
+        result = {name: torch.empty_like(value) for name, value in held.items()}
+        dcp.load(result, checkpoint_id=str(folder / "state"))
+        return result
 
     return {"torch.save": Peer(save, restore), "DCP": Peer(begin, read)}

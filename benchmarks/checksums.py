@@ -32,7 +32,7 @@ NEW, OLD, CODEC = "format 2", "format 1", "crc32c"
 
 def measure(effort: Effort) -> list[Quantity]:
     """By size: ratios of times to those without checksums, and throughputs."""
-    found = []
+    result = []
     for size in SIZES:
         values = arrays(size)
         held, abstract = _on_device(values)
@@ -49,11 +49,11 @@ def measure(effort: Effort) -> list[Quantity]:
                 ratio = [a / b for a, b in zip(times[name, kind], times[OLD, kind], strict=True)]
                 wanted = "at most 1.1" if name == NEW and kind != "blocked" else ""
                 what = f"{size:g} GB, {kind}: {name} to {OLD}"
-                found.append(quantity(what, ratio, wanted=wanted))
+                result.append(quantity(what, ratio, wanted=wanted))
             for name in peers if kind != "blocked" else ():
                 rates = [size / t for t in times[name, kind]]
-                found.append(quantity(f"{size:g} GB, {kind}: {name}", rates, "GB/s"))
-    return found
+                result.append(quantity(f"{size:g} GB, {kind}: {name}", rates, "GB/s"))
+    return result
 
 
 def _orbax(held: Arrays, abstract: Arrays, options: dict[str, Any]) -> Peer:

@@ -37,11 +37,11 @@ def measure(effort: Effort) -> list[Quantity]:
     """Ratios to the peer's, by form and batch."""
     if find_spec("open_clip") is None:
         return []
-    found = []
+    result = []
     for form in FORMS:
         for batch in BATCHES:
-            found += _compared(form, batch, effort)
-    return found
+            result += _compared(form, batch, effort)
+    return result
 
 
 def _compared(form: str, batch: int, effort: Effort) -> list[Quantity]:
@@ -52,7 +52,7 @@ def _compared(form: str, batch: int, effort: Effort) -> list[Quantity]:
             np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-5)
     times = rounds(calls, effort.pairs, effort.steps)
     what = f"{form}, {batch} rows"
-    found = [
+    result = [
         ratios(times, OURS, PEER, "below 1", f"{what}: time, {OURS} to {PEER}"),
         ratios(times, CHUNKED, PEER, "", f"{what}: time, {CHUNKED} to {PEER}"),
         *millis(times, f"{what}: "),
@@ -61,9 +61,9 @@ def _compared(form: str, batch: int, effort: Effort) -> list[Quantity]:
         peaks = {name: memory(name, form, batch) for name in calls}
         for name in (OURS, CHUNKED):
             values_ = [peaks[name] / peaks[PEER]] * effort.pairs
-            found.append(quantity(f"{what}: memory, {name} to {PEER}", values_, wanted="below 1"))
-        found.append(quantity(f"{what}: memory, {PEER}", [peaks[PEER]] * effort.pairs, "MB"))
-    return found
+            result.append(quantity(f"{what}: memory, {name} to {PEER}", values_, wanted="below 1"))
+        result.append(quantity(f"{what}: memory, {PEER}", [peaks[PEER]] * effort.pairs, "MB"))
+    return result
 
 
 def make(name: str, form: str, batch: int) -> Loss:

@@ -83,7 +83,7 @@ def measure(effort: Effort) -> list[Quantity]:
     seed = effort.block.get("seed", 0)
     x = np.random.default_rng(seed).normal(size=(ROWS, LENGTH, WIDTH)).astype(np.float32)
     dense, dense_flops = _dense(x, seed)
-    found = []
+    result = []
     for name, router in ROUTERS.items():
         ours, flops = _experts(x, router, seed)
         calls = {name: ours, DENSE: dense}
@@ -93,12 +93,12 @@ def measure(effort: Effort) -> list[Quantity]:
             assert_equal(calls[name](), calls[products]())
         times = rounds(calls, effort.pairs, effort.steps)
         share = [flops / dense_flops] * effort.pairs
-        found.append(ratios(times, name, DENSE))
-        found.append(quantity(f"{name}: FLOPs to {DENSE}", share))
+        result.append(ratios(times, name, DENSE))
+        result.append(quantity(f"{name}: FLOPs to {DENSE}", share))
         if products in times:
-            found.append(ratios(times, name, products, "below 1"))
-        found += millis(times, f"{name}: " if name != DENSE else "")
-    return found
+            result.append(ratios(times, name, products, "below 1"))
+        result += millis(times, f"{name}: " if name != DENSE else "")
+    return result
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:
@@ -111,7 +111,7 @@ def _experts(
     config = configs.build(ExpertsConfig, {"count": COUNT, "router": router}, "experts")
     layer = Experts(WIDTH, HIDDEN, config)
     if by_products:
-        layer.rule = ByProducts(layer.rule)  # type: ignore[assignment]
+        layer.routing = ByProducts(layer.routing)  # type: ignore[assignment]
     return _call(layer, lambda made, x: made(Stream(x), None)[0], x, seed)
 
 

@@ -60,7 +60,7 @@ KINDS: Mapping[str, Kind] = {
 
 def measure(effort: Effort) -> list[Quantity]:
     """Rates, and ratios of ours to each peer."""
-    found = []
+    result = []
     for name, kind in KINDS.items():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder)
@@ -70,9 +70,9 @@ def measure(effort: Effort) -> list[Quantity]:
         for peer, values in rates.items():
             if peer != OURS:
                 ratio = [a / b for a, b in zip(rates[OURS], values, strict=True)]
-                found.append(quantity(f"{name}: {OURS} to {peer}", ratio, wanted="above 1"))
-        found += [quantity(f"{name}: {n}", v, "examples/s") for n, v in rates.items()]
-    return found
+                result.append(quantity(f"{name}: {OURS} to {peer}", ratio, wanted="above 1"))
+        result += [quantity(f"{name}: {n}", v, "examples/s") for n, v in rates.items()]
+    return result
 
 
 def _rates(path: Path, kind: Kind, pairs: int) -> dict[str, list[float]]:
@@ -96,15 +96,15 @@ def _rates(path: Path, kind: Kind, pairs: int) -> dict[str, list[float]]:
 
 def loaders() -> dict[str, Callable[[Path, View], Iterator[Batch]]]:
     """Those whose packages are there; each gives batches without end."""
-    found: dict[str, Callable[[Path, View], Any]] = {OURS: mmjax_loader}
+    result: dict[str, Callable[[Path, View], Any]] = {OURS: mmjax_loader}
     for package, name, loader in (
         ("tensorflow", "tf.data", others.tf_data),
         ("webdataset", "WebDataset", others.web_dataset),
         ("torch", "DataLoader", others.data_loader),
     ):
         if find_spec(package) is not None:
-            found[name] = lambda path, view, loader=loader: loader(path, view, BATCH)
-    return found
+            result[name] = lambda path, view, loader=loader: loader(path, view, BATCH)
+    return result
 
 
 # --- the data ----------------------------------------------------------------------------------
@@ -197,10 +197,10 @@ def assert_equal(path: Path, kind: Kind) -> None:
 
 def _epoch(stream: Iterator[Batch]) -> dict[tuple[int, ...], list[np.ndarray]]:
     """By tokens, the pictures of an epoch, thinned out."""
-    found: dict[tuple[int, ...], list[np.ndarray]] = {}
+    result: dict[tuple[int, ...], list[np.ndarray]] = {}
     for batch in itertools.islice(stream, EXAMPLES // BATCH):
         for picture, ids in zip(batch.pictures, batch.tokens, strict=True):
             step = max(1, len(picture) // 16)
-            found.setdefault(tuple(map(int, ids)), []).append(picture[::step, ::step].copy())
+            result.setdefault(tuple(map(int, ids)), []).append(picture[::step, ::step].copy())
     getattr(stream, "close", lambda: None)()
-    return found
+    return result

@@ -84,36 +84,36 @@ def measure(effort: Effort) -> list[Quantity]:
     """Of each step and machine: ratios, ours to MaxText's, and what they are of."""
     if find_spec("maxtext") is None:
         return []
-    found = []
+    result = []
     for what in FULL:
         np.testing.assert_allclose(*losses(what), rtol=1e-4)
         for machine in MACHINES:
             plans = {OURS: ours(what, machine), PEER: theirs(what, machine)}
-            found += compared(f"{what}, {machine.name}", plans, effort.pairs)
-    return found
+            result += compared(f"{what}, {machine.name}", plans, effort.pairs)
+    return result
 
 
 def compared(what: str, plans: Mapping[str, Mapping[str, Any]], pairs: int) -> list[Quantity]:
     """What is told of two plans of one step; as nothing varies, each number stands for all pairs."""
     counts = [plans[name]["parameters"] for name in (OURS, PEER)]
     np.testing.assert_allclose(*counts, rtol=CLOSE, err_msg=f"parameters of {what}")
-    found = []
+    result = []
     for each in (OURS, PEER):
         held = [plans[each]["state"] / 2**30] * pairs
-        found.append(quantity(f"{what}: state and batch on a chip, {each}", held, "GiB"))
+        result.append(quantity(f"{what}: state and batch on a chip, {each}", held, "GiB"))
     for key, name in {"bytes": "memory of a chip", "sent": "bytes that a chip sends"}.items():
         ratio = plans[OURS][key] / plans[PEER][key]
-        found.append(
+        result.append(
             quantity(f"{what}: {name}, {OURS} to {PEER}", [ratio] * pairs, wanted="at most 1")
         )
         for each in (OURS, PEER):
             held = [plans[each][key] / 2**30] * pairs
-            found.append(quantity(f"{what}: {name}, {each}", held, "GiB"))
+            result.append(quantity(f"{what}: {name}, {each}", held, "GiB"))
     # With kernels whose FLOPs the compiled text does not state, the count would say too little.
     for each in (name for name in (OURS, PEER) if not plans[name]["unknown"]):
         ratio = plans[each]["flops"] / plans[OURS]["model"]
-        found.append(quantity(f"{what}: compiled to model FLOPs, {each}", [ratio] * pairs))
-    return found
+        result.append(quantity(f"{what}: compiled to model FLOPs, {each}", [ratio] * pairs))
+    return result
 
 
 # --- ours --------------------------------------------------------------------------------------
@@ -189,8 +189,8 @@ def _count(experiment: Experiment) -> int:
 def theirs(what: str, machine: Machine) -> dict[str, Any]:
     """By a process of its own."""
     asked = {"what": what, "sizes": FULL[what], "topology": machine.theirs, "chips": machine.chips}
-    found: dict[str, Any] = _ask({**asked, "per_chip": machine.rows[what]}, environment())
-    return found
+    result: dict[str, Any] = _ask({**asked, "per_chip": machine.rows[what]}, environment())
+    return result
 
 
 def _ask(request: Mapping[str, Any], env: Mapping[str, str]) -> Any:
@@ -249,7 +249,7 @@ def _vit_arrays(
 ) -> dict[str, Any]:
     """Layers apart, each named by its number, positions as one table."""
     named = by_layer(parameters, layers, sizes["pixels"] // sizes["patch"], TASK)
-    found = {name: value for name, value in named.items() if name != "layers"}
+    result = {name: value for name, value in named.items() if name != "layers"}
     biases = {
         "attention_norm": "attention_norm/bias",
         "mlp_norm": "mlp_norm/bias",
@@ -257,9 +257,9 @@ def _vit_arrays(
     }
     biases["down"] = "mlp/down/bias"
     for index, layer in enumerate(named["layers"]):
-        found |= {f"{index}/{name}": value for name, value in layer.items()}
-        found |= {
+        result |= {f"{index}/{name}": value for name, value in layer.items()}
+        result |= {
             f"{index}/{name}_bias": parameters[f"trunk/groups/0/blocks/0/{path}"][index]
             for name, path in biases.items()
         }
-    return found
+    return result

@@ -72,18 +72,18 @@ CASES: Mapping[str, Case] = {
 
 def measure(effort: Effort) -> list[Quantity]:
     """Ratios of times, for each port that is there."""
-    found = []
+    result = []
     for name, case in CASES.items():
         if find_spec(case.package) is None:
             continue
         calls = both(name, case, effort.block.get("seed", 0))
         assert_equal({each: call() for each, call in calls.items()}, case)
         times = rounds(calls, effort.pairs, effort.steps)
-        found.append(
+        result.append(
             ratios(times, OURS, case.package, "below 1", f"{name}: {OURS} to {case.package}")
         )
-        found += millis(times, f"{name}: ")
-    return found
+        result += millis(times, f"{name}: ")
+    return result
 
 
 def assert_equal(told: Mapping[str, tuple[float, Arrays]], case: Case) -> None:

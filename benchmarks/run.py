@@ -24,7 +24,7 @@ import jax
 
 import benchmarks
 from benchmarks._pairs import Effort, Quantity
-from mmjax.core import commandline, errors
+from mmjax.core import errors, flags
 from mmjax.core.errors import UserError, nearest
 from mmjax.core.sharding import MeshConfig, make_mesh
 from mmjax.engine.compile import use_cache
@@ -100,17 +100,19 @@ def _chosen(wanted: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = commandline.parser("Measure ratios of what runs interleaved in one process.")
-    made.add_argument("--only", action="append", default=[], help="a case; all if not given")
-    made.add_argument("--config", default="configs/quickstart.py", help="what is measured")
-    made.add_argument("--pairs", type=int, default=30, help="interleaved pairs")
-    made.add_argument("--steps", type=int, default=1, help="periods of the schedule in half a pair")
-    made.add_argument("--out", default="benchmarks/results", help="folder for the results")
-    arguments, overrides = commandline.parse(made, argv)
+    parser = flags.parser("Measure ratios of what runs interleaved in one process.")
+    parser.add_argument("--only", action="append", default=[], help="a case; all if not given")
+    parser.add_argument("--config", default="configs/quickstart.py", help="what is measured")
+    parser.add_argument("--pairs", type=int, default=30, help="interleaved pairs")
+    parser.add_argument(
+        "--steps", type=int, default=1, help="cycles of the schedule in half a pair"
+    )
+    parser.add_argument("--out", default="benchmarks/results", help="folder for the results")
+    arguments, overrides = flags.parse(parser, argv)
     names = _chosen(arguments.only)
     if min(arguments.pairs, arguments.steps) < 1:
         raise UserError("--pairs and --steps must be at least 1.")
-    block = commandline.read_config(arguments.config, overrides)
+    block = flags.read_config(arguments.config, overrides)
     effort = Effort(block, arguments.pairs, arguments.steps, tuple(arguments.extra))
     use_cache()
     if _load() > (os.cpu_count() or 1) / 4:

@@ -25,7 +25,7 @@ from mmjax.analysis.flops import model_flops
 from mmjax.core.parameters import Declaration
 from mmjax.nn.stream import Stream
 from mmjax.nn.trunk import GroupConfig, Trunk
-from mmjax.schedule.stretches import from_config
+from mmjax.schedule.phase_specs import from_config
 
 BASE = {"tokens": 128, "batch": 16, "depth": 4, "experts": 0}
 SERIES: Mapping[str, Sequence[int]] = {
@@ -43,17 +43,17 @@ Call = Callable[[], Any]
 
 def measure(effort: Effort) -> list[Quantity]:
     """Exponents, with those of theory."""
-    seed, found = effort.block.get("seed", 0), []
+    seed, result = effort.block.get("seed", 0), []
     for name, sizes in SERIES.items():
         calls, flops = {}, []
         for size in sizes:
             calls[str(size)], count = step({**BASE, name: size}, seed)
             flops.append(count)
         times = rounds(calls, effort.pairs, effort.steps)
-        found += _exponents(f"step, {name}", sizes, list(times.values()), slope(sizes, flops))
-    found += _exponents("compiling, programs", PROGRAMS, _compiling(effort.pairs, seed), 1.0)
-    found += _exponents("next task, tasks", TASKS, _choosing(effort.pairs), 0.0)
-    return found
+        result += _exponents(f"step, {name}", sizes, list(times.values()), slope(sizes, flops))
+    result += _exponents("compiling, programs", PROGRAMS, _compiling(effort.pairs, seed), 1.0)
+    result += _exponents("next task, tasks", TASKS, _choosing(effort.pairs), 0.0)
+    return result
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -117,7 +117,7 @@ def _abstract(declaration: Declaration, sizes: Mapping[str, int]) -> tuple[Any, 
 def _compiling(pairs: int, seed: int) -> list[list[float]]:
     """Seconds to trace and compile so many programs that differ in their batch, none of them compiled before."""
     rng = np.random.default_rng(seed)
-    found: list[list[float]] = [[] for _ in PROGRAMS]
+    result: list[list[float]] = [[] for _ in PROGRAMS]
     for _ in range(pairs if pairs < 10 else max(3, pairs // 10)):
         for index, count in enumerate(PROGRAMS):
             began = time.perf_counter()
@@ -126,13 +126,13 @@ def _compiling(pairs: int, seed: int) -> list[list[float]]:
                 # A number of its own, so that no cache knows the program.
                 declaration, both = _program(sizes, float(rng.random() + time.time() % 1))
                 jax.jit(both).lower(*_abstract(declaration, sizes)).compile()
-            found[index].append(time.perf_counter() - began)
-    return found
+            result[index].append(time.perf_counter() - began)
+    return result
 
 
 def _choosing(pairs: int) -> list[list[float]]:
     """Seconds to look up which task comes at a step, far from the beginning."""
-    found: list[list[float]] = [[] for _ in TASKS]
+    result: list[list[float]] = [[] for _ in TASKS]
     schedules = [
         from_config("shares", {f"task_{i}": 1 + i % 7 for i in range(count)}, 0) for count in TASKS
     ]
@@ -143,5 +143,5 @@ def _choosing(pairs: int) -> list[list[float]]:
             began = time.perf_counter()
             for at in range(10**9, 10**9 + LOOKUPS):
                 schedule.task(at)
-            found[index].append((time.perf_counter() - began) / LOOKUPS)
-    return found
+            result[index].append((time.perf_counter() - began) / LOOKUPS)
+    return result

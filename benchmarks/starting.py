@@ -35,12 +35,12 @@ def measure(effort: Effort) -> list[Quantity]:
         with tempfile.TemporaryDirectory() as folder:
             for name, seconds in _round(Path(folder), effort).items():
                 times[name].append(seconds)
-    found = [quantity(f"start to first step, {n}", times[n], "s") for n in ("cold", "warm")]
-    found.append(quantity("kill to next step", times["killed"], "s"))
+    result = [quantity(f"start to first step, {n}", times[n], "s") for n in ("cold", "warm")]
+    result.append(quantity("kill to next step", times["killed"], "s"))
     for name in ("warm", "killed"):
         values = [a / b for a, b in zip(times[name], times["cold"], strict=True)]
-        found.append(quantity(f"{name} to cold", values, wanted="below 1"))
-    return found
+        result.append(quantity(f"{name} to cold", values, wanted="below 1"))
+    return result
 
 
 def _round(folder: Path, effort: Effort) -> dict[str, float]:
@@ -53,20 +53,20 @@ def _round(folder: Path, effort: Effort) -> dict[str, float]:
     def start(name: str) -> Any:
         return _running(file, folder / name, folder / "compiled", effort.extra)
 
-    found = {}
+    result = {}
     for name in ("cold", "warm"):
         began = time.perf_counter()
         with start(name) as run:
             _until(run, folder / name, lambda step: step >= 0)
-            found[name] = time.perf_counter() - began
+            result[name] = time.perf_counter() - began
             if name == "warm":
                 _until(run, folder / name, lambda step: step >= SAVED + LATER)
     before = _last(folder / "warm")
     began = time.perf_counter()
     with start("warm") as run:
         _until(run, folder / "warm", lambda step: step > before)
-        found["killed"] = time.perf_counter() - began
-    return found
+        result["killed"] = time.perf_counter() - began
+    return result
 
 
 @contextmanager

@@ -38,7 +38,7 @@ Step = Callable[[], Any]
 def measure(effort: Effort) -> list[Quantity]:
     """Ratios of seconds."""
     seed = effort.block.get("seed", 0)
-    found = []
+    result = []
     for count in (2, 3):
         names = NAMES[:count]
         layouts = {
@@ -48,12 +48,12 @@ def measure(effort: Effort) -> list[Quantity]:
         for kind, layout in layouts.items():
             one, two = _trunk_step(layout, True, seed), _trunk_step(layout, False, seed)
             name = f"untied to dense, {count} modalities, {kind}"
-            found.append(_compared(name, one, two, effort, "at most 1.03"))
+            result.append(_compared(name, one, two, effort, "at most 1.03"))
     plain = _scan_step(_recurrence, seed)
     for way in ("serial", "parallel"):
         scan = _scan_step(partial(selective_scan, way=way), seed)
-        found.append(_compared(f"{way} chunked scan to recurrence", scan, plain, effort))
-    return found
+        result.append(_compared(f"{way} chunked scan to recurrence", scan, plain, effort))
+    return result
 
 
 def _compared(name: str, one: Step, two: Step, effort: Effort, wanted: str = "") -> Quantity:

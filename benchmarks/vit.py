@@ -36,7 +36,7 @@ OURS, FLAX, TORCH = "ours", "Flax", "PyTorch"
 def measure(effort: Effort) -> list[Quantity]:
     """Ratios, ours to each peer."""
     seed = effort.block.get("seed", 0)
-    found = []
+    result = []
     for size, pixels, batch in SHAPES:
         what = f"ViT-{size}/{PATCH}, {pixels} px, batch {batch}"
         steps = Steps(block(size, pixels, batch, seed))
@@ -45,13 +45,13 @@ def measure(effort: Effort) -> list[Quantity]:
         assert_equal({name: [call() for _ in range(2)] for name, call in calls.items()})
         times = rounds(calls, effort.pairs, effort.steps)
         wanted = {FLAX: "at most 1.03", TORCH: "below 1"}
-        found += [
+        result += [
             ratios(times, OURS, name, wanted[name], f"{what}: {OURS} to {name}")
             for name in calls
             if name != OURS
         ]
-        found += millis(times, f"{what}: ")
-    return found
+        result += millis(times, f"{what}: ")
+    return result
 
 
 def assert_equal(losses: Mapping[str, list[float]]) -> None:
@@ -112,13 +112,13 @@ def peers(steps: Steps, size: str, pixels: int, batch: HostBatch) -> dict[str, C
     given = batch.rows["inputs"]["image"]["pixels"], batch.rows["fields"]["subgroup"]
     model = _vit_flax.ViT(**sizes, classes=CLASSES)
     flax = _vit_flax.training(model, _vit_flax.parameters(ours, sizes, pixels // PATCH), RATE)
-    found = {FLAX: lambda: flax(*given)}
+    result = {FLAX: lambda: flax(*given)}
     if find_spec("timm") is not None:
         from benchmarks import _vit_timm
 
         torch = _vit_timm.training(ours, sizes, pixels, CLASSES, RATE)
-        found[TORCH] = lambda: torch(*given)
-    return found
+        result[TORCH] = lambda: torch(*given)
+    return result
 
 
 def by_layer(parameters: Arrays, layers: int, side: int, task: str = TASK) -> dict[str, Any]:

@@ -113,19 +113,19 @@ RATES = {
 def shapes(
     frames: int, drop: float, long: float, large: float, sizes: tuple[int, int] = (256, 320), **more: int
 ) -> dict[str, Any]:  # fmt: skip
-    """Return buckets of as many tokens: videos as released, of twice the frames (with `more`), and of larger ones."""
+    """Return shapes of as many tokens: videos as released, of twice the frames (with `more`), and of larger ones."""
     size, larger = sizes
     views: dict[str, Any] = {
         "released": {"frames": frames, "size": size, "token_drop": drop},
         "long": {"frames": 2 * frames, **more, "size": size, "token_drop": long},
         "large": {"frames": frames, "size": larger, "token_drop": large},
     }
-    buckets: dict[str, Any] = {name: {"inputs": {"vision": view}} for name, view in views.items()}
-    buckets["released"]["weight"] = 2
-    return buckets
+    shapes: dict[str, Any] = {name: {"inputs": {"vision": view}} for name, view in views.items()}
+    shapes["released"]["weight"] = 2
+    return shapes
 
 
-BUCKETS = {
+SHAPES = {
     "videos": shapes(4, 0.0, 0.5, 0.36),  # of 256, 512 and 400 tokens, 256 are kept
     "video_text": shapes(16, 0.75, 0.875, 0.84),  # of 1,024, 2,048 and 1,600
     "video_audio_text": shapes(16, 0.75, 0.875, 0.84),
@@ -229,8 +229,8 @@ def get_config(setting: Setting) -> ConfigDict:
     }  # fmt: skip
     config.tasks = tasks(1.0 if experts else 0.2)
     if setting.form == "mixed":
-        for name, buckets in BUCKETS.items():
-            config.tasks[name].shapes = buckets
+        for name, shapes in SHAPES.items():
+            config.tasks[name].shapes = shapes
     config.schedule = {"rule": "interval"}
     config.optimizer = {
         "algorithm": {"name": "adamw", "b1": 0.9, "b2": 0.999, "eps": 1e-7},
@@ -254,11 +254,11 @@ def get_config(setting: Setting) -> ConfigDict:
 
 
 def small_shapes(frames: int, drop: float, long: float, large: float) -> dict[str, Any]:
-    """Return buckets of 16 tokens each."""
+    """Return shapes of 16 tokens each."""
     return shapes(frames, drop, long, large, (32, 48), stride=1)
 
 
-SMALL_BUCKETS = {
+SMALL_SHAPES = {
     "videos": small_shapes(2, 0.0, 0.5, 0.556),  # of 16, 32 and 36 tokens
     "video_text": small_shapes(4, 0.5, 0.75, 0.778),  # of 32, 64 and 72
     "video_audio_text": small_shapes(4, 0.5, 0.75, 0.778),
@@ -352,7 +352,7 @@ def make_small(config: ConfigDict) -> None:
     for name, task in config.tasks.items():
         on_emoji(name, task)
         if "shapes" in task:
-            task.shapes = SMALL_BUCKETS[name]
+            task.shapes = SMALL_SHAPES[name]
     config.dtype.compute = "float32"
     config.mesh = {"data": -1}
     config.checkpoint.every = 300

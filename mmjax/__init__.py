@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mmjax.loading import Embedder
+    from mmjax.loading import TrainedModel
 
 __version__ = "0.1.0"
 __all__ = ["load"]
 
 
-def load(path: str, step: int | None = None, *, allow_change: bool = False) -> Embedder:
+def load(path: str, step: int | None = None, *, allow_change: bool = False) -> TrainedModel:
     """Load a trained run for embedding and inspection; see `mmjax.loading.load`."""
     # Imported here so that `import mmjax` stays light.
     from mmjax.loading import load as load_run

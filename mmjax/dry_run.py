@@ -22,9 +22,9 @@ from mmjax.experiment import Experiment, make_experiment
 from mmjax.monitor import metrics
 from mmjax.monitor.tables import human_flops, human_seconds, percent, table
 from mmjax.report.data import newest_meta
+from mmjax.schedule.phase_specs import BUDGET, phase_spec_at
 from mmjax.schedule.schedule import Schedule
 from mmjax.schedule.step_times import Pace, assumed_rate, measured, pace
-from mmjax.schedule.stretches import BUDGET, stretch_at
 from mmjax.training.evaluation import open_held_out
 from mmjax.training.session import clock_after, count_examples, fresh_clock
 
@@ -61,13 +61,13 @@ def dry_run(block: Block, workdir: epath.Path, allow_change: bool) -> None:
 
 
 def _segments_table(experiment: Experiment, schedule: Schedule) -> None:
-    planned, rows = experiment.planned.stretches(), []
+    planned, rows = experiment.planned.phase_specs(), []
     ends = [segment.start for segment in schedule.segments[1:]] + [experiment.run.steps]
     for segment, end in zip(schedule.segments, ends, strict=True):
-        phase = stretch_at(planned, segment.start)
-        rule = f"{segment.rule} ({BUDGET})" if phase.rule == BUDGET else segment.rule
+        spec = phase_spec_at(planned, segment.start)
+        rule = f"{segment.rule} ({BUDGET})" if spec.rule == BUDGET else segment.rule
         weights = ", ".join(f"{task} {weight}" for task, weight in segment.weights.items())
-        rows.append((segment.start, end, planned.index(phase), rule, weights))
+        rows.append((segment.start, end, planned.index(spec), rule, weights))
     table("Segments", ("from step", "to", "phase", "rule", "weights"), rows)
 
 
@@ -81,7 +81,7 @@ def strip_lines(schedule: Schedule, start: int, stop: int) -> Iterator[str]:
     shown = min(start + _ROWS * _ROW, stop)
     later = [s.start for s in schedule.segments if shown <= s.start < stop]
     for first in [*range(start, shown, _ROW), *later[:_SEGMENTS]]:
-        tasks = schedule.strip(first, min(first + _ROW, stop))
+        tasks = schedule.sequence(first, min(first + _ROW, stop))
         line = "".join(letters[task] for task in tasks)
         groups = (line[i : i + 10] for i in range(0, len(line), 10))
         yield f"{first:>10}  {' '.join(groups)}"
@@ -105,16 +105,16 @@ def letters_of(tasks: Iterable[str]) -> dict[str, str]:
 def _tasks_table(
     experiment: Experiment, workdir: epath.Path, clock: Clock, examples: Mapping[str, int]
 ) -> None:
-    """Print a row for each task, and for each program of it where phases or buckets give it several; then the data.
+    """Print a row for each task, and for each program of it where phases or shapes give it several; then the data.
 
     `examples` is how many each task has: so many are an epoch.
     """
-    steps, settings = experiment.run.steps, experiment.settings
-    counts = settings.visits(clock.schedule, clock.step, steps)
-    found = _pace(experiment, workdir, list(counts))
-    tasks = {name: task for name, (task, _) in settings.programs.items()}
+    steps, phases = experiment.run.steps, experiment.phases
+    counts = phases.visits(clock.schedule, clock.step, steps)
+    pace = _pace(experiment, workdir, list(counts))
+    tasks = {name: task for name, (task, _) in phases.programs.items()}
     read = {name: n * tasks[name].batch for name, n in counts.items()}
-    hours = {name: n * found.seconds[name] / 3600 for name, n in counts.items()}
+    hours = {name: n * pace.seconds[name] / 3600 for name, n in counts.items()}
     total = sum(hours.values())
     rows: list[Sequence[object]] = [
         (
@@ -122,7 +122,7 @@ def _tasks_table(
             n,
             percent(n / (steps - clock.step)),
             read[name],
-            human_seconds(found.seconds[name]) + ("" if name in found.measured else " ?"),
+            human_seconds(pace.seconds[name]) + ("" if name in pace.measured else " ?"),
             f"{hours[name]:.4g} h",
             percent(hours[name] / total),
         )
@@ -133,7 +133,7 @@ def _tasks_table(
     heads = ("task", "steps", "of steps", "examples", "on device", "expected", "of hours")
     table("Tasks", heads, rows)
     _data_table(examples, {name: (tasks[name].name, count) for name, count in read.items()})
-    print("\n".join(_remarks(experiment, found, workdir)))
+    print("\n".join(_remarks(experiment, pace, workdir)))
 
 
 def _data_table(examples: Mapping[str, int], read: Mapping[str, tuple[str, int]]) -> None:
@@ -147,7 +147,7 @@ def _data_table(examples: Mapping[str, int], read: Mapping[str, tuple[str, int]]
 
 def _pace(experiment: Experiment, workdir: epath.Path, programs: Sequence[str]) -> Pace:
     lines = [
-        {**line, "task": experiment.settings.program(line)}
+        {**line, "task": experiment.phases.program(line)}
         for line in metrics.read(workdir)
         if line.get("kind") == "train"
     ]
@@ -169,5 +169,5 @@ def _remarks(experiment: Experiment, found: Pace, workdir: epath.Path) -> Iterat
         yield f"Step times{mark} follow from model FLOPs at {human_flops(found.rate)}FLOP/s, {how}."
     yield "Evaluation, checkpoints, compilation and waiting for data come on top."
     every = experiment.run.schedule.rebalance_every
-    if every and any(each.rule == BUDGET for each in experiment.planned.stretches()):
+    if every and any(each.rule == BUDGET for each in experiment.planned.phase_specs()):
         yield f"Under {BUDGET}, measured step times set the shares anew every {every} steps."

@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 
 from etils import epath
 
-from mmjax.core import commandline, errors
 from mmjax.core import config as configs
+from mmjax.core import errors, flags
 from mmjax.core.sharding import make_mesh
 from mmjax.core.workdir import EVALUATIONS
 from mmjax.engine import processes
@@ -61,16 +61,16 @@ def evaluate(workdir: epath.Path, step: int | None, overrides: Sequence[str]) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = commandline.command("evaluate", __doc__)
-    commandline.add_workdir(made)
-    made.add_argument(
+    parser = flags.command("evaluate", __doc__)
+    flags.add_workdir(parser)
+    parser.add_argument(
         "--step", type=int, metavar="N", help="which checkpoint; the newest if not given"
     )
-    processes.add_arguments(made)
-    arguments, overrides = commandline.parse(made, argv)
+    processes.add_arguments(parser)
+    arguments, overrides = flags.parse(parser, argv)
     processes.join(arguments)
     use_cache()
-    workdir = commandline.folder(arguments.workdir)
+    workdir = flags.folder(arguments.workdir)
     records = evaluate(workdir, arguments.step, overrides)
     if processes.is_first():
         words = ["mmjax", "evaluate", *(sys.argv[1:] if argv is None else argv)]

@@ -24,9 +24,9 @@ from mmjax.evaluators.base import Evaluator, Pass, make_evaluators
 from mmjax.modalities.base import Modality
 from mmjax.model import declare_model
 from mmjax.run_config import RunConfig
-from mmjax.schedule.buckets import check_tokens
-from mmjax.schedule.phases import Settings, make_settings
+from mmjax.schedule.phases import Phases, make_phases
 from mmjax.schedule.planned import PlannedSchedule
+from mmjax.schedule.shapes import check_tokens
 from mmjax.task import Task, make_task
 
 
@@ -51,10 +51,10 @@ class Experiment:
     extensions: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
-    def settings(self) -> Settings:
+    def phases(self) -> Phases:
         """What holds from which step on."""
         rules, phases = self.run.optimizer.rules, self.run.schedule.phases
-        return make_settings(self.tasks, phases, rules, self.modalities)
+        return make_phases(self.tasks, phases, rules, self.modalities)
 
     @property
     def used(self) -> dict[str, Modality]:
@@ -78,13 +78,13 @@ class Experiment:
         """The schedule as the config describes it."""
         run = self.run
         return PlannedSchedule(
-            run.schedule, self.tasks, self.settings, run.seed, run.steps, lambda: self.flops
+            run.schedule, self.tasks, self.phases, run.seed, run.steps, lambda: self.flops
         )
 
     @cached_property
     def optimizers(self) -> Optimizers:
-        """The optimizer under each setting."""
-        return Optimizers(self.run.optimizer, self.spec, self.tasks, self.settings, self.planned)
+        """The optimizer under each phase."""
+        return Optimizers(self.run.optimizer, self.spec, self.tasks, self.phases, self.planned)
 
     @property
     def evaluation_batch(self) -> int:
@@ -99,20 +99,20 @@ class Experiment:
 
     def _check_shapes(self) -> None:
         """Phases and shapes may change the shapes of data, and of no parameter; shapes, no number of tokens."""
-        for task, _ in self.settings.programs.values():
+        for task, _ in self.phases.programs.values():
             if task is self.tasks[task.name]:
                 continue
             both = [(t.objective.head, self._heads(t)) for t in (self.tasks[task.name], task)]
             declare_model(self.run.model, self.modalities, both)
-        for setting in self.settings.each:
-            for name, variants in setting.variants.items():
+        for phase in self.phases.entries:
+            for name, variants in phase.variants.items():
                 sizes = {
-                    v.bucket: Fraction(
+                    v.shape: Fraction(
                         positions(v.task, self.declaration, v.task.rows().batch(v.task.batch)),
                         v.task.batch,
                     )
                     for v in variants
-                    if v.bucket
+                    if v.shape
                 }
                 check_tokens(sizes, f"tasks.{name}")
 
@@ -131,15 +131,15 @@ class Experiment:
 
     def passes(self) -> list[tuple[Task, Pass]]:
         """Return all evaluation passes; those of one task, output and source are one, with the fields of all."""
-        found: dict[str, tuple[Task, Pass]] = {}
+        passes_by_program: dict[str, tuple[Task, Pass]] = {}
         for name, evaluators in self.evaluators.items():
             task = self.tasks[name]
             for evaluator in evaluators.values():
                 for each in evaluator.passes(task).values():
-                    _, before = found.get(pass_key(task, each), (task, each))
+                    _, before = passes_by_program.get(pass_key(task, each), (task, each))
                     fields = tuple(sorted({*before.fields, *each.fields}))
-                    found[pass_key(task, each)] = (task, replace(each, fields=fields))
-        return list(found.values())
+                    passes_by_program[pass_key(task, each)] = (task, replace(each, fields=fields))
+        return list(passes_by_program.values())
 
 
 def make_experiment(block: Mapping[str, Any], folder: str = "") -> Experiment:

@@ -21,7 +21,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from mmjax.core import commandline
+from mmjax.core import flags
 from mmjax.core.errors import UserError, nearest
 from mmjax.core.parameters import Arrays, from_canonical, to_canonical
 from mmjax.core.sharding import MeshConfig, make_mesh
@@ -55,16 +55,16 @@ def find_step(workdir: epath.Path, step: int | None) -> tuple[int, dict[str, Any
     Raises:
       UserError: there is none, or it is damaged or cannot be read.
     """
-    found = checkpoint.steps(workdir)
-    if not found:
+    steps = checkpoint.steps(workdir)
+    if not steps:
         raise UserError(
             f"No checkpoint in '{workdir}'. Train first: mmjax train --workdir={workdir} ..."
         )
-    if step is not None and step not in found:
+    if step is not None and step not in steps:
         raise UserError(
-            f"No checkpoint of step {step} in '{workdir}'. There are: {', '.join(map(str, found))}."
+            f"No checkpoint of step {step} in '{workdir}'. There are: {', '.join(map(str, steps))}."
         )
-    chosen = found[0] if step is None else step
+    chosen = steps[0] if step is None else step
     meta = checkpoint.read_meta(workdir, chosen)
     if not checkpoint.is_verified(meta):
         logging.getLogger(__name__).warning(checkpoint.UNVERIFIED.format(step=chosen))
@@ -78,12 +78,12 @@ def read_parameters(workdir: epath.Path, step: int, experiment: Experiment, mesh
     averaged = bool(experiment.run.optimizer.ema)
     part, prefix = ("buffers", EMA) if averaged else ("parameters", "")
     abstract = jax.eval_shape(lambda p: to_canonical(specs, p), parameters)
-    wanted = {part: {prefix + name: leaf for name, leaf in abstract.items()}}
+    target = {part: {prefix + name: leaf for name, leaf in abstract.items()}}
     where = str(workdir / checkpoint.FOLDER / str(step))
-    checkpoint.check_shapes(checkpoint.read_shapes(workdir, step), wanted, where)
-    read = checkpoint.read_state(workdir, step, wanted)[part]
+    checkpoint.check_shapes(checkpoint.read_shapes(workdir, step), target, where)
+    read = checkpoint.read_state(workdir, step, target)[part]
     flat = {
-        name.removeprefix(prefix): np.asarray(value, wanted[part][name].dtype)
+        name.removeprefix(prefix): np.asarray(value, target[part][name].dtype)
         for name, value in read.items()
     }
     return jax.device_put(from_canonical(specs, flat), shardings(parameters))
@@ -109,7 +109,7 @@ def check_files(workdir: epath.Path, meta: Mapping[str, Any], experiment: Experi
                 )
 
 
-class Embedder:
+class TrainedModel:
     """A trained run.
 
     Attributes:
@@ -128,7 +128,9 @@ class Embedder:
             check_files(workdir, meta, self._experiment)
         mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
         self._stacked = read_parameters(workdir, self.step, self._experiment, mesh)
-        self.tasks: Mapping[str, Task] = {n: t.whole() for n, t in self._experiment.tasks.items()}
+        self.tasks: Mapping[str, Task] = {
+            n: t.for_evaluation() for n, t in self._experiment.tasks.items()
+        }
         self._calls: dict[tuple[Any, ...], Any] = {}
 
     @cached_property
@@ -267,17 +269,17 @@ class Embedder:
             beside = zip(absent, given["rows"][len(spans) :], strict=True)
             plan += [Span(name, arrays, absent=True) for name, arrays in beside]
             keys = jax.random.key(given["seed"])[None]
-            made: list[jax.Array] = objective.compose(model, plan, keys)
-            return made
+            result: list[jax.Array] = objective.compose(model, plan, keys)
+            return result
 
         given = {"rows": jax.tree.map(lambda x: x[None], rows), "seed": np.uint32(seed)}
         shape = tuple((name, value is None) for name, value in spans)
         call = self._calls.setdefault(("compose", chosen.name, shape, guidance), self.compiled(of))
-        made = iter(call(given))
+        result = iter(call(given))
         modalities = [chosen.inputs[name].modality for name, value in spans if value is None]
         return [
             of_text(row) if (of_text := getattr(m, "words", None)) else row
-            for m, row in zip(modalities, (np.asarray(x)[0] for x in made), strict=True)
+            for m, row in zip(modalities, (np.asarray(x)[0] for x in result), strict=True)
         ]
 
     def _composing(self, modalities: set[str], name: str | None) -> Task:
@@ -346,9 +348,9 @@ class Embedder:
         return f"{words} No task of this run can {verb}: {tasks}."
 
     def _row(self, task: Task, modality: str, index: int, item: Any) -> dict[str, np.ndarray]:
-        given = task.inputs[modality]
+        own_input = task.inputs[modality]
         try:
-            return given.preprocess({given.field: given.modality.raw(item)}, None)
+            return own_input.preprocess({own_input.field: own_input.modality.raw(item)}, None)
         except Exception as error:
             # A decoder may raise anything at bytes that are none of its own.
             raise UserError(f"{modality}[{index}]: {error}") from error
@@ -369,7 +371,7 @@ class Embedder:
         """
         call = self._calls.setdefault((verb, task.name, modality), self.compiled(of))
         blank = _blank(task, modality)
-        made = []
+        outputs = []
         for chunk, start in enumerate(range(0, max(len(rows), 1), _LARGEST)):
             part = rows[start : start + _LARGEST]
             size = max(len(part), 1)
@@ -377,16 +379,18 @@ class Embedder:
             padded = part + [blank] * (size - len(part))
             arrays = {name: np.stack([row[name] for row in padded]) for name in blank}
             arrays[EXISTS] = np.arange(size) < len(part)
-            given = {"arrays": arrays, "chunk": np.uint32(chunk), **more}
-            made.append(np.asarray(call(given))[: len(part)])
-        return np.concatenate(made)
+            arguments = {"arrays": arrays, "chunk": np.uint32(chunk), **more}
+            outputs.append(np.asarray(call(arguments))[: len(part)])
+        return np.concatenate(outputs)
 
     def compiled(self, function: Callable[[Model, Any], Any]) -> Callable[[Any], Any]:
         """`arrays -> function(model, arrays)` with the run's parameters, compiled for each shape it meets."""
         dtype = compute_dtype(self._experiment.run.dtype.compute)
         merge = self._experiment.declaration.merge
-        made = jax.jit(lambda parameters, arrays: function(merge(parameters, dtype), arrays))
-        return lambda arrays: made(self._stacked, arrays)
+        function_jit = jax.jit(
+            lambda parameters, arrays: function(merge(parameters, dtype), arrays)
+        )
+        return lambda arrays: function_jit(self._stacked, arrays)
 
 
 def _outputs(task: Task) -> str:
@@ -411,7 +415,7 @@ def _told(objective: Objective) -> tuple[str, ...]:
     return written(objective)[:1]
 
 
-def load(path: str, step: int | None = None, *, allow_change: bool = False) -> Embedder:
+def load(path: str, step: int | None = None, *, allow_change: bool = False) -> TrainedModel:
     """Load the run in `path`: its newest checkpoint, or that of `step`.
 
     Nothing from the checkpoint is executed: its config is data, and names only modules of mmjax.
@@ -424,4 +428,4 @@ def load(path: str, step: int | None = None, *, allow_change: bool = False) -> E
     Raises:
       UserError: no such checkpoint, or another tokenizer than the run's.
     """
-    return Embedder(commandline.folder(path), step, allow_change)
+    return TrainedModel(flags.folder(path), step, allow_change)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from mmjax.core import commandline, errors
+from mmjax.core import errors, flags
 from mmjax.core.errors import UserError, nearest
 from mmjax.core.sharding import make_mesh
 from mmjax.core.workdir import METRICS
@@ -104,7 +104,7 @@ def _run(session: Session, last: int) -> dict[str, float]:
     experiment, mesh, clock = session.experiment, session.mesh, session.clock
     schedule, run = clock.schedule, experiment.run
     requests = train_requests(experiment, mesh)
-    needed = experiment.settings.visits(schedule, clock.step, last + 1)
+    needed = experiment.phases.visits(schedule, clock.step, last + 1)
     chosen = {n: requests[n] for n in requests if n in needed}
     with processes.compiling(chosen) as watch:
         programs = compile_all(chosen, mesh, run.limits, watch)
@@ -112,11 +112,11 @@ def _run(session: Session, last: int) -> dict[str, float]:
     values: Mapping[str, jax.Array] = {}
 
     rows = process_rows(mesh)
-    loader = Loader(run.loader, experiment.settings, session.data, clock, last + 1, run.seed, rows)
+    loader = Loader(run.loader, experiment.phases, session.data, clock, last + 1, run.seed, rows)
     positions = Counter(clock.positions)
     for host in loader:
         name, visit = schedule.task(host.step), schedule.visit(host.step)
-        variant = experiment.settings.variant(name, host.step, visit)
+        variant = experiment.phases.variant(name, host.step, visit)
         task, program = variant.task, programs[variant.program]
         now = {"visit": visit, **experiment.optimizers.progress(name, host.step, positions)}
         state, values = dispatch(program, task, mesh, state, host, now)
@@ -134,26 +134,26 @@ def _told(workdir: epath.Path, step: int) -> dict[str, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = commandline.command("replay", __doc__)
-    commandline.add_workdir(made)
-    made.add_argument("--task", required=True, metavar="NAME", help="name of the task")
-    made.add_argument(
+    parser = flags.command("replay", __doc__)
+    flags.add_workdir(parser)
+    parser.add_argument("--task", required=True, metavar="NAME", help="name of the task")
+    parser.add_argument(
         "--visit", required=True, type=int, metavar="N", help="which of its visits, from 0"
     )
-    arguments, overrides = commandline.parse(made, argv)
+    arguments, overrides = flags.parse(parser, argv)
     if overrides:
         raise UserError(f"--config.{overrides[0]}: a replay takes the config of the run.")
     use_cache()
-    workdir = commandline.folder(arguments.workdir)
-    found = replay(workdir, arguments.task, arguments.visit)
+    workdir = flags.folder(arguments.workdir)
+    outcome = replay(workdir, arguments.task, arguments.visit)
     print(
-        f"Visit {arguments.visit} of task '{arguments.task}' is step {found.step}; "
-        f"replayed from step {found.start}.\n"
+        f"Visit {arguments.visit} of task '{arguments.task}' is step {outcome.step}; "
+        f"replayed from step {outcome.start}.\n"
     )
-    rows: list[Any] = [(n, repr(found.then[n]), repr(found.now[n])) for n in _COMPARED]
+    rows: list[Any] = [(n, repr(outcome.then[n]), repr(outcome.now[n])) for n in _COMPARED]
     table("", ["measure", "metrics.jsonl", "replayed"], rows)
-    print("The same bits." if found.is_same else "NOT the same.")
-    return 0 if found.is_same else 1
+    print("The same bits." if outcome.is_same else "NOT the same.")
+    return 0 if outcome.is_same else 1
 
 
 if __name__ == "__main__":

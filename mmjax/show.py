@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from mmjax.core import commandline, errors
+from mmjax.core import errors, flags
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import digest, to_canonical
 from mmjax.engine import checkpoint
@@ -33,7 +33,7 @@ from mmjax.monitor.tables import human_bytes, parameter_table, table
 
 
 def show_config(path: str, overrides: Sequence[str], with_names: bool = False) -> None:
-    experiment = make_experiment(commandline.read_config(path, overrides))
+    experiment = make_experiment(flags.read_config(path, overrides))
     specs = experiment.declaration.specs
     if not with_names:
         parameter_table(rows_of_config(specs))
@@ -52,7 +52,7 @@ def show_names(shapes: Mapping[str, Any]) -> None:
 
 def names_in(where: str, step: int | None) -> Mapping[str, Any]:
     """The parameters of a run's checkpoint, or the arrays of a file, by name: each with dtype and shape."""
-    workdir = commandline.folder(where)
+    workdir = flags.folder(where)
     if workdir.suffix in SUFFIXES and not workdir.is_dir():
         return open_tensors(workdir).entries
     step, _ = find_step(workdir, step)
@@ -107,8 +107,8 @@ def _verified(meta: Mapping[str, Any], with_digest: bool) -> str:
 
 def read_arrays(workdir: epath.Path, step: int, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The parameters of a checkpoint as NumPy arrays under their canonical names."""
-    wanted = {"parameters": {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in shapes.items()}}
-    state: dict[str, np.ndarray] = checkpoint.read_state(workdir, step, wanted)["parameters"]
+    target = {"parameters": {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in shapes.items()}}
+    state: dict[str, np.ndarray] = checkpoint.read_state(workdir, step, target)["parameters"]
     return state
 
 
@@ -118,27 +118,27 @@ def _bytes(leaves: Any) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = commandline.command("show", __doc__)
-    made.add_argument("workdir", nargs="?", metavar="DIR", help="the run's folder")
-    commandline.add_config(made)
-    made.add_argument(
+    parser = flags.command("show", __doc__)
+    parser.add_argument("workdir", nargs="?", metavar="DIR", help="the run's folder")
+    flags.add_config(parser)
+    parser.add_argument(
         "--step", type=int, metavar="N", help="which checkpoint; the newest if not given"
     )
-    made.add_argument(
+    parser.add_argument(
         "--digest", action="store_true", help="print a digest of the parameters as the last line"
     )
-    made.add_argument(
+    parser.add_argument(
         "--names", action="store_true", help="print the name, dtype and shape of every parameter"
     )
-    arguments, overrides = commandline.parse(made, argv)
+    arguments, overrides = flags.parse(parser, argv)
     if (arguments.workdir is None) == (arguments.config is None):
-        raise UserError(f"Give a run's folder, or --config=CONFIG. {commandline.usage(made)}")
+        raise UserError(f"Give a run's folder, or --config=CONFIG. {flags.usage(parser)}")
     if arguments.config is not None:
         show_config(arguments.config, overrides, arguments.names)
     elif arguments.names:
         show_names(names_in(arguments.workdir, arguments.step))
     else:
-        show_run(commandline.folder(arguments.workdir), arguments.step, arguments.digest)
+        show_run(flags.folder(arguments.workdir), arguments.step, arguments.digest)
     return 0
 
 

@@ -43,9 +43,10 @@ class TaskConfig:
       interval: under the rule `interval`, the passes from one visit to the next; 0: it does not run.
       evaluators: by a name of one's own.
       microbatches: parts in which a batch is done, one after another, to save memory.
-      shapes: the shapes that its visits take in turn, by a name of one's own, see `mmjax.schedule.buckets`; those of
+      shapes: the shapes that its visits take in turn, by a name of one's own, see `mmjax.schedule.shapes`; those of
         `inputs` if empty. Evaluation has those of `inputs`.
-      update_scope: how its steps see the optimizer (see `mmjax.optim.views.View`); `optimizer.update_scope` if empty.
+      update_scope: how its steps see the optimizer (see `mmjax.optim.views.UpdateScope`);
+        `optimizer.update_scope` if empty.
       shared_time: whether the stretches that training cuts out of an example's video and sounds begin at one random
         time (IMP, MBT), relative to the places where each may begin, or each at its own.
     """
@@ -58,7 +59,7 @@ class TaskConfig:
     interval: int = field(default=1, metadata=SCHEDULE)
     evaluators: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=FREE)
     microbatches: int = field(default=1, metadata=FREE)
-    shapes: dict[str, BucketConfig] = field(default_factory=dict, metadata=SCHEDULE)
+    shapes: dict[str, ShapeConfig] = field(default_factory=dict, metadata=SCHEDULE)
     update_scope: str = field(default="", metadata=SCHEDULE)
     shared_time: bool = field(default=True, metadata=SCHEDULE)
 
@@ -88,10 +89,10 @@ class Task:
         """Return the loss of a batch; rows that are not valid reach none of it."""
         return self.objective(model, with_rows(batch), key)
 
-    def whole(self) -> Task:
+    def for_evaluation(self) -> Task:
         """As evaluation has it: with all tokens of one instance of each input."""
-        inputs = {name: i.whole() for name, i in self.inputs.items()}
-        return replace(self, inputs=inputs, objective=self.objective.whole())
+        inputs = {name: i.for_evaluation() for name, i in self.inputs.items()}
+        return replace(self, inputs=inputs, objective=self.objective.for_evaluation())
 
     def rows(self) -> RowSpec:
         """What one row of a training batch holds."""
@@ -263,19 +264,19 @@ def make_input(
     if not isinstance(instances, int) or instances < 0:
         raise UserError(f"{where}.{INSTANCES} is {instances!r}; expected a number.")
     settings = {key: value for key, value in block.items() if key != INSTANCES}
-    made = Input(name, modality, configs.build(type(modality).Input, settings, where), instances)
+    result = Input(name, modality, configs.build(type(modality).Input, settings, where), instances)
     try:
-        shapes = {array: spec.shape for array, spec in made.arrays().items()}
+        shapes = {array: spec.shape for array, spec in result.arrays().items()}
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     for array, shape in shapes.items():
         if any(n < 1 for n in shape):
             raise UserError(f"{where}: array '{array}' would have the shape {list(shape)}.")
-    return made
+    return result
 
 
 @dataclass(frozen=True)
-class BucketConfig:
+class ShapeConfig:
     """One of a task's `shapes`.
 
     Attributes:

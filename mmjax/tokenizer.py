@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.core import commandline, errors
+from mmjax.core import errors, flags
 from mmjax.core.errors import UserError, nearest
 from mmjax.data import data_dir
 from mmjax.data.tokenizer import check_unicode, load_subwords, train
@@ -149,14 +149,14 @@ _READERS = {
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    out = commandline.folder(arguments.out)
+    out = flags.folder(arguments.out)
     if out.exists() and not arguments.force:
         raise UserError(f"--out={arguments.out} is there already. Give another file, or --force.")
     if arguments.limit < 0:
         raise UserError(f"--limit={arguments.limit}: a number of examples, or 0 for all.")
     corpus = read_corpus(arguments.source, arguments.field, arguments.limit)
     out.parent.mkdir(parents=True, exist_ok=True)
-    made = train(
+    tokenizer = train(
         corpus.texts,
         out,
         vocab_size=arguments.size,
@@ -164,15 +164,15 @@ def _train(arguments: argparse.Namespace) -> None:
         normalization=arguments.normalization,
     )
     print(
-        f"{made.vocab_size:,} pieces from {len(corpus.texts):,} texts of {corpus.examples:,} examples: {out}"
+        f"{tokenizer.vocab_size:,} pieces from {len(corpus.texts):,} texts of {corpus.examples:,} examples: {out}"
     )
     if corpus.without:
         print(f"Examples without a text in field '{arguments.field}': {corpus.without:,}")
-    print(f"tokenizer = {json.dumps(str(out))}, vocabulary = {made.vocab_size}")
+    print(f"tokenizer = {json.dumps(str(out))}, vocabulary = {tokenizer.vocab_size}")
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    path = commandline.folder(arguments.file)
+    path = flags.folder(arguments.file)
     if not path.exists() and (data_dir() / arguments.file).exists():
         path = data_dir() / arguments.file  # as a config names it
     subwords, digest = load_subwords(path)
@@ -193,8 +193,8 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = commandline.command("tokenizer", __doc__)
-    verbs = made.add_subparsers(dest="verb", required=True, metavar="{train,show}")
+    parser = flags.command("tokenizer", __doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,show}")
     one = verbs.add_parser(
         "train", help="train a SentencePiece model", description="Train a SentencePiece model on texts.",
         allow_abbrev=False,
@@ -227,12 +227,12 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     other.add_argument("file", help="a SentencePiece model or a tokenizer.json")
     other.add_argument("text", nargs="?", help="a text to cut into pieces")
-    return made
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = _parser()
-    arguments, overrides = commandline.parse(made, argv)
+    parser = _parser()
+    arguments, overrides = flags.parse(parser, argv)
     if overrides:
         raise UserError(f"--config.{overrides[0]}: a tokenizer has no config.")
     {"train": _train, "show": _show}[arguments.verb](arguments)

@@ -19,9 +19,9 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from mmjax.core import commandline, errors
+from mmjax.core import errors, flags
 from mmjax.core.config import Block
-from mmjax.core.sharding import described, make_mesh, undivided
+from mmjax.core.sharding import describe_replicated, make_mesh, replicated_dims
 from mmjax.core.workdir import REPORT
 from mmjax.dry_run import dry_run
 from mmjax.engine import processes
@@ -35,8 +35,8 @@ from mmjax.evaluators.base import Record, evaluators_of
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.monitor import summary as tally
 from mmjax.monitor.compiling import COMPILED, COMPILING
-from mmjax.monitor.goodput import PhaseLog
-from mmjax.monitor.null import MutedPhases
+from mmjax.monitor.goodput import ActivityLog
+from mmjax.monitor.null import NullActivities
 from mmjax.monitor.tables import program_table, results_table, summary_tables
 from mmjax.monitor.wandb import require
 from mmjax.report.page import write_report
@@ -80,7 +80,7 @@ def train(
       UserError: a wrong config or data; another process that writes in the workdir.
     """
     use_cache()
-    workdir = commandline.make_workdir(str(workdir))
+    workdir = flags.make_workdir(str(workdir))
     experiment = make_experiment(block)
     if experiment.run.log.wandb:
         require(experiment.run.log.wandb)  # said before minutes of compiling
@@ -98,26 +98,26 @@ def _train(
     check_lease: Callable[[], None],
 ) -> list[Record] | None:
     """Run an experiment in a workdir of which this process holds the lease."""
-    with _phase_log(workdir, check_lease) as phases:
-        with phases.phase("init"):
-            session = begin(experiment, workdir, mesh, allow_change, print, phases.phase)
+    with _activity_log(workdir, check_lease) as activities:
+        with activities.activity("init"):
+            session = begin(experiment, workdir, mesh, allow_change, print, activities.activity)
             session = replace(session, check_lease=check_lease)
         missing = _missing_results(session)
         if session.is_done and not missing:
             records = read_results(workdir) or []
-            _report_if_missing(session, phases)
+            _report_if_missing(session, activities)
             print(f"Done: {workdir} holds all {experiment.run.steps} steps and their results.")
             return records
         if session.is_done:
             print(f"All {experiment.run.steps} steps are done; evaluating {', '.join(missing)}.")
-        with phases.phase("init"):
+        with activities.activity("init"):
             evaluation = Evaluation(experiment, mesh)
         session = _with_held_out(session, evaluation)
         session.drop_results()
-        with phases.phase("compile"):
+        with activities.activity("compile"):
             programs = _compile(session, {})
         processes.wait_for_all()  # the first collective waits for half a minute only
-        return _run(session, programs, evaluation, phases)
+        return _run(session, programs, evaluation, activities)
 
 
 def _with_held_out(session: Session, evaluation: Evaluation) -> Session:
@@ -127,8 +127,8 @@ def _with_held_out(session: Session, evaluation: Evaluation) -> Session:
     return replace(session, identities={**session.identities, **evaluation.identities})
 
 
-def _phase_log(workdir: epath.Path, check_lease: Callable[[], None]) -> PhaseLog:
-    return PhaseLog(workdir, guard=check_lease) if processes.is_first() else MutedPhases()
+def _activity_log(workdir: epath.Path, check_lease: Callable[[], None]) -> ActivityLog:
+    return ActivityLog(workdir, guard=check_lease) if processes.is_first() else NullActivities()
 
 
 def _missing_results(session: Session) -> list[str]:
@@ -145,16 +145,16 @@ def _missing_results(session: Session) -> list[str]:
     return agreed
 
 
-def _report_if_missing(session: Session, phases: PhaseLog) -> None:
+def _report_if_missing(session: Session, activities: ActivityLog) -> None:
     """Write the report of a finished run, also of one that was killed between its results and its report."""
     run = session.experiment.run
     if not run.log.report or not processes.is_first() or (session.workdir / REPORT).exists():
         return
 
     def stuck(text: str) -> None:
-        phases.event("stuck", text=text)
+        activities.event("stuck", text=text)
 
-    with Watchdog(run.limits.watchdog_seconds, stuck) as watchdog, phases.phase("report"):
+    with Watchdog(run.limits.watchdog_seconds, stuck) as watchdog, activities.activity("report"):
         watchdog.at("writing the report")
         write_report(session.workdir)
 
@@ -171,22 +171,22 @@ def _compile(session: Session, there: Mapping[str, Program]) -> dict[str, Progra
         watch("state for checkpoints", COMPILED)
     if missing:
         program_table([programs[name].report for name in missing])
-        _tell_whole(session, [programs[name].report for name in missing])
+        _log_replicated(session, [programs[name].report for name in missing])
     if experiment.run.profile.dumps and processes.is_first():
         dump(programs, session.workdir)
     return programs
 
 
-def _tell_whole(session: Session, reports: Sequence[Mapping[str, Any]]) -> None:
+def _log_replicated(session: Session, reports: Sequence[Mapping[str, Any]]) -> None:
     """Says what the rules were to divide and the mesh does not: parameters, and activations by program."""
     specs = session.experiment.declaration.specs
-    found = {
-        name: [str(each) for each in undivided(spec.axes, spec.shape, session.mesh)]
+    dims = {
+        name: [str(each) for each in replicated_dims(spec.axes, spec.shape, session.mesh)]
         for spec in specs.values()
         for name in spec.canonical
     }
-    found |= {f"{r['name']} {r['kind']}": r["whole"] for r in reports}
-    lines = described(found)
+    dims |= {f"{r['name']} {r['kind']}": r["whole"] for r in reports}
+    lines = describe_replicated(dims)
     if lines:
         print(
             "These stay whole on a mesh axis, whose size does not divide theirs:",
@@ -200,14 +200,12 @@ def _coming(session: Session) -> dict[str, Request]:
 
     Also of those whose few visits all lie behind: other tasks may be left out, or shares set anew.
     """
-    schedule, settings = session.clock.schedule, session.experiment.settings
+    schedule, phases = session.clock.schedule, session.experiment.phases
     needed = {
         variant.program
-        for start, stop, setting in settings.pieces(
-            session.clock.step, session.experiment.run.steps
-        )
-        for task, variants in setting.variants.items()
-        if task in schedule.running(start, stop)
+        for start, stop, phase in phases.pieces(session.clock.step, session.experiment.run.steps)
+        for task, variants in phase.variants.items()
+        if task in schedule.active(start, stop)
         for variant in variants
     }
     requests = train_requests(session.experiment, session.mesh)
@@ -218,62 +216,62 @@ def _run(
     session: Session,
     programs: Mapping[str, Program],
     evaluation: Evaluation,
-    phases: PhaseLog,
+    activities: ActivityLog,
 ) -> list[Record] | None:
     """The loop; a run that diverges goes back, and on without the task that did."""
     with Signals() as signals:
         while True:
             try:
                 with (
-                    phases.phase("restore"),
+                    activities.activity("restore"),
                     processes.compiling({}, "state on the devices") as watch,
                 ):
                     watch("state on the devices", COMPILING)
                     state = session.state()
                     watch("state on the devices", COMPILED)
-                records = Loop(session, programs, evaluation, phases, signals).run(state)
+                records = Loop(session, programs, evaluation, activities, signals).run(state)
                 break
             except Diverged as error:
                 # Its traceback holds the state, beside which another is about to be made.
                 diverged = error.with_traceback(None)
                 del state
-            phases.event("diverged", text=str(diverged))
-            session = roll_back(session, diverged, print, phases.phase)
+            activities.event("diverged", text=str(diverged))
+            session = roll_back(session, diverged, print, activities.activity)
             session = _with_held_out(session, evaluation)
-            with phases.phase("compile"):
+            with activities.activity("compile"):
                 programs = _compile(session, programs)
         if records is not None:
-            _report_if_missing(session, phases)
+            _report_if_missing(session, activities)
     return records
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = commandline.command("train", __doc__)
-    commandline.add_config(made, required=True)
-    commandline.add_workdir(made)
-    made.add_argument(
+    parser = flags.command("train", __doc__)
+    flags.add_config(parser, required=True)
+    flags.add_workdir(parser)
+    parser.add_argument(
         "--allow_change",
         action="store_true",
         help="let keys of the schedule differ from the saved run's",
     )
-    made.add_argument(
+    parser.add_argument(
         "--dry_run",
         action="store_true",
         help="print the coming steps and what they would take; write nothing",
     )
-    made.add_argument(
+    parser.add_argument(
         "--take_over",
         action="store_true",
         help="do not wait for a sign of life of a process on another machine that held the workdir",
     )
-    processes.add_arguments(made)
-    arguments, overrides = commandline.parse(made, argv)
-    block = commandline.read_config(arguments.config, overrides)
+    processes.add_arguments(parser)
+    arguments, overrides = flags.parse(parser, argv)
+    block = flags.read_config(arguments.config, overrides)
     if arguments.dry_run:
-        dry_run(block, commandline.folder(arguments.workdir), arguments.allow_change)
+        dry_run(block, flags.folder(arguments.workdir), arguments.allow_change)
         return 0
     processes.join(arguments)
-    workdir = commandline.make_workdir(arguments.workdir)
+    workdir = flags.make_workdir(arguments.workdir)
     started = time.monotonic()
     records = train(block, workdir, arguments.allow_change, take_over=arguments.take_over)
     if records is not None:

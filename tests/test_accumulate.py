@@ -170,10 +170,10 @@ def test_a_run_that_stops_within_a_round_ends_in_the_same_bits(
         read = checkpoint.read_shapes
 
         def shapes(*arguments: Any) -> Any:
-            found = read(*arguments)
+            result = read(*arguments)
             if not counted:
-                del found["buffers"][SUMMED]
-            return found
+                del result["buffers"][SUMMED]
+            return result
 
         with mock.patch.object(checkpoint, "read_shapes", shapes):
             toyrun.run(tmp_path / "parted", *words)

@@ -20,7 +20,7 @@ from mmjax import train
 from mmjax.dry_run import letters_of, strip_lines
 from mmjax.experiment import make_experiment
 from mmjax.schedule.config import PhaseConfig
-from mmjax.schedule.stretches import from_config
+from mmjax.schedule.phase_specs import from_config
 
 PHASES = 'schedule.phases=({"start": 8, "weights": {"two": 1}},)'
 
@@ -186,5 +186,5 @@ def test_the_strip_is_the_schedule(lengths: list[int], start: int, data: st.Data
     lines = list(strip_lines(schedule, start, stop))
     assert max(map(len, lines)) <= 80
     for first, tasks in steps_of("\n".join(lines)).items():
-        assert tasks.split() == schedule.strip(first, min(first + 60, stop))
+        assert tasks.split() == schedule.sequence(first, min(first + 60, stop))
     assert steps_of("\n".join(lines)).keys() >= {*range(start, min(start + 300, stop), 60)}

@@ -99,7 +99,7 @@ def test_two_tasks_may_share_a_head_of_one_shape_only():
 
 def test_the_schedule_is_the_tasks_shares_in_their_order():
     schedule = experiment("tasks.masked_image.weight=2").planned.schedule()
-    assert schedule.shares(0, 12) == {"image_text": 0.5, "masked_image": 0.5}
+    assert schedule.realised_shares(0, 12) == {"image_text": 0.5, "masked_image": 0.5}
     assert schedule.task(0) == "image_text"
     phases = "schedule.phases=[{'start': 4, 'weights': {'masked_image': 1}}]"
     later = experiment(phases).planned.schedule()

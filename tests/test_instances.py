@@ -78,8 +78,10 @@ def test_tokens_that_stay_are_those_of_the_whole(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_evaluation_has_all_tokens_of_one_instance(name: str) -> None:
     plain = made(name)
-    assert made(name, token_drop=0.5, instances=3).whole().arrays() == plain.arrays()
-    assert made(name, token_drop=0.5).drops and not made(name, token_drop=0.5).whole().drops
+    assert made(name, token_drop=0.5, instances=3).for_evaluation().arrays() == plain.arrays()
+    assert (
+        made(name, token_drop=0.5).drops and not made(name, token_drop=0.5).for_evaluation().drops
+    )
 
 
 @given(st.integers(1, 40), st.floats(0, 0.97))

@@ -31,7 +31,7 @@ from mmjax.engine import checkpoint
 from mmjax.engine.checkpoint import CheckpointConfig, Checkpoints
 from mmjax.engine.state import shardings
 from mmjax.experiment import make_experiment
-from mmjax.loading import Embedder
+from mmjax.loading import TrainedModel
 from mmjax.modalities.base import asset_name
 from mmjax.nn import trunk
 from mmjax.report import page
@@ -55,7 +55,7 @@ assert not any(name.split(".")[0] == "tensorflow" for name in sys.modules)
 
 
 @pytest.fixture(scope="module")
-def model(tiny_run: epath.Path) -> Embedder:
+def model(tiny_run: epath.Path) -> TrainedModel:
     return mmjax.load(str(tiny_run))
 
 
@@ -103,9 +103,9 @@ def test_a_fresh_process_elsewhere_without_the_data(model, pictures, copy, tmp_p
 def test_what_lies_over_eight_devices_loads_on_one(tiny_run, model, tmp_path):
     """The run's parameters, saved again in parts over a mesh of 2 x 4."""
     block = configs.override(model.config, ["mesh.data=2", "mesh.fsdp=4"])
-    made = make_experiment(block, str(tiny_run / "assets"))
-    specs = made.declaration.specs
-    placed = shardings(made.abstract_state(make_mesh(made.run.mesh)).parameters)
+    experiment = make_experiment(block, str(tiny_run / "assets"))
+    specs = experiment.declaration.specs
+    placed = shardings(experiment.abstract_state(make_mesh(experiment.run.mesh)).parameters)
     stacked = from_canonical(specs, model.parameters)
     parameters = {n: jax.device_put(np.asarray(p), placed[n]) for n, p in stacked.items()}
     assert max(len({str(s.index) for s in p.addressable_shards}) for p in parameters.values()) == 4
@@ -332,7 +332,7 @@ def test_a_task_that_does_another_thing_says_what_it_does(model):
 def test_a_task_that_classifies_names_the_tasks_that_embed():
     """Of the quickstart's config, without its parameters."""
     config = configs.read_file(str(ROOT / "tests" / "configs" / "quickstart_tiny.py"))
-    model = object.__new__(Embedder)
+    model = object.__new__(TrainedModel)
     model.tasks = make_experiment(config).tasks
     with pytest.raises(UserError) as raised:
         model.embed(task="image_classes", image=[])

@@ -112,7 +112,7 @@ class InTurn(Router):
     def slots(self, tokens, experts):
         return -(-tokens // experts)
 
-    def meets(self, experts):
+    def experts_per_token(self, experts):
         return 1
 
     def route(self, logits_GTL, valid_GT):
@@ -185,7 +185,7 @@ class Pitch(Objective, Embeds):
     def embeds(self):
         return ("tone",)
 
-    def embed(self, model, modality, arrays, toward=""):
+    def embed(self, model, modality, arrays, relative_to=""):
         return unit(self.pooled(model, arrays, jax.random.key(0))[0])
 ''',
     "evaluators/mean_error.py": '''

@@ -134,14 +134,14 @@ def test_the_largest_coca_is_traced_whole() -> None:
 
 def coca_parameters(size: str) -> dict[str, float]:
     """Millions of parameters: of the image encoder, the text decoder (its `logits` among them), and the rest."""
-    found = {"image": 0.0, "text": 0.0, "logits": 0.0, "other": 0.0}
+    result = {"image": 0.0, "text": 0.0, "logits": 0.0, "other": 0.0}
     for name, spec in experiment(f"coca:{size}").declaration.specs.items():
         count = math.prod(spec.shape) / 1e6
         is_text = "/decoder/" in name or name.startswith("stems/text/")
         is_image = name.startswith(("trunk/", "stems/image/"))
-        found["image" if is_image else "text" if is_text else "other"] += count
-        found["logits"] += count * name.endswith("decoder/logits/kernel")
-    return found
+        result["image" if is_image else "text" if is_text else "other"] += count
+        result["logits"] += count * name.endswith("decoder/logits/kernel")
+    return result
 
 
 def test_a_size_of_coca_that_is_not_there() -> None:

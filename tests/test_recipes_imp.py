@@ -67,7 +67,7 @@ def test_videos_come_in_shapes_of_as_many_tokens(name: str) -> None:
     made = experiment(f"{name}-mixed")
     shapes = {
         program: positions(task, made.declaration, task.rows().batch(1))
-        for program, (task, _) in made.settings.programs.items()
+        for program, (task, _) in made.phases.programs.items()
         if task.name in ("videos", "video_text")
     }
     assert shapes == {

@@ -18,8 +18,8 @@ EMOJI = "emoji/1.0.0/tokenizer.model"
 
 def text_of(name: str) -> Text | None:
     found = block(name)["modalities"].get("text")
-    made: Text | None = found and configs.component("modalities", found, "modalities.text")
-    return made
+    result: Text | None = found and configs.component("modalities", found, "modalities.text")
+    return result
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,8 +20,8 @@ from toyrun import run
 from mmjax.core.errors import UserError
 from mmjax.replay import Replayed, find_visit, replay
 from mmjax.schedule.config import PhaseConfig
+from mmjax.schedule.phase_specs import from_config
 from mmjax.schedule.schedule import Schedule
-from mmjax.schedule.stretches import from_config
 
 ROOT = Path(__file__).resolve().parent
 # Non-finite steps, a task that is left out, and a change of the config at step 12.
@@ -31,10 +31,10 @@ CHANGE = (*FIRST, "tasks.one.weight=1", "tasks.one.batch=4", "steps=20")
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("replay") / "run"
-    run(made, *FIRST, "checkpoint.keep=9")
-    run(made, *CHANGE, "checkpoint.keep=9", allow_change=True)
-    return made
+    result = tmp_path_factory.mktemp("replay") / "run"
+    run(result, *FIRST, "checkpoint.keep=9")
+    run(result, *CHANGE, "checkpoint.keep=9", allow_change=True)
+    return result
 
 
 def again(workdir: Path, task: str, visit: int) -> Replayed:

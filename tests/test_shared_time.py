@@ -50,11 +50,11 @@ def starts(rows: RowSpec, seed: int | None) -> dict[str, np.ndarray]:
     """Where each instance of each input begins: frames, and samples."""
     rng = None if seed is None else np.random.default_rng(seed)
     arrays = rows.make(EXAMPLE, rng)["inputs"]
-    found = {}
+    result = {}
     for name, x in arrays.items():
         first = x["pixels"][..., 0, 0, 0, 0] if name == "video" else x["samples"][..., 0] * SAMPLES
-        found[name] = np.atleast_1d(np.round(first).astype(int))
-    return found
+        result[name] = np.atleast_1d(np.round(first).astype(int))
+    return result
 
 
 BOTH: dict[str, Any] = {"video": {}, "waveform": {}}

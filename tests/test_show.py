@@ -127,15 +127,17 @@ def test_the_digest_tells_a_bit_a_name_and_a_shape():
 
 def initial(folder: Path, *overrides: str) -> str:
     """The digest of a checkpoint of the toy config's initial state."""
-    made = make_experiment(toyrun.block(*overrides))
-    zeros = dict.fromkeys(made.tasks, 0)
-    clock = Clock(0, made.planned.schedule(), zeros, zeros, zeros)
+    experiment = make_experiment(toyrun.block(*overrides))
+    zeros = dict.fromkeys(experiment.tasks, 0)
+    clock = Clock(0, experiment.planned.schedule(), zeros, zeros, zeros)
     state = jax.jit(
-        lambda: init_state(made.declaration, made.optimizers.whole, made.run.seed, jnp.float32)
+        lambda: init_state(
+            experiment.declaration, experiment.optimizers.whole, experiment.run.seed, jnp.float32
+        )
     )()
     with Checkpoints(epath.Path(folder), CheckpointConfig()) as checkpoints:
-        tree = state_to_canonical(made.declaration.specs, state)
-        checkpoints.save(0, tree, {"clock": clock.to_json(), "config": made.block})
+        tree = state_to_canonical(experiment.declaration.specs, state)
+        checkpoints.save(0, tree, {"clock": clock.to_json(), "config": experiment.block})
         checkpoints.wait()
     return last_line(str(folder))
 

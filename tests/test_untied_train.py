@@ -63,13 +63,13 @@ def after(tasks: list[str], *more: str) -> list[Any]:
 
 def unchanged(states: list[Any]) -> set[str]:
     """The parameters that the last step leaves alone with their optimizer state, to the bit."""
-    found = set()
+    result = set()
     for name in states[-1].parameters:
         one, two = ((s.parameters[name], s.optimizer[name]) for s in states[-2:])
         pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
         if all(a.tobytes() == b.tobytes() for a, b in pairs):
-            found.add(name)
-    return found
+            result.add(name)
+    return result
 
 
 def test_copies_of_an_absent_modality_stay_to_the_bit() -> None:

@@ -63,8 +63,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--no-build-isolation",
         cwd=root,
     )
-    (made,) = (root / "made").iterdir()
-    return made
+    (result,) = (root / "made").iterdir()
+    return result
 
 
 @pytest.fixture(scope="module")

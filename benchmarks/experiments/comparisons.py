@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mmjax.core import commandline
+from mmjax.core import flags
 from mmjax.core.config import Block
 
 
@@ -17,7 +17,7 @@ class Variant:
     overrides: tuple[str, ...] = ()
 
     def block(self, more: Sequence[str] = ()) -> Block:
-        return commandline.read_config(self.config, [*self.overrides, *more])
+        return flags.read_config(self.config, [*self.overrides, *more])
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.experiments.comparisons import COMPARISONS, SUITES, Comparison, Variant, chosen
 from benchmarks.experiments.mixture import UNITS, Trial, run, seeds_of, shown
-from mmjax.core import commandline, errors
+from mmjax.core import errors, flags
 from mmjax.core.config import Block
 from mmjax.core.errors import UserError, nearest
 from mmjax.experiment import make_experiment
@@ -37,7 +37,7 @@ def flops(block: Block) -> int:
     """Model FLOPs of a whole run."""
     experiment = make_experiment(block)
     steps = experiment.run.steps
-    visits = experiment.settings.visits(experiment.planned.schedule(), 0, steps)
+    visits = experiment.phases.visits(experiment.planned.schedule(), 0, steps)
     return sum(int(experiment.flops[program]) * count for program, count in visits.items())
 
 
@@ -107,13 +107,13 @@ def in_use(steps: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, int]]:
         for name, value in step.items():
             if name.startswith("usage "):
                 shares.setdefault(name.removeprefix("usage "), []).append(value)
-    found = {}
+    result = {}
     for name, rows in sorted(shares.items()):
         mean = np.asarray(rows).mean(axis=0)
         mean = mean / max(mean.sum(), 1e-9)
         used = mean[mean > 0]
-        found[name] = (float(np.exp(-(used * np.log(used)).sum())), len(mean))
-    return found
+        result[name] = (float(np.exp(-(used * np.log(used)).sum())), len(mean))
+    return result
 
 
 def routing(found: Mapping[Trial, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -265,18 +265,18 @@ def plot_courses(courses: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = commandline.parser("Train configs with and without their mechanism, over several seeds.")
-    made.add_argument("--out", required=True, help="folder of all runs and of the results")
-    made.add_argument(
+    parser = flags.parser("Train configs with and without their mechanism, over several seeds.")
+    parser.add_argument("--out", required=True, help="folder of all runs and of the results")
+    parser.add_argument(
         "--only", action="append", default=[], help="a comparison, or a suite; all if not given"
     )
-    made.add_argument("--seeds", default="0,1,2", help="comma-separated integers")
-    arguments, overrides = commandline.parse(made, argv)
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated integers")
+    arguments, overrides = flags.parse(parser, argv)
     for name in arguments.only:
         if name not in (known := [*SUITES, *COMPARISONS]):
             raise UserError(f"--only={name}: no such comparison.{nearest(name, known)}")
     seeds = seeds_of(arguments.seeds)
-    out = Path(commandline.make_workdir(arguments.out))
+    out = Path(flags.make_workdir(arguments.out))
     extra = [f"--extra={folder}" for folder in arguments.extra]
     found = {}
     for name in chosen(arguments.only):
@@ -304,19 +304,19 @@ def compare(
         found[trial] = run(trial, [f"--config={variant.config}", *extra], folder)
         steps[trial] = read_steps(folder / trial.name)
     rows = summarise(comparison, found) + (routing(steps) if comparison.routed else [])
-    made = {"asks": comparison.asks, "cost": cost, "rows": rows, "match": {}}
-    plot(made, out / f"{name}.svg")
+    result = {"asks": comparison.asks, "cost": cost, "rows": rows, "match": {}}
+    plot(result, out / f"{name}.svg")
     if comparison.parts:
         courses = dict[str, Any]()
         for trial in runs:
             courses.setdefault(trial.task, []).append(course(steps[trial], comparison.parts))
         plot_courses(courses, out / f"{name}-courses.svg")
         system, other, *_ = courses.values()
-        made["match"] = {
+        result["match"] = {
             part: [share_to_match(a[part], b[part]) for a, b in zip(system, other, strict=True)]
             for part in comparison.parts
         }
-    return made
+    return result
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmjax.core import commandline, errors
+from mmjax.core import errors, flags
 from mmjax.core.config import Block
 from mmjax.core.errors import UserError
 from mmjax.experiment import make_experiment
@@ -57,15 +57,15 @@ def singles(block: Block, seed: int) -> dict[str, tuple[str, ...]]:
     """For each task the overrides that leave it alone with the visits that it has in the mixture."""
     experiment = make_experiment(block)
     steps, warmup = experiment.run.steps, experiment.run.optimizer.warmup
-    found = {}
+    result = {}
     for task, visits in experiment.planned.schedule().visits(steps).items():
         words = [f"seed={seed}", f"steps={visits}"]
         words.append(f"optimizer.warmup={round(warmup * visits / steps)}")
         for other in experiment.tasks:
             if other != task:
                 words += [f"tasks.{other}.weight=0", f"tasks.{other}.evaluators={{}}"]
-        found[task] = tuple(words)
-    return found
+        result[task] = tuple(words)
+    return result
 
 
 def run(trial: Trial, arguments: Sequence[str], out: Path) -> list[dict[str, Any]]:
@@ -143,15 +143,15 @@ def seeds_of(words: str) -> list[int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = commandline.parser("Train a config over several seeds, and each of its tasks alone.")
-    made.add_argument("--config", required=True, help="path of a config file")
-    made.add_argument("--out", required=True, help="folder of all runs and of the results")
-    made.add_argument("--seeds", default="0,1,2", help="comma-separated integers")
-    made.add_argument("--alone", action="store_true", help="train each task alone as well")
-    arguments, overrides = commandline.parse(made, argv)
+    parser = flags.parser("Train a config over several seeds, and each of its tasks alone.")
+    parser.add_argument("--config", required=True, help="path of a config file")
+    parser.add_argument("--out", required=True, help="folder of all runs and of the results")
+    parser.add_argument("--seeds", default="0,1,2", help="comma-separated integers")
+    parser.add_argument("--alone", action="store_true", help="train each task alone as well")
+    arguments, overrides = flags.parse(parser, argv)
     seeds = seeds_of(arguments.seeds)
-    block = commandline.read_config(arguments.config, overrides)
-    out = Path(commandline.make_workdir(arguments.out))
+    block = flags.read_config(arguments.config, overrides)
+    out = Path(flags.make_workdir(arguments.out))
     shared = [f"--config={arguments.config}", *(f"--extra={folder}" for folder in arguments.extra)]
     shared += [f"--config.{each}" for each in overrides]
     found = {}

@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmjax.core import commandline, errors
 from mmjax.core import config as configs
+from mmjax.core import errors, flags
 from mmjax.engine.loader import arranged_rows
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.model import Model
@@ -91,11 +91,11 @@ class _Nothing:
 
 def measure(block: configs.Block, tokens: int = 0, rows: int = 4096) -> dict[str, Padding]:
     """The padding of each task with a Transfusion objective, over about so many rows."""
-    made = make_experiment(_narrow(block))
-    model = made.declaration.merge(made.declaration.initialise(0))
+    experiment = make_experiment(_narrow(block))
+    model = experiment.declaration.merge(experiment.declaration.initialise(0))
     return {
-        name: _measured(made, model, task, tokens, rows)
-        for name, task in made.tasks.items()
+        name: _measured(experiment, model, task, tokens, rows)
+        for name, task in experiment.tasks.items()
         if isinstance(task.objective, Transfusion)
     }
 
@@ -140,11 +140,11 @@ def _measured(made: Experiment, model: Model, task: Task, tokens: int, rows: int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = commandline.parser(__doc__.splitlines()[0])
-    made.add_argument("--config", required=True, help="a config file, or FILE:ARGUMENT")
-    made.add_argument("--tokens", type=int, default=0, help="mean length of simulated texts")
-    made.add_argument("--rows", type=int, default=4096, help="rows of each task to count, about")
-    arguments, overrides = commandline.parse(made, argv)
+    parser = flags.parser(__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="a config file, or FILE:ARGUMENT")
+    parser.add_argument("--tokens", type=int, default=0, help="mean length of simulated texts")
+    parser.add_argument("--rows", type=int, default=4096, help="rows of each task to count, about")
+    arguments, overrides = flags.parse(parser, argv)
     block = configs.override(configs.read_file(arguments.config), overrides)
     rows = [
         (name, percent(each.slots), percent(each.share), percent(each.cut))

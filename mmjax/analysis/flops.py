@@ -162,8 +162,8 @@ class _Counter:
 
     def _while(self, eqn: JaxprEqn, outs: Wanted, within: Within) -> int:
         trips = _trip_count(eqn)
-        wanted = self.liveness.while_wanted(eqn, outs)
-        body = self.jaxpr(opened(eqn.params["body_jaxpr"]), wanted, within)
+        targets = self.liveness.while_wanted(eqn, outs)
+        body = self.jaxpr(opened(eqn.params["body_jaxpr"]), targets, within)
         cond = self.jaxpr(opened(eqn.params["cond_jaxpr"]), (True,), within)
         if trips is None:
             if body or cond:
@@ -309,10 +309,10 @@ def _bound(eqn: JaxprEqn, cond: Jaxpr, end: Any) -> int | None:
 
 def _step(body: Jaxpr, of_body: int, carry: int) -> int | None:
     """The constant that the body adds to a carry."""
-    made = [eqn for eqn in body.eqns if body.outvars[carry] in eqn.outvars]
-    if not made or made[0].primitive.name != "add":
+    updates = [eqn for eqn in body.eqns if body.outvars[carry] in eqn.outvars]
+    if not updates or updates[0].primitive.name != "add":
         return None
-    operands = made[0].invars
+    operands = updates[0].invars
     amounts = [_constant(v) for v in operands if v is not body.invars[of_body + carry]]
     return amounts[0] if len(amounts) == 1 else None
 

@@ -12,7 +12,7 @@ from mmjax.nn.stream import Aux, Stream
 class Layer(Protocol):
     """What a block builds, an `nnx.Module`.
 
-    For generation it also has `begin` and `extend`, see those of `mmjax.nn.trunk.Trunk`.
+    For generation it also has `init_cache` and `decode`, see those of `mmjax.nn.trunk.Trunk`.
     """
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:

@@ -55,23 +55,23 @@ class BottleneckBlock(nnx.Module):
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         parts = segments(stream)
         fusion = [part for part in parts if part.layout[0][0] == FUSION]
-        made: list[Stream] = []
+        outputs: list[Stream] = []
         passed: list[tuple[jax.Array, jax.Array]] = []
         auxes = [no_aux()]
         for index, part in enumerate(parts):
             if part.layout[0][0] == FUSION:
-                made.append(part)
+                outputs.append(part)
                 continue
             sees = concatenate([part, *fusion]) if self.fuse else part
             out, aux = self._block(part.layout[0][0])(sees, fold(key, index))
             auxes.append(aux)
             own = part.x_BSD.shape[1]
-            made.append(replace(part, x_BSD=out.x_BSD[:, :own]))
+            outputs.append(replace(part, x_BSD=out.x_BSD[:, :own]))
             passed.append((out.x_BSD[:, own:], part.mask_BS().any(axis=1)))
         if self.fuse and fusion:
-            at = next(i for i, part in enumerate(made) if part.layout[0][0] == FUSION)
-            made[at] = replace(made[at], x_BSD=_mean(passed, fusion[0].x_BSD))
-        x_BSD = jnp.concatenate([part.x_BSD for part in made], axis=1)
+            at = next(i for i, part in enumerate(outputs) if part.layout[0][0] == FUSION)
+            outputs[at] = replace(outputs[at], x_BSD=_mean(passed, fusion[0].x_BSD))
+        x_BSD = jnp.concatenate([part.x_BSD for part in outputs], axis=1)
         return replace(stream, x_BSD=x_BSD), add_up(auxes)
 
     def _block(self, modality: str) -> Any:

@@ -19,7 +19,7 @@ from mmjax.nn.stream import Aux, Stream, no_aux
 
 
 @struct.dataclass
-class Held:
+class Cache:
     """What the block remembers: keys and values of its `own` stream so far, those of the `context`, and which exist."""
 
     own: KeyValues
@@ -89,29 +89,29 @@ class CrossTransformerBlock(nnx.Module):
         x = self._rest(x, self._key_values(context), context.valid_BS)
         return replace(stream, x_BSD=x), no_aux()
 
-    def _rest(self, x: jax.Array, held: KeyValues, valid_BT: jax.Array | None) -> jax.Array:
+    def _rest(self, x: jax.Array, key_values: KeyValues, valid_BT: jax.Array | None) -> jax.Array:
         """After self-attention."""
-        x = x + self.cross.read(self.cross_norm(x), held, Pairs(FULL, valid_BT=valid_BT))
+        x = x + self.cross.read(self.cross_norm(x), key_values, Pairs(FULL, valid_BT=valid_BT))
         return x + self.mlp(self.mlp_norm(x))
 
-    def begin(self, stream: Stream, slots: int) -> Held:
-        """Empty slots for the stream's own tokens, and what of the context is read; see `Trunk.begin`."""
+    def init_cache(self, stream: Stream, slots: int) -> Cache:
+        """Empty slots for the stream's own tokens, and what of the context is read; see `Trunk.init_cache`."""
         context = _context(stream)
         own = empty(self.attention, stream, slots)
-        return Held(own, self._key_values(context), context.valid_BS)
+        return Cache(own, self._key_values(context), context.valid_BS)
 
     def _key_values(self, context: Stream) -> KeyValues:
         """Return the keys and values of the context."""
         norm = self.context_norm
         return self.cross.key_values(context.x_BSD if norm is None else norm(context.x_BSD))
 
-    def extend(self, stream: Stream, held: Held, at: jax.Array | int) -> tuple[Stream, Held]:
-        """The block for the tokens from `at` on, given those before, see `Trunk.extend`."""
+    def decode(self, stream: Stream, cache: Cache, at: jax.Array | int) -> tuple[Stream, Cache]:
+        """The block for the tokens from `at` on, given those before, see `Trunk.decode`."""
         x, normed = stream.x_BSD, self.attention_norm(stream.x_BSD)
-        own = held.own.put(self.attention.key_values(normed), at)
+        own = cache.own.put(self.attention.key_values(normed), at)
         x = x + self.attention.read(normed, own, stream.pairs_from(at, own.k_BTHK.shape[1]))
-        x = self._rest(x, held.context, held.valid_BT)
-        return replace(stream, x_BSD=x), replace(held, own=own)
+        x = self._rest(x, cache.context, cache.valid_BT)
+        return replace(stream, x_BSD=x), replace(cache, own=own)
 
 
 def _context(stream: Stream) -> Stream:

@@ -15,7 +15,7 @@ from mmjax.core.bounds import COUNT, POSITIVE, check, check_choices
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import declare
 from mmjax.core.sharding import constrain
-from mmjax.nn.by_modality import SHARED, PerModality, apply, check_parts, kinds
+from mmjax.nn.by_modality import SHARED, PerModality, apply_per_modality, check_parts, modality_of
 from mmjax.nn.dense import NORMS, Dense, norm_of
 from mmjax.nn.masks import Causal, Mask, Or, Same, factors
 from mmjax.nn.selective_scan import Tokens, scan_from, selective_scan
@@ -77,61 +77,66 @@ class MambaBlock(nnx.Module):
         copies, depth = config.per_modality, config.depth
         self.norm = copies("norm", lambda: norm_of(config.norm, width, False, config.eps))
         self.inner, self.gate = (copies("in", lambda: _dense(width, inner)) for _ in range(2))
-        self.conv = copies("conv", lambda: Taps(config.taps, inner))
+        self.conv = copies("conv", lambda: DepthwiseConv(config.taps, inner))
         parts = self.rank + 2 * config.state
         self.x = copies("x", lambda: _dense(inner, parts, ("mlp", None)))
-        self.dt = copies("dt", lambda: Step(self.rank, inner))
+        self.dt = copies("dt", lambda: StepSize(self.rank, inner))
         self.out = copies("out", lambda: _dense(inner, width, ("mlp", "embed"), depth**-0.5))
         shape = (inner, config.state)
-        self.a_log = declare(shape, ("mlp", None), _a_log, keep=True, decay=False)
-        self.skip = declare((inner,), ("mlp",), initializers.ones, keep=True)
+        self.a_log = declare(shape, ("mlp", None), _a_log, keep_dtype=True, decay=False)
+        self.skip = declare((inner,), ("mlp",), initializers.ones, keep_dtype=True)
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         del key  # no dropout
         check_mask(stream.mask)
-        of, order = kinds(stream), reading_order(stream)
+        token_modalities, order = modality_of(stream), token_order(stream)
         u_BSE, z_BSE = self._enter(stream)
         window_BSKE = _windows(u_BSE, self.taps, stream, order)
-        u_BSE = jax.nn.silu(apply(self.conv, window_BSKE, of))
+        u_BSE = jax.nn.silu(apply_per_modality(self.conv, window_BSKE, token_modalities))
         tokens = self._tokens(u_BSE, stream, _begins(stream, order))
         if order is not None and "position" in stream.attributes:
-            y_BSE = order.undone(selective_scan(self._a(tokens), jax.tree.map(order.done, tokens)))
+            y_BSE = order.invert(selective_scan(self._a(tokens), jax.tree.map(order.apply, tokens)))
         else:
             y_BSE = selective_scan(self._a(tokens), tokens)
         return self._leave(stream, u_BSE, y_BSE, z_BSE), no_aux()
 
-    def begin(self, stream: Stream, slots: int) -> Held:
-        """An empty state and no tokens before, see `Trunk.begin`."""
+    def init_cache(self, stream: Stream, slots: int) -> Cache:
+        """An empty state and no tokens before, see `Trunk.init_cache`."""
         del slots  # the state does not grow
         rows, dtype = stream.x_BSD.shape[0], stream.x_BSD.dtype
         inner = self.a_log[...].shape[0]
         wide = jnp.promote_types(dtype, jnp.float32)
-        made = jax.eval_shape(lambda: self._enter(stream)[0])
-        window = jnp.zeros((rows, self.taps - 1, inner), made.dtype)
-        return Held(window, jnp.zeros((rows, inner, self.state), wide))
+        shapes = jax.eval_shape(lambda: self._enter(stream)[0])
+        window = jnp.zeros((rows, self.taps - 1, inner), shapes.dtype)
+        return Cache(window, jnp.zeros((rows, inner, self.state), wide))
 
-    def extend(self, stream: Stream, held: Held, at: jax.Array | int) -> tuple[Stream, Held]:
-        """The block for further tokens, as they lie, given the state after those before; see `Trunk.extend`."""
+    def decode(self, stream: Stream, cache: Cache, at: jax.Array | int) -> tuple[Stream, Cache]:
+        """The block for further tokens, as they lie, given the state after those before; see `Trunk.decode`."""
         del at  # no token knows its place
         own_BS = stream.mask_BS()
         u_BSE, z_BSE = self._enter(stream)
         # What was before, these, and one to come, which sees what the next tokens will have behind them.
         valid_BS = jnp.pad(own_BS, [(0, 0), (self.taps - 1, 1)], constant_values=True)
         all_BSE = jnp.pad(
-            jnp.concatenate([held.window_BKE, u_BSE], axis=1), [(0, 0), (0, 1), (0, 0)]
+            jnp.concatenate([cache.window_BKE, u_BSE], axis=1), [(0, 0), (0, 1), (0, 0)]
         )
-        window_BSKE = _behind(all_BSE, self.taps, _order(valid_BS, jnp.arange(valid_BS.shape[1])))
+        window_BSKE = _causal_windows(
+            all_BSE, self.taps, _order(valid_BS, jnp.arange(valid_BS.shape[1]))
+        )
         own = window_BSKE[:, self.taps - 1 : -1]
-        u_BSE = jax.nn.silu(apply(self.conv, own, kinds(stream)))
+        u_BSE = jax.nn.silu(apply_per_modality(self.conv, own, modality_of(stream)))
         tokens = self._tokens(u_BSE, stream, None)
-        state_BEN, y_BSE = scan_from(held.state_BEN, self._a(tokens), tokens)
-        return self._leave(stream, u_BSE, y_BSE, z_BSE), Held(window_BSKE[:, -1, :-1], state_BEN)
+        state_BEN, y_BSE = scan_from(cache.state_BEN, self._a(tokens), tokens)
+        return self._leave(stream, u_BSE, y_BSE, z_BSE), Cache(window_BSKE[:, -1, :-1], state_BEN)
 
     def _enter(self, stream: Stream) -> tuple[jax.Array, jax.Array]:
         """Inputs of the convolution, and gates."""
-        of = kinds(stream)
-        x_BSD = apply(self.norm, stream.x_BSD, of)
-        u_BSE, z_BSE = apply(self.inner, x_BSD, of), apply(self.gate, x_BSD, of)
+        token_modalities = modality_of(stream)
+        x_BSD = apply_per_modality(self.norm, stream.x_BSD, token_modalities)
+        u_BSE, z_BSE = (
+            apply_per_modality(self.inner, x_BSD, token_modalities),
+            apply_per_modality(self.gate, x_BSD, token_modalities),
+        )
         return constrain(u_BSE, ("batch", None, "mlp")), z_BSE
 
     def _a(self, tokens: Tokens) -> jax.Array:
@@ -139,10 +144,10 @@ class MambaBlock(nnx.Module):
         return -jnp.exp(self.a_log[...].astype(wide))
 
     def _tokens(self, u_BSE: jax.Array, stream: Stream, begins_BS: jax.Array | None) -> Tokens:
-        of = kinds(stream)
-        parts = apply(self.x, u_BSE, of)
+        token_modalities = modality_of(stream)
+        parts = apply_per_modality(self.x, u_BSE, token_modalities)
         step_BSR, in_BSN, out_BSN = jnp.split(parts, [self.rank, self.rank + self.state], axis=-1)
-        step_BSE = apply(self.dt, step_BSR, of)
+        step_BSE = apply_per_modality(self.dt, step_BSR, token_modalities)
         if stream.valid_BS is not None:
             step_BSE = jnp.where(stream.valid_BS[..., None], step_BSE, 0)
         return Tokens(u_BSE, step_BSE, in_BSN, out_BSN, begins_BS)
@@ -151,11 +156,13 @@ class MambaBlock(nnx.Module):
         self, stream: Stream, u_BSE: jax.Array, y_BSE: jax.Array, z_BSE: jax.Array
     ) -> Stream:
         y_BSE = (y_BSE + self.skip[...] * u_BSE).astype(u_BSE.dtype) * jax.nn.silu(z_BSE)
-        return replace(stream, x_BSD=stream.x_BSD + apply(self.out, y_BSE, kinds(stream)))
+        return replace(
+            stream, x_BSD=stream.x_BSD + apply_per_modality(self.out, y_BSE, modality_of(stream))
+        )
 
 
 @struct.dataclass
-class Held:
+class Cache:
     """What the block remembers: the last inputs of the convolution, `[B, taps - 1, E]`, and the state `[B, E, N]`."""
 
     window_BKE: jax.Array
@@ -163,44 +170,44 @@ class Held:
 
 
 @struct.dataclass
-class Order:
+class Permutation:
     """In which order a row's tokens are read, those that are not valid last.
 
     Attributes:
-      place_BS: where the n-th token lies.
-      nth_BS: which one, from 0 on, the token at a place is.
+      source_BS: where the n-th token lies.
+      rank_BS: which one, from 0 on, the token at a place is.
     """
 
-    place_BS: jax.Array
-    nth_BS: jax.Array
+    source_BS: jax.Array
+    rank_BS: jax.Array
 
-    def done(self, x: jax.Array) -> jax.Array:
-        """`[B, S, ...]`, brought into the order."""
-        return _picked(x, self.place_BS)
+    def apply(self, x: jax.Array) -> jax.Array:
+        """Return `[B, S, ...]` in the order in which it is read."""
+        return _picked(x, self.source_BS)
 
-    def undone(self, x: jax.Array) -> jax.Array:
-        """And back to their places."""
-        return _picked(x, self.nth_BS)
+    def invert(self, x: jax.Array) -> jax.Array:
+        """Return the inverse of `apply`: from the order in which it is read to the order of the tokens."""
+        return _picked(x, self.rank_BS)
 
 
 def _picked(x: jax.Array, index_BS: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index_BS.reshape(index_BS.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
-def reading_order(stream: Stream) -> Order | None:
+def token_order(stream: Stream) -> Permutation | None:
     """None where all tokens are read as they lie."""
     if stream.valid_BS is None and "position" not in stream.attributes:
         return None
-    return _order(stream.mask_BS(), stream.places())
+    return _order(stream.mask_BS(), stream.positions())
 
 
-def _order(valid_BS: jax.Array, places: jax.Array) -> Order:
+def _order(valid_BS: jax.Array, positions: jax.Array) -> Permutation:
     last = jnp.iinfo(jnp.int32).max
-    place_BS = jnp.argsort(jnp.where(valid_BS, places, last), axis=1, stable=True)
-    return Order(place_BS, jnp.argsort(place_BS, axis=1))
+    source_BS = jnp.argsort(jnp.where(valid_BS, positions, last), axis=1, stable=True)
+    return Permutation(source_BS, jnp.argsort(source_BS, axis=1))
 
 
-class Taps(nnx.Module):
+class DepthwiseConv(nnx.Module):
     """The weights of a depthwise convolution, for windows `[B, S, taps, E]` whose last tap is the token's own."""
 
     def __init__(self, taps: int, inner: int):
@@ -212,12 +219,12 @@ class Taps(nnx.Module):
         return (window_BSKE * self.kernel[...]).sum(axis=2) + self.bias[...]
 
 
-class Step(nnx.Module):
+class StepSize(nnx.Module):
     """`softplus(r W + b)`: step sizes, in float32 or wider; they begin around exp(U(log 0.001, log 0.1))."""
 
     def __init__(self, rank: int, inner: int):
         self.kernel = declare((rank, inner), (None, "mlp"), _uniform(rank**-0.5))
-        self.bias = declare((inner,), ("mlp",), _step_bias, keep=True)
+        self.bias = declare((inner,), ("mlp",), _step_bias, keep_dtype=True)
 
     def __call__(self, r_BSR: jax.Array) -> jax.Array:
         wide = jnp.promote_types(r_BSR.dtype, jnp.float32)
@@ -241,22 +248,22 @@ def _has_causal(mask: Mask) -> bool:
     return isinstance(mask, Causal)
 
 
-def _windows(x_BSE: jax.Array, taps: int, stream: Stream, order: Order | None) -> jax.Array:
+def _windows(x_BSE: jax.Array, taps: int, stream: Stream, order: Permutation | None) -> jax.Array:
     """Each token after the `taps - 1` valid ones before it, `[B, S, taps, E]`; zero where its item has none."""
-    window_BSKE = _behind(x_BSE, taps, order)
+    window_BSKE = _causal_windows(x_BSE, taps, order)
     item_BS = _items(stream)
     if item_BS is None:
         return window_BSKE
-    same_BSK = _behind(item_BS[..., None], taps, order)[..., 0] == item_BS[..., None]
+    same_BSK = _causal_windows(item_BS[..., None], taps, order)[..., 0] == item_BS[..., None]
     return jnp.where(same_BSK[..., None], window_BSKE, 0)
 
 
-def _begins(stream: Stream, order: Order | None) -> jax.Array | None:
+def _begins(stream: Stream, order: Permutation | None) -> jax.Array | None:
     """The valid tokens whose item is not that of the valid one before; None where there are no items."""
     item_BS = _items(stream)
     if item_BS is None:
         return None
-    before_BS = _behind(item_BS[..., None], 2, order)[:, :, 0, 0]
+    before_BS = _causal_windows(item_BS[..., None], 2, order)[:, :, 0, 0]
     return (before_BS != item_BS) & stream.mask_BS()
 
 
@@ -265,16 +272,16 @@ def _items(stream: Stream) -> jax.Array | None:
     return None if item_BS is None else jnp.broadcast_to(item_BS, stream.x_BSD.shape[:2])
 
 
-def _behind(x_BSE: jax.Array, taps: int, order: Order | None) -> jax.Array:
+def _causal_windows(x_BSE: jax.Array, taps: int, order: Permutation | None) -> jax.Array:
     """`[B, S, taps, E]`: for a valid token the last `taps` valid ones up to itself, zero where there are fewer."""
     s = x_BSE.shape[1]
     if order is None:
         padded = jnp.pad(x_BSE, [(0, 0), (taps - 1, 0), (0, 0)])
         return jnp.stack([padded[:, k : k + s] for k in range(taps)], axis=2)
-    nth_BSK = order.nth_BS[..., None] - jnp.arange(taps - 1, -1, -1)
-    flat = jnp.maximum(nth_BSK, 0).reshape(len(x_BSE), -1)
-    found = _picked(x_BSE, jnp.take_along_axis(order.place_BS, flat, axis=1))
-    return jnp.where(nth_BSK[..., None] >= 0, found.reshape(*nth_BSK.shape, -1), 0)
+    rank_BSK = order.rank_BS[..., None] - jnp.arange(taps - 1, -1, -1)
+    flat = jnp.maximum(rank_BSK, 0).reshape(len(x_BSE), -1)
+    picked = _picked(x_BSE, jnp.take_along_axis(order.source_BS, flat, axis=1))
+    return jnp.where(rank_BSK[..., None] >= 0, picked.reshape(*rank_BSK.shape, -1), 0)
 
 
 def _dense(

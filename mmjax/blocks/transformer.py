@@ -16,12 +16,12 @@ from mmjax.nn.attention_kernels import KERNELS
 from mmjax.nn.by_modality import (
     SHARED,
     Call,
-    Kinds,
     PerModality,
-    apply,
+    TokenModalities,
+    apply_per_modality,
+    call_part,
     check_parts,
-    kinds,
-    plainly,
+    modality_of,
 )
 from mmjax.nn.dense import MLPS, NORMS, mlp_of, norm_of
 from mmjax.nn.experts import Experts, ExpertsConfig, route
@@ -131,12 +131,17 @@ class TransformerBlock(nnx.Module):
         self.has_experts = experts is not None
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
-        x, of = stream.x_BSD, kinds(stream)
+        x, token_modalities = stream.x_BSD, modality_of(stream)
 
         def attention(x: jax.Array) -> jax.Array:
-            return self.attention(x, stream.pairs(), kinds=of, places_BS=stream.places())
+            return self.attention(
+                x,
+                stream.pairs(),
+                token_modalities=token_modalities,
+                positions_BS=stream.positions(),
+            )
 
-        x = self._add(x, self.attention_norm, attention, of)
+        x = self._add(x, self.attention_norm, attention, token_modalities)
         stream, auxes = replace(stream, x_BSD=x), [no_aux()]
 
         def experts(x: jax.Array) -> jax.Array:
@@ -145,58 +150,65 @@ class TransformerBlock(nnx.Module):
             return y
 
         if not self.has_experts:
-            return self._rest(stream, plainly), auxes[-1]
-        x = self._add(x, self.mlp_norm, experts, of)
+            return self._rest(stream, call_part), auxes[-1]
+        x = self._add(x, self.mlp_norm, experts, token_modalities)
         return replace(stream, x_BSD=x), auxes[-1]
 
     def _add(
-        self, x: jax.Array, norm: Any, part: Callable[[jax.Array], jax.Array], of: Kinds
+        self,
+        x: jax.Array,
+        norm: Any,
+        part: Callable[[jax.Array], jax.Array],
+        token_modalities: TokenModalities,
     ) -> jax.Array:
         if self.order == "pre":
-            return x + part(apply(norm, x, of))
-        return x + apply(norm, part(x), of)
+            return x + part(apply_per_modality(norm, x, token_modalities))
+        return x + apply_per_modality(norm, part(x), token_modalities)
 
     def _rest(self, stream: Stream, call: Call) -> Stream:
         """After attention, `call(mlp, x)` being what each token makes of its MLP."""
-        of = kinds(stream)
+        token_modalities = modality_of(stream)
 
         def mlp(x: jax.Array) -> jax.Array:
-            return apply(self.mlp, x, of, call)
+            return apply_per_modality(self.mlp, x, token_modalities, call)
 
-        return replace(stream, x_BSD=self._add(stream.x_BSD, self.mlp_norm, mlp, of))
+        return replace(stream, x_BSD=self._add(stream.x_BSD, self.mlp_norm, mlp, token_modalities))
 
-    def begin(self, stream: Stream, slots: int) -> KeyValues:
-        """Empty slots for the tokens of a stream that comes part by part, see `Trunk.begin`."""
+    def init_cache(self, stream: Stream, slots: int) -> KeyValues:
+        """Empty slots for the tokens of a stream that comes part by part, see `Trunk.init_cache`."""
         if self.has_experts:  # which of them can go on so, the block says as it is traced
-            jax.eval_shape(lambda x: apply(self.mlp, x, kinds(stream), _alone), stream.x_BSD)
+            jax.eval_shape(
+                lambda x: apply_per_modality(self.mlp, x, modality_of(stream), _causal_call),
+                stream.x_BSD,
+            )
         return empty(self.attention, stream, slots)
 
-    def extend(
-        self, stream: Stream, held: KeyValues, at: jax.Array | int
+    def decode(
+        self, stream: Stream, cache: KeyValues, at: jax.Array | int
     ) -> tuple[Stream, KeyValues]:
-        """The block for the tokens from `at` on, given those before, see `Trunk.extend`."""
-        x, of = stream.x_BSD, kinds(stream)
-        places_BS = stream.places(at)
+        """The block for the tokens from `at` on, given those before, see `Trunk.decode`."""
+        x, token_modalities = stream.x_BSD, modality_of(stream)
+        positions_BS = stream.positions(at)
 
         def attention(x: jax.Array) -> jax.Array:
-            nonlocal held
-            held = held.put(self.attention.key_values(x, of, places_BS), at)
-            pairs = stream.pairs_from(at, held.k_BTHK.shape[1])
-            return self.attention.read(x, held, pairs, of, places_BS)
+            nonlocal cache
+            cache = cache.put(self.attention.key_values(x, token_modalities, positions_BS), at)
+            pairs = stream.pairs_from(at, cache.k_BTHK.shape[1])
+            return self.attention.read(x, cache, pairs, token_modalities, positions_BS)
 
-        x = self._add(x, self.attention_norm, attention, of)
-        call = _alone if self.has_experts else plainly
-        return self._rest(replace(stream, x_BSD=x), call), held
+        x = self._add(x, self.attention_norm, attention, token_modalities)
+        call = _causal_call if self.has_experts else call_part
+        return self._rest(replace(stream, x_BSD=x), call), cache
 
 
-def _alone(experts: Any, x: jax.Array) -> jax.Array:
-    y: jax.Array = experts.alone(x)
+def _causal_call(experts: Any, x: jax.Array) -> jax.Array:
+    y: jax.Array = experts.causal_call(x)
     return y
 
 
 def empty(attention: Attention, stream: Stream, slots: int) -> KeyValues:
     """Keys and values of `slots` tokens that are still to come, zeros."""
-    made = jax.eval_shape(
-        lambda x: attention.key_values(x, kinds(stream), stream.places()), stream.x_BSD
+    shapes = jax.eval_shape(
+        lambda x: attention.key_values(x, modality_of(stream), stream.positions()), stream.x_BSD
     )
-    return jax.tree.map(lambda s: jnp.zeros((s.shape[0], slots, *s.shape[2:]), s.dtype), made)
+    return jax.tree.map(lambda s: jnp.zeros((s.shape[0], slots, *s.shape[2:]), s.dtype), shapes)

@@ -45,7 +45,7 @@ from etils import epath
 from mmjax.convert import readers
 from mmjax.convert.readers import Found, Ignored
 from mmjax.convert.values import KEY, TYPES, Value, plain_words, type_of, value_of
-from mmjax.core import commandline, errors
+from mmjax.core import errors, flags
 from mmjax.core.errors import UserError
 from mmjax.core.files import new_folder, swap_in
 from mmjax.data import pictures
@@ -54,7 +54,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 MADE_BY = "mmjax.convert.convert"
 _KINDS = {"tar": "tar", "parquet": "Parquet file", "folder": "folder"}
-_TELL_SECONDS = 10.0
+_LOG_SECONDS = 10.0
 
 Json = dict[str, Any]
 Wanted = Mapping[str, tuple[str, ...]]
@@ -79,7 +79,7 @@ def convert(
     max_bad: int = 0,
     max_pixels: int = pictures.MAX_PIXELS,
     force: bool = False,
-    tell: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Converted:
     """Convert `sources` into the folder `out` (or its folder `split`).
 
@@ -93,7 +93,7 @@ def convert(
       max_bad: examples that may be left out.
       max_pixels: pixels of a picture, beyond which it is not decoded.
       force: replace an earlier conversion.
-      tell: called with a line of progress every few seconds.
+      log: called with a line of progress every few seconds.
 
     Raises:
       UserError: what is wrong with the source, where; no part of the output is left behind.
@@ -112,11 +112,11 @@ def convert(
     _check_free(path, force)
     ignored = Ignored()
     choice = _Choice(fields, types or {}, max_pixels)
-    wanted = {old for olds in (fields or {}).values() for old in olds}
-    examples = readers.read(kind, files, ignored, frozenset(wanted))
+    fields_read = {old for olds in (fields or {}).values() for old in olds}
+    examples = readers.read(kind, files, ignored, frozenset(fields_read))
     with _part(path) as part, _local(part) as folder:
         names = [f"{path.name}-{i:05d}-of-{shards:05d}.array_record" for i in range(shards)]
-        tally = _write(examples, [folder / n for n in names], choice, max_bad, tell)
+        tally = _write(examples, [folder / n for n in names], choice, max_bad, log)
         manifest = {
             "made_by": MADE_BY,
             "format": FORMAT,
@@ -160,9 +160,9 @@ class Tally:
     def check_types(self, example: Mapping[str, Value]) -> None:
         """`ValueError` for a field of another type than before."""
         for name, value in example.items():
-            found, known = type_of(value), self.fields.get(name, {}).get("type")
-            if known and found != known:
-                raise ValueError(f"field {name!r} is {found}, in examples before it is {known}")
+            kind, known = type_of(value), self.fields.get(name, {}).get("type")
+            if known and kind != known:
+                raise ValueError(f"field {name!r} is {kind}, in examples before it is {known}")
 
     def leave_out(self, where: str, error: Exception, max_bad: int) -> None:
         self.bad.append(f"{where}: {error}".rstrip("."))
@@ -175,10 +175,10 @@ class Tally:
 
 def _write(
     examples: Iterator[Found], files: Sequence[epath.Path], choice: _Choice, max_bad: int,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Tally:  # fmt: skip
     """Write the examples that are whole, dealt over the files in turn."""
-    tally, digest, told = Tally(), hashlib.sha256(), time.monotonic()
+    tally, digest, last_logged = Tally(), hashlib.sha256(), time.monotonic()
     with _Files(files) as writers:
         for found in examples:
             try:
@@ -191,9 +191,9 @@ def _write(
             writers.write(tally.examples % len(files), record)
             digest.update(len(record).to_bytes(8, "little") + record)
             tally.add(example)
-            if time.monotonic() - told > _TELL_SECONDS:
-                told = time.monotonic()
-                tell(f"{tally.examples:,} examples so far")
+            if time.monotonic() - last_logged > _LOG_SECONDS:
+                last_logged = time.monotonic()
+                log(f"{tally.examples:,} examples so far")
     if tally.examples < len(files):
         raise UserError(
             f"The source has {_count(tally.examples, 'example')}, which do not fill --shards={len(files)}."
@@ -323,14 +323,14 @@ def _check_free(path: epath.Path, force: bool) -> None:
         return
     if not path.is_dir():
         raise UserError(f"--out: {path} is a file. Give a folder.")
-    held = {file.name for file in path.iterdir()}
+    present = {file.name for file in path.iterdir()}
     own = {MANIFEST, *_own_files(path)}
-    if held - own:
+    if present - own:
         raise UserError(
-            f"{path} holds other files ({min(held - own)}), which a conversion would replace. "
+            f"{path} holds other files ({min(present - own)}), which a conversion would replace. "
             "Give --out a new folder."
         )
-    if held and not force:
+    if present and not force:
         raise UserError(f"{path} holds a conversion already. Add --force to replace it.")
 
 
@@ -424,7 +424,7 @@ def _wanted(arguments: Sequence[str]) -> tuple[Wanted | None, dict[str, str]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = commandline.plain_command("convert", __doc__)
+    parser = flags.plain_command("convert", __doc__)
     parser.add_argument(
         "source", nargs="+", metavar="SOURCE", help="tars, Parquet files or a folder of images"
     )
@@ -451,7 +451,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = convert(
         args.source, args.out, split=args.split, shards=args.shards, fields=fields, types=types,
         max_bad=args.max_bad, max_pixels=args.max_pixels, force=args.force,
-        tell=lambda line: print(line, file=sys.stderr),
+        log=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     print(summary(made, time.perf_counter() - start))
 

@@ -65,12 +65,12 @@ def _stem(name: str) -> str:
 
 
 def _image(name: str, file: epath.Path) -> Found:
-    found = Found(repr(name), {KEY: ("value", _stem(name)), "image": ("image", b"")})
+    result = Found(repr(name), {KEY: ("value", _stem(name)), "image": ("image", b"")})
     if file.stat().length > MAX_BYTES:
-        found.fault = f"is over {MAX_BYTES >> 20} MiB"
+        result.fault = f"is over {MAX_BYTES >> 20} MiB"
     else:
-        found.raw["image"] = ("image", file.read_bytes())
-    return found
+        result.raw["image"] = ("image", file.read_bytes())
+    return result
 
 
 def _by_sidecar(
@@ -79,15 +79,15 @@ def _by_sidecar(
     beside = {_stem(name): file for name, file in captions.items()}
     seen: set[str] = set()
     for name, file in images.items():
-        found, stem = _image(name, file), _stem(name)
+        image, stem = _image(name, file), _stem(name)
         if stem in seen:
-            found.fault = f"another image has the stem {stem!r}"
+            image.fault = f"another image has the stem {stem!r}"
         elif stem not in beside:
-            found.fault = found.fault or f"has no caption: {stem + '.txt'!r} is missing"
+            image.fault = image.fault or f"has no caption: {stem + '.txt'!r} is missing"
         else:
-            _caption(found, beside[stem].read_bytes())
+            _caption(image, beside[stem].read_bytes())
         seen.add(stem)
-        yield found
+        yield image
 
 
 def _caption(found: Found, text: bytes) -> None:
@@ -111,11 +111,11 @@ def _by_table(table: epath.Path, images: Mapping[str, epath.Path]) -> Iterator[F
             yield Found(where, fault=fault)
             continue
         used.add(name)  # type: ignore[arg-type]
-        found = _image(name, images[name])  # type: ignore[arg-type, index]
+        image = _image(name, images[name])  # type: ignore[arg-type, index]
         more = row.keys() - {"file", "caption"}
-        found.raw |= {n: _cell(row[n]) for n in more if row[n] is not None}
-        _caption(found, caption.encode("utf-8", "surrogatepass"))  # type: ignore[union-attr]
-        yield found
+        image.raw |= {n: _cell(row[n]) for n in more if row[n] is not None}
+        _caption(image, caption.encode("utf-8", "surrogatepass"))  # type: ignore[union-attr]
+        yield image
     for name in sorted(images.keys() - used):
         yield Found(repr(name), fault=f"has no caption: it is not in {table.name}")
 

@@ -35,10 +35,10 @@ def find(sources: Sequence[epath.PathLike]) -> tuple[str, list[epath.Path]]:
 def _matching(path: epath.Path) -> list[epath.Path]:
     if path.exists():
         return [path]
-    found = sorted(path.parent.glob(path.name)) if any(c in path.name for c in "*?[") else []
-    if not found:
+    result = sorted(path.parent.glob(path.name)) if any(c in path.name for c in "*?[") else []
+    if not result:
         raise UserError(f"There is no {path}.")
-    return found
+    return result
 
 
 def _kind(file: epath.Path) -> str:

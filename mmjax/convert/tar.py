@@ -80,11 +80,11 @@ def _parts(name: str) -> tuple[str, str]:
 
 
 def _begin(file: epath.Path, stem: str, is_new: bool) -> Found:
-    found = Found(f"{file.name}, {stem!r}")
-    found.raw[KEY] = ("bytes", stem.encode("utf-8", "surrogateescape"))
+    result = Found(f"{file.name}, {stem!r}")
+    result.raw[KEY] = ("bytes", stem.encode("utf-8", "surrogateescape"))
     if not is_new:
-        found.fault = "is there twice: members of one stem must lie together (tar --sort=name)"
-    return found
+        result.fault = "is there twice: members of one stem must lie together (tar --sort=name)"
+    return result
 
 
 def _add_member(

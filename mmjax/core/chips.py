@@ -70,5 +70,5 @@ def chip(kind: str) -> Chip | None:
 
 def peak_flops(kind: str) -> float | None:
     """FLOP/s of one device of a kind; None where it is not known."""
-    found = chip(kind)
-    return found.flops if found else None
+    spec = chip(kind)
+    return spec.flops if spec else None

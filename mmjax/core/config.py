@@ -197,13 +197,13 @@ def add_folder(folder: str) -> None:
     """Let configs also name modules under `folder/<kind>/NAME.py` (code that a person passes by hand)."""
     if not Path(folder).is_dir():
         raise UserError(f"--extra={folder}: no such folder.")
-    found = [kind for kind in KINDS if (Path(folder) / kind).is_dir()]
-    if not found:
+    kinds = [kind for kind in KINDS if (Path(folder) / kind).is_dir()]
+    if not kinds:
         raise UserError(
             f"--extra={folder}: no folder in it has the name of a kind ({', '.join(KINDS)}). "
             "Put a module of your own in DIR/KIND/NAME.py, and give DIR."
         )
-    for kind in found:
+    for kind in kinds:
         _add_path(kind, str((Path(folder) / kind).resolve()))
     if folder not in _added:
         _added.append(folder)
@@ -559,15 +559,15 @@ def compare(saved: Block, new: Block, schema: type) -> list[Difference]:
     old_leaves, new_leaves = dict(flat(saved)), dict(flat(new))
     old_tasks, new_tasks = saved.get("tasks", {}), new.get("tasks", {})
     moved = set(old_tasks) ^ set(new_tasks)
-    found = [
+    differences = [
         Difference(f"tasks.{t}", "schedule", old_tasks.get(t), new_tasks.get(t)) for t in moved
     ]
     for key in old_leaves.keys() | new_leaves.keys():
         before, after = old_leaves.get(key), new_leaves.get(key)
         whole_task = key.startswith("tasks.") and key.split(".")[1] in moved
         if before != after and not whole_task:
-            found.append(Difference(key, key_class(key, schema, new, saved), before, after))
-    return sorted(found, key=lambda difference: difference.key)
+            differences.append(Difference(key, key_class(key, schema, new, saved), before, after))
+    return sorted(differences, key=lambda difference: difference.key)
 
 
 def check_compatible(

@@ -30,7 +30,7 @@ def declare(
     axes: tuple[str | None, ...],
     init: Initializer,
     *,
-    keep: bool = False,
+    keep_dtype: bool = False,
     decay: bool | None = None,
 ) -> nnx.Param:
     """Declare a parameter.
@@ -39,7 +39,7 @@ def declare(
       shape: its shape.
       axes: one logical axis name per dimension, resolved only in `mmjax.core.sharding`.
       init: `init(key, shape, dtype)`.
-      keep: stay in the parameter dtype when the model computes in a lower precision.
+      keep_dtype: stay in the parameter dtype when the model computes in a lower precision.
       decay: whether weight decay applies; by default to matrices (two or more axes) only.
     """
     assert len(shape) == len(axes), (shape, axes)
@@ -48,7 +48,7 @@ def declare(
         jax.ShapeDtypeStruct(shape, jnp.float32),
         axes=axes,
         init=init,
-        keep=keep,
+        keep_dtype=keep_dtype,
         decay=decay,
         stack=None,
         copies=1,
@@ -56,7 +56,7 @@ def declare(
 
 
 @dataclass(frozen=True)
-class Stack:
+class LayerStack:
     """Where a stacked parameter's repeats stand among the layers: index of repeat r = first + r * stride."""
 
     first: int
@@ -72,7 +72,7 @@ class Stack:
         ]
 
 
-def repeated(module: nnx.Module, count: int, axis: str) -> None:
+def stack_copies(module: nnx.Module, count: int, axis: str) -> None:
     """Give a module's declarations a leading axis of so many, each beginning by a key of its own (in place)."""
     for _, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Param):
@@ -89,13 +89,13 @@ def _each(init: Initializer) -> Initializer:
     return many
 
 
-def as_copy(part: nnx.Module | nnx.Param, of: float) -> None:
+def mark_copies(part: nnx.Module | nnx.Param, of: float) -> None:
     """Say of a part's declarations that they are one of so many copies, of which a token meets one (in place).
 
     Of experts a token meets more or less than one: `of` is then their count divided by that.
     """
-    found = [part] if isinstance(part, nnx.Param) else [node for _, node in nnx.iter_graph(part)]
-    for node in found:
+    nodes = [part] if isinstance(part, nnx.Param) else [node for _, node in nnx.iter_graph(part)]
+    for node in nodes:
         if isinstance(node, nnx.Param):
             node.set_metadata(copies=of * node.get_metadata()["copies"])
 
@@ -111,9 +111,9 @@ class Spec:
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Initializer
-    keep: bool
+    keep_dtype: bool
     decay: bool
-    stack: Stack | None
+    stack: LayerStack | None
     copies: float = 1
 
     @property
@@ -139,11 +139,11 @@ class Declaration:
         return {n: jax.ShapeDtypeStruct(spec.shape, dtype) for n, spec in self.specs.items()}
 
     def merge(self, parameters: Mapping[str, jax.Array], compute_dtype: Any = None) -> Any:
-        """The model with these arrays; floating ones cast to `compute_dtype` unless declared `keep`."""
+        """The model with these arrays; floating ones cast to `compute_dtype` unless declared `keep_dtype`."""
         pairs = []
         for name, (path, variable) in self._variables.items():
             value = jnp.asarray(parameters[name])  # of a file, perhaps
-            if compute_dtype is not None and not self.specs[name].keep:
+            if compute_dtype is not None and not self.specs[name].keep_dtype:
                 value = value.astype(compute_dtype)
             pairs.append((path, variable.replace(value)))
         return nnx.merge(self._graph, nnx.from_flat_state(pairs))
@@ -161,12 +161,12 @@ def _spec(name: str, variable: Any) -> Spec:
         # A trunk's names read `PREFIX/groups/G/blocks/B/INNER`.
         prefix, rest = name.split("/groups/", 1)
         first, stride, repeat = stack
-        stack = Stack(first, stride, repeat, f"{prefix}/layers", rest.split("/", 3)[3])
+        stack = LayerStack(first, stride, repeat, f"{prefix}/layers", rest.split("/", 3)[3])
     return Spec(
         name=name,
         shape=variable.shape,
         stack=stack,
-        **{key: meta[key] for key in ("axes", "init", "keep", "decay", "copies")},
+        **{key: meta[key] for key in ("axes", "init", "keep_dtype", "decay", "copies")},
     )
 
 

@@ -134,14 +134,14 @@ def _by_slice(count: int, devices: Sequence[Any]) -> list[list[Any]]:
                 f"mesh.slices is {count}; it must divide the {len(devices)} devices here."
             )
         return [list(part) for part in np.split(np.asarray(devices), count)]
-    found: dict[int, list[Any]] = {}
+    slices: dict[int, list[Any]] = {}
     for device in devices:
-        found.setdefault(getattr(device, "slice_index", 0), []).append(device)
-    if count not in (0, len(found)):
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    if count not in (0, len(slices)):
         raise UserError(
-            f"mesh.slices is {count}; the devices here are in {len(found)}. Set it to that, or leave it out."
+            f"mesh.slices is {count}; the devices here are in {len(slices)}. Set it to that, or leave it out."
         )
-    return [found[index] for index in sorted(found)]
+    return [slices[index] for index in sorted(slices)]
 
 
 def _within_slice(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
@@ -170,7 +170,7 @@ def rules_of(mesh: Any) -> Mapping[str, tuple[str, ...]]:
 
 
 @dataclass(frozen=True, order=True)
-class Whole:
+class ReplicatedDim:
     """A dimension of `size` along logical axis `name` that stays whole on a mesh `axis` of `parts`."""
 
     axis: str
@@ -187,12 +187,14 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> Pa
     return _resolve(axes, shape, mesh)[0]
 
 
-def undivided(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> list[Whole]:
+def replicated_dims(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Any
+) -> list[ReplicatedDim]:
     """What stays whole of an array although a rule would divide it."""
     return _resolve(axes, shape, mesh)[1]
 
 
-def described(found: Mapping[str, Sequence[str]]) -> list[str]:
+def describe_replicated(found: Mapping[str, Sequence[str]]) -> list[str]:
     """A line for each thing that stays whole, with where it was found: `heads 4 over tensor 8: a, b and 7 more`."""
     where: dict[str, list[str]] = {}
     for name in found:
@@ -207,8 +209,8 @@ def described(found: Mapping[str, Sequence[str]]) -> list[str]:
 
 def _resolve(
     axes: Sequence[str | None], shape: Sequence[int], mesh: Any
-) -> tuple[PartitionSpec, list[Whole]]:
-    rules, used, whole = rules_of(mesh), set[str](), list[Whole]()
+) -> tuple[PartitionSpec, list[ReplicatedDim]]:
+    rules, used, dims = rules_of(mesh), set[str](), list[ReplicatedDim]()
     entries: list[tuple[str, ...] | None] = []
     for name, size in zip(axes, shape, strict=True):
         if name is not None and name not in rules:
@@ -221,10 +223,10 @@ def _resolve(
             if size % (math.prod(mesh.shape[a] for a in entry) * parts) == 0:
                 entry.append(axis)
             else:
-                whole.append(Whole(axis, parts, str(name), size))
+                dims.append(ReplicatedDim(axis, parts, str(name), size))
         used.update(entry)
         entries.append(tuple(entry) or None)
-    return PartitionSpec(*entries), whole
+    return PartitionSpec(*entries), dims
 
 
 def named(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
@@ -247,16 +249,16 @@ def batch_sharding(mesh: Mesh, rows: int, where: str) -> NamedSharding:
     return named(("batch",), (rows,), mesh)
 
 
-_noted: ContextVar[set[Whole] | None] = ContextVar("noted", default=None)
+_noted: ContextVar[set[ReplicatedDim] | None] = ContextVar("noted", default=None)
 
 
 @contextmanager
-def noting() -> Iterator[set[Whole]]:
+def record_replicated() -> Iterator[set[ReplicatedDim]]:
     """Gathers what stays whole of the activations that are traced meanwhile."""
-    found: set[Whole] = set()
-    token = _noted.set(found)
+    dims: set[ReplicatedDim] = set()
+    token = _noted.set(dims)
     try:
-        yield found
+        yield dims
     finally:
         _noted.reset(token)
 
@@ -266,10 +268,10 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    spec, whole = _resolve(axes, x.shape, mesh)
-    found = _noted.get()
-    if found is not None:
-        found.update(whole)
+    spec, dims = _resolve(axes, x.shape, mesh)
+    recorded = _noted.get()
+    if recorded is not None:
+        recorded.update(dims)
     return jax.lax.with_sharding_constraint(x, spec)
 
 

@@ -36,7 +36,7 @@ from etils import epath
 
 import mmjax.data
 import mmjax.datasets
-from mmjax.core import commandline, errors
+from mmjax.core import errors, flags
 from mmjax.core.errors import UserError
 from mmjax.core.files import new_folder, swap_in
 
@@ -106,9 +106,9 @@ def build(
         return Built(path, _read_manifest(path), reused=True)
     module = _module(name)
     with _part(path) as part, _scratch() as scratch, _quiet():
-        made = module.prepare(scratch, limit)
-        manifest = _manifest(name, limit, made)
-        _copy(made.path, manifest, part)
+        prepared = module.prepare(scratch, limit)
+        manifest = _manifest(name, limit, prepared)
+        _copy(prepared.path, manifest, part)
         if force or not _reusable(path, name, limit):
             try:
                 swap_in(part, path)
@@ -170,10 +170,10 @@ def _module(name: str) -> Any:
 def known() -> list[str]:
     """Names of the embedded data sets: the modules of `mmjax.datasets` that have a `prepare`."""
     names = []
-    for found in pkgutil.iter_modules(mmjax.datasets.__path__):
+    for module in pkgutil.iter_modules(mmjax.datasets.__path__):
         with contextlib.suppress(ImportError):
-            if hasattr(importlib.import_module(f"mmjax.datasets.{found.name}"), "prepare"):
-                names.append(found.name)
+            if hasattr(importlib.import_module(f"mmjax.datasets.{module.name}"), "prepare"):
+                names.append(module.name)
     return names
 
 
@@ -279,7 +279,7 @@ def summary(built: Built, seconds: float) -> str:
 
 def main() -> None:
     """The command."""
-    parser = commandline.plain_command("build", __doc__)
+    parser = flags.plain_command("build", __doc__)
     parser.add_argument("names", nargs="+", metavar="NAME", help="data sets or bundles, e.g. emoji")
     parser.add_argument(
         "--data_dir",
@@ -296,12 +296,12 @@ def main() -> None:
 
 def _unbundled(names: Iterable[str]) -> list[str]:
     """The data sets, each once; a name that no module has is refused before the first is built."""
-    wanted = [part for name in names for part in BUNDLES.get(name, (name,))]
-    modules = {found.name for found in pkgutil.iter_modules(mmjax.datasets.__path__)}
-    for name in wanted:
+    parts = [part for name in names for part in BUNDLES.get(name, (name,))]
+    modules = {module.name for module in pkgutil.iter_modules(mmjax.datasets.__path__)}
+    for name in parts:
         if name not in modules:
             _module(name)
-    return list(dict.fromkeys(wanted))
+    return list(dict.fromkeys(parts))
 
 
 if __name__ == "__main__":

@@ -117,10 +117,10 @@ class Engine:
 
 
 def _library(folder: Path) -> Path:
-    found = [path for path in sorted(folder.glob("*espeak-ng*")) if path.suffix in _SUFFIXES]
-    if not found:
+    libraries = [path for path in sorted(folder.glob("*espeak-ng*")) if path.suffix in _SUFFIXES]
+    if not libraries:
         raise OSError(f"{folder} has no library")
-    return found[0]
+    return libraries[0]
 
 
 _SUFFIXES = (".so", ".dylib", ".dll")

@@ -99,11 +99,11 @@ class SoundFont:
         """What sounds for a note: MIDI key and velocity, 0 to 127; `UserError` for no preset."""
         if (bank, program) not in self._index:
             raise UserError(f"the SoundFont has no program {program} in bank {bank}.")
-        found = []
+        regions_found = []
         for added in _matching(self._presets[self._index[bank, program]], key, velocity):
             for zone in _matching(self._instruments[added[INSTRUMENT]], key, velocity):
-                found.append(self._region({**_DEFAULTS, **zone}, added, key))
-        return [region for region in found if len(region.samples)]
+                regions_found.append(self._region({**_DEFAULTS, **zone}, added, key))
+        return [region for region in regions_found if len(region.samples)]
 
     def _region(self, zone: Zone, added: Zone, key: int) -> Region:
         settings = dict(zone)
@@ -142,11 +142,11 @@ def _chunks(path: epath.Path) -> dict[bytes, bytes]:
     content = path.read_bytes()
     if content[:4] != b"RIFF" or content[8:12] != b"sfbk":
         raise UserError(f"{path} is no SoundFont 2 file: it does not begin like one.")
-    found: dict[bytes, bytes] = {}
+    result: dict[bytes, bytes] = {}
     for name, part in _parts(content[12:], path):
         if name == b"LIST":
-            found.update(_parts(part[4:], path))
-    return found
+            result.update(_parts(part[4:], path))
+    return result
 
 
 def _parts(content: bytes, path: epath.Path) -> Iterator[tuple[bytes, bytes]]:
@@ -178,15 +178,15 @@ def _zones(
     """
     edges, operators = bags["generator"].tolist(), generators["operator"].tolist()
     amounts = generators["amount"].tolist()
-    found = []
+    result = []
     for first, after in zip(headers["bag"][:-1].tolist(), headers["bag"][1:].tolist(), strict=True):
         zones = [
             dict(zip(operators[low:high], amounts[low:high], strict=True))
             for low, high in zip(edges[first:after], edges[first + 1 : after + 1], strict=True)
         ]
         common = zones[0] if zones and last not in zones[0] else {}
-        found.append([{**common, **zone} for zone in zones if last in zone])
-    return found
+        result.append([{**common, **zone} for zone in zones if last in zone])
+    return result
 
 
 def _matching(zones: Sequence[Zone], key: int, velocity: int) -> Iterator[Zone]:

@@ -101,9 +101,9 @@ def _check_voices(voices: Sequence[str]) -> None:
 
 def _features(concepts: Sequence[Concept]) -> dict[str, tfds.features.FeatureConnector]:
     shared = emoji.features(concepts, ())
-    kept = {name: shared[name] for name in ("caption", "concept", "group", "subgroup")}
+    features = {name: shared[name] for name in ("caption", "concept", "group", "subgroup")}
     voice = tfds.features.ClassLabel(names=VOICES)
-    return {"audio": writer.audio(), "voice": voice, **kept}
+    return {"audio": writer.audio(), "voice": voice, **features}
 
 
 def _records(

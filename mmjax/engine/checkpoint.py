@@ -73,34 +73,34 @@ class _Retention(policies.PreservationPolicy):
     """What stays, as Orbax asks before it deletes; all processes find the same."""
 
     def __init__(
-        self, workdir: epath.Path, config: CheckpointConfig, is_well: Callable[[dict[str, Any]], bool]
+        self, workdir: epath.Path, config: CheckpointConfig, is_healthy: Callable[[dict[str, Any]], bool]
     ):  # fmt: skip
         if config.best_is not in ("highest", "lowest"):
             raise UserError(
                 f"config.checkpoint.best_is is '{config.best_is}'; it is 'highest' or 'lowest'."
             )
-        self._workdir, self._config, self._is_well = workdir, config, is_well
-        self._well: dict[int, bool] = {}
+        self._workdir, self._config, self._is_healthy = workdir, config, is_healthy
+        self._healthy: dict[int, bool] = {}
         self._values: dict[int, float] = {}
         for line in metrics.read(workdir) if config.best else []:
             if line["kind"] == "eval" and _is_measure(line, config.best):
                 self._values.setdefault(line["step"], line["value"])
 
     def saved(self, step: int, meta: dict[str, Any]) -> None:
-        self._well[step] = self._is_well(meta)
+        self._healthy[step] = self._is_healthy(meta)
 
     def evaluated(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Take the measure of a step from the records of its evaluation."""
         if not self._config.best:
             return
-        found = [r["value"] for r in records if _is_measure(r, self._config.best)]
-        if not found:
+        values = [r["value"] for r in records if _is_measure(r, self._config.best)]
+        if not values:
             known = [f"{r['task']}/{r['name']}/{r['split']}" for r in records]
             raise UserError(
                 f"config.checkpoint.best: no measure '{self._config.best}'."
                 f"{nearest(self._config.best, known)}"
             )
-        self._values[step] = found[0]
+        self._values[step] = values[0]
 
     def should_preserve(
         self,
@@ -109,16 +109,18 @@ class _Retention(policies.PreservationPolicy):
         context: policies.PreservationContext,
     ) -> Sequence[bool]:
         config = self._config
-        wanted: list[policies.PreservationPolicy] = [policies.LatestN(config.keep)]
+        policy_list: list[policies.PreservationPolicy] = [policies.LatestN(config.keep)]
         if config.keep_every:
-            wanted.append(policies.EveryNSteps(config.keep_every))
+            policy_list.append(policies.EveryNSteps(config.keep_every))
         if config.keep_minutes:
-            wanted.append(policies.EveryNSeconds(int(60 * config.keep_minutes)))
+            policy_list.append(policies.EveryNSeconds(int(60 * config.keep_minutes)))
         steps = [c.step for c in checkpoints]
-        well = [step for step in steps if self._was_well(step)]
+        well = [step for step in steps if self._was_healthy(step)]
         linked = [step for step in steps if _is_link(self._workdir, step)]
-        wanted.append(policies.CustomSteps(well[-1:] + self._best(steps) + linked))
-        return policies.AnyPreservationPolicy(wanted).should_preserve(checkpoints, context=context)
+        policy_list.append(policies.CustomSteps(well[-1:] + self._best(steps) + linked))
+        return policies.AnyPreservationPolicy(policy_list).should_preserve(
+            checkpoints, context=context
+        )
 
     def _best(self, steps: Iterable[int]) -> list[int]:
         sign = 1 if self._config.best_is == "highest" else -1
@@ -126,13 +128,13 @@ class _Retention(policies.PreservationPolicy):
         ranked = sorted(values, key=lambda step: (sign * values[step], step), reverse=True)
         return ranked[: self._config.keep_best]
 
-    def _was_well(self, step: int) -> bool:
-        if step not in self._well:
+    def _was_healthy(self, step: int) -> bool:
+        if step not in self._healthy:
             try:
-                self._well[step] = self._is_well(read_meta(self._workdir, step))
+                self._healthy[step] = self._is_healthy(read_meta(self._workdir, step))
             except Damaged:
-                self._well[step] = False
-        return self._well[step]
+                self._healthy[step] = False
+        return self._healthy[step]
 
 
 def _is_measure(record: Mapping[str, Any], measure: str) -> bool:
@@ -157,10 +159,10 @@ class Checkpoints:
         self,
         workdir: epath.Path,
         config: CheckpointConfig,
-        is_well: Callable[[dict[str, Any]], bool] = lambda meta: True,
+        is_healthy: Callable[[dict[str, Any]], bool] = lambda meta: True,
     ):
         self._folder = workdir / FOLDER
-        self._retention = _Retention(workdir, config, is_well)
+        self._retention = _Retention(workdir, config, is_healthy)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._retention, create=True, enable_async_checkpointing=True, step_prefix=None,
             async_options=ocp.AsyncOptions(
@@ -273,8 +275,8 @@ def read_shapes(workdir: epath.Path, step: int) -> dict[str, dict[str, Any]]:
         with reading(folder):
             return arrays.shapes(arrays.index(folder / "state", step))
     with reading(folder, DECODING), _quiet(), ocp.StandardCheckpointer() as checkpointer:
-        found = checkpointer.metadata(folder / "state")
-        tree = getattr(found, "item_metadata", found)
+        metadata = checkpointer.metadata(folder / "state")
+        tree = getattr(metadata, "item_metadata", metadata)
         return dict(getattr(tree, "tree", tree))
 
 
@@ -284,13 +286,13 @@ def read_state(workdir: epath.Path, step: int, abstract: Mapping[str, Any]) -> A
     Raises:
       Damaged, Unreadable: as `read_meta`.
     """
-    folder, wanted = workdir / FOLDER / str(step), _without_empty(abstract)
+    folder, target = workdir / FOLDER / str(step), _without_empty(abstract)
     if _has_checksums(folder):
         with reading(folder):
-            state = arrays.read(folder / "state", arrays.index(folder / "state", step), wanted)
+            state = arrays.read(folder / "state", arrays.index(folder / "state", step), target)
     else:
         with reading(folder, DECODING):
-            state = _read_unverified(folder / "state", wanted)
+            state = _read_unverified(folder / "state", target)
     return {part: state.get(part, {}) for part in abstract}
 
 
@@ -387,7 +389,7 @@ def restore_latest(
     workdir: epath.Path,
     abstract: Mapping[str, Any],
     accept: Callable[[int, dict[str, Any]], None],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     may_be_new: Callable[[str, dict[str, Any]], bool],
 ) -> Restored | None:
     """Return the newest checkpoint that is whole, None where there never was one; damaged ones are set aside.
@@ -396,7 +398,7 @@ def restore_latest(
       workdir: the run's folder.
       abstract: shapes, dtypes and shardings of the wanted state, in canonical form.
       accept: `accept(step, meta)` may refuse a checkpoint by raising a `UserError` before its arrays are read.
-      say: prints a line for the user.
+      log: prints a line for the user.
       may_be_new: `may_be_new(name, meta)`: whether a parameter may be absent; it is left out of the result.
 
     Raises:
@@ -406,18 +408,18 @@ def restore_latest(
     # Which there are, process 0 says: it also moves what is damaged.
     causes: dict[int, str] = {}
     for step in processes.gather(_together(lambda: steps(workdir)))[0]:
-        found = _together(partial(_try, workdir, step, abstract, accept, may_be_new))
+        result = _together(partial(_try, workdir, step, abstract, accept, may_be_new))
         # What is damaged for one process, none takes.
-        damage = processes.gather(None if isinstance(found, Restored) else found)
+        damage = processes.gather(None if isinstance(result, Restored) else result)
         damage = [cause for cause in damage if cause is not None]
         if not damage:
-            assert isinstance(found, Restored)
-            _say_widened(found, say)
-            return found
+            assert isinstance(result, Restored)
+            _log_widened(result, log)
+            return result
         causes[step] = damage[0]
         if processes.is_first():
             aside = set_aside(workdir, step, TORN)
-            say(
+            log(
                 f"Checkpoint {step} is damaged ({damage[0]}). Moved to {aside}; trying the one before it."
             )
     refusal = processes.gather(_refusal(workdir, causes))[0]
@@ -426,9 +428,9 @@ def restore_latest(
     return None
 
 
-def _say_widened(restored: Restored, say: Callable[[str], None]) -> None:
+def _log_widened(restored: Restored, log: Callable[[str], None]) -> None:
     if restored.widened:
-        say(
+        log(
             f"Checkpoint {restored.step} holds {len(restored.widened)} arrays in a narrower dtype than they are kept "
             f"in today ({restored.widened[0]} and so on); they go on in the wider one."
         )
@@ -495,10 +497,10 @@ def restore(
     """
     meta = read_meta(workdir, step)
     accept(step, meta)
-    found = read_shapes(workdir, step)
-    wanted = _without_new(abstract, found, meta, may_be_new)
-    widened = check_shapes(found, wanted, str(workdir / FOLDER / str(step)))
-    return Restored(step, read_state(workdir, step, wanted), meta, tuple(widened))
+    saved = read_shapes(workdir, step)
+    target = _without_new(abstract, saved, meta, may_be_new)
+    widened = check_shapes(saved, target, str(workdir / FOLDER / str(step)))
+    return Restored(step, read_state(workdir, step, target), meta, tuple(widened))
 
 
 def _without_new(

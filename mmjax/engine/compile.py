@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from mmjax.core.bounds import AMOUNT, COUNT, SIZE, check
 from mmjax.core.config import SCHEDULE
 from mmjax.core.errors import UserError
-from mmjax.core.sharding import noting
-from mmjax.engine.health import Bounds
+from mmjax.core.sharding import record_replicated
+from mmjax.engine.health import HealthLimits
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class LimitsConfig:
         check(self, divergence=AMOUNT, divergence_visits=COUNT, watchdog_seconds=AMOUNT)
 
     @property
-    def bounds(self) -> Bounds:
-        return Bounds(self.max_non_finite_steps, self.divergence, self.divergence_visits)
+    def bounds(self) -> HealthLimits:
+        return HealthLimits(self.max_non_finite_steps, self.divergence, self.divergence_visits)
 
 
 @dataclass(frozen=True)
@@ -172,13 +172,17 @@ def _lower(request: Request, mesh: Mesh) -> tuple[Any, int, list[str]]:
     jitted = jax.jit(
         request.function, donate_argnums=request.donate, out_shardings=request.out_shardings
     )
-    with jax.set_mesh(mesh), noting() as whole:
+    with jax.set_mesh(mesh), record_replicated() as replicated:
         lowered = jitted.lower(*request.arguments)
-        return lowered, request.model_flops(), sorted(map(str, whole))
+        return lowered, request.model_flops(), sorted(map(str, replicated))
 
 
 def _compile(
-    lowered: Any, model_flops: int, whole: list[str], request: Request, watch: Callable[[str], None]
+    lowered: Any,
+    model_flops: int,
+    replicated: list[str],
+    request: Request,
+    watch: Callable[[str], None],
 ) -> Program:
     _hits.pop()
     watch("compiling")
@@ -193,7 +197,7 @@ def _compile(
         "flops": model_flops,
         "compile_seconds": seconds,
         "cached": _hits.pop(),
-        "whole": whole,
+        "whole": replicated,
         **request.facts,
     }
     watch("cached" if report["cached"] else "compiled")

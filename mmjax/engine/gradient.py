@@ -57,8 +57,8 @@ def _separate(
         if loss.parts:
             raise ValueError(f"{type(task.objective).__name__}: a loss of several means is Coupled")
         count = loss.terms(part["valid"])
-        told = {name: count * metric for name, metric in loss.metrics.items()}
-        return count * loss.value, (count, told)
+        metrics = {name: count * metric for name, metric in loss.metrics.items()}
+        return count * loss.value, (count, metrics)
 
     def each(part: Any, key: jax.Array) -> Any:
         return jax.value_and_grad(weighted, has_aux=True)(parameters, part, key)
@@ -83,9 +83,9 @@ def _coupled(
     parts, keys = _parts(task, batch, key)
 
     def represent(parameters: Arrays, part: Any, key: jax.Array) -> Any:
-        made = objective.represent(model_of(parameters), part, key)
-        _refuse_buffers(made.aux.buffers, task)
-        return made.rows, made.aux.loss
+        represented = objective.represent(model_of(parameters), part, key)
+        _refuse_buffers(represented.aux.buffers, task)
+        return represented.rows, represented.aux.loss
 
     rows, aux = jax.lax.map(lambda each: represent(parameters, *each), (parts, keys))
 

@@ -15,7 +15,7 @@ from mmjax.schedule.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Bounds:
+class HealthLimits:
     """When a task is not well.
 
     Attributes:
@@ -34,41 +34,45 @@ class Health:
     """What a run remembers of a task.
 
     Attributes:
-      bad: visits in a row, up to the last one, with a non-finite loss or gradient.
+      consecutive_non_finite: visits in a row, up to the last one, with a non-finite loss or gradient.
       first: its first finite losses.
       last: its last finite losses, in order.
     """
 
-    bad: int = 0
+    consecutive_non_finite: int = 0
     first: tuple[float, ...] = ()
     last: tuple[float, ...] = ()
 
-    def after(self, loss: float, finite: bool, bounds: Bounds) -> Health:
+    def after(self, loss: float, finite: bool, bounds: HealthLimits) -> Health:
         """After one more visit."""
         if not finite:
-            return Health(self.bad + 1, self.first, self.last)
+            return Health(self.consecutive_non_finite + 1, self.first, self.last)
         first = self.first if len(self.first) >= bounds.visits else (*self.first, loss)
         return Health(0, first, (*self.last, loss)[-bounds.visits :])
 
-    def has_diverged(self, bounds: Bounds) -> bool:
+    def has_diverged(self, bounds: HealthLimits) -> bool:
         """Whether the median of the last losses is above what its first ones allow."""
         limit = self._limit(bounds)
         full = len(self.last) >= bounds.visits
         return limit is not None and full and statistics.median(self.last) > limit
 
-    def is_suspect(self, bounds: Bounds) -> bool:
+    def may_diverge(self, bounds: HealthLimits) -> bool:
         """Whether any of the last losses is so high that a divergence may have begun."""
         limit = self._limit(bounds)
         return limit is not None and any(loss > limit for loss in self.last)
 
-    def _limit(self, bounds: Bounds) -> float | None:
+    def _limit(self, bounds: HealthLimits) -> float | None:
         if not bounds.divergence or len(self.first) < bounds.visits:
             return None
         first = statistics.median(self.first)
         return bounds.divergence * first if first > 0 else None  # a ratio to nothing says nothing
 
     def to_json(self) -> dict[str, Any]:
-        return {"bad": self.bad, "first": list(self.first), "last": list(self.last)}
+        return {
+            "bad": self.consecutive_non_finite,
+            "first": list(self.first),
+            "last": list(self.last),
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Health:
@@ -107,13 +111,13 @@ def broken_at(schedule: Schedule, health: Mapping[str, Health], step: int) -> in
     Returns:
       The last finite step, -1 if there was none; None if a task has not been tried since, or if only one runs.
     """
-    bad = {task: each.bad for task, each in health.items()}
-    running, tried = schedule.running(step, step + 1), set[str]()
+    bad = {task: each.consecutive_non_finite for task, each in health.items()}
+    active, tried = schedule.active(step, step + 1), set[str]()
     while step >= 0 and bad.get(task := schedule.task(step), 0) > 0:
         bad[task] -= 1
         tried.add(task)
         step -= 1
-    return step if len(running) > 1 and running <= tried else None
+    return step if len(active) > 1 and active <= tried else None
 
 
 def quarantine(schedule: Schedule, tasks: Collection[str], start: int, now: int) -> Schedule | None:
@@ -127,9 +131,9 @@ def quarantine(schedule: Schedule, tasks: Collection[str], start: int, now: int)
       start: the first step of the new segment.
       now: the first step not yet run.
     """
-    stretches = {start: schedule.segment(start)}
-    stretches |= {s.start: s for s in schedule.segments if s.start > start}
-    for at, segment in stretches.items():
+    segments = {start: schedule.segment(start)}
+    segments |= {s.start: s for s in schedule.segments if s.start > start}
+    for at, segment in segments.items():
         weights = {task: 0 if task in tasks else w for task, w in segment.weights.items()}
         if any(weights.values()):
             schedule = schedule.append(at, weights, rule=segment.rule, seed=segment.seed, now=now)

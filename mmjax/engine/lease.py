@@ -212,7 +212,7 @@ class Lease:
       command: what the holder does, such as `train`.
       store: where the lease is stored.
       take_over: whether to take it from a holder that may be alive on another machine without waiting.
-      say: prints a line.
+      log: prints a line.
     """
 
     def __init__(
@@ -221,12 +221,12 @@ class Lease:
         command: str,
         store: Store,
         take_over: bool = False,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
         pace: Pace = Pace(),
         clock: Clock = Clock(),
         here: Machine | None = None,
     ):
-        self._workdir, self._store, self._take_over, self._say = workdir, store, take_over, say
+        self._workdir, self._store, self._take_over, self._log = workdir, store, take_over, log
         self._pace, self._clock, self._here = pace, clock, here or this_machine()
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         pid = os.getpid()
@@ -281,9 +281,9 @@ class Lease:
     def _announce(self, holder: Holder | None, left: float) -> None:
         who = str(holder) if holder else f"a {LEASE} that cannot be read"
         if self._take_over:
-            self._say(f"Taking '{self._workdir}' over from {who}.")
+            self._log(f"Taking '{self._workdir}' over from {who}.")
         elif left > 0:
-            self._say(
+            self._log(
                 f"Waiting up to {left:.0f} s for a sign of life in '{self._workdir}' from {who}; then its lease "
                 "is taken over. --take_over skips the wait."
             )
@@ -373,7 +373,7 @@ class _Watch:
 
 @contextmanager
 def hold(
-    workdir: epath.Path, command: str, take_over: bool = False, say: Callable[[str], None] = print
+    workdir: epath.Path, command: str, take_over: bool = False, log: Callable[[str], None] = print
 ) -> Iterator[Callable[[], None]]:
     """Hold the lease of a workdir, by process 0 for all processes of the run.
 
@@ -386,7 +386,7 @@ def hold(
     """
     lease, refused = None, ""
     if processes.is_first():
-        lease = Lease(workdir, command, store_of(workdir), take_over, say)
+        lease = Lease(workdir, command, store_of(workdir), take_over, log)
         try:
             lease.take()
         except UserError as error:

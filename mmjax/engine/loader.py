@@ -29,7 +29,7 @@ from mmjax.core.sharding import batch_sharding
 from mmjax.data import order
 from mmjax.engine.state import Clock
 from mmjax.objectives.base import Objective
-from mmjax.schedule.phases import Settings
+from mmjax.schedule.phases import Phases
 from mmjax.sources.base import Examples
 from mmjax.task import RowSpec, Task
 
@@ -138,11 +138,11 @@ def arranged_rows(
 def _arranged(objective: Objective, rows: Any, window: int) -> np.ndarray:
     """Which of the rows lies at each place."""
     count = len(rows["valid"])
-    found = []
+    windows = []
     for start in range(0, count, window):
         each = [jax.tree.map(lambda x, i=start + i: x[i], rows) for i in range(window)]
-        found += [start + int(i) for i in objective.arranged(each)]
-    return np.array(found, np.int64)
+        windows += [start + int(i) for i in objective.arranged(each)]
+    return np.array(windows, np.int64)
 
 
 class _Steps:
@@ -150,7 +150,7 @@ class _Steps:
 
     def __init__(
         self,
-        settings: Settings,
+        phases: Phases,
         data: Mapping[str, Examples],
         clock: Clock,
         stop: int,
@@ -158,14 +158,14 @@ class _Steps:
         share: Callable[[int], tuple[int, int]],
     ):
         self._settings, self._data, self._clock, self._stop, self._seed = (
-            settings,
+            phases,
             data,
             clock,
             stop,
             seed,
         )
         # A table, since another process is not given the mesh that `share` asks.
-        self._shares = {t.batch: share(t.batch) for t, _ in settings.programs.values()}
+        self._shares = {t.batch: share(t.batch) for t, _ in phases.programs.values()}
 
     def __len__(self) -> int:
         return max(self._stop - self._clock.step, 0)
@@ -203,14 +203,14 @@ class Loader:
     def __init__(
         self,
         config: LoaderConfig,
-        settings: Settings,
+        phases: Phases,
         data: Mapping[str, Examples],
         clock: Clock,
         stop: int,
         seed: int,
         share: Callable[[int], tuple[int, int]],
     ):
-        steps = _Steps(settings, data, clock, stop, seed, share)
+        steps = _Steps(phases, data, clock, stop, seed, share)
         if config.processes:
             batches = _by_processes(steps, config)
         else:

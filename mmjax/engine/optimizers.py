@@ -12,28 +12,28 @@ from mmjax.optim.config import OptimizerConfig
 from mmjax.optim.optimizer import PARTS, Optimizer
 from mmjax.optim.reach import Reach
 from mmjax.optim.rules import apply_rules, trained
-from mmjax.optim.views import SHARED, View, check_kind, in_common, make_view
-from mmjax.schedule.phases import Setting, Settings
+from mmjax.optim.views import SHARED, UpdateScope, check_kind, make_update_scope, shared_parameters
+from mmjax.schedule.phases import Phase, Phases
 from mmjax.schedule.planned import PlannedSchedule
 from mmjax.task import Task
 
 
 @dataclass(frozen=True)
 class Optimizers:
-    """The optimizer under each setting of a run, over one state.
+    """The optimizer under each phase of a run, over one state.
 
     Attributes:
       config: `optimizer` of the config.
       spec: the model whose parameters it moves.
       tasks: by name.
-      settings: what holds from which step on.
+      phases: what holds from which step on.
       planned: the run's schedule, which lengths come from.
     """
 
     config: OptimizerConfig
     spec: ModelSpec
     tasks: Mapping[str, Task]
-    settings: Settings
+    phases: Phases
     planned: PlannedSchedule
 
     @property
@@ -41,25 +41,27 @@ class Optimizers:
         """The whole run's optimizer: it holds state for every parameter that any phase trains."""
         return Optimizer(self.config, self.spec.declaration.specs, self._length, self.views)
 
-    def of(self, setting: Setting) -> Optimizer:
-        """Return the optimizer as it is under a setting, over the same state."""
-        config = replace(self.config, rules=setting.rules)
-        views, common = self._views(setting), in_common(self.views)
+    def of(self, phase: Phase) -> Optimizer:
+        """Return the optimizer as it is under a phase, over the same state."""
+        config = replace(self.config, rules=phase.rules)
+        views, common = self._views(phase), shared_parameters(self.views)
         return Optimizer(config, self.spec.declaration.specs, self._length, views, common)
 
     @cached_property
-    def views(self) -> Mapping[str, View]:
+    def views(self) -> Mapping[str, UpdateScope]:
         """How each task sees the optimizer, all phases taken together."""
-        each = [self._views(setting) for setting in self.settings.each]
+        each = [self._views(phase) for phase in self.phases.entries]
         return {
-            name: View(view.kind, frozenset[str]().union(*(views[name].moves for views in each)))
+            name: UpdateScope(
+                view.kind, frozenset[str]().union(*(views[name].trains for views in each))
+            )
             for name, view in each[0].items()
         }
 
-    def _views(self, setting: Setting) -> dict[str, View]:
-        moving = trained(setting.rules, self.spec.declaration.specs)
+    def _views(self, phase: Phase) -> dict[str, UpdateScope]:
+        moving = trained(phase.rules, self.spec.declaration.specs)
         return {
-            name: make_view(kind, moving, None if kind == SHARED else self._reaches[name])
+            name: make_update_scope(kind, moving, None if kind == SHARED else self._reaches[name])
             for name, kind in self._kinds().items()
         }
 
@@ -89,8 +91,8 @@ class Optimizers:
                 f"optimizer.accumulate is {every}, which makes one update of several tasks' steps; task "
                 f"'{own[0]}' has the update_scope '{kinds[own[0]]}'. Set it to '{SHARED}', or accumulate to 1."
             )
-        for setting in self.settings.each:
-            apply_rules(setting.rules, self.spec.declaration.specs)
+        for phase in self.phases.entries:
+            apply_rules(phase.rules, self.spec.declaration.specs)
 
     def _length(self, task: str) -> int:
         """The run's length for a task in `optimizer.unit`: as its schedule has it from step 0."""
@@ -102,7 +104,7 @@ class Optimizers:
 
     def progress(self, task: str, step: int, positions: Mapping[str, int]) -> dict[str, float]:
         """Return what a task's update asks of the clock besides step and visit, as ticks of a program."""
-        ticks = {**self.extents[task], "scale": self.settings.at(step).scale}
+        ticks = {**self.extents[task], "scale": self.phases.at(step).scale}
         if self.config.accumulate > 1:
             ticks["last"] = int(step + 1 == self.planned.steps)
         if self.config.unit == "examples":

@@ -163,13 +163,13 @@ def gather(value: Any) -> list[Any]:
     number = next(_questions)
     mine = f"mmjax/{number}/{jax.process_index()}"
     client.key_value_set(mine, json.dumps(value))
-    found = [
+    result = [
         json.loads(client.blocking_key_value_get(f"mmjax/{number}/{i}", _PATIENCE * 1000))
         for i in range(count)
     ]
     if number:  # all have asked again, so all have read the answers before
         client.key_value_delete(f"mmjax/{number - 1}/{jax.process_index()}")
-    return found
+    return result
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:

@@ -118,7 +118,7 @@ def dump(programs: Mapping[str, Program], workdir: epath.Path) -> None:
 
 def _memory(compiled: Any) -> dict[str, int]:
     """Bytes of one device by kind, as XLA states them."""
-    found = compiled.memory_analysis()
-    if found is None:
+    analysis = compiled.memory_analysis()
+    if analysis is None:
         return {}
-    return {kind: int(getattr(found, f"{kind}_size_in_bytes")) for kind in _MEMORY}
+    return {kind: int(getattr(analysis, f"{kind}_size_in_bytes")) for kind in _MEMORY}

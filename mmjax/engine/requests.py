@@ -13,7 +13,7 @@ from mmjax.engine.optimizers import Optimizers
 from mmjax.engine.state import State, evaluated
 from mmjax.engine.steps import ModelSpec, eval_request, train_request
 from mmjax.evaluators.base import Pass
-from mmjax.schedule.phases import Settings
+from mmjax.schedule.phases import Phases
 from mmjax.task import Task
 
 
@@ -25,12 +25,12 @@ class Programs(Protocol):
         """The model, and how it computes."""
 
     @property
-    def settings(self) -> Settings:
+    def phases(self) -> Phases:
         """What holds from which step on."""
 
     @property
     def optimizers(self) -> Optimizers:
-        """The optimizer under each setting."""
+        """The optimizer under each phase."""
 
     @property
     def evaluation_batch(self) -> int:
@@ -44,14 +44,14 @@ class Programs(Protocol):
 
 
 def train_requests(experiment: Programs, mesh: Mesh) -> dict[str, Request]:
-    """Return the training programs of all tasks in all phases, by name (see `Setting.programs`)."""
+    """Return the training programs of all tasks in all phases, by name (see `Phases.programs`)."""
     state, optimizers = experiment.abstract_state(mesh), experiment.optimizers
     _ = optimizers.extents  # which may trace, as the loop must not
     return {
         name: replace(
-            train_request(experiment.spec, task, optimizers.of(setting), state, mesh), task=name
+            train_request(experiment.spec, task, optimizers.of(phase), state, mesh), task=name
         )
-        for name, (task, setting) in experiment.settings.programs.items()
+        for name, (task, phase) in experiment.phases.programs.items()
     }
 
 

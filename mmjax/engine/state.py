@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Arrays, Declaration, Spec, from_canonical, to_canonical
 from mmjax.core.sharding import named
-from mmjax.engine.health import Bounds, Health
+from mmjax.engine.health import Health, HealthLimits
 from mmjax.optim.optimizer import Optimizer
 from mmjax.optim.transforms import Axes, LeafState, wide
-from mmjax.optim.views import own_name, split_name
+from mmjax.optim.views import split_name, task_state_name
 from mmjax.schedule.schedule import Schedule
 
 EMA = "ema/"
@@ -69,13 +69,13 @@ class Clock:
     quarantined: Mapping[str, int] = field(default_factory=dict)
     invalid_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def is_well(self, bounds: Bounds) -> bool:
+    def is_healthy(self, bounds: HealthLimits) -> bool:
         """Return whether no task but those left out shows signs of a divergence, and the last step was finite."""
         last = self.schedule.task(self.step - 1) if self.step else ""
-        if last not in self.quarantined and self.health.get(last, Health()).bad:
+        if last not in self.quarantined and self.health.get(last, Health()).consecutive_non_finite:
             return False
         return not any(
-            h.is_suspect(bounds) for t, h in self.health.items() if t not in self.quarantined
+            h.may_diverge(bounds) for t, h in self.health.items() if t not in self.quarantined
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -195,7 +195,7 @@ def state_to_canonical(specs: Mapping[str, Spec], state: State) -> dict[str, Any
     """
     moments: dict[str, Any] = {}
     for task, own in _by_task(state.moments).items():
-        moments |= {own_name(task, n): leaf for n, leaf in to_canonical(specs, own).items()}
+        moments |= {task_state_name(task, n): leaf for n, leaf in to_canonical(specs, own).items()}
     return {
         "parameters": to_canonical(specs, state.parameters),
         "optimizer": to_canonical(specs, state.optimizer),
@@ -208,7 +208,7 @@ def state_from_canonical(specs: Mapping[str, Spec], tree: Mapping[str, Any]) -> 
     """The inverse of `state_to_canonical`."""
     moments: dict[str, Any] = {}
     for task, own in _by_task(tree["moments"]).items():
-        moments |= {own_name(task, n): leaf for n, leaf in _held(specs, own).items()}
+        moments |= {task_state_name(task, n): leaf for n, leaf in _held(specs, own).items()}
     return State(
         from_canonical(specs, tree["parameters"]),
         _held(specs, tree["optimizer"]),
@@ -230,11 +230,11 @@ def _by_prefix(
 
 def _by_task(moments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Task -> name -> leaf state."""
-    found: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict[str, Any]] = {}
     for name, leaf in moments.items():
         task, parameter = split_name(name)
-        found.setdefault(task, {})[parameter] = leaf
-    return found
+        result.setdefault(task, {})[parameter] = leaf
+    return result
 
 
 def _held(specs: Mapping[str, Spec], flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,11 +24,11 @@ from mmjax.objectives.base import Loss, row_keys
 from mmjax.optim.optimizer import Optimizer
 from mmjax.optim.reach import Reach, reach
 from mmjax.optim.transforms import wide
-from mmjax.optim.views import OWN_MOMENTS, View, own_name, split_name
+from mmjax.optim.views import OWN_MOMENTS, UpdateScope, split_name, task_state_name
 from mmjax.task import RowSpec, Task
 
 Metrics = dict[str, jax.Array]
-Ticks = Mapping[str, jax.Array]
+StepCounters = Mapping[str, jax.Array]
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ def loss_function(spec: ModelSpec, task: Task) -> Callable[[Arrays, Arrays, Any,
 
 def train_function(
     spec: ModelSpec, task: Task, optimizer: Optimizer
-) -> Callable[[State, Any, Ticks], tuple[State, Metrics]]:
+) -> Callable[[State, Any, StepCounters], tuple[State, Metrics]]:
     """`(state, batch, {step, visit, perhaps part}) -> (state, metrics)`: loss, gradient, update."""
     view = optimizer.views[task.name]
 
-    def step(state: State, batch: Any, ticks: Ticks) -> tuple[State, Metrics]:
+    def step(state: State, batch: Any, ticks: StepCounters) -> tuple[State, Metrics]:
         moved, others = _parted(state.parameters, view)
 
         def model_of(moved: Arrays) -> Any:
@@ -80,14 +80,14 @@ def train_function(
         # a valid row, whose gradient of zero would else decay weights and spend momentum.
         counts = finite & ~loss.is_empty(batch["valid"])
         if optimizer.accumulates:
-            after, told = _accumulated(state, counts, grads, optimizer, task.name, ticks)
+            after, update_metrics = _accumulated(state, counts, grads, optimizer, task.name, ticks)
         else:
-            after, told = _updated(state, grads, optimizer, task.name, ticks)
+            after, update_metrics = _updated(state, grads, optimizer, task.name, ticks)
             after = _where(counts, after, state)
         proposed = {n: jnp.where(counts, b, state.buffers[n]) for n, b in loss.buffers.items()}
         after = replace(after, buffers={**after.buffers, **proposed})
         occupancy = task.objective.occupancy(model_of(moved), batch, key)
-        metrics = {"loss": loss.value, **told, **loss.metrics, "finite": finite}
+        metrics = {"loss": loss.value, **update_metrics, **loss.metrics, "finite": finite}
         metrics["valid_tokens"] = occupancy.valid
         return after, {
             name: jnp.asarray(m, jnp.promote_types(m.dtype, jnp.float32))
@@ -97,23 +97,23 @@ def train_function(
     return step
 
 
-def _parted(parameters: Arrays, view: View) -> tuple[Arrays, Arrays]:
+def _parted(parameters: Arrays, view: UpdateScope) -> tuple[Arrays, Arrays]:
     """The parameters that a step moves, and the others."""
     return (
-        {n: p for n, p in parameters.items() if n in view.moves},
-        {n: p for n, p in parameters.items() if n not in view.moves},
+        {n: p for n, p in parameters.items() if n in view.trains},
+        {n: p for n, p in parameters.items() if n not in view.trains},
     )
 
 
 def _updated(
-    state: State, grads: Arrays, optimizer: Optimizer, task: str, ticks: Ticks
+    state: State, grads: Arrays, optimizer: Optimizer, task: str, ticks: StepCounters
 ) -> tuple[State, Metrics]:
     """The state after an update with a task's gradient, under the task's view, and what to report."""
     rate = optimizer.rate(task, ticks)
     if optimizer.views[task].kind == OWN_MOMENTS:
-        own = {n: state.moments[own_name(task, n)] for n in grads}
+        own = {n: state.moments[task_state_name(task, n)] for n in grads}
         updated = optimizer.update(grads, own, state.parameters, rate)
-        moments = {own_name(task, n): leaf for n, leaf in updated.optimizer.items()}
+        moments = {task_state_name(task, n): leaf for n, leaf in updated.optimizer.items()}
         after = replace(state, moments={**state.moments, **moments})
     else:
         updated = optimizer.update(grads, state.optimizer, state.parameters, rate)
@@ -125,7 +125,12 @@ def _updated(
 
 
 def _accumulated(
-    state: State, counts: jax.Array, grads: Arrays, optimizer: Optimizer, task: str, ticks: Ticks
+    state: State,
+    counts: jax.Array,
+    grads: Arrays,
+    optimizer: Optimizer,
+    task: str,
+    ticks: StepCounters,
 ) -> tuple[State, Metrics]:
     """Add the gradient to the sums; in the last step of a round, or of the run, update with their mean.
 
@@ -207,15 +212,15 @@ def positions(task: Task, declaration: Declaration, batch: Any) -> int:
         model = declaration.merge(parameters, jnp.float32)
         return task.objective.occupancy(model, batch, jax.random.key(0))
 
-    made = jax.eval_shape(occupancy, declaration.shapes(jnp.float32), batch)
-    return int(made.positions)
+    shapes = jax.eval_shape(occupancy, declaration.shapes(jnp.float32), batch)
+    return int(shapes.positions)
 
 
 def optimizer_bytes(state: State, kind: str, task: str) -> int:
     """Bytes of one device that hold the optimizer state which a task's steps read."""
     own = {n: leaf for n, leaf in state.moments.items() if split_name(n)[0] == task}
-    held = own if kind == OWN_MOMENTS else state.optimizer
-    return shard_bytes(held)
+    moments = own if kind == OWN_MOMENTS else state.optimizer
+    return shard_bytes(moments)
 
 
 def reach_of(spec: ModelSpec, task: Task) -> Reach:
@@ -237,7 +242,7 @@ def eval_request(
     """The program of evaluation passes: `(parameters, batch, {batch}) -> outputs`, held whole by every process."""
     outputs_of = function(task, computation)
 
-    def run(parameters: Arrays, batch: Any, ticks: Ticks) -> dict[str, jax.Array]:
+    def run(parameters: Arrays, batch: Any, ticks: StepCounters) -> dict[str, jax.Array]:
         own = jax.random.fold_in(task.fold(spec.seed), 2**31)
         key, of_rows = (jax.random.fold_in(own, index) for index in (ticks["batch"], 0))
         # An example draws the same whatever the size of the batches that it comes in.
@@ -266,7 +271,7 @@ def _tick(mesh: Mesh, dtype: Any = np.int32) -> Any:
     return jax.ShapeDtypeStruct((), jnp.result_type(dtype), sharding=replicated(mesh))
 
 
-def ticks(mesh: Mesh, **values: float) -> Ticks:
+def ticks(mesh: Mesh, **values: float) -> StepCounters:
     """Integers (int32), and floats in the default dtype, as arguments of a program, on every device."""
     real = np.dtype(jnp.result_type(float)).type
     return {

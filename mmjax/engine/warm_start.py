@@ -70,7 +70,7 @@ class WarmStartConfig:
 
 
 @dataclass
-class Taken:
+class WarmStart:
     """A warm start's `values` by canonical name, and lists to report."""
 
     values: Values = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Taken:
 def pin(
     config: WarmStartConfig,
     workdir: epath.Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     allow_change: bool,
 ) -> int | None:
     """The step of the run that `path` names, settled when this run first begins; None of a file.
@@ -97,8 +97,8 @@ def pin(
         return None
     now: dict[str, Any] | None = None
     if processes.is_first():
-        held = pinned(workdir)
-        same = held if held.get("path") == config.path else {}
+        record = pinned(workdir)
+        same = record if record.get("path") == config.path else {}
         now = _source(config.path, same.get("step"))
         if same and now != same:
             words = f"init_from has changed since this run first began: it was {same}, it is {now}."
@@ -107,7 +107,7 @@ def pin(
                     f"{words} Restore it, add --allow_change to begin with what is there now, or use another "
                     "--workdir."
                 )
-            say(words)
+            log(words)
         replace_file(workdir / PINNED, json.dumps(now))
     step: int | None = processes.gather(now)[0].get("step")
     return step
@@ -117,14 +117,14 @@ def pinned(workdir: epath.Path) -> dict[str, Any]:
     """What `pin` has kept; empty where it has not been called."""
     path = workdir / PINNED
     try:
-        found = json.loads(read_bytes(path) or b"{}")
+        result = json.loads(read_bytes(path) or b"{}")
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        result = None
+    if not isinstance(result, dict):
         raise UserError(
             f"'{path}' is damaged. It names what the run began with: delete it to take what is there now."
         )
-    return found
+    return result
 
 
 def _source(name: str, step: int | None) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _source(name: str, step: int | None) -> dict[str, Any]:
 def warm_start(
     config: WarmStartConfig,
     specs: Mapping[str, Spec],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     step: int | None = None,
 ) -> Values:
     """Return the parameters to begin with, by canonical name, each in its shape here; say what matched.
@@ -160,17 +160,17 @@ def warm_start(
     """
     if not config.path:
         return {}
-    here = {name: spec for spec in specs.values() for name in spec.canonical}
-    taken = _take(config, here, open_source(config, step))
+    target = {name: spec for spec in specs.values() for name in spec.canonical}
+    taken = _take(config, target, open_source(config, step))
     where = config.path if step is None else f"step {step} of {config.path}"
-    say(f"Begins with {len(taken.values)} of {len(here)} parameters from {where}.")
+    log(f"Begins with {len(taken.values)} of {len(target)} parameters from {where}.")
     for words, names in (
         ("  adapted", taken.adapted),
         ("  initialised randomly", taken.random),
         ("  not used of it", taken.unused),
     ):
         if names:
-            say(f"{words} ({len(names)}): {', '.join(grouped(names))}")
+            log(f"{words} ({len(names)}): {', '.join(grouped(names))}")
     return taken.values
 
 
@@ -193,11 +193,11 @@ def check_files(
     """
     if step is None:
         return
-    there = checkpoint.read_meta(epath.Path(config.path).expanduser(), step).get("identities", {})
+    saved = checkpoint.read_meta(epath.Path(config.path).expanduser(), step).get("identities", {})
     for modality in sorted({key.partition("/")[0] for key in identities}):
         one, other = (
             {digest for key, digest in found.items() if key.startswith(f"{modality}/")}
-            for found in (identities, there)
+            for found in (identities, saved)
         )
         stem = f"stems/{modality.removeprefix('modalities.')}/"
         tables = [
@@ -235,22 +235,22 @@ class _Way:
     adapt: Callable[[np.ndarray], np.ndarray]
 
 
-def _take(config: WarmStartConfig, here: Mapping[str, Spec], source: Source) -> Taken:
-    taken, ways = Taken(), dict[str, _Way]()
+def _take(config: WarmStartConfig, target: Mapping[str, Spec], source: Source) -> WarmStart:
+    taken, ways = WarmStart(), dict[str, _Way]()
     missing, wrong = list[str](), list[str]()
-    skipped = _skipped(config, here)
-    for name, spec in here.items():
+    skipped = _skipped(config, target)
+    for name, spec in target.items():
         origin, transpose = _origin(name, config.names, source.entries)
         if name in skipped:
             taken.random.append(name)
         elif origin not in source.entries:
             (missing if config.strict else taken.random).append(name)
         else:
-            there, shape = (
+            source_shape, shape = (
                 source.entries[origin].shape,
                 spec.shape[1:] if spec.stack else spec.shape,
             )
-            size = there[::-1] if transpose else there
+            size = source_shape[::-1] if transpose else source_shape
             adapt = _adapter(size, spec, shape)
             if adapt is not None:
                 ways[name] = _Way(origin, _transposed(adapt) if transpose else adapt)
@@ -261,18 +261,18 @@ def _take(config: WarmStartConfig, here: Mapping[str, Spec], source: Source) -> 
                 wrong.append(f"{name}: expected {list(shape)}, found {list(size)} ({origin})")
     origins = dict.fromkeys(way.source for way in ways.values())
     taken.unused = sorted(source.entries.keys() - origins.keys())
-    _check(config, len(here), taken.unused, missing, wrong, is_empty=not ways)
+    _check(config, len(target), taken.unused, missing, wrong, is_empty=not ways)
     values = source.read(origins)
     _check_values(config, values)
     taken.values = {name: way.adapt(values[way.source]) for name, way in ways.items()}
     return taken
 
 
-def _skipped(config: WarmStartConfig, here: Mapping[str, Spec]) -> frozenset[str]:
+def _skipped(config: WarmStartConfig, target: Mapping[str, Spec]) -> frozenset[str]:
     """Return the parameters that `skip` matches; every pattern must match one, those of `names` too."""
     for index, each in enumerate(config.names):
-        matches(each.match, here, f"init_from.names[{index}].match")
-    patterns = (matches(p, here, f"init_from.skip[{i}]") for i, p in enumerate(config.skip))
+        matches(each.match, target, f"init_from.names[{index}].match")
+    patterns = (matches(p, target, f"init_from.skip[{i}]") for i, p in enumerate(config.skip))
     return frozenset[str]().union(*patterns)
 
 
@@ -337,7 +337,7 @@ def _check_values(config: WarmStartConfig, values: Values) -> None:
 
 
 def _origin(
-    name: str, names: tuple[NameConfig, ...], there: Mapping[str, Entry]
+    name: str, names: tuple[NameConfig, ...], entries: Mapping[str, Entry]
 ) -> tuple[str, bool]:
     """Return a parameter's name in the source, and whether it is transposed there."""
     origin, transpose = name, False
@@ -346,7 +346,7 @@ def _origin(
         if match:
             origin, transpose = _expanded(match, each), each.transpose
             break
-    if origin not in there and EXPERTS in origin:
+    if origin not in entries and EXPERTS in origin:
         origin = origin.replace(EXPERTS, "/", 1)
     return origin, transpose
 

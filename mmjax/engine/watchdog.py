@@ -29,11 +29,11 @@ class Watchdog:
 
     Args:
       limit: seconds; 0 for no end.
-      tell: writes the last words to the log of the run.
+      log_text: writes the last words to the log of the run.
     """
 
-    def __init__(self, limit: float, tell: Callable[[str], None] = lambda text: None) -> None:
-        self._limit, self._tell = limit, tell
+    def __init__(self, limit: float, log_text: Callable[[str], None] = lambda text: None) -> None:
+        self._limit, self._log_text = limit, log_text
         self._doing, self._moves = "beginning", 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, name="mmjax-watchdog", daemon=True)
@@ -79,7 +79,7 @@ class Watchdog:
         os.write(
             2, b"\nRun again to go on. config.limits.watchdog_seconds sets the time, 0 for never.\n"
         )
-        log = threading.Thread(target=self._tell, args=(text,), daemon=True)
+        log = threading.Thread(target=self._log_text, args=(text,), daemon=True)
         log.start()
         log.join(_LAST_WORDS)
         sys.stdout.flush()

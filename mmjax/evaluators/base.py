@@ -40,7 +40,7 @@ class Computation(abc.ABC):
 
     def inputs(self, task: Task) -> dict[str, Input]:
         """Return the inputs that it reads of each example, by modality, as evaluation has them."""
-        return {name: each.whole() for name, each in task.inputs.items()}
+        return {name: each.for_evaluation() for name, each in task.inputs.items()}
 
     def fields(self, task: Task) -> tuple[str, ...]:
         """Return the fields of the examples that it reads on the devices, besides its inputs."""
@@ -218,7 +218,7 @@ def function(
     task: Task, computation: Computation
 ) -> Callable[[Model, Batch, jax.Array], dict[str, jax.Array]]:
     """Return the function on the devices: outputs with a leading row axis, of batches whose rows may be invalid."""
-    whole = task.whole()
+    whole = task.for_evaluation()
     return lambda model, batch, key: computation.outputs(whole, model, with_rows(batch), key)
 
 

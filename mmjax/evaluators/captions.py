@@ -36,17 +36,19 @@ class Captions(Evaluator):
 
     def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
         rows, end = outputs["all"], _end(task)
-        given = [row[:n] for row, n in zip(rows["wanted"], rows["tokens"].astype(int), strict=True)]
-        wanted, made = texts(given, end), texts(rows["written"], end)
-        others = [wanted[i] for i in np.random.default_rng(0).permutation(len(wanted))]
+        references_ids = [
+            row[:n] for row, n in zip(rows["wanted"], rows["tokens"].astype(int), strict=True)
+        ]
+        references, captions = texts(references_ids, end), texts(rows["written"], end)
+        others = [references[i] for i in np.random.default_rng(0).permutation(len(references))]
         tokens = int(rows["tokens"].sum())
         return [
             self.record(
                 task, "caption loss", rows["cost"].sum() / max(tokens, 1),
-                entropy(np.concatenate(given)), tokens, unit="loss",
+                entropy(np.concatenate(references_ids)), tokens, unit="loss",
             ),
-            self.record(task, "caption match", match(made, wanted), match(others, wanted), len(wanted)),
-            self.record(task, "caption F1", f1(made, wanted), f1(others, wanted), len(wanted)),
+            self.record(task, "caption match", match(captions, references), match(others, references), len(references)),
+            self.record(task, "caption F1", f1(captions, references), f1(others, references), len(references)),
         ]  # fmt: skip
 
 
@@ -62,11 +64,11 @@ def texts(rows: Iterable[np.ndarray], end: int | None) -> list[tuple[int, ...]]:
 
     What else a row holds is a token, whatever its id: padding stands only after an end.
     """
-    found = []
+    result = []
     for row in rows:
         ids = row.tolist()
-        found.append(tuple(ids[: ids.index(end)] if end in ids else ids))
-    return found
+        result.append(tuple(ids[: ids.index(end)] if end in ids else ids))
+    return result
 
 
 def match(one: Sequence[tuple[int, ...]], other: Sequence[tuple[int, ...]]) -> float:
@@ -76,11 +78,11 @@ def match(one: Sequence[tuple[int, ...]], other: Sequence[tuple[int, ...]]) -> f
 
 def f1(one: Sequence[tuple[int, ...]], other: Sequence[tuple[int, ...]]) -> float:
     """Mean over pairs of `2 |a & b| / (|a| + |b|)`, of bags of tokens; two empty texts agree."""
-    found = []
+    scores = []
     for a, b in zip(one, other, strict=True):
         common = (Counter(a) & Counter(b)).total()
-        found.append(2 * common / (len(a) + len(b)) if a or b else 1.0)
-    return float(np.mean(found))
+        scores.append(2 * common / (len(a) + len(b)) if a or b else 1.0)
+    return float(np.mean(scores))
 
 
 def entropy(tokens_N: np.ndarray) -> float:

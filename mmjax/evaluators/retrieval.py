@@ -72,20 +72,20 @@ class Retrieval(Evaluator):
         candidate: str,
         sides: Mapping[str, tuple[np.ndarray, np.ndarray]],
     ) -> list[Record]:
-        (queries, wanted), (candidates, concepts) = sides[query], sides[candidate]
+        (queries, query_concepts), (candidates, concepts) = sides[query], sides[candidate]
         # Some queries at a time: the similarities of all would be the square of the split.
         size = max(1, _PAIRS // max(len(concepts), 1))
         places, positives = [], []
         for start in range(0, len(queries), size):
             part = slice(start, start + size)
-            positive_QC = wanted[part, None] == concepts[None, :]
+            positive_QC = query_concepts[part, None] == concepts[None, :]
             places.append(place(queries[part] @ candidates.T, positive_QC))
             positives.append(positive_QC.sum(axis=1))
-        found = [float((np.concatenate(places) < k).mean()) for k in self.at]
+        recalls = [float((np.concatenate(places) < k).mean()) for k in self.at]
         by_chance = chance(np.concatenate(positives), len(concepts), self.at)
         return [
-            self.record(task, f"{query} to {candidate} R@{k}", value, luck, len(wanted))
-            for k, value, luck in zip(self.at, found, by_chance, strict=True)
+            self.record(task, f"{query} to {candidate} R@{k}", value, luck, len(query_concepts))
+            for k, value, luck in zip(self.at, recalls, by_chance, strict=True)
         ]
 
 

@@ -1,8 +1,8 @@
-"""Sequences made span by span, text and pictures in turn: what was read is held, and each new span reads it.
+"""Sequences made span by span, text and pictures in turn: what was read is cached, and each new span reads it.
 
 A discrete span is written token by token; a continuous one is drawn as a whole, each step of its diffusion reading what
-is held (continuous time; the deterministic DDIM sampler unless `sampler` is `ddpm`, see `generation.diffusion`). What a
-span holds once it is made is read into the sequence, as a given one is.
+is cached (continuous time; the deterministic DDIM sampler unless `sampler` is `ddpm`, see `generation.diffusion`). What
+a span holds once it is made is read into the sequence, as a given one is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mmjax.generation.decoding import Sampling, generate
 from mmjax.generation.diffusion import Diffusion
 from mmjax.generation.spans import Span
 from mmjax.model import Model
-from mmjax.nn.by_modality import apply, kinds
+from mmjax.nn.by_modality import apply_per_modality, modality_of
 from mmjax.nn.masks import FULL, Causal, Mask
 from mmjax.nn.stream import Stream, concatenate
 
@@ -57,24 +57,24 @@ class Spans(Protocol):
     def noisy(
         self, model: Model, name: str, arrays: Any, x_t: jax.Array, t_B: jax.Array
     ) -> tuple[Stream, Any]: ...
-    def predicted(self, model: Model, name: str, x_BSD: jax.Array, way: Any) -> jax.Array: ...
+    def predicted(self, model: Model, name: str, x_BSD: jax.Array, context: Any) -> jax.Array: ...
     def logits(self, model: Model, name: str, x_BSD: jax.Array) -> jax.Array: ...
 
 
 @struct.dataclass
-class Past:
+class Cache:
     """A sequence so far.
 
     Attributes:
-      layers: what the trunk's layers hold, see `Trunk.begin`.
+      layers: what the trunk's layers hold, see `Trunk.init_cache`.
       at: how many slots are used, a scalar.
-      there_BT: which slots hold a token.
+      filled_BT: which slots hold a token.
       count_B: how many do, of each row.
     """
 
     layers: Any
     at: jax.Array
-    there_BT: jax.Array
+    filled_BT: jax.Array
     count_B: jax.Array
 
 
@@ -105,24 +105,24 @@ class Composer:
         Raises:
           UserError: a guidance for a span that nothing guides.
         """
-        past, free, made = self.begin(), self.begin(), dict[int, jax.Array]()
-        for index, places in enumerate(self._blocks()):
+        cache, unconditional, results = self.init_cache(), self.init_cache(), dict[int, jax.Array]()
+        for index, indices in enumerate(self._blocks()):
             keys = jax.vmap(lambda key, index=index: jax.random.fold_in(key, index))(keys_B)
-            block = [self._plan[place] for place in places]
-            wanted = [span for span in block if span.made]
-            found: Values = {}
-            if wanted and block[0].name in self._of.discrete:
-                found = {block[0].name: self.write(past, block[0], keys)}
-                block = [replace(block[0], arrays=self._as_arrays(block[0], found[block[0].name]))]
-            elif wanted:
-                found = self.draw(past, free, block, keys)
-            made |= {
-                place: found[self._plan[place].name] for place in places if self._plan[place].made
+            block = [self._plan[place] for place in indices]
+            targets = [span for span in block if span.made]
+            values: Values = {}
+            if targets and block[0].name in self._of.discrete:
+                values = {block[0].name: self.write(cache, block[0], keys)}
+                block = [replace(block[0], arrays=self._as_arrays(block[0], values[block[0].name]))]
+            elif targets:
+                values = self.draw(cache, unconditional, block, keys)
+            results |= {
+                place: values[self._plan[place].name] for place in indices if self._plan[place].made
             }
             block = [span for span in block if not span.absent]
-            past = self.read(past, block, found)
-            free = self.read(free, block, found, kept=index > 0)
-        return [made[place] for place in sorted(made)]
+            cache = self.read(cache, block, values)
+            unconditional = self.read(unconditional, block, values, kept=index > 0)
+        return [results[place] for place in sorted(results)]
 
     def _blocks(self) -> list[list[int]]:
         """Places in the plan of the spans that are read together: one, or all continuous ones if they are mutual."""
@@ -141,57 +141,59 @@ class Composer:
         others = [[place] for place, is_one in enumerate(is_continuous) if not is_one]
         return sorted([together, *others])
 
-    def begin(self) -> Past:
+    def init_cache(self) -> Cache:
         """A sequence that holds nothing yet."""
         spans = [self._span(span, None, True)[0] for span in self._plan]
         slots = sum(span.x_BSD.shape[1] for span in spans)
         like = Stream(spans[0].x_BSD[:, :1], layout=((spans[0].layout[0][0], 1),))
-        return Past(
-            self._model.trunk.begin(like, slots),
+        return Cache(
+            self._model.trunk.init_cache(like, slots),
             jnp.int32(0),
             jnp.zeros((self._rows, slots), bool),
             jnp.zeros(self._rows, jnp.int32),
         )
 
     def read(
-        self, past: Past, block: Sequence[Span], values: Values | None = None, kept: bool = True
-    ) -> Past:
+        self, cache: Cache, block: Sequence[Span], values: Values | None = None, kept: bool = True
+    ) -> Cache:
         """The sequence with the spans of a block: their arrays, or other `values` of continuous ones, by name.
 
         Where it is not `kept`, a discrete span is only the token of its beginning.
         """
         streams = [self._span(span, (values or {}).get(span.name), kept)[0] for span in block]
-        return self._extend(past, concatenate(streams), self._mask(block[0].name))[1]
+        return self._decode(cache, concatenate(streams), self._mask(block[0].name))[1]
 
-    def logits(self, past: Past, span: Span) -> jax.Array:
+    def logits(self, cache: Cache, span: Span) -> jax.Array:
         """Logits `[B, L, V]` of each token of a given discrete span, each after those before."""
-        x_BSD, _ = self._extend(past, self._span(span, None, True)[0], Causal())
+        x_BSD, _ = self._decode(cache, self._span(span, None, True)[0], Causal())
         return self._of.logits(self._model, span.name, x_BSD[:, :-1])
 
-    def write(self, past: Past, span: Span, keys_B: jax.Array) -> jax.Array:
+    def write(self, cache: Cache, span: Span, keys_B: jax.Array) -> jax.Array:
         """Tokens int32 `[B, L]` of a discrete span, see `generate`."""
         name, everything = span.name, jnp.ones(self._rows, bool)
 
-        def step(ids_BS: jax.Array, at: jax.Array, past: Past) -> tuple[jax.Array, Past]:
+        def step(ids_BS: jax.Array, at: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
             ids_BL = ids_BS[:, 1:]
             arrays = {"ids": ids_BL, "valid": jnp.ones_like(ids_BL, bool)}
             whole = self._of.written(self._model, name, arrays, everything)
             token = whole.take(jnp.full((self._rows, 1), at))
-            x_BSD, past = self._extend(past, token, Causal())
-            return self._of.logits(self._model, name, x_BSD)[:, -1], past
+            x_BSD, cache = self._decode(cache, token, Causal())
+            return self._of.logits(self._model, name, x_BSD)[:, -1], cache
 
         length = span.arrays["ids"].shape[1]
-        return generate(step, past, keys_B, length, self._of.sampling, self._stems[name].token_ids)
+        return generate(step, cache, keys_B, length, self._of.sampling, self._stems[name].token_ids)
 
-    def draw(self, past: Past, free: Past, block: Sequence[Span], keys_B: jax.Array) -> Values:
+    def draw(
+        self, cache: Cache, unconditional: Cache, block: Sequence[Span], keys_B: jax.Array
+    ) -> Values:
         """Values `[B, S, P]` of the continuous spans of a block that are made, from noise, together.
 
         Those that are given stand still at time 0; those that are absent are fresh noise at time 1 in each step.
 
         Args:
-          past, free: the sequence, and the one to be guided away from.
+          cache, unconditional: the sequence, and the one to be guided away from.
         """
-        dtype = _wide(past)
+        dtype = _wide(cache)
         clean = {span.name: self._stems[span.name].values(span.arrays, dtype) for span in block}
         drawn = [span.name for span in block if span.made]
         given = {s.name: clean[s.name] for s in block if not s.made and not s.absent}
@@ -205,17 +207,17 @@ class Composer:
         def predict(x_t: Values, t: jax.Array, step: jax.Array) -> Values:
             pure = _fresh(keys_B, _ABSENT, step, clean)
             times = {name: t if name in x_t else jnp.zeros_like(t) for name in {**given, **x_t}}
-            found = self._predict(past, block, {**pure, **given, **x_t}, times, drawn)
+            result = self._predict(cache, block, {**pure, **given, **x_t}, times, drawn)
             if guidance == 1:
-                return found
+                return result
             if not alone:
-                without = self._predict(free, block, {**given, **x_t}, times, drawn)
+                without = self._predict(unconditional, block, {**given, **x_t}, times, drawn)
             else:
                 without = {}
                 for name in drawn:
                     others = {**pure, name: x_t[name]}
-                    without |= self._predict(free, block, others, {name: t}, [name])
-            return jax.tree.map(lambda a, b: b + guidance * (a - b), found, without)
+                    without |= self._predict(unconditional, block, others, {name: t}, [name])
+            return jax.tree.map(lambda a, b: b + guidance * (a - b), result, without)
 
         def fresh(step: jax.Array) -> Values:
             return _fresh(keys_B, _SAMPLER, step, noise)
@@ -223,8 +225,8 @@ class Composer:
         bounds = {self._stems[name].bound for name in drawn}
         bound = bounds.pop() if len(bounds) == 1 else None
         diffusion = Diffusion(self._of.prediction, self._of.sampler)
-        made: Values = diffusion.sample(predict, noise, self._of.sampling_steps, bound, fresh)
-        return made
+        result: Values = diffusion.sample(predict, noise, self._of.sampling_steps, bound, fresh)
+        return result
 
     def _guidance(self, block: Sequence[Span]) -> float:
         """The weight of the guided prediction for the spans of a block that are made."""
@@ -242,29 +244,29 @@ class Composer:
 
     def _predict(
         self,
-        past: Past,
+        cache: Cache,
         spans: Sequence[Span],
         x: Values,
         times: Values,
         wanted: Collection[str],
     ) -> Values:
         """Predictions of the `wanted` spans for values x, each at its time; those without a time are noise, at 1."""
-        streams, ways = [], {}
+        streams, contexts = [], {}
         for span in spans:
-            t_B = jnp.full(self._rows, times.get(span.name, 1.0), _wide(past))
-            stream, ways[span.name] = self._of.noisy(
+            t_B = jnp.full(self._rows, times.get(span.name, 1.0), _wide(cache))
+            stream, contexts[span.name] = self._of.noisy(
                 self._model, span.name, span.arrays, x[span.name], t_B
             )
             streams.append(stream)
-        x_BSD, _ = self._extend(past, concatenate(streams), FULL)
-        ends, found = 0, {}
+        x_BSD, _ = self._decode(cache, concatenate(streams), FULL)
+        ends, result = 0, {}
         for span, stream in zip(spans, streams, strict=True):
             start, ends = ends, ends + stream.x_BSD.shape[1]
             if span.name in wanted:
-                found[span.name] = self._of.predicted(
-                    self._model, span.name, x_BSD[:, start:ends], ways[span.name]
+                result[span.name] = self._of.predicted(
+                    self._model, span.name, x_BSD[:, start:ends], contexts[span.name]
                 )
-        return found
+        return result
 
     def _mask(self, name: str) -> Mask:
         return Causal() if name in self._of.discrete else FULL
@@ -285,28 +287,30 @@ class Composer:
         """A discrete span that was written, to be read."""
         return {"ids": ids_BL, "valid": self._stems[span.name].token_ids.used(ids_BL)}
 
-    def _extend(self, past: Past, stream: Stream, mask: Mask) -> tuple[jax.Array, Past]:
-        """The trunk's outputs for the tokens of `stream` after what is held, and what is held with them."""
+    def _decode(self, cache: Cache, stream: Stream, mask: Mask) -> tuple[jax.Array, Cache]:
+        """The trunk's outputs for the tokens of `stream` after those in the cache, and the cache with them."""
         valid_BS = stream.mask_BS()
-        there_BT = jax.lax.dynamic_update_slice_in_dim(past.there_BT, valid_BS, past.at, axis=1)
-        place_BS = past.count_B[:, None] + jnp.maximum(jnp.cumsum(valid_BS, axis=1) - 1, 0)
+        filled_BT = jax.lax.dynamic_update_slice_in_dim(cache.filled_BT, valid_BS, cache.at, axis=1)
+        position_BS = cache.count_B[:, None] + jnp.maximum(jnp.cumsum(valid_BS, axis=1) - 1, 0)
         stream = Stream(
             stream.x_BSD,
             valid_BS,
             layout=stream.layout,
             # As in training, where rows differ in their order: by tokens that there are, not by slots.
-            attributes={"position": place_BS.astype(jnp.int32)} if self._of.compact else {},
+            attributes={"position": position_BS.astype(jnp.int32)} if self._of.compact else {},
             mask=mask,
-            held_BT=there_BT,
+            filled_BT=filled_BT,
         )
-        out, layers = self._model.trunk.extend(stream, past.layers, past.at)
-        x_BSD = apply(self._model.trunk.norm, out.x_BSD, kinds(out))
-        count_B = past.count_B + valid_BS.sum(axis=1)
-        return x_BSD, Past(layers, past.at + valid_BS.shape[1], there_BT, count_B.astype(jnp.int32))
+        out, layers = self._model.trunk.decode(stream, cache.layers, cache.at)
+        x_BSD = apply_per_modality(self._model.trunk.norm, out.x_BSD, modality_of(out))
+        count_B = cache.count_B + valid_BS.sum(axis=1)
+        return x_BSD, Cache(
+            layers, cache.at + valid_BS.shape[1], filled_BT, count_B.astype(jnp.int32)
+        )
 
 
-def _wide(past: Past) -> Any:
-    return jnp.promote_types(jax.tree.leaves(past.layers)[0].dtype, jnp.float32)
+def _wide(cache: Cache) -> Any:
+    return jnp.promote_types(jax.tree.leaves(cache.layers)[0].dtype, jnp.float32)
 
 
 def _all_there(span: Span) -> Span:
@@ -319,7 +323,7 @@ def _all_there(span: Span) -> Span:
 
 def _fresh(keys_B: jax.Array, purpose: int, step: jax.Array, like: Values) -> Values:
     """Noise of the shapes of `like` `[B, ...]`, by row, purpose, step and name."""
-    made = {}
+    result = {}
     for index, (name, x) in enumerate(like.items()):
 
         def of_row(key: jax.Array, index: int = index, x: jax.Array = x) -> jax.Array:
@@ -327,5 +331,5 @@ def _fresh(keys_B: jax.Array, purpose: int, step: jax.Array, like: Values) -> Va
                 key = jax.random.fold_in(key, number)
             return jax.random.normal(key, x.shape[1:], x.dtype)
 
-        made[name] = jax.vmap(of_row)(keys_B)
-    return made
+        result[name] = jax.vmap(of_row)(keys_B)
+    return result

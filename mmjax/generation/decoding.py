@@ -45,17 +45,17 @@ class Sampling:
 
 
 class _Written(NamedTuple):
-    """The loop's state: ids `[B, length + 1]` from the begin token on, which rows have ended, and what is held."""
+    """The loop's state: ids `[B, length + 1]` from the begin token on, which rows have ended, and the cache."""
 
     at: jax.Array
     ids: jax.Array
     ended_B: jax.Array
-    held: Any
+    cache: Any
 
 
 def generate(
     step: Step,
-    held: Any,
+    cache: Any,
     keys_B: jax.Array,
     length: int,
     sampling: Sampling,
@@ -66,22 +66,22 @@ def generate(
     It stops when all rows have ended. Ids without a piece are never chosen.
 
     Args:
-      step: `(ids [B, length + 1], at, held) -> (logits [B, V] of the token after index `at`, held)`. The ids begin with
-        the begin token; those after `at` mean nothing.
-      held: what `step` remembers, before the first token.
+      step: `(ids [B, length + 1], at, cache) -> (logits [B, V] of the token after index `at`, cache)`. The ids begin
+        with the begin token; those after `at` mean nothing.
+      cache: what `step` remembers, before the first token.
       keys_B: a random key for each row.
       special: the ids of padding, begin and end, and those without a piece.
     """
     rows = keys_B.shape[0]
     ids = jnp.full((rows, length + 1), special.pad, jnp.int32).at[:, 0].set(special.begin)
-    begin = _Written(jnp.int32(0), ids, jnp.zeros(rows, bool), held)
+    start = _Written(jnp.int32(0), ids, jnp.zeros(rows, bool), cache)
 
     def goes_on(written: _Written) -> jax.Array:
         return (written.at < length) & ~written.ended_B.all()
 
     def next_token(written: _Written) -> _Written:
-        at, ids, ended_B, held = written
-        logits_BV, held = step(ids, at, held)
+        at, ids, ended_B, cache = written
+        logits_BV, cache = step(ids, at, cache)
         without_V = special.without_piece(logits_BV.shape[-1])
         if without_V.any():
             logits_BV = jnp.where(without_V, -jnp.inf, logits_BV)
@@ -89,6 +89,6 @@ def generate(
         token_B = jnp.where(ended_B, special.pad, sampling.choose(logits_BV, keys))
         ids = jax.lax.dynamic_update_slice_in_dim(ids, token_B[:, None], at + 1, axis=1)
         ended_B = ended_B if special.end is None else ended_B | (token_B == special.end)
-        return _Written(at + 1, ids, ended_B, held)
+        return _Written(at + 1, ids, ended_B, cache)
 
-    return jax.lax.while_loop(goes_on, next_token, begin).ids[:, 1:]
+    return jax.lax.while_loop(goes_on, next_token, start).ids[:, 1:]

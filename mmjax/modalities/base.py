@@ -116,7 +116,7 @@ class Input:
         """Whether only some of the tokens are there."""
         return bool(getattr(self.settings, "token_drop", 0.0))
 
-    def whole(self) -> Input:
+    def for_evaluation(self) -> Input:
         """As evaluation has it: all tokens of one instance."""
         settings = replace(self.settings, token_drop=0.0) if self.drops else self.settings
         return replace(self, settings=settings, instances=0)
@@ -127,8 +127,8 @@ class Input:
         if not self.instances:
             return one
         n = self.instances
-        made = {name: jax.ShapeDtypeStruct((n, *s.shape), s.dtype) for name, s in one.items()}
-        return {**made, PRESENT: jax.ShapeDtypeStruct((n,), np.bool_)}
+        shapes = {name: jax.ShapeDtypeStruct((n, *s.shape), s.dtype) for name, s in one.items()}
+        return {**shapes, PRESENT: jax.ShapeDtypeStruct((n,), np.bool_)}
 
     @cached_property
     def _specs(self) -> ArraySpec:  # asked of every example
@@ -144,14 +144,14 @@ class Input:
 
         `times` are where the instances of a temporal modality begin; each draws its own where there are none.
         """
-        made = self._made(example[self.field], rng, times)
+        arrays = self._made(example[self.field], rng, times)
         for name, spec in self._specs.items():
-            if made[name].shape != spec.shape or made[name].dtype != spec.dtype:
+            if arrays[name].shape != spec.shape or arrays[name].dtype != spec.dtype:
                 raise UserError(
                     f"modality '{self.name}', array '{name}': expected {spec.dtype}{list(spec.shape)}, "
-                    f"made {made[name].dtype}{list(made[name].shape)} from field '{self.field}'."
+                    f"made {arrays[name].dtype}{list(arrays[name].shape)} from field '{self.field}'."
                 )
-        return made
+        return arrays
 
     def _made(
         self, value: Any, rng: np.random.Generator | None, times: Sequence[float]
@@ -170,8 +170,8 @@ class Input:
     ) -> dict[str, np.ndarray]:
         modality: Any = self.modality
         time = {"time": times[instance]} if len(times) and modality.temporal else {}
-        made: dict[str, np.ndarray] = modality.preprocess(self.settings, value, rng, **time)
-        return made
+        result: dict[str, np.ndarray] = modality.preprocess(self.settings, value, rng, **time)
+        return result
 
 
 def start_of(over: int, rng: np.random.Generator | None, time: float | None = None) -> int:
@@ -255,8 +255,8 @@ def dropped(
     index_K = np.sort(rng.choice(count, kept(count, drop), replace=False))
     ranges = [np.arange(n, dtype=np.float32) / np.float32(n) for n in sizes]
     grid_SA = np.stack(np.meshgrid(*ranges, indexing="ij"), axis=-1).reshape(count, -1)
-    made = {"patches": np.ascontiguousarray(values_SP[index_K]), "coordinates": grid_SA[index_K]}
-    return made, index_K
+    arrays = {"patches": np.ascontiguousarray(values_SP[index_K]), "coordinates": grid_SA[index_K]}
+    return arrays, index_K
 
 
 def by_axis(coordinates_BKA: jax.Array, axes: Sequence[str]) -> dict[str, jax.Array]:

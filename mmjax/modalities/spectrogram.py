@@ -128,8 +128,8 @@ class Spectrogram(Placed, Modality[SpectrogramInput]):
         self._bands()
         if settings.token_drop:
             values, bands = self.patch_frames * self.patch_mels, self.mels // self.patch_mels
-            made = dropped_arrays(count * bands, values, 2, settings.token_drop, np.float32)
-            return {**made, "valid": jax.ShapeDtypeStruct(made["patches"].shape[:1], np.bool_)}
+            specs = dropped_arrays(count * bands, values, 2, settings.token_drop, np.float32)
+            return {**specs, "valid": jax.ShapeDtypeStruct(specs["patches"].shape[:1], np.bool_)}
         return {
             "mel": jax.ShapeDtypeStruct((settings.frames, self.mels), np.float32),
             "valid": jax.ShapeDtypeStruct((count,), np.bool_),
@@ -160,8 +160,8 @@ class Spectrogram(Placed, Modality[SpectrogramInput]):
             return {"mel": mel_TM, "valid": valid_T}
         bands = self.mels // self.patch_mels
         values_SP = cut(mel_TM[None], (self.patch_frames, self.patch_mels))[0]
-        made, index_K = dropped(values_SP, (len(valid_T), bands), settings.token_drop, rng)
-        return {**made, "valid": np.repeat(valid_T, bands)[index_K]}
+        arrays, index_K = dropped(values_SP, (len(valid_T), bands), settings.token_drop, rng)
+        return {**arrays, "valid": np.repeat(valid_T, bands)[index_K]}
 
     def raw(self, value: Any) -> Sound:
         """`(float32[N], rate)` at the modality's rate, from what `mmjax.modalities.waveform.read` takes."""

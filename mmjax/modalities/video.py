@@ -116,11 +116,11 @@ class Video(Placed, Modality[VideoInput]):
         view = ImageInput(**{name: getattr(settings, name) for name in _VIEW})
         # Every frame under the same seed, so that all of them are cropped and mirrored alike.
         seed = None if rng is None else int(rng.integers(2**63))
-        made = {
+        arrays = {
             i: self._image.preprocess(view, frames[i], _generator(seed))["pixels"]
             for i in sorted(set(chosen))
         }
-        pixels = np.stack([made[i] for i in chosen])
+        pixels = np.stack([arrays[i] for i in chosen])
         if not settings.token_drop:
             return {"pixels": pixels}
         pixels = np.repeat(pixels, self.tube, axis=0) if settings.frames == 1 else pixels
@@ -223,8 +223,8 @@ class _Listed(Sequence[Any]):
         self._frames, self._image = frames, image
         sizes = sorted({self._size(frame) for frame in frames})
         if len(sizes) != 1:
-            found = ", ".join(f"{w}x{h}" for w, h in sizes) or "no frame"
-            raise UserError(f"a video has frames of one size, found {found}.")
+            sizes_found = ", ".join(f"{w}x{h}" for w, h in sizes) or "no frame"
+            raise UserError(f"a video has frames of one size, found {sizes_found}.")
 
     def __len__(self) -> int:
         return len(self._frames)

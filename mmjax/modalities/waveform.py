@@ -92,8 +92,8 @@ class Waveform(Placed, Modality[WaveformInput]):
             "waveform samples", settings.samples, self.patch, self.limit(self.max_positions)
         )
         if settings.token_drop:
-            made = dropped_arrays(count, self.patch, 1, settings.token_drop, np.float32)
-            return {**made, "valid": jax.ShapeDtypeStruct(made["patches"].shape[:1], np.bool_)}
+            specs = dropped_arrays(count, self.patch, 1, settings.token_drop, np.float32)
+            return {**specs, "valid": jax.ShapeDtypeStruct(specs["patches"].shape[:1], np.bool_)}
         return {
             "samples": jax.ShapeDtypeStruct((settings.samples,), np.float32),
             "valid": jax.ShapeDtypeStruct((count,), np.bool_),
@@ -120,10 +120,10 @@ class Waveform(Placed, Modality[WaveformInput]):
         valid_S = np.arange(0, settings.samples, self.patch) < max(length, 1)
         if not settings.token_drop:
             return {"samples": samples, "valid": valid_S}
-        made, index_K = dropped(
+        arrays, index_K = dropped(
             samples.reshape(-1, self.patch), valid_S.shape, settings.token_drop, rng
         )
-        return {**made, "valid": valid_S[index_K]}
+        return {**arrays, "valid": valid_S[index_K]}
 
     def raw(self, value: Any) -> Sound:
         """`(float32[N], rate)` at the modality's rate, from what `read` takes."""

@@ -11,9 +11,9 @@ The file only grows. Each attempt (each start of the process) writes
 and every line holds attempt, pid, `time` (the wall clock, for people) and `seconds` (since the
 attempt's start by the monotonic clock, for sums: a wall clock may jump, durations may not). A
 line is with the operating system before the call that wrote it returns, so an observer outside
-sees which phase the process is in and a kill loses nothing.
+sees which activity the process is in and a kill loses nothing.
 
-Seconds are exclusive: a `save` inside `step` counts as save, not as step. Phases in use: restore,
+Seconds are exclusive: a `save` inside `step` counts as save, not as step. Activities in use: restore,
 init, compile, step, save, eval, report, wait_data.
 """
 
@@ -39,7 +39,7 @@ from mmjax.monitor.line_file import LineFile, read_records
 OTHER = "other"
 STEP = "step"
 REPEATED = "repeated"
-# Phases of a run, as `summary` names them, in the order of every table and picture.
+# Activities of a run, as `summary` names them, in the order of every table and picture.
 LABELS = {
     "step": "steps that count (goodput)",
     "repeated": "steps that were done again",
@@ -52,7 +52,7 @@ LABELS = {
     "report": "writing the report",
     OTHER: "between these",
 }
-_COUNTS = ("total", "attempts", "unfinished")  # in `summary`, and no phases
+_COUNTS = ("total", "attempts", "unfinished")  # in `summary`, and no activities
 _SUMS = (OTHER, REPEATED, "total", "attempts", "unfinished")
 _STAMP = ("attempt", "pid", "time", "seconds")
 _OWN = (*_STAMP, "line", "phase", "name", "elapsed", "self", "moved", "error")
@@ -60,15 +60,15 @@ _OWN = (*_STAMP, "line", "phase", "name", "elapsed", "self", "moved", "error")
 
 @dataclass
 class _Open:
-    phase: str
+    activity: str
     began: float
-    inner: float = 0.0  # seconds of it that belong to phases inside, or were moved away
+    inner: float = 0.0  # seconds of it that belong to activities inside, or were moved away
 
 
-class PhaseLog:
+class ActivityLog:
     """Writes `goodput.jsonl` in `workdir`; a new attempt is noted at once.
 
-    Phases are opened by the thread that made the log; `event` may be called by any.
+    Activities are opened by the thread that made the log; `event` may be called by any.
 
     Args:
       workdir: local or an object store (there the file is rewritten at most every two seconds).
@@ -94,15 +94,15 @@ class PhaseLog:
         self._write("start", {})
 
     @contextmanager
-    def phase(self, phase: str, **fields: Any) -> Iterator[None]:
+    def activity(self, activity: str, **fields: Any) -> Iterator[None]:
         """Times a block: a begin line with `fields`, and an end line with its seconds.
 
-        `elapsed` is the whole block and `self` what of it belongs to no inner phase. A block
+        `elapsed` is the whole block and `self` what of it belongs to no inner activity. A block
         that raises ends too, with the name of the error in `error`.
         """
-        self._check(phase, fields)
-        entry = _Open(phase, self._clock())
-        self._write("begin", {"phase": phase, **fields})
+        self._check(activity, fields)
+        entry = _Open(activity, self._clock())
+        self._write("begin", {"phase": activity, **fields})
         self._open.append(entry)
         ending: dict[str, Any] = {}
         try:
@@ -113,17 +113,17 @@ class PhaseLog:
         finally:
             self._end(entry, fields | ending)
 
-    def add(self, phase: str, seconds: float) -> None:
-        """Counts `seconds` of the open phase as `phase` instead; writes no line by itself.
+    def add(self, activity: str, seconds: float) -> None:
+        """Counts `seconds` of the open activity as `activity` instead; writes no line by itself.
 
         For what happens every step, such as waiting for data: it goes out with the next line.
         """
-        self._moved[phase] += seconds
+        self._moved[activity] += seconds
         if self._open:
             self._open[-1].inner += seconds
 
     def beat(self, **fields: Any) -> None:
-        """A line that says the open phases are alive, so that a kill later loses less time."""
+        """A line that says the open activities are alive, so that a kill later loses less time."""
         self._check("beat", fields)
         self._write("beat", fields)
 
@@ -154,7 +154,7 @@ class PhaseLog:
         if self._open:
             self._open[-1].inner += elapsed
         seconds = {"elapsed": round(elapsed, 6), "self": round(own, 6)}
-        self._write("end", {"phase": entry.phase, **seconds, **fields})
+        self._write("end", {"phase": entry.activity, **seconds, **fields})
 
     def _write(self, line: str, fields: Mapping[str, Any]) -> None:
         with self._lock:
@@ -170,9 +170,9 @@ class PhaseLog:
         wall = round(time.time(), 3)
         return {"attempt": self.attempt, "pid": os.getpid(), "time": wall, "seconds": seconds}
 
-    def _check(self, phase: str, fields: Mapping[str, Any], any_thread: bool = False) -> None:
-        if phase in _SUMS:
-            raise ValueError(f"the phase name {phase!r} is reserved")
+    def _check(self, activity: str, fields: Mapping[str, Any], any_thread: bool = False) -> None:
+        if activity in _SUMS:
+            raise ValueError(f"the activity name {activity!r} is reserved")
         for name in _OWN:
             if name in fields:
                 raise ValueError(f"the field name {name!r} is reserved")
@@ -181,11 +181,11 @@ class PhaseLog:
 
 
 def summary(workdir: epath.Path) -> dict[str, float]:
-    """Seconds by phase over all attempts in `workdir`, each second counted once.
+    """Seconds by activity over all attempts in `workdir`, each second counted once.
 
-    Besides the phases: `repeated` (steps that a later attempt did again, because it went on from an
-    earlier one), `other` (inside no phase), `total` (their sum), `attempts` (a count) and
-    `unfinished` (the count of attempts that were killed in a phase, or are still in one). Time of a
+    Besides the activities: `repeated` (steps that a later attempt did again, because it went on from an
+    earlier one), `other` (inside no activity), `total` (their sum), `attempts` (a count) and
+    `unfinished` (the count of attempts that were killed in an activity, or are still in one). Time of a
     killed attempt counts until its last line. Lines torn by a kill are passed over. An attempt that
     a `UserError` ended before its first step (a wrong config, other data) counts for nothing.
     """
@@ -196,13 +196,13 @@ def summary(workdir: epath.Path) -> dict[str, float]:
         if line["line"] == "event" and line["name"] == "diverged":
             parts.append(_Attempt(last=parts[-1].last))  # it goes on from an earlier step
     attempts = {key: parts for key, parts in attempts.items() if not parts[0].is_refused}
-    stretches = [part for parts in attempts.values() for part in parts]
+    pieces = [part for parts in attempts.values() for part in parts]
     sums: dict[str, float] = defaultdict(float, {OTHER: 0.0})
     again = math.inf  # the first step that a later attempt did
-    for attempt in reversed(stretches):
-        for (phase, step), seconds in attempt.sums.items():
-            is_again = phase == STEP and again <= step < math.inf
-            sums[REPEATED if is_again else phase] += seconds
+    for attempt in reversed(pieces):
+        for (activity, step), seconds in attempt.sums.items():
+            is_again = activity == STEP and again <= step < math.inf
+            sums[REPEATED if is_again else activity] += seconds
         again = min(again, attempt.first_step)
     return {
         **sums,
@@ -218,7 +218,7 @@ def goodput(seconds: Mapping[str, float]) -> float:
 
 
 def share_of_time(seconds: float, total: float) -> float:
-    """Return the share of a run's time: `seconds` of a phase or a task in the `total` of all attempts.
+    """Return the share of a run's time: `seconds` of an activity or a task in the `total` of all attempts.
 
     A task's seconds are those of the steps that count, from the end of the step before to their own: its waiting for
     data is among them. Every share of time that a table, the report or `summary.json` gives is this one.
@@ -227,7 +227,7 @@ def share_of_time(seconds: float, total: float) -> float:
 
 
 def rows(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return a row for each phase that took time: `phase`, `label`, `seconds`, and their `share` of all.
+    """Return a row for each activity that took time: `activity`, `label`, `seconds`, and their `share` of all.
 
     Args:
       seconds: as `summary` has them.
@@ -245,27 +245,29 @@ def rows(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
     ]
 
 
-_Begun = tuple[str, float]  # a phase, and the step at which it began; infinity where it says none
+_Begun = tuple[
+    str, float
+]  # an activity, and the step at which it began; infinity where it says none
 
 
 @dataclass
 class _Attempt:
-    """Replays the lines of one attempt: time between two lines belongs to the innermost phase."""
+    """Replays the lines of one attempt: time between two lines belongs to the innermost activity."""
 
     sums: dict[_Begun, float] = field(default_factory=lambda: defaultdict(float))
     open: list[_Begun] = field(default_factory=list)
     last: float = 0.0
-    errors: set[str] = field(default_factory=set)  # names of the errors that ended phases
+    errors: set[str] = field(default_factory=set)  # names of the errors that ended activities
 
     @property
     def is_refused(self) -> bool:
         """True if an error of the user's ended the attempt before its first step."""
-        return "UserError" in self.errors and all(phase != STEP for phase, _ in self.sums)
+        return "UserError" in self.errors and all(activity != STEP for activity, _ in self.sums)
 
     @property
     def first_step(self) -> float:
         """The first step that the attempt did; infinity if none."""
-        return min((step for phase, step in self.sums if phase == STEP), default=math.inf)
+        return min((step for activity, step in self.sums if activity == STEP), default=math.inf)
 
     def take(self, line: Mapping[str, Any]) -> None:
         spent = max(line["seconds"] - self.last, 0.0)
@@ -274,19 +276,19 @@ class _Attempt:
         if line["line"] == "begin":
             self.open.append((line["phase"], line.get("step", math.inf)))
             self.sums[self.open[-1]] += 0.0
-        elif line["line"] == "end" and line["phase"] in [phase for phase, _ in self.open]:
+        elif line["line"] == "end" and line["phase"] in [activity for activity, _ in self.open]:
             while self.open.pop()[0] != line["phase"]:
                 pass
             if "error" in line:
                 self.errors.add(line["error"])
 
     def _charge(self, spent: float, moved: Mapping[str, float]) -> None:
-        phase = self.open[-1] if self.open else (OTHER, math.inf)
-        self.sums[phase] += spent
+        activity = self.open[-1] if self.open else (OTHER, math.inf)
+        self.sums[activity] += spent
         for other, seconds in moved.items():
-            # Waits can overlap; what is moved never exceeds what the phase has.
-            seconds = min(max(seconds, 0.0), self.sums[phase])
-            self.sums[phase] -= seconds
+            # Waits can overlap; what is moved never exceeds what the activity has.
+            seconds = min(max(seconds, 0.0), self.sums[activity])
+            self.sums[activity] -= seconds
             self.sums[other, math.inf] += seconds
 
 

@@ -246,8 +246,10 @@ def _move_replaced(path: epath.Path, resume_step: int) -> None:
     That one is whole before this one changes, so that a kill in between loses nothing.
     """
     content = read_bytes(path)
-    kept = [line for line, record in _records(content, path) if record["step"] < resume_step]
-    coming, replaced = iter([*kept, None]), []
+    lines_before = [
+        line for line, record in _records(content, path) if record["step"] < resume_step
+    ]
+    coming, replaced = iter([*lines_before, None]), []
     following = next(coming)
     for line in content.split(b"\n"):
         if line == following:
@@ -256,7 +258,7 @@ def _move_replaced(path: epath.Path, resume_step: int) -> None:
             replaced.append(line + b"\n")
     if replaced:
         _put_aside(path, b"".join(replaced))
-    remaining = b"".join(line + b"\n" for line in kept)
+    remaining = b"".join(line + b"\n" for line in lines_before)
     if remaining != content:
         replace_file(path, remaining)
 
@@ -272,7 +274,7 @@ def _put_aside(path: epath.Path, content: bytes) -> None:
 
 def _records(content: bytes, path: epath.Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Each whole line with its record. What a kill or a power cut tore off the end is left out."""
-    found: list[tuple[bytes, dict[str, Any]]] = []
+    result: list[tuple[bytes, dict[str, Any]]] = []
     torn = 0
     for number, line in enumerate(content.split(b"\n"), 1):
         record = _parsed(line)
@@ -284,8 +286,8 @@ def _records(content: bytes, path: epath.Path) -> list[tuple[bytes, dict[str, An
                 "Repair or delete that line, or move the file away, and run again."
             )
         else:
-            found.append((line, record))
-    return found
+            result.append((line, record))
+    return result
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mmjax.monitor.goodput import PhaseLog
+from mmjax.monitor.goodput import ActivityLog
 from mmjax.monitor.metrics import MetricWriter
 
 
-class MutedMetrics(MetricWriter):
+class NullMetrics(MetricWriter):
     """A `MetricWriter` without files."""
 
     def __init__(self) -> None:
@@ -32,14 +32,14 @@ class MutedMetrics(MetricWriter):
         pass
 
 
-class MutedPhases(PhaseLog):
-    """A `PhaseLog` without a file."""
+class NullActivities(ActivityLog):
+    """A `ActivityLog` without a file."""
 
     def __init__(self) -> None:
         pass
 
     @contextmanager
-    def phase(self, *_: Any, **__: Any) -> Iterator[None]:
+    def activity(self, *_: Any, **__: Any) -> Iterator[None]:
         yield
 
     def add(self, *_: Any) -> None:

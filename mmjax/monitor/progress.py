@@ -241,9 +241,9 @@ class Progress:
     def _in_columns(self) -> str:
         rate, left = self.examples_per_second(), self._left()
         losses = [loss_text(task.loss) for task in self._tasks.values()]
-        told = "stopped" if self._stopped else left or ""
+        status = "stopped" if self._stopped else left or ""
         return self._columns.line(
-            self._done, losses, human_count(rate) if rate is not None else "", told
+            self._done, losses, human_count(rate) if rate is not None else "", status
         )
 
     def _in_a_list(self) -> str:

@@ -24,8 +24,8 @@ def rates(flops: float, seconds: float, peak: float | None) -> dict[str, float]:
     """`flops_per_second` of model FLOPs in a time and, where the `peak` FLOP/s is known, `mfu`."""
     if not (flops > 0 and seconds > 0):
         return {}
-    found = {"flops_per_second": flops / seconds}
-    return found if peak is None else {**found, "mfu": flops / seconds / peak}
+    result = {"flops_per_second": flops / seconds}
+    return result if peak is None else {**result, "mfu": flops / seconds / peak}
 
 
 def summary(
@@ -39,7 +39,7 @@ def summary(
       peak: FLOP/s of all the run's devices together, where it is known.
 
     Returns:
-      `step` (complete steps), `seconds` by phase as `phases.summary` has them, `goodput` (the share of useful
+      `step` (complete steps), `seconds` by activity as `goodput.summary` has them, `goodput` (the share of useful
       steps in it), `flops_per_second` and `mfu` over the useful steps, and `tasks`: the rows of `task_rows`.
     """
     seconds = goodput.summary(workdir)
@@ -99,8 +99,8 @@ def _row(
     timings = [line.get("timing", {}) for line in lines]
     seconds = [timing.get("seconds", 0.0) for timing in timings]
     # A phase may give a task other shapes: each step tells its own.
-    told = [t["flops_per_second"] * t["seconds"] for t in timings if "flops_per_second" in t]
-    flops = statistics.fmean(told) if told else flops
+    step_flops = [t["flops_per_second"] * t["seconds"] for t in timings if "flops_per_second" in t]
+    flops = statistics.fmean(step_flops) if step_flops else flops
     switch = switch_cost(seconds, after_other)
     return {
         "task": task,
@@ -130,11 +130,11 @@ def occupancy(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     Returns:
       `valid_tokens`, `padding`, the share of positions without one, and `tokens_per_second`, of valid tokens alone.
     """
-    told = [line for line in lines if line.get("tokens") and "valid_tokens" in line]
-    if not told:
+    counted = [line for line in lines if line.get("tokens") and "valid_tokens" in line]
+    if not counted:
         return {}
-    valid, positions = (sum(line[name] for line in told) for name in ("valid_tokens", "tokens"))
-    seconds = sum(line.get("timing", {}).get("seconds", 0.0) for line in told)
+    valid, positions = (sum(line[name] for line in counted) for name in ("valid_tokens", "tokens"))
+    seconds = sum(line.get("timing", {}).get("seconds", 0.0) for line in counted)
     return {
         "valid_tokens": round(valid),
         "padding": 1 - valid / positions,
@@ -167,10 +167,10 @@ def write(workdir: epath.Path, found: Mapping[str, Any]) -> None:
 def read(workdir: epath.Path) -> dict[str, Any]:
     """Return what `write` has written; empty where there is none, or it is damaged."""
     try:
-        found = json.loads((workdir / SUMMARY).read_bytes())
+        saved = json.loads((workdir / SUMMARY).read_bytes())
     except (FileNotFoundError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("tasks"), list) else {}
+    return saved if isinstance(saved, dict) and isinstance(saved.get("tasks"), list) else {}
 
 
 def scalars(found: Mapping[str, Any]) -> dict[str, float]:

@@ -71,11 +71,13 @@ def table(
         for i, head in enumerate(columns)
     )
     is_wide = needed + 2 * (len(columns) - 1) > console.width
-    made = _as_lists(columns, cells) if is_wide else _as_table(console, columns, cells, numeric)
+    renderable = (
+        _as_lists(columns, cells) if is_wide else _as_table(console, columns, cells, numeric)
+    )
     with console.capture() as capture:
         if title:
             console.print(Text(without_control_codes(title), style="bold"))
-        console.print(made)
+        console.print(renderable)
     lines = [line.rstrip() for line in capture.get().rstrip().split("\n")]
     console.file.write("\n".join(lines) + "\n\n")
     console.file.flush()
@@ -317,23 +319,23 @@ def _as_table(
     numeric: Sequence[bool],
 ) -> Table:
     rule = box.SIMPLE_HEAD if console.is_terminal and not console.options.ascii_only else _RULED
-    made = Table(
+    result = Table(
         box=rule, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
     )
     for head, is_number in zip(columns, numeric, strict=True):
         side = "right" if is_number else "left"
-        made.add_column(Text(head), justify=side, no_wrap=is_number, overflow="fold")  # type: ignore[arg-type]
+        result.add_column(Text(head), justify=side, no_wrap=is_number, overflow="fold")  # type: ignore[arg-type]
     for row in cells:
-        made.add_row(*(Text(cell) for cell in row))
-    return made
+        result.add_row(*(Text(cell) for cell in row))
+    return result
 
 
 def _as_lists(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> Table:
-    made = Table.grid(padding=(0, 2, 0, 0))
-    made.add_column(no_wrap=True)
-    made.add_column(overflow="fold")
+    result = Table.grid(padding=(0, 2, 0, 0))
+    result.add_column(no_wrap=True)
+    result.add_column(overflow="fold")
     for row in cells:
         for head, cell in zip(columns, row, strict=True):
-            made.add_row(Text(f"  {head}"), Text(cell))
-        made.add_row("", "")
-    return made
+            result.add_row(Text(f"  {head}"), Text(cell))
+        result.add_row("", "")
+    return result

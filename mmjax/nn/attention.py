@@ -14,8 +14,14 @@ from mmjax.core.errors import UserError
 from mmjax.core.parameters import Initializer, declare
 from mmjax.core.sharding import constrain
 from mmjax.nn.attention_kernels import attend, check_kernel
-from mmjax.nn.by_modality import ONE, SHARED, Kinds, PerModality, apply
-from mmjax.nn.dense import lecun, norm_of, product
+from mmjax.nn.by_modality import (
+    NO_MODALITIES,
+    SHARED,
+    PerModality,
+    TokenModalities,
+    apply_per_modality,
+)
+from mmjax.nn.dense import lecun, matmul, norm_of
 from mmjax.nn.masks import Pairs
 from mmjax.nn.positions import rotate
 
@@ -92,53 +98,77 @@ class Attention(nnx.Module):
         x_BSD: jax.Array,
         pairs: Pairs,
         source_BTD: jax.Array | None = None,
-        kinds: Kinds = ONE,
-        places_BS: jax.Array | None = None,
+        token_modalities: TokenModalities = NO_MODALITIES,
+        positions_BS: jax.Array | None = None,
     ) -> jax.Array:
         """Each token of `x` reads the tokens of `source` (cross-attention), or of `x` itself where it is None.
 
-        `kinds` and `places` say what the tokens of `x` are; a source belongs to a part that has neither copies nor
-        rotations.
+        `token_modalities` and `positions` are those of the tokens of `x`; a source belongs to a part that has neither
+        copies nor rotations.
         """
         read = x_BSD if source_BTD is None else source_BTD
-        held = self.key_values(read, kinds if source_BTD is None else ONE, places_BS)
-        return self.read(x_BSD, held, pairs, kinds, places_BS)
+        key_values = self.key_values(
+            read, token_modalities if source_BTD is None else NO_MODALITIES, positions_BS
+        )
+        return self.read(x_BSD, key_values, pairs, token_modalities, positions_BS)
 
     def key_values(
-        self, x_BTD: jax.Array, kinds: Kinds = ONE, places_BT: jax.Array | None = None
+        self,
+        x_BTD: jax.Array,
+        token_modalities: TokenModalities = NO_MODALITIES,
+        positions_BT: jax.Array | None = None,
     ) -> KeyValues:
         """What of the tokens of `x` others read."""
-        k_BTHK = _with_bias(apply(self.key, x_BTD, kinds, _project), self.key_bias, kinds)
-        v_BTHK = _with_bias(apply(self.value, x_BTD, kinds, _project), self.value_bias, kinds)
+        k_BTHK = _with_bias(
+            apply_per_modality(self.key, x_BTD, token_modalities, _project),
+            self.key_bias,
+            token_modalities,
+        )
+        v_BTHK = _with_bias(
+            apply_per_modality(self.value, x_BTD, token_modalities, _project),
+            self.value_bias,
+            token_modalities,
+        )
         if self.key_norm is not None:
-            k_BTHK = apply(self.key_norm, k_BTHK, kinds)
-        return KeyValues(self._rotated(k_BTHK, places_BT), v_BTHK)
+            k_BTHK = apply_per_modality(self.key_norm, k_BTHK, token_modalities)
+        return KeyValues(self._rotated(k_BTHK, positions_BT), v_BTHK)
 
-    def _rotated(self, x_BSHK: jax.Array, places_BS: jax.Array | None) -> jax.Array:
+    def _rotated(self, x_BSHK: jax.Array, positions_BS: jax.Array | None) -> jax.Array:
         if not self.rotary:
             return x_BSHK
-        if places_BS is None:
-            raise ValueError("rotary attention of tokens without places")
-        return rotate(x_BSHK, places_BS, self.rotary)
+        if positions_BS is None:
+            raise ValueError("rotary attention of tokens without positions")
+        return rotate(x_BSHK, positions_BS, self.rotary)
 
     def read(
         self,
         x_BSD: jax.Array,
-        held: KeyValues,
+        key_values: KeyValues,
         pairs: Pairs,
-        kinds: Kinds = ONE,
-        places_BS: jax.Array | None = None,
+        token_modalities: TokenModalities = NO_MODALITIES,
+        positions_BS: jax.Array | None = None,
     ) -> jax.Array:
-        """What the tokens of `x` read of those whose keys and values are `held`."""
-        q_BSHK = _with_bias(apply(self.query, x_BSD, kinds, _project), self.query_bias, kinds)
+        """What the tokens of `x` read of those whose keys and values are `key_values`."""
+        q_BSHK = _with_bias(
+            apply_per_modality(self.query, x_BSD, token_modalities, _project),
+            self.query_bias,
+            token_modalities,
+        )
         if self.query_norm is not None:
-            q_BSHK = apply(self.query_norm, q_BSHK, kinds)
-        q_BSHK = self._rotated(q_BSHK, places_BS)
+            q_BSHK = apply_per_modality(self.query_norm, q_BSHK, token_modalities)
+        q_BSHK = self._rotated(q_BSHK, positions_BS)
         gathered = ("batch", None, "heads", None)
-        k_BTHK, v_BTHK = constrain(held.k_BTHK, gathered), constrain(held.v_BTHK, gathered)
+        k_BTHK, v_BTHK = (
+            constrain(key_values.k_BTHK, gathered),
+            constrain(key_values.v_BTHK, gathered),
+        )
         y_BSHK = attend(q_BSHK, k_BTHK, v_BTHK, pairs, self.kernel)
         y_BSHK = constrain(y_BSHK, ("batch", "tokens", "heads", None))
-        return _with_bias(apply(self.out, y_BSHK, kinds, _join_heads), self.out_bias, kinds)
+        return _with_bias(
+            apply_per_modality(self.out, y_BSHK, token_modalities, _join_heads),
+            self.out_bias,
+            token_modalities,
+        )
 
 
 def _inner(width: int, heads: int, size: int) -> nnx.Param:
@@ -154,8 +184,8 @@ def _bias(width: int) -> nnx.Param:
     return declare((width,), (None,), initializers.zeros)
 
 
-def _with_bias(x: jax.Array, bias: Any, kinds: Kinds) -> jax.Array:
-    return x if bias is None else apply(bias, x, kinds, _add)
+def _with_bias(x: jax.Array, bias: Any, token_modalities: TokenModalities) -> jax.Array:
+    return x if bias is None else apply_per_modality(bias, x, token_modalities, _add)
 
 
 def _add(bias: nnx.Param, x: jax.Array) -> jax.Array:
@@ -166,14 +196,14 @@ def _project(kernel: nnx.Param, x_BSD: jax.Array) -> jax.Array:
     # One plain matrix product: as an einsum with three output axes the CPU backend transposes first.
     kernel_DHK = kernel[...]
     d, h, k = kernel_DHK.shape
-    y = product(x_BSD, kernel_DHK.reshape(d, h * k), 0)
+    y = matmul(x_BSD, kernel_DHK.reshape(d, h * k), 0)
     return constrain(y.reshape(*y.shape[:2], h, k), ("batch", "tokens", "heads", None))
 
 
 def _join_heads(kernel: nnx.Param, y_BSHK: jax.Array) -> jax.Array:
     out_HKD = kernel[...]
     out_ED = out_HKD.reshape(-1, out_HKD.shape[-1])
-    return product(y_BSHK.reshape(*y_BSHK.shape[:2], -1), out_ED, 1)
+    return matmul(y_BSHK.reshape(*y_BSHK.shape[:2], -1), out_ED, 1)
 
 
 def _flat_init(inputs: int) -> Initializer:

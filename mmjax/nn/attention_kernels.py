@@ -66,12 +66,12 @@ def choose(kernel: str, on: str, q_BSHK: jax.Array, k_BTHK: jax.Array, pairs: Pa
     if _alone.get():
         return xla
     native = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(on)
-    wanted = (native if native and is_large else xla) if kernel == "auto" else kernel
-    why = kernels.REFUSALS[wanted](on, q_BSHK, pairs) if wanted in kernels.REFUSALS else ""
+    chosen = (native if native and is_large else xla) if kernel == "auto" else kernel
+    why = kernels.REFUSALS[chosen](on, q_BSHK, pairs) if chosen in kernels.REFUSALS else ""
     if why:
-        say_once(f"attention kernel '{wanted}' gives way to '{xla}': {why}.")
+        say_once(f"attention kernel '{chosen}' gives way to '{xla}': {why}.")
         return xla
-    return wanted
+    return chosen
 
 
 def say_once(text: str) -> None:
@@ -127,8 +127,8 @@ def _weights(logits: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _weights_forward(logits: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    made = _weights(logits, dtype)
-    return made, made
+    weights = _weights(logits, dtype)
+    return weights, weights
 
 
 def _weights_backward(dtype: Any, made: jax.Array, g: jax.Array) -> tuple[jax.Array]:

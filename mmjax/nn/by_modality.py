@@ -23,7 +23,7 @@ from flax import nnx
 
 from mmjax.core.bounds import FieldError
 from mmjax.core.errors import UserError, nearest
-from mmjax.core.parameters import as_copy
+from mmjax.core.parameters import mark_copies
 from mmjax.nn.masks import code
 from mmjax.nn.stream import Stream
 
@@ -32,8 +32,8 @@ Call = Callable[[Any, jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
-class Kinds:
-    """Of which modality each token of a stream is.
+class TokenModalities:
+    """The modality of each token of a stream.
 
     Attributes:
       layout: static segments (modality, length); each modality then costs slices.
@@ -45,12 +45,12 @@ class Kinds:
     codes_BS: jax.Array | None = None
 
 
-ONE = Kinds()  # of tokens that no part tells apart
+NO_MODALITIES = TokenModalities()  # no part tells these tokens apart
 
 
-def kinds(stream: Stream) -> Kinds:
+def modality_of(stream: Stream) -> TokenModalities:
     """By `attributes["modality"]` if the stream has it, else by its layout."""
-    return Kinds(stream.layout, stream.attributes.get("modality"))
+    return TokenModalities(stream.layout, stream.attributes.get("modality"))
 
 
 class ByModality(nnx.Module):
@@ -68,7 +68,7 @@ class ByModality(nnx.Module):
             if hasattr(self, name) or "/" in name:
                 raise UserError(f"modalities: no copy can have the name '{name}'. Use another.")
             setattr(self, name, make())
-            as_copy(getattr(self, name), len(names))
+            mark_copies(getattr(self, name), len(names))
 
     def expert(self, modality: str) -> str:
         """The name of a modality's copy."""
@@ -127,13 +127,15 @@ def _split(x: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
     return jnp.split(x, list(accumulate(lengths))[:-1], axis=1)
 
 
-def plainly(part: Any, x: jax.Array) -> jax.Array:
+def call_part(part: Any, x: jax.Array) -> jax.Array:
     """`part(x)`."""
     y: jax.Array = part(x)
     return y
 
 
-def apply(part: Any, x: jax.Array, kinds: Kinds, call: Call = plainly) -> jax.Array:
+def apply_per_modality(
+    part: Any, x: jax.Array, token_modalities: TokenModalities, call: Call = call_part
+) -> jax.Array:
     """`call(part, x)` for tokens `[B, S, ...]`, each by its own copy where the part has copies.
 
     `call` treats each token on its own.
@@ -143,13 +145,13 @@ def apply(part: Any, x: jax.Array, kinds: Kinds, call: Call = plainly) -> jax.Ar
     """
     if not isinstance(part, ByModality):
         return call(part, x)
-    if kinds.codes_BS is not None:
-        return part.by_codes(kinds.codes_BS, x, call)
-    if not kinds.layout:
+    if token_modalities.codes_BS is not None:
+        return part.by_codes(token_modalities.codes_BS, x, call)
+    if not token_modalities.layout:
         raise UserError(
             "The block is untied by modality, but its stream has neither a layout nor an attribute 'modality'."
         )
-    return part.by_layout(kinds.layout, x, call)
+    return part.by_layout(token_modalities.layout, x, call)
 
 
 @dataclass(frozen=True)

@@ -19,39 +19,41 @@ lecun = initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def product_of(
+def matmul_of(
     function: Callable[..., jax.Array],
-    cut: int | None,
+    gathered_dim: int | None,
     given: tuple[jax.Array, ...],
     kernel: jax.Array,
 ) -> jax.Array:
     """`function(*given) @ kernel`: `[..., n_in], [n_in, n_out] -> [..., n_out]`.
 
-    Of what the function gives nothing is kept: the backward pass computes it again from `given`. Where dimension `cut`
-    of the kernel lies on several devices it is made whole before products, and kept as it was. (Left to itself, the
+    Of what the function gives nothing is kept: the backward pass computes it again from `given`. Where the kernel's
+    `gathered_dim` lies on several devices it is made whole before products, and kept as it was. (Left to itself, the
     compiler makes a kernel whole that was reshaped, as attention's are, once for each of them.)
 
     The kernel's gradient is `x^T g` where x is the narrower of the two, and else the transpose of `g^T x`, which JAX's
     own always is. What stands first is laid out by columns, with all that is fused into it; on a CPU, where that is
     slow, JAX's way takes a fifth of a ViT's step.
     """
-    return function(*given) @ _whole(kernel, cut)
+    return function(*given) @ _whole(kernel, gathered_dim)
 
 
-def _whole(kernel: jax.Array, cut: int | None) -> jax.Array:
-    return kernel if cut is None else whole_along(kernel, cut)
+def _whole(kernel: jax.Array, gathered_dim: int | None) -> jax.Array:
+    return kernel if gathered_dim is None else whole_along(kernel, gathered_dim)
 
 
 def _forward(
-    function: Any, cut: int | None, given: Any, kernel: jax.Array
+    function: Any, gathered_dim: int | None, given: Any, kernel: jax.Array
 ) -> tuple[jax.Array, Any]:
-    return function(*given) @ _whole(kernel, cut), (given, kernel)
+    return function(*given) @ _whole(kernel, gathered_dim), (given, kernel)
 
 
-def _backward(function: Any, cut: int | None, held: Any, g: jax.Array) -> tuple[Any, jax.Array]:
-    given, kernel = held
-    kernel = _whole(kernel, cut)
-    x, back = jax.vjp(function, *given)
+def _backward(
+    function: Any, gathered_dim: int | None, residuals: Any, g: jax.Array
+) -> tuple[Any, jax.Array]:
+    inputs, kernel = residuals
+    kernel = _whole(kernel, gathered_dim)
+    x, back = jax.vjp(function, *inputs)
     rows = tuple(range(x.ndim - 1))
     over = ((rows, rows), ((), ()))
     to_given = back((g @ kernel.T).astype(x.dtype))
@@ -60,15 +62,15 @@ def _backward(function: Any, cut: int | None, held: Any, g: jax.Array) -> tuple[
     return to_given, jax.lax.dot_general(g, x, over).T
 
 
-product_of.defvjp(_forward, _backward)
+matmul_of.defvjp(_forward, _backward)
 
 
-def product(x: jax.Array, kernel: jax.Array, cut: int | None = None) -> jax.Array:
-    """`x @ kernel`: `[..., n_in], [n_in, n_out] -> [..., n_out]`, as `product_of` does it."""
-    return product_of(_itself, cut, (x,), kernel)
+def matmul(x: jax.Array, kernel: jax.Array, gathered_dim: int | None = None) -> jax.Array:
+    """`x @ kernel`: `[..., n_in], [n_in, n_out] -> [..., n_out]`, as `matmul_of` does it."""
+    return matmul_of(identity, gathered_dim, (x,), kernel)
 
 
-def _itself(x: jax.Array) -> jax.Array:
+def identity(x: jax.Array) -> jax.Array:
     return x
 
 
@@ -87,11 +89,11 @@ class Dense(nnx.Module):
         self.bias = declare((n_out,), axes[1:], initializers.zeros) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.of(_itself, x)
+        return self.of(identity, x)
 
     def of(self, function: Callable[..., jax.Array], *given: jax.Array) -> jax.Array:
         """As of `function(*given)`, which is not kept for the backward pass."""
-        y = product_of(function, None, given, self.kernel[...])
+        y = matmul_of(function, None, given, self.kernel[...])
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -111,8 +113,10 @@ class LayerNorm(nnx.Module):
     """`(x - mean) / sqrt(var + eps) * scale + bias` over the last axis, in float32 or wider."""
 
     def __init__(self, width: int, bias: bool = True, eps: float = 1e-6, scale: float = 1.0):
-        self.scale = declare((width,), ("embed",), initializers.constant(scale), keep=True)
-        self.bias = declare((width,), ("embed",), initializers.zeros, keep=True) if bias else None
+        self.scale = declare((width,), ("embed",), initializers.constant(scale), keep_dtype=True)
+        self.bias = (
+            declare((width,), ("embed",), initializers.zeros, keep_dtype=True) if bias else None
+        )
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -124,7 +128,7 @@ class RmsNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 or wider (Zhang and Sennrich 2019)."""
 
     def __init__(self, width: int, eps: float = 1e-6):
-        self.scale = declare((width,), ("embed",), initializers.ones, keep=True)
+        self.scale = declare((width,), ("embed",), initializers.ones, keep_dtype=True)
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from jax.nn import initializers
 
 from mmjax.core.bounds import AMOUNT, COUNT, FieldError, check, check_choices
 from mmjax.core.errors import UserError, nearest
-from mmjax.core.parameters import as_copy, declare, repeated
+from mmjax.core.parameters import declare, mark_copies, stack_copies
 from mmjax.core.sharding import constrain
 from mmjax.nn.by_modality import ByModality
 from mmjax.nn.dense import Dense, lecun, mlp_of
@@ -149,16 +149,18 @@ class Experts(nnx.Module):
         mlp: str = "gelu",
         bias: bool = False,
     ):
-        self.config, self.rule = config, config.router
-        rule = self.rule
-        count = self.config.count * rule.columns
-        self.router = declare((width, count), ("embed", None), lecun, keep=True)
-        self.scale = declare((), (), initializers.ones, keep=True) if rule.normalise else None
+        self.config, self.routing = config, config.router
+        routing = self.routing
+        count = self.config.count * routing.columns
+        self.router = declare((width, count), ("embed", None), lecun, keep_dtype=True)
+        self.scale = (
+            declare((), (), initializers.ones, keep_dtype=True) if routing.normalise else None
+        )
         causal = self.config.causal
         self.causal = CausalRouter(width, causal.mlp_dim, self.config.count) if causal else None
         self.mlps = mlp_of(mlp, width, hidden, bias)
-        repeated(self.mlps, self.config.count, "experts")
-        as_copy(self.mlps, self.config.count / rule.meets(self.config.count))
+        stack_copies(self.mlps, self.config.count, "experts")
+        mark_copies(self.mlps, self.config.count / routing.experts_per_token(self.config.count))
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[jax.Array, Aux]:
         """The tokens' sums, and the auxiliary losses; statistics say how many of each modality found no slot.
@@ -170,21 +172,21 @@ class Experts(nnx.Module):
         x_BSD, valid_BS = stream.x_BSD, stream.mask_BS()
         x_GTD, valid_GT = self._grouped(x_BSD), self._grouped(valid_BS)
         logits_GTL = self.logits(x_GTD)
-        noisy_GTL, deviation = logits_GTL, self.rule.noise / self.config.count
+        noisy_GTL, deviation = logits_GTL, self.routing.noise / self.config.count
         if deviation and key is not None:
             noise = jax.random.normal(key, logits_GTL.shape, logits_GTL.dtype)
             noisy_GTL = logits_GTL + deviation * noise
-        dispatch = self.rule.route(noisy_GTL, valid_GT)
+        dispatch = self.routing.route(noisy_GTL, valid_GT)
         y_BSD = self._sums(x_GTD, dispatch).reshape(x_BSD.shape)
-        kinds = {
+        by_modality = {
             name: self._grouped(own_BS & valid_BS) for name, own_BS in modalities(stream).items()
         }
-        loss = self._losses(logits_GTL, noisy_GTL, valid_GT, kinds)
-        told = usage(dispatch, kinds, valid_GT.shape[1])
+        loss = self._losses(logits_GTL, noisy_GTL, valid_GT, by_modality)
+        aux = usage(dispatch, by_modality, valid_GT.shape[1])
         if self.causal is not None:
-            extra, agreed = self._foreseen(x_GTD, dispatch, valid_GT)
-            loss, told = loss + extra, add_up([told, agreed])
-        return y_BSD, replace(told, loss=loss.astype(jnp.float32))
+            extra, agreed = self._causal_loss(x_GTD, dispatch, valid_GT)
+            loss, aux = loss + extra, add_up([aux, agreed])
+        return y_BSD, replace(aux, loss=loss.astype(jnp.float32))
 
     def check(self, modalities: Iterable[str]) -> None:
         """`UserError` where the losses name a modality that is not among these."""
@@ -201,7 +203,7 @@ class Experts(nnx.Module):
             x, router = _unit(x, -1) * self.scale[...], _unit(router, 0)
         return x @ router
 
-    def alone(self, x_BSD: jax.Array) -> jax.Array:
+    def causal_call(self, x_BSD: jax.Array) -> jax.Array:
         """As `__call__`, for tokens that know nothing of others: each to the experts that its causal router says.
 
         Every expert is applied to every token, and those that do not take it are left out.
@@ -213,7 +215,7 @@ class Experts(nnx.Module):
             )
         graph, state = nnx.split(self.mlps)
         y_EBSD = jax.vmap(lambda own: nnx.merge(graph, own)(x_BSD))(state)
-        gate_BSE = jnp.where(self.causal(x_BSD) > 0, self.rule.scores(self.logits(x_BSD)), 0)
+        gate_BSE = jnp.where(self.causal(x_BSD) > 0, self.routing.scores(self.logits(x_BSD)), 0)
         return jnp.einsum("bse,ebsd->bsd", gate_BSE.astype(x_BSD.dtype), y_EBSD)
 
     def _grouped(self, x_BS: jax.Array) -> jax.Array:
@@ -240,20 +242,24 @@ class Experts(nnx.Module):
         logits_GTE: jax.Array,
         noisy_GTE: jax.Array,
         valid_GT: jax.Array,
-        kinds: Mapping[str, jax.Array],
+        by_modality: Mapping[str, jax.Array],
     ) -> jax.Array:
         config, scores_GTE = self.config, jax.nn.softmax(logits_GTE)
         loss = jnp.zeros((), logits_GTE.dtype)
         for name, weight in config.losses.items():
-            loss = loss + weight * self._named(name, logits_GTE, noisy_GTE, scores_GTE, valid_GT)
-        for name in (n for n in kinds if n in config.local_entropy or n in config.global_entropy):
+            loss = loss + weight * self._loss_term(
+                name, logits_GTE, noisy_GTE, scores_GTE, valid_GT
+            )
+        for name in (
+            n for n in by_modality if n in config.local_entropy or n in config.global_entropy
+        ):
             threshold = config.entropy_floor.get(name, float(np.log(config.count)))
-            local, spread = entropy_losses(scores_GTE, kinds[name], threshold)
+            local, spread = entropy_losses(scores_GTE, by_modality[name], threshold)
             weights = config.local_entropy.get(name, 0.0), config.global_entropy.get(name, 0.0)
             loss = loss + weights[0] * local + weights[1] * spread
         return loss
 
-    def _named(
+    def _loss_term(
         self,
         name: str,
         logits_GTE: jax.Array,
@@ -269,11 +275,11 @@ class Experts(nnx.Module):
         if name == "z":
             return z_loss(logits_GTE, valid_GT)
         if name == "load":
-            deviation, top = self.rule.noise / self.config.count, self.rule.top_k
+            deviation, top = self.routing.noise / self.config.count, self.routing.top_k
             return load_loss(logits_GTE, noisy_GTE, deviation, top, valid_GT)
         return {"importance": importance_loss, "balance": balance_loss}[name](scores_GTE, valid_GT)
 
-    def _foreseen(
+    def _causal_loss(
         self, x_GTD: jax.Array, dispatch: Dispatch, valid_GT: jax.Array
     ) -> tuple[jax.Array, Aux]:
         """The causal router's loss, and how often it is right of a token and an expert."""
@@ -285,30 +291,30 @@ class Experts(nnx.Module):
         count = valid_GT.sum() * self.config.count
         loss = jnp.where(there_GT1, entropy_GTE, 0).sum() / jnp.maximum(count, 1)
         right = (((logits_GTE > 0) == took_GTE) & there_GT1).sum()
-        told = {"causal agreement": (right.astype(jnp.float32), count.astype(jnp.float32))}
-        return self.config.causal.weight * loss, replace(no_aux(), statistics=told)
+        statistics = {"causal agreement": (right.astype(jnp.float32), count.astype(jnp.float32))}
+        return self.config.causal.weight * loss, replace(no_aux(), statistics=statistics)
 
 
 def _unit(x: jax.Array, axis: int) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.square(x).sum(axis=axis, keepdims=True) + 1e-12)
 
 
-def usage(dispatch: Dispatch, kinds: Mapping[str, jax.Array], tokens: int) -> Aux:
+def usage(dispatch: Dispatch, by_modality: Mapping[str, jax.Array], tokens: int) -> Aux:
     """By modality: how many tokens found no slot, and how much of its tokens each expert has."""
     parts_GTE = jax.lax.stop_gradient(dispatch.parts(tokens)).astype(jnp.float32)
-    left_GT, told = parts_GTE.sum(axis=-1) == 0, no_aux()
-    for name, own_GT in kinds.items():
+    left_GT, aux = parts_GTE.sum(axis=-1) == 0, no_aux()
+    for name, own_GT in by_modality.items():
         count = own_GT.sum().astype(jnp.float32)
-        told.statistics[f"dropped {name}"] = ((left_GT & own_GT).sum().astype(jnp.float32), count)
-        told.usage[name] = jnp.where(own_GT[..., None], parts_GTE, 0).sum(axis=(0, 1))
-    return told
+        aux.statistics[f"dropped {name}"] = ((left_GT & own_GT).sum().astype(jnp.float32), count)
+        aux.usage[name] = jnp.where(own_GT[..., None], parts_GTE, 0).sum(axis=(0, 1))
+    return aux
 
 
 def route(part: Any, stream: Stream, key: jax.Array | None) -> tuple[jax.Array, Aux]:
     """A stream's tokens through experts, or through those of their own modality (as `part.by_layout` has it)."""
     if not isinstance(part, ByModality):
-        made: tuple[jax.Array, Aux] = part(stream, key)
-        return made
+        result: tuple[jax.Array, Aux] = part(stream, key)
+        return result
     if "modality" in stream.attributes:
         raise UserError(
             "Experts by modality need a static layout; the stream has an attribute 'modality'."

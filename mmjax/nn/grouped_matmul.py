@@ -32,8 +32,8 @@ def grouped(
     if kernel not in ("auto", *KERNELS):
         raise UserError(f"There is no kernel '{kernel}'.{nearest(kernel, ['auto', *KERNELS])}")
     on = platform()
-    wanted = ("megablox" if on == "tpu" else "ragged") if kernel == "auto" else kernel
-    if wanted == "ragged":
+    chosen = ("megablox" if on == "tpu" else "ragged") if kernel == "auto" else kernel
+    if chosen == "ragged":
         return _ragged(x_ND, w_EDF, sizes_E)
     why = _refuse_megablox(on, x_ND, w_EDF)
     if why:

@@ -181,13 +181,13 @@ class Pairs:
 
     def allowed(self, queries: Attributes | None = None) -> Any:
         """Boolean, broadcast to `[B, S, T]`; of some of the queries only, if given; None for all pairs."""
-        found = None
+        result = None
         if self.mask != FULL:
-            found = self.mask.allows(queries or self.queries or {}, self.keys or {})
+            result = self.mask.allows(queries or self.queries or {}, self.keys or {})
         if self.valid_BT is None:
-            return found
+            return result
         valid_B1T = self.valid_BT[:, None, :]
-        return valid_B1T if found is None else found & valid_B1T
+        return valid_B1T if result is None else result & valid_B1T
 
     @property
     def is_static(self) -> bool:

@@ -84,11 +84,11 @@ def positions(valid: Sequence[jax.Array], reversed_B: jax.Array) -> jax.Array:
       reversed_B: rows that read them from the last to the first.
     """
     starts = _starts([v.sum(axis=1) for v in valid], reversed_B)
-    made = [
+    parts = [
         start_B[:, None] + jnp.maximum(jnp.cumsum(v, axis=1) - 1, 0)
         for start_B, v in zip(starts, valid, strict=True)
     ]
-    return jnp.concatenate(made, axis=1).astype(jnp.int32)
+    return jnp.concatenate(parts, axis=1).astype(jnp.int32)
 
 
 def _starts(counts: Sequence[jax.Array], reversed_B: jax.Array) -> list[jax.Array]:
@@ -138,7 +138,7 @@ class Region:
         own_RTN = self.item_RT[:, 1:, None] == jnp.arange(self.counts_RN.shape[1])
         return jnp.where(own_RTN, x_RT[..., None], 0).sum(axis=1).reshape(-1)
 
-    def told_RT(self) -> jax.Array:
+    def scored_RT(self) -> jax.Array:
         """Return which slots from the second on hold a token that the slot before predicts, `[R, T - 1]`."""
         return self.valid_RT[:, 1:] & (self.index_RT[:, 1:] > 0)
 

@@ -136,7 +136,7 @@ def grid(**sizes: int) -> dict[str, jax.Array]:
     return {axis: m.reshape(1, -1) for axis, m in zip(sizes, mesh, strict=True)}
 
 
-def rotate(x_BSHK: jax.Array, places_BS: jax.Array, base: float) -> jax.Array:
+def rotate(x_BSHK: jax.Array, positions_BS: jax.Array, base: float) -> jax.Array:
     """Rotary embeddings (Su et al. 2021), in float32 or wider: products of two depend on how far apart they are.
 
     The i-th number and the one half a head after it are turned by `place * base ** (-2 i / K)`.
@@ -144,7 +144,7 @@ def rotate(x_BSHK: jax.Array, places_BS: jax.Array, base: float) -> jax.Array:
     wide = jnp.promote_types(x_BSHK.dtype, jnp.float32)
     half = x_BSHK.shape[-1] // 2
     rates_K = base ** (-jnp.arange(half, dtype=wide) / half)
-    angles = places_BS.astype(wide)[:, :, None, None] * rates_K
+    angles = positions_BS.astype(wide)[:, :, None, None] * rates_K
     one, two = jnp.split(x_BSHK.astype(wide), 2, axis=-1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     turned = jnp.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1)

@@ -30,7 +30,7 @@ class Stream:
       mask: which tokens may attend to which.
       context: tokens that layers with cross-attention read besides.
       item_segments: how many segments of the layout make an item, of sequences that hold several; 0 for one item.
-      held_BT: of a stream that comes part by part, which slots hold a token, with those of this part; None for all
+      filled_BT: of a stream that comes part by part, which slots hold a token, with those of this part; None for all
         up to its own.
     """
 
@@ -42,7 +42,7 @@ class Stream:
     mask: Mask = struct.field(pytree_node=False, default=FULL)
     context: Stream | None = None
     item_segments: int = struct.field(pytree_node=False, default=0)
-    held_BT: jax.Array | None = None
+    filled_BT: jax.Array | None = None
     rows_B: jax.Array | None = None
 
     def mask_BS(self) -> jax.Array:
@@ -71,7 +71,7 @@ class Stream:
                 static["item"] = np.repeat(segments // self.item_segments, lengths)[None]
         return static
 
-    def places(self, at: jax.Array | int = 0) -> jax.Array:
+    def positions(self, at: jax.Array | int = 0) -> jax.Array:
         """The `position` of each token, int `[B or 1, S]`; by the index, `at` being that of the first, if not given."""
         index = (at + jnp.arange(self.x_BSD.shape[1]))[None]
         return self.attributes.get("position", index)
@@ -91,8 +91,8 @@ class Stream:
         }
         attributes = {side: {"position": p} for side, p in positions.items()}
         valid = positions["keys"] < at + self.x_BSD.shape[1]
-        if self.held_BT is not None:
-            valid = valid & self.held_BT
+        if self.filled_BT is not None:
+            valid = valid & self.filled_BT
         return Pairs(self.mask, attributes["queries"], attributes["keys"], valid)
 
     def take(self, index_BK: jax.Array) -> Stream:
@@ -151,14 +151,14 @@ def concatenate(streams: list[Stream]) -> Stream:
 
 def segments(stream: Stream) -> list[Stream]:
     """A stream of its own for each segment of the layout; each attends within itself."""
-    found, start = [], 0
+    result, start = [], 0
     for modality, length in stream.layout:
         at = slice(start, start + length)
         valid = None if stream.valid_BS is None else stream.valid_BS[:, at]
         own = Stream(stream.x_BSD[:, at], valid, layout=((modality, length),), rows_B=stream.rows_B)
-        found.append(own)
+        result.append(own)
         start += length
-    return found
+    return result
 
 
 def fold(key: jax.Array | None, number: int | jax.Array) -> jax.Array | None:
@@ -193,9 +193,9 @@ class Aux:
 
     def metrics(self) -> dict[str, jax.Array]:
         """The statistics as what they are reported as; and each expert's share, `usage LAYER MODALITY` `[E]`."""
-        made = {name: total / jnp.maximum(n, 1) for name, (total, n) in self.statistics.items()}
+        means = {name: total / jnp.maximum(n, 1) for name, (total, n) in self.statistics.items()}
         shares = {f"usage {n}": x / jnp.maximum(x.sum(), 1e-9) for n, x in self.usage.items()}
-        return {**made, **shares}
+        return {**means, **shares}
 
 
 def no_aux() -> Aux:

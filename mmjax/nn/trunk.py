@@ -14,7 +14,7 @@ from mmjax.core import config as configs
 from mmjax.core.bounds import COUNT, check
 from mmjax.core.parameters import stack_layers
 from mmjax.core.sharding import constrain
-from mmjax.nn.by_modality import SHARED, PerModality, apply, kinds
+from mmjax.nn.by_modality import SHARED, PerModality, apply_per_modality, modality_of
 from mmjax.nn.dense import norm_of
 from mmjax.nn.stream import Aux, Stream, add_up, fold
 
@@ -79,25 +79,25 @@ class Group(nnx.Module):
         """What a block of the pattern says in all repeats, stacked: added up, but for the usage of each layer."""
         total: Aux = jax.tree.map(lambda x: x.sum(axis=0), aux)
         layers = [self.first + i * len(self.blocks) + offset for i in range(self.repeat)]
-        told = {
+        usage = {
             f"{layer:03d} {name}": x[i]
             for i, layer in enumerate(layers)
             for name, x in aux.usage.items()
         }
-        return replace(total, usage=told)
+        return replace(total, usage=usage)
 
-    def begin(self, stream: Stream, slots: int) -> Any:
-        """See `Trunk.begin`; of each block, stacked over the repeats."""
+    def init_cache(self, stream: Stream, slots: int) -> Any:
+        """See `Trunk.init_cache`; of each block, stacked over the repeats."""
         graph, state = nnx.split(self.blocks)
 
         def of_layer(slices: Any) -> list[Any]:
             blocks = nnx.merge(graph, slices)
-            return [block.begin(stream, slots) for block in blocks]
+            return [block.init_cache(stream, slots) for block in blocks]
 
         return jax.lax.map(of_layer, state)
 
-    def extend(self, stream: Stream, held: Any, at: jax.Array | int) -> tuple[Stream, Any]:
-        """See `Trunk.extend`."""
+    def decode(self, stream: Stream, cache: Any, at: jax.Array | int) -> tuple[Stream, Any]:
+        """See `Trunk.decode`."""
         graph, state = nnx.split(self.blocks)
 
         def body(stream: Stream, inputs: Any) -> tuple[Stream, Any]:
@@ -105,11 +105,11 @@ class Group(nnx.Module):
             blocks: Any = nnx.merge(graph, slices)
             after = []
             for block, own in zip(blocks, before, strict=True):
-                stream, own = block.extend(stream, own, at)
+                stream, own = block.decode(stream, own, at)
                 after.append(own)
             return stream, after
 
-        return jax.lax.scan(body, stream, (state, held))
+        return jax.lax.scan(body, stream, (state, cache))
 
 
 def _build(block: dict[str, Any], width: int, where: str) -> Any:
@@ -164,7 +164,7 @@ class Trunk(nnx.Module):
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         stream, aux = self.layers(stream, key)
-        x_BSD = apply(self.norm, stream.x_BSD, kinds(stream))
+        x_BSD = apply_per_modality(self.norm, stream.x_BSD, modality_of(stream))
         return replace(stream, x_BSD=x_BSD), aux
 
     def layers(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
@@ -175,8 +175,8 @@ class Trunk(nnx.Module):
             auxes.append(aux)
         return stream, add_up(auxes)
 
-    def begin(self, stream: Stream, slots: int) -> Any:
-        """What `extend` needs to remember of a stream of up to `slots` tokens, before its first.
+    def init_cache(self, stream: Stream, slots: int) -> Any:
+        """What `decode` needs to remember of a stream of up to `slots` tokens, before its first.
 
         Args:
           stream: any tokens of it, for their number of rows and dtype; its context is read here, once.
@@ -186,27 +186,27 @@ class Trunk(nnx.Module):
         """
         for group in self.groups:
             for block in group.blocks:
-                if not hasattr(block, "extend"):
+                if not hasattr(block, "decode"):
                     name = type(block).__name__
                     raise configs.UserError(
                         f"layer {name} cannot take a stream token by token, as generation does."
                     )
-        return [group.begin(stream, slots) for group in self.groups]
+        return [group.init_cache(stream, slots) for group in self.groups]
 
-    def extend(self, stream: Stream, held: Any, at: jax.Array | int) -> tuple[Stream, Any]:
+    def decode(self, stream: Stream, cache: Any, at: jax.Array | int) -> tuple[Stream, Any]:
         """The layers (without the norm) for the tokens of a stream from index `at` on, given all before.
 
         To the same numbers as the whole stream at once, where its mask is causal. Nothing is drawn here, and
         auxiliary losses are left out.
 
         Args:
-          held: of the tokens before, by `begin` and then by this.
+          cache: of the tokens before, by `init_cache` and then by this.
 
         Returns:
-          The tokens, and what is held with them.
+          The tokens, and the cache with them.
         """
         after = []
-        for group, own in zip(self.groups, held, strict=True):
-            stream, own = group.extend(stream, own, at)
+        for group, own in zip(self.groups, cache, strict=True):
+            stream, own = group.decode(stream, own, at)
             after.append(own)
         return stream, after

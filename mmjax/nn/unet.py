@@ -55,7 +55,7 @@ def _normed(x_BHWC: jax.Array) -> jax.Array:
 
 
 @struct.dataclass
-class Went:
+class UNetFeatures:
     """A picture that went down: its tokens `[B, S, D]`, and what the way up reads at each size, largest first."""
 
     tokens_BSD: jax.Array
@@ -90,7 +90,7 @@ class UNet(nnx.Module):
         self.up = nnx.List([Residual(c, width) for c in sizes[:-1]])
         self.leave = Convolution(3, channels, 3, initializers.zeros)
 
-    def descend(self, x_BHWC: jax.Array, time_BD: jax.Array) -> Went:
+    def encode(self, x_BHWC: jax.Array, time_BD: jax.Array) -> UNetFeatures:
         """Pictures of three channels to tokens, in row-major order."""
         x = self.enter(constrain(x_BHWC, ("batch", None, None, None)))
         skips = []
@@ -100,11 +100,13 @@ class UNet(nnx.Module):
             x = shrink(_halved(x))
         x = self.deep(x, time_BD)
         tokens_BSD = self.to_tokens(x.reshape(x.shape[0], -1, x.shape[-1]))
-        return Went(tokens_BSD, [*skips, x])
+        return UNetFeatures(tokens_BSD, [*skips, x])
 
-    def ascend(self, tokens_BSD: jax.Array, went: Went, time_BD: jax.Array) -> jax.Array:
+    def decode(
+        self, tokens_BSD: jax.Array, features: UNetFeatures, time_BD: jax.Array
+    ) -> jax.Array:
         """Pictures of three channels, from what became of the tokens."""
-        *skips, deepest = went.skips
+        *skips, deepest = features.skips
         x = self.back(self.to_places(tokens_BSD).reshape(deepest.shape) + deepest, time_BD)
         for level in reversed(range(len(skips))):
             x = _doubled(self.grow[level](x))

@@ -133,7 +133,7 @@ class Objective(abc.ABC):
                     f"objective {type(self).__name__} takes one instance of '{each.name}'; leave out 'instances'."
                 )
 
-    def whole(self) -> Objective:
+    def for_evaluation(self) -> Objective:
         """Return the objective as evaluation has it, which cuts nothing of an example; here itself."""
         return self
 
@@ -177,12 +177,12 @@ class Embeds(abc.ABC):
 
     @abc.abstractmethod
     def embed(
-        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], toward: str = ""
+        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], relative_to: str = ""
     ) -> jax.Array:
         """Return unit vectors `[B, E]` of one modality's arrays.
 
         Args:
-          toward: the modality they are compared with, where the space depends on it; the first other one if empty.
+          relative_to: the modality they are compared with, where the space depends on it; the first other one if empty.
         """
 
 
@@ -311,11 +311,13 @@ class Coupled(Objective):
         """The loss of the whole batch's `rows`; of `batch` it reads `fields`, `valid` and which instances are there."""
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
-        made = self.represent(model, batch, key)
-        loss = self.compare(model, made.rows, batch)
-        buffers = {**made.aux.buffers, **loss.buffers}
-        metrics = {**loss.metrics, **made.aux.metrics()}
-        return replace(loss, value=loss.value + made.aux.loss, metrics=metrics, buffers=buffers)
+        represented = self.represent(model, batch, key)
+        loss = self.compare(model, represented.rows, batch)
+        buffers = {**represented.aux.buffers, **loss.buffers}
+        metrics = {**loss.metrics, **represented.aux.metrics()}
+        return replace(
+            loss, value=loss.value + represented.aux.loss, metrics=metrics, buffers=buffers
+        )
 
 
 def refuse_drop(objective: Objective, inputs: Mapping[str, Input]) -> None:

@@ -64,16 +64,16 @@ class TextDecoder(nnx.Module):
         stream, aux = self.multimodal(replace(read.tokens, context=context), key)
         return self.logits(stream.x_BSD), aux
 
-    def begin(self, like: Stream, context: Stream, slots: int) -> Any:
-        """What `extend` remembers before the first of up to `slots` tokens; `like` has some token's shape."""
-        unimodal = self.unimodal.begin(like, slots)
-        return unimodal, self.multimodal.begin(replace(like, context=context), slots)
+    def init_cache(self, like: Stream, context: Stream, slots: int) -> Any:
+        """What `decode` remembers before the first of up to `slots` tokens; `like` has some token's shape."""
+        unimodal = self.unimodal.init_cache(like, slots)
+        return unimodal, self.multimodal.init_cache(replace(like, context=context), slots)
 
-    def extend(self, token: Stream, held: Any, at: jax.Array) -> tuple[jax.Array, Any]:
+    def decode(self, token: Stream, cache: Any, at: jax.Array) -> tuple[jax.Array, Any]:
         """Logits `[B, V]` of the token after the one at index `at`, given those before."""
-        unimodal, multimodal = held
-        stream, unimodal = self.unimodal.extend(replace(token, mask=Causal()), unimodal, at)
-        stream, multimodal = self.multimodal.extend(stream, multimodal, at)
+        unimodal, multimodal = cache
+        stream, unimodal = self.unimodal.decode(replace(token, mask=Causal()), unimodal, at)
+        stream, multimodal = self.multimodal.decode(stream, multimodal, at)
         return self.logits(self.multimodal.norm(stream.x_BSD))[:, -1], (unimodal, multimodal)
 
 
@@ -192,8 +192,8 @@ class Coca(Contrastive, Writes, Shows):
         self, model: Model, modality: str, arrays: Mapping[str, jax.Array], key: jax.Array | None
     ) -> Any:
         of = self.read if modality == self._text else self.see
-        made, aux = of(model, arrays, key)
-        return self._vector(model, modality, made.whole_BD), aux
+        embedded, aux = of(model, arrays, key)
+        return self._vector(model, modality, embedded.whole_BD), aux
 
     def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
         """Both vectors of each row, and its caption's summed cross-entropy and number of tokens."""
@@ -256,13 +256,13 @@ class Coca(Contrastive, Writes, Shows):
         decoder = model.heads[self.head].decoder
         ids_BS = jnp.zeros((keys_B.shape[0], length + 1), jnp.int32)
         like = self._token(model, ids_BS, 0)
-        held = decoder.begin(like, seen.context, length)
+        cache = decoder.init_cache(like, seen.context, length)
 
-        def step(ids_BS: jax.Array, at: jax.Array, held: Any) -> tuple[jax.Array, Any]:
-            after: tuple[jax.Array, Any] = decoder.extend(self._token(model, ids_BS, at), held, at)
+        def step(ids_BS: jax.Array, at: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+            after: tuple[jax.Array, Any] = decoder.decode(self._token(model, ids_BS, at), cache, at)
             return after
 
-        return generate(step, held, keys_B, length, self.sampling, self._special(model))
+        return generate(step, cache, keys_B, length, self.sampling, self._special(model))
 
     def _token(self, model: Model, ids_BS: jax.Array, at: jax.Array | int) -> Stream:
         """The stem's token at index `at`, alone."""
@@ -276,14 +276,14 @@ class Coca(Contrastive, Writes, Shows):
 
     def write(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         shown, text = self.modalities
-        given = batch["inputs"][text]
+        reference = batch["inputs"][text]
         seen, _ = self.see(model, batch["inputs"][shown], None)
-        read, _ = self.read(model, given, None)
-        (cost_B, tokens_B), _ = self._caption(model, seen, read, given, None)
-        length = given["ids"].shape[1]
+        read, _ = self.read(model, reference, None)
+        (cost_B, tokens_B), _ = self._caption(model, seen, read, reference, None)
+        length = reference["ids"].shape[1]
         return {
             "written": self._write(model, seen, length, row_keys(batch, key)),
-            "wanted": jnp.where(given["valid"], given["ids"], self._special(model).pad),
+            "wanted": jnp.where(reference["valid"], reference["ids"], self._special(model).pad),
             "cost": cost_B,
             "tokens": tokens_B,
         }
@@ -293,11 +293,11 @@ class Coca(Contrastive, Writes, Shows):
 
     def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """The pictures, if it is of such, and beside each text the one that the model writes."""
-        made = self.write(model, batch, key)
-        shown, wanted, written = self.shows()
-        found = {wanted: made["wanted"], written: made["written"]}
+        texts = self.write(model, batch, key)
+        shown, reference, written = self.shows()
+        panels = {reference: texts["wanted"], written: texts["written"]}
         arrays = batch["inputs"][shown]
-        return {shown: arrays["pixels"], **found} if "pixels" in arrays else found
+        return {shown: arrays["pixels"], **panels} if "pixels" in arrays else panels
 
 
 def begun(ids_BS: jax.Array, begin: int) -> jax.Array:

@@ -52,7 +52,7 @@ class Scale(nnx.Module):
     """A learned positive scale `exp(s)`, stored as its logarithm; `min(exp(s), bound)` with a bound, see `bounded`."""
 
     def __init__(self, initial: float, bound: float | None = MAX_SCALE):
-        self.log = declare((), (), initializers.constant(np.log(initial)), keep=True)
+        self.log = declare((), (), initializers.constant(np.log(initial)), keep_dtype=True)
         self.bound = bound
 
     def __call__(self) -> jax.Array:
@@ -64,7 +64,7 @@ class Bias(nnx.Module):
     """A learned number that is added to all logits."""
 
     def __init__(self, initial: float):
-        self.value = declare((), (), initializers.constant(initial), keep=True)
+        self.value = declare((), (), initializers.constant(initial), keep_dtype=True)
 
     def __call__(self) -> jax.Array:
         return self.value[...]
@@ -132,7 +132,7 @@ class Contrastive(Coupled, Embeds):
         return {**projections, "scale": Scale(1 / self.init_temperature, bound), **bias}
 
     def embed(
-        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], toward: str = ""
+        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], relative_to: str = ""
     ) -> jax.Array:
         return self._embed(model, modality, arrays, None)[0]
 
@@ -152,11 +152,11 @@ class Contrastive(Coupled, Embeds):
             out, aux = model.encode(streams, key, Same("modality"))
             pairs = zip(self.modalities, segments(out), strict=True)
             return Represented(tuple(self._project(model, m, own) for m, own in pairs), aux)
-        made = [
+        instances = [
             self._embed(model, m, batch["inputs"][m], jax.random.fold_in(key, i))
             for i, m in enumerate(self.modalities)
         ]
-        (a_BE, aux_a), (b_BE, aux_b) = made
+        (a_BE, aux_a), (b_BE, aux_b) = instances
         return Represented((a_BE, b_BE), add_up([aux_a, aux_b]))
 
     def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
@@ -183,8 +183,8 @@ class Contrastive(Coupled, Embeds):
 
 def concepts(batch: Batch, field: str) -> jax.Array:
     """The integer by which rows are positives of each other, `[B]`; without a field each row has its own."""
-    found: jax.Array = batch["fields"][field] if field else jnp.arange(batch["valid"].shape[0])
-    return found
+    result: jax.Array = batch["fields"][field] if field else jnp.arange(batch["valid"].shape[0])
+    return result
 
 
 def unit(x: jax.Array, eps: float = 1e-6) -> jax.Array:
@@ -294,10 +294,10 @@ def sigmoid_loss(
 
     if 0 < chunk < valid_B.shape[0]:
         parts = _parts((a_BE, concept_B, valid_B), chunk)
-        found = [x.sum() for x in jax.lax.map(jax.checkpoint(compared), parts)]
+        sums = [x.sum() for x in jax.lax.map(jax.checkpoint(compared), parts)]
     else:
-        found = list(compared((a_BE, concept_B, valid_B)))
-    cost, hits, positives = found
+        sums = list(compared((a_BE, concept_B, valid_B)))
+    cost, hits, positives = sums
     rows = jnp.maximum(valid_B.sum(), 1).astype(cost.dtype)
     share = positives.astype(cost.dtype) / jnp.square(rows)
     entropy = -jax.scipy.special.xlogy(share, share) - jax.scipy.special.xlogy(1 - share, 1 - share)

@@ -34,7 +34,7 @@ class Temperature(nnx.Module):
     """
 
     def __init__(self, initial: float):
-        self.value = declare((), (), initializers.constant(initial), keep=True)
+        self.value = declare((), (), initializers.constant(initial), keep_dtype=True)
 
     def __call__(self) -> jax.Array:
         return jax.nn.relu(self.value[...]) + 1e-6
@@ -134,10 +134,10 @@ class CrossModal(Coupled, Embeds):
         }
 
     def embed(
-        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], toward: str = ""
+        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], relative_to: str = ""
     ) -> jax.Array:
         pooled, _ = self._pooled(model, modality, arrays, None)
-        return self._vectors(model, pooled, modality, toward or self._partners(modality)[0])
+        return self._vectors(model, pooled, modality, relative_to or self._partners(modality)[0])
 
     def _pooled(
         self, model: Model, modality: str, arrays: Mapping[str, jax.Array], key: jax.Array | None
@@ -145,8 +145,10 @@ class CrossModal(Coupled, Embeds):
         stream, aux = model.encode([model.tokens(modality, arrays)], key)
         return mean_pool(stream), aux
 
-    def _vectors(self, model: Model, pooled: jax.Array, modality: str, toward: str) -> jax.Array:
-        x = model.heads[self.head][self._spaces()[modality, toward]](pooled)
+    def _vectors(
+        self, model: Model, pooled: jax.Array, modality: str, relative_to: str
+    ) -> jax.Array:
+        x = model.heads[self.head][self._spaces()[modality, relative_to]](pooled)
         return unit(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
     def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:

@@ -80,8 +80,10 @@ class Fusion(Classification):
 
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
         names = (SHARED,) if self.shared else self._read()
-        made = {name: Classifier(width, self.classes, self.norm, self.init) for name in names}
-        return {"fused": Fused(width, self.tokens, made)}
+        classifiers = {
+            name: Classifier(width, self.classes, self.norm, self.init) for name in names
+        }
+        return {"fused": Fused(width, self.tokens, classifiers)}
 
     def _read(self) -> tuple[str, ...]:
         """Return the names of the outputs: modalities, and the fusion tokens where these are read."""

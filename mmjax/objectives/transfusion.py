@@ -202,7 +202,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
     def reads(self) -> tuple[str, ...]:
         return self.modalities
 
-    def whole(self) -> Objective:
+    def for_evaluation(self) -> Objective:
         """Slots for all of each text; items that do not see each other are then a sequence each."""
         pack = self.pack if self.attend_across_items or not self.capacity else 1
         return replace(self, capacity=dict.fromkeys(self.capacity, _ALL), window=0, pack=pack)
@@ -291,26 +291,26 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         adapter = model.heads[self.head].adapter
         stream = model.tokens(name, arrays, x_t)
         time_BD = adapter.times(name, t_B)
-        x_BSD, went = stream.x_BSD + time_BD[:, None].astype(stream.x_BSD.dtype), None
+        x_BSD, features = stream.x_BSD + time_BD[:, None].astype(stream.x_BSD.dtype), None
         if name in adapter.unet:
             height, width = arrays["pixels"].shape[1:3]
             pictures = unpatchify(x_t, height, width, patch_side(x_t)).astype(x_BSD.dtype)
-            went = adapter.unet[name].descend(pictures, time_BD.astype(x_BSD.dtype))
-            x_BSD = x_BSD + went.tokens_BSD
-        return replace(stream, x_BSD=x_BSD), (went, time_BD.astype(x_BSD.dtype))
+            features = adapter.unet[name].encode(pictures, time_BD.astype(x_BSD.dtype))
+            x_BSD = x_BSD + features.tokens_BSD
+        return replace(stream, x_BSD=x_BSD), (features, time_BD.astype(x_BSD.dtype))
 
     def logits(self, model: Model, name: str, x_BSD: jax.Array) -> jax.Array:
         """What the trunk's outputs of a discrete span say of its next tokens, `[B, S, V]`."""
         logits_BSV: jax.Array = model.heads[self.head].adapter.logits[name](x_BSD)
         return logits_BSV
 
-    def predicted(self, model: Model, name: str, x_BSD: jax.Array, way: Any) -> jax.Array:
+    def predicted(self, model: Model, name: str, x_BSD: jax.Array, context: Any) -> jax.Array:
         """What the trunk's outputs of a continuous span say of its noise, `[B, S, P]`."""
-        adapter, (went, time_BD) = model.heads[self.head].adapter, way
+        adapter, (features, time_BD) = model.heads[self.head].adapter, context
         values: jax.Array = adapter.values[name](x_BSD)
-        if went is None:
+        if features is None:
             return values
-        pictures = adapter.unet[name].ascend(x_BSD, went, time_BD)
+        pictures = adapter.unet[name].decode(x_BSD, features, time_BD)
         return values + patchify(pictures, patch_side(values))
 
     def mask(self) -> Mask:
@@ -318,14 +318,14 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         within = Same("item") if self.pack > 1 else FULL
         # Where all items are read in the order in which they lie, a mask that is known before the program runs.
         lies_in_order = self.capacity and not (self.reverse_prob or self.attend_across_items)
-        found: Mask = Causal("index") if lies_in_order else Causal()
+        mask: Mask = Causal("index") if lies_in_order else Causal()
         for name in self.continuous:
-            found = found | (Same("segment") & KeyIs("modality", name))
+            mask = mask | (Same("segment") & KeyIs("modality", name))
         if self.bidirectional_spans:
             pairs = ((one, other) for one in self.continuous for other in self.continuous)
             for one, other in pairs:
-                found = found | (QueryIs("modality", one) & KeyIs("modality", other) & within)
-        return found if self.attend_across_items else found & within
+                mask = mask | (QueryIs("modality", one) & KeyIs("modality", other) & within)
+        return mask if self.attend_across_items else mask & within
 
     def run(
         self,
@@ -337,10 +337,10 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         exists_B: jax.Array | None = None,
     ) -> Outputs:
         """One pass: all spans of noised values `x_t`; rows that do not exist take no shared slots."""
-        streams, ways, regions = dict[str, Stream](), {}, dict[str, Region]()
+        streams, contexts, regions = dict[str, Stream](), {}, dict[str, Region]()
         for name in self.modalities:
             if name not in self.discrete:
-                streams[name], ways[name] = self.noisy(
+                streams[name], contexts[name] = self.noisy(
                     model, name, inputs[name], x_t[name], draws.times[name]
                 )
                 continue
@@ -364,7 +364,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
                 for m in self.modalities
                 if m in self.discrete
             },
-            {m: self.predicted(model, m, out[m], ways[m]) for m in self.continuous},
+            {m: self.predicted(model, m, out[m], contexts[m]) for m in self.continuous},
             {m: streams[m].mask_BS() for m in self.continuous},
             aux,
             regions,
@@ -388,8 +388,8 @@ class Transfusion(Coupled, Writes, Composes, Shows):
     ) -> tuple[jax.Array, Aux]:
         stream = concatenate(list(streams))
         if self.reverse_prob:
-            place_BS = positions([s.mask_BS() for s in streams], swapped_B)
-            stream = replace(stream, attributes={"position": place_BS})
+            position_BS = positions([s.mask_BS() for s in streams], swapped_B)
+            stream = replace(stream, attributes={"position": position_BS})
         stream, aux = model.encode([pack(stream, self.pack)], key, self.mask())
         return unpack(stream.x_BSD, self.pack), aux
 
@@ -418,9 +418,9 @@ class Transfusion(Coupled, Writes, Composes, Shows):
                 kept_B = self._kept(name, draws.keep_B, draws.swapped_B)
                 rows[name] = self._discrete(name, inputs[name], kept_B, out, dtype)
             else:
-                wanted = diffusion.wanted(x[name], draws.noise[name], draws.times[name])
-                error = jnp.square(out.values[name].astype(dtype) - wanted).mean(axis=-1)
-                nothing = jnp.square(wanted).mean(axis=-1)
+                target = diffusion.wanted(x[name], draws.noise[name], draws.times[name])
+                error = jnp.square(out.values[name].astype(dtype) - target).mean(axis=-1)
+                nothing = jnp.square(target).mean(axis=-1)
                 there_BS = out.there[name]
                 rows[name] = {**_mean(error, there_BS), "nothing": _mean(nothing, there_BS)["sum"]}
         return Represented(rows, out.aux)
@@ -429,23 +429,23 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         self, name: str, arrays: Any, kept_B: jax.Array, out: Outputs, dtype: Any
     ) -> dict[str, jax.Array]:
         """The summed losses of each row's tokens of a discrete modality, their number, and how many were cut."""
-        ids, told, region = arrays["ids"], arrays["valid"] & kept_B[:, None], None
+        ids, scored, region = arrays["ids"], arrays["valid"] & kept_B[:, None], None
         if name in out.regions:
             region = out.regions[name]
-            ids, told = region.pick(ids)[:, 1:], region.told_RT()
+            ids, scored = region.pick(ids)[:, 1:], region.scored_RT()
         logits = out.logits[name]
-        terms = {"sum": next_token_losses(logits, ids), "count": told}
+        terms = {"sum": next_token_losses(logits, ids), "count": scored}
         if self.z_loss:
             terms["z"] = jnp.square(jax.nn.logsumexp(wide(logits), axis=-1))
 
         def total(x: jax.Array) -> jax.Array:
-            x = jnp.where(told, x, 0)
+            x = jnp.where(scored, x, 0)
             return (x.sum(axis=1) if region is None else region.following(x)).astype(dtype)
 
-        found = {term: total(x) for term, x in terms.items()}
+        result = {term: total(x) for term, x in terms.items()}
         if region is not None:
-            found["cut"] = region.cut_RN.reshape(-1).astype(dtype)
-        return found
+            result["cut"] = region.cut_RN.reshape(-1).astype(dtype)
+        return result
 
     def draw(self, keys_B: jax.Array, x: Mapping[str, jax.Array]) -> Draws:
         """Of each row by its own key, for clean values `x`."""
@@ -525,18 +525,18 @@ class Transfusion(Coupled, Writes, Composes, Shows):
     ) -> jax.Array:
         other, text = self.writes()
         blank = jnp.zeros((keys_B.shape[0], length), jnp.int32)
-        wanted = Span(text, {"ids": blank, "valid": blank == 0}, made=True)
-        return Composer(self, model, [Span(other, arrays), wanted]).compose(keys_B)[0]
+        span = Span(text, {"ids": blank, "valid": blank == 0}, made=True)
+        return Composer(self, model, [Span(other, arrays), span]).compose(keys_B)[0]
 
     def write(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         other, text = (Span(m, batch["inputs"][m]) for m in self.writes())
         composer = Composer(self, model, [other, text])
-        past = composer.read(composer.begin(), [other])
+        cache = composer.read(composer.init_cache(), [other])
         ids_BL, told_BL = text.arrays["ids"], text.arrays["valid"]
         stem: Any = model.stems[text.name]
-        losses_BL = next_token_losses(composer.logits(past, text), ids_BL)
+        losses_BL = next_token_losses(composer.logits(cache, text), ids_BL)
         return {
-            "written": composer.write(past, text, row_keys(batch, key)),
+            "written": composer.write(cache, text, row_keys(batch, key)),
             "wanted": jnp.where(told_BL, ids_BL, stem.token_ids.pad),
             "cost": jnp.where(told_BL, losses_BL, 0).sum(axis=1),
             "tokens": told_BL.sum(axis=1),
@@ -551,9 +551,9 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         return tuple(m for m in mutual if m not in modalities) if {*mutual} & {*modalities} else ()
 
     def compose(self, model: Model, spans: Sequence[Span], keys_B: jax.Array) -> list[jax.Array]:
-        made = Composer(self, model, spans).compose(keys_B)
-        wanted = [span for span in spans if span.made]
-        return [viewed(model, span, x) for span, x in zip(wanted, made, strict=True)]
+        values = Composer(self, model, spans).compose(keys_B)
+        targets = [span for span in spans if span.made]
+        return [viewed(model, span, x) for span, x in zip(targets, values, strict=True)]
 
     def shows(self) -> tuple[str, ...]:
         if len(self.modalities) < 2 or self.modalities[0] not in self.discrete:
@@ -565,12 +565,12 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         """Pictures of the data, and what the model draws from their texts; nothing if they are no pictures."""
         drawn_name, keys_B = self.modalities[-1], row_keys(batch, key)
         last = Span(drawn_name, batch["inputs"][drawn_name])
-        given = span_values(model, last)
-        if given.dtype != jnp.uint8:
+        originals = span_values(model, last)
+        if originals.dtype != jnp.uint8:
             return {}
         before = [Span(m, batch["inputs"][m]) for m in self.modalities[:-1]]
         [drawn] = self.compose(model, [*before, replace(last, made=True)], keys_B)
-        return dict(zip(self.shows(), (given, drawn), strict=True))
+        return dict(zip(self.shows(), (originals, drawn), strict=True))
 
 
 def _mean(x_BS: jax.Array, there_BS: jax.Array) -> dict[str, jax.Array]:

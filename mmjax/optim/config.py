@@ -41,12 +41,12 @@ class OptimizerConfig:
         (each task its own: its rate falls to `end_lr_ratio` by its last visit in the config's schedule, under
         `budget` that by model FLOPs. Where measured times or a quarantine give it more visits, the rate
         stays at `end_lr_ratio` for these; where fewer, it ends above).
-      update_scope: of tasks that name none (see `mmjax.optim.views.View`).
+      update_scope: of tasks that name none (see `mmjax.optim.views.UpdateScope`).
       rules: by parameter path.
       ema: decay of an exponential moving average of the parameters, kept in buffers and used by
         evaluation; 0 for none.
       accumulate: steps whose gradients make one update, of their mean, whatever their tasks. At the
-        length of the schedule's period this is the gradient of the tasks' losses summed by their
+        length of the schedule's cycle this is the gradient of the tasks' losses summed by their
         shares, the baseline of AGD; every view must be `shared` then. A step whose loss or gradient is not
         finite, or whose batch has no valid row, is no part of the mean; a round that the run's end cuts short is
         applied.

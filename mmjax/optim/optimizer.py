@@ -19,7 +19,7 @@ from mmjax.core.parameters import Arrays, Spec
 from mmjax.optim.config import OptimizerConfig, learning_rate
 from mmjax.optim.rules import apply_rules
 from mmjax.optim.transforms import Axes, LeafState, wide
-from mmjax.optim.views import OWN_MOMENTS, View, in_common, own_name
+from mmjax.optim.views import OWN_MOMENTS, UpdateScope, shared_parameters, task_state_name
 
 # The tick of a step that each unit counts by. Examples come as parts of the run's, since there may be
 # more of them than 32 bits hold.
@@ -48,7 +48,7 @@ class Optimizer:
         config: OptimizerConfig,
         specs: Mapping[str, Spec],
         length: Callable[[str], int],
-        views: Mapping[str, View],
+        views: Mapping[str, UpdateScope],
         common: frozenset[str] | None = None,
     ):
         """An optimizer of the parameters in `specs`.
@@ -65,19 +65,19 @@ class Optimizer:
         self._length = length
         self._rules = apply_rules(config.rules, specs)
         self._leaves = {n: config.algorithm.transform(spec) for n, spec in specs.items()}
-        self._common = in_common(views) if common is None else common
+        self._common = shared_parameters(views) if common is None else common
 
     def init(self, parameters: Arrays) -> dict[str, LeafState]:
         """The state that tasks have in common, of every leaf that has such. Meant to be jitted."""
         return {n: self._init_leaf(n, p) for n, p in parameters.items() if n in self._common}
 
     def init_own(self, parameters: Arrays) -> dict[str, LeafState]:
-        """The tasks' own state, by `own_name`. Meant to be jitted."""
+        """The tasks' own state, by `task_state_name`. Meant to be jitted."""
         return {
-            own_name(task, n): self._init_leaf(n, parameters[n])
+            task_state_name(task, n): self._init_leaf(n, parameters[n])
             for task, view in self.views.items()
             if view.kind == OWN_MOMENTS
-            for n in sorted(view.moves)
+            for n in sorted(view.trains)
         }
 
     @property

@@ -58,7 +58,7 @@ def apply_rules(rules: Sequence[RuleConfig], specs: Mapping[str, Spec]) -> dict[
     """
     names = [c for spec in specs.values() for c in spec.canonical]
     matched = [matches(r.match, names, f"optimizer.rules[{i}].match") for i, r in enumerate(rules)]
-    found = {}
+    result = {}
     for name, spec in specs.items():
         each = [
             _last(c, spec.decay, [r for r, m in zip(rules, matched, strict=True) if c in m])
@@ -72,10 +72,10 @@ def apply_rules(rules: Sequence[RuleConfig], specs: Mapping[str, Spec]) -> dict[
                 "Make two groups of it in model.layers; layers keep their names."
             )
         shape = (len(each),) if spec.stack else ()
-        found[name] = Ruled(
+        result[name] = Ruled(
             scale.astype(float).reshape(shape), decays.astype(float).reshape(shape), bool(frozen[0])
         )
-    return found
+    return result
 
 
 def trained(rules: Sequence[RuleConfig], specs: Mapping[str, Spec]) -> frozenset[str]:
@@ -87,16 +87,16 @@ def matches(pattern: str, names: Iterable[str], where: str) -> frozenset[str]:
     """The names that a pattern matches whole; an error if it matches none."""
     names = list(names)
     try:
-        found = frozenset(n for n in names if re.fullmatch(pattern, n))
+        result = frozenset(n for n in names if re.fullmatch(pattern, n))
     except re.error as error:
         raise UserError(f"{where} = '{pattern}' is no regular expression: {error}.") from error
-    if not found:
+    if not result:
         close = get_close_matches(pattern, names, n=3, cutoff=0.0)
         raise UserError(
             f"{where} = '{pattern}' matches the whole of no parameter's name. "
             f"The nearest: {', '.join(close)}."
         )
-    return found
+    return result
 
 
 def _last(name: str, decay: bool, rules: Sequence[RuleConfig]) -> tuple[float, bool, bool]:

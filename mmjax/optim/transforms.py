@@ -51,8 +51,8 @@ class LeafTransform:
         pairs, tree = jax.tree_util.tree_flatten_with_path(self.transform.init(shaped))
         # In the dtype that Optax computes in: it would multiply a bfloat16 moment in bfloat16.
         leaves = [state.get(_field(path), leaf).astype(leaf.dtype) for path, leaf in pairs]
-        held = jax.tree_util.tree_unflatten(tree, leaves)
-        direction, after = self.transform.update(self._shaped(grad), held, shaped)
+        moments = jax.tree_util.tree_unflatten(tree, leaves)
+        direction, after = self.transform.update(self._shaped(grad), moments, shaped)
         return jnp.reshape(direction, parameter.shape), self._kept(after, parameter.dtype)
 
     def _shaped(self, x: jax.Array) -> jax.Array:
@@ -60,10 +60,10 @@ class LeafTransform:
 
     def _kept(self, state: Any, dtype: Any) -> LeafState:
         pairs, _ = jax.tree_util.tree_flatten_with_path(state)
-        kept = {_field(path): leaf for path, leaf in pairs if _field(path) in self.fields}
-        if "mu" in kept:
-            kept["mu"] = kept["mu"].astype(self.moments or dtype)
-        return kept
+        fields = {_field(path): leaf for path, leaf in pairs if _field(path) in self.fields}
+        if "mu" in fields:
+            fields["mu"] = fields["mu"].astype(self.moments or dtype)
+        return fields
 
 
 def layer_shape(spec: Spec) -> tuple[tuple[int, ...], Axes]:

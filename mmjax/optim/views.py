@@ -20,18 +20,18 @@ SHARED, OWN_CLOCK, OWN_MOMENTS = KINDS = ("shared", "own_clock", "own_moments")
 
 
 @dataclass(frozen=True)
-class View:
+class UpdateScope:
     """One task's view of the optimizer.
 
     Attributes:
       kind: `shared`: a step updates every parameter. `own_clock`: a step updates what the gradient
         of its task's loss reaches; the rest neither moves nor decays, and its count stands still.
         `own_moments`: as `own_clock`, with optimizer state of the task's own.
-      moves: the parameters that its steps update; frozen ones are not among them.
+      trains: the parameters that its steps update; frozen ones are not among them.
     """
 
     kind: str
-    moves: frozenset[str]
+    trains: frozenset[str]
 
 
 def check_kind(kind: str, where: str) -> str:
@@ -41,7 +41,7 @@ def check_kind(kind: str, where: str) -> str:
     return kind
 
 
-def make_view(kind: str, trained: frozenset[str], reach: Reach | None) -> View:
+def make_update_scope(kind: str, trained: frozenset[str], reach: Reach | None) -> UpdateScope:
     """The view of a task.
 
     Args:
@@ -50,22 +50,22 @@ def make_view(kind: str, trained: frozenset[str], reach: Reach | None) -> View:
       reach: of the task's loss; None for all.
     """
     if reach is None:
-        return View(kind, trained)
-    return View(kind, trained & reach.names)
+        return UpdateScope(kind, trained)
+    return UpdateScope(kind, trained & reach.names)
 
 
-def in_common(views: Mapping[str, View]) -> frozenset[str]:
+def shared_parameters(views: Mapping[str, UpdateScope]) -> frozenset[str]:
     """The parameters with optimizer state that tasks have in common."""
-    moved = (view.moves for view in views.values() if view.kind != OWN_MOMENTS)
+    moved = (view.trains for view in views.values() if view.kind != OWN_MOMENTS)
     return frozenset().union(*moved)
 
 
-def own_name(task: str, parameter: str) -> str:
+def task_state_name(task: str, parameter: str) -> str:
     """The name of a task's own optimizer state of a parameter."""
     return f"{task}:{parameter}"
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(task, parameter) of `own_name`."""
+    """(task, parameter) of `task_state_name`."""
     task, _, parameter = name.partition(":")
     return task, parameter

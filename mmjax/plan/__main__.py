@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from mmjax.core import commandline, errors
+from mmjax.core import errors, flags
 from mmjax.core.config import Block
 from mmjax.core.errors import UserError, nearest
 from mmjax.engine.compile import cache_folder
@@ -71,39 +71,39 @@ def program_names(experiment: Experiment, task: str = "") -> list[str]:
     if task and task not in experiment.tasks:
         raise UserError(f"--task={task}: no such task.{nearest(task, experiment.tasks)}")
     keys = dict.fromkeys(program_key(t, each) for t, each in experiment.passes())
-    trained = {name: of.name for name, (of, _) in experiment.settings.programs.items()}
+    trained = {name: of.name for name, (of, _) in experiment.phases.programs.items()}
     owners = {**trained, **{key: key.split("/")[0] for key in keys}}
     return [name for name, owner in owners.items() if task in ("", owner)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = _parser()
-    arguments, overrides = commandline.parse(made, argv)
+    parser = _parser()
+    arguments, overrides = flags.parse(parser, argv)
     if not (arguments.config and arguments.topology):
-        raise UserError(f"--config and --topology are needed. {commandline.usage(made)}")
+        raise UserError(f"--config and --topology are needed. {flags.usage(parser)}")
     # Tracing needs a device of its own, and must not take the machine's accelerator for it.
     jax.config.update("jax_platforms", "cpu")
     topology = read_topology(arguments.topology, arguments.slices)
-    block = commandline.read_config(arguments.config, overrides)
+    block = flags.read_config(arguments.config, overrides)
     options: dict[str, Any] = {
         "is_fast": arguments.fast, "seconds": arguments.seconds, "extra": arguments.extra,
     }  # fmt: skip
     if arguments.advise:
         return _advise(block, topology, arguments, options)
-    found = plan(block, topology, task=arguments.task, **options)
-    found = {"config": arguments.config, "overrides": overrides, **found}
-    print_plan(found)
-    _write(found, arguments.json)
-    return 0 if found["fits"] else DOES_NOT_FIT
+    report = plan(block, topology, task=arguments.task, **options)
+    report = {"config": arguments.config, "overrides": overrides, **report}
+    print_plan(report)
+    _write(report, arguments.json)
+    return 0 if report["fits"] else DOES_NOT_FIT
 
 
 def _advise(
     block: Block, topology: Topology, arguments: argparse.Namespace, options: Mapping[str, Any]
 ) -> int:
-    found = advise(block, arguments.task, lambda b, t: plan(b, topology, task=t, **options))
-    print_advice(found, topology.label)
-    _write(found, arguments.json)
-    return 0 if found["fits"] else DOES_NOT_FIT
+    advice = advise(block, arguments.task, lambda b, t: plan(b, topology, task=t, **options))
+    print_advice(advice, topology.label)
+    _write(advice, arguments.json)
+    return 0 if advice["fits"] else DOES_NOT_FIT
 
 
 def _write(found: Mapping[str, Any], path: str) -> None:
@@ -114,24 +114,24 @@ def _write(found: Mapping[str, Any], path: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = commandline.command("plan", __doc__)
-    commandline.add_config(made)
-    made.add_argument(
+    parser = flags.command("plan", __doc__)
+    flags.add_config(parser)
+    parser.add_argument(
         "--topology", default="", metavar="KIND:SHAPE", help="v5e:16x16, v5p:4x4x8, h100:4x8, ..."
     )
-    made.add_argument("--slices", type=int, default=1, metavar="N", help="slices of that shape")
-    made.add_argument("--task", default="", metavar="NAME", help="only this task")
-    made.add_argument("--json", default="", metavar="FILE", help="write the plan there too")
-    made.add_argument(
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices of that shape")
+    parser.add_argument("--task", default="", metavar="NAME", help="only this task")
+    parser.add_argument("--json", default="", metavar="FILE", help="write the plan there too")
+    parser.add_argument(
         "--fast", action="store_true", help="compile with less optimization, 3 times as fast"
     )
-    made.add_argument(
+    parser.add_argument(
         "--advise", action="store_true", help="try micro-batches and rematerialisation"
     )
-    made.add_argument(
+    parser.add_argument(
         "--seconds", type=float, default=600.0, metavar="S", help="limit for each program"
     )
-    return made
+    return parser
 
 
 if __name__ == "__main__":

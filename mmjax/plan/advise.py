@@ -62,12 +62,12 @@ def _climb(block: Block, task: str, remat: str, plan: Plan) -> Iterable[dict[str
     batch, start = block["tasks"][task]["batch"], block["tasks"][task].get("microbatches", 1)
     for parts in _parts(batch, start):
         try:
-            found = plan(changed(block, task, remat, parts), task)
+            report = plan(changed(block, task, remat, parts), task)
         except UserError:
             if parts == start:
                 raise
             return  # a part no longer divides over the mesh
-        each = {"task": task, "remat": remat, "microbatches": parts, **_training(found)}
+        each = {"task": task, "remat": remat, "microbatches": parts, **_training(report)}
         yield each
         if each["fits"]:
             return
@@ -93,10 +93,10 @@ def _parts(batch: int, start: int) -> list[int]:
 
 def changed(block: Block, task: str, remat: str, microbatches: int) -> Block:
     """A copy of the config with these choices."""
-    made = copy.deepcopy(block)
-    tower_of(made)[1]["remat"] = remat
-    made["tasks"][task]["microbatches"] = microbatches
-    return made
+    result = copy.deepcopy(block)
+    tower_of(result)[1]["remat"] = remat
+    result["tasks"][task]["microbatches"] = microbatches
+    return result
 
 
 def _price(

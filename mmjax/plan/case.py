@@ -77,28 +77,28 @@ class Specification:
 
 
 def main() -> None:
-    say = _speaker()
+    write = _writer()
     specification = Specification(**json.load(sys.stdin))
     try:
         for folder in specification.extra:
             configs.add_folder(folder)
         cases = Cases(specification)
-        say({"ready": cases.facts()})
+        write({"ready": cases.facts()})
         for name in cases.names:
-            say({"name": name, **cases.report(name)})
+            write({"name": name, **cases.report(name)})
     except UserError as error:
-        say({"error": str(error)})
+        write({"error": str(error)})
 
 
-def _speaker() -> Callable[[Mapping[str, Any]], None]:
+def _writer() -> Callable[[Mapping[str, Any]], None]:
     """Writes lines to what is now standard output; whatever else writes there goes to standard error."""
     stream = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def say(line: Mapping[str, Any]) -> None:
+    def write(line: Mapping[str, Any]) -> None:
         print(json.dumps(line), file=stream, flush=True)
 
-    return say
+    return write
 
 
 class Cases:
@@ -119,16 +119,16 @@ class Cases:
 
     @property
     def names(self) -> list[str]:
-        wanted = self._specification.names
-        return list(self._requests if wanted is None else wanted)
+        chosen = self._specification.names
+        return list(self._requests if chosen is None else chosen)
 
     @property
     def _chip(self) -> Chip:
         kind = self._devices[0].device_kind
-        found = chip(kind)
-        if found is None or not found.memory:
+        result = chip(kind)
+        if result is None or not result.memory:
             raise UserError(f"Nothing is known of the memory and the wires of '{kind}'.")
-        return found
+        return result
 
     def facts(self) -> dict[str, Any]:
         """What holds for all programs."""
@@ -178,12 +178,12 @@ class Cases:
         file = Path(self._specification.cache) / f"{self._key(lowered)}.json"
         if file.exists():
             return {**json.loads(file.read_text()), "cached": True}
-        made = self._compile(lowered)
+        compiled = self._compile(lowered)
         file.parent.mkdir(parents=True, exist_ok=True)
         partial_file = file.with_suffix(f".{os.getpid()}")
-        partial_file.write_text(json.dumps(made))
+        partial_file.write_text(json.dumps(compiled))
         partial_file.replace(file)
-        return {**made, "cached": False}
+        return {**compiled, "cached": False}
 
     def _key(self, lowered: Any) -> str:
         facts = [
@@ -219,19 +219,19 @@ class Cases:
         }
 
     def _costs(self, text: str) -> dict[str, Any]:
-        found = cost.cost(hlo.parse(text), self._layout(), self._chip.flops, self._chip.bandwidth)
+        costs = cost.cost(hlo.parse(text), self._layout(), self._chip.flops, self._chip.bandwidth)
         return {
-            "flops": found.flops,
+            "flops": costs.flops,
             "products": [
-                {"name": name, "flops": n} for name, n in sorted(found.products.items()) if n
+                {"name": name, "flops": n} for name, n in sorted(costs.products.items()) if n
             ],
-            "memory_bytes": found.memory,
-            "busy_seconds": found.seconds,
+            "memory_bytes": costs.memory,
+            "busy_seconds": costs.seconds,
             "collectives": [
                 {"wire": wire, "kind": kind, "axes": axes, "bytes": round(n)}
-                for (wire, kind, axes), n in sorted(found.wires.items())
+                for (wire, kind, axes), n in sorted(costs.wires.items())
             ],
-            "unknown": sorted(found.unknown),
+            "unknown": sorted(costs.unknown),
         }
 
     def _layout(self) -> Layout:
@@ -244,21 +244,21 @@ class Cases:
 def _refused(words: str) -> dict[str, Any]:
     if not _EXHAUSTED.search(words):
         return {"status": "failed", "message": " ".join(words.split())[:500]}
-    found = _REQUIRED.search(words)
+    match = _REQUIRED.search(words)
     return {
         "status": "out_of_memory",
-        "required_bytes": int(float(found[1]) * _UNITS[found[2]]) if found else 0,
+        "required_bytes": int(float(match[1]) * _UNITS[match[2]]) if match else 0,
         "message": " ".join(words.split())[:300],
     }
 
 
 def versions() -> dict[str, str]:
     """Of what decides how a program is compiled."""
-    found = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
+    result = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
     for package in ("libtpu", "jax-cuda12-pjrt"):
         with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            result[package] = metadata.version(package)
+    return result
 
 
 def _minor() -> int:

@@ -253,8 +253,8 @@ def _payload(each: Instruction, where: Computation, kind: str) -> int:
 
 def _product_of_kernel(each: Instruction) -> int:
     """FLOPs that a custom kernel states of itself; 0 if it states none."""
-    found = _STATED.search(each.attributes) if each.opcode == "custom-call" else None
-    return int(found[1]) if found else 0
+    match = _STATED.search(each.attributes) if each.opcode == "custom-call" else None
+    return int(match[1]) if match else 0
 
 
 def _product(each: Instruction, where: Computation) -> int:
@@ -266,8 +266,8 @@ def _product(each: Instruction, where: Computation) -> int:
     out = each.arrays[0]
     complex_ = 4 if out.dtype.startswith("c") else 1
     if each.opcode == "dot" or is_blas:
-        found = _CONTRACTED.search(each.attributes)
-        dims = [int(n) for n in re.findall(r"\d+", found[1] or found[2])] if found else []
+        match = _CONTRACTED.search(each.attributes)
+        dims = [int(n) for n in re.findall(r"\d+", match[1] or match[2])] if match else []
         return 2 * complex_ * math.prod(out.shape) * math.prod(lhs.shape[d] for d in dims)
     return 2 * complex_ * _pairs(each, lhs, rhs, out)
 
@@ -297,8 +297,8 @@ def _pairs(each: Instruction, lhs: Array, rhs: Array, out: Array) -> int:
 
 def _window(attributes: str) -> list[tuple[int, int, int, int, int]]:
     """(low padding, high padding, lhs dilation, stride, rhs dilation) of each dimension."""
-    found = _WINDOW.search(attributes)
-    fields = dict(part.split("=") for part in found[1].split()) if found else {}
+    match = _WINDOW.search(attributes)
+    fields = dict(part.split("=") for part in match[1].split()) if match else {}
     count = len(fields.get("size", "").split("x")) if "size" in fields else 0
 
     def each(name: str) -> list[int]:

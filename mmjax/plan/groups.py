@@ -68,15 +68,15 @@ def groups_of(attributes: str, size: int) -> np.ndarray:
 
     No groups, or `{}`, means all `size` devices in one.
     """
-    if found := _PAIRS.search(attributes):
-        return _sets(found[1])
-    if found := _MESH.search(attributes):
-        return _of_mesh(found[1], found[2], found[3], size)
-    if found := _IOTA.search(attributes):
-        shape, rest = found[1].split("<=")
+    if match := _PAIRS.search(attributes):
+        return _sets(match[1])
+    if match := _MESH.search(attributes):
+        return _of_mesh(match[1], match[2], match[3], size)
+    if match := _IOTA.search(attributes):
+        shape, rest = match[1].split("<=")
         return _counted(rest).reshape(_numbers(shape))
-    found = _LISTED.search(attributes)
-    return _sets(found[1]) if found and found[1] else np.arange(size)[None]
+    match = _LISTED.search(attributes)
+    return _sets(match[1]) if match and match[1] else np.arange(size)[None]
 
 
 def _sets(text: str) -> np.ndarray:

@@ -70,8 +70,8 @@ class Instruction:
     @property
     def source(self) -> str:
         """The name of the JAX operation that it comes from, if it says so."""
-        found = _OP_NAME.search(self.attributes)
-        return found[1] if found else ""
+        match = _OP_NAME.search(self.attributes)
+        return match[1] if match else ""
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -83,13 +83,13 @@ class Instruction:
 
     @property
     def branches(self) -> tuple[str, ...]:
-        found = _BRANCHES.finditer(self.attributes)
-        return tuple(n.strip(" %") for m in found for n in (m[1] or m[2]).split(","))
+        matches = _BRANCHES.finditer(self.attributes)
+        return tuple(n.strip(" %") for m in matches for n in (m[1] or m[2]).split(","))
 
     def attribute(self, key: str) -> str:
         """The value of `key=value`, where it is one word or string; empty if it is not there."""
-        found = re.search(rf"\b{key}=[%\"]?([\w.\-$]+)", self.attributes)
-        return found[1] if found else ""
+        match = re.search(rf"\b{key}=[%\"]?([\w.\-$]+)", self.attributes)
+        return match[1] if match else ""
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ class Computation:
     @cached_property
     def users(self) -> Mapping[str, Sequence[Instruction]]:
         """The instructions that read a result, by its name."""
-        found: dict[str, list[Instruction]] = {}
+        result: dict[str, list[Instruction]] = {}
         for each in self:
             for name in dict.fromkeys(each.operands):
-                found.setdefault(name, []).append(each)
-        return found
+                result.setdefault(name, []).append(each)
+        return result
 
     @cached_property
     def parameters(self) -> Sequence[Instruction]:
@@ -185,15 +185,17 @@ class Module:
 def parse(text: str) -> Module:
     """Read the text that `compiled.as_text()` gives."""
     computations: dict[str, Computation] = {}
-    entry, name, held = "", "", dict[str, Instruction]()
+    entry, name, instructions = "", "", dict[str, Instruction]()
     for line in text.splitlines():
         head = _HEAD.match(line)
         if head:
-            name, held = head[2], {}
-            computations[name] = Computation(name, held)
+            name, instructions = head[2], {}
+            computations[name] = Computation(name, instructions)
             entry = name if head[1] else entry
-        elif found := _LINE.match(line):
-            held[found[2]] = _instruction(found[2], _COMMENT.sub("", found[3]), bool(found[1]))
+        elif match := _LINE.match(line):
+            instructions[match[2]] = _instruction(
+                match[2], _COMMENT.sub("", match[3]), bool(match[1])
+            )
     partitions = _PARTITIONS.search(text[: text.find("\n")])
     return Module(computations, entry, int(partitions[1]) if partitions else 1)
 
@@ -212,19 +214,19 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
 
 def arrays_of(text: str) -> tuple[Array, ...]:
     """The arrays that a shape, or a tuple of them, names."""
-    found = []
+    arrays = []
     for dtype, dims, layout in _SHAPE.findall(text):
         shape = tuple(int(n.lstrip("<=")) for n in dims.split(",") if n)
         space = _SPACE.search(layout)
-        found.append(Array(dtype, shape, int(space[1]) if space else 0))
-    return tuple(found)
+        arrays.append(Array(dtype, shape, int(space[1]) if space else 0))
+    return tuple(arrays)
 
 
 def _closing(text: str, start: int) -> int:
     """The place of the parenthesis that closes the one at `start`."""
     depth = 0
-    for found in _PARENTHESIS.finditer(text, start):
-        depth += 1 if found[0] == "(" else -1
+    for match in _PARENTHESIS.finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
         if not depth:
-            return found.start()
+            return match.start()
     raise ValueError(f"no closing parenthesis in {text[start : start + 80]!r}")

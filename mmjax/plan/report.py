@@ -27,7 +27,7 @@ def make_plan(
 ) -> dict[str, Any]:
     """The plan of a config for a topology."""
     facts = reports.facts
-    visits = experiment.settings.visits(experiment.planned.schedule(), 0, experiment.run.steps)
+    visits = experiment.phases.visits(experiment.planned.schedule(), 0, experiment.run.steps)
     code = sum(c["bytes"]["code"] for c in reports.cases.values() if c["status"] == "compiled")
     programs = [
         _program(name, case, facts, code, experiment, visits)
@@ -69,9 +69,9 @@ def _program(
     visits: Mapping[str, int],
 ) -> dict[str, Any]:
     """One entry of `programs`."""
-    trained = experiment.settings.programs
+    trained = experiment.phases.programs
     task = trained[name][0].name if name in trained else name.split("/")[0]
-    made: dict[str, Any] = {
+    result: dict[str, Any] = {
         "name": name,
         "task": task,
         "kind": "train" if name in trained else name.partition("/")[2],
@@ -81,23 +81,23 @@ def _program(
         "cached": case.get("cached", False),
     }
     if case["status"] not in ("compiled", "out_of_memory"):
-        return {**made, "fits": False, "message": case["message"]}
+        return {**result, "fits": False, "message": case["message"]}
     limit = facts["chip"]["memory"]
     needed = _needed(case, code)
     fits = case["status"] == "compiled" and needed["needed"] <= limit
-    made |= {
+    result |= {
         "fits": fits,
         "bytes": {**needed, "limit": limit, "over": max(0, needed["needed"] - limit)},
     }
     if not fits:
-        made["help"] = advice(experiment, task, made["kind"], facts, limit)
+        result["help"] = advice(experiment, task, result["kind"], facts, limit)
     if case["status"] == "compiled":
-        made |= _costs(case, facts)
-    if made["kind"] == "train":
-        made |= {"tokens": case["tokens"], "visits": visits.get(name, 0)}
-        if "estimate" in made:
-            made["hours"] = made["visits"] * made["estimate"]["seconds"] / 3600
-    return made
+        result |= _costs(case, facts)
+    if result["kind"] == "train":
+        result |= {"tokens": case["tokens"], "visits": visits.get(name, 0)}
+        if "estimate" in result:
+            result["hours"] = result["visits"] * result["estimate"]["seconds"] / 3600
+    return result
 
 
 def _needed(case: Mapping[str, Any], code: int) -> dict[str, int]:
@@ -110,11 +110,11 @@ def _needed(case: Mapping[str, Any], code: int) -> dict[str, int]:
     if case["status"] != "compiled":
         required = case["required_bytes"]
         return {"required": required, "beside": beside, "code": code, "needed": required + beside + code}  # fmt: skip
-    found = case["bytes"]
-    peak = found["peak"] or found["arguments"] + found["temporaries"] + found["outputs"]
+    sizes = case["bytes"]
+    peak = sizes["peak"] or sizes["arguments"] + sizes["temporaries"] + sizes["outputs"]
     return {
-        "arguments": found["arguments"],
-        "temporaries": peak - found["arguments"],
+        "arguments": sizes["arguments"],
+        "temporaries": peak - sizes["arguments"],
         "beside": beside,
         "code": code,
         "needed": peak + beside + code,
@@ -190,21 +190,21 @@ def advice(
     experiment: Experiment, task: str, kind: str, facts: Mapping[str, Any], limit: int
 ) -> list[str]:
     """What would help a program that does not fit."""
-    config, mesh, found = experiment.tasks[task].config, facts["mesh"], []
+    config, mesh, lines = experiment.tasks[task].config, facts["mesh"], []
     if facts["state_bytes"] > limit // 2:
-        found.append(
+        lines.append(
             f"the state alone takes {facts['state_bytes'] / limit:.0%} of a device: more devices, or "
             f"--config.mesh.fsdp={2 * mesh['fsdp']} instead of {mesh['fsdp']}"
         )
     if kind != "train":
-        return [*found, f"--config.evaluation.batch={experiment.run.evaluation.batch // 2} or less"]
+        return [*lines, f"--config.evaluation.batch={experiment.run.evaluation.batch // 2} or less"]
     if experiment.run.model.trunk.remat != "full":
-        found.append(f"--config.{experiment.run.model.where}.remat=full")
+        lines.append(f"--config.{experiment.run.model.where}.remat=full")
     parts = 2 * config.microbatches
     if config.batch % parts == 0:
-        found.append(f"--config.tasks.{task}.microbatches={parts} or more")
+        lines.append(f"--config.tasks.{task}.microbatches={parts} or more")
     return [
-        *found,
+        *lines,
         f"a batch of less than {config.batch}, or smaller shapes",
         "--advise tries these",
     ]

@@ -37,9 +37,9 @@ def print_plan(plan: Mapping[str, Any]) -> None:
 def _memory_table(plan: Mapping[str, Any]) -> None:
     rows = []
     for each in plan["programs"]:
-        found = each.get("bytes", {})
-        parts = [_known(human_bytes, found.get(k)) for k in ("arguments", "temporaries", "needed")]
-        share = percent(found["needed"] / found["limit"]) if found else "-"
+        sizes = each.get("bytes", {})
+        parts = [_known(human_bytes, sizes.get(k)) for k in ("arguments", "temporaries", "needed")]
+        share = percent(sizes["needed"] / sizes["limit"]) if sizes else "-"
         verdict = "yes" if each["fits"] else "NO"
         if each["status"] not in ("compiled", "out_of_memory"):
             verdict = each["status"].replace("_", " ")
@@ -66,10 +66,12 @@ def _flops_table(programs: list[Mapping[str, Any]]) -> None:
 def _estimate_table(programs: list[Mapping[str, Any]]) -> None:
     rows = []
     for each in programs:
-        found = each["estimate"]
-        parts = [fine_seconds(found[k]) for k in ("compute", "memory", "ici", "dcn", "seconds")]
+        estimate = each["estimate"]
+        parts = [fine_seconds(estimate[k]) for k in ("compute", "memory", "ici", "dcn", "seconds")]
         tokens = _known(human_count, each.get("tokens"))
-        rows.append((_label(each), tokens, *parts, percent(found["mfu"]), f"{each['hours']:.3g} h"))
+        rows.append(
+            (_label(each), tokens, *parts, percent(estimate["mfu"]), f"{each['hours']:.3g} h")
+        )
     heads = ("program", "tokens", "compute", "memory", "ICI", "DCN", "a step", "MFU", "run")
     table("ESTIMATE of a step: roofline, at the peaks below; a lower bound", heads, rows)
 
@@ -88,10 +90,10 @@ def _collectives_table(programs: list[Mapping[str, Any]]) -> None:
 
 def _remarks(plan: Mapping[str, Any]) -> Iterator[str]:
     yield from _where_flops_go(plan)
-    found = plan["assumed"]
+    rates = plan["assumed"]
     yield (
-        f"Assumed of a device: {human_flops(found['flops'])}FLOP/s (bfloat16), {human_flops(found['bandwidth'])}B/s to "
-        f"memory, {human_flops(found['ici'])}B/s along a mesh axis (ICI), {human_flops(found['dcn'])}B/s to other "
+        f"Assumed of a device: {human_flops(rates['flops'])}FLOP/s (bfloat16), {human_flops(rates['bandwidth'])}B/s to "
+        f"memory, {human_flops(rates['ici'])}B/s along a mesh axis (ICI), {human_flops(rates['dcn'])}B/s to other "
         "slices (DCN); all of it at its peak, and all transfers behind the computation."
     )
     yield (
@@ -125,10 +127,10 @@ def _what_does_not_fit(plan: Mapping[str, Any]) -> Iterator[str]:
         if "bytes" not in each:
             yield f"NOT COMPILED: {each['name']}: {each['message']}"
             continue
-        found = each["bytes"]
+        sizes = each["bytes"]
         yield (
-            f"DOES NOT FIT: {each['name']} needs {human_bytes(found['needed'])}, "
-            f"{human_bytes(found['over'])} over the {human_bytes(found['limit'])} of a device."
+            f"DOES NOT FIT: {each['name']} needs {human_bytes(sizes['needed'])}, "
+            f"{human_bytes(sizes['over'])} over the {human_bytes(sizes['limit'])} of a device."
         )
         yield from (f"  would help: {line}" for line in each["help"])
 

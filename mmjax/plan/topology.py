@@ -84,14 +84,14 @@ def read_topology(text: str, slices: int = 1) -> Topology:
     Raises:
       UserError: there is none of this name; it says which is nearest, and the forms.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text)
-    if not found or found[1] not in (*TPUS, *GPUS):
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text)
+    if not match or match[1] not in (*TPUS, *GPUS):
         raise UserError(f"--topology={text}: unknown.{_nearest(text)} {_FORMS}")
-    made = Topology(found[1], tuple(map(int, found[2].split("x"))), slices)
-    wrong = _wrong(made)
+    result = Topology(match[1], tuple(map(int, match[2].split("x"))), slices)
+    wrong = _wrong(result)
     if wrong:
         raise UserError(f"--topology={text}: {wrong}{_nearest(text)} {_FORMS}")
-    return made
+    return result
 
 
 def _wrong(made: Topology) -> str:
@@ -140,10 +140,10 @@ def require_compiler(topology: Topology) -> None:
         else ("libtpu", "TPUs", "tpu")
     )
     try:
-        found = importlib.util.find_spec(module)
+        spec = importlib.util.find_spec(module)
     except ModuleNotFoundError:
-        found = None
-    if found is None:
+        spec = None
+    if spec is None:
         raise UserError(_MISSING.format(name=topology.name, what=what, extra=extra))
 
 
@@ -171,14 +171,14 @@ def describe(topology: Topology) -> Sequence[Any]:
         from mmjax.plan.gpus import target
 
         nodes, gpus = topology.shape
-        made = topologies.get_topology_desc(
+        description = topologies.get_topology_desc(
             topology.kind, "cuda", target_config=target(topology.kind), topology=f"1x{nodes}x{gpus}"
         )
-        return list(made.devices)
+        return list(description.devices)
     more: dict[str, Any] = {"wrap": topology.wrap}
     if topology.slices > 1:
         more["num_slices"] = topology.slices
     if topology.kind == "v4":
         more["chip_config_name"] = "megacore"  # one device a chip
-    made = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **more)
-    return sorted(made.devices, key=lambda d: getattr(d, "slice_index", 0))
+    description = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **more)
+    return sorted(description.devices, key=lambda d: getattr(d, "slice_index", 0))

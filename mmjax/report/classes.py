@@ -12,7 +12,7 @@ import numpy as np
 from mmjax.engine.loader import make_batch
 from mmjax.evaluators.accuracy import rank
 from mmjax.evaluators.base import Pass, Predict, make_evaluators, row_spec
-from mmjax.loading import Embedder
+from mmjax.loading import TrainedModel
 from mmjax.monitor.tables import percent
 from mmjax.objectives.base import Classifies, able, with_rows
 from mmjax.report.html import Html, bar, join, table, tag
@@ -22,10 +22,10 @@ from mmjax.report.panel import (
     MOST_READ,
     Panel,
     first_of_each,
+    fit_to_budget,
     read_of,
     right_mark,
     spread,
-    within,
 )
 from mmjax.report.preview import as_given, preview, shown
 from mmjax.sources.base import Examples
@@ -51,7 +51,7 @@ class Guesses:
     unreadable: int
 
 
-def classified(model: Embedder, task: Task, count: int) -> Iterator[Panel]:
+def classified(model: TrainedModel, task: Task, count: int) -> Iterator[Panel]:
     """A panel for each split on which an evaluator compares predicted classes with a label.
 
     Args:
@@ -66,11 +66,11 @@ def classified(model: Embedder, task: Task, count: int) -> Iterator[Panel]:
         for each in evaluator.passes(task).values():
             if isinstance(each.computation, Predict) and len(each.fields) == 1:
                 examples = each.source.open()
-                found = guesses(model, task, each, examples)
-                yield panel(task, each, examples, found, count)
+                guessed = guesses(model, task, each, examples)
+                yield panel(task, each, examples, guessed, count)
 
 
-def guesses(model: Embedder, task: Task, each: Pass, examples: Examples) -> Guesses:
+def guesses(model: TrainedModel, task: Task, each: Pass, examples: Examples) -> Guesses:
     """Logits of up to 2048 examples, spread over the split; what cannot be read is counted."""
     spec = row_spec(task, each)
     predict = model.compiled(able(task.objective, Classifies).predict)
@@ -82,9 +82,12 @@ def guesses(model: Embedder, task: Task, each: Pass, examples: Examples) -> Gues
         logits.append(jax.device_get(predict(with_rows(rows)["inputs"]))[: len(part)])
         labels.append(rows["fields"][each.fields[0]][: len(part)])
         valid.append(rows["valid"][: len(part)])
-    kept = np.concatenate(valid)
+    is_valid = np.concatenate(valid)
     return Guesses(
-        ids[kept], np.concatenate(labels)[kept], np.concatenate(logits)[kept], int((~kept).sum())
+        ids[is_valid],
+        np.concatenate(labels)[is_valid],
+        np.concatenate(logits)[is_valid],
+        int((~is_valid).sum()),
     )
 
 
@@ -99,10 +102,11 @@ def panel(task: Task, each: Pass, examples: Examples, found: Guesses, count: int
     chosen = [firsts[i] for i in spread(len(firsts), count)]
     place_N = rank(found.logits, found.label) + 1
     hits = int((place_N[chosen] <= FOUND).sum())
-    said = f"{hits} of {len(chosen)} have the right one among the {FOUND} likeliest of {found.logits.shape[1]} classes."
-    cards = within(chosen, lambda i: _card(task, examples, found, i, int(place_N[i]), names))
+    classes = found.logits.shape[1]
+    caption = f"{hits} of {len(chosen)} have the right one among the {FOUND} likeliest of {classes} classes."
+    cards = fit_to_budget(chosen, lambda i: _card(task, examples, found, i, int(place_N[i]), names))
     body = (
-        tag("p", said),
+        tag("p", caption),
         tag("ul", *cards, class_="cards of-words"),
         mistakes(found, names),
     )

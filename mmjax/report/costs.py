@@ -1,4 +1,4 @@
-"""The report's section on time: the phases of a run and the costs of its tasks, each number in one place."""
+"""The report's section on time: the activities of a run and the costs of its tasks, each number in one place."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OTHER = "c7"
 
 
 def costs(run: Run) -> Iterator[Html]:
-    """Goodput and the phases of the run, then what each task did and what its steps cost."""
+    """Goodput and the activities of the run, then what each task did and what its steps cost."""
     if run.log and run.seconds["total"] > 0:
         yield from _phases(run)
     rows = run.summary["tasks"]
@@ -37,7 +37,7 @@ def costs(run: Run) -> Iterator[Html]:
 
 
 def _phases(run: Run) -> Iterator[Html]:
-    """A bar of all phases, and a row for each, with the colour that it has in the bar."""
+    """A bar of all activities, and a row for each, with the colour that it has in the bar."""
     rows = goodput.rows(run.seconds)
     bars = (
         tag("span", class_=f"fill {_colour(row)}", style=f"width:{100 * row['share']:.2f}%")
@@ -77,9 +77,9 @@ def _steps(run: Run, rows: Sequence[Mapping[str, Any]]) -> Html:
              "#padding", "#FLOP/s", "#MFU", "")  # fmt: skip
     longest = max(row["step_seconds"] for row in rows) or 1.0
     cells = [_step(row, colour_of(run, row["task"]), longest, run) for row in rows]
-    kept = [i for i in range(len(heads)) if any(row[i] is not None for row in cells)]
-    chosen = [[row[i] for i in kept] for row in cells]
-    return table("What a step of each task costs", [heads[i] for i in kept], chosen)
+    shown = [i for i in range(len(heads)) if any(row[i] is not None for row in cells)]
+    chosen = [[row[i] for i in shown] for row in cells]
+    return table("What a step of each task costs", [heads[i] for i in shown], chosen)
 
 
 def _step(row: Mapping[str, Any], colour: str, longest: float, run: Run) -> list[Child]:

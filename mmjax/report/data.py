@@ -21,9 +21,9 @@ from mmjax.monitor import metrics
 from mmjax.monitor import summary as tally
 from mmjax.monitor.line_file import read_records
 from mmjax.schedule.config import PhaseConfig
+from mmjax.schedule.phase_specs import from_config
 from mmjax.schedule.rules.base import rule_of
 from mmjax.schedule.schedule import Schedule
-from mmjax.schedule.stretches import from_config
 
 _NOT_MEASURES = ("kind", "step", "task", "visit", "timing")
 
@@ -100,12 +100,12 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        wanted = self.config.get("steps")
-        return wanted is not None and self.step >= wanted and bool(self.records)
+        steps = self.config.get("steps")
+        return steps is not None and self.step >= steps and bool(self.records)
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by phase, as `phases.summary` gives them."""
+        """Seconds by activity, as `goodput.summary` gives them."""
         seconds: dict[str, float] = self.summary["seconds"]
         return seconds
 
@@ -169,16 +169,16 @@ def _summary(workdir: epath.Path, steps: Any) -> dict[str, Any]:
 
 
 def wanted_shares(schedule: Schedule, steps: int) -> dict[str, float]:
-    """The share of steps [0, steps) that the weights of each stretch ask for; they sum to 1."""
-    wanted: dict[str, float] = defaultdict(float)
+    """The share of steps [0, steps) that the weights of each segment ask for; they sum to 1."""
+    shares: dict[str, float] = defaultdict(float)
     ends = [segment.start for segment in schedule.segments[1:]] + [steps]
     for segment, end in zip(schedule.segments, ends, strict=True):
-        running = {task: weight for task, weight in segment.weights.items() if weight}
-        counts = rule_of(segment.rule).counts(list(running.values()))
+        active = {task: weight for task, weight in segment.weights.items() if weight}
+        counts = rule_of(segment.rule).counts(list(active.values()))
         length = max(min(end, steps) - segment.start, 0)
-        for task, count in zip(running, counts, strict=True):
-            wanted[task] += length * count / sum(counts) / max(steps, 1)
-    return dict(wanted)
+        for task, count in zip(active, counts, strict=True):
+            shares[task] += length * count / sum(counts) / max(steps, 1)
+    return dict(shares)
 
 
 def _tasks(train: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> dict[str, Visits]:
@@ -197,11 +197,11 @@ def _visits(lines: Sequence[Mapping[str, Any]], batch: int) -> Visits:
     known = {name: column for name, column in values.items() if not np.isnan(column).all()}
     # A loss that was never a number is still a loss.
     known |= {name: values[name] for name in ("loss", "grad_norm") if name in values}
-    told: dict[str, list[Any]] = defaultdict(list)
+    usages: dict[str, list[Any]] = defaultdict(list)
     for name, value in (item for line in lines for item in line.items()):
         if name.startswith(metrics.USAGE):
-            told[name.removeprefix(metrics.USAGE)].append(value)
-    usage = {name: np.array(shares, float) for name, shares in told.items()}
+            usages[name.removeprefix(metrics.USAGE)].append(value)
+    usage = {name: np.array(shares, float) for name, shares in usages.items()}
     examples = np.array([line.get("examples", batch) for line in lines], np.int64)
     steps = np.array([line["step"] for line in lines], np.int64)
     return Visits(steps, known, examples, usage)
@@ -224,12 +224,12 @@ def _records(
     step = max((line["step"] for line in evals), default=None)
     done = train[-1]["step"] + 1 if train else 0
     path = workdir / RESULTS
-    found = _json(path) if step is None or done >= config.get("steps", 0) else None
-    if isinstance(found, list) and found and all(isinstance(each, dict) for each in found):
-        found = [metrics.revived(each) for each in found]
-        same = [_without(e, "kind", "step") for e in evals[-len(found) :]]
-        is_same = [_without(e, "step") for e in found] == same
-        return found, step if is_same else found[0].get("step")
+    records = _json(path) if step is None or done >= config.get("steps", 0) else None
+    if isinstance(records, list) and records and all(isinstance(each, dict) for each in records):
+        records = [metrics.revived(each) for each in records]
+        same = [_without(e, "kind", "step") for e in evals[-len(records) :]]
+        is_same = [_without(e, "step") for e in records] == same
+        return records, step if is_same else records[0].get("step")
     return [line for line in evals if line["step"] == step], step
 
 
@@ -250,10 +250,10 @@ def _evaluations(workdir: epath.Path) -> list[dict[str, Any]]:
 
 
 def _history(evals: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], list[float]]:
-    found: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    history: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for line in evals:
-        found[key_of(line)].append(_number(line.get("value")))
-    return dict(found)
+        history[key_of(line)].append(_number(line.get("value")))
+    return dict(history)
 
 
 def key_of(record: Mapping[str, Any]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 from mmjax.core import config as configs
 from mmjax.core.errors import RecordError, UserError
 from mmjax.evaluators.base import Embed, Evaluator, make_evaluators
-from mmjax.loading import Embedder
+from mmjax.loading import TrainedModel
 from mmjax.objectives.base import embedded
 from mmjax.report.html import Html, join, tag
 from mmjax.report.panel import (
@@ -20,10 +20,10 @@ from mmjax.report.panel import (
     MOST_READ,
     Panel,
     first_of_each,
+    fit_to_budget,
     read_of,
     right_mark,
     spread,
-    within,
 )
 from mmjax.report.preview import as_given, is_sound, preview, shown, strip
 from mmjax.sources.base import Examples
@@ -31,7 +31,7 @@ from mmjax.task import RowSpec, Task
 
 
 @dataclass(frozen=True)
-class Shelf:
+class Candidates:
     """Held-out examples of one task that could be read.
 
     Attributes:
@@ -50,7 +50,7 @@ class Shelf:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Retrieved:
     """What one query retrieves.
 
     Attributes:
@@ -67,7 +67,7 @@ class Answer:
     place: int | None
 
 
-def retrieved(model: Embedder, task: Task, count: int) -> Iterator[Panel]:
+def retrieved(model: TrainedModel, task: Task, count: int) -> Iterator[Panel]:
     """A panel for each split on which an evaluator of the task retrieves between two modalities.
 
     Args:
@@ -81,47 +81,50 @@ def retrieved(model: Embedder, task: Task, count: int) -> Iterator[Panel]:
     for name, evaluator in retrievals(task).items():
         where = f"tasks.{task.name}.evaluators.{name}.source"
         source = configs.component("sources", evaluator.source, where)
-        shelf = read_shelf(source.open(), task, getattr(evaluator, "positive_key"))  # noqa: B009
-        yield gallery(model, task, shelf, source.label, getattr(evaluator, "unique", ""), count)
+        candidates = read_candidates(source.open(), task, getattr(evaluator, "positive_key"))  # noqa: B009
+        yield gallery(
+            model, task, candidates, source.label, getattr(evaluator, "unique", ""), count
+        )
 
 
 def gallery(
-    model: Embedder, task: Task, shelf: Shelf, split: str, unique: str, count: int
+    model: TrainedModel, task: Task, candidates: Candidates, split: str, unique: str, count: int
 ) -> Panel:
     """Both directions of one task on one split.
 
     Args:
-      model: gives vectors, as `Embedder.embed` does.
+      model: gives vectors, as `TrainedModel.embed` does.
       task: embeds two modalities.
-      shelf: held-out examples, perhaps none.
+      candidates: held-out examples, perhaps none.
       split: their name.
       unique: the modality of which only the first example of each concept is a candidate.
       count: queries of each direction.
     """
-    title = f"{split}: {read_of(shelf.total, len(shelf.concept), shelf.unreadable)}"
-    if not len(shelf.concept):
+    title = f"{split}: {read_of(candidates.total, len(candidates.concept), candidates.unreadable)}"
+    if not len(candidates.concept):
         return Panel(title, Html(""))
-    vectors = {m: _embedded(model, task.name, m, values) for m, values in shelf.values.items()}
+    vectors = {m: _embedded(model, task.name, m, values) for m, values in candidates.values.items()}
     one, two = embedded(task.objective)
     sides = (
-        _direction(task, shelf, vectors, q, c, unique, count) for q, c in ((one, two), (two, one))
+        _direction(task, candidates, vectors, q, c, unique, count)
+        for q, c in ((one, two), (two, one))
     )
-    return Panel(title, join(sides), shelf.credits)
+    return Panel(title, join(sides), candidates.credits)
 
 
 def retrievals(task: Task) -> dict[str, Evaluator]:
     """Its evaluators that embed two modalities of the same examples, which a concept joins."""
-    wanted = {Embed(modality) for modality in embedded(task.objective)}
-    found = {}
+    programs = {Embed(modality) for modality in embedded(task.objective)}
+    result = {}
     for name, evaluator in make_evaluators(task).items():
         passes = list(evaluator.passes(task).values())
-        is_of_pairs = len(wanted) == 2 and {each.computation for each in passes} == wanted
+        is_of_pairs = len(programs) == 2 and {each.computation for each in passes} == programs
         if is_of_pairs and all(each.block == evaluator.source for each in passes):
-            found[name] = evaluator
-    return {name: each for name, each in found.items() if hasattr(each, "positive_key")}
+            result[name] = evaluator
+    return {name: each for name, each in result.items() if hasattr(each, "positive_key")}
 
 
-def read_shelf(examples: Examples, task: Task, concept: str) -> Shelf:
+def read_candidates(examples: Examples, task: Task, concept: str) -> Candidates:
     """Up to 2048 examples, spread over the split; what cannot be read or decoded is counted."""
     pair = embedded(task.objective)
     values: dict[str, list[Any]] = {modality: [] for modality in pair}
@@ -143,7 +146,7 @@ def read_shelf(examples: Examples, task: Task, concept: str) -> Shelf:
             each = task.inputs[modality]
             values[modality].append(as_given(each, example[each.field]))
     credits = tuple(getattr(examples, "credits", ()))
-    return Shelf(values, np.array(concepts, np.int64), unreadable, len(examples), credits)
+    return Candidates(values, np.array(concepts, np.int64), unreadable, len(examples), credits)
 
 
 def answers(
@@ -152,9 +155,9 @@ def answers(
     query_ids: Sequence[int],
     candidate_ids: Sequence[int],
     concept: np.ndarray,
-) -> list[Answer]:
+) -> list[Retrieved]:
     """The nearest candidates of each query by inner product; rows belong to the examples `*_ids`."""
-    made = []
+    result = []
     concepts_C = concept[np.asarray(candidate_ids)]
     for query, similarity_C in zip(query_ids, queries_QE @ candidates_CE.T, strict=True):
         positive_C = concepts_C == concept[query]
@@ -163,24 +166,24 @@ def answers(
         if positive_C.any():
             best = similarity_C[positive_C].max()
             place = int((~(similarity_C < best) & ~positive_C).sum()) + 1
-        found = [int(candidate_ids[i]) for i in order]
-        made.append(Answer(query, found, positive_C[order].tolist(), place))
-    return made
+        nearest = [int(candidate_ids[i]) for i in order]
+        result.append(Retrieved(query, nearest, positive_C[order].tolist(), place))
+    return result
 
 
-def _embedded(model: Embedder, task: str, modality: str, values: list[Any]) -> np.ndarray:
+def _embedded(model: TrainedModel, task: str, modality: str, values: list[Any]) -> np.ndarray:
     """Vectors `[N, E]`, in batches of one size: one program, and little memory."""
-    found = []
+    vectors = []
     for start in range(0, len(values), BATCH):
         part = values[start : start + BATCH]
         padded = part + part[:1] * (BATCH - len(part))
-        found.append(model.embed(task=task, **{modality: padded})[: len(part)])
-    return np.concatenate(found)
+        vectors.append(model.embed(task=task, **{modality: padded})[: len(part)])
+    return np.concatenate(vectors)
 
 
 def _direction(
     task: Task,
-    shelf: Shelf,
+    candidates: Candidates,
     vectors: Mapping[str, np.ndarray],
     query: str,
     candidate: str,
@@ -188,20 +191,20 @@ def _direction(
     count: int,
 ) -> Html:
     """One direction: the queries, one of each concept, each with what it retrieves."""
-    firsts = first_of_each(shelf.concept)
+    firsts = first_of_each(candidates.concept)
     queries = [firsts[i] for i in spread(len(firsts), count)]
-    candidates = firsts if candidate == unique else list(range(len(shelf.concept)))
-    found = answers(
-        vectors[query][queries], vectors[candidate][candidates], queries, candidates, shelf.concept
+    indices = firsts if candidate == unique else list(range(len(candidates.concept)))
+    retrieved_ones = answers(
+        vectors[query][queries], vectors[candidate][indices], queries, indices, candidates.concept
     )
-    hits = sum(any(answer.right) for answer in found)
-    said = (
-        f"{hits} of {len(found)} have a right one among the {FOUND} nearest of {len(candidates):,}."
+    hits = sum(any(answer.right) for answer in retrieved_ones)
+    caption = f"{hits} of {len(retrieved_ones)} have a right one among the {FOUND} nearest of {len(indices):,}."
+    cards = fit_to_budget(
+        retrieved_ones, lambda answer: _card(task, candidates, query, candidate, answer)
     )
-    cards = within(found, lambda answer: _card(task, shelf, query, candidate, answer))
     head = tag("h4", f"{query} to {candidate}")
-    style = _style(shown(task.inputs[candidate], shelf.values[candidate][0]))
-    return tag("div", head, tag("p", said), tag("ul", *cards, class_=f"cards {style}"))
+    style = _style(shown(task.inputs[candidate], candidates.values[candidate][0]))
+    return tag("div", head, tag("p", caption), tag("ul", *cards, class_=f"cards {style}"))
 
 
 def _style(value: Any) -> str:
@@ -209,46 +212,48 @@ def _style(value: Any) -> str:
     return "of-words" if isinstance(value, str) else "of-sounds" if is_sound(value) else "of-tiles"
 
 
-def _card(task: Task, shelf: Shelf, query: str, candidate: str, answer: Answer) -> Html:
+def _card(
+    task: Task, candidates: Candidates, query: str, candidate: str, answer: Retrieved
+) -> Html:
     """A query and what it retrieves."""
     items = []
     for i, right in zip(answer.found, answer.right, strict=True):
-        value = shown(task.inputs[candidate], shelf.values[candidate][i])
+        value = shown(task.inputs[candidate], candidates.values[candidate][i])
         # A sound says nothing to the eye.
-        said = _words(task, shelf, candidate, i) if is_sound(value) else None
-        said = tag("span", said, dir="auto", class_="said") if said else None
+        caption = _words(task, candidates, candidate, i) if is_sound(value) else None
+        caption = tag("span", caption, dir="auto", class_="said") if caption else None
         mark = right_mark() if right else None
-        parts = (_show(task, shelf, candidate, i), said, mark)
+        parts = (_show(task, candidates, candidate, i), caption, mark)
         items.append(tag("li", *parts, class_="right" if right else None))
     asked = tag(
         "div",
-        _show(task, shelf, query, answer.query),
-        strip(shown(task.inputs[query], shelf.values[query][answer.query])),
+        _show(task, candidates, query, answer.query),
+        strip(shown(task.inputs[query], candidates.values[query][answer.query])),
         class_="query",
     )
-    late = None if any(answer.right) else _late(task, shelf, candidate, answer)
+    late = None if any(answer.right) else _late(task, candidates, candidate, answer)
     return tag("li", asked, tag("ol", *items, class_="found"), late)
 
 
-def _late(task: Task, shelf: Shelf, candidate: str, answer: Answer) -> Html | None:
+def _late(task: Task, candidates: Candidates, candidate: str, answer: Retrieved) -> Html | None:
     """Where the first right answer comes that is not among those shown."""
     if answer.place is None:
         return None
-    wanted = shown(task.inputs[candidate], shelf.values[candidate][answer.query])
-    words = preview(wanted, "") if isinstance(wanted, str) else "The first right one"
+    right_one = shown(task.inputs[candidate], candidates.values[candidate][answer.query])
+    words = preview(right_one, "") if isinstance(right_one, str) else "The first right one"
     return tag("p", words, f" comes at place {answer.place}", class_="late")
 
 
-def _show(task: Task, shelf: Shelf, modality: str, index: int) -> Html:
+def _show(task: Task, candidates: Candidates, modality: str, index: int) -> Html:
     """An example's preview; what the other modality says in words describes it."""
-    words = _words(task, shelf, modality, index)
+    words = _words(task, candidates, modality, index)
     label = f"{modality}: {words}" if words else f"{modality} {index}"
-    return preview(shown(task.inputs[modality], shelf.values[modality][index]), label)
+    return preview(shown(task.inputs[modality], candidates.values[modality][index]), label)
 
 
-def _words(task: Task, shelf: Shelf, modality: str, index: int) -> str | None:
+def _words(task: Task, candidates: Candidates, modality: str, index: int) -> str | None:
     """The text of an example in its other modality, if that is text."""
-    for other, values in shelf.values.items():
+    for other, values in candidates.values.items():
         if other != modality:
             value = shown(task.inputs[other], values[index])
             return value if isinstance(value, str) else None

@@ -40,13 +40,13 @@ def tag(name: str, /, *children: Child, **attributes: str | float | None) -> Htm
       **attributes: `class_` is `class` and `aria_label` is `aria-label`; None is left out, and
         the empty text gives an attribute without value.
     """
-    given = "".join(
+    attributes_text = "".join(
         f" {key.rstrip('_').replace('_', '-')}" + (f'="{text(str(value))}"' if value != "" else "")
         for key, value in attributes.items()
         if value is not None
     )
     end = "" if name in _VOID else f"</{name}>"
-    return Html(f"<{name}{given}>{join(children)}{end}")
+    return Html(f"<{name}{attributes_text}>{join(children)}{end}")
 
 
 def number(shown: str, value: float | None) -> Html:
@@ -95,8 +95,8 @@ def grouped_table(
     for name, rows in groups.items():
         line = tag("tr", tag("th", name, scope="rowgroup", colspan=len(heads))) if name else None
         bodies.append(tag("tbody", line, *(_row(row, kinds) for row in rows)))
-    made = tag("table", tag("caption", caption), tag("thead", tag("tr", *head)), *bodies)
-    return tag("div", made, class_="scroll", role="region", aria_label=caption, tabindex="0")
+    element = tag("table", tag("caption", caption), tag("thead", tag("tr", *head)), *bodies)
+    return tag("div", element, class_="scroll", role="region", aria_label=caption, tabindex="0")
 
 
 def _row(cells: Sequence[Child], kinds: Sequence[str | None]) -> Html:

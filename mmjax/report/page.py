@@ -18,14 +18,14 @@ from typing import Any
 import jax
 from etils import epath
 
-from mmjax.core import commandline, errors
+from mmjax.core import errors, flags
 from mmjax.core.errors import UserError
 from mmjax.core.files import replace_file
 from mmjax.core.workdir import REPORT
 from mmjax.engine import checkpoint
 from mmjax.engine.compile import use_cache
 from mmjax.experiment import make_experiment
-from mmjax.loading import Embedder
+from mmjax.loading import TrainedModel
 from mmjax.monitor.parameter_rows import rows_of_checkpoint, rows_of_config
 from mmjax.monitor.tables import human_bytes
 from mmjax.report import parts as parts
@@ -34,7 +34,7 @@ from mmjax.report.costs import costs
 from mmjax.report.data import Run, read_run
 from mmjax.report.gallery import retrieved
 from mmjax.report.html import Html, join, section, tag
-from mmjax.report.panel import EXAMPLES, Panel, framed, thanks
+from mmjax.report.panel import EXAMPLES, Panel, credit_line, task_section
 from mmjax.report.pictures import pictured
 from mmjax.report.results import results
 from mmjax.report.routing import routing
@@ -59,7 +59,7 @@ def write_report(workdir: epath.Path, examples: int = EXAMPLES) -> epath.Path:
     Raises:
       UserError: the folder holds no run, or a file of it is broken in the middle.
     """
-    workdir = commandline.folder(str(workdir))
+    workdir = flags.folder(str(workdir))
     run = read_run(workdir)
     content = page(run, _gallery(run, examples) if examples else Html(""))
     replace_file(workdir / REPORT, content)
@@ -141,14 +141,22 @@ def _gallery(run: Run, count: int) -> Html:
         _warn("The report shows no held-out examples", error)
         return _none(f"Not shown: {_words(error)}")
     panels = {name: _panels(model, name, count) for name in run.tasks if name in model.tasks}
-    tasks = [framed(parts.named(run, name), found) for name, found in panels.items()]
+    tasks = [
+        task_section(parts.named(run, name), shown_panels) for name, shown_panels in panels.items()
+    ]
     if not any(tasks):
         return Html("")
-    said = tag("p", f"By the checkpoint of step {model.step}.", class_="lead")
-    return join([said, *tasks, thanks(panel for found in panels.values() for panel in found)])
+    lead = tag("p", f"By the checkpoint of step {model.step}.", class_="lead")
+    return join(
+        [
+            lead,
+            *tasks,
+            credit_line(panel for shown_panels in panels.values() for panel in shown_panels),
+        ]
+    )
 
 
-def _panels(model: Embedder, task: str, count: int) -> list[Panel]:
+def _panels(model: TrainedModel, task: str, count: int) -> list[Panel]:
     """What a task shows of its held-out data, or why it cannot."""
     try:
         kinds = (retrieved, classified, pictured)
@@ -159,12 +167,12 @@ def _panels(model: Embedder, task: str, count: int) -> list[Panel]:
         return [Panel("Held-out data", _none(f"Not shown: {_words(error)}"))]
 
 
-def _newest_model(workdir: epath.Path) -> Embedder | None:
+def _newest_model(workdir: epath.Path) -> TrainedModel | None:
     """The newest checkpoint that can be read; the run may be removing or writing one just now."""
     steps = checkpoint.steps(workdir)
     for step in steps:
         try:
-            return Embedder(workdir, step)
+            return TrainedModel(workdir, step)
         except Exception as error:
             if step == steps[-1]:
                 raise
@@ -187,13 +195,13 @@ def _warn(words: str, error: Exception) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = commandline.command("report", __doc__)
-    commandline.add_workdir(made)
-    made.add_argument(
+    parser = flags.command("report", __doc__)
+    flags.add_workdir(parser)
+    parser.add_argument(
         "--examples", type=int, default=EXAMPLES, metavar="N",
         help="held-out examples of each panel; 0 for none, which loads no model",
     )  # fmt: skip
-    arguments, overrides = commandline.parse(made, argv)
+    arguments, overrides = flags.parse(parser, argv)
     if overrides:
         raise UserError("A report shows a run as it is; leave --config.KEY=VALUE away.")
     use_cache()

@@ -34,7 +34,7 @@ class Panel:
     credits: tuple[str, ...] = ()
 
 
-def framed(heading: Html, panels: Sequence[Panel]) -> Html:
+def task_section(heading: Html, panels: Sequence[Panel]) -> Html:
     """A task's panels under its heading: each can be folded, and only the first is unfolded."""
     folded = (
         tag("details", tag("summary", panel.title), panel.body, open=None if i else "")
@@ -43,7 +43,7 @@ def framed(heading: Html, panels: Sequence[Panel]) -> Html:
     return tag("div", tag("h3", heading), *folded, class_="gallery") if panels else Html("")
 
 
-def thanks(panels: Iterable[Panel]) -> Html | None:
+def credit_line(panels: Iterable[Panel]) -> Html | None:
     """Whom the data of the panels asks to name, each once."""
     named = list(dict.fromkeys(credit for panel in panels for credit in panel.credits))
     return tag("p", "Shown here: " + " ".join(named), class_="remark") if named else None
@@ -71,7 +71,7 @@ def first_of_each(kind: np.ndarray) -> list[int]:
     return sorted(np.unique(kind, return_index=True)[1].tolist())
 
 
-def within(found: Sequence[T], card: Callable[[T], Html]) -> list[Html]:
+def fit_to_budget(found: Sequence[T], card: Callable[[T], Html]) -> list[Html]:
     """Cards of all, or of fewer, evenly spread, where they would make the page too heavy."""
     cards = [card(each) for each in found]
     for count in (len(cards), 6, 4, 2, 1):

@@ -24,9 +24,9 @@ _NOW = f"over the last {LATEST} visits"  # as in the tables: see `tally.latest`
 
 def facts(run: Run, parameters: int) -> Iterator[Html]:
     """Below the title: how far the run is, and what it is."""
-    wanted = run.config.get("steps")
+    steps = run.config.get("steps")
     ended = "finished" if run.is_done else "not finished when this page was written"
-    of = f" of {wanted:,}" if isinstance(wanted, int) else ""
+    of = f" of {steps:,}" if isinstance(steps, int) else ""
     yield tag(
         "p", f"{run.step:,}{of} steps over {_count(run.tasks, 'task')}; {ended}.", class_="lead"
     )
@@ -79,8 +79,8 @@ def schedule(run: Run) -> Iterator[Html]:
     ends = tag("span", tag("span", "step 0"), tag("span", f"step {shown - 1}"), class_="ends")
     yield tag("h3", f"The first {shown} steps")
     yield tag("div", *lanes, ends, class_="lanes")
-    wanted = wanted_shares(planned, len(run.order)) if planned else {}
-    yield _shares_table(run, wanted)
+    target_shares = wanted_shares(planned, len(run.order)) if planned else {}
+    yield _shares_table(run, target_shares)
     if planned:
         rows = [
             (f"{s.start:,}", s.rule, ", ".join(f"{t} {w}" for t, w in s.weights.items()))
@@ -184,9 +184,9 @@ def _measure(run: Run, task: str, key: str, words: str) -> Html:
     visits, style = run.tasks[task], colour_of(run, task)
     raw = Line(visits.step, visits.of(key), f"raw {style}")
     dark = smoothed(raw, _span(len(raw.x)), f"smooth {style}")
-    said = f"{words}: {_short(_first(raw.y))} at first, {_short(_latest(raw.y))} {_NOW}"
-    picture = chart([raw, dark], f"{task}, {said}", run.step, words)
-    return _figure(named(run, task), said, picture)
+    caption = f"{words}: {_short(_first(raw.y))} at first, {_short(_latest(raw.y))} {_NOW}"
+    picture = chart([raw, dark], f"{task}, {caption}", run.step, words)
+    return _figure(named(run, task), caption, picture)
 
 
 def _together(
@@ -236,7 +236,7 @@ def _shares_table(run: Run, wanted: Mapping[str, float]) -> Html:
 
 
 def _event(line: Mapping[str, Any]) -> Sequence[Child] | None:
-    """A row for what is worth telling: events, later attempts, phases that ended with an error."""
+    """A row for what is worth telling: events, later attempts, activities that ended with an error."""
     when, attempt = _moment(line["time"]), str(line.get("attempt", ""))
     if line.get("line") == "event":
         return when, attempt, str(line.get("name")), str(line.get("text", ""))

@@ -10,7 +10,7 @@ import numpy as np
 
 from mmjax.engine.loader import make_batch
 from mmjax.evaluators.base import LossOf, Write, make_evaluators
-from mmjax.loading import Embedder
+from mmjax.loading import TrainedModel
 from mmjax.objectives.base import Shows, able, with_rows, written
 from mmjax.report.html import Html, tag
 from mmjax.report.panel import Panel, read_of, spread
@@ -21,7 +21,7 @@ from mmjax.task import Task
 _MOST = 8  # examples side by side
 
 
-def pictured(model: Embedder, task: Task, count: int) -> Iterator[Panel]:
+def pictured(model: TrainedModel, task: Task, count: int) -> Iterator[Panel]:
     """A panel for each held-out split on which an objective that shows something takes its loss or writes.
 
     Args:
@@ -41,18 +41,18 @@ def pictured(model: Embedder, task: Task, count: int) -> Iterator[Panel]:
                 yield panel(model, task, examples, each.source.label, min(count, _MOST))
 
 
-def panel(model: Embedder, task: Task, examples: Examples, split: str, count: int) -> Panel:
+def panel(model: TrainedModel, task: Task, examples: Examples, split: str, count: int) -> Panel:
     """A row for each thing that the objective shows, a column for each example."""
     ids = spread(len(examples), count)
     batch, failed = make_batch(task.rows(), examples, ids, lambda _: None, len(ids))
     title = f"{split}: {read_of(len(examples), len(ids) - len(failed), len(failed))}"
     objective = able(task.objective, Shows)
     show = model.compiled(lambda m, rows: objective.show(m, with_rows(rows), jax.random.key(0)))
-    made: Mapping[str, np.ndarray] = jax.device_get(show(batch))
-    kept = np.flatnonzero(batch["valid"]).tolist()
-    names = [name for name in objective.shows() if name in made]
-    rows = [_row(name, _readable(task, made[name]), kept) for name in names]
-    caption = tag("caption", f"{len(kept)} held-out examples side by side")
+    outputs: Mapping[str, np.ndarray] = jax.device_get(show(batch))
+    valid_rows = np.flatnonzero(batch["valid"]).tolist()
+    names = [name for name in objective.shows() if name in outputs]
+    rows = [_row(name, _readable(task, outputs[name]), valid_rows) for name in names]
+    caption = tag("caption", f"{len(valid_rows)} held-out examples side by side")
     frame = tag("table", caption, tag("tbody", *rows), class_="pictures")
     return Panel(title, tag("div", frame, class_="scroll", tabindex="0"), examples.credits)
 

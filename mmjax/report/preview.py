@@ -53,10 +53,10 @@ def shown(each: Input, value: Any) -> Any:
     A one-dimensional array becomes `(samples, rate)`, with the rate of the modality.
     """
     own = getattr(each.modality, "preview", None)
-    found = own(value) if own else each.modality.raw(value)
-    if isinstance(found, np.ndarray) and found.ndim == 1:
-        return found, int(getattr(each.modality, "sample_rate", _RATE))
-    return found
+    result = own(value) if own else each.modality.raw(value)
+    if isinstance(result, np.ndarray) and result.ndim == 1:
+        return result, int(getattr(each.modality, "sample_rate", _RATE))
+    return result
 
 
 def preview(value: Any, label: str) -> Html:

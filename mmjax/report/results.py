@@ -122,13 +122,13 @@ def _table(run: Run, tasks: Mapping[str, Sequence[Record]]) -> Html:
             title = join([parts[0], *(f", {part}" for part in parts[1:] if part)])
             groups[title].append(_row(run, task, record))
     every = [row for rows in groups.values() for row in rows]
-    kept = [i for i in range(len(heads)) if any(row[i] for row in every)]
-    chosen = {title: [[row[i] for i in kept] for row in rows] for title, rows in groups.items()}
-    said = "In the bars, a full line is chance (of a loss, what knows nothing), a dotted one the largest class."
+    shown = [i for i in range(len(heads)) if any(row[i] for row in every)]
+    chosen = {title: [[row[i] for i in shown] for row in rows] for title, rows in groups.items()}
+    remark = "In the bars, a full line is chance (of a loss, what knows nothing), a dotted one the largest class."
     return join(
         [
-            grouped_table("Every measure", [heads[i] for i in kept], chosen),
-            tag("p", said, class_="remark"),
+            grouped_table("Every measure", [heads[i] for i in shown], chosen),
+            tag("p", remark, class_="remark"),
         ]
     )
 

@@ -49,17 +49,17 @@ def _table(visits: Visits) -> Html:
             )
         )  # fmt: skip
     heads = ("", "modality", "#experts in use", "#of the most used", "#which it is")
-    made = table("At the end", heads, rows)
+    result = table("At the end", heads, rows)
     left = {
         key.removeprefix("dropped "): values
         for key, values in visits.values.items()
         if key.startswith("dropped ")
     }
     if not left:
-        return made
-    said = (f"{percent(_mean(values))} of {modality}" for modality, values in left.items())
-    words = f"Tokens that no expert took at the end, over all layers: {', '.join(said)}."
-    return join([made, tag("p", words, class_="remark")])
+        return result
+    shares = (f"{percent(_mean(values))} of {modality}" for modality, values in left.items())
+    words = f"Tokens that no expert took at the end, over all layers: {', '.join(shares)}."
+    return join([result, tag("p", words, class_="remark")])
 
 
 def _maps(visits: Visits) -> Iterator[Html]:
@@ -85,11 +85,11 @@ def heat_map(shares_VE: np.ndarray) -> bytes:
 
 def _of(visits: Visits) -> Mapping[tuple[int, str], np.ndarray]:
     """Shares `[V, E]` by layer and modality, of the visits that told them."""
-    found: dict[tuple[int, str], np.ndarray] = defaultdict(lambda: np.zeros((0, 0)))
+    usage: dict[tuple[int, str], np.ndarray] = defaultdict(lambda: np.zeros((0, 0)))
     for key, shares_VE in visits.usage.items():
         layer, _, modality = key.partition(" ")
-        found[int(layer), modality] = shares_VE
-    return dict(sorted(found.items()))
+        usage[int(layer), modality] = shares_VE
+    return dict(sorted(usage.items()))
 
 
 def _late(shares_VE: np.ndarray) -> np.ndarray:

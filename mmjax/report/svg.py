@@ -84,13 +84,13 @@ def thinned(line: Line, most: int = MOST_POINTS) -> Line:
     count = len(line.x)
     if count <= most:
         return line
-    kept = {0, count - 1}
+    indices = {0, count - 1}
     finite = np.where(np.isfinite(line.y), line.y, np.nan)
     for part in np.array_split(np.arange(count), most // 2):
         values = finite[part]
         if np.isfinite(values).any():
-            kept |= {int(part[np.nanargmin(values)]), int(part[np.nanargmax(values)])}
-    chosen = np.array(sorted(kept))
+            indices |= {int(part[np.nanargmin(values)]), int(part[np.nanargmax(values)])}
+    chosen = np.array(sorted(indices))
     return Line(line.x[chosen], line.y[chosen], line.style)
 
 
@@ -156,8 +156,8 @@ def log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten from `low` to `high`, with 2 and 5 between them where these are few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     many = len(powers) > 4
-    found = [m * 10.0**p for p in powers for m in ((1,) if many else (1, 2, 5))]
-    inside = [v for v in found if low * 0.999 <= v <= high * 1.001]
+    marks = [m * 10.0**p for p in powers for m in ((1,) if many else (1, 2, 5))]
+    inside = [v for v in marks if low * 0.999 <= v <= high * 1.001]
     return inside[:: max(1, -(-len(inside) // 7))]
 
 

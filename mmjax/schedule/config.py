@@ -18,7 +18,7 @@ class PhaseTaskConfig:
       inputs: settings by modality that replace those of `tasks.NAME.inputs` (resolution, length).
       batch: examples per visit, over all devices.
       microbatches: parts in which a batch is computed.
-      shapes: settings by bucket that replace those of `tasks.NAME.shapes`.
+      shapes: settings by shape that replace those of `tasks.NAME.shapes`.
     """
 
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -8,9 +8,9 @@ from functools import cached_property
 
 from mmjax.core.errors import UserError, nearest
 from mmjax.schedule.config import ScheduleConfig
-from mmjax.schedule.phases import Settings
+from mmjax.schedule.phase_specs import BUDGET, PhaseSpec, from_config, key_of, phase_specs
+from mmjax.schedule.phases import Phases
 from mmjax.schedule.schedule import Schedule
-from mmjax.schedule.stretches import BUDGET, Stretch, from_config, key_of, stretches
 from mmjax.task import Task
 
 
@@ -21,7 +21,7 @@ class PlannedSchedule:
     Attributes:
       config: `schedule` of the config.
       tasks: by name, in the order in which they take turns.
-      settings: what holds from which step on.
+      phases: what holds from which step on.
       seed: for the rule `random`.
       steps: the run's length.
       flops: returns the model FLOPs of each training program, for the rule `budget`.
@@ -29,21 +29,21 @@ class PlannedSchedule:
 
     config: ScheduleConfig
     tasks: Mapping[str, Task]
-    settings: Settings
+    phases: Phases
     seed: int
     steps: int
     flops: Callable[[], Mapping[str, int]]
 
-    def stretches(self) -> list[Stretch]:
-        """Return the stretches as the config describes them."""
+    def phase_specs(self) -> list[PhaseSpec]:
+        """Return the phases as the config describes them."""
         weights, intervals = self._numbers("weight"), self._numbers("interval")
-        return stretches(self.config.rule, weights, self.config.phases, intervals)
+        return phase_specs(self.config.rule, weights, self.config.phases, intervals)
 
     def schedule(self, seconds: Callable[[int], Mapping[str, float]] | None = None) -> Schedule:
         """Return the schedule from step 0 on.
 
         Args:
-          seconds: step -> seconds of a step of each task then, for stretches under `budget`; model FLOPs if None.
+          seconds: step -> seconds of a step of each task then, for phases under `budget`; model FLOPs if None.
         """
         weights, intervals = self._numbers("weight"), self._numbers("interval")
         rule, phases = self.config.rule, self.config.phases
@@ -51,7 +51,7 @@ class PlannedSchedule:
 
     def flops_at(self, step: int) -> dict[str, float]:
         """Return the model FLOPs of a training step of each task, as it is at a step; the mean over its shapes."""
-        return {t: v.mean(self.flops()) for t, v in self.settings.at(step).variants.items()}
+        return {t: v.mean(self.flops()) for t, v in self.phases.at(step).variants.items()}
 
     @cached_property
     def visits(self) -> Mapping[str, int]:
@@ -62,7 +62,7 @@ class PlannedSchedule:
     def examples(self) -> int:
         """How many examples all tasks read in the whole run."""
         schedule = self.schedule()
-        return sum(self.settings.consumed(schedule, name, 0, self.steps) for name in self.tasks)
+        return sum(self.phases.consumed(schedule, name, 0, self.steps) for name in self.tasks)
 
     def check(self) -> None:
         """Raise a `UserError` where the schedule cannot be: names, numbers, rules, phases."""
@@ -73,9 +73,9 @@ class PlannedSchedule:
         self._check_numbers()
         self.schedule(lambda start: dict.fromkeys(self.tasks, 1.0))
         every = self.config.rebalance_every
-        if every and all(each.rule != BUDGET for each in self.stretches()):
+        if every and all(each.rule != BUDGET for each in self.phase_specs()):
             raise UserError(
-                f"config.schedule.rebalance_every is {every}, but no stretch has the rule '{BUDGET}'. "
+                f"config.schedule.rebalance_every is {every}, but no phase has the rule '{BUDGET}'. "
                 "Set schedule.rule, or leave rebalance_every at 0."
             )
 
@@ -87,7 +87,7 @@ class PlannedSchedule:
 
     def _check_numbers(self) -> None:
         """Raise where a weight or an interval is set that no rule of the run reads."""
-        read = {key_of(each.rule) for each in self.stretches()}
+        read = {key_of(each.rule) for each in self.phase_specs()}
         for key, other in (("weight", "interval"), ("interval", "weight")):
             named = [n for n, number in self._numbers(key).items() if number != 1]
             in_phases = any(getattr(phase, f"{key}s") for phase in self.config.phases)

@@ -1,6 +1,6 @@
 """Which task runs at which step: a pure function of integers.
 
-A schedule is a list of segments. A segment starts at a step, repeats periods made by a rule from
+A schedule is a list of segments. A segment starts at a step, repeats cycles made by a rule from
 integer weights, and records how often each task ran before it, so that every question (which task
 runs at step s, for the how manieth time, how often did each run) costs the same at step 10**9 as
 at step 0. The segments are all there is to save. Everything is keyed by the task's name.
@@ -16,18 +16,18 @@ from typing import Any
 
 from mmjax.core.errors import UserError
 from mmjax.schedule.rules.base import (
-    Period,
+    Cycle,
     check_weights,
     exact_integer,
     is_known,
-    make_period,
+    make_cycle,
     rule_of,
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """A stretch of the schedule under one rule.
+    """A part of the schedule under one rule.
 
     Attributes:
       start: its first step.
@@ -86,62 +86,62 @@ class Segment:
         return hash(self._key())
 
     @functools.cached_property
-    def _running(self) -> dict[str, int]:
+    def _active(self) -> dict[str, int]:
         return {task: weight for task, weight in self.weights.items() if weight}
 
     @functools.cached_property
     def _tasks(self) -> tuple[str, ...]:
-        return tuple(self._running)
+        return tuple(self._active)
 
     @functools.cached_property
     def _counts(self) -> list[int]:
-        return rule_of(self.rule).counts(tuple(self._running.values()))
+        return rule_of(self.rule).counts(tuple(self._active.values()))
 
     @functools.cached_property
     def _length(self) -> int:
         return sum(self._counts)
 
-    def _at(self, step: int) -> tuple[Period, int, int]:
-        """The period that holds `step`, how many whole ones came before, the place in it."""
+    def _at(self, step: int) -> tuple[Cycle, int, int]:
+        """The cycle that holds `step`, how many whole ones came before, the place in it."""
         turn, offset = divmod(step - self.start, self._length)
         first, seed = (step - offset, self.seed) if rule_of(self.rule).varies else (0, 0)
-        period = self._last.get(first)
-        if period is None:
-            period = make_period(self.rule, tuple(self._running.values()), seed, first)
+        cycle = self._last.get(first)
+        if cycle is None:
+            cycle = make_cycle(self.rule, tuple(self._active.values()), seed, first)
             self._last.clear()
-            self._last[first] = period
-        return period, turn, offset
+            self._last[first] = cycle
+        return cycle, turn, offset
 
     @functools.cached_property
-    def _last(self) -> dict[int, Period]:
-        """The last period asked for, by its first step; to look it up by weights takes them all."""
+    def _last(self) -> dict[int, Cycle]:
+        """The last cycle asked for, by its first step; to look it up by weights takes them all."""
         return {}
 
     def task(self, step: int) -> str:
         """The task that runs at `step`."""
-        period, _, offset = self._at(step)
-        return self._tasks[period.order[offset]]
+        cycle, _, offset = self._at(step)
+        return self._tasks[cycle.order[offset]]
 
     def visit(self, step: int) -> int:
         """How often the task that runs at `step` ran before it."""
-        period, turn, offset = self._at(step)
-        i = int(period.order[offset])
-        return self.base[self._tasks[i]] + turn * self._counts[i] + period.visits(i, offset)
+        cycle, turn, offset = self._at(step)
+        i = int(cycle.order[offset])
+        return self.base[self._tasks[i]] + turn * self._counts[i] + cycle.visits(i, offset)
 
     def visits(self, step: int) -> dict[str, int]:
         """How often each task runs in steps [0, step)."""
-        period, turn, offset = self._at(step)
+        cycle, turn, offset = self._at(step)
         visits = dict(self.base)
         for i, (task, count) in enumerate(zip(self._tasks, self._counts, strict=True)):
-            visits[task] += turn * count + period.visits(i, offset)
+            visits[task] += turn * count + cycle.visits(i, offset)
         return visits
 
-    def strip(self, start: int, stop: int) -> list[str]:
+    def sequence(self, start: int, stop: int) -> list[str]:
         """The tasks of steps [start, stop)."""
         tasks: list[str] = []
         while start < stop:
-            period, _, offset = self._at(start)
-            part = period.order[offset : offset + stop - start]
+            cycle, _, offset = self._at(start)
+            part = cycle.order[offset : offset + stop - start]
             tasks.extend(self._tasks[i] for i in part.tolist())
             start += len(part)
         return tasks
@@ -195,7 +195,7 @@ class Schedule:
         before, after = self.visits(start), self.visits(stop)
         return {task: after[task] - before[task] for task in self.tasks}
 
-    def running(self, start: int, stop: int) -> set[str]:
+    def active(self, start: int, stop: int) -> set[str]:
         """The tasks with a weight above zero in any segment that has steps in [start, stop)."""
         ends = [segment.start for segment in self.segments[1:]] + [stop]
         return {
@@ -206,20 +206,20 @@ class Schedule:
             if weight
         }
 
-    def shares(self, start: int, stop: int) -> dict[str, float]:
+    def realised_shares(self, start: int, stop: int) -> dict[str, float]:
         """The realised share of steps [start, stop) of each task; they sum to 1."""
         if stop <= start:
             raise ValueError(f"There are no steps {start} to {stop}.")
         return {task: n / (stop - start) for task, n in self.between(start, stop).items()}
 
-    def strip(self, start: int, stop: int) -> list[str]:
+    def sequence(self, start: int, stop: int) -> list[str]:
         """The tasks of steps [start, stop), in order."""
         tasks: list[str] = []
         while start < stop:
             segment = self.segment(start)
             later = self._starts[bisect.bisect_right(self._starts, start) :]
             end = min([stop, *later[:1]])
-            tasks += segment.strip(int(start), int(end))
+            tasks += segment.sequence(int(start), int(end))
             start = end
         return tasks
 
@@ -253,12 +253,12 @@ class Schedule:
                 f"A schedule cannot change from step {start} on: steps before {now} have run. "
                 f"Start the change at step {now} or later."
             )
-        kept = tuple(segment for segment in self.segments if segment.start < start)
-        last = kept[-1] if kept else self.segments[0]
-        base = Schedule(kept).visits(start) if kept else {}
+        before = tuple(segment for segment in self.segments if segment.start < start)
+        last = before[-1] if before else self.segments[0]
+        base = Schedule(before).visits(start) if before else {}
         rule = last.rule if rule is None else rule
         seed = last.seed if seed is None else seed
-        return Schedule((*kept, Segment(start, rule, dict(weights), base, seed)))
+        return Schedule((*before, Segment(start, rule, dict(weights), base, seed)))
 
     def replace(
         self,
@@ -270,11 +270,11 @@ class Schedule:
         keep: Collection[int] | None = None,
     ) -> Schedule:
         """As `append`, but segments that begin after `start` stay: those that begin in `keep`, all if None."""
-        made = self.append(start, weights, rule=rule, now=now)
+        result = self.append(start, weights, rule=rule, now=now)
         for later in self.segments:
             if later.start > start and (keep is None or later.start in keep):
-                made = made.append(later.start, later.weights, rule=later.rule, seed=later.seed)
-        return made
+                result = result.append(later.start, later.weights, rule=later.rule, seed=later.seed)
+        return result
 
     def to_json(self) -> list[dict[str, Any]]:
         """Plain lists and dicts: all that a checkpoint needs to hold."""

@@ -115,8 +115,8 @@ class ArrayRecordExamples(Examples):
 def _counts(files: Sequence[epath.Path]) -> list[int]:
     """Records of each file; `UserError` for a file that is cut off or not an ArrayRecord."""
     with ThreadPoolExecutor(min(len(files), _THREADS)) as pool:
-        found = list(pool.map(_count, files))
-    broken = [(file, fault) for file, (_, fault) in zip(files, found, strict=True) if fault]
+        counts = list(pool.map(_count, files))
+    broken = [(file, fault) for file, (_, fault) in zip(files, counts, strict=True) if fault]
     if broken:
         file, fault = broken[0]
         raise UserError(
@@ -124,7 +124,7 @@ def _counts(files: Sequence[epath.Path]) -> list[int]:
             f"({fault}): cut off, damaged at the end, of another format or not on a local disk. "
             "Copy or convert again."
         )
-    return [records for records, _ in found]
+    return [records for records, _ in counts]
 
 
 def _count(file: epath.Path) -> tuple[int, str]:
@@ -181,8 +181,10 @@ def _shards(names: Sequence[str]) -> list[str]:
 def _deeper(folder: epath.Path) -> str:
     """Words about folders inside that do hold such files."""
     inner = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [f.name for f in inner if f.is_dir() and any(f.glob("*.array_record*"))]
-    return f" There are some in its folders {', '.join(found)}: give one as path." if found else ""
+    folders = [f.name for f in inner if f.is_dir() and any(f.glob("*.array_record*"))]
+    return (
+        f" There are some in its folders {', '.join(folders)}: give one as path." if folders else ""
+    )
 
 
 def _decode(record: bytes) -> dict[str, Any]:

@@ -126,10 +126,10 @@ def _reopened(source: Source | None, limit: int, identity: str) -> Cached:
     """The examples of a source, in another process; `UserError` where they are not those that were open."""
     if source is None:
         raise TypeError("These examples were opened without word of their source.")
-    made = Cached(source.open(), limit, source)
-    if not is_same(identity, made.identity):
-        raise UserError(f"{made.description} has changed since the run opened it. Run again.")
-    return made
+    result = Cached(source.open(), limit, source)
+    if not is_same(identity, result.identity):
+        raise UserError(f"{result.description} has changed since the run opened it. Run again.")
+    return result
 
 
 def integer(name: str, value: Any) -> int:

@@ -42,8 +42,8 @@ class Joined(Source):
 
 
 def _open(block: dict[str, Any], name: str) -> Source:
-    made: Source = configs.component("sources", block, f"joined.{name}")
-    return made
+    result: Source = configs.component("sources", block, f"joined.{name}")
+    return result
 
 
 class JoinedExamples(Examples):

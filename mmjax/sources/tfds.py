@@ -251,9 +251,9 @@ def _version_folder(path: epath.Path) -> epath.Path | None:
         return path
     if not path.exists():
         return None
-    found = [p for p in path.iterdir() if p.is_dir() and (p / "dataset_info.json").exists()]
+    versions = [p for p in path.iterdir() if p.is_dir() and (p / "dataset_info.json").exists()]
     return max(
-        found,
+        versions,
         key=lambda p: [int(n) if n.isdigit() else -1 for n in p.name.split(".")],
         default=None,
     )

@@ -90,14 +90,14 @@ class Evaluation:
         size = self._experiment.run.evaluation.batch
         examples = self._data[_key(each)]
         found: list[Outputs] = []
-        kept: list[Outputs] = []
+        field_values: list[Outputs] = []
         first, unread = 0, list[str]()
-        wanted = device_spec(task, each.computation).fields
+        fields = device_spec(task, each.computation).fields
         for index, (rows, first, failed) in enumerate(self._batches(task, each, examples, size)):
             beat(task.name)
             unread += [error for _, error in failed]
-            kept.append({name: rows["fields"][name] for name in each.fields})
-            rows = {**rows, "fields": {name: rows["fields"][name] for name in wanted}}
+            field_values.append({name: rows["fields"][name] for name in each.fields})
+            rows = {**rows, "fields": {name: rows["fields"][name] for name in fields}}
             batch = place(rows, first, size, batch_sharding(self._mesh, size, "evaluation.batch"))
             found.append(
                 jax.device_get(program.call(parameters, batch, ticks(self._mesh, batch=index)))
@@ -110,7 +110,7 @@ class Evaluation:
                 f"tasks.{task.name}.evaluators: no example of {examples.description} could be read."
             )
         outputs = {name: np.concatenate([f[name] for f in found]) for name in found[0]}
-        outputs |= _whole(kept, first, size)
+        outputs |= _whole(field_values, first, size)
         return {name: value[valid] for name, value in outputs.items()}
 
     def _batches(
@@ -160,7 +160,7 @@ def _whole(kept: Sequence[Outputs], first: int, size: int) -> Outputs:
 
 
 def announce_changed(
-    saved: Mapping[str, str], evaluation: Evaluation, say: Callable[[str], None]
+    saved: Mapping[str, str], evaluation: Evaluation, log: Callable[[str], None]
 ) -> None:
     """Say which held-out data differ from those of a checkpoint.
 
@@ -169,7 +169,7 @@ def announce_changed(
     """
     for key, now in evaluation.identities.items():
         if not is_same(saved.get(key, now), now):
-            say(
+            log(
                 f"The {key} has changed since the run's checkpoint was written: results are not comparable with "
                 "earlier ones."
             )

@@ -17,7 +17,7 @@ from mmjax.engine.compile import Program
 from mmjax.engine.loader import HostBatch, place
 from mmjax.engine.state import State
 from mmjax.engine.steps import ticks
-from mmjax.schedule.buckets import Variant
+from mmjax.schedule.shapes import ShapeVariant
 from mmjax.task import Task
 
 IN_FLIGHT = 2  # hundreds of steps in flight abort a run on many CPU devices
@@ -54,7 +54,7 @@ class _Dispatched:
 
     step: int
     task: str
-    variant: Variant
+    variant: ShapeVariant
     metrics: Mapping[str, jax.Array]
     waited: float
     sent: float
@@ -75,7 +75,7 @@ class Completed:
 
     step: int
     task: str
-    variant: Variant
+    variant: ShapeVariant
     metrics: Mapping[str, np.ndarray]
     is_finite: bool
     seconds: float
@@ -111,7 +111,7 @@ class Flight:
         self,
         state: State,
         host: HostBatch,
-        variant: Variant,
+        variant: ShapeVariant,
         clock: Mapping[str, float],
         waited: float,
     ) -> State:

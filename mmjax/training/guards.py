@@ -104,11 +104,11 @@ class HealthMonitor:
             clock = self._skipped(clock, done)
         if done.task in clock.quarantined:
             return clock
-        if health.bad >= self._bounds.non_finite:
+        if health.consecutive_non_finite >= self._bounds.non_finite:
             broken = broken_at(clock.schedule, clock.health, done.step)
             if broken is not None:
                 self._give_up(clock, done, broken)
-            return self._quarantined(clock, done, health.bad)
+            return self._quarantined(clock, done, health.consecutive_non_finite)
         if health.has_diverged(self._bounds):
             visits, ratio = self._bounds.visits, self._bounds.divergence
             text = (

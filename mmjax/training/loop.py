@@ -18,7 +18,7 @@ from mmjax.engine.loader import HostBatch, Loader, process_rows
 from mmjax.engine.profiling import Profile
 from mmjax.engine.state import Clock, State
 from mmjax.evaluators.base import Record
-from mmjax.monitor.goodput import PhaseLog
+from mmjax.monitor.goodput import ActivityLog
 from mmjax.task import Task
 from mmjax.training.evaluation import Evaluation, after, write_results
 from mmjax.training.flight import IN_FLIGHT, Flight
@@ -37,13 +37,13 @@ class Loop:
         session: Session,
         programs: Mapping[str, Program],
         evaluation: Evaluation,
-        phases: PhaseLog,
+        activities: ActivityLog,
         signals: Signals,
     ):
         self._session, self._programs, self._evaluation = session, programs, evaluation
         self._experiment, self._run = session.experiment, session.experiment.run
         self._mesh, self._clock, self._signals = session.mesh, session.clock, signals
-        self._log = RunLog(session, programs, phases)
+        self._log = RunLog(session, programs, activities)
         self._budget = Budget(self._experiment, session.workdir)
         self._invalid = InvalidExamples(session, self._log)
         self._vote, self._stopping = processes.Vote(self._mesh, IN_FLIGHT), False
@@ -81,16 +81,16 @@ class Loop:
     def _open_checkpoints(self) -> Checkpoints:
         bounds = self._run.limits.bounds
 
-        def is_well(meta: Mapping[str, Any]) -> bool:
-            return Clock.from_json(meta["clock"]).is_well(bounds)
+        def is_healthy(meta: Mapping[str, Any]) -> bool:
+            return Clock.from_json(meta["clock"]).is_healthy(bounds)
 
-        return Checkpoints(self._session.workdir, self._run.checkpoint, is_well)
+        return Checkpoints(self._session.workdir, self._run.checkpoint, is_healthy)
 
     def _open_loader(self) -> Loader:
         """Open batches up to the last step of which it is settled which task it runs."""
-        settings, data, seed = self._experiment.settings, self._session.data, self._run.seed
+        phases, data, seed = self._experiment.phases, self._session.data, self._run.seed
         rows = process_rows(self._mesh)
-        return Loader(self._run.loader, settings, data, self._clock, self._settled(), seed, rows)
+        return Loader(self._run.loader, phases, data, self._clock, self._settled(), seed, rows)
 
     def _settled(self) -> int:
         """Return the step up to which the schedule is settled: all of the run, but for shares by measured times."""
@@ -140,7 +140,7 @@ class Loop:
 
     def _send(self, flight: Flight, state: State, step: int) -> State:
         """Give a step to the devices, and move the clock past it."""
-        schedule, settings = self._clock.schedule, self._experiment.settings
+        schedule, phases = self._clock.schedule, self._experiment.phases
         task, visit = schedule.task(step), schedule.visit(step)
         progress = self._experiment.optimizers.progress(task, step, self._clock.positions)
         self._log.alive("waiting for data", task, step)
@@ -148,7 +148,7 @@ class Loop:
         host = next(self._loader)
         self._waits.append(time.monotonic() - started)
         self._log.alive("in a step", task, step)
-        variant = settings.variant(task, step, visit)
+        variant = phases.variant(task, step, visit)
         state = flight.send(state, host, variant, {"visit": visit, **progress}, self._waits[-1])
         self._advance(variant.task, host)
         return state
@@ -203,7 +203,7 @@ class Loop:
 
     def _save(self, state: State) -> None:
         step = self._clock.step
-        with self._log.phase("save", "saving", step):
+        with self._log.activity("save", "saving", step):
             # A checkpoint must not know of a step whose line could still be lost.
             self._log.flush()
             self._checkpoints.wait()
@@ -212,12 +212,12 @@ class Loop:
             self._checkpoints.save(step, arrays, meta)
 
     def _wait_for_save(self) -> None:
-        with self._log.phase("save", "saving", self._clock.step):
+        with self._log.activity("save", "saving", self._clock.step):
             self._checkpoints.wait()
 
     def _evaluate(self, state: State) -> list[Record]:
         step = self._clock.step
-        with self._log.phase("eval", "evaluating", step):
+        with self._log.activity("eval", "evaluating", step):
             records = self._evaluation(
                 self._programs,
                 self._session.evaluated(state),

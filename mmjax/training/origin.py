@@ -54,7 +54,7 @@ def check_code(
     saved: Mapping[str, str],
     experiment: Experiment,
     allow_change: bool,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Compare the extension files (`--extra`) of a config with those that a run had.
 
@@ -62,7 +62,7 @@ def check_code(
       saved: the identities of a checkpoint.
       experiment: the config as it is now.
       allow_change: whether they may differ, which is said.
-      say: prints a line.
+      log: prints a line.
 
     Raises:
       UserError: they differ and may not.
@@ -76,7 +76,7 @@ def check_code(
         raise UserError(
             f"{words}. Restore it, add --allow_change to continue with it, or use another --workdir."
         )
-    say(f"{words}.")
+    log(f"{words}.")
 
 
 def beginning(workdir: epath.Path, restored: Restored | None) -> dict[str, str]:
@@ -123,10 +123,10 @@ def _processor() -> str:
 
 
 def announce_environment(
-    saved: Mapping[str, Any], now: Mapping[str, Any], say: Callable[[str], None]
+    saved: Mapping[str, Any], now: Mapping[str, Any], log: Callable[[str], None]
 ) -> None:
     """Say what differs from the environment that a checkpoint was made in."""
     # An older version has not recorded all of them.
     changed = [f"{k} {saved[k]} -> {now[k]}" for k in now if k in saved and saved[k] != now[k]]
     if changed:
-        say(f"The run began elsewhere, so its bits may differ in rounding: {', '.join(changed)}.")
+        log(f"The run began elsewhere, so its bits may differ in rounding: {', '.join(changed)}.")

@@ -26,8 +26,8 @@ from mmjax.experiment import Experiment
 from mmjax.monitor import metrics
 from mmjax.monitor.line_file import LineFile, read_records
 from mmjax.run_config import RunConfig
+from mmjax.schedule.phase_specs import BUDGET, PhaseSpec, budget_weights, phase_spec_at
 from mmjax.schedule.step_times import measured, pace
-from mmjax.schedule.stretches import BUDGET, Stretch, budget_weights, stretch_at
 
 _SAME = 20  # shares are kept where none would change by more than a 20th of itself
 
@@ -37,7 +37,7 @@ class Budget:
 
     def __init__(self, experiment: Experiment, workdir: epath.Path) -> None:
         self._experiment, self._path = experiment, workdir / SEGMENTS
-        self._planned = experiment.planned.stretches()
+        self._planned = experiment.planned.phase_specs()
 
     def next(self, step: int) -> int | None:
         """The first boundary after `step`, None if there is none to come."""
@@ -45,7 +45,7 @@ class Budget:
         if not every:
             return None
         boundaries = range((step // every + 1) * every, stop, every)
-        return next((b for b in boundaries if self._stretch(b).rule == BUDGET), None)
+        return next((b for b in boundaries if self._phase_spec(b).rule == BUDGET), None)
 
     def is_boundary(self, step: int) -> bool:
         """Whether shares are set anew at `step`."""
@@ -56,28 +56,28 @@ class Budget:
 
         The lines of all steps before must be in `metrics.jsonl`. Called by all processes.
         """
-        planned = self._stretch(clock.step).weights
-        wanted = {t: 0 if t in clock.quarantined else weight for t, weight in planned.items()}
-        running = [task for task, weight in wanted.items() if weight]
-        if not running:
-            return clock  # in this stretch the one before it goes on, see `health.quarantine`
-        shares = np.zeros(len(running), np.int32)
+        planned = self._phase_spec(clock.step).weights
+        targets = {t: 0 if t in clock.quarantined else weight for t, weight in planned.items()}
+        active = [task for task, weight in targets.items() if weight]
+        if not active:
+            return clock  # in this phase the one before it continues, see `health.quarantine`
+        shares = np.zeros(len(active), np.int32)
         if jax.process_index() == 0:
-            decided = self._decision(clock.step, wanted)
-            shares = np.array([decided[task] for task in running], np.int32)
+            decided = self._decision(clock.step, targets)
+            shares = np.array([decided[task] for task in active], np.int32)
         shares = multihost_utils.broadcast_one_to_all(shares)
-        weights = {**dict.fromkeys(wanted, 0), **dict(zip(running, shares.tolist(), strict=True))}
+        weights = {**dict.fromkeys(targets, 0), **dict(zip(active, shares.tolist(), strict=True))}
         if _is_near(clock.schedule.segment(clock.step).weights, weights):
             return clock
         # Later phases stay. A quarantine that was to begin after this step has begun with it.
-        phases = {stretch.start for stretch in self._planned}
+        starts = {spec.start for spec in self._planned}
         schedule = clock.schedule.replace(
-            clock.step, weights, rule="shares", now=clock.step, keep=phases
+            clock.step, weights, rule="shares", now=clock.step, keep=starts
         )
         return replace(clock, schedule=schedule)
 
-    def _stretch(self, step: int) -> Stretch:
-        return stretch_at(self._planned, step)
+    def _phase_spec(self, step: int) -> PhaseSpec:
+        return phase_spec_at(self._planned, step)
 
     def _decision(self, step: int, wanted: Mapping[str, int]) -> dict[str, int]:
         """What is written for this step and config; else measured, and written."""
@@ -99,13 +99,13 @@ class Budget:
 
     def _seconds(self, step: int) -> dict[str, float]:
         """Of a step of each task in the shapes that it has at `step`, by the lines before."""
-        settings = self._experiment.settings
+        phases = self._experiment.phases
         lines = (
-            {**line, "task": settings.program(line)}
+            {**line, "task": phases.program(line)}
             for line in metrics.read(self._path.parent)
             if line.get("kind") == "train" and line["step"] < step
         )
-        variants = settings.at(step).variants
+        variants = phases.at(step).variants
         flops = {
             v.program: self._experiment.flops[v.program] for each in variants.values() for v in each
         }

@@ -1,4 +1,4 @@
-"""The log of a run: metrics, phases, progress and events, and signs of life for the watchdog."""
+"""The log of a run: metrics, activities, progress and events, and signs of life for the watchdog."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mmjax.engine.state import Clock
 from mmjax.engine.watchdog import Watchdog
 from mmjax.evaluators.base import Record, evaluators_of
 from mmjax.monitor import summary
-from mmjax.monitor.goodput import PhaseLog
+from mmjax.monitor.goodput import ActivityLog
 from mmjax.monitor.metrics import MetricWriter
-from mmjax.monitor.null import MutedMetrics
+from mmjax.monitor.null import NullMetrics
 from mmjax.monitor.progress import Progress
 from mmjax.monitor.wandb import WandbRun
 from mmjax.training.flight import Completed
@@ -30,11 +30,13 @@ class RunLog:
     Args:
       session: the run as it begins.
       programs: the compiled programs, whose reports say what a step costs.
-      phases: the log of phases and events, which outlives this one.
+      activities: the log of activities and events, which outlives this one.
     """
 
-    def __init__(self, session: Session, programs: Mapping[str, Program], phases: PhaseLog) -> None:
-        self._session, self._programs, self._phases = session, programs, phases
+    def __init__(
+        self, session: Session, programs: Mapping[str, Program], activities: ActivityLog
+    ) -> None:
+        self._session, self._programs, self._activities = session, programs, activities
         self._run, clock = session.experiment.run, session.clock
         chip = peak_flops(session.mesh.devices.flat[0].device_kind)
         self._peak = None if chip is None else chip * session.mesh.devices.size
@@ -56,11 +58,11 @@ class RunLog:
         self._stack.__exit__(*raised)
 
     def _stuck(self, text: str) -> None:
-        self._phases.event("stuck", text=text)
+        self._activities.event("stuck", text=text)
 
     def _open_writer(self) -> MetricWriter:
         if not processes.is_first():
-            return MutedMetrics()
+            return NullMetrics()
         session, project = self._session, self._run.log.wandb
         sinks = [WandbRun(project, session.workdir, session.experiment.block)] if project else []
         return MetricWriter(session.workdir, session.clock.step, sinks, session.check_lease)
@@ -71,23 +73,23 @@ class RunLog:
         self._progress.plan({name: left.get(name, 0) for name in self._tasks})
 
     def event(self, name: str, text: str) -> None:
-        """Note an event in the log of phases, and show it."""
-        self._phases.event(name, text=text)
+        """Note an event in the log of activities, and show it."""
+        self._activities.event(name, text=text)
         self._progress.message(f"{name}: {text}")
 
     def message(self, text: str) -> None:
         """Show a line."""
         self._progress.message(text)
 
-    def phase(self, name: str, status: str, step: int) -> AbstractContextManager[None]:
-        """Begin a pause between steps, whose time counts as phase `name`, to be used in a `with` block."""
+    def activity(self, name: str, status: str, step: int) -> AbstractContextManager[None]:
+        """Begin a pause between steps, whose time counts as activity `name`, to be used in a `with` block."""
         self._progress.status(status)
         self.alive(status, step=step)
-        return self._phases.phase(name, step=step)
+        return self._activities.activity(name, step=step)
 
     def steps(self, step: int) -> AbstractContextManager[None]:
         """Begin a stretch of steps, to be used in a `with` block."""
-        return self._phases.phase("step", step=step)
+        return self._activities.activity("step", step=step)
 
     def alive(self, doing: str, task: str = "", step: int | None = None) -> None:
         """Give the watchdog a sign of life: what begins now."""
@@ -105,17 +107,17 @@ class RunLog:
         if done.busy is not None:
             timing["busy"] = done.busy
         examples = done.variant.task.batch
-        bucket = {"bucket": done.variant.bucket} if done.variant.bucket else {}
+        bucket = {"bucket": done.variant.shape} if done.variant.shape else {}
         counts = {**bucket, "visit": visit, "examples": examples, "tokens": report["tokens"]}
         self._writer.write(done.step, done.task, {**counts, **done.metrics}, timing)
-        self._phases.add("wait_data", done.waited)
+        self._activities.add("wait_data", done.waited)
         self._progress.update(done.step, done.task, done.loss, examples, done.seconds)
 
     def beat(self, step: int) -> None:
         """Flush the metrics after every `log.flush_every` steps, and note how far the run is."""
         if (step + 1) % self._run.log.flush_every == 0:
             self._writer.flush()
-            self._phases.beat(step=step)
+            self._activities.beat(step=step)
 
     def evaluated(self, step: int, records: Sequence[Record]) -> None:
         """Write the records of an evaluation."""
@@ -127,7 +129,7 @@ class RunLog:
         if not processes.is_first():
             return
         self._writer.flush()
-        self._phases.beat(step=step)
+        self._activities.beat(step=step)
         workdir = self._session.workdir
         flops = {name: float(program.report["flops"]) for name, program in self._programs.items()}
         totals = summary.summary(workdir, flops, self._peak)

@@ -26,7 +26,7 @@ from mmjax.data.tokenizer import how_to_get
 from mmjax.engine import checkpoint, processes
 from mmjax.engine.checkpoint import Restored
 from mmjax.engine.compile import compile_silently
-from mmjax.engine.health import Bounds, Diverged, quarantine
+from mmjax.engine.health import Diverged, HealthLimits, quarantine
 from mmjax.engine.integrity import Damaged
 from mmjax.engine.state import (
     EMA,
@@ -179,10 +179,10 @@ class Session:
 
     def example_ids(self, task: str, step: int) -> list[int]:
         """The examples that a task reads at a step of this session, under the clock's schedule."""
-        settings, clock = self.experiment.settings, self.clock
-        read = settings.consumed(clock.schedule, task, clock.step, step)
+        phases, clock = self.experiment.phases, self.clock
+        read = phases.consumed(clock.schedule, task, clock.step, step)
         position = clock.positions.get(task, 0) + read
-        batch, seed = settings.at(step).tasks[task].batch, self.experiment.run.seed
+        batch, seed = phases.at(step).tasks[task].batch, self.experiment.run.seed
         return [
             int(i) for i in order.example_ids(seed, task, position, batch, len(self.data[task]))
         ]
@@ -193,12 +193,12 @@ def begin(
     workdir: epath.Path,
     mesh: Mesh,
     allow_change: bool,
-    say: Callable[[str], None],
-    phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    log: Callable[[str], None],
+    activity: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> Session:
     """Open the data, find the newest good checkpoint, and settle where the run stands.
 
-    `phase("restore")` is held open while the checkpoint is read.
+    `activity("restore")` is held open while the checkpoint is read.
 
     Raises:
       UserError: data missing or other than the run's; a config that does not go with the run's.
@@ -214,37 +214,37 @@ def begin(
             meta["config"], experiment.block, allow_change, RunConfig
         )
         _check_identities(meta["identities"], identities, workdir)
-        check_code(meta["identities"], experiment, allow_change, say)
-        announce_environment(meta["environment"], environment(mesh), say)
+        check_code(meta["identities"], experiment, allow_change, log)
+        announce_environment(meta["environment"], environment(mesh), log)
 
     abstract = _abstract_canonical(experiment, mesh)
     may_be_new = _may_be_new(experiment)
-    with phase("restore"):
-        restored = checkpoint.restore_latest(workdir, abstract, accept, say, may_be_new)
+    with activity("restore"):
+        restored = checkpoint.restore_latest(workdir, abstract, accept, log, may_be_new)
     clock = fresh_clock(experiment) if restored is None else _clock(experiment, restored, changes)
     if restored is not None:
         _check_parameters(experiment, restored)
-        say(f"Going on from step {restored.step} in {workdir}.")
+        log(f"Going on from step {restored.step} in {workdir}.")
         if not checkpoint.is_verified(restored.meta):
-            say(checkpoint.UNVERIFIED.format(step=restored.step))
-        _tell_gaps(workdir, restored.step, say)
+            log(checkpoint.UNVERIFIED.format(step=restored.step))
+        _log_gaps(workdir, restored.step, log)
         for change in changes:
-            say(f"Config changed: {change}")
-    given = {}
+            log(f"Config changed: {change}")
+    initial = {}
     if restored is None:
         config = experiment.run.init_from
-        step = pin(config, workdir, say, allow_change)
+        step = pin(config, workdir, log, allow_change)
         specs = experiment.declaration.specs
-        given = warm_start(config, specs, say, step)
-        check_files(config, step, specs, given, identities)
+        initial = warm_start(config, specs, log, step)
+        check_files(config, step, specs, initial, identities)
     if processes.is_first():
         _write_config(workdir, experiment)
         _keep_files(workdir, experiment)
     identities |= code_of(experiment) | beginning(workdir, restored)
-    return Session(experiment, workdir, mesh, clock, data, identities, restored, given)
+    return Session(experiment, workdir, mesh, clock, data, identities, restored, initial)
 
 
-def _tell_gaps(workdir: epath.Path, step: int, say: Callable[[str], None]) -> None:
+def _log_gaps(workdir: epath.Path, step: int, log: Callable[[str], None]) -> None:
     """Say which steps have no line in `metrics.jsonl`.
 
     They cannot be had again, and no later step depends on them: an unattended restart goes on.
@@ -255,7 +255,7 @@ def _tell_gaps(workdir: epath.Path, step: int, say: Callable[[str], None]) -> No
     if missing:
         more = f" and {len(missing) - 5} more stretches" if len(missing) > 5 else ""
         steps = ", ".join(missing[:5])
-        say(f"{workdir / METRICS} lacks the lines of steps {steps}{more}: reports miss them.")
+        log(f"{workdir / METRICS} lacks the lines of steps {steps}{more}: reports miss them.")
 
 
 def reopen(
@@ -282,8 +282,8 @@ def reopen(
     if step is None:
         clock = replace(fresh_clock(experiment), schedule=schedule)
         config, specs = experiment.run.init_from, experiment.declaration.specs
-        given = warm_start(config, specs, lambda _: None, pinned(workdir).get("step"))
-        return Session(experiment, workdir, mesh, clock, data, now, None, given)
+        initial = warm_start(config, specs, lambda _: None, pinned(workdir).get("step"))
+        return Session(experiment, workdir, mesh, clock, data, now, None, initial)
     abstract, may_be_new = _abstract_canonical(experiment, mesh), _may_be_new(experiment)
     restored = checkpoint.restore(workdir, step, abstract, accept, may_be_new)
     clock = replace(Clock.from_json(restored.meta["clock"]), schedule=schedule)
@@ -293,8 +293,8 @@ def reopen(
 def roll_back(
     session: Session,
     diverged: Diverged,
-    say: Callable[[str], None],
-    phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    log: Callable[[str], None],
+    activity: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> Session:
     """Back to the newest checkpoint at which all tasks were well, and without the diverged one from there on.
 
@@ -306,16 +306,16 @@ def roll_back(
     """
     experiment, workdir = session.experiment, session.workdir
     session.check_lease()
-    say(f"{diverged}. Going back; with limits.divergence = 0 a run never does.")
+    log(f"{diverged}. Going back; with limits.divergence = 0 a run never does.")
     good, bounds = newest_good(session, diverged.before), experiment.run.limits.bounds
     for step in processes.gather(checkpoint.steps(workdir))[0]:
         if step == good:
             break
-        if processes.is_first() and _was_well(workdir, step, bounds) is not None:
+        if processes.is_first() and _was_healthy(workdir, step, bounds) is not None:
             checkpoint.set_aside(workdir, step, "diverged")
     processes.wait_for_all()
     # The config was accepted when the run began, also against an older checkpoint's.
-    again = begin(experiment, workdir, session.mesh, True, say, phase)
+    again = begin(experiment, workdir, session.mesh, True, log, activity)
     now = again.clock.step
     tasks = {
         **dict.fromkeys((*diverged.quarantined, diverged.task), now),
@@ -327,7 +327,7 @@ def roll_back(
             f"{diverged}, and no other task is left to go on with. Lower optimizer.learning_rate, or raise "
             "limits.divergence (0: never) if this was no divergence."
         )
-    say(f"From step {now} on without {', '.join(sorted(tasks))}.")
+    log(f"From step {now} on without {', '.join(sorted(tasks))}.")
     again.prepare()
     clock = replace(again.clock, schedule=schedule, quarantined=tasks)
     return replace(again, clock=clock, check_lease=session.check_lease)
@@ -340,15 +340,15 @@ def newest_good(session: Session, before: int | None) -> int | None:
         bounds = session.experiment.run.limits.bounds
         steps = checkpoint.steps(session.workdir)
         early = (step for step in steps if before is None or step <= before)
-        good = next((step for step in early if _was_well(session.workdir, step, bounds)), None)
+        good = next((step for step in early if _was_healthy(session.workdir, step, bounds)), None)
     agreed: int | None = processes.gather(good)[0]
     return agreed
 
 
-def _was_well(workdir: epath.Path, step: int, bounds: Bounds) -> bool | None:
+def _was_healthy(workdir: epath.Path, step: int, bounds: HealthLimits) -> bool | None:
     """Whether all tasks were well; None for a damaged checkpoint, which `begin` sets aside."""
     try:
-        return Clock.from_json(checkpoint.read_meta(workdir, step)["clock"]).is_well(bounds)
+        return Clock.from_json(checkpoint.read_meta(workdir, step)["clock"]).is_healthy(bounds)
     except Damaged:
         return None
 
@@ -367,13 +367,13 @@ def _open_data(experiment: Experiment) -> dict[str, Examples]:
 
 
 def _file_identities(experiment: Experiment) -> dict[str, str]:
-    found = {}
+    result = {}
     for name, modality in experiment.used.items():
         for file, path in modality.files().items():
             if not path.exists():
                 raise UserError(f"modalities.{name}: file '{path}' is missing. {how_to_get(path)}")
-            found[f"modalities.{name}/{file}"] = _digest(path.read_bytes())
-    return found
+            result[f"modalities.{name}/{file}"] = _digest(path.read_bytes())
+    return result
 
 
 def count_examples(
@@ -479,10 +479,10 @@ def _movers(config: Mapping[str, Any]) -> Any:
 
 
 def _check_parameters(experiment: Experiment, restored: Restored) -> None:
-    held = restored.state["parameters"]
+    parameters = restored.state["parameters"]
     for spec in experiment.declaration.specs.values():
         for name in spec.canonical:
-            if name not in held and not _is_new_head(name, restored.meta):
+            if name not in parameters and not _is_new_head(name, restored.meta):
                 raise UserError(f"Checkpoint {restored.step} holds no parameter '{name}'.")
 
 

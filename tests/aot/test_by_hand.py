@@ -28,12 +28,12 @@ def costs(
     env = {**environment_of(1), **environment(), "PYTHONPATH": environment_of(1)["PYTHONPATH"]}
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    found = {}
+    result = {}
     for name, text in json.loads(file.read_text()).items():
         slices = [0] * 4 + [1] * 4 if name == "slices" else [0] * 8
         layout = Layout({"data": 2, "tensor": 4}, slices)
-        found[name] = cost(hlo.parse(text), layout, 1.0, 1.0)
-    return found
+        result[name] = cost(hlo.parse(text), layout, 1.0, 1.0)
+    return result
 
 
 def test_a_matrix_product_in_a_scan(costs: dict[str, Cost]) -> None:

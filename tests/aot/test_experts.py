@@ -26,8 +26,8 @@ def found(
     env = {**environment_of(1), **environment(), "PYTHONPATH": environment_of(1)["PYTHONPATH"]}
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-    made: dict[str, Any] = json.loads(file.read_text())
-    return made
+    result: dict[str, Any] = json.loads(file.read_text())
+    return result
 
 
 @pytest.mark.parametrize("router", ROUTERS)

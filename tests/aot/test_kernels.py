@@ -24,8 +24,8 @@ def found(
     env = {**environment_of(1), **environment(), "PYTHONPATH": environment_of(1)["PYTHONPATH"]}
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    made: Found = json.loads(file.read_text())
-    return made
+    result: Found = json.loads(file.read_text())
+    return result
 
 
 def test_long_attention_is_splashs_on_each_device(found: Found) -> None:

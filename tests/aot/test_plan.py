@@ -220,11 +220,11 @@ def test_a_committed_plan_is_of_the_config_as_it_is() -> None:
     for path in PLANS:
         then = json.loads(path.read_text())
         block = configs.override(configs.read_file(str(ROOT / then["config"])), then["overrides"])
-        made = make_experiment(block)
-        assert [p["name"] for p in then["programs"]] == program_names(made)
-        assert then["steps"] == made.run.steps and then["fits"]
+        experiment = make_experiment(block)
+        assert [p["name"] for p in then["programs"]] == program_names(experiment)
+        assert then["steps"] == experiment.run.steps and then["fits"]
         told = {p["name"]: p["flops"]["model"] for p in then["programs"] if p["kind"] == "train"}
-        if told != made.flops:
+        if told != experiment.flops:
             outdated.add(path.stem)
     assert outdated == OUTDATED
 

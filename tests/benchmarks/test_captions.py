@@ -20,8 +20,8 @@ CONFIG = Path(__file__).resolve().parents[1] / "configs" / "coca_tiny.py"
 
 
 def test_both_ways_write_the_same() -> None:
-    made = make_experiment(configs.read_file(str(CONFIG)))
-    task: Any = made.tasks["captions"]
+    experiment = make_experiment(configs.read_file(str(CONFIG)))
+    task: Any = experiment.tasks["captions"]
     rng = np.random.default_rng(0)
     inputs = {
         "image": {"pixels": rng.integers(0, 256, (6, 16, 16, 3), np.uint8)},
@@ -31,10 +31,10 @@ def test_both_ways_write_the_same() -> None:
         # Larger than they begin: then the tokens depend on what was before.
         drawn = {
             n: (0.02 if "bias" in n else 0.5) * rng.normal(size=s.shape)
-            for n, s in made.declaration.specs.items()
+            for n, s in experiment.declaration.specs.items()
         }
         one, other = (
-            np.asarray(jax.jit(lambda p, f=f: f(task.objective, made.declaration.merge(p), inputs))(drawn))
+            np.asarray(jax.jit(lambda p, f=f: f(task.objective, experiment.declaration.merge(p), inputs))(drawn))
             for f in (cached, anew)
         )  # fmt: skip
     np.testing.assert_array_equal(one, other)

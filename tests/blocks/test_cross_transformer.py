@@ -73,12 +73,12 @@ def test_part_by_part_as_at_once(parts: list[int]) -> None:
     whole = jax.jit(lambda p, s: declaration.merge(p).trunk.layers(s, jax.random.key(0))[0].x_BSD)(
         p, given
     )
-    begin = jax.jit(lambda p, s: declaration.merge(p).trunk.begin(s, LENGTH))
-    extend = jax.jit(lambda p, s, held, at: declaration.merge(p).trunk.extend(s, held, at))
-    held, at, out = begin(p, given), 0, []
+    init_cache = jax.jit(lambda p, s: declaration.merge(p).trunk.init_cache(s, LENGTH))
+    decode = jax.jit(lambda p, s, held, at: declaration.merge(p).trunk.decode(s, held, at))
+    held, at, out = init_cache(p, given), 0, []
     for size in parts:
         part = Stream(given.x_BSD[:, at : at + size], mask=Causal())
-        made, held = extend(p, part, held, at)
+        made, held = decode(p, part, held, at)
         out.append(made.x_BSD)
         at += size
     np.testing.assert_allclose(np.concatenate(out, axis=1), whole, rtol=1e-9, atol=1e-12)
@@ -108,14 +108,14 @@ def test_mistakes() -> None:
     fusing = GroupConfig(1, ({"name": "bottleneck", "modalities": ["a"], **BLOCK},))
     other, q = built(fusing)
     with pytest.raises(UserError, match="BottleneckBlock cannot take a stream token by token"):
-        other.merge(q).trunk.begin(alone, LENGTH)
+        other.merge(q).trunk.init_cache(alone, LENGTH)
     declaration, p = built(plain(1))
     part = replace(
         alone, mask=Causal() & Same("item"), attributes={"item": jnp.zeros((1, LENGTH), int)}
     )
     model = declaration.merge(p).trunk
     with pytest.raises(UserError, match="reads attribute 'item'"):
-        model.extend(part, model.begin(alone, LENGTH), 0)
+        model.decode(part, model.init_cache(alone, LENGTH), 0)
 
 
 def normed(p: dict[str, np.ndarray], name: str, x: np.ndarray, eps: float) -> np.ndarray:

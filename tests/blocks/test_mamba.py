@@ -322,15 +322,19 @@ def test_part_by_part_is_the_whole_at_once(parts: list[int], pads: bool) -> None
     whole, _ = trunk.layers(
         Stream(x, jnp.asarray(there), layout=LAYOUT, mask=mask), jax.random.key(0)
     )
-    held, found, start = trunk.begin(Stream(x[:, :1], layout=(("text", 1),)), 7), [], 0
+    held, found, start = trunk.init_cache(Stream(x[:, :1], layout=(("text", 1),)), 7), [], 0
     for size in parts:
         at = slice(start, start + size)
         layout = tuple((name, 1) for name in TOKENS[at])
         now = np.where(np.arange(7) < start + size, there, False)
         stream = Stream(
-            x[:, at], jnp.asarray(there[:, at]), layout=layout, mask=mask, held_BT=jnp.asarray(now)
+            x[:, at],
+            jnp.asarray(there[:, at]),
+            layout=layout,
+            mask=mask,
+            filled_BT=jnp.asarray(now),
         )
-        out, held = trunk.extend(stream, held, start)
+        out, held = trunk.decode(stream, held, start)
         found.append(np.asarray(out.x_BSD))
         start += size
     made = np.concatenate(found, axis=1)

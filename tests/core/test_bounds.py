@@ -19,7 +19,7 @@ from mmjax.core.errors import UserError
 from mmjax.experiment import make_experiment
 from mmjax.generation.decoding import Sampling
 from mmjax.run_config import RunConfig
-from mmjax.task import BucketConfig, TaskConfig
+from mmjax.task import ShapeConfig, TaskConfig
 
 # What a block of each class needs besides the key that is tried.
 NEEDED: dict[str, dict[str, Any]] = {
@@ -76,7 +76,7 @@ def config_classes() -> list[type]:
     roots: list[Any] = [
         RunConfig,
         TaskConfig,
-        BucketConfig,
+        ShapeConfig,
         Sampling,
     ]
     for kind in configs.KINDS:

@@ -33,7 +33,7 @@ class Leaf(nnx.Module):
 
     def __init__(self, width: int = 3):
         self.weight = declare((2, width), ("embed", None), initializers.uniform(1.0))
-        self.shift = declare((width,), (None,), initializers.uniform(1.0), keep=True)
+        self.shift = declare((width,), (None,), initializers.uniform(1.0), keep_dtype=True)
 
     def __call__(self) -> tuple[jax.Array, jax.Array]:
         return self.weight[...], self.shift[...]
@@ -58,9 +58,9 @@ def test_specs_say_what_was_declared() -> None:
     spec = declared(leaf=Leaf()).specs["leaf/weight"]
     assert spec.name == "leaf/weight" and spec.canonical == ["leaf/weight"]
     assert spec.shape == (2, 3) and spec.axes == ("embed", None)
-    assert spec.decay and not spec.keep and spec.stack is None
+    assert spec.decay and not spec.keep_dtype and spec.stack is None
     shift = declared(leaf=Leaf()).specs["leaf/shift"]
-    assert shift.keep and not shift.decay
+    assert shift.keep_dtype and not shift.decay
     assert declare((2, 2), (None, None), initializers.zeros, decay=False).get_metadata()["decay"] is False  # fmt: skip
     assert declare((2,), (None,), initializers.zeros, decay=True).get_metadata()["decay"] is True
 

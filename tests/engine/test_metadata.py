@@ -179,7 +179,7 @@ def start(folder: Path, experiment: Experiment, document: Any) -> Session | None
     mesh = make_mesh(experiment.run.mesh, jax.devices()[:1])
     try:
         session = begin(experiment, epath.Path(folder), mesh, True, lambda _: None)
-        _ = session.was_evaluated, session.clock.schedule.strip(session.clock.step, 20)
+        _ = session.was_evaluated, session.clock.schedule.sequence(session.clock.step, 20)
         return session
     except UserError:
         return None

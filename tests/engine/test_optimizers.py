@@ -16,11 +16,11 @@ FROZEN = "schedule.phases=[{'start': 6, 'rules': [{'match': 'trunk/.*', 'freeze'
 
 def test_the_whole_runs_optimizer_holds_all_that_any_phase_trains() -> None:
     optimizers = make_experiment(toyrun.block(FROZEN)).optimizers
-    first, later = (optimizers.of(setting) for setting in optimizers.settings.each)
-    of_trunk = {n for n in optimizers.views["one"].moves if n.startswith("trunk/")}
-    assert of_trunk and of_trunk <= first.views["one"].moves
-    assert not of_trunk & later.views["one"].moves
-    assert optimizers.whole.views["one"].moves == first.views["one"].moves
+    first, later = (optimizers.of(phase) for phase in optimizers.phases.entries)
+    of_trunk = {n for n in optimizers.views["one"].trains if n.startswith("trunk/")}
+    assert of_trunk and of_trunk <= first.views["one"].trains
+    assert not of_trunk & later.views["one"].trains
+    assert optimizers.whole.views["one"].trains == first.views["one"].trains
 
 
 def test_progress_is_a_part_of_all_examples() -> None:

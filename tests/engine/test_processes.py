@@ -24,11 +24,11 @@ from mmjax.engine import processes
     ids=" ".join,
 )
 def test_numbers_that_name_no_process_are_refused(words: list[str]) -> None:
-    from mmjax.core import commandline
+    from mmjax.core import flags
 
-    made = commandline.parser("A main.")
-    processes.add_arguments(made)
-    arguments, _ = commandline.parse(made, words)
+    parser = flags.parser("A main.")
+    processes.add_arguments(parser)
+    arguments, _ = flags.parse(parser, words)
     with pytest.raises(UserError, match="--processes="):
         processes.join(arguments)
 

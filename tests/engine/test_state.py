@@ -32,7 +32,7 @@ from mmjax.engine.state import (
     state_from_canonical,
     state_to_canonical,
 )
-from mmjax.schedule.stretches import from_config
+from mmjax.schedule.phase_specs import from_config
 from mmjax.training.evaluation import Evaluation
 from mmjax.training.session import begin
 

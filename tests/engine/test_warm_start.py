@@ -23,7 +23,7 @@ import mmjax
 from mmjax.core.config import check_compatible
 from mmjax.core.errors import UserError
 from mmjax.core.migrations import upgrade
-from mmjax.core.parameters import Spec, Stack
+from mmjax.core.parameters import LayerStack, Spec
 from mmjax.engine import checkpoint
 from mmjax.engine.state import EMA
 from mmjax.engine.warm_start import (
@@ -38,10 +38,10 @@ from mmjax.run_config import RunConfig
 from mmjax.training.session import begin
 
 Values = dict[str, np.ndarray]
-LAYERS = Stack(first=0, stride=1, repeat=2, prefix="trunk/layers", inner="query")
+LAYERS = LayerStack(first=0, stride=1, repeat=2, prefix="trunk/layers", inner="query")
 
 
-def spec(name: str, shape: tuple[int, ...], axes: Any, stack: Stack | None = None) -> Spec:
+def spec(name: str, shape: tuple[int, ...], axes: Any, stack: LayerStack | None = None) -> Spec:
     return Spec(name, shape, axes, initializers.zeros, False, True, stack)
 
 

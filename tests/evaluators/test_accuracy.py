@@ -169,9 +169,9 @@ def test_groups_of_drawings_are_learnt(command: Any, tmp_path: Path) -> None:
 
 
 def test_the_experiment_compiles_one_program_for_it(emoji_dir: epath.Path, tmp_path: Path) -> None:
-    from mmjax.core import commandline
+    from mmjax.core import flags
 
-    block = commandline.read_config(config(tmp_path, classes=9, steps=2), [])
+    block = flags.read_config(config(tmp_path, classes=9, steps=2), [])
     passes = make_experiment(block).passes()
     assert sorted(str(each.computation) for _, each in passes) == ["loss", "predict/image"]
 

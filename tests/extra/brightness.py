@@ -34,7 +34,7 @@ class Brightness(Objective, Embeds):
         return ("image",)
 
     def embed(
-        self, model: Any, modality: str, arrays: Mapping[str, jax.Array], toward: str = ""
+        self, model: Any, modality: str, arrays: Mapping[str, jax.Array], relative_to: str = ""
     ) -> jax.Array:
         return arrays["pixels"].mean(axis=(1, 2)) * model
 

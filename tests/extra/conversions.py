@@ -39,13 +39,13 @@ def write_tar(path: Path, members: Members, **more: Any) -> Path:
 
 
 def members_of(examples: Sequence[Example], first: int = 0) -> list[tuple[str, bytes]]:
-    found = []
+    result = []
     for index, example in enumerate(examples, first):
         facts = json.dumps({"vendor": example["vendor"]}).encode()
         parts = {"png": example["image"], "txt": example["caption"], "json": facts}
         parts["cls"] = str(example["group"]).encode()
-        found += [(f"part/{index:04d}.{name}", part) for name, part in parts.items()]
-    return found
+        result += [(f"part/{index:04d}.{name}", part) for name, part in parts.items()]
+    return result
 
 
 def open_(path: Path | epath.Path) -> Examples:

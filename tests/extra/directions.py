@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.nn import initializers
 
-from mmjax.core.parameters import Spec, Stack
+from mmjax.core.parameters import LayerStack, Spec
 from mmjax.optim.algorithms.base import Algorithm
 from mmjax.optim.config import OptimizerConfig
 from mmjax.optim.optimizer import Optimizer
-from mmjax.optim.views import View
+from mmjax.optim.views import UpdateScope
 
 STEPS, RATE, DECAY = 7, 0.05, 0.3
 Values = dict[str, np.ndarray]
@@ -26,7 +26,7 @@ def spec(name: str, shape: tuple[int, ...], axes: Any = None, stacked: bool = Fa
     axes = (None,) * len(shape) if axes is None else axes
     if not stacked:
         return Spec(name, shape, axes, initializers.zeros, False, len(shape) > 1, None)
-    stack = Stack(first=0, stride=1, repeat=2, prefix="trunk/layers", inner=name)
+    stack = LayerStack(first=0, stride=1, repeat=2, prefix="trunk/layers", inner=name)
     init = initializers.zeros
     return Spec(name, (2, *shape), ("layers", *axes), init, False, len(shape) > 1, stack)
 
@@ -55,7 +55,9 @@ def draws(seed: int) -> Values:
 def make_optimizer(algorithm: Algorithm, **settings: Any) -> Optimizer:
     """Return an optimizer for one task that moves everything."""
     config = OptimizerConfig(algorithm=algorithm, clip=0.0, **settings)
-    return Optimizer(config, SPECS, lambda _: STEPS, {"task": View("shared", frozenset(SPECS))})
+    return Optimizer(
+        config, SPECS, lambda _: STEPS, {"task": UpdateScope("shared", frozenset(SPECS))}
+    )
 
 
 def steps_of(algorithm: Algorithm) -> tuple[Values, dict[str, Any]]:

@@ -33,9 +33,9 @@ class Drawn(list[Any]):
 
 
 def drawn_examples() -> Drawn:
-    made = Drawn({"x": np.full((8, 8), 10 * i, np.uint8), "kind": i % CLASSES} for i in range(20))
-    made.insert(3, None)
-    return made
+    result = Drawn({"x": np.full((8, 8), 10 * i, np.uint8), "kind": i % CLASSES} for i in range(20))
+    result.insert(3, None)
+    return result
 
 
 class Guesser(Classifies, Shows):

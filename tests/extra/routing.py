@@ -24,13 +24,13 @@ def softmax(x: np.ndarray) -> np.ndarray:
 def weights_of(slots: Slots, tokens: int) -> Weights:
     """What the slots of the first group say, token by token; each is at an expert once at most."""
     index, gate = np.asarray(slots.index_GEC[0]), np.asarray(slots.gate_GEC[0])
-    found = np.zeros((tokens, index.shape[0]))
+    result = np.zeros((tokens, index.shape[0]))
     for e, row in enumerate(index):
         for c, t in enumerate(row):
             if gate[e, c] > 0:
-                assert found[t, e] == 0
-                found[t, e] = gate[e, c]
-    return found
+                assert result[t, e] == 0
+                result[t, e] = gate[e, c]
+    return result
 
 
 # Of equal rows, and of equal logits in a row, scores are equal to the bit; of others, far from it.

@@ -13,7 +13,7 @@ import pytest
 
 import mmjax
 from mmjax.core.errors import UserError
-from mmjax.loading import Embedder
+from mmjax.loading import TrainedModel
 from mmjax.modalities.base import Input
 from mmjax.modalities.colours import Colours
 from mmjax.modalities.image import ImageInput
@@ -81,7 +81,7 @@ def test_a_caption_of_colours_is_no_text() -> None:
     task = SimpleNamespace(name="draw", inputs={"colours": colours}, objective=objective)
     run: Any = SimpleNamespace(_given=lambda *_: (task, "text", []))
     with pytest.raises(UserError, match="Task 'draw' writes 'colours' of 'text', .* Use compose"):
-        Embedder.caption(run, text=["red apple"])
+        TrainedModel.caption(run, text=["red apple"])
 
 
 def test_sequences_that_cannot_be(trained: Path) -> None:

@@ -46,10 +46,10 @@ def test_texts_end_at_their_end_token(rows: list[list[int]]) -> None:
 def test_it_stops_when_all_have_ended(ends: list[int], steps: int) -> None:
     asked: list[int] = []
 
-    def step(ids_BS: jax.Array, at: jax.Array, held: Any) -> Any:
+    def step(ids_BS: jax.Array, at: jax.Array, cache: Any) -> Any:
         jax.debug.callback(lambda at: asked.append(int(at)), at)
         ended = at >= jnp.array(ends)
-        return jax.nn.one_hot(jnp.where(ended, EOS_ID, 5), 9), held
+        return jax.nn.one_hot(jnp.where(ended, EOS_ID, 5), 9), cache
 
     keys = jax.random.split(jax.random.key(0), 2)
     jax.block_until_ready(
@@ -60,11 +60,11 @@ def test_it_stops_when_all_have_ended(ends: list[int], steps: int) -> None:
 
 
 def test_each_step_is_told_what_was_written() -> None:
-    def step(ids_BS: jax.Array, at: jax.Array, held: Any) -> Any:
+    def step(ids_BS: jax.Array, at: jax.Array, cache: Any) -> Any:
         # Counts on from the token before; the begin token counts as 3.
         before = jnp.where(at == 0, 3, ids_BS[:, at])
         begins = ids_BS[:, 0] == BOS_ID
-        return jax.nn.one_hot(jnp.where(begins, before + 1, 0), 20), held
+        return jax.nn.one_hot(jnp.where(begins, before + 1, 0), 20), cache
 
     keys = jax.random.split(jax.random.key(0), 2)
     found = jax.jit(lambda: generate(step, (), keys, LENGTH, Sampling(), TokenIds(20)))()
@@ -84,9 +84,9 @@ def test_a_vocabulary_has_ids_of_its_own(special: TokenIds) -> None:
     """Texts begin, end and are filled up by the vocabulary's ids, also where two of these are one."""
     script_BL = jnp.array([[4, 5, special.end, 6, 6, 6], [4, 0, 5, 3, 6, 9]])
 
-    def step(ids_BS: jax.Array, at: jax.Array, held: Any) -> Any:
+    def step(ids_BS: jax.Array, at: jax.Array, cache: Any) -> Any:
         begins = (ids_BS[:, 0] == special.begin)[:, None]
-        return jnp.where(begins, jax.nn.one_hot(script_BL[:, at], 20), 0), held
+        return jnp.where(begins, jax.nn.one_hot(script_BL[:, at], 20), 0), cache
 
     keys = jax.random.split(jax.random.key(0), 2)
     found = jax.jit(lambda: generate(step, (), keys, LENGTH, Sampling(), special))()
@@ -104,8 +104,8 @@ def test_ids_without_a_piece_are_never_chosen(sampling: Sampling) -> None:
     logits_V[[6, 11, *range(20, 32)]] = 9.0
     special = TokenIds(20, missing=(6, 11))
 
-    def step(ids_BS: jax.Array, at: jax.Array, held: Any) -> Any:
-        return jnp.broadcast_to(logits_V, (64, 32)), held
+    def step(ids_BS: jax.Array, at: jax.Array, cache: Any) -> Any:
+        return jnp.broadcast_to(logits_V, (64, 32)), cache
 
     keys = jax.random.split(jax.random.key(0), 64)
     found = np.asarray(jax.jit(lambda: generate(step, (), keys, LENGTH, sampling, special))())

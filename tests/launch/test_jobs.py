@@ -200,18 +200,18 @@ def expanded(text: str, variables: dict[str, str]) -> str:
 
     `$$` is `$`; `$(NAME)` the variable, or itself where there is none; any other `$` is itself.
     """
-    made, i = "", 0
+    result, i = "", 0
     while i < len(text):
         if text[i] != "$" or i + 1 == len(text):
-            made, i = made + text[i], i + 1
+            result, i = result + text[i], i + 1
         elif text[i + 1] == "$":
-            made, i = made + "$", i + 2
+            result, i = result + "$", i + 2
         elif text[i + 1] == "(" and ")" in text[i + 2 :]:
             name, _, _ = text[i + 2 :].partition(")")
-            made, i = made + variables.get(name, f"$({name})"), i + len(name) + 3
+            result, i = result + variables.get(name, f"$({name})"), i + len(name) + 3
         else:
-            made, i = made + text[i : i + 2], i + 2
-    return made
+            result, i = result + text[i : i + 2], i + 2
+    return result
 
 
 HOSTILE = (

@@ -121,10 +121,10 @@ def machine(tmp_path: Path) -> Machine:
     put(tools / "chromium", "")
     home = tmp_path / "home of me"
     home.mkdir()
-    made = Machine(root, tools, home, tmp_path / "calls.txt", tmp_path / "fails.txt")
-    made.forget_calls()
-    made.fail_on()
-    return made
+    result = Machine(root, tools, home, tmp_path / "calls.txt", tmp_path / "fails.txt")
+    result.forget_calls()
+    result.fail_on()
+    return result
 
 
 # Which Python

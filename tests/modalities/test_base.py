@@ -107,7 +107,7 @@ def test_instances_that_are_not_there_are_zeros() -> None:
 
 
 def test_evaluation_has_all_tokens_of_one_instance() -> None:
-    whole = input_of(4, token_drop=0.5).whole()
+    whole = input_of(4, token_drop=0.5).for_evaluation()
     assert input_of(4, token_drop=0.5).drops and not whole.drops
     assert whole == input_of()
 

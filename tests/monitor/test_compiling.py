@@ -64,12 +64,12 @@ def test_a_log_says_what_is_under_way_where_nothing_ends() -> None:
         watch("b", COMPILING)
         assert came.wait(60)
     line = stream.getvalue().splitlines()[0]
-    found = re.fullmatch(
+    match = re.fullmatch(
         r"0 of 3 programs compiled after \S+; now (image_text train \(tracing\)|none)"
         r"(, image_text embed/text \(compiling\))?",
         line,
     )
-    assert found, line
+    assert match, line
 
 
 def test_a_terminal_shows_each_program_with_its_seconds_and_how_many_are_left(

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from mmjax.core.errors import UserError
 from mmjax.core.workdir import GOODPUT
-from mmjax.monitor.goodput import PhaseLog, goodput, summary
+from mmjax.monitor.goodput import ActivityLog, goodput, summary
 
 
 class _Clock:
@@ -36,8 +36,8 @@ def _lines(workdir: Path) -> list[dict[str, Any]]:
 
 def test_lines_of_a_phase(tmp_path: Path) -> None:
     clock = _Clock(50.0)
-    log = PhaseLog(epath.Path(tmp_path), clock)
-    with log.phase("compile", task="a"):
+    log = ActivityLog(epath.Path(tmp_path), clock)
+    with log.activity("compile", task="a"):
         begun = _lines(tmp_path)
         clock.now += 2.0
     assert [line["line"] for line in begun] == ["start", "begin"]
@@ -49,13 +49,13 @@ def test_lines_of_a_phase(tmp_path: Path) -> None:
 
 def test_nested_phases_count_once(tmp_path: Path) -> None:
     clock = _Clock()
-    log = PhaseLog(epath.Path(tmp_path), clock)
+    log = ActivityLog(epath.Path(tmp_path), clock)
     clock.now += 1
-    with log.phase("step"):
+    with log.activity("step"):
         clock.now += 10
-        with log.phase("save", step=3):
+        with log.activity("save", step=3):
             clock.now += 4
-            with log.phase("eval"):
+            with log.activity("eval"):
                 clock.now += 2
         clock.now += 5
     log.event("done")
@@ -75,13 +75,13 @@ def test_nested_phases_count_once(tmp_path: Path) -> None:
 
 def test_time_added_inside_a_phase_moves(tmp_path: Path) -> None:
     clock = _Clock()
-    log = PhaseLog(epath.Path(tmp_path), clock)
-    with log.phase("step"):
+    log = ActivityLog(epath.Path(tmp_path), clock)
+    with log.activity("step"):
         for _ in range(10):
             clock.now += 1.0
             log.add("wait_data", 0.25)
         assert len(_lines(tmp_path)) == 2  # nothing is written for it
-        with log.phase("save"):
+        with log.activity("save"):
             clock.now += 3.0
         log.add("wait_data", 0.5)
         clock.now += 1.0
@@ -92,8 +92,8 @@ def test_time_added_inside_a_phase_moves(tmp_path: Path) -> None:
 
 def test_more_wait_than_time_never_makes_negative_seconds(tmp_path: Path) -> None:
     clock = _Clock()
-    log = PhaseLog(epath.Path(tmp_path), clock)
-    with log.phase("step"):
+    log = ActivityLog(epath.Path(tmp_path), clock)
+    with log.activity("step"):
         clock.now += 1.0
         log.add("wait_data", 5.0)
     assert _lines(tmp_path)[-1]["self"] == 0.0
@@ -111,9 +111,9 @@ _TREES: st.SearchStrategy[Any] = st.recursive(
 )
 
 
-def _walk(log: PhaseLog, clock: _Clock, tree: Any, sums: dict[str, float]) -> None:
+def _walk(log: ActivityLog, clock: _Clock, tree: Any, sums: dict[str, float]) -> None:
     for phase, seconds, inner in tree:
-        with log.phase(phase):
+        with log.activity(phase):
             clock.now += seconds
             sums[phase] = sums.get(phase, 0) + seconds
             _walk(log, clock, inner, sums)
@@ -126,7 +126,7 @@ def test_sums_equal_what_was_spent(attempts: list[Any]) -> None:
     with tempfile.TemporaryDirectory() as workdir:
         for number, tree in enumerate(attempts):
             clock = _Clock(1000.0 * number)
-            with PhaseLog(epath.Path(workdir), clock) as log:
+            with ActivityLog(epath.Path(workdir), clock) as log:
                 assert log.attempt == number
                 _walk(log, clock, tree, sums)
         found = summary(epath.Path(workdir))
@@ -138,19 +138,19 @@ def test_sums_equal_what_was_spent(attempts: list[Any]) -> None:
 
 def test_a_killed_attempt_counts_until_its_last_line(tmp_path: Path) -> None:
     clock = _Clock()
-    killed = PhaseLog(epath.Path(tmp_path), clock)
-    step = killed.phase("step")
+    killed = ActivityLog(epath.Path(tmp_path), clock)
+    step = killed.activity("step")
     step.__enter__()
     clock.now += 7.0
     killed.beat(step=70)
     clock.now += 1.0
-    save = killed.phase("save")
+    save = killed.activity("save")
     save.__enter__()
     clock.now += 100.0  # killed here: nothing says how long it went on
     with (tmp_path / GOODPUT).open("a") as file:
         file.write('{"line": "end", "ph')
-    again = PhaseLog(epath.Path(tmp_path), clock)
-    with again.phase("step"):
+    again = ActivityLog(epath.Path(tmp_path), clock)
+    with again.activity("step"):
         clock.now += 5.0
     sums = summary(epath.Path(tmp_path))
     assert (sums["step"], sums["save"], sums["attempts"], sums["unfinished"]) == (13.0, 0.0, 2, 1)
@@ -158,11 +158,11 @@ def test_a_killed_attempt_counts_until_its_last_line(tmp_path: Path) -> None:
 
 def _attempt(workdir: Path, clock: _Clock, stretches: list[tuple[int, float]]) -> None:
     """An attempt with a step phase of so many seconds from each of these steps on."""
-    with PhaseLog(epath.Path(workdir), clock) as log:
+    with ActivityLog(epath.Path(workdir), clock) as log:
         for step, seconds in stretches:
-            with log.phase("step", step=step):
+            with log.activity("step", step=step):
                 clock.now += seconds
-            with log.phase("save", step=step):
+            with log.activity("save", step=step):
                 clock.now += 1
 
 
@@ -170,7 +170,7 @@ def test_steps_that_a_later_attempt_does_again_are_not_useful(tmp_path: Path) ->
     """Checkpoints at 4 and 8: the first attempt ends after 8 without it, the second after 4."""
     clock = _Clock()
     _attempt(tmp_path, clock, [(0, 10), (4, 20), (8, 40)])
-    with PhaseLog(epath.Path(tmp_path), clock) as log, log.phase("init"):
+    with ActivityLog(epath.Path(tmp_path), clock) as log, log.activity("init"):
         clock.now += 3  # dies before it does a step
     _attempt(tmp_path, clock, [(8, 80), (12, 160)])
     _attempt(tmp_path, clock, [(4, 320), (8, 640), (12, 1280)])
@@ -196,21 +196,21 @@ def test_an_attempt_that_was_refused_counts_for_nothing(tmp_path: Path) -> None:
     _attempt(tmp_path, clock, [(0, 10)])
     expected = summary(epath.Path(tmp_path))
     for phase in ("init", "compile"):
-        with suppress(UserError), PhaseLog(epath.Path(tmp_path), clock) as log:
-            with log.phase("init"):
+        with suppress(UserError), ActivityLog(epath.Path(tmp_path), clock) as log:
+            with log.activity("init"):
                 clock.now += 500
                 if phase == "init":
                     raise UserError("another config")
-            with log.phase(phase):
+            with log.activity(phase):
                 raise UserError("too large")
     assert summary(epath.Path(tmp_path)) == expected and expected["attempts"] == 1
-    with suppress(OSError), PhaseLog(epath.Path(tmp_path), clock) as log, log.phase("init"):
+    with suppress(OSError), ActivityLog(epath.Path(tmp_path), clock) as log, log.activity("init"):
         clock.now += 7
         raise OSError("the disk is gone")
     with (
         suppress(UserError),
-        PhaseLog(epath.Path(tmp_path), clock) as log,
-        log.phase("step", step=4),
+        ActivityLog(epath.Path(tmp_path), clock) as log,
+        log.activity("step", step=4),
     ):
         clock.now += 20
         raise UserError("no task is left")
@@ -221,13 +221,13 @@ def test_an_attempt_that_was_refused_counts_for_nothing(tmp_path: Path) -> None:
 def test_steps_that_a_divergence_gave_up_are_repeated(tmp_path: Path) -> None:
     """Within one process: from step 4 it goes back to 0, and does steps 0 to 4 again."""
     clock = _Clock()
-    log = PhaseLog(epath.Path(tmp_path), clock=clock)
+    log = ActivityLog(epath.Path(tmp_path), clock=clock)
     for start, seconds in ((0, 10), (4, 20)):
-        with log.phase("step", step=start):
+        with log.activity("step", step=start):
             clock.now += seconds
     log.event("diverged", text="task a")
     for start, seconds in ((0, 40), (4, 80)):
-        with log.phase("step", step=start):
+        with log.activity("step", step=start):
             clock.now += seconds
     log.close()
     sums = summary(epath.Path(tmp_path))
@@ -237,10 +237,10 @@ def test_steps_that_a_divergence_gave_up_are_repeated(tmp_path: Path) -> None:
 def test_a_wall_clock_that_jumps_changes_no_duration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log = PhaseLog(epath.Path(tmp_path))
-    with log.phase("step"):
+    log = ActivityLog(epath.Path(tmp_path))
+    with log.activity("step"):
         monkeypatch.setattr(time, "time", lambda: 0.0)  # back to 1970
-    with log.phase("save"):
+    with log.activity("save"):
         monkeypatch.setattr(time, "time", lambda: 1e12)
     lines = _lines(tmp_path)
     seconds = [line["seconds"] for line in lines]
@@ -250,8 +250,8 @@ def test_a_wall_clock_that_jumps_changes_no_duration(
 
 
 def test_a_phase_that_raises_ends_and_says_so(tmp_path: Path) -> None:
-    log = PhaseLog(epath.Path(tmp_path))
-    with pytest.raises(KeyError), log.phase("step"), log.phase("save"):
+    log = ActivityLog(epath.Path(tmp_path))
+    with pytest.raises(KeyError), log.activity("step"), log.activity("save"):
         raise KeyError("x")
     ends = [(line["phase"], line["error"]) for line in _lines(tmp_path) if line["line"] == "end"]
     assert ends == [("save", "KeyError"), ("step", "KeyError")]
@@ -273,8 +273,8 @@ def test_two_processes_at_once_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_reserved_names_and_other_threads_are_refused(tmp_path: Path) -> None:
-    log = PhaseLog(epath.Path(tmp_path))
-    with pytest.raises(ValueError, match="'total' is reserved"), log.phase("total"):
+    log = ActivityLog(epath.Path(tmp_path))
+    with pytest.raises(ValueError, match="'total' is reserved"), log.activity("total"):
         pass
     with pytest.raises(ValueError, match="'seconds' is reserved"):
         log.event("x", seconds=3)
@@ -283,7 +283,7 @@ def test_reserved_names_and_other_threads_are_refused(tmp_path: Path) -> None:
     def other() -> None:
         log.event("watchdog", stuck=True)
         try:
-            with log.phase("step"):
+            with log.activity("step"):
                 pass
         except RuntimeError as error:
             caught.append(error)
@@ -313,22 +313,22 @@ def test_nothing_to_sum(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_line_that_is_none_of_ours_is_passed_over(tmp_path: Path, line: str) -> None:
     clock = _Clock()
-    with PhaseLog(epath.Path(tmp_path), clock) as log, log.phase("step", step=0):
+    with ActivityLog(epath.Path(tmp_path), clock) as log, log.activity("step", step=0):
         clock.now += 2.0
     expected = summary(epath.Path(tmp_path))
     whole = (tmp_path / GOODPUT).read_text()
     (tmp_path / GOODPUT).write_text(f"{line}\n{whole}{line}\n")
     assert summary(epath.Path(tmp_path)) == expected and expected["step"] == 2.0
-    assert PhaseLog(epath.Path(tmp_path)).attempt == 1
+    assert ActivityLog(epath.Path(tmp_path)).attempt == 1
 
 
 _VICTIM = """
 import sys, time
 from etils import epath
-from mmjax.monitor.goodput import PhaseLog
-log = PhaseLog(epath.Path(sys.argv[1]))
-with log.phase("step"):
-    with log.phase("save", step=3):
+from mmjax.monitor.goodput import ActivityLog
+log = ActivityLog(epath.Path(sys.argv[1]))
+with log.activity("step"):
+    with log.activity("save", step=3):
         time.sleep(600)
 """
 

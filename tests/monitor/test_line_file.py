@@ -7,7 +7,7 @@ from bucket import Store, bucket
 from etils import epath
 
 from mmjax.core.files import is_local, read_bytes, replace_file
-from mmjax.monitor.goodput import PhaseLog, summary
+from mmjax.monitor.goodput import ActivityLog, summary
 from mmjax.monitor.line_file import LineFile
 from mmjax.monitor.metrics import MetricWriter, read
 
@@ -122,7 +122,11 @@ def test_metrics_and_phases_in_a_store(
     remote: epath.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for resume in (0, 3):
-        with PhaseLog(remote) as log, MetricWriter(remote, resume) as writer, log.phase("step"):
+        with (
+            ActivityLog(remote) as log,
+            MetricWriter(remote, resume) as writer,
+            log.activity("step"),
+        ):
             for step in range(resume, resume + 5):
                 writer.write(step, "a", {"loss": step / 3}, {"seconds": 0.1})
     assert [record["step"] for record in read(remote)] == list(range(8))

@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 
-from mmjax.monitor.goodput import PhaseLog
+from mmjax.monitor.goodput import ActivityLog
 from mmjax.monitor.metrics import MetricWriter
-from mmjax.monitor.null import MutedMetrics, MutedPhases
+from mmjax.monitor.null import NullActivities, NullMetrics
 
 
 def public(kind: type) -> set[str]:
     return {n for n, v in vars(kind).items() if inspect.isfunction(v) and not n.startswith("_")}
 
 
-@pytest.mark.parametrize(("muted", "real"), [(MutedMetrics, MetricWriter), (MutedPhases, PhaseLog)])
+@pytest.mark.parametrize(
+    ("muted", "real"), [(NullMetrics, MetricWriter), (NullActivities, ActivityLog)]
+)
 def test_every_call_of_the_real_one_is_muted(muted: type, real: type) -> None:
     """A method that is inherited would write to a file that was never opened."""
     assert public(muted) == public(real)
@@ -25,7 +27,7 @@ def test_every_call_of_the_real_one_is_muted(muted: type, real: type) -> None:
 
 def test_metrics_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with MutedMetrics() as writer:
+    with NullMetrics() as writer:
         writer.write(0, "one", {"loss": 1.0}, {"seconds": 2.0})
         writer.write_eval(0, [{"name": "a"}])
         writer.add(0, {"loss": 1.0})
@@ -38,10 +40,10 @@ def test_phases_run_their_blocks_and_pass_errors_on(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     ran: list[Any] = []
-    with MutedPhases() as phases:
-        with phases.phase("step", step=3):
+    with NullActivities() as phases:
+        with phases.activity("step", step=3):
             ran.append("step")
-        with pytest.raises(KeyError), phases.phase("save"):
+        with pytest.raises(KeyError), phases.activity("save"):
             raise KeyError("lost")
         phases.add("wait_data", 1.0)
         phases.beat(step=3)

@@ -35,16 +35,16 @@ class FakeRun:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
     """The runs that the stand-in began."""
-    made: list[FakeRun] = []
+    result: list[FakeRun] = []
     module = ModuleType("wandb")
 
     def init(**settings: Any) -> FakeRun:
-        made.append(FakeRun(**settings))
-        return made[-1]
+        result.append(FakeRun(**settings))
+        return result[-1]
 
     module.init = init  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
-    return made
+    return result
 
 
 def test_it_gets_what_tensorboard_gets(tmp_path: Path, runs: list[FakeRun]) -> None:

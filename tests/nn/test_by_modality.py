@@ -18,7 +18,7 @@ from mmjax.analysis.flops import model_flops, train_flops
 from mmjax.blocks.transformer import PARTS
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration, from_canonical, to_canonical
-from mmjax.nn.by_modality import ByModality, Kinds, PerModality, apply
+from mmjax.nn.by_modality import ByModality, PerModality, TokenModalities, apply_per_modality
 from mmjax.nn.dense import Dense
 from mmjax.nn.masks import Causal, code
 from mmjax.nn.stream import Stream
@@ -151,7 +151,9 @@ def test_any_layout(layout: list[tuple[str, int]]) -> None:
     kinds = [SHARED[name] for name, length in layout for _ in range(length)]
     x = np.arange(2 * len(kinds), dtype=float).reshape(2, len(kinds), 1)
     factor = {id(part.words): 2.0, id(part.signal): -3.0}
-    y = apply(part, jnp.asarray(x), Kinds(tuple(layout)), lambda copy, x: x * factor[id(copy)])
+    y = apply_per_modality(
+        part, jnp.asarray(x), TokenModalities(tuple(layout)), lambda copy, x: x * factor[id(copy)]
+    )
     each = np.array([2.0 if kind == "words" else -3.0 for kind in kinds])
     np.testing.assert_array_equal(y, x * each[None, :, None])
 
@@ -164,17 +166,22 @@ def test_one_product_per_expert_however_often_it_comes() -> None:
         calls.append(x.shape)
         return x
 
-    apply(part, jnp.zeros((1, 12, 1)), Kinds((("text", 2), ("image", 2), ("sound", 2)) * 2), call)
+    apply_per_modality(
+        part,
+        jnp.zeros((1, 12, 1)),
+        TokenModalities((("text", 2), ("image", 2), ("sound", 2)) * 2),
+        call,
+    )
     assert sorted(calls) == [(1, 4, 1), (1, 8, 1)]
 
 
 def copied(dense: Arrays, declaration: Declaration) -> dict[str, np.ndarray]:
     """Every copy as the dense block's own."""
-    found = {}
+    result = {}
     for name in declaration.specs:
         plain = "/".join(word for word in name.split("/") if word not in NAMES)
-        found[name] = dense[plain]
-    return found
+        result[name] = dense[plain]
+    return result
 
 
 def test_equal_copies_are_the_dense_block() -> None:
@@ -236,8 +243,8 @@ def test_copies_have_the_axes_and_the_decay_of_the_dense_block() -> None:
     dense, untied = declared().specs, declared(PARTS, NAMES).specs
     for name, spec in untied.items():
         plain = dense["/".join(word for word in name.split("/") if word not in NAMES)]
-        assert (spec.axes, spec.shape, spec.keep, spec.decay) == (
-            plain.axes, plain.shape, plain.keep, plain.decay,
+        assert (spec.axes, spec.shape, spec.keep_dtype, spec.decay) == (
+            plain.axes, plain.shape, plain.keep_dtype, plain.decay,
         )  # fmt: skip
 
 
@@ -346,4 +353,4 @@ def test_a_layout_of_another_length_is_our_mistake() -> None:
     copies = PerModality(("mlp",), tuple(NAMES))
     part = copies("mlp", lambda: Dense(1, 1, (None, None)))
     with pytest.raises(ValueError, match="of a stream of 4 tokens"):
-        apply(part, jnp.zeros((1, 4, 1)), Kinds((("text", 3),)))
+        apply_per_modality(part, jnp.zeros((1, 4, 1)), TokenModalities((("text", 3),)))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mmjax.core.parameters import Declaration
-from mmjax.nn.dense import Dense, LayerNorm, Mlp, mlp_of, norm_of, product
+from mmjax.nn.dense import Dense, LayerNorm, Mlp, matmul, mlp_of, norm_of
 
 
 def built(module: Any) -> tuple[Any, dict[str, np.ndarray]]:
@@ -65,7 +65,7 @@ def test_axes_follow_the_matrix_and_only_matrices_decay() -> None:
     specs = Declaration(Dense(4, 6, ("embed", "mlp"))).specs
     assert specs["kernel"].axes == ("embed", "mlp") and specs["bias"].axes == ("mlp",)
     assert specs["kernel"].decay and not specs["bias"].decay
-    assert not specs["kernel"].keep and not specs["bias"].keep
+    assert not specs["kernel"].keep_dtype and not specs["bias"].keep_dtype
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -99,7 +99,7 @@ def test_norms_begin_as_one_and_zero_and_stay_in_the_parameter_dtype() -> None:
     start = declaration.initialise(0)
     np.testing.assert_array_equal(start["scale"], np.ones(6))
     np.testing.assert_array_equal(start["bias"], np.zeros(6))
-    assert all(spec.keep and not spec.decay for spec in declaration.specs.values())
+    assert all(spec.keep_dtype and not spec.decay for spec in declaration.specs.values())
     small = Declaration(LayerNorm(6, scale=0.05)).initialise(0)
     np.testing.assert_allclose(small["scale"], np.full(6, 0.05), rtol=1e-6)
 
@@ -133,7 +133,7 @@ def test_a_product_and_its_gradients_are_those_of_matmul(
     rng = np.random.default_rng(0)
     x, kernel, g = (rng.normal(size=s) for s in ((*lead, n_in), (n_in, n_out), (*lead, n_out)))
     (y, back), (wanted, wanted_back) = (
-        jax.vjp(f, jnp.asarray(x), jnp.asarray(kernel)) for f in (product, jnp.matmul)
+        jax.vjp(f, jnp.asarray(x), jnp.asarray(kernel)) for f in (matmul, jnp.matmul)
     )
     np.testing.assert_allclose(y, wanted, rtol=1e-13)
     for found, expected in zip(back(jnp.asarray(g)), wanted_back(jnp.asarray(g)), strict=True):
@@ -144,7 +144,7 @@ def test_a_product_and_its_gradients_are_those_of_matmul(
 def test_the_narrower_is_laid_out_by_columns(n_in: int, n_out: int, first: int) -> None:
     """It stands first in the product over the rows, which is the only one over them."""
     x, kernel = jnp.ones((7, n_in)), jnp.ones((n_in, n_out))
-    traced = jax.make_jaxpr(lambda x, k, g: jax.vjp(product, x, k)[1](g))(
+    traced = jax.make_jaxpr(lambda x, k, g: jax.vjp(matmul, x, k)[1](g))(
         x, kernel, jnp.ones((7, n_out))
     )
     lefts = [

@@ -58,7 +58,7 @@ def test_each_token_is_the_sum_of_its_slots(config: dict[str, Any]) -> None:
     y, aux = run(config, p)
     # Groups of two rows.
     x, valid = X.reshape(2, 12, WIDTH), VALID.reshape(2, 12)
-    slots: Any = experts.rule.route(jnp.asarray(x @ p["router"]), jnp.asarray(valid))
+    slots: Any = experts.routing.route(jnp.asarray(x @ p["router"]), jnp.asarray(valid))
     wanted, found = np.zeros_like(x), np.zeros((2, 12), bool)
     for g, e, c in np.ndindex(*slots.index_GEC.shape):
         token, gate = int(slots.index_GEC[g, e, c]), float(slots.gate_GEC[g, e, c])
@@ -172,7 +172,7 @@ def test_experts_by_modality_are_those_of_each_alone() -> None:
     x = jnp.asarray(np.random.default_rng(5).normal(size=(ROWS, LENGTH, 8)))
     stream = Stream(x, jnp.asarray(VALID), layout=LAYOUT)
     out, aux = model(stream, jax.random.key(0))
-    after = x + model.attention(model.attention_norm(x), stream.pairs(), kinds=None)
+    after = x + model.attention(model.attention_norm(x), stream.pairs(), token_modalities=None)
     for name, at in (("text", slice(0, 2)), ("image", slice(2, 6))):
         own = Stream(
             model.mlp_norm(after[:, at]),
@@ -241,7 +241,7 @@ def test_it_is_not_written_token_by_token() -> None:
     declaration = trunk(experts=CHOICE)
     model = declaration.merge(random(declaration))["trunk"]
     with pytest.raises(UserError, match="A block with experts cannot take a stream token by token"):
-        model.begin(Stream(jnp.zeros((1, 1, 8))), 4)
+        model.init_cache(Stream(jnp.zeros((1, 1, 8))), 4)
 
 
 @settings(max_examples=40, deadline=None)

@@ -117,7 +117,7 @@ def test_the_causal_router_learns_alone_what_experts_took() -> None:
     _, aux = model(stream(), None)
     x = X.reshape(1, -1, WIDTH)
     took = np.asarray(
-        model.rule.route(jnp.asarray(x @ p["router"]), jnp.asarray(VALID.reshape(1, -1))).parts(
+        model.routing.route(jnp.asarray(x @ p["router"]), jnp.asarray(VALID.reshape(1, -1))).parts(
             ROWS * LENGTH
         )
     )[0]
@@ -152,10 +152,10 @@ def test_token_by_token_each_goes_where_its_causal_router_says(more: dict[str, A
 
     def parts(x: np.ndarray) -> np.ndarray:
         whole = Stream(jnp.asarray(x[:, :1]), layout=((names[0], 1),), mask=Causal())
-        held, out = model.begin(whole, LENGTH), []
+        held, out = model.init_cache(whole, LENGTH), []
         for at in range(LENGTH):
             one = Stream(jnp.asarray(x[:, at : at + 1]), layout=((names[at], 1),), mask=Causal())
-            made, held = model.extend(one, held, at)
+            made, held = model.decode(one, held, at)
             out.append(np.asarray(made.x_BSD))
         return np.concatenate(out, axis=1)
 
@@ -169,10 +169,10 @@ def test_token_by_token_each_goes_where_its_causal_router_says(more: dict[str, A
         dense, sparse = nnx.merge(graph, jax.tree.map(lambda a, r=repeat: a[r], state))
         one, _ = dense(one, None)
         after = one.x_BSD + sparse.attention(
-            sparse.attention_norm(one.x_BSD), one.pairs(), kinds=None
+            sparse.attention_norm(one.x_BSD), one.pairs(), token_modalities=None
         )
         part = getattr(sparse.mlp, names[0]) if more else sparse.mlp
-        one = replace(one, x_BSD=after + part.alone(sparse.mlp_norm(after)))
+        one = replace(one, x_BSD=after + part.causal_call(sparse.mlp_norm(after)))
     np.testing.assert_allclose(y[:, :1], one.x_BSD, rtol=1e-9)
     # And the experts, of each token.
     layer = nnx.merge(*_first(model))
@@ -180,8 +180,8 @@ def test_token_by_token_each_goes_where_its_causal_router_says(more: dict[str, A
     for at, name in enumerate(names):
         part = getattr(layer[1].mlp, name) if more else layer[1].mlp
         token = np.asarray(x[:, at : at + 1])
-        found = np.asarray(part.alone(jnp.asarray(token)))
-        gates = np.asarray(part.rule.scores(part.logits(jnp.asarray(token))))
+        found = np.asarray(part.causal_call(jnp.asarray(token)))
+        gates = np.asarray(part.routing.scores(part.logits(jnp.asarray(token))))
         takes = np.asarray(part.causal(jnp.asarray(token))) > 0
         p = {
             f"mlps/{w}/kernel": np.asarray(getattr(part.mlps, w).kernel[...])
@@ -229,10 +229,12 @@ def test_usage_is_told_of_each_layer_and_modality() -> None:
     for repeat, layer in enumerate(("001", "003")):
         first, second = nnx.merge(graph, jax.tree.map(lambda a, r=repeat: a[r], state))
         x, _ = first(x, None)
-        after = x.x_BSD + second.attention(second.attention_norm(x.x_BSD), x.pairs(), kinds=None)
+        after = x.x_BSD + second.attention(
+            second.attention_norm(x.x_BSD), x.pairs(), token_modalities=None
+        )
         part = second.mlp
         tokens = second.mlp_norm(after).reshape(1, -1, WIDTH)
-        slots = part.rule.route(part.logits(tokens), jnp.asarray(VALID.reshape(1, -1)))
+        slots = part.routing.route(part.logits(tokens), jnp.asarray(VALID.reshape(1, -1)))
         counts = {"text": np.zeros(3), "image": np.zeros(3)}
         for e, c in np.ndindex(slots.index_GEC.shape[1:]):
             if float(slots.gate_GEC[0, e, c]) > 0:

@@ -54,7 +54,7 @@ def test_tokens_lie_without_gaps_and_the_longest_texts_are_cut(
         assert found[row, there].tolist() == tokens
         assert np.asarray(region.item_RT[row])[there].tolist() == items
         assert int(region.cut_RN[row].sum()) == cut
-        told = np.asarray(region.told_RT()[row])
+        told = np.asarray(region.scored_RT()[row])
         assert told.tolist() == [there[i] and not begins[row, i] for i in range(1, len(there))]
         sums = np.asarray(region.following(jnp.asarray(np.where(told, 1.0, 0.0))))
         kept = [items.count(item) - 1 for item in range(count)]

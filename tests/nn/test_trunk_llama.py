@@ -155,10 +155,10 @@ def test_token_by_token_is_the_whole_at_once(order: str, untie: tuple[str, ...])
     model = declaration.merge({n: jnp.asarray(v) for n, v in random(declaration).items()})["trunk"]
     layout = (("text", 2), ("image", 3))
     whole, _ = model.layers(Stream(jnp.asarray(X), layout=layout, mask=Causal()), jax.random.key(0))
-    held, made = model.begin(Stream(jnp.asarray(X[:, :1]), layout=(("text", 1),)), LENGTH), []
+    held, made = model.init_cache(Stream(jnp.asarray(X[:, :1]), layout=(("text", 1),)), LENGTH), []
     for at in range(LENGTH):
         token = Stream(jnp.asarray(X[:, at : at + 1]), layout=((names[at > 1], 1),), mask=Causal())
-        out, held = model.extend(token, held, at)
+        out, held = model.decode(token, held, at)
         made.append(out.x_BSD)
     np.testing.assert_allclose(np.concatenate(made, axis=1), whole.x_BSD, rtol=1e-9)
 

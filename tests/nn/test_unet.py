@@ -46,16 +46,16 @@ def test_down_and_up_again() -> None:
     declaration = Declaration(UNet(4, 2, 6))
     model = declaration.merge(random(declaration))
     x, time = jax.random.normal(jax.random.key(0), (2, 8, 8, 3)), jnp.ones((2, 6))
-    went = model.descend(x, time)
-    assert went.tokens_BSD.shape == (2, 4, 6)
-    assert [s.shape[1:3] for s in went.skips] == [(8, 8), (4, 4), (2, 2)]
-    up = model.ascend(went.tokens_BSD, went, time)
+    features = model.encode(x, time)
+    assert features.tokens_BSD.shape == (2, 4, 6)
+    assert [s.shape[1:3] for s in features.skips] == [(8, 8), (4, 4), (2, 2)]
+    up = model.decode(features.tokens_BSD, features, time)
     assert up.shape == x.shape
     # Rows know nothing of each other, and the skips are read.
-    other = model.descend(x.at[1].add(1), time)
-    np.testing.assert_array_equal(other.tokens_BSD[0], went.tokens_BSD[0])
-    assert not np.allclose(model.ascend(went.tokens_BSD, other, time)[1], up[1])
-    assert not np.allclose(model.ascend(went.tokens_BSD, went, 2 * time), up)
+    other = model.encode(x.at[1].add(1), time)
+    np.testing.assert_array_equal(other.tokens_BSD[0], features.tokens_BSD[0])
+    assert not np.allclose(model.decode(features.tokens_BSD, other, time)[1], up[1])
+    assert not np.allclose(model.decode(features.tokens_BSD, features, 2 * time), up)
 
 
 def test_it_begins_as_nothing_on_the_way_up() -> None:
@@ -63,9 +63,9 @@ def test_it_begins_as_nothing_on_the_way_up() -> None:
     model = declaration.merge(jax.jit(declaration.initialise)(0))
     x = jax.random.normal(jax.random.key(0), (1, 4, 4, 3), jnp.float32)
     time = jnp.ones((1, 4), jnp.float32)
-    went = model.descend(x, time)
-    assert float(jnp.abs(went.tokens_BSD).max()) > 0
-    assert not model.ascend(went.tokens_BSD, went, time).any()
+    features = model.encode(x, time)
+    assert float(jnp.abs(features.tokens_BSD).max()) > 0
+    assert not model.decode(features.tokens_BSD, features, time).any()
 
 
 @pytest.mark.parametrize("patch", [1, 3, 6])

@@ -24,7 +24,7 @@ from PIL import Image
 import mmjax
 from mmjax.core import config as configs
 from mmjax.datasets.speech import speak
-from mmjax.loading import Embedder
+from mmjax.loading import TrainedModel
 from mmjax.sources.tfds import Tfds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,7 +65,7 @@ def executed(run: Path, before: Any, environment_of: Environment) -> NotebookNod
 
 
 @pytest.fixture(scope="module")
-def model(run: Path) -> Embedder:
+def model(run: Path) -> TrainedModel:
     return mmjax.load(str(run))
 
 
@@ -183,7 +183,7 @@ def test_a_fault_would_be_seen(executed):
     assert "blank" in found[1] and found[2] == "4 figures"
 
 
-def assert_nearest(shown: list[list[str]], query: np.ndarray, model: Embedder) -> None:
+def assert_nearest(shown: list[list[str]], query: np.ndarray, model: TrainedModel) -> None:
     """The rows shown are the captions nearest to the query, in order."""
     captions = [example["caption"] for example in Tfds("emoji", "test_drawing").open()]
     similarity = dict(zip(captions, model.embed(text=captions) @ query, strict=True))

@@ -57,7 +57,7 @@ def input_of(name: str, instances: int = 0, drop: float = 0.0) -> Input:
 
 def test_a_plain_objective_keeps_rows_as_they_come() -> None:
     plain = Plain()
-    assert plain.head == "" and plain.fields() == () and plain.whole() is plain
+    assert plain.head == "" and plain.fields() == () and plain.for_evaluation() is plain
     assert (plain.rows_together(), plain.window_rows(8)) == (1, 1)
     assert list(plain.arranged(["a", "b", "c"])) == [0, 1, 2]
     plain.check_example(None)  # type: ignore[arg-type]
@@ -102,7 +102,7 @@ def test_an_objective_that_offers_something_is_returned_itself() -> None:
         def embeds(self) -> tuple[str, ...]:
             return ("image",)
 
-        def embed(self, model: Any, modality: str, arrays: Any, toward: str = "") -> Any:
+        def embed(self, model: Any, modality: str, arrays: Any, relative_to: str = "") -> Any:
             raise NotImplementedError
 
     objective = Embedding()

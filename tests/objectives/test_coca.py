@@ -402,10 +402,10 @@ def cached_logits(p: Any, pixels: Any, ids: Any) -> Any:
     model, chosen = declared().merge(p), objective()
     seen, _ = chosen.see(model, {"pixels": pixels}, jax.random.key(0))
     decoder = model.heads["coca"].decoder
-    held = decoder.begin(chosen._token(model, ids, 0), seen.context, LENGTH)
+    held = decoder.init_cache(chosen._token(model, ids, 0), seen.context, LENGTH)
 
     def step(held: Any, at: Any) -> Any:
-        logits, held = decoder.extend(chosen._token(model, ids, at), held, at)
+        logits, held = decoder.decode(chosen._token(model, ids, at), held, at)
         return held, logits
 
     return jax.lax.scan(step, held, jnp.arange(LENGTH))[1].swapaxes(0, 1)

@@ -287,7 +287,7 @@ def test_without_a_bound_the_scale_is_exp(x64: None) -> None:
 def test_the_scale_begins_at_one_over_the_temperature_in_the_parameter_dtype() -> None:
     declaration = Declaration(Scale(1 / 0.07))
     np.testing.assert_allclose(np.exp(declaration.initialise(0)["log"]), 1 / 0.07, rtol=1e-6)
-    assert declaration.specs["log"].keep and not declaration.specs["log"].decay
+    assert declaration.specs["log"].keep_dtype and not declaration.specs["log"].decay
 
 
 # --- the objective -----------------------------------------------------------------------------

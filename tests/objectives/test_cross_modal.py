@@ -283,11 +283,13 @@ def test_three_modalities_with_instances_train_and_are_retrieved(tmp_path: Path)
         assert names == {f"{way} R@{k}" for way in ways for k in (1, 5, 10)}
         from mmjax.experiment import make_experiment
 
-        made = make_experiment(block(*words))
-        task = made.tasks["one"]
+        experiment = make_experiment(block(*words))
+        task = experiment.tasks["one"]
         shapes = task.rows().shapes()["inputs"]
         assert shapes["toy"]["rows"].shape == (2, 2, 6) and shapes["other"][PRESENT].shape == (3,)
-        assert positions(task, made.declaration, task.rows().batch(4)) == 4 * (2 * 2 + 3 * 1 + 2)
+        assert positions(task, experiment.declaration, task.rows().batch(4)) == 4 * (
+            2 * 2 + 3 * 1 + 2
+        )
 
 
 def test_micro_batches_keep_its_value(tmp_path: Path) -> None:

@@ -99,8 +99,8 @@ def test_targets_against_their_definition() -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_targets_are_float32_at_least(dtype: Any) -> None:
-    made = jax.eval_shape(lambda x: normalised_patches(x, PATCH, dtype), images())
-    assert made.dtype == jnp.float32
+    shapes = jax.eval_shape(lambda x: normalised_patches(x, PATCH, dtype), images())
+    assert shapes.dtype == jnp.float32
 
 
 def error(predicted: np.ndarray, target: np.ndarray, hidden: np.ndarray) -> float:
@@ -140,13 +140,13 @@ def test_gradients_of_the_pieces_by_finite_differences() -> None:
 
 
 def test_error_is_computed_in_the_target_dtype() -> None:
-    made = jax.eval_shape(
+    shapes = jax.eval_shape(
         masked_error,
         jax.ShapeDtypeStruct((2, 3, 5), jnp.bfloat16),
         jax.ShapeDtypeStruct((2, 3, 5), jnp.float32),
         jax.ShapeDtypeStruct((2, 3), jnp.bool_),
     )
-    assert made.dtype == jnp.float32
+    assert shapes.dtype == jnp.float32
 
 
 @pytest.mark.parametrize(

@@ -300,10 +300,10 @@ def test_what_is_held_predicts_as_the_whole_sequence_does(block: Any) -> None:
     whole = TEXT_FIRST.run(model, inputs, x_t, draws(TEXT_FIRST), jax.random.key(0))
     composer = Composer(TEXT_FIRST, model, plan(TEXT_FIRST, "image"))
     text, image = plan(TEXT_FIRST, "image")
-    past = composer.read(composer.begin(), [text])
-    held = composer._predict(past, [image], x_t, {"image": jnp.asarray(0.3)}, ["image"])
+    cache = composer.read(composer.init_cache(), [text])
+    held = composer._predict(cache, [image], x_t, {"image": jnp.asarray(0.3)}, ["image"])
     np.testing.assert_allclose(held["image"], whole.values["image"], rtol=1e-9, atol=1e-9)
-    told = composer.logits(composer.begin(), text)
+    told = composer.logits(composer.init_cache(), text)
     exists = np.asarray(inputs["text"]["valid"])
     np.testing.assert_allclose(told[exists], whole.logits["text"][exists], rtol=1e-9)
 
@@ -477,7 +477,7 @@ def test_what_a_given_span_tells_is_what_it_tells_in_training() -> None:
     spans = plan(UNIDIFFUSER, "image")
     composer = Composer(UNIDIFFUSER, model, spans)
     times = {"image": jnp.asarray(0.3), "sound": jnp.asarray(0.0)}
-    held = composer._predict(composer.begin(), spans, x, times, ["image"])
+    held = composer._predict(composer.init_cache(), spans, x, times, ["image"])
     np.testing.assert_allclose(held["image"], whole.values["image"], rtol=1e-9, atol=1e-9)
 
 

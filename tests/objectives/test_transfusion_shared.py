@@ -141,7 +141,7 @@ def test_texts_over_the_capacity_are_cut_to_one_length_and_keep_their_end() -> N
     metrics = objective.compare(model, found, b).metrics
     np.testing.assert_allclose(metrics["cut text"], 2 / 11)
     # Evaluation cuts nothing.
-    whole = objective.whole()
+    whole = objective.for_evaluation()
     assert isinstance(whole, Transfusion)
     wanted = jax.jit(lambda: alone(objective, model, b, key))()
     np.testing.assert_allclose(
@@ -255,8 +255,8 @@ def test_what_is_held_predicts_as_the_shared_slots_do(block: Any) -> None:
     whole = objective.run(model, inputs, x_t, draws(objective), jax.random.key(0))
     text, image = plan(objective, "image")
     composer = Composer(objective, model, [text, image])
-    past = composer.read(composer.begin(), [text])
-    held = composer._predict(past, [image], x_t, {"image": jnp.asarray(0.3)}, ["image"])
+    cache = composer.read(composer.init_cache(), [text])
+    held = composer._predict(cache, [image], x_t, {"image": jnp.asarray(0.3)}, ["image"])
     np.testing.assert_allclose(held["image"], whole.values["image"], rtol=1e-9, atol=1e-9)
 
 

@@ -15,7 +15,7 @@ import pytest
 from jax.nn import initializers
 
 from mmjax.core.errors import UserError
-from mmjax.core.parameters import Spec, Stack, to_canonical
+from mmjax.core.parameters import LayerStack, Spec, to_canonical
 from mmjax.optim.algorithms.adafactor import Adafactor
 from mmjax.optim.algorithms.adamw import Adamw
 from mmjax.optim.algorithms.base import Algorithm
@@ -23,7 +23,7 @@ from mmjax.optim.algorithms.lion import Lion
 from mmjax.optim.algorithms.muon import Muon
 from mmjax.optim.config import OptimizerConfig
 from mmjax.optim.optimizer import Optimizer
-from mmjax.optim.views import View
+from mmjax.optim.views import UpdateScope
 
 STEPS = 20
 Values = dict[str, np.ndarray]
@@ -32,11 +32,11 @@ Values = dict[str, np.ndarray]
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def spec(name: str, shape: tuple[int, ...], decay: bool, stack: Stack | None = None) -> Spec:
+def spec(name: str, shape: tuple[int, ...], decay: bool, stack: LayerStack | None = None) -> Spec:
     return Spec(name, shape, (None,) * len(shape), initializers.zeros, False, decay, stack)
 
 
-LAYERS = Stack(first=0, stride=1, repeat=3, prefix="trunk/layers", inner="w")
+LAYERS = LayerStack(first=0, stride=1, repeat=3, prefix="trunk/layers", inner="w")
 SPECS = {
     "matrix": spec("matrix", (4, 5), True),
     "bias": spec("bias", (5,), False),
@@ -63,7 +63,9 @@ def gradients(step: int) -> Values:
 
 def made(config: OptimizerConfig, specs: Mapping[str, Spec] = SPECS) -> Optimizer:
     """An optimizer for one task that moves everything."""
-    return Optimizer(config, specs, lambda _: STEPS, {"task": View("shared", frozenset(specs))})
+    return Optimizer(
+        config, specs, lambda _: STEPS, {"task": UpdateScope("shared", frozenset(specs))}
+    )
 
 
 def stepper(optimizer: Optimizer) -> Any:

@@ -14,13 +14,13 @@ from jax.nn import initializers
 from toyrun import host, parts, run
 
 from mmjax.core.errors import UserError
-from mmjax.core.parameters import Spec, Stack
+from mmjax.core.parameters import LayerStack, Spec
 from mmjax.engine import checkpoint
 from mmjax.engine.compile import LimitsConfig, compile_all
 from mmjax.engine.requests import train_requests
 from mmjax.optim.rules import RuleConfig, apply_rules
 
-LAYERS = Stack(first=0, stride=1, repeat=3, prefix="trunk/layers", inner="kernel")
+LAYERS = LayerStack(first=0, stride=1, repeat=3, prefix="trunk/layers", inner="kernel")
 SPECS = {
     "trunk/groups/0/blocks/0/kernel": Spec(
         "trunk/groups/0/blocks/0/kernel", (3, 4, 4), (None,) * 3, initializers.zeros, False, True, LAYERS

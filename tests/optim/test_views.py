@@ -29,7 +29,7 @@ from mmjax.experiment import make_experiment
 from mmjax.monitor.tables import program_table
 from mmjax.optim.config import OptimizerConfig
 from mmjax.optim.optimizer import Optimizer
-from mmjax.optim.views import SHARED, View
+from mmjax.optim.views import SHARED, UpdateScope
 
 TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny.py"
 SHORT = ("optimizer.warmup=0", "optimizer.ema=0.5", "optimizer.weight_decay=0.1")
@@ -115,7 +115,7 @@ def moves(*overrides: str) -> dict[str, frozenset[str]]:
     block = configs.override(
         configs.read_file(str(TINY)), ["optimizer.update_scope=own_clock", *overrides]
     )
-    return {name: view.moves for name, view in make_experiment(block).optimizers.views.items()}
+    return {name: view.trains for name, view in make_experiment(block).optimizers.views.items()}
 
 
 def test_reach_in_a_model_of_two_modalities() -> None:
@@ -285,7 +285,7 @@ def rates(unit: str, warmup: int, tasks: Sequence[str]) -> list[float]:
             "optimizer.learning_rate=1.0", "optimizer.decay=cosine",
         )
     )  # fmt: skip
-    found, positions = [], dict.fromkeys(TASKS, 0)
+    result, positions = [], dict.fromkeys(TASKS, 0)
     for step, task in enumerate(tasks):
         when = {
             "step": step,
@@ -293,9 +293,9 @@ def rates(unit: str, warmup: int, tasks: Sequence[str]) -> list[float]:
             **experiment.optimizers.progress(task, step, positions),
         }
         ticks = {name: jnp.asarray(n) for name, n in when.items()}
-        found.append(float(experiment.optimizers.whole.rate(task, ticks)))
+        result.append(float(experiment.optimizers.whole.rate(task, ticks)))
         positions[task] += experiment.tasks[task].batch
-    return found
+    return result
 
 
 # --- what `shared` costs -----------------------------------------------------------------------
@@ -305,7 +305,7 @@ def test_the_drift_of_shared_adam() -> None:
     """A parameter that only a task of every 12th step reaches, its gradient always 1, in the long run."""
     every, rate = 12, 1e-4
     spec = Spec("x", (), (), initializers.zeros, False, False, None)
-    view = View(SHARED, frozenset({"x"}))
+    view = UpdateScope(SHARED, frozenset({"x"}))
     optimizer = Optimizer(OptimizerConfig(clip=0.0), {"x": spec}, lambda _: 1, {"task": view})
 
     def step(carry: Any, n: Any) -> Any:

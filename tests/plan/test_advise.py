@@ -57,7 +57,7 @@ def test_rematerialisation_where_micro_batches_do_not_help() -> None:
 
 
 def test_of_several_programs_of_a_task_the_largest_counts() -> None:
-    """As phases of a run give it."""
+    """As activities of a run give it."""
     inner = plans(4)
 
     def plan(block: Block, task: str) -> Mapping[str, Any]:
@@ -83,8 +83,8 @@ def test_parts_that_do_not_divide_over_the_mesh_end_the_search() -> None:
     def plan(block: Block, task: str) -> Mapping[str, Any]:
         if block["tasks"][task]["microbatches"] > 2:
             raise UserError("a micro-batch does not divide")
-        found: Mapping[str, Any] = inner(block, task)
-        return found
+        result: Mapping[str, Any] = inner(block, task)
+        return result
 
     assert not advise(toyrun.block(), "one", plan)["fits"]
 

@@ -23,8 +23,8 @@ def test_an_unknown_topology_is_told_before_anything_else() -> None:
 
 
 def test_programs_of_a_config_and_of_a_task() -> None:
-    made = make_experiment(toyrun.block())
-    assert main.program_names(made) == ["one", "two", "one/loss", "two/loss"]
-    assert main.program_names(made, "two") == ["two", "two/loss"]
+    experiment = make_experiment(toyrun.block())
+    assert main.program_names(experiment) == ["one", "two", "one/loss", "two/loss"]
+    assert main.program_names(experiment, "two") == ["two", "two/loss"]
     with pytest.raises(UserError, match=r"--task=oen: no such task. Did you mean 'one'\?"):
-        main.program_names(made, "oen")
+        main.program_names(experiment, "oen")

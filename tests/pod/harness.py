@@ -1,6 +1,6 @@
-"""Kills a run from outside in a chosen phase and starts it again, until it is finished.
+"""Kills a run from outside in a chosen activity and starts it again, until it is finished.
 
-Nothing in the run knows of this: phases are read from `goodput.jsonl`, which a run writes as it goes, and
+Nothing in the run knows of this: activities are read from `goodput.jsonl`, which a run writes as it goes, and
 the signal is SIGKILL. `phase_at_death` reads from the same file what the process was doing when it died.
 """
 
@@ -23,7 +23,7 @@ POLL = 0.001  # seconds between two looks at the run
 SLICE = 0.001  # seconds that a run that is to be killed goes on between two looks at it
 LIMIT = 900.0  # seconds after which a process is stuck
 
-# Seconds within a phase after which a kill falls, at most: a phase that comes once must last longer.
+# Seconds within an activity after which a kill falls, at most: an activity that comes once must last longer.
 DELAYS: Mapping[str, float] = {
     "init": 0.2,
     "compile": 2.0,
@@ -39,15 +39,15 @@ Lines = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Aim:
-    """Where a kill is to fall: in the `number`-th such phase of the process, or a later one."""
+    """Where a kill is to fall: in the `number`-th such activity of the process, or a later one."""
 
-    phase: str
+    activity: str
     number: int = 1
     delay: float | None = None  # at most, in seconds; `DELAYS` if None
 
 
 class NotMetError(AssertionError):
-    """The run ended before the aim was met: its phase was shorter than the drawn moment, each time."""
+    """The run ended before the aim was met: its activity was shorter than the drawn moment, each time."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,20 @@ class Kill:
     """A process that was killed.
 
     Attributes:
-      phase: the innermost phase that its log says was open.
+      activity: the innermost activity that its log says was open.
       writing: steps of the checkpoints that it was writing in the background.
       newest: step of the newest finished checkpoint in the workdir; -1 for none.
     """
 
-    phase: str | None
+    activity: str | None
     writing: tuple[int, ...]
     newest: int
 
     @property
     def hits(self) -> frozenset[str]:
         """What the kill interrupted."""
-        behind = {ASYNC_SAVE} if self.writing and self.phase != "save" else set()
-        return frozenset(behind | ({self.phase} if self.phase else set()))
+        behind = {ASYNC_SAVE} if self.writing and self.activity != "save" else set()
+        return frozenset(behind | ({self.activity} if self.activity else set()))
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Harness:
         """Send a signal that the run answers; its exit status and what it printed."""
         with tempfile.TemporaryFile("w+") as output:
             process = self._start(output)
-            self._wait(process, lambda lines: _begun(lines, aim.phase) >= aim.number)
+            self._wait(process, lambda lines: _begun(lines, aim.activity) >= aim.number)
             process.send_signal(number)
             status = process.wait(LIMIT)
             output.seek(0)
@@ -108,20 +108,20 @@ class Harness:
     def kill(self, aim: Aim, rng: random.Random) -> Kill:
         """Start the run and kill it, at a moment that `rng` draws.
 
-        The run goes in slices and stands still while it is looked at, so that a phase of a few
-        milliseconds is hit on an idle machine and on a busy one alike. Where the phase ends before
-        the drawn moment, the kill falls into the next such phase, earlier.
+        The run goes in slices and stands still while it is looked at, so that an activity of a few
+        milliseconds is hit on an idle machine and on a busy one alike. Where the activity ends before
+        the drawn moment, the kill falls into the next such activity, earlier.
         """
-        most = DELAYS[aim.phase] if aim.delay is None else aim.delay
+        most = DELAYS[aim.activity] if aim.delay is None else aim.delay
         with tempfile.TemporaryFile("w+") as output:
             process = self._start(output)
             begun, delay = aim.number, rng.uniform(0, most)
-            inside = 0.0  # seconds that the process went on since the phase began
-            while not (self._is_there(process.pid, aim.phase, begun) and inside >= delay):
-                is_in = self._is_there(process.pid, aim.phase, begun)
+            inside = 0.0  # seconds that the process went on since the activity began
+            while not (self._is_there(process.pid, aim.activity, begun) and inside >= delay):
+                is_in = self._is_there(process.pid, aim.activity, begun)
                 since = time.monotonic()
                 if not is_in and inside:
-                    begun = _begun(log(self.workdir, process.pid), aim.phase) + 1
+                    begun = _begun(log(self.workdir, process.pid), aim.activity) + 1
                     delay, inside = delay / 2, 0.0
                 if not _go_on(process):
                     output.seek(0)
@@ -131,11 +131,11 @@ class Harness:
             process.wait(LIMIT)
         return self._state(process.pid)
 
-    def _is_there(self, pid: int, phase: str, number: int) -> bool:
-        """Whether the process is in such a phase, and it is the `number`-th or a later one."""
-        if phase not in self._state(pid).hits:
+    def _is_there(self, pid: int, activity: str, number: int) -> bool:
+        """Whether the process is in such an activity, and it is the `number`-th or a later one."""
+        if activity not in self._state(pid).hits:
             return False
-        return phase == ASYNC_SAVE or _begun(log(self.workdir, pid), phase) >= number
+        return activity == ASYNC_SAVE or _begun(log(self.workdir, pid), activity) >= number
 
     def _state(self, pid: int) -> Kill:
         lines = log(self.workdir, pid)
@@ -175,14 +175,14 @@ def log(workdir: Path, pid: int | None = None) -> Lines:
 
 
 def phase_of(lines: Lines) -> str | None:
-    """The innermost phase that these lines of one process begin and do not end."""
-    open_phases: list[str] = []
+    """The innermost activity that these lines of one process begin and do not end."""
+    open_activities: list[str] = []
     for line in lines:
         if line["line"] == "begin":
-            open_phases.append(line["phase"])
+            open_activities.append(line["phase"])
         elif line["line"] == "end":
-            open_phases.pop()
-    return open_phases[-1] if open_phases else None
+            open_activities.pop()
+    return open_activities[-1] if open_activities else None
 
 
 def finished_steps(workdir: Path) -> tuple[int, ...]:
@@ -217,8 +217,8 @@ def _checkpoints(workdir: Path) -> list[str]:
     return os.listdir(folder) if folder.exists() else []
 
 
-def _begun(lines: Lines, phase: str) -> int:
-    return sum(line["line"] == "begin" and line["phase"] == phase for line in lines)
+def _begun(lines: Lines, activity: str) -> int:
+    return sum(line["line"] == "begin" and line["phase"] == activity for line in lines)
 
 
 def _go_on(process: subprocess.Popen[str]) -> bool:

@@ -194,8 +194,8 @@ def begun(experiment: Experiment) -> State:
     def fresh() -> State:
         return init_state(experiment.declaration, experiment.optimizers.whole, 0, np.float64)
 
-    made: State = jax.device_get(jax.jit(fresh)())
-    return made
+    result: State = jax.device_get(jax.jit(fresh)())
+    return result
 
 
 def compiled(function: Any, arguments: Any, out_shardings: Any, mesh: Mesh, what: str) -> Any:
@@ -252,7 +252,7 @@ class Steps:
             return loss.value, grads, loss.buffers
 
         parameters, batch = self.abstract.parameters, self.requests[name].arguments[1]
-        moves = {n: p for n, p in parameters.items() if n in view.moves}
+        moves = {n: p for n, p in parameters.items() if n in view.trains}
         out = (replicated(self.mesh), shardings(moves), None)
         what = f"{self.case} / {name}"
         made = compiled(gradient, (parameters, batch), out, self.mesh, what)

@@ -6,7 +6,7 @@ Runs of small configs (`smallruns`) take turns. Each is killed (SIGKILL) a few t
 compile, restore, step, save, evaluation and the writing behind them, is then left to finish, and is compared with a
 run that nothing disturbed: arrays, clock and config of its last checkpoint, metrics and results. A quarter of the
 runs also lose the task that diverges and one whose steps are not finite. Exit status 1 if any differs. With --out
-the counts go to a table in Markdown, by config and by the phase that a kill interrupted.
+the counts go to a table in Markdown, by config and by the activity that a kill interrupted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import smallruns  # noqa: E402
 import toyrun  # noqa: E402
 from harness import ASYNC_SAVE, DELAYS, Aim, Harness, Kill, deterministic  # noqa: E402
 
-PHASES = ("init", "compile", "restore", "step", "save", "eval", ASYNC_SAVE)
+ACTIVITIES = ("init", "compile", "restore", "step", "save", "eval", ASYNC_SAVE)
 PER_RUN = 5  # kills
 PLAIN: tuple[str, ...] = ("--config.steps=40",)
 # Task two diverges, task bad is never finite: the run rolls back and leaves both out.
@@ -66,7 +66,7 @@ class Tally:
         return self.survived + self.lost
 
     def __str__(self) -> str:
-        where = ", ".join(f"{phase} {self.hits[phase]}" for phase in PHASES)
+        where = ", ".join(f"{activity} {self.hits[activity]}" for activity in ACTIVITIES)
         return f"{self.survived} of {self.kills} kills survived bit for bit, in {self.runs} runs ({where})"
 
 
@@ -83,7 +83,7 @@ def together(tallies: Iterable[Tally]) -> Tally:
 def markdown(tallies: Mapping[str, Tally], command: str) -> str:
     """A page with a row for each config."""
     rows = [
-        f"| {name} | {t.runs} | {t.kills} | {' | '.join(str(t.hits[p]) for p in PHASES)} | {t.differ} |"
+        f"| {name} | {t.runs} | {t.kills} | {' | '.join(str(t.hits[p]) for p in ACTIVITIES)} | {t.differ} |"
         for name, t in {**tallies, "all": together(tallies.values())}.items()
     ]
     return "\n".join(
@@ -91,12 +91,12 @@ def markdown(tallies: Mapping[str, Tally], command: str) -> str:
             "# soak",
             "",
             "Runs that were killed at random and left to finish, against runs that nothing disturbed. A kill in a",
-            "step may also interrupt a save in the background, and is counted in both phases.",
+            "step may also interrupt a save in the background, and is counted in both activities.",
             "",
             f"- Command: `{command}`",
             "",
-            f"| config | runs | kills | {' | '.join(PHASES)} | runs that differ |",
-            "| --- | --- | --- |" + " --- |" * (len(PHASES) + 1),
+            f"| config | runs | kills | {' | '.join(ACTIVITIES)} | runs that differ |",
+            "| --- | --- | --- |" + " --- |" * (len(ACTIVITIES) + 1),
             *rows,
             "",
         ]
@@ -127,14 +127,14 @@ def one(workdir: Path, words: Sequence[str], count: int, rng: random.Random) -> 
     """A run that is killed up to `count` times and then finishes."""
     run, kills = harness(workdir, words), []
     for _ in range(count):
-        phase = rng.choice(PHASES)
-        if phase == "restore" and not kills:
-            phase = "compile"  # a first start has nothing to restore
-        delay = DELAYS[phase] * rng.choice((0.0, 0.1, 0.5))  # the toy's phases are short
+        activity = rng.choice(ACTIVITIES)
+        if activity == "restore" and not kills:
+            activity = "compile"  # a first start has nothing to restore
+        delay = DELAYS[activity] * rng.choice((0.0, 0.1, 0.5))  # the toy's activities are short
         try:
-            kills.append(run.kill(Aim(phase, rng.randint(1, 2), delay), rng))
+            kills.append(run.kill(Aim(activity, rng.randint(1, 2), delay), rng))
         except AssertionError:
-            break  # it came to its end before such a phase
+            break  # it came to its end before such an activity
     run.finish()
     return kills
 

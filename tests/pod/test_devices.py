@@ -43,8 +43,8 @@ def out(emoji_dir: Any, environment_of: Any, tmp_path_factory: pytest.TempPathFa
 
 
 def told(out: Path, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((out / f"{name}.json").read_text())
-    return found
+    result: dict[str, Any] = json.loads((out / f"{name}.json").read_text())
+    return result
 
 
 def arrays(out: Path, name: str) -> dict[str, np.ndarray[Any, Any]]:

@@ -22,7 +22,7 @@ from harness import (
 )
 
 SEED = 20
-PHASES = ("init", "compile", "restore", "step", "save", "eval", ASYNC_SAVE)
+ACTIVITIES = ("init", "compile", "restore", "step", "save", "eval", ASYNC_SAVE)
 
 # In this order, so that the later kills find a checkpoint to go on from: the fourth stretch of steps
 # begins only when the first checkpoint is whole.
@@ -39,7 +39,7 @@ AIMS = (
 
 @dataclass(frozen=True)
 class Survivor:
-    """A run that was killed in every phase, and then finished."""
+    """A run that was killed in every activity, and then finished."""
 
     workdir: Path
     kills: list[Kill]
@@ -49,7 +49,7 @@ class Survivor:
 def survivor(
     tiny_command: Callable[..., Harness], tmp_path_factory: pytest.TempPathFactory
 ) -> Survivor:
-    # A kill that misses all of its phases leaves none for a later one: then all of it anew.
+    # A kill that misses all of its activities leaves none for a later one: then all of it anew.
     for attempt in range(6):
         workdir = tmp_path_factory.mktemp("survivor") / "run"
         cache = tmp_path_factory.mktemp("cache")
@@ -69,8 +69,8 @@ def survivor(
 def test_every_phase_was_hit(survivor: Survivor) -> None:
     """By the log that each process left behind."""
     kills = survivor.kills
-    assert {phase for kill in kills for phase in kill.hits} >= set(PHASES)
-    assert kills[0].phase == "compile"
+    assert {activity for kill in kills for activity in kill.hits} >= set(ACTIVITIES)
+    assert kills[0].activity == "compile"
     attempts = {line["attempt"] for line in log(survivor.workdir)}
     assert attempts == set(range(len(kills) + 1))
     # Some died before the first checkpoint, some after; what is finished is never lost.

@@ -139,10 +139,10 @@ def team(
 @pytest.fixture(scope="module")
 def alone(team: Callable[[str], Team]) -> Team:
     """A run of one process on one device that nothing disturbed."""
-    made = team("alone")
-    ended = made.run(1, 1, "whole")
+    result = team("alone")
+    ended = result.run(1, 1, "whole")
     assert ended.statuses == [0], ended.said
-    return made
+    return result
 
 
 def same(one: Team, other: Team) -> None:

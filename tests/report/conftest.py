@@ -134,15 +134,15 @@ class Browser:
     @classmethod
     def find(cls) -> str:
         """The browser's path."""
-        found = os.environ.get("MMJAX_BROWSER") or next(
+        result = os.environ.get("MMJAX_BROWSER") or next(
             filter(None, map(shutil.which, cls._NAMES)), None
         )
-        assert found, (
+        assert result, (
             "This test needs a Chromium. On Debian: apt-get update && apt-get install -y "
             "--no-install-recommends chromium-headless-shell; elsewhere install Chromium or Chrome. "
             f"It is looked for on PATH ({', '.join(cls._NAMES)}) and in MMJAX_BROWSER."
         )
-        return found
+        return result
 
     def __call__(self, method: str, **parameters: Any) -> dict[str, Any]:
         """The result of a command; events that come before it are kept."""

@@ -4,7 +4,7 @@ import pytest
 
 from mmjax.report.data import wanted_shares
 from mmjax.schedule.config import PhaseConfig
-from mmjax.schedule.stretches import from_config
+from mmjax.schedule.phase_specs import from_config
 
 
 @pytest.mark.parametrize("rule", ["shares", "random", "interval"])
@@ -13,7 +13,7 @@ def test_wanted_shares_are_met_where_stretches_hold_whole_periods(rule: str) -> 
     schedule = from_config(rule, {"a": 3, "b": 1, "c": 2}, 0, [later])
     wanted = wanted_shares(schedule, 1200 if rule != "interval" else 120 + 11 * 98)
     steps = 1200 if rule != "interval" else 120 + 11 * 98
-    counted = {t: schedule.strip(0, steps).count(t) / steps for t in "abc"}
+    counted = {t: schedule.sequence(0, steps).count(t) / steps for t in "abc"}
     tolerance = 1e-12 if rule != "interval" else 1 / 120
     assert sum(wanted.values()) == pytest.approx(1)
     assert wanted == pytest.approx(counted, abs=tolerance)

@@ -16,9 +16,9 @@ from mmjax.evaluators.retrieval import recall
 from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.objectives.base import Embeds
-from mmjax.report.gallery import Shelf, answers, gallery, read_shelf
+from mmjax.report.gallery import Candidates, answers, gallery, read_candidates
 from mmjax.report.html import text
-from mmjax.report.panel import framed, thanks
+from mmjax.report.panel import credit_line, task_section
 
 Parse = Callable[[str], Any]
 EVIL = "<script>alert(1)</script>"
@@ -44,7 +44,7 @@ class _Objective(Embeds):
     def embeds(self) -> tuple[str, ...]:
         return self._pair
 
-    def embed(self, model: Any, modality: str, arrays: Any, toward: str = "") -> Any:
+    def embed(self, model: Any, modality: str, arrays: Any, relative_to: str = "") -> Any:
         raise AssertionError("the model is a stand-in")
 
 
@@ -75,10 +75,10 @@ def test_sounds_with_hostile_words(parse: Parse) -> None:
     )
     examples.insert(5, None)
     task = _task(("sound", "text"))
-    shelf = read_shelf(examples, task, "concept")
-    assert shelf.unreadable == 1 and len(shelf.concept) == 20
-    panel = gallery(_one_hot_model(("sound", "text"), 256), task, shelf, EVIL, "text", 12)
-    made = framed(text(EVIL), [panel]) + (thanks([panel, panel]) or "")
+    candidates = read_candidates(examples, task, "concept")
+    assert candidates.unreadable == 1 and len(candidates.concept) == 20
+    panel = gallery(_one_hot_model(("sound", "text"), 256), task, candidates, EVIL, "text", 12)
+    made = task_section(text(EVIL), [panel]) + (credit_line([panel, panel]) or "")
     page = parse(made)
     page.assert_is_harmless()
     assert EVIL not in made
@@ -107,16 +107,16 @@ def test_an_odd_held_out_example_is_counted_and_ends_no_report() -> None:
     examples = _Examples([good, *({**good, **change} for change in odd), good])
     task = _task(("text", "image"))
     task.inputs["image"] = Input("image", Image(), ImageInput())
-    shelf = read_shelf(examples, task, "concept")  # type: ignore[arg-type]
-    assert shelf.unreadable == 4 and shelf.concept.tolist() == [1, 1]
+    candidates = read_candidates(examples, task, "concept")  # type: ignore[arg-type]
+    assert candidates.unreadable == 4 and candidates.concept.tolist() == [1, 1]
 
 
 def test_heavy_panels_show_fewer(parse: Parse) -> None:
     noise = np.random.default_rng(0).uniform(-1, 1, (12, 48_000))
     values = {"sound": list(noise), "text": [f"noise {i}" for i in range(12)]}
-    shelf = Shelf(values, np.arange(12), 0, 12, ())
+    candidates = Candidates(values, np.arange(12), 0, 12, ())
     made = gallery(
-        _one_hot_model(("sound", "text"), 256), _task(("sound", "text")), shelf, "t", "", 12
+        _one_hot_model(("sound", "text"), 256), _task(("sound", "text")), candidates, "t", "", 12
     ).body
     count = len(parse(made).all("audio"))
     # A sound is 128 kB in base64: 12 queries fit into 2 MB; of the texts with five sounds each, 2.

@@ -17,7 +17,7 @@ from PIL import Image
 from mmjax.core.errors import UserError
 from mmjax.engine import checkpoint
 from mmjax.monitor import metrics
-from mmjax.monitor.goodput import PhaseLog
+from mmjax.monitor.goodput import ActivityLog
 from mmjax.monitor.metrics import MetricWriter
 from mmjax.monitor.tables import human_seconds, loss_text, percent, summary_tables
 from mmjax.report.data import read_run
@@ -116,7 +116,7 @@ def test_a_share_of_time_is_shown_once_and_is_that_of_the_terminal(
         spent = sum(x["timing"]["seconds"] for x in lines if x["task"] == task)
         share = spent / sum(attempts.values())
         assert percent(share) in page.text and f" {percent(share)}" in stream.getvalue()
-    # Each phase has one label, one row and one share on the page, and the same ones in the terminal.
+    # Each activity has one label, one row and one share on the page, and the same ones in the terminal.
     spans = [text for element, text in page.texts if element == "span"]
     rows = [line.split("  ") for line in stream.getvalue().partition("spent on")[2].splitlines()]
     labels = [row[0] for row in rows[2:] if row[0]]
@@ -128,10 +128,10 @@ def test_a_share_of_time_is_shown_once_and_is_that_of_the_terminal(
 def test_a_finished_run_has_nothing_that_still_goes_on(
     parse: Parse, tiny_run: epath.Path, tmp_path: Any
 ) -> None:
-    """The run writes its own report inside a phase, which is open then."""
+    """The run writes its own report inside an activity, which is open then."""
     copy = epath.Path(tmp_path) / "run"
     shutil.copytree(tiny_run, copy)
-    with PhaseLog(copy) as log, log.phase("report"):
+    with ActivityLog(copy) as log, log.activity("report"):
         page = parse(write_report(copy, 0).read_text())
     assert "finished." in page.text and "killed" not in page.text and "still" not in page.text
     told = json.loads((copy / "summary.json").read_text())
@@ -362,7 +362,7 @@ def hostile_run(tmp_path: Any) -> epath.Path:
     """A run whose names are all code, with numbers that are none, of thousands of steps."""
     workdir = epath.Path(tmp_path) / "run <b>&amp;"
     tasks = [EVIL, QUOTES.replace("\ud800", ""), "never"]
-    with MetricWriter(workdir, 0) as writer, PhaseLog(workdir) as phases:
+    with MetricWriter(workdir, 0) as writer, ActivityLog(workdir) as activities:
         for step in range(400):
             loss = float("nan") if step == 7 else float("inf") if step == 8 else 1 / (step + 1)
             values = {"loss": loss, "grad_norm": 1.0, EVIL: 1.0, "visit": step // 2}
@@ -373,8 +373,8 @@ def hostile_run(tmp_path: Any) -> epath.Path:
             {**shared, "value": float("nan"), "chance": None, "count": None},
             {**shared, "value": 2.0, "chance": 0.0, "count": 1, "unit": "loss"},
         ])  # fmt: skip
-        phases.event(EVIL, text=QUOTES)
-        with phases.phase(EVIL):
+        activities.event(EVIL, text=QUOTES)
+        with activities.activity(EVIL):
             pass
     blocks = {task: {"batch": 4, "weight": 1} for task in tasks}
     config = {"steps": 400, "seed": 0, "tasks": blocks, EVIL: QUOTES}

@@ -38,13 +38,13 @@ def page(parse: Parse, written: epath.Path) -> Any:
 def panels(parse: Parse, written: epath.Path) -> dict[str, Any]:
     """The part of the page with each task's held-out examples."""
     parts = written.read_text().split('<div class="gallery">')[1:]
-    found = {}
+    result = {}
     for part in parts:
         name = re.search(r"<span>(\w+)</span>", part)
         assert name
         # To the end of the part that can be parsed alone: what follows belongs to the page.
-        found[name[1]] = part.partition('<p class="remark">Shown here')[0]
-    return found
+        result[name[1]] = part.partition('<p class="remark">Shown here')[0]
+    return result
 
 
 def test_every_task_has_losses_results_and_held_out_examples(

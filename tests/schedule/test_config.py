@@ -6,7 +6,7 @@ from mmjax.core import config as configs
 from mmjax.core.errors import UserError
 from mmjax.optim.rules import RuleConfig
 from mmjax.schedule.config import PhaseConfig, ScheduleConfig
-from mmjax.schedule.stretches import from_config
+from mmjax.schedule.phase_specs import from_config
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ from mmjax.engine.compile import LimitsConfig, compile_all
 from mmjax.engine.requests import train_requests
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.replay import replay
-from mmjax.schedule.buckets import Variant, Variants
-from mmjax.schedule.phases import Setting, Settings
-from mmjax.schedule.stretches import from_config
+from mmjax.schedule.phase_specs import from_config
+from mmjax.schedule.phases import Phase, Phases
+from mmjax.schedule.shapes import ShapeVariant, ShapeVariants
 
 STEM = "stems/toy/embed/kernel"
 PHASES: list[dict[str, Any]] = [
@@ -58,7 +58,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, toyrun.See
 
 
 def test_what_a_phase_does_not_say_stays_as_it_was() -> None:
-    made = experiment(*PHASES).settings
+    made = experiment(*PHASES).phases
     batches = [made.at(step).tasks["two"].batch for step in (0, 3, 4, 11, 12, 99)]
     assert batches == [16, 16, 8, 8, 16, 16]
     assert [made.at(step).scale for step in (0, 7, 8, 99)] == [1.0, 1.0, 0.5, 0.5]
@@ -67,10 +67,10 @@ def test_what_a_phase_does_not_say_stays_as_it_was() -> None:
 
 
 def test_the_same_settings_are_one_program() -> None:
-    made = experiment(*PHASES).settings
+    made = experiment(*PHASES).phases
     programs = [
-        {task: variants.at(0).program for task, variants in setting.variants.items()}
-        for setting in made.each
+        {task: variants.at(0).program for task, variants in phase.variants.items()}
+        for phase in made.entries
     ]
     assert programs == [
         {"one": "one", "two": "two"},
@@ -82,7 +82,7 @@ def test_the_same_settings_are_one_program() -> None:
 
 
 def test_a_rate_alone_makes_no_program() -> None:
-    made = experiment({"start": 4, "learning_rate": 0.1}).settings
+    made = experiment({"start": 4, "learning_rate": 0.1}).phases
     assert set(made.programs) == {"one", "two"}
     assert [made.at(step).scale for step in (0, 3, 4, 99)] == [1.0, 1.0, 0.1, 0.1]
 
@@ -122,9 +122,9 @@ def test_positions_go_on_without_gap_or_repeat_whatever_the_batches(data: st.Dat
     for start, size in zip(starts, sizes, strict=True):
         tasks: Any = {"a": Sized(size), "b": Sized(1)}
         each.append(
-            Setting(start, tasks, {n: Variants((Variant(n, t),)) for n, t in tasks.items()})
+            Phase(start, tasks, {n: ShapeVariants((ShapeVariant(n, t),)) for n, t in tasks.items()})
         )
-    made = Settings(tuple(each))
+    made = Phases(tuple(each))
     walked = 0
     for step in range(first, last):
         held = max(i for i, start in enumerate(starts) if start <= step)
@@ -258,7 +258,7 @@ def test_a_dry_run_counts_each_program(tmp_path: Path, capsys: pytest.CaptureFix
     dry_run(block(phased(*PHASES), *LONG), epath.Path(tmp_path), allow_change=False)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     steps = {row[0]: int(row[1]) for row in rows if row and row[0] in ("one@8", "two@4", "two@8")}
-    tasks = experiment(*PHASES).planned.schedule().strip(0, 16)
+    tasks = experiment(*PHASES).planned.schedule().sequence(0, 16)
     assert steps == {
         "one@8": tasks[8:12].count("one"),
         "two@4": tasks[4:8].count("two"),

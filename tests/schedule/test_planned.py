@@ -18,10 +18,10 @@ def planned(*overrides: str) -> PlannedSchedule:
 
 def test_a_rule_reads_its_own_number() -> None:
     """The toy's tasks have the weights 2 and 1."""
-    [stretch] = planned().stretches()
+    [stretch] = planned().phase_specs()
     assert (stretch.rule, stretch.weights) == ("shares", {"one": 2, "two": 1})
     overrides = ("schedule.rule=interval", "tasks.one.weight=1", "tasks.two.interval=3")
-    [stretch] = planned(*overrides).stretches()
+    [stretch] = planned(*overrides).phase_specs()
     assert (stretch.rule, stretch.weights) == ("interval", {"one": 1, "two": 3})
 
 

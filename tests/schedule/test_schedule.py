@@ -13,9 +13,9 @@ from schedules import SEEDS, weights
 
 from mmjax.core.errors import UserError
 from mmjax.schedule.config import PhaseConfig
+from mmjax.schedule.phase_specs import from_config
 from mmjax.schedule.rules.base import names
 from mmjax.schedule.schedule import Schedule, Segment
-from mmjax.schedule.stretches import from_config
 
 RULES = names()
 
@@ -45,7 +45,7 @@ def test_random_access_equals_walking(schedule):
         visits[task] += 1
         walked.append(task)
     assert schedule.visits(stop) == visits
-    assert schedule.strip(0, stop) == walked
+    assert schedule.sequence(0, stop) == walked
 
 
 @settings(deadline=None, max_examples=50)
@@ -53,8 +53,8 @@ def test_random_access_equals_walking(schedule):
 def test_counts_of_a_range_far_away(schedule, start, first, second):
     """No step is walked to: 10**12 steps would never end."""
     middle, stop = start + first, start + first + second
-    order = schedule.strip(start, stop)
-    assert order == schedule.strip(start, middle) + schedule.strip(middle, stop)
+    order = schedule.sequence(start, stop)
+    assert order == schedule.sequence(start, middle) + schedule.sequence(middle, stop)
     assert order == [schedule.task(step) for step in range(start, stop)]
     counts = Counter(order)
     assert schedule.between(start, stop) == {task: counts[task] for task in schedule.tasks}
@@ -62,7 +62,9 @@ def test_counts_of_a_range_far_away(schedule, start, first, second):
     if order:
         last = schedule.task(stop - 1)
         assert schedule.visit(stop - 1) == schedule.visits(stop)[last] - 1
-        assert schedule.shares(start, stop)[last] == pytest.approx(counts[last] / len(order))
+        assert schedule.realised_shares(start, stop)[last] == pytest.approx(
+            counts[last] / len(order)
+        )
 
 
 @settings(deadline=None, max_examples=50)
@@ -71,13 +73,13 @@ def test_appending_leaves_the_past_alone(schedule, data):
     start = data.draw(st.integers(1, schedule.segments[-1].start + 200))
     rule = data.draw(st.sampled_from(RULES))
     longer = schedule.append(start, data.draw(weights(rule)), rule=rule)
-    assert longer.strip(0, start) == schedule.strip(0, start)
+    assert longer.sequence(0, start) == schedule.sequence(0, start)
     before = schedule.visits(start)
     assert {t: n for t, n in longer.visits(start).items() if n} == {
         task: n for task, n in before.items() if n
     }
     assert longer.segments[-1].start == start
-    assert longer.strip(start, start + 50) == longer.segments[-1].strip(start, start + 50)
+    assert longer.sequence(start, start + 50) == longer.segments[-1].sequence(start, start + 50)
 
 
 @settings(deadline=None, max_examples=50)
@@ -88,16 +90,16 @@ def test_replacing_a_segment_leaves_past_and_plans_alone(schedule, data):
     rule = data.draw(st.sampled_from(RULES))
     new = data.draw(weights(rule))
     changed = schedule.replace(start, new, rule=rule)
-    assert changed.strip(0, start) == schedule.strip(0, start)
+    assert changed.sequence(0, start) == schedule.sequence(0, start)
     later = [s for s in schedule.segments if s.start > start]
     end = later[0].start if later else start + 100
     alone = schedule.append(start, new, rule=rule)
-    assert changed.strip(start, end) == alone.strip(start, end)
+    assert changed.sequence(start, end) == alone.sequence(start, end)
     for before, after in zip(later, changed.segments[-len(later) :] if later else [], strict=True):
         assert (after.start, after.rule, after.weights, after.seed) == (
             before.start, before.rule, before.weights, before.seed,
         )  # fmt: skip
-    visits = Counter(changed.strip(0, end + 50))
+    visits = Counter(changed.sequence(0, end + 50))
     assert changed.visits(end + 50) == {task: visits[task] for task in changed.tasks}
 
 
@@ -130,7 +132,7 @@ def test_append_replaces_what_has_not_begun():
     assert changed.visits(40) == {"a": 10, "b": 5, "d": 25}
     same_start = schedule.append(20, {"d": 1})
     assert same_start.visits(40) == {"a": 10, "b": 10, "d": 20}
-    assert schedule.append(0, {"d": 1}).strip(0, 2) == ["d", "d"]
+    assert schedule.append(0, {"d": 1}).sequence(0, 2) == ["d", "d"]
 
 
 def test_append_refuses_to_change_what_ran():
@@ -163,7 +165,7 @@ def test_phases_keep_the_rule_unless_they_say_otherwise():
     )
     assert [segment.rule for segment in schedule.segments] == ["interval", "interval", "shares"]
     assert [segment.seed for segment in schedule.segments] == [7, 7, 7]
-    assert "".join(schedule.strip(0, 12)) == "abaabababbab"
+    assert "".join(schedule.sequence(0, 12)) == "abaabababbab"
     assert schedule.segments[2].base == {"a": 6, "b": 6}
 
 
@@ -175,7 +177,7 @@ def test_json_round_trip(schedule, sort_keys):
     again = Schedule.from_json(json.loads(text))
     assert again == schedule
     assert hash(again) == hash(schedule)
-    assert again.strip(0, 400) == schedule.strip(0, 400)
+    assert again.sequence(0, 400) == schedule.sequence(0, 400)
     assert Segment.from_json(schedule.segments[-1].to_json()) == schedule.segments[-1]
 
 
@@ -185,7 +187,7 @@ def test_order_of_tasks_is_part_of_a_segment():
         from_config("shares", {"b": 1, "a": 1}, 0),
     )
     assert one != two
-    assert one.strip(0, 2) != two.strip(0, 2)
+    assert one.sequence(0, 2) != two.sequence(0, 2)
 
 
 def test_a_segment_is_its_own_copy():
@@ -209,7 +211,7 @@ def test_steps_below_zero_are_errors():
     for ask in (schedule.task, schedule.visit, schedule.visits):
         with pytest.raises(ValueError, match="no step -1"):
             ask(-1)
-    for ask in (schedule.shares, schedule.between):
+    for ask in (schedule.realised_shares, schedule.between):
         with pytest.raises(ValueError, match="no steps 5 to 4"):
             ask(5, 4)
 

@@ -23,8 +23,8 @@ from mmjax.engine.loader import Loader, LoaderConfig, make_batch
 from mmjax.engine.state import Clock
 from mmjax.loading import find_step
 from mmjax.modalities.image import Image
-from mmjax.schedule.phases import Settings
-from mmjax.schedule.stretches import from_config
+from mmjax.schedule.phase_specs import from_config
+from mmjax.schedule.phases import make_phases
 from mmjax.sources.array_record import ArrayRecord
 from mmjax.sources.base import Examples
 from mmjax.sources.tfds import Tfds
@@ -222,9 +222,9 @@ def epoch(path: Path, threads: int = 2) -> Iterator[Any]:
     schedule = from_config("shares", {"labels": 1}, 0, ())
     clock = Clock(0, schedule, {}, {}, {})
     steps = COUNT // BATCH
-    settings, data = Settings.steady({"labels": make(path)}), {"labels": open_(path)}
+    phases, data = make_phases({"labels": make(path)}, (), (), {}), {"labels": open_(path)}
     config = LoaderConfig(threads=threads)
-    loader = Loader(config, settings, data, clock, steps, 3, lambda size: (0, size))
+    loader = Loader(config, phases, data, clock, steps, 3, lambda size: (0, size))
     yield from loader
     loader.close()
 

@@ -24,7 +24,7 @@ from mmjax.modalities.text import Text
 from mmjax.modalities.video import Video
 from mmjax.modalities.waveform import Waveform
 from mmjax.objectives.classification import Classification
-from mmjax.schedule.stretches import from_config
+from mmjax.schedule.phase_specs import from_config
 from mmjax.sources.base import Examples
 from mmjax.task import RowSpec, make_input, make_task
 

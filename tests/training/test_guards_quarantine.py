@@ -43,8 +43,8 @@ BOTH = (
 
 
 def clock(workdir: Path) -> dict[str, Any]:
-    found: dict[str, Any] = toyrun.meta(workdir)["clock"]
-    return found
+    result: dict[str, Any] = toyrun.meta(workdir)["clock"]
+    return result
 
 
 def segments(workdir: Path) -> list[tuple[int, dict[str, int]]]:

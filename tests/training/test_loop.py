@@ -13,7 +13,7 @@ import pytest
 from harness import deterministic, log
 from toyrun import host, run, wrap_calls
 
-from mmjax.monitor.goodput import PhaseLog
+from mmjax.monitor.goodput import ActivityLog
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -26,10 +26,10 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[str, str
     """Counts JAX's own events by the phase of the run: (phase, event). The first save has a name of its own."""
     counts: Counter[tuple[str, str]] = Counter()
     phases, seen = ["outside"], list[str]()
-    phase = PhaseLog.phase
+    phase = ActivityLog.activity
 
     @contextmanager
-    def noted(self: PhaseLog, name: str, **fields: Any) -> Iterator[None]:
+    def noted(self: ActivityLog, name: str, **fields: Any) -> Iterator[None]:
         phases.append("first save" if name == "save" and "first save" not in seen else name)
         seen.append(phases[-1])
         with phase(self, name, **fields):
@@ -39,7 +39,7 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[str, str
     def listen(event: str, _: float, **__: Any) -> None:
         counts[phases[-1], event] += 1
 
-    monkeypatch.setattr(PhaseLog, "phase", noted)
+    monkeypatch.setattr(ActivityLog, "phase", noted)
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield counts
     jax.monitoring.unregister_event_duration_listener(listen)

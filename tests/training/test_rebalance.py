@@ -19,8 +19,8 @@ from mmjax.core.errors import UserError
 from mmjax.core.workdir import SEGMENTS
 from mmjax.engine.health import quarantine
 from mmjax.experiment import make_experiment
+from mmjax.schedule.phase_specs import budget_weights
 from mmjax.schedule.schedule import Schedule
-from mmjax.schedule.stretches import budget_weights
 from mmjax.training import rebalance
 from mmjax.training.rebalance import Budget
 from mmjax.training.session import fresh_clock
@@ -50,10 +50,10 @@ def slow_two(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_planned_shares_follow_from_model_flops() -> None:
-    made = make_experiment(block("schedule.rule=budget", "tasks.one.weight=3"))
-    flops = made.flops
+    experiment = make_experiment(block("schedule.rule=budget", "tasks.one.weight=3"))
+    flops = experiment.flops
     wanted = budget_weights({t: float(n) for t, n in flops.items()}, {"one": 3, "two": 1})
-    [segment] = made.planned.schedule().segments
+    [segment] = experiment.planned.schedule().segments
     assert (segment.rule, segment.weights) == ("shares", wanted)
     # By hand: the times of 1,000 steps are as three to one, to a step.
     assert wanted["one"] * flops["one"] / (wanted["two"] * flops["two"]) == pytest.approx(3, rel=0.01)  # fmt: skip
@@ -64,9 +64,13 @@ def test_a_phase_may_be_a_budget_and_leave_it(tmp_path: Path) -> None:
         'schedule.phases=({"start": 6, "rule": "budget", "weights": {"one": 1, "two": 1}},'
         '{"start": 9, "rule": "interval", "weights": {"one": 1, "two": 2}})'
     )
-    made = make_experiment(block(phases, "schedule.rebalance_every=4"))
-    assert [s.rule for s in made.planned.schedule().segments] == ["shares", "shares", "interval"]
-    boundaries = Budget(made, tmp_path)
+    experiment = make_experiment(block(phases, "schedule.rebalance_every=4"))
+    assert [s.rule for s in experiment.planned.schedule().segments] == [
+        "shares",
+        "shares",
+        "interval",
+    ]
+    boundaries = Budget(experiment, tmp_path)
     # Of 4 and 8 only the second lies in the budget's stretch.
     assert [boundaries.next(step) for step in (0, 7, 8)] == [8, 8, None]
 
@@ -81,7 +85,7 @@ def test_measured_shares_begin_at_a_boundary(tmp_path: Path, slow_two: None) -> 
     assert decisions(tmp_path / "run")[0]["seconds"] == {"one": 1.0, "two": 7.0}
     tasks = [x["task"] for x in deterministic(tmp_path / "run") if x["kind"] == "train"]
     schedule = Schedule.from_json(toyrun.meta(tmp_path / "run")["clock"]["segments"])
-    assert tasks == schedule.strip(0, 12)
+    assert tasks == schedule.sequence(0, 12)
     assert toyrun.meta(tmp_path / "run")["clock"]["positions"] == {
         "one": 8 * tasks.count("one"), "two": 16 * tasks.count("two"),
     }  # fmt: skip
@@ -182,9 +186,7 @@ def test_what_a_person_gets_wrong() -> None:
         make_experiment(block("schedule.rule=budgte"))
     with pytest.raises(UserError, match="schedule.rebalance_every is -1"):
         make_experiment(block("schedule.rebalance_every=-1"))
-    with pytest.raises(
-        UserError, match="schedule.rebalance_every is 5, but no stretch has the rule"
-    ):
+    with pytest.raises(UserError, match="schedule.rebalance_every is 5, but no phase has the rule"):
         make_experiment(block("schedule.rebalance_every=5"))
 
 
@@ -193,26 +195,26 @@ def test_a_quarantine_about_to_begin_begins_at_the_boundary(
 ) -> None:
     """No segment with the shares of before comes after the new one."""
     words = (*RULE, 'schedule.phases=({"start": 10, "weights": {"one": 1, "two": 5}},)', "steps=12")
-    made = make_experiment(block(*words, 'tasks.three={"source": {"name": "toy"}, '
+    experiment = make_experiment(block(*words, 'tasks.three={"source": {"name": "toy"}, '
         '"inputs": {"toy": {}}, "batch": 8, "objective": {"name": "toy"}}'))  # fmt: skip
-    clock = replace(fresh_clock(made), step=4)
+    clock = replace(fresh_clock(experiment), step=4)
     schedule = quarantine(clock.schedule, ["three"], 5, 4)
     assert schedule is not None
     clock = replace(clock, schedule=schedule, quarantined={"three": 5})
     monkeypatch.setattr(rebalance, "measured", lambda lines: {"one": 1.0, "two": 7.0, "three": 1.0})
-    settled = Budget(made, epath.Path(tmp_path)).settle(clock).schedule.segments
+    settled = Budget(experiment, epath.Path(tmp_path)).settle(clock).schedule.segments
     assert [s.start for s in settled] == [0, 4, 10]
     assert [s.weights.get("three", 0) for s in settled[1:]] == [0, 0]
     assert settled[1].weights["one"] > settled[1].weights["two"]
 
 
 def test_a_decision_for_other_tasks_is_not_taken(tmp_path: Path, slow_two: None) -> None:
-    made = make_experiment(block(*RULE))
-    clock = replace(fresh_clock(made), step=4)
+    experiment = make_experiment(block(*RULE))
+    clock = replace(fresh_clock(experiment), step=4)
     (tmp_path / "metrics.jsonl").write_text(
         json.dumps({"kind": "train", "step": 0, "task": "one", "visit": 0}) + "\n"
     )
-    Budget(made, epath.Path(tmp_path)).settle(replace(clock, quarantined={"two": 2}))
-    after = Budget(made, epath.Path(tmp_path)).settle(clock).schedule.segments[-1].weights
+    Budget(experiment, epath.Path(tmp_path)).settle(replace(clock, quarantined={"two": 2}))
+    after = Budget(experiment, epath.Path(tmp_path)).settle(clock).schedule.segments[-1].weights
     assert after["two"] > 0
     assert [d["wanted"]["two"] for d in decisions(tmp_path)] == [0, 1]

@@ -184,7 +184,7 @@ def test_going_on_reads_what_comes_next_and_ends_in_the_same_bits(
 ) -> None:
     with watched() as seen:
         run(half)
-    tasks = Schedule.from_json(toyrun.meta(half)["clock"]["segments"]).strip(8, 12)
+    tasks = Schedule.from_json(toyrun.meta(half)["clock"]["segments"]).sequence(8, 12)
     assert tasks == ["one", "one", "two", "one"] or set(tasks) == {"one", "two"}
     before = toyrun.meta_of(half, 8)["clock"]["positions"]
     for task in BATCH:

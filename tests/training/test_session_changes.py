@@ -42,7 +42,7 @@ def test_another_share_starts_a_segment_and_keeps_every_place(half: Path) -> Non
     assert schedule.segments[0] == Schedule.from_json(before["segments"]).segments[0]
     assert schedule.between(8, 20) == {"one": 3, "two": 9}
     for task, batch in BATCH.items():
-        mine = _of(task, schedule.strip(8, 20), seen.ids)
+        mine = _of(task, schedule.sequence(8, 20), seen.ids)
         assert mine == ids(task, before["positions"][task], len(mine))
         assert clock["positions"][task] == before["positions"][task] + len(mine)
         assert len(mine) == batch * schedule.between(8, 20)[task]
@@ -57,7 +57,7 @@ def test_a_batch_that_changes_keeps_the_place(half: Path) -> None:
         run(half, "tasks.one.batch=4", allow_change=True)
     clock = toyrun.meta(half)["clock"]
     schedule = Schedule.from_json(clock["segments"])
-    mine = _of("one", schedule.strip(8, 12), seen.ids)
+    mine = _of("one", schedule.sequence(8, 12), seen.ids)
     assert mine == ids("one", before["positions"]["one"], len(mine)) and mine
     assert clock["positions"]["one"] == before["positions"]["one"] + len(mine)
 
@@ -82,9 +82,9 @@ def test_a_task_that_is_added_leaves_the_others_where_they_stood(half: Path) -> 
     schedule = Schedule.from_json(clock["segments"])
     assert schedule.between(8, 20) == {"one": 6, "two": 3, "three": 3}
     for task in ("one", "two"):
-        mine = _of(task, schedule.strip(8, 20), seen.ids)
+        mine = _of(task, schedule.sequence(8, 20), seen.ids)
         assert mine == ids(task, before["positions"][task], len(mine))
-    new = _of("three", schedule.strip(8, 20), seen.ids)
+    new = _of("three", schedule.sequence(8, 20), seen.ids)
     assert new == ids("three", 0, 24) and clock["positions"]["three"] == 24
     after = toyrun.parameters(half)
     assert after.keys() - held.keys() == {"heads/three/out/bias", "heads/three/out/kernel"}
@@ -114,9 +114,9 @@ def test_a_task_that_is_removed_and_comes_back_goes_on_where_it_stood(half: Path
     with watched() as seen:
         run(half, "steps=20", allow_change=True)
     schedule = Schedule.from_json(toyrun.meta(half)["clock"]["segments"])
-    mine = _of("two", schedule.strip(14, 20), seen.ids)
+    mine = _of("two", schedule.sequence(14, 20), seen.ids)
     assert mine == ids("two", before["positions"]["two"], 32)
-    more = _of("one", schedule.strip(14, 20), seen.ids)
+    more = _of("one", schedule.sequence(14, 20), seen.ids)
     assert more == ids("one", before["positions"]["one"] + 48, 32)
 
 
@@ -125,7 +125,7 @@ def test_a_saved_phase_plan_goes_on_and_a_new_one_takes_over(half: Path) -> None
     config["schedule"] = {"phases": [{"start": 16, "weights": {"one": 0, "two": 1}}]}
     run(half, config=config, allow_change=True)
     schedule = Schedule.from_json(toyrun.meta(half)["clock"]["segments"])
-    assert schedule.strip(16, 24) == ["two"] * 8
+    assert schedule.sequence(16, 24) == ["two"] * 8
     assert schedule.between(0, 16)["one"] > 8
 
 

@@ -92,7 +92,7 @@ class Router(abc.ABC):
         """C, of each expert in each group."""
 
     @abc.abstractmethod
-    def meets(self, experts: int) -> float:
+    def experts_per_token(self, experts: int) -> float:
         """How many of the experts a token meets, in the mean and where none is dropped."""
 
     @abc.abstractmethod

@@ -33,7 +33,7 @@ class ExpertChoice(Limited):
     def slots(self, tokens: int, experts: int) -> int:
         return min(tokens, max(1, round(self.capacity * tokens / experts)))
 
-    def meets(self, experts: int) -> float:
+    def experts_per_token(self, experts: int) -> float:
         return min(self.capacity, experts)
 
     def scores(self, logits_GTE: jax.Array) -> jax.Array:

@@ -59,7 +59,7 @@ class Soft(Router):
         del tokens, experts
         return self.slots_per_expert
 
-    def meets(self, experts: int) -> float:
+    def experts_per_token(self, experts: int) -> float:
         return experts
 
     def route(self, logits_GTL: jax.Array, valid_GT: jax.Array) -> Mixture:

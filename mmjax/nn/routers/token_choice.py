@@ -37,7 +37,7 @@ class TokenChoice(Limited):
     def slots(self, tokens: int, experts: int) -> int:
         return min(tokens, math.ceil(self.capacity * self.top_k * tokens / experts))
 
-    def meets(self, experts: int) -> float:
+    def experts_per_token(self, experts: int) -> float:
         return min(self.top_k, experts)
 
     def route(self, logits_GTL: jax.Array, valid_GT: jax.Array) -> Slots:

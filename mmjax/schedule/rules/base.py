@@ -1,4 +1,4 @@
-"""Rules of a schedule: how often each task runs in a period, and in which order.
+"""Rules of a schedule: how often each task runs in a cycle, and in which order.
 
 A rule is one file in `mmjax/schedule/rules/`, whose class is named like it. It sees the weights above zero, in the
 order of the config, and names a task by its place among them.
@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from mmjax.core import config as configs
 from mmjax.core.errors import UserError, nearest
 
-MAX_PERIOD = 1_000_000  # steps; a table of this many is built in seconds and held in megabytes
+MAX_CYCLE = 1_000_000  # steps; a table of this many is built in seconds and held in megabytes
 
 
 @dataclass(frozen=True)
 class Rule(abc.ABC):
-    """How weights become periods, in integers alone, so that every machine finds the same order.
+    """How weights become cycles, in integers alone, so that every machine finds the same order.
 
     Attributes:
-      varies: whether periods differ from one another; else each is the first.
+      varies: whether cycles differ from one another; else each is the first.
       key: the key of a task that a weight is read from, `weight` or `interval`.
     """
 
@@ -36,11 +36,11 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def counts(self, weights: Sequence[int]) -> list[int]:
-        """Return the visits of each task in a period; their sum is its length."""
+        """Return the visits of each task in a cycle; their sum is its length."""
 
     @abc.abstractmethod
     def order(self, weights: Sequence[int], seed: int, first: int) -> list[int]:
-        """Return the task of each step of the period that begins at step `first`."""
+        """Return the task of each step of the cycle that begins at step `first`."""
 
 
 def names() -> list[str]:
@@ -67,8 +67,8 @@ def rule_of(name: str) -> Rule:
 
 
 @dataclass(frozen=True)
-class Period:
-    """The order of a period's steps, and where each task's are."""
+class Cycle:
+    """The order of a cycle's steps, and where each task's are."""
 
     order: NDArray[np.int32]  # [length], the task of each step
     where: list[NDArray[np.int64]]  # per task, the steps at which it runs, ascending
@@ -79,16 +79,16 @@ class Period:
 
 
 @functools.lru_cache(maxsize=16)
-def make_period(rule: str, weights: tuple[int, ...], seed: int, first: int) -> Period:
-    """Return a period of a rule under weights above zero."""
+def make_cycle(rule: str, weights: tuple[int, ...], seed: int, first: int) -> Cycle:
+    """Return a cycle of a rule under weights above zero."""
     order = np.array(rule_of(rule).order(weights, seed, first), dtype=np.int32)
     ends = np.cumsum(np.bincount(order, minlength=len(weights)))
-    return Period(order, np.split(np.argsort(order, kind="stable"), ends[:-1]))
+    return Cycle(order, np.split(np.argsort(order, kind="stable"), ends[:-1]))
 
 
-def turns(shares: tuple[int, ...]) -> Period:
-    """A period of the rule `shares`."""
-    return make_period("shares", shares, 0, 0)
+def shares_cycle(shares: tuple[int, ...]) -> Cycle:
+    """Return a cycle of the rule `shares`."""
+    return make_cycle("shares", shares, 0, 0)
 
 
 def exact_integer(value: Any, what: str, *, low: int | None = 0) -> int:
@@ -109,20 +109,20 @@ def check_weights(rule: Rule | None, weights: Mapping[str, int], name: str = "")
       name: the rule's, for messages.
 
     Raises:
-      UserError: a weight that is no integer from 0 up, no task that runs, or a period above `MAX_PERIOD`.
+      UserError: a weight that is no integer from 0 up, no task that runs, or a cycle above `MAX_CYCLE`.
     """
     word = rule.key if rule else Rule.key
     checked = {t: exact_integer(w, f"Task '{t}': its {word}") for t, w in weights.items()}
     if not checked:
         raise UserError("The schedule has no tasks. Give at least one.")
-    running = {task: weight for task, weight in checked.items() if weight}
-    if not running:
+    active = {task: weight for task, weight in checked.items() if weight}
+    if not active:
         tasks = ", ".join(f"'{task}'" for task in checked)
         raise UserError(f"No task would ever run: the {word} of each of {tasks} is 0.")
-    length = sum(rule.counts(tuple(running.values()))) if rule else 0
-    if length > MAX_PERIOD:
+    length = sum(rule.counts(tuple(active.values()))) if rule else 0
+    if length > MAX_CYCLE:
         raise UserError(
-            f"The schedule {name} {running} repeats only after {length} steps, more than "
-            f"{MAX_PERIOD}. Use {word}s with smaller numbers or more common factors."
+            f"The schedule {name} {active} repeats only after {length} steps, more than "
+            f"{MAX_CYCLE}. Use {word}s with smaller numbers or more common factors."
         )
     return checked

@@ -1,4 +1,4 @@
-"""The rule `random`: each period holds each task's share in an order of its own."""
+"""The rule `random`: each cycle holds each task's share in an order of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmjax.schedule.rules.base import Rule
 
 @dataclass(frozen=True)
 class Random(Rule):
-    """Each task as often as its weight, shuffled (Fisher and Yates) by the seed and the period's first step."""
+    """Each task as often as its weight, shuffled (Fisher and Yates) by the seed and the cycle's first step."""
 
     varies = True
 

@@ -47,7 +47,10 @@ def test_slots_of_12_tokens_and_4_experts(capacity: float, slots: int) -> None:
 
 
 def test_a_token_meets_as_many_experts_as_the_capacity_says() -> None:
-    assert (ExpertChoice(capacity=2.0).meets(8), ExpertChoice(capacity=9.0).meets(8)) == (2.0, 8)
+    assert (
+        ExpertChoice(capacity=2.0).experts_per_token(8),
+        ExpertChoice(capacity=9.0).experts_per_token(8),
+    ) == (2.0, 8)
 
 
 @pytest.mark.parametrize(

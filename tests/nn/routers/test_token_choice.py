@@ -61,7 +61,10 @@ def test_slots_of_12_tokens_and_4_experts(capacity: float, top: int, slots: int)
 
 
 def test_a_token_meets_its_choices() -> None:
-    assert (TokenChoice(top_k=2).meets(8), TokenChoice(top_k=9).meets(8)) == (2, 8)
+    assert (
+        TokenChoice(top_k=2).experts_per_token(8),
+        TokenChoice(top_k=9).experts_per_token(8),
+    ) == (2, 8)
 
 
 @pytest.mark.parametrize(

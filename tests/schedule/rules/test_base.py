@@ -3,8 +3,8 @@
 import pytest
 
 from mmjax.core.errors import UserError
+from mmjax.schedule.phase_specs import BUDGET, from_config
 from mmjax.schedule.rules.base import names
-from mmjax.schedule.stretches import BUDGET, from_config
 
 RULES = names()
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from schedules import INTERVALS, NAMES
 
 from mmjax.core.errors import UserError
-from mmjax.schedule.stretches import from_config
+from mmjax.schedule.phase_specs import from_config
 
 IMP = {
     "image_text": 1,
@@ -32,7 +32,7 @@ def published_loop(intervals, steps, counter_of=lambda task: task, first=1):
 
 def test_imp_is_the_published_loop_with_a_counter_per_task():
     """Theirs counts passes from 1, ours from 0: one more pass, in which every task runs."""
-    order = from_config("interval", IMP, 0).strip(0, 2006)
+    order = from_config("interval", IMP, 0).sequence(0, 2006)
     assert order[:6] == list(IMP)
     assert order[6:] == published_loop(IMP, 2000)
 
@@ -41,7 +41,7 @@ def test_imp_shares():
     """What the published intervals intend: 40.1, 40.1, 3.3, 8.0, 3.3 and 5.0 %."""
     schedule = from_config("interval", IMP, 0)
     for start in (0, 10**9):
-        shares = schedule.shares(start, start + 299)  # 120 passes
+        shares = schedule.realised_shares(start, start + 299)  # 120 passes
         assert [round(100 * shares[t], 1) for t in IMP] == [40.1, 40.1, 3.3, 8.0, 3.3, 5.0]
 
 
@@ -57,15 +57,15 @@ def test_imp_with_the_published_shared_counter_starves_a_task():
 @given(INTERVALS.filter(all).filter(bool))
 def test_interval_is_the_published_loop(intervals):
     named = dict(zip(NAMES, intervals, strict=False))
-    order = from_config("interval", named, 0).strip(0, 500)
+    order = from_config("interval", named, 0).sequence(0, 500)
     assert order == published_loop(named, 500, first=0)
 
 
 def test_interval_of_enormous_passes():
     """Empty passes cost nothing."""
-    assert from_config("interval", {"a": 10**30}, 0).strip(0, 3) == ["a", "a", "a"]
+    assert from_config("interval", {"a": 10**30}, 0).sequence(0, 3) == ["a", "a", "a"]
     schedule = from_config("interval", {"a": 10**30, "b": 3 * 10**30}, 0)
-    assert "".join(schedule.strip(0, 8)) == "abaaabaa"
+    assert "".join(schedule.sequence(0, 8)) == "abaaabaa"
 
 
 def test_interval_refuses_an_endless_period():

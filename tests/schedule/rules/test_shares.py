@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedules import SHARES
 
-from mmjax.schedule.stretches import from_config
+from mmjax.schedule.phase_specs import from_config
 
 
 def drift(order, shares):
@@ -24,7 +24,7 @@ def one_period(rule, values, seed=0):
     """The first sum(values) steps, tasks by number."""
     names = [str(i) for i in range(len(values))]
     schedule = from_config(rule, dict(zip(names, values, strict=True)), seed)
-    return [int(task) for task in schedule.strip(0, sum(values))]
+    return [int(task) for task in schedule.sequence(0, sum(values))]
 
 
 def smooth_weighted_round_robin(shares):
@@ -69,13 +69,15 @@ def test_only_the_proportion_of_shares_matters(shares, factor):
 
 
 def test_large_shares_with_a_common_factor_are_a_short_period():
-    assert "".join(from_config("shares", {"a": 10**9, "b": 2 * 10**9}, 0).strip(0, 3)) == "bab"
+    assert "".join(from_config("shares", {"a": 10**9, "b": 2 * 10**9}, 0).sequence(0, 3)) == "bab"
 
 
 def test_golden_shares():
     assert (
-        "".join(from_config("shares", {"a": 5, "b": 2, "c": 1}, 0).strip(0, 16))
+        "".join(from_config("shares", {"a": 5, "b": 2, "c": 1}, 0).sequence(0, 16))
         == "aabacaabaabacaab"
     )
-    assert "".join(from_config("shares", {"a": 1, "b": 1, "c": 1}, 0).strip(0, 7)) == "abcabca"
-    assert "".join(from_config("shares", {"a": 3, "z": 0, "b": 7}, 0).strip(0, 10)) == "babbabbbab"
+    assert "".join(from_config("shares", {"a": 1, "b": 1, "c": 1}, 0).sequence(0, 7)) == "abcabca"
+    assert (
+        "".join(from_config("shares", {"a": 3, "z": 0, "b": 7}, 0).sequence(0, 10)) == "babbabbbab"
+    )

@@ -7,8 +7,14 @@ from schedules import NAMES, weights
 
 from mmjax.core.errors import UserError
 from mmjax.schedule.config import PhaseConfig
+from mmjax.schedule.phase_specs import (
+    BUDGET,
+    budget_weights,
+    from_config,
+    phase_spec_at,
+    phase_specs,
+)
 from mmjax.schedule.schedule import Segment
-from mmjax.schedule.stretches import BUDGET, budget_weights, from_config, stretch_at, stretches
 
 
 def test_budget_of_time_by_hand():
@@ -85,15 +91,15 @@ def test_a_budget_becomes_shares_of_steps(data):
         asked = wanted[task] / sum(wanted.values())
         rounding = 2 * max(seconds.values()) * len(wanted)  # each task a visit or two
         assert abs(times[task] - asked * sum(times.values())) <= rounding
-    assert schedule.strip(0, start) == from_config("random", plan, 0).strip(0, start)
+    assert schedule.sequence(0, start) == from_config("random", plan, 0).sequence(0, start)
 
 
 def test_stretches_keep_what_the_config_says():
-    planned = stretches(BUDGET, {"a": 1}, [PhaseConfig(5, {"a": 2})])
+    planned = phase_specs(BUDGET, {"a": 1}, [PhaseConfig(5, {"a": 2})])
     assert [(s.start, s.rule, s.weights) for s in planned] == [
         (0, BUDGET, {"a": 1}), (5, BUDGET, {"a": 2}),
     ]  # fmt: skip
-    assert [stretch_at(planned, step).start for step in (0, 4, 5, 10**9)] == [0, 0, 5, 5]
+    assert [phase_spec_at(planned, step).start for step in (0, 4, 5, 10**9)] == [0, 0, 5, 5]
 
 
 def test_a_budget_without_step_times():

@@ -1,4 +1,4 @@
-"""Stretches of a schedule as a config describes them, and their weights under a budget of time."""
+"""Phases of a schedule as a config describes them, and their weights under a budget of time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ BUDGET = "budget"  # a rule of configs only: it becomes `shares` when step times
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """A stretch as a config describes it; `budget` among the rules.
+class PhaseSpec:
+    """A phase as a config describes it; `budget` is among its rules.
 
     Attributes:
       start: its first step.
@@ -31,25 +31,25 @@ class Stretch:
     weights: dict[str, int]
 
 
-def stretches(
+def phase_specs(
     rule: str,
     weights: Mapping[str, int],
     phases: Sequence[PhaseConfig] = (),
     intervals: Mapping[str, int] | None = None,
-) -> list[Stretch]:
+) -> list[PhaseSpec]:
     """Return what a config asks for, from step 0 on; the arguments and errors are those of `from_config`."""
     numbers = {"weight": weights, "interval": weights if intervals is None else intervals}
-    planned = [_stretch(0, rule, numbers, "schedule")]
+    planned = [_phase_spec(0, rule, numbers, "schedule")]
     for index, phase in enumerate(phases):
         where, before = f"schedule.phases[{index}]", planned[-1]
         if phase.start <= before.start:
             raise UserError(
-                f"{where}.start is {phase.start}, not after the stretch before it "
+                f"{where}.start is {phase.start}, not after the phase before it "
                 f"(step {before.start}). Put phases in ascending order, above 0."
             )
         changed = {"weight": phase.weights, "interval": phase.intervals}
         numbers |= {key: value for key, value in changed.items() if value is not None}
-        planned.append(_stretch(phase.start, phase.rule or before.rule, numbers, where))
+        planned.append(_phase_spec(phase.start, phase.rule or before.rule, numbers, where))
     return planned
 
 
@@ -58,21 +58,21 @@ def key_of(rule: str) -> str:
     return Rule.key if rule == BUDGET else rule_of(rule).key
 
 
-def stretch_at(planned: Sequence[Stretch], step: int) -> Stretch:
-    """The stretch that `step` falls in."""
+def phase_spec_at(planned: Sequence[PhaseSpec], step: int) -> PhaseSpec:
+    """Return the phase that `step` falls in."""
     return planned[bisect.bisect_right([each.start for each in planned], step) - 1]
 
 
-def _stretch(
+def _phase_spec(
     start: int, rule: str, numbers: Mapping[str, Mapping[str, int]], where: str
-) -> Stretch:
+) -> PhaseSpec:
     known = (*names(), BUDGET)
     if rule not in known:
         raise UserError(
             f"{where}.rule: there is no schedule rule '{rule}'.{nearest(str(rule), known)}"
         )
     weights = numbers[key_of(rule)]
-    return Stretch(
+    return PhaseSpec(
         start, rule, check_weights(None if rule == BUDGET else rule_of(rule), weights, rule)
     )
 
@@ -92,30 +92,30 @@ def from_config(
       weights: task name -> weight in the steps (`shares`, `random`) or in the time (`budget`), in the order in
         which tasks take turns. 0: the task does not run.
       seed: for `random`.
-      phases: later stretches, by ascending start.
-      seconds: start of a stretch -> seconds of a step of each task then, or anything in proportion
+      phases: later phases, by ascending start.
+      seconds: start of a phase -> seconds of a step of each task then, or anything in proportion
         to them; for `budget`.
       intervals: task name -> passes from one visit to the next, for `interval`; `weights` if None.
 
     Raises:
       UserError: an unknown rule; a weight that is not an integer from 0 up; no task with a
-        weight above 0; a period above `MAX_PERIOD`; phases out of order; `budget` and a task
+        weight above 0; a cycle above `MAX_CYCLE`; phases out of order; `budget` and a task
         without a step time.
     """
     segments: tuple[Segment, ...] = ()
-    for each in stretches(rule, weights, phases, intervals):
+    for each in phase_specs(rule, weights, phases, intervals):
         base = Schedule(segments).visits(each.start) if segments else {}
         segments = (*segments, _frozen(each, seconds, base, seed))
     return Schedule(segments)
 
 
 def _frozen(
-    each: Stretch,
+    each: PhaseSpec,
     seconds: Callable[[int], Mapping[str, float]],
     base: Mapping[str, int],
     seed: int,
 ) -> Segment:
-    """A stretch in integers."""
+    """Return the segment of a phase: its weights in integers."""
     if each.rule != BUDGET:
         return Segment(each.start, each.rule, each.weights, dict(base), seed)
     shares = budget_weights(seconds(each.start), each.weights)
@@ -147,12 +147,12 @@ def budget_weights(
                 f"Task '{task}': its share of time must be 0 or more; {fraction} is not."
             )
         rates[task] = Fraction(fraction) / _seconds(seconds, task) if fraction else Fraction(0)
-    wanted = {task: rate for task, rate in rates.items() if rate}
-    if not wanted:
+    positive = {task: rate for task, rate in rates.items() if rate}
+    if not positive:
         raise UserError("No task has a share of the time above 0. Give at least one.")
-    if len(wanted) > total:
-        raise UserError(f"{len(wanted)} tasks cannot share {total} steps. Raise the total.")
-    return dict.fromkeys(rates, 0) | _apportion(wanted, total)
+    if len(positive) > total:
+        raise UserError(f"{len(positive)} tasks cannot share {total} steps. Raise the total.")
+    return dict.fromkeys(rates, 0) | _apportion(positive, total)
 
 
 def _seconds(seconds: Mapping[str, float], task: str) -> Fraction:

@@ -13,15 +13,15 @@ import toyrun
 from etils import epath
 from jax._src import hardware_utils, xla_bridge
 
-from mmjax.core import commandline
+from mmjax.core import flags
 from mmjax.core.errors import UserError
 
 
 def parse(*argv: str):
-    made = commandline.parser("A test.")
-    made.add_argument("--workdir")
-    made.add_argument("word", nargs="?")
-    return commandline.parse(made, argv)
+    parser = flags.parser("A test.")
+    parser.add_argument("--workdir")
+    parser.add_argument("word", nargs="?")
+    return flags.parse(parser, argv)
 
 
 def test_overrides_stand_apart_in_their_order():
@@ -37,11 +37,11 @@ def test_an_override_with_spaces_is_no_positional_argument():
 
 def test_arguments_come_from_the_command_line_by_default(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x", "--config.a= 1", "--workdir=w"])
-    arguments, overrides = commandline.parse(commandline.parser("A test."), ["--config.b=1"])
+    arguments, overrides = flags.parse(flags.parser("A test."), ["--config.b=1"])
     assert overrides == ["b=1"]
-    made = commandline.parser("A test.")
-    made.add_argument("--workdir")
-    arguments, overrides = commandline.parse(made, None)
+    parser = flags.parser("A test.")
+    parser.add_argument("--workdir")
+    arguments, overrides = flags.parse(parser, None)
     assert (arguments.workdir, overrides) == ("w", ["a= 1"])
 
 
@@ -54,7 +54,7 @@ def test_an_unknown_argument_is_named_with_the_usage_on_one_line(argument):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("folder", ["nowhere", "tests/core/test_commandline.py"])
+@pytest.mark.parametrize("folder", ["nowhere", "tests/core/test_flags.py"])
 def test_extra_code_must_be_a_folder(folder):
     with pytest.raises(UserError, match=re.escape(f"--extra={folder}")):
         parse(f"--extra={folder}")
@@ -63,19 +63,19 @@ def test_extra_code_must_be_a_folder(folder):
 def test_paths_are_absolute_whatever_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert commandline.folder("runs/one") == epath.Path(tmp_path / "runs" / "one")
-    assert commandline.folder("./a/../b") == epath.Path(tmp_path / "b")
-    assert commandline.folder("~/runs") == epath.Path(tmp_path / "home" / "runs")
-    assert commandline.folder("/runs") == epath.Path("/runs")
-    assert os.fspath(commandline.folder("gs://bucket/runs")) == "gs://bucket/runs"
+    assert flags.folder("runs/one") == epath.Path(tmp_path / "runs" / "one")
+    assert flags.folder("./a/../b") == epath.Path(tmp_path / "b")
+    assert flags.folder("~/runs") == epath.Path(tmp_path / "home" / "runs")
+    assert flags.folder("/runs") == epath.Path("/runs")
+    assert os.fspath(flags.folder("gs://bucket/runs")) == "gs://bucket/runs"
 
 
 def test_a_workdir_is_made_and_may_be_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = commandline.make_workdir("a/b")
+    made = flags.make_workdir("a/b")
     assert made == epath.Path(tmp_path / "a" / "b") and made.is_dir()
     (made / "kept").write_text("x")
-    assert (commandline.make_workdir("a/b") / "kept").exists()
+    assert (flags.make_workdir("a/b") / "kept").exists()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_workdir_that_cannot_be(tmp_path, path, words):
     file = tmp_path / "file"
     file.write_text("mine")
     with pytest.raises(UserError, match=re.escape(words)) as raised:
-        commandline.make_workdir(path.format(file=file))
+        flags.make_workdir(path.format(file=file))
     assert "Give a" in str(raised.value)
     assert file.read_text() == "mine" and sorted(os.listdir(tmp_path)) == ["file"]
 
@@ -100,7 +100,7 @@ def test_a_workdir_that_cannot_be(tmp_path, path, words):
 def test_a_config_is_read_with_its_overrides(tmp_path):
     path = Path(tmp_path) / "c.py"
     path.write_text("def get_config():\n    return {'a': {'b': 1}}\n")
-    assert commandline.read_config(str(path), ["a.b=2"]) == {"a": {"b": 2}}
+    assert flags.read_config(str(path), ["a.b=2"]) == {"a": {"b": 2}}
 
 
 # --- a TPU that is not there -------------------------------------------------------------------
@@ -109,18 +109,18 @@ def test_a_config_is_read_with_its_overrides(tmp_path):
 @pytest.fixture
 def factories(monkeypatch):
     """JAX's kinds of devices, of which one can be taken out; the environment says nothing of them."""
-    found = {"tpu": 1, "cpu": 2}
-    monkeypatch.setattr(xla_bridge, "_backend_factories", found)
+    result = {"tpu": 1, "cpu": 2}
+    monkeypatch.setattr(xla_bridge, "_backend_factories", result)
     for name in list(os.environ):
         if name.startswith(("TPU_", "JAX_PLATFORMS", "CLOUD_TPU", "JAX_FORCE")):
             monkeypatch.delenv(name)
     monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(()))
     monkeypatch.setattr(hardware_utils, "num_available_tpu_chips_and_device_id", lambda: (0, None))
-    return found
+    return result
 
 
 def test_a_tpu_that_is_not_there_is_not_tried(factories):
-    commandline.parse(commandline.parser("x"), [])
+    flags.parse(flags.parser("x"), [])
     assert factories == {"cpu": 2}
 
 
@@ -135,7 +135,7 @@ def test_a_tpu_that_may_be_there_is_tried(factories, monkeypatch, sign):
         monkeypatch.setattr(Path, "glob", lambda self, p: iter([self / "accel0"] * (p == "accel*")))
     else:
         monkeypatch.setenv(sign, "tpu")
-    commandline.parse(commandline.parser("x"), [])
+    flags.parse(flags.parser("x"), [])
     assert factories == {"tpu": 1, "cpu": 2}
 
 
