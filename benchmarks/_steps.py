@@ -23,6 +23,7 @@ from mmjax.engine.requests import train_requests
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.schedule.rules.base import rule_of
 from mmjax.training.flight import dispatch
+from mmjax.training.initial_state import initial_state
 from mmjax.training.session import Session, begin
 
 
@@ -52,7 +53,7 @@ class Steps:
             self._session: Session = begin(self.experiment, folder, self._mesh, False, print)
         requests, limits = train_requests(self.experiment, self._mesh), self.experiment.run.limits
         self._programs: dict[str, Program] = compile_all(requests, self._mesh, limits)
-        self._state: Any = self._session.state()
+        self._state: Any = initial_state(self.experiment, self._mesh, self._session.start)
 
     @property
     def session(self) -> Session:

@@ -29,7 +29,7 @@ from mmjax.core.errors import UserError, nearest
 from mmjax.core.sharding import MeshConfig, make_mesh
 from mmjax.engine.compile import use_cache
 from mmjax.monitor.tables import table
-from mmjax.training.session import environment
+from mmjax.training.origin import environment
 
 COMMANDS = ("run", "readme")
 

@@ -34,7 +34,7 @@ from mmjax.training.evaluation import (
     announce_changed,
     append_evaluations,
 )
-from mmjax.training.origin import check_code
+from mmjax.training.identity import check_code
 
 
 def evaluate(workdir: epath.Path, step: int | None, overrides: Sequence[str]) -> list[Record]:

@@ -33,6 +33,7 @@ from mmjax.monitor import metrics
 from mmjax.monitor.tables import table
 from mmjax.schedule.schedule import Schedule
 from mmjax.training.flight import dispatch
+from mmjax.training.initial_state import initial_state
 from mmjax.training.session import Session, reopen
 
 _COMPARED = ("loss", "grad_norm")
@@ -108,7 +109,7 @@ def _run(session: Session, last: int) -> dict[str, float]:
     chosen = {n: requests[n] for n in requests if n in needed}
     with processes.compiling(chosen) as watch:
         programs = compile_all(chosen, mesh, run.limits, watch)
-    state = session.state()
+    state = initial_state(experiment, mesh, session.start)
     values: Mapping[str, jax.Array] = {}
 
     rows = process_rows(mesh)

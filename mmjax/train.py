@@ -41,6 +41,7 @@ from mmjax.monitor.tables import program_table, results_table, summary_tables
 from mmjax.monitor.wandb import require
 from mmjax.report.page import write_report
 from mmjax.training.evaluation import Evaluation, announce_changed, read_results
+from mmjax.training.initial_state import initial_state
 from mmjax.training.loop import Loop
 from mmjax.training.origin import started_with
 from mmjax.training.session import Session, begin, roll_back
@@ -227,7 +228,7 @@ def _run(
                     processes.compiling({}, "state on the devices") as watch,
                 ):
                     watch("state on the devices", COMPILING)
-                    state = session.state()
+                    state = initial_state(session.experiment, session.mesh, session.start)
                     watch("state on the devices", COMPILED)
                 records = Loop(session, programs, evaluation, activities, signals).run(state)
                 break

@@ -95,7 +95,7 @@ def test_a_run_under_way_is_read_and_left_alone(tmp_path: Path) -> None:
 
 
 def test_step_times_of_a_run_whose_checkpoints_are_gone(tmp_path: Path) -> None:
-    run(tmp_path / "run", "steps=1", "schedule.rule=interval")
+    run(tmp_path / "run", "steps=1", "schedule.rule=interval", "tasks.one.weight=1")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     text = dry(tmp_path / "run")
     assert "begin at step 0" in text

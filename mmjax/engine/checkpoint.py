@@ -24,6 +24,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mmjax.core.bounds import AMOUNT, COUNT, SIZE, check
+from mmjax.core.config import Difference
 from mmjax.core.errors import UserError, nearest
 from mmjax.core.files import is_local, naming
 from mmjax.engine import arrays, metadata, processes
@@ -33,6 +34,7 @@ from mmjax.engine.metadata import is_verified as is_verified
 from mmjax.monitor import metrics
 
 T = TypeVar("T")
+Accept = Callable[[int, dict[str, Any]], Iterable[Difference]]
 FOLDER = "checkpoints"
 TORN = "torn"
 UNVERIFIED = "Checkpoint {step} has format 1, without checksums: it was read unverified."
@@ -142,14 +144,35 @@ def _is_measure(record: Mapping[str, Any], measure: str) -> bool:
     return measure in (name, f"{name}/{record.get('split')}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Restored:
-    """A checkpoint: its step, its state in canonical form, its meta data, and what `check_shapes` says of it."""
+    """A checkpoint that was read.
+
+    Attributes:
+      step: completed training steps.
+      state: its arrays in canonical form; None once they are taken.
+      meta: its meta data.
+      widened: arrays that are stored in a narrower dtype (see `check_shapes`).
+      differences: between its config and that of the run that continues from it, as `accept` returned them.
+    """
 
     step: int
     state: Any
     meta: dict[str, Any]
     widened: tuple[str, ...] = ()
+    differences: tuple[Difference, ...] = ()
+
+    def take(self) -> dict[str, Any]:
+        """Return the arrays, and keep no reference to them: memory would hold them beside the state made of them.
+
+        Raises:
+          RuntimeError: they were taken before.
+        """
+        if self.state is None:
+            raise RuntimeError(f"the arrays of checkpoint {self.step} were taken before")
+        state: dict[str, Any] = self.state
+        self.state = None
+        return state
 
 
 class Checkpoints:
@@ -227,6 +250,26 @@ def steps(workdir: epath.Path) -> list[int]:
     names = [name for name in _listed(workdir / FOLDER) if re.fullmatch("0|[1-9][0-9]*", name)]
     folders = [name for name in names if not _is_file(workdir / FOLDER / name)]
     return sorted(map(int, folders), reverse=True)
+
+
+def newest(
+    workdir: epath.Path, readable: Callable[[int], T | None], among: Sequence[int] | None = None
+) -> T | None:
+    """Return what `readable` returns for the newest checkpoint that it accepts; None if it accepts none.
+
+    Nothing is moved or written, unless `readable` does so.
+
+    Args:
+      workdir: the run's folder.
+      readable: `readable(step)` reads what is wanted of a checkpoint. If it returns None, the one before is tried; if
+        it raises, the search ends.
+      among: the steps to try, newest first; those of all finished checkpoints if None.
+
+    Raises:
+      Unreadable: the folder cannot be listed.
+    """
+    results = map(readable, steps(workdir) if among is None else among)
+    return next((result for result in results if result is not None), None)
 
 
 def _listed(folder: epath.Path) -> list[str]:
@@ -388,7 +431,7 @@ def _leaf_words(leaf: Any) -> str:
 def restore_latest(
     workdir: epath.Path,
     abstract: Mapping[str, Any],
-    accept: Callable[[int, dict[str, Any]], None],
+    accept: Accept,
     log: Callable[[str], None],
     may_be_new: Callable[[str, dict[str, Any]], bool],
 ) -> Restored | None:
@@ -397,7 +440,8 @@ def restore_latest(
     Args:
       workdir: the run's folder.
       abstract: shapes, dtypes and shardings of the wanted state, in canonical form.
-      accept: `accept(step, meta)` may refuse a checkpoint by raising a `UserError` before its arrays are read.
+      accept: `accept(step, meta)` returns how the checkpoint's config differs from the run's. It may refuse the
+        checkpoint by raising a `UserError`, before the arrays are read.
       log: prints a line for the user.
       may_be_new: `may_be_new(name, meta)`: whether a parameter may be absent; it is left out of the result.
 
@@ -405,23 +449,26 @@ def restore_latest(
       UserError: a checkpoint cannot be read though it may be whole, or there are damaged ones only. A run that
         has checkpoints does not begin at step 0 by itself.
     """
-    # Which there are, process 0 says: it also moves what is damaged.
     causes: dict[int, str] = {}
-    for step in processes.gather(_together(lambda: steps(workdir)))[0]:
-        result = _together(partial(_try, workdir, step, abstract, accept, may_be_new))
-        # What is damaged for one process, none takes.
-        damage = processes.gather(None if isinstance(result, Restored) else result)
-        damage = [cause for cause in damage if cause is not None]
-        if not damage:
-            assert isinstance(result, Restored)
-            _log_widened(result, log)
+
+    def whole(step: int) -> Restored | None:
+        result = _try_together(workdir, step, abstract, accept, may_be_new)
+        if isinstance(result, Restored):
             return result
-        causes[step] = damage[0]
+        causes[step] = result
         if processes.is_first():
             aside = set_aside(workdir, step, TORN)
             log(
-                f"Checkpoint {step} is damaged ({damage[0]}). Moved to {aside}; trying the one before it."
+                f"Checkpoint {step} is damaged ({result}). Moved to {aside}; trying the one before it."
             )
+        return None
+
+    # Process 0 lists them, as it also moves what is damaged.
+    agreed = processes.gather(_together(lambda: steps(workdir)))[0]
+    restored = newest(workdir, whole, agreed)
+    if restored is not None:
+        _log_widened(restored, log)
+        return restored
     refusal = processes.gather(_refusal(workdir, causes))[0]
     if refusal:
         raise UserError(refusal)
@@ -474,6 +521,13 @@ def _together(read: Callable[[], T]) -> T:
     return cast(T, value)
 
 
+def _try_together(workdir: epath.Path, step: int, *arguments: Any) -> Restored | str:
+    """Return a checkpoint or what damage it has; what is damaged for one process, none takes."""
+    result = _together(partial(_try, workdir, step, *arguments))
+    damage = processes.gather(None if isinstance(result, Restored) else result)
+    return next((cause for cause in damage if cause is not None), result)
+
+
 def _try(workdir: epath.Path, step: int, *arguments: Any) -> Restored | str:
     """A checkpoint, or what damage it has."""
     try:
@@ -486,7 +540,7 @@ def restore(
     workdir: epath.Path,
     step: int,
     abstract: Mapping[str, Any],
-    accept: Callable[[int, dict[str, Any]], None],
+    accept: Accept,
     may_be_new: Callable[[str, dict[str, Any]], bool],
 ) -> Restored:
     """Return the checkpoint of a step; arguments as of `restore_latest`.
@@ -496,11 +550,12 @@ def restore(
       UserError: it does not go with this config.
     """
     meta = read_meta(workdir, step)
-    accept(step, meta)
+    differences = tuple(accept(step, meta))
     saved = read_shapes(workdir, step)
     target = _without_new(abstract, saved, meta, may_be_new)
     widened = check_shapes(saved, target, str(workdir / FOLDER / str(step)))
-    return Restored(step, read_state(workdir, step, target), meta, tuple(widened))
+    state = read_state(workdir, step, target)
+    return Restored(step, state, meta, tuple(widened), differences)
 
 
 def _without_new(

@@ -263,12 +263,14 @@ def key_of(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 def newest_meta(workdir: epath.Path) -> tuple[int, dict[str, Any] | None]:
     """Step and meta data of the newest checkpoint whose meta data can be read; (0, None) for none."""
-    for step in checkpoint.steps(workdir):
+
+    def readable(step: int) -> tuple[int, dict[str, Any]] | None:
         try:
             return step, checkpoint.read_meta(workdir, step)
         except (UserError, ValueError):
-            continue  # torn, of a newer version, or removed by the run just now
-    return 0, None
+            return None  # torn, of a newer version, or removed by the run just now
+
+    return checkpoint.newest(workdir, readable) or (0, None)
 
 
 def _json(path: epath.Path) -> Any:

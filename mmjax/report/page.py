@@ -170,14 +170,17 @@ def _panels(model: TrainedModel, task: str, count: int) -> list[Panel]:
 def _newest_model(workdir: epath.Path) -> TrainedModel | None:
     """The newest checkpoint that can be read; the run may be removing or writing one just now."""
     steps = checkpoint.steps(workdir)
-    for step in steps:
+
+    def readable(step: int) -> TrainedModel | None:
         try:
             return TrainedModel(workdir, step)
         except Exception as error:
             if step == steps[-1]:
                 raise
             _warn(f"Checkpoint {step} cannot be read; trying the one before it", error)
-    return None
+            return None
+
+    return checkpoint.newest(workdir, readable, steps)
 
 
 def _none(words: str) -> Html:

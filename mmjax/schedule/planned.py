@@ -94,8 +94,8 @@ class PlannedSchedule:
             if key not in read and (named or in_phases):
                 where = f"tasks.{named[0]}.{key}" if named else f"{key}s of schedule.phases"
                 raise UserError(
-                    f"{where} is set, but no rule of the schedule reads it: '{self.config.rule}' reads '{other}'. "
-                    "Set that, or another schedule.rule."
+                    f"{where} is set, but the schedule's rule '{self.config.rule}' reads {other}s. "
+                    f"Set {other}, or another schedule.rule."
                 )
 
     def _numbers(self, key: str) -> dict[str, int]:

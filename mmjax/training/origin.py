@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mmjax.core import config as configs
-from mmjax.core.errors import UserError
 from mmjax.engine.checkpoint import Restored
 from mmjax.engine.warm_start import pinned
 from mmjax.experiment import Experiment
@@ -48,35 +46,6 @@ def _git(folder: Path, *words: str) -> str:
     except OSError:
         return ""  # not installed
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def check_code(
-    saved: Mapping[str, str],
-    experiment: Experiment,
-    allow_change: bool,
-    log: Callable[[str], None],
-) -> None:
-    """Compare the extension files (`--extra`) of a config with those that a run had.
-
-    Args:
-      saved: the identities of a checkpoint.
-      experiment: the config as it is now.
-      allow_change: whether they may differ, which is said.
-      log: prints a line.
-
-    Raises:
-      UserError: they differ and may not.
-    """
-    now = code_of(experiment)
-    changed = sorted(key for key in saved.keys() & now.keys() if saved[key] != now[key])
-    if not changed:
-        return
-    words = f"Code of the run has changed since it was saved: {', '.join(changed)}"
-    if not allow_change:
-        raise UserError(
-            f"{words}. Restore it, add --allow_change to continue with it, or use another --workdir."
-        )
-    log(f"{words}.")
 
 
 def beginning(workdir: epath.Path, restored: Restored | None) -> dict[str, str]:
@@ -120,13 +89,3 @@ def _processor() -> str:
         )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def announce_environment(
-    saved: Mapping[str, Any], now: Mapping[str, Any], log: Callable[[str], None]
-) -> None:
-    """Say what differs from the environment that a checkpoint was made in."""
-    # An older version has not recorded all of them.
-    changed = [f"{k} {saved[k]} -> {now[k]}" for k in now if k in saved and saved[k] != now[k]]
-    if changed:
-        log(f"The run began elsewhere, so its bits may differ in rounding: {', '.join(changed)}.")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
@@ -21,8 +18,6 @@ from mmjax.core.files import replace_file
 from mmjax.core.parameters import Arrays
 from mmjax.core.workdir import METRICS, REPORT, RESULTS
 from mmjax.data import order
-from mmjax.data.identity import is_same
-from mmjax.data.tokenizer import how_to_get
 from mmjax.engine import checkpoint, processes
 from mmjax.engine.checkpoint import Restored
 from mmjax.engine.compile import compile_silently
@@ -33,12 +28,9 @@ from mmjax.engine.state import (
     SUMMED,
     Clock,
     State,
-    compute_dtype,
     evaluated,
-    init_state,
     parameter_of,
     shardings,
-    state_from_canonical,
     state_to_canonical,
 )
 from mmjax.engine.warm_start import check_files, pin, pinned, warm_start
@@ -49,7 +41,14 @@ from mmjax.run_config import RunConfig
 from mmjax.schedule.schedule import Schedule
 from mmjax.sources.base import Cached, Examples
 from mmjax.training.evaluation import read_results
-from mmjax.training.origin import announce_environment, beginning, check_code, code_of, environment
+from mmjax.training.identity import (
+    Here,
+    check_identities,
+    digest,
+    identities_of,
+)
+from mmjax.training.initial_state import Fresh, canonical_shapes
+from mmjax.training.origin import beginning, code_of, environment
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,7 @@ class Session:
       data: the opened source of each task.
       identities: digests of the data, of the files that modalities name, of extension files (`code.KIND/NAME`), and
         what the parameters were taken from.
-      restored: the checkpoint it goes on from, if any.
-      given: parameters that a fresh run begins with, by canonical name.
+      start: the checkpoint from which it continues, or the beginning at step 0.
       check_lease: raises if this process may no longer write in the workdir.
     """
 
@@ -72,9 +70,13 @@ class Session:
     clock: Clock
     data: Mapping[str, Examples]
     identities: Mapping[str, str]
-    restored: Restored | None
-    given: dict[str, Any] = field(default_factory=dict)
+    start: Restored | Fresh
     check_lease: Callable[[], None] = lambda: None
+
+    @property
+    def restored(self) -> Restored | None:
+        """The checkpoint from which it continues, if any."""
+        return self.start if isinstance(self.start, Restored) else None
 
     @property
     def is_done(self) -> bool:
@@ -100,59 +102,10 @@ class Session:
         step = self.restored.step
         return step == saved["steps"] or bool(every and step and step % every == 0)
 
-    def state(self) -> State:
-        """The state on the mesh: initial, with everything that the checkpoint holds in its place.
-
-        To be called once: it lets go of the arrays it was given, which would lie beside the state else.
-        """
-        abstract = self.experiment.abstract_state(self.mesh)
-        dtype = compute_dtype(self.experiment.run.dtype.parameters)
-        experiment = self.experiment
-
-        def fresh(given: Any = None) -> State:
-            return init_state(
-                experiment.declaration,
-                experiment.optimizers.whole,
-                experiment.run.seed,
-                dtype,
-                given,
-            )
-
-        if self.restored is None:
-            given = dict(self.given)
-            self.given.clear()
-            return jax.jit(fresh, out_shardings=shardings(abstract))(given)
-        step = self.restored.step
-        specs, held = experiment.declaration.specs, dict(self.restored.state)
-        self.restored.state.clear()
-        if not _missing(self._canonical_shapes, held):
-            return jax.jit(
-                lambda t: state_from_canonical(specs, t), out_shardings=shardings(abstract)
-            )(held)
-
-        def joined(held: Any) -> State:
-            tree = state_to_canonical(specs, fresh())
-            whole = {part: {**tree[part], **held.get(part, {})} for part in tree}
-            # An average that is new begins at what it averages.
-            for name in whole["buffers"].keys() - held.get("buffers", {}).keys():
-                if name.startswith(EMA):
-                    average = whole["parameters"][name.removeprefix(EMA)]
-                    whole["buffers"][name] = average.astype(whole["buffers"][name].dtype)
-            # Earlier versions did not count the steps of a round; what was skipped counted as one.
-            if SUMMED in whole["buffers"] and SUMMED not in held.get("buffers", {}):
-                whole["buffers"][SUMMED] = jnp.int32(step % experiment.run.optimizer.accumulate)
-            return state_from_canonical(specs, whole)
-
-        return jax.jit(joined, out_shardings=shardings(abstract))(held)
-
-    @cached_property
-    def _canonical_shapes(self) -> Any:
-        return _abstract_canonical(self.experiment, self.mesh)
-
     @cached_property
     def _to_canonical(self) -> Callable[[State], Any]:
         specs = self.experiment.declaration.specs
-        out = shardings(self._canonical_shapes)
+        out = shardings(canonical_shapes(self.experiment, self.mesh))
         abstract = self.experiment.abstract_state(self.mesh)
         return compile_silently(lambda s: state_to_canonical(specs, s), abstract, out, self.mesh)
 
@@ -204,44 +157,62 @@ def begin(
       UserError: data missing or other than the run's; a config that does not go with the run's.
     """
     data = _open_data(experiment)
-    identities = {f"tasks.{n}.source": e.identity for n, e in data.items()} | _file_identities(
-        experiment
-    )
-    changes: list[configs.Difference] = []
-
-    def accept(step: int, meta: dict[str, Any]) -> None:
-        changes[:] = configs.check_compatible(
-            meta["config"], experiment.block, allow_change, RunConfig
-        )
-        _check_identities(meta["identities"], identities, workdir)
-        check_code(meta["identities"], experiment, allow_change, log)
-        announce_environment(meta["environment"], environment(mesh), log)
-
-    abstract = _abstract_canonical(experiment, mesh)
-    may_be_new = _may_be_new(experiment)
-    with activity("restore"):
-        restored = checkpoint.restore_latest(workdir, abstract, accept, log, may_be_new)
-    clock = fresh_clock(experiment) if restored is None else _clock(experiment, restored, changes)
-    if restored is not None:
-        _check_parameters(experiment, restored)
-        log(f"Going on from step {restored.step} in {workdir}.")
-        if not checkpoint.is_verified(restored.meta):
-            log(checkpoint.UNVERIFIED.format(step=restored.step))
-        _log_gaps(workdir, restored.step, log)
-        for change in changes:
-            log(f"Config changed: {change}")
-    initial = {}
+    identities = identities_of(experiment, data)
+    here = Here(experiment, workdir, mesh, identities)
+    restored = _candidate(here, allow_change, log, activity)
     if restored is None:
-        config = experiment.run.init_from
-        step = pin(config, workdir, log, allow_change)
-        specs = experiment.declaration.specs
-        initial = warm_start(config, specs, log, step)
-        check_files(config, step, specs, initial, identities)
+        clock = fresh_clock(experiment)
+    else:
+        clock = _clock(experiment, restored)
+        _check_parameters(experiment, restored)
+        _announce(workdir, restored, log)
+    start = restored or _fresh(here, allow_change, log)
     if processes.is_first():
         _write_config(workdir, experiment)
         _keep_files(workdir, experiment)
-    identities |= code_of(experiment) | beginning(workdir, restored)
-    return Session(experiment, workdir, mesh, clock, data, identities, restored, initial)
+    identities = identities | code_of(experiment) | beginning(workdir, restored)
+    return Session(experiment, workdir, mesh, clock, data, identities, start)
+
+
+def _candidate(
+    here: Here,
+    allow_change: bool,
+    log: Callable[[str], None],
+    phase: Callable[[str], AbstractContextManager[Any]],
+) -> Restored | None:
+    """Return the newest whole checkpoint, if any, with how its config differs; one of another run is refused."""
+
+    def accept(_: int, meta: dict[str, Any]) -> Sequence[configs.Difference]:
+        saved, new = meta["config"], here.experiment.block
+        differences = configs.check_compatible(saved, new, allow_change, RunConfig)
+        here.check(meta, allow_change, log)
+        return differences
+
+    abstract, may_be_new = (
+        canonical_shapes(here.experiment, here.mesh),
+        _may_be_new(here.experiment),
+    )
+    with phase("restore"):
+        return checkpoint.restore_latest(here.workdir, abstract, accept, log, may_be_new)
+
+
+def _fresh(here: Here, allow_change: bool, log: Callable[[str], None]) -> Fresh:
+    """Return the beginning at step 0, with the parameters that `init_from` names."""
+    config, specs = here.experiment.run.init_from, here.experiment.declaration.specs
+    step = pin(config, here.workdir, log, allow_change)
+    parameters = warm_start(config, specs, log, step)
+    check_files(config, step, specs, parameters, here.identities)
+    return Fresh(parameters)
+
+
+def _announce(workdir: epath.Path, restored: Restored, log: Callable[[str], None]) -> None:
+    """Announce the checkpoint from which the run continues, what it lacks, and how its config differs."""
+    log(f"Going on from step {restored.step} in {workdir}.")
+    if not checkpoint.is_verified(restored.meta):
+        log(checkpoint.UNVERIFIED.format(step=restored.step))
+    _log_gaps(workdir, restored.step, log)
+    for change in restored.differences:
+        log(f"Config changed: {change}")
 
 
 def _log_gaps(workdir: epath.Path, step: int, log: Callable[[str], None]) -> None:
@@ -272,19 +243,19 @@ def reopen(
       UserError: data other than the run's.
     """
     data = _open_data(experiment)
-    now = {f"tasks.{n}.source": e.identity for n, e in data.items()} | _file_identities(experiment)
+    now = identities_of(experiment, data)
+    here = Here(experiment, workdir, mesh, now)
 
-    def accept(_: int, meta: dict[str, Any]) -> None:
-        _check_identities(meta["identities"], now, workdir)
-        check_code(meta["identities"], experiment, True, print)
-        announce_environment(meta["environment"], environment(mesh), print)
+    def accept(_: int, meta: dict[str, Any]) -> Sequence[configs.Difference]:
+        here.check(meta, True, print)
+        return ()
 
     if step is None:
         clock = replace(fresh_clock(experiment), schedule=schedule)
         config, specs = experiment.run.init_from, experiment.declaration.specs
-        initial = warm_start(config, specs, lambda _: None, pinned(workdir).get("step"))
-        return Session(experiment, workdir, mesh, clock, data, now, None, initial)
-    abstract, may_be_new = _abstract_canonical(experiment, mesh), _may_be_new(experiment)
+        start = Fresh(warm_start(config, specs, lambda _: None, pinned(workdir).get("step")))
+        return Session(experiment, workdir, mesh, clock, data, now, start)
+    abstract, may_be_new = canonical_shapes(experiment, mesh), _may_be_new(experiment)
     restored = checkpoint.restore(workdir, step, abstract, accept, may_be_new)
     clock = replace(Clock.from_json(restored.meta["clock"]), schedule=schedule)
     return Session(experiment, workdir, mesh, clock, data, now, restored)
@@ -338,9 +309,12 @@ def newest_good(session: Session, before: int | None) -> int | None:
     good: int | None = None
     if processes.is_first():
         bounds = session.experiment.run.limits.bounds
-        steps = checkpoint.steps(session.workdir)
-        early = (step for step in steps if before is None or step <= before)
-        good = next((step for step in early if _was_healthy(session.workdir, step, bounds)), None)
+
+        def well(step: int) -> int | None:
+            is_early = before is None or step <= before
+            return step if is_early and _was_healthy(session.workdir, step, bounds) else None
+
+        good = checkpoint.newest(session.workdir, well)
     agreed: int | None = processes.gather(good)[0]
     return agreed
 
@@ -366,16 +340,6 @@ def _open_data(experiment: Experiment) -> dict[str, Examples]:
     return data
 
 
-def _file_identities(experiment: Experiment) -> dict[str, str]:
-    result = {}
-    for name, modality in experiment.used.items():
-        for file, path in modality.files().items():
-            if not path.exists():
-                raise UserError(f"modalities.{name}: file '{path}' is missing. {how_to_get(path)}")
-            result[f"modalities.{name}/{file}"] = _digest(path.read_bytes())
-    return result
-
-
 def count_examples(
     experiment: Experiment, workdir: epath.Path, saved: Mapping[str, str]
 ) -> dict[str, int]:
@@ -385,58 +349,9 @@ def count_examples(
       UserError: data or files that are missing, lack a field, or are not those of the identities `saved`.
     """
     data = _open_data(experiment)
-    now = {f"tasks.{n}.source": e.identity for n, e in data.items()} | _file_identities(experiment)
-    _check_identities(saved, now, workdir)
+    now = identities_of(experiment, data)
+    check_identities(saved, now, workdir)
     return {name: len(examples) for name, examples in data.items()}
-
-
-def _check_identities(
-    saved: Mapping[str, str], now: Mapping[str, str], workdir: epath.Path
-) -> None:
-    changed = [key for key in saved.keys() & now.keys() if not is_same(saved[key], now[key])]
-    if changed:
-        raise UserError(
-            f"The data of the run in '{workdir}' has changed since: {', '.join(sorted(changed))}. "
-            "Restore the data it began with, or use another --workdir."
-        )
-
-
-def _abstract_canonical(experiment: Experiment, mesh: Mesh) -> Any:
-    """The canonical state's shapes, each lying on the mesh as its (stacked) parameter does."""
-    abstract = experiment.abstract_state(mesh)
-    specs = experiment.declaration.specs
-    shapes = jax.eval_shape(lambda s: state_to_canonical(specs, s), abstract)
-    placed = state_to_canonical(specs, jax.tree.map(_Placed, abstract))
-    return jax.tree.map(
-        lambda shape, p: jax.ShapeDtypeStruct(
-            shape.shape, shape.dtype, sharding=p.of(len(shape.shape))
-        ),
-        shapes,
-        placed,
-    )
-
-
-@dataclass(frozen=True)
-class _Placed:
-    """Stands in for an array when a stacked one is taken apart: its first dimension falls away."""
-
-    leaf: Any
-    taken: bool = False
-
-    def __getitem__(self, _: int) -> _Placed:
-        return _Placed(self.leaf, True)
-
-    def of(self, rank: int) -> Any:
-        sharding = self.leaf.sharding
-        if not self.taken or not len(sharding.spec):
-            return sharding
-        return jax.sharding.NamedSharding(
-            sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1 : rank + 1])
-        )
-
-
-def _missing(expected: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
-    return any(set(expected[part]) - set(found[part]) for part in expected)
 
 
 def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]:
@@ -495,7 +410,7 @@ def clock_after(
       UserError: the config does not go with the checkpoint's.
     """
     changes = configs.check_compatible(meta["config"], experiment.block, allow_change, RunConfig)
-    return _clock(experiment, Restored(step, None, dict(meta)), changes)
+    return _clock(experiment, Restored(step, None, dict(meta), differences=tuple(changes)))
 
 
 def fresh_clock(experiment: Experiment) -> Clock:
@@ -504,10 +419,10 @@ def fresh_clock(experiment: Experiment) -> Clock:
     return Clock(0, experiment.planned.schedule(), zeros, zeros, zeros)
 
 
-def _clock(experiment: Experiment, restored: Restored, changes: list[configs.Difference]) -> Clock:
+def _clock(experiment: Experiment, restored: Restored) -> Clock:
     """The saved clock; with a new segment from here on where the config's schedule has changed."""
-    saved = _released(Clock.from_json(restored.meta["clock"]), changes)
-    if not any(_moves_schedule(c, experiment, restored) for c in changes):
+    saved = _released(Clock.from_json(restored.meta["clock"]), restored.differences)
+    if not any(_moves_schedule(c, experiment, restored) for c in restored.differences):
         return saved
     planned, now = experiment.planned.schedule(), saved.step
     schedule = saved.schedule
@@ -527,7 +442,7 @@ def _clock(experiment: Experiment, restored: Restored, changes: list[configs.Dif
     return replace(saved, schedule=schedule)
 
 
-def _released(saved: Clock, changes: list[configs.Difference]) -> Clock:
+def _released(saved: Clock, changes: Iterable[configs.Difference]) -> Clock:
     """The clock without what it knew of tasks whose blocks have changed: they begin anew as healthy ones."""
     changed = {
         c.key.split(".")[1] for c in changes if c.kind == "schedule" and c.key.startswith("tasks.")
@@ -566,10 +481,6 @@ def _keep_files(workdir: epath.Path, experiment: Experiment) -> None:
     for modality in experiment.used.values():
         for name, path in modality.files().items():
             copy, content = workdir / "assets" / asset_name(name), path.read_bytes()
-            if not copy.exists() or _digest(copy.read_bytes()) != _digest(content):
+            if not copy.exists() or digest(copy.read_bytes()) != digest(content):
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 replace_file(copy, content)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

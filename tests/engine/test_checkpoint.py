@@ -20,6 +20,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mmjax.core import migrations
+from mmjax.core.config import Difference
 from mmjax.core.errors import UserError
 from mmjax.core.sharding import MeshConfig, make_mesh
 from mmjax.engine import checkpoint
@@ -70,7 +71,7 @@ def equal(one: Any, two: Any) -> bool:
 
 def restore(workdir: Path, wanted: Any = None, **more: Any) -> Restored | None:
     chosen: dict[str, Any] = {
-        "accept": lambda step, meta: None,
+        "accept": lambda step, meta: (),
         "log": lambda text: None,
         "may_be_new": lambda name, meta: False,
     }
@@ -86,6 +87,27 @@ def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
     assert equal(restored.state, state(5)) and restored.state["buffers"] == {}
     versions = {"format": checkpoint.FORMAT, migrations.KEY: migrations.VERSION}
     assert restored.meta == {**meta(5), "step": 5, **versions}
+
+
+def test_arrays_that_were_read_can_be_taken_once(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    restored = restore(tmp_path)
+    assert restored is not None
+    assert equal(restored.take(), state(5)) and restored.state is None
+    with pytest.raises(RuntimeError, match="checkpoint 5 were taken before"):
+        restored.take()
+
+
+def test_how_the_config_differs_comes_with_the_checkpoint_that_was_read(tmp_path: Path) -> None:
+    """Not how it differs from one that was passed over because its arrays are damaged."""
+    save(tmp_path, 2, 4)
+    shutil.rmtree(tmp_path / "checkpoints" / "4" / "state")
+
+    def accept(step: int, meta: dict[str, Any]) -> list[Difference]:
+        return [Difference("steps", "free", step, 9)]
+
+    restored = restore(tmp_path, accept=accept)
+    assert restored is not None and restored.differences == (Difference("steps", "free", 2, 9),)
 
 
 def test_arrays_are_written_as_they_are(tmp_path: Path) -> None:
@@ -324,6 +346,26 @@ def test_a_torn_one_is_set_aside_aloud(tmp_path: Path) -> None:
     assert str(tmp_path / "torn" / "4") in said[0]
     assert (tmp_path / "torn" / "4" / "meta" / "metadata").exists()
     assert checkpoint.steps(epath.Path(tmp_path)) == [2]
+
+
+def test_the_newest_is_the_first_that_its_reader_accepts_and_nothing_is_moved(
+    tmp_path: Path,
+) -> None:
+    save(tmp_path, 2, 9, 10)
+    shutil.rmtree(tmp_path / "checkpoints" / "10" / "state")
+    tried: list[int] = []
+
+    def readable(step: int) -> str | None:
+        tried.append(step)
+        return None if step == 10 else f"step {step}"
+
+    folder = epath.Path(tmp_path)
+    assert checkpoint.newest(folder, readable) == "step 9" and tried == [10, 9]
+    assert checkpoint.newest(folder, readable, [10, 2]) == "step 2"
+    assert checkpoint.newest(folder, lambda step: None) is None
+    assert checkpoint.newest(folder, lambda step: 0 if step == 9 else None) == 0  # a step may be 0
+    assert checkpoint.newest(folder / "empty", readable) is None
+    assert checkpoint.steps(folder) == [10, 9, 2] and not (tmp_path / "torn").exists()
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from mmjax.engine.state import (
 )
 from mmjax.schedule.phase_specs import from_config
 from mmjax.training.evaluation import Evaluation
+from mmjax.training.initial_state import initial_state
 from mmjax.training.session import begin
 
 WIDE = ("model.width=16", "optimizer.ema=0.75")
@@ -79,7 +80,7 @@ def test_the_canonical_form_takes_layers_apart_and_back(toy: Parts) -> None:
 def test_what_is_saved_shares_no_memory_with_the_state(toy: Parts, tmp_path: Path) -> None:
     """The next step writes over the state while the save goes on in the background."""
     session = begin(toy.experiment, epath.Path(tmp_path), toy.mesh, False, print)
-    state = session.state()
+    state = initial_state(toy.experiment, toy.mesh, session.start)
     saved = jax.tree.leaves(session.canonical(state))
     assert len(saved) > len(jax.tree.leaves(state))
     pointers = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)}

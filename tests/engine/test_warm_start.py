@@ -35,6 +35,7 @@ from mmjax.engine.warm_start import (
     warm_start,
 )
 from mmjax.run_config import RunConfig
+from mmjax.training.initial_state import initial_state
 from mmjax.training.session import begin
 
 Values = dict[str, np.ndarray]
@@ -315,7 +316,7 @@ def test_a_run_begins_where_another_ended_and_never_looks_back(
     ]  # fmt: skip
     toy = parts(*warm)
     session = begin(toy.experiment, epath.Path(_folder(tmp_path / "look")), toy.mesh, False, print)
-    held = session.canonical(session.state())
+    held = session.canonical(initial_state(toy.experiment, toy.mesh, session.start))
     for name, value in first.items():
         if name.startswith("heads/two/out/kernel"):
             assert not np.array_equal(held["parameters"][name], value)
@@ -344,7 +345,7 @@ def test_begun_again_a_run_takes_the_step_that_it_took_first(
     toy = parts(f"init_from.path={source}")
     begin(toy.experiment, epath.Path(_folder(workdir)), toy.mesh, False, print)
     run(source, "steps=4", "evaluation.every=0", "checkpoint.every=1", "checkpoint.keep=3")
-    given = begin(toy.experiment, epath.Path(workdir), toy.mesh, False, print).given
+    given = begin(toy.experiment, epath.Path(workdir), toy.mesh, False, print).start.parameters
     assert given.keys() == early.keys()
     assert all(np.array_equal(given[name], early[name]) for name in given)
     assert "step 2 of" in capsys.readouterr().out
@@ -352,7 +353,7 @@ def test_begun_again_a_run_takes_the_step_that_it_took_first(
     shutil.rmtree(source / "checkpoints" / "2")
     with pytest.raises(UserError, match="init_from has changed since"):
         begin(toy.experiment, epath.Path(workdir), toy.mesh, False, print)
-    given = begin(toy.experiment, epath.Path(workdir), toy.mesh, True, print).given
+    given = begin(toy.experiment, epath.Path(workdir), toy.mesh, True, print).start.parameters
     late = toyrun.parameters_of(source, 4)
     assert all(np.array_equal(given[name], late[name]) for name in given)
     assert any(not np.array_equal(early[name], late[name]) for name in late)

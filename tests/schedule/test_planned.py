@@ -50,8 +50,8 @@ def test_a_budget_divides_by_the_cost_of_a_step() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["tasks.one.interval=3"], "tasks.one.interval is set, but no rule"),
-        (["schedule.rule=interval"], "tasks.one.weight is set, but no rule"),
+        (["tasks.one.interval=3"], "tasks.one.interval is set, but the schedule's rule 'shares' reads weights"),
+        (["schedule.rule=interval"], "tasks.one.weight is set, but the schedule's rule 'interval' reads intervals"),
         (["schedule.phases=[{'start': 3, 'intervals': {'one': 2}}]"], "intervals of schedule.phases"),
         (["schedule.phases=[{'start': 3, 'weights': {'oen': 2}}]"], "phases[0].weights': no task 'oen'"),
         (["schedule.rebalance_every=3"], "no stretch has the rule 'budget'"),

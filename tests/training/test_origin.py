@@ -58,32 +58,6 @@ def test_a_checkpoint_records_the_code_of_its_run(tmp_path: Path) -> None:
     assert saved["environment"]["mmjax"]
 
 
-def test_changed_code_is_refused_and_with_leave_announced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A loss weight in an extension file, say."""
-    workdir, changed = tmp_path / "run", tmp_path / "toy.py"
-    toyrun.run(workdir, "steps=2")
-    changed.write_text(OBJECTIVE.read_text().replace("jnp.square(", "2.0 * jnp.square("))
-    assert changed.read_bytes() != OBJECTIVE.read_bytes()
-    real = config._extension
-
-    def extension(kind: str, name: str) -> Path | None:
-        return changed if (kind, name) == ("objectives", "toy") else real(kind, name)
-
-    monkeypatch.setattr(config, "_extension", extension)
-    before = toyrun.bits(workdir)
-    refused = r"changed since it was saved: code.objectives/toy. .*--allow_change"
-    with pytest.raises(UserError, match=refused):
-        toyrun.run(workdir, "steps=4")
-    assert toyrun.bits(workdir) == before
-    capsys.readouterr()
-    toyrun.run(workdir, "steps=4", allow_change=True)
-    assert "changed since it was saved: code.objectives/toy." in capsys.readouterr().out
-    assert toyrun.meta(workdir)["identities"]["code.objectives/toy"] == digest(changed)
-    toyrun.run(workdir, "steps=6")  # it is the run's code from here on
-
-
 def test_all_processes_must_have_the_same_code() -> None:
     toy = toyrun.parts()
     facts = origin.started_with(toy.experiment, toy.mesh)

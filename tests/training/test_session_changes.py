@@ -6,14 +6,13 @@ import json
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import toyrun
 from etils import epath
 from harness import contents, deterministic
 from metafile import edited
-from resumed import BATCH, COUNT, ids
+from resumed import BATCH, ids
 from toyrun import block, run, watched
 
 from mmjax.core.errors import UserError
@@ -139,24 +138,6 @@ def test_a_structural_change_is_refused_and_shown(half: Path) -> None:
     assert contents(half) == before
 
 
-def test_other_data_under_the_same_config_is_refused(tmp_path: Path) -> None:
-    from mmjax.sources.toy import values  # found once toyrun.block has added the folder
-
-    file = tmp_path / "values.npy"
-    np.save(file, values(COUNT))
-    mine = (f"tasks.two.source.file={file}", "steps=4")
-    run(tmp_path / "run", *mine)
-    changed = values(COUNT)
-    changed[3, 0, 0] += 1
-    np.save(file, changed)
-    before = contents(tmp_path / "run")
-    with pytest.raises(UserError) as error:
-        run(tmp_path / "run", *mine, "steps=8", allow_change=True)
-    assert "data" in str(error.value) and "tasks.two.source" in str(error.value)
-    assert "tasks.one" not in str(error.value)
-    assert contents(tmp_path / "run") == before
-
-
 def test_what_a_run_began_with_is_kept_once_and_written_where_it_changes_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,28 +212,3 @@ def test_a_checkpoint_names_everything_a_run_is(straight: Path) -> None:
     assert meta["environment"]["python"] == sys.version.split()[0]
     state = checkpoint.read_shapes(epath.Path(straight), 12)
     assert set(state) == {"parameters", "optimizer"}
-
-
-def test_a_modality_that_no_task_reads_needs_no_files(tmp_path: Path) -> None:
-    """Such as texts without a tokenizer, where the tasks on texts were taken out of a config."""
-    run(tmp_path / "run", "steps=1", "modalities.text={'name': 'text', 'vocabulary': 8}")
-    identities = toyrun.meta(tmp_path / "run")["identities"]
-    assert "tasks.one.source" in identities
-    assert not [name for name in identities if name.startswith("modalities.")]
-    assert not (tmp_path / "run" / "assets").exists()
-
-
-def test_averages_may_begin_later(tmp_path: Path) -> None:
-    """At the parameters as they stand, not at new random ones."""
-    workdir = tmp_path / "run"
-    run(workdir, "steps=4")
-    before = toyrun.parameters(workdir)
-    run(workdir, "steps=5", "optimizer.ema=0.5", allow_change=True)
-    after, folder = toyrun.parameters(workdir), epath.Path(workdir)
-    shapes = checkpoint.read_shapes(folder, 5)["buffers"]
-    abstract = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in shapes.items()}
-    averages = checkpoint.read_state(folder, 5, {"buffers": abstract})["buffers"]
-    assert {name.removeprefix("ema/") for name in averages} == set(after)
-    for name, value in after.items():
-        expected = (before[name] + value) / 2
-        np.testing.assert_allclose(averages[f"ema/{name}"], expected, rtol=1e-6)
