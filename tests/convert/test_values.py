@@ -104,6 +104,7 @@ def test_an_example_that_is_too_large(tmp_path: Path, monkeypatch: Any) -> None:
     says("'a.png': is over", lambda: convert([folder], tmp_path / "p"))
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # the limit is our own
 @pytest.mark.parametrize("side", [10_000, 20_000])
 def test_a_picture_that_would_fill_the_memory(tmp_path: Path, side: int) -> None:
     out = io.BytesIO()

@@ -54,7 +54,7 @@ def test_a_budget_divides_by_the_cost_of_a_step() -> None:
         (["schedule.rule=interval"], "tasks.one.weight is set, but the schedule's rule 'interval' reads intervals"),
         (["schedule.phases=[{'start': 3, 'intervals': {'one': 2}}]"], "intervals of schedule.phases"),
         (["schedule.phases=[{'start': 3, 'weights': {'oen': 2}}]"], "phases[0].weights': no task 'oen'"),
-        (["schedule.rebalance_every=3"], "no stretch has the rule 'budget'"),
+        (["schedule.rebalance_every=3"], "no phase has the rule 'budget'"),
         (["schedule.rule=intervall"], "Did you mean 'interval'"),
     ],
 )  # fmt: skip
