@@ -44,15 +44,15 @@ def arguments(what: str, sizes: Sizes, per_chip: float) -> list[str]:
     if what == "decoder":
         given |= {
             "decoder_block": "llama2", "base_emb_dim": sizes["width"], "base_num_decoder_layers": sizes["layers"],
-            "base_num_query_heads": sizes["heads"], "base_num_kv_heads": sizes["heads"],
-            "head_dim": sizes["width"] // sizes["heads"], "base_mlp_dim": sizes["hidden"],
+            "base_num_query_heads": sizes["num_heads"], "base_num_kv_heads": sizes["num_heads"],
+            "head_dim": sizes["width"] // sizes["num_heads"], "base_mlp_dim": sizes["mlp_dim"],
             "vocab_size": sizes["vocabulary"], "max_target_length": sizes["length"], "remat_policy": "full",
             "normalization_layer_epsilon": 1e-6,
         }  # fmt: skip
     else:
         given |= {
-            "hidden_size_for_vit": sizes["width"], "intermediate_size_for_vit": sizes["hidden"],
-            "num_hidden_layers_for_vit": sizes["layers"], "num_attention_heads_for_vit": sizes["heads"],
+            "hidden_size_for_vit": sizes["width"], "intermediate_size_for_vit": sizes["mlp_dim"],
+            "num_hidden_layers_for_vit": sizes["layers"], "num_attention_heads_for_vit": sizes["num_heads"],
             "image_size_for_vit": sizes["pixels"], "patch_size_for_vit": sizes["patch"],
             "conv_stride_for_vit": sizes["patch"], "dtype_mm": sizes.get("dtype", "bfloat16"),
             "base_num_decoder_layers": 1, "max_target_length": 128, "normalization_layer_epsilon": 1e-6,
@@ -245,7 +245,7 @@ def _decoder(p: Mapping[str, Any]) -> dict[str, Any]:
 def _vit(p: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     """Ours, layers apart (see `vit.by_layer`), by MaxText's names; biases that ours lacks are 0."""
     width, patch = sizes["width"], sizes["patch"]
-    heads = (sizes["heads"], width // sizes["heads"])
+    heads = (sizes["num_heads"], width // sizes["num_heads"])
     result = {
         "encoder/embedding/kernel": p["stem"].reshape(patch, patch, 3, width),
         "encoder/embedding/bias": p["stem_bias"],

@@ -17,15 +17,15 @@ Parameters = Any
 class Block(nn.Module):
     """Attention and an MLP, a norm before each."""
 
-    heads: int
-    hidden: int
+    num_heads: int
+    mlp_dim: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y = nn.LayerNorm(use_bias=False)(x)
-        x = x + nn.MultiHeadDotProductAttention(self.heads, use_bias=False)(y, y)
+        x = x + nn.MultiHeadDotProductAttention(self.num_heads, use_bias=False)(y, y)
         y = nn.LayerNorm(use_bias=False)(x)
-        y = nn.Dense(self.hidden, use_bias=False)(y)
+        y = nn.Dense(self.mlp_dim, use_bias=False)(y)
         return x + nn.Dense(x.shape[-1], use_bias=False)(nn.gelu(y))
 
 
@@ -34,8 +34,8 @@ class ViT(nn.Module):
 
     width: int
     layers: int
-    heads: int
-    hidden: int
+    num_heads: int
+    mlp_dim: int
     patch: int
     classes: int
 
@@ -46,7 +46,7 @@ class ViT(nn.Module):
         x = x.reshape(x.shape[0], -1, self.width)
         x = x + self.param("positions", nn.initializers.normal(0.02), (1, *x.shape[1:]))
         for index in range(self.layers):
-            x = Block(self.heads, self.hidden, name=f"block_{index}")(x)
+            x = Block(self.num_heads, self.mlp_dim, name=f"block_{index}")(x)
         x = nn.LayerNorm(name="norm")(x)
         return nn.Dense(self.classes, name="classes")(x.mean(axis=1))
 

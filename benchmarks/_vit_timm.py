@@ -19,7 +19,7 @@ def training(
     norm = partial(nn.LayerNorm, eps=1e-6, bias=False)
     model = VisionTransformer(
         img_size=pixels, patch_size=sizes["patch"], embed_dim=sizes["width"], depth=sizes["layers"],
-        num_heads=sizes["heads"], mlp_ratio=sizes["hidden"] / sizes["width"], num_classes=classes,
+        num_heads=sizes["num_heads"], mlp_ratio=sizes["mlp_dim"] / sizes["width"], num_classes=classes,
         class_token=False, global_pool="avg", fc_norm=False, qkv_bias=False, proj_bias=False, norm_layer=norm,
         act_layer=partial(nn.GELU, approximate="tanh"),
     )  # fmt: skip

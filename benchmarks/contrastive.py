@@ -87,10 +87,10 @@ def _mmjax(form: str, a: Any, b: Any, scale: float, bias: float, chunk: int) -> 
 
     def loss(a: Any, b: Any, scale: Any) -> Any:
         if form == "sigmoid":
-            return sigmoid_loss(a, b, scale, jnp.float32(bias), concept, valid, chunk)[0]
+            return sigmoid_loss(a, b, scale, jnp.float32(bias), concept, valid, chunk).loss
         if chunk:
-            return chunked_info_nce(a, b, scale, concept, valid, chunk)[0]
-        return info_nce(a, b, scale, concept, valid)[0]
+            return chunked_info_nce(a, b, scale, concept, valid, chunk).loss
+        return info_nce(a, b, scale, concept, valid).loss
 
     call = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
     given = jax.device_put((a, b, np.float32(scale)))

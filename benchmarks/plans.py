@@ -121,7 +121,7 @@ def compared(what: str, plans: Mapping[str, Mapping[str, Any]], pairs: int) -> l
 
 def block(what: str, sizes: Mapping[str, Any], batch: int) -> Block:
     """The config of a step."""
-    layer = {"name": "transformer", "num_heads": sizes["heads"], "mlp_dim": sizes["hidden"]}
+    layer = {"name": "transformer", "num_heads": sizes["num_heads"], "mlp_dim": sizes["mlp_dim"]}
     if what == "decoder":
         layer |= {"norm": "rms", "mlp": "swiglu", "rotary": 10_000.0}
         length = sizes["length"] - 1  # and the token that a text begins with

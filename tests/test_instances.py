@@ -109,7 +109,9 @@ def test_each_example_drops_its_own_and_each_token_as_often() -> None:
 
 @pytest.mark.parametrize("drop", [-0.1, 1.0, 0.99])
 def test_a_drop_that_leaves_nothing_is_refused(drop: float) -> None:
-    with pytest.raises(UserError, match=r"here: drop is .*it must be in \[0, 1\) and leave one"):
+    with pytest.raises(
+        UserError, match=r"here: token_drop is .*it must be in \[0, 1\) and leave one"
+    ):
         made("image", token_drop=drop)
 
 

@@ -108,7 +108,7 @@ def test_the_alternating_setting_writes_and_draws_in_turn() -> None:
     made = experiment("transfusion:7b-alternating")
     assert made.tasks["write"].objective.reads() == ("text",)
     draw: Any = made.tasks["draw"].objective
-    assert draw.order == ("text", "image") and draw.weights == {"text": 0.0}
+    assert draw.modalities == ("text", "image") and draw.weights == {"text": 0.0}
 
 
 @pytest.mark.parametrize(

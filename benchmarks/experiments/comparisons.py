@@ -123,7 +123,9 @@ def _against_imp(asks: str, routed: bool = False, **others: Variant) -> Comparis
 
 
 def _shares(rule: str, shares: Mapping[str, int]) -> Variant:
-    words = [f"tasks.{task}.weight={share}" for task, share in shares.items()]
+    words = [
+        f"tasks.{task}.{key}" for task, n in shares.items() for key in (f"weight={n}", "interval=1")
+    ]
     return _imp("small", f"schedule.rule={rule}", *words)
 
 

@@ -25,6 +25,7 @@ from mmjax.core import errors, flags
 from mmjax.core.config import Block
 from mmjax.core.errors import UserError
 from mmjax.experiment import make_experiment
+from mmjax.schedule.phase_specs import key_of
 
 MIXTURE = "mixture"
 # How a value is shown: times what, and with how many digits.
@@ -57,13 +58,13 @@ def singles(block: Block, seed: int) -> dict[str, tuple[str, ...]]:
     """For each task the overrides that leave it alone with the visits that it has in the mixture."""
     experiment = make_experiment(block)
     steps, warmup = experiment.run.steps, experiment.run.optimizer.warmup
-    result = {}
+    key, result = key_of(experiment.run.schedule.rule), {}
     for task, visits in experiment.planned.schedule().visits(steps).items():
         words = [f"seed={seed}", f"steps={visits}"]
         words.append(f"optimizer.warmup={round(warmup * visits / steps)}")
         for other in experiment.tasks:
             if other != task:
-                words += [f"tasks.{other}.weight=0", f"tasks.{other}.evaluators={{}}"]
+                words += [f"tasks.{other}.{key}=0", f"tasks.{other}.evaluators={{}}"]
         result[task] = tuple(words)
     return result
 

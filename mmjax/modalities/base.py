@@ -222,7 +222,9 @@ def kept(count: int, drop: float) -> int:
     """
     left = count - round(count * drop)
     if not 0 <= drop < 1 or left < 1:
-        raise UserError(f"drop is {drop}, of {count} tokens; it must be in [0, 1) and leave one.")
+        raise UserError(
+            f"token_drop is {drop}, of {count} tokens; it must be in [0, 1) and leave one."
+        )
     return left
 
 

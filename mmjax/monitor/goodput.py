@@ -227,7 +227,7 @@ def share_of_time(seconds: float, total: float) -> float:
 
 
 def rows(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return a row for each activity that took time: `activity`, `label`, `seconds`, and their `share` of all.
+    """Return a row for each activity that took time: its name as `phase`, `label`, `seconds`, `share` of all.
 
     Args:
       seconds: as `summary` has them.

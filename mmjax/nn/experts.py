@@ -151,7 +151,7 @@ class Experts(nnx.Module):
     ):
         self.config, self.routing = config, config.router
         routing = self.routing
-        count = self.config.count * routing.columns
+        count = self.config.count * routing.slots_per_expert
         self.router = declare((width, count), ("embed", None), lecun, keep_dtype=True)
         self.scale = (
             declare((), (), initializers.ones, keep_dtype=True) if routing.normalise else None
@@ -197,7 +197,7 @@ class Experts(nnx.Module):
             )
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """`[..., D] -> [..., experts * columns]`, in float32 or wider."""
+        """`[..., D] -> [..., experts * slots_per_expert]`, in float32 or wider."""
         x, router = widened(x), widened(self.router[...])
         if self.scale is not None:
             x, router = _unit(x, -1) * self.scale[...], _unit(router, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -167,18 +167,15 @@ class Contrastive(Coupled, Embeds):
         known = {"scale": scale}
         if self.loss == "sigmoid":
             known["bias"] = model.heads[self.head].bias()
-            value, recall, baseline = sigmoid_loss(
+            comparison = sigmoid_loss(
                 a_BE, b_BE, scale, known["bias"], concept_B, valid_B, self.chunk
             )
+        elif 0 < self.chunk < valid_B.shape[0]:
+            comparison = chunked_info_nce(a_BE, b_BE, scale, concept_B, valid_B, self.chunk)
         else:
-            if 0 < self.chunk < valid_B.shape[0]:
-                value, recall = chunked_info_nce(a_BE, b_BE, scale, concept_B, valid_B, self.chunk)
-            else:
-                value, recall = info_nce(a_BE, b_BE, scale, concept_B, valid_B)
-            # What equal logits would cost.
-            baseline = jnp.log(jnp.maximum(valid_B.sum(), 1).astype(value.dtype))
-        metrics = {**known, "batch_recall": recall, "baseline": baseline}
-        return Loss(value, metrics, parts={"": Part(1.0, valid_B.sum(), compares=True)})
+            comparison = info_nce(a_BE, b_BE, scale, concept_B, valid_B)
+        metrics = {**known, "batch_recall": comparison.recall, "baseline": comparison.baseline}
+        return Loss(comparison.loss, metrics, parts={"": Part(1.0, valid_B.sum(), compares=True)})
 
 
 def concepts(batch: Batch, field: str) -> jax.Array:
@@ -192,10 +189,24 @@ def unit(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + eps**2)
 
 
+class Comparison(NamedTuple):
+    """What comparing the rows of a batch gives.
+
+    Attributes:
+      loss: mean over the rows.
+      recall: at 1, within the batch.
+      baseline: the loss that logits cost which say nothing of the pairs.
+    """
+
+    loss: jax.Array
+    recall: jax.Array
+    baseline: jax.Array
+
+
 def info_nce(
     a_BE: jax.Array, b_BE: jax.Array, scale: jax.Array, concept_B: jax.Array, valid_B: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Symmetric InfoNCE with several positives per row, and recall at 1 within the batch.
+) -> Comparison:
+    """Return the symmetric InfoNCE with several positives per row; its baseline is the loss of equal logits.
 
     For logits `l_ij = scale <a_i, b_j>` and the positives `P_i` (valid rows with i's concept, i among them):
     `1/2 sum over both directions of mean_i [ logsumexp_j l_ij - mean_{j in P_i} l_ij ]`, the cross-entropy to
@@ -205,10 +216,8 @@ def info_nce(
     return info_nce_of(scale * (a_BE @ b_BE.T), concept_B, valid_B)
 
 
-def info_nce_of(
-    logits_BB: jax.Array, concept_B: jax.Array, valid_B: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """`info_nce` of logits."""
+def info_nce_of(logits_BB: jax.Array, concept_B: jax.Array, valid_B: jax.Array) -> Comparison:
+    """Return `info_nce` of logits."""
     both_BB = valid_B[:, None] & valid_B[None, :]
     positive_BB = (concept_B[:, None] == concept_B[None, :]) & both_BB
     anchors = jnp.maximum(valid_B.sum(), 1)
@@ -218,7 +227,8 @@ def info_nce_of(
         _cross_entropy(logits_BB, positive_BB, valid_B, valid_B, axis) / anchors for axis in (1, 0)
     )
     hits = _hits(logits_BB, positive_BB, valid_B, valid_B)
-    return (forward + backward) / 2, hits / anchors
+    loss = (forward + backward) / 2
+    return Comparison(loss, hits / anchors, _of_equal(anchors, loss.dtype))
 
 
 def chunked_info_nce(
@@ -228,8 +238,8 @@ def chunked_info_nce(
     concept_B: jax.Array,
     valid_B: jax.Array,
     chunk: int,
-) -> tuple[jax.Array, jax.Array]:
-    """`info_nce` with `chunk` anchors at a time in each direction: `[chunk, B]` logits in memory, not `[B, B]`.
+) -> Comparison:
+    """Return `info_nce` with `chunk` anchors at a time in each direction: `[chunk, B]` logits in memory, not `[B, B]`.
 
     The backward pass computes a chunk's logits again, so that it keeps none of them either: 8 products of
     `[B, E]` by `[E, B]` in place of 3, which is little beside an encoder.
@@ -253,7 +263,13 @@ def chunked_info_nce(
 
     losses, hits = jax.lax.map(compared, parts)
     anchors = jnp.maximum(valid_B.sum(), 1)
-    return losses.sum() / anchors / 2, hits.sum() / anchors
+    loss = losses.sum() / anchors / 2
+    return Comparison(loss, hits.sum() / anchors, _of_equal(anchors, loss.dtype))
+
+
+def _of_equal(anchors: jax.Array, dtype: Any) -> jax.Array:
+    """Return the cross-entropy of equal logits."""
+    return jnp.log(anchors.astype(dtype))
 
 
 def _parts(arrays: tuple[jax.Array, ...], chunk: int) -> tuple[jax.Array, ...]:
@@ -274,8 +290,8 @@ def sigmoid_loss(
     concept_B: jax.Array,
     valid_B: jax.Array,
     chunk: int = 0,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """SigLIP's loss (Zhai et al. 2023, section 3.2), recall at 1 within the batch, and what the best constant costs.
+) -> Comparison:
+    """Return SigLIP's loss (Zhai et al. 2023, section 3.2); its baseline is that of the best constant.
 
     `-(1 / B) sum_ij log sigmoid(z_ij (scale <a_i, b_j> + bias))` over valid rows, of which there are B; z is 1 for rows
     of one concept and -1 for others. With `chunk`, so many rows a are compared at a time (see `chunked_info_nce`).
@@ -301,7 +317,7 @@ def sigmoid_loss(
     rows = jnp.maximum(valid_B.sum(), 1).astype(cost.dtype)
     share = positives.astype(cost.dtype) / jnp.square(rows)
     entropy = -jax.scipy.special.xlogy(share, share) - jax.scipy.special.xlogy(1 - share, 1 - share)
-    return cost / rows, hits / rows, entropy * rows
+    return Comparison(cost / rows, hits / rows, entropy * rows)
 
 
 def _cross_entropy(

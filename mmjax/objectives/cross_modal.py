@@ -177,13 +177,14 @@ class CrossModal(Coupled, Embeds):
                 rows[f"{one} {two}"] / t, rows[f"{two} {one}"], present[one], present[two]
             )
             there_B = valid_B & present[one].any(axis=1) & present[two].any(axis=1)
-            loss, recall = info_nce_of(logits_BB, concept_B, there_B)
-            count = there_B.sum().astype(loss.dtype)
-            total = total + weight * loss
-            anchors = anchors + weight * count
-            # What equal logits would cost the rows that have both.
-            baseline = baseline + weight * jnp.log(jnp.maximum(count, 1))
-            metrics |= {f"batch_recall {one} {two}": recall, f"temperature {one} {two}": t}
+            comparison = info_nce_of(logits_BB, concept_B, there_B)
+            total = total + weight * comparison.loss
+            anchors = anchors + weight * there_B.sum().astype(comparison.loss.dtype)
+            baseline = baseline + weight * comparison.baseline
+            metrics |= {
+                f"batch_recall {one} {two}": comparison.recall,
+                f"temperature {one} {two}": t,
+            }
         parts = {"": Part(1.0, anchors, compares=True)}
         return Loss(total, {**metrics, "baseline": baseline}, parts=parts)
 

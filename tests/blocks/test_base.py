@@ -59,7 +59,7 @@ def test_every_block_is_a_frozen_dataclass_that_documents_each_key(name: str) ->
     ("name", "key", "nearest"),
     [
         ("bottleneck", "fused", "fuse"),
-        ("cross_transformer", "hiden", "mlp_dim"),
+        ("cross_transformer", "mlp_dm", "mlp_dim"),
         ("mamba", "stat", "state"),
         ("transformer", "rotery", "rotary"),
     ],
@@ -76,8 +76,8 @@ def test_a_bottlenecks_blocks_have_no_copies() -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"groop": 8}, "experts.groop'. Did you mean 'group'?"),
-        ({"causal": {"hiden": 3}}, "experts.causal.hiden'. Did you mean 'hidden'?"),
+        ({"group_sise": 8}, "experts.group_sise'. Did you mean 'group_size'?"),
+        ({"causal": {"mlp_dm": 3}}, "experts.causal.mlp_dm'. Did you mean 'mlp_dim'?"),
         (
             {"router": {"name": "token_choice", "capacty": 2.0}},
             "experts.router.capacty'. Did you mean 'capacity'?",
@@ -150,7 +150,10 @@ def test_what_the_keys_alone_do_not_show_is_refused_by_the_blocks_place(name: st
             {"per_modality": {"parts": ["inn"], "modalities": ["text"]}},
             "per_modality.parts names 'inn'. Did you mean 'in'?",
         ),
-        ({"modalities": {"text": 1}}, "modalities.text' is 1; expected str."),
+        (
+            {"per_modality": {"parts": ["in"], "modalities": {"text": 1}}},
+            "per_modality.modalities.text' is 1; expected str.",
+        ),
     ],
 )
 def test_a_wrong_value_of_mamba_is_refused_by_its_key(keys: dict[str, Any], said: str) -> None:

@@ -16,6 +16,7 @@ from mmjax.core.renamed_keys import Rename, named, of_modality
 from mmjax.optim.config import OptimizerConfig
 
 TABLE = migrations.ROWS  # the real ones: tests here patch them
+MOVES, RENAMES = migrations.MOVES, migrations.RENAMES
 CONFIG = {
     "modalities": {"picture": {"name": "image"}, "text": {"name": "text"}},
     "model": {"groups": [{"pattern": [{"name": "mamba"}, {"name": "transformer"}]}]},
@@ -124,7 +125,7 @@ EVERY = {
             {"name": "adamw", "b1": 0.8, "b2": 0.9, "eps": 1e-6, "moments_dtype": "bfloat16"},
         ),
         (EVERY, {"b1": 0.8, "b2": 0.9, "eps": 1e-6, "moments_dtype": "bfloat16"}),
-        ({"name": "adafactor", **EVERY}, {"name": "adafactor", "factored": 8}),
+        ({"name": "adafactor", **EVERY}, {"name": "adafactor", "min_dim_to_factor": 8}),
         (
             {"name": "lion", **EVERY},
             {"name": "lion", "b1": 0.8, "b2": 0.9, "moments_dtype": "bfloat16"},
@@ -148,7 +149,7 @@ def test_the_algorithm_of_an_older_optimizer_has_a_block_of_its_own(
 ) -> None:
     kept = {"learning_rate": 0.1, "rules": [{"match": "a"}]}
     expected = kept if algorithm is None else {**kept, "algorithm": algorithm}
-    with mock.patch.object(migrations, "ROWS", ()):
+    with mock.patch.multiple(migrations, ROWS=(), MOVES=MOVES, RENAMES=RENAMES):
         for version in (1, 2):
             upgraded = upgrade({"optimizer": {**kept, **old}}, version)["optimizer"]
             assert upgraded == expected
@@ -158,7 +159,7 @@ def test_the_algorithm_of_an_older_optimizer_has_a_block_of_its_own(
 
 @pytest.mark.parametrize("config", [{}, {"optimizer": {}}, {"optimizer": [1]}], ids=str)
 def test_an_optimizer_that_is_not_there_or_no_block_stays(config: dict[str, object]) -> None:
-    with mock.patch.object(migrations, "ROWS", ()):
+    with mock.patch.multiple(migrations, ROWS=(), MOVES=MOVES, RENAMES=RENAMES):
         assert upgrade(config, 2) == config
 
 
@@ -166,7 +167,7 @@ def test_a_run_from_before_the_block_is_resumed_in_the_same_bits(tmp_path: Path)
     """Its config has the keys of other algorithms too."""
     algorithm = {"name": "muon", "b2": 0.95, "momentum": 0.9, "moments_dtype": "bfloat16"}
     words = [f"optimizer.algorithm.{key}={value}" for key, value in algorithm.items()]
-    with mock.patch.object(migrations, "ROWS", TABLE):
+    with mock.patch.multiple(migrations, ROWS=TABLE, MOVES=MOVES, RENAMES=RENAMES):
         toyrun.run(tmp_path / "straight", *words)
         toyrun.run(tmp_path / "halved", *words, "steps=8")
         with edited(tmp_path / "halved", 8) as meta:

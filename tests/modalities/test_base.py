@@ -188,7 +188,7 @@ def test_a_part_of_the_tokens_stays() -> None:
 
 @pytest.mark.parametrize("drop", [-0.1, 1.0, 0.96])
 def test_at_least_one_token_stays(drop: float) -> None:
-    with pytest.raises(UserError, match=rf"drop is {drop}, of 10 tokens"):
+    with pytest.raises(UserError, match=rf"token_drop is {drop}, of 10 tokens"):
         kept(10, drop)
 
 

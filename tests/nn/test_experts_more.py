@@ -163,7 +163,7 @@ def test_token_by_token_each_goes_where_its_causal_router_says(more: dict[str, A
     changed[:, 4:] += 1
     np.testing.assert_array_equal(parts(changed)[:, :4], y[:, :4])
     # By hand: the first token alone, through all layers.
-    graph, state = nnx.split(model.layers[0].blocks)
+    graph, state = nnx.split(model.groups[0].blocks)
     one = Stream(jnp.asarray(X[:, :1]), layout=((names[0], 1),), mask=Causal())
     for repeat in range(2):
         dense, sparse = nnx.merge(graph, jax.tree.map(lambda a, r=repeat: a[r], state))
@@ -194,7 +194,7 @@ def test_token_by_token_each_goes_where_its_causal_router_says(more: dict[str, A
 
 
 def _first(model: Any) -> Any:
-    graph, state = nnx.split(model.layers[0].blocks)
+    graph, state = nnx.split(model.groups[0].blocks)
     return graph, jax.tree.map(lambda x: x[0], state)
 
 
@@ -205,7 +205,7 @@ def _first(model: Any) -> Any:
         ({"router": {"name": "token_choice"}, "causal": {"mlp_dim": 3}}, "causal is for a router whose experts choose"),
         ({"router": {"name": "soft"}, "losses": {"z": 1.0}}, "router is Soft, which has no auxiliary losses"),
         ({"router": {"name": "soft"}, "local_entropy": {"text": 1.0}}, "router is Soft, which has no auxiliary losses"),
-        ({"causal": {"hiden": 3}}, "Did you mean 'hidden'"),
+        ({"causal": {"mlp_dm": 3}}, "Did you mean 'mlp_dim'"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_said(config: Any, said: str) -> None:
@@ -225,7 +225,7 @@ def test_usage_is_told_of_each_layer_and_modality() -> None:
     _, aux = model(stream(), None)
     assert set(aux.usage) == {f"{layer} {name}" for layer in ("001", "003") for name in ("text", "image")}  # fmt: skip
     x = stream()
-    graph, state = nnx.split(model.layers[0].blocks)
+    graph, state = nnx.split(model.groups[0].blocks)
     for repeat, layer in enumerate(("001", "003")):
         first, second = nnx.merge(graph, jax.tree.map(lambda a, r=repeat: a[r], state))
         x, _ = first(x, None)

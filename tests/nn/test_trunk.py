@@ -245,14 +245,14 @@ def test_bfloat16_compute_keeps_the_norms_and_gives_bfloat16() -> None:
     ("groups", "remat", "message"),
     [
         ([GroupConfig(1, ({"name": "transfomer"},))], "none",
-         r"model\.groups\[0\]\.blocks\[0\]\.name: no 'transfomer' .* 'transformer'\?"),
+         r"model\.layers\[0\]\.blocks\[0\]\.name: no 'transfomer' .* 'transformer'\?"),
         ([GroupConfig(1, (BLOCK, {**BLOCK, "mlp_dm": 3}))], "none",
          r"key 'model\.layers\[0\]\.blocks\[1\]\.mlp_dm'\. Did you mean 'mlp_dim'\?"),
         ([GroupConfig(1, (BLOCK,)), GroupConfig(1, ({**BLOCK, "num_heads": 3},))], "none",
-         r"model\.groups\[1\]\.blocks\[0\]: attention: width 4 does not divide over 3 heads"),
+         r"model\.layers\[1\]\.blocks\[0\]: attention: width 4 does not divide over 3 heads"),
         ([GroupConfig(1, ({"num_heads": 2},))], "none", r"blocks\[0\]: 'name' is missing"),
         ([GroupConfig(2, ())], "none", r"model\.layers\[0\]\.blocks is empty"),
-        ([], "none", r"model\.groups is empty"),
+        ([], "none", r"model\.layers is empty"),
         ([GroupConfig(1, (BLOCK,))], "dot", r"model\.remat is 'dot'\. Did you mean 'dots'\?"),
     ],
 )  # fmt: skip

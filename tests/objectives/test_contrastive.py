@@ -34,7 +34,7 @@ from mmjax.objectives.contrastive import (
 nce = jax.jit(info_nce)
 with_sigmoid = partial(sigmoid_loss, bias=np.float32(-1))
 nce_gradient = jax.jit(
-    jax.value_and_grad(lambda a, b, scale, *rest: info_nce(a, b, scale, *rest)[0], (0, 1, 2))
+    jax.value_and_grad(lambda a, b, scale, *rest: info_nce(a, b, scale, *rest).loss, (0, 1, 2))
 )
 
 
@@ -81,7 +81,7 @@ def test_the_values_of_open_clip(rows: int, expected: float) -> None:
     rng = np.random.RandomState(0)
     a, b = (rng.randn(rows, 512).astype(np.float32) for _ in range(2))
     a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
-    value, _ = nce(a, b, np.float32(1 / 0.07), np.arange(rows), np.ones(rows, bool))
+    value, *_ = nce(a, b, np.float32(1 / 0.07), np.arange(rows), np.ones(rows, bool))
     np.testing.assert_allclose(value, expected, atol=3e-6)
 
 
@@ -91,7 +91,7 @@ def test_one_positive_each_is_clip(x64: None) -> None:
     logits = 9.0 * a @ b.T
     by_row = np.log(np.exp(logits).sum(axis=1)) - np.diag(logits)
     by_column = np.log(np.exp(logits).sum(axis=0)) - np.diag(logits)
-    value, _ = nce(a, b, 9.0, np.array([3, 1, 4, 0, 5, 9]), np.ones(6, bool))
+    value, *_ = nce(a, b, 9.0, np.array([3, 1, 4, 0, 5, 9]), np.ones(6, bool))
     np.testing.assert_allclose(value, (by_row.mean() + by_column.mean()) / 2, rtol=1e-12)
 
 
@@ -107,7 +107,7 @@ def test_several_positives_and_invalid_rows(
     a, b = vectors(6, seed=seed)
     concept, exists = np.array(concepts), np.array(valid)
     with jax.enable_x64(True):
-        value, _ = nce(a, b, 5.0, concept, exists)
+        value, *_ = nce(a, b, 5.0, concept, exists)
         assert value.dtype == jnp.float64
     np.testing.assert_allclose(value, reference(a, b, 5.0, concept, exists), rtol=1e-12)
 
@@ -191,11 +191,11 @@ def test_recall_in_the_batch_by_hand() -> None:
     # Row 0 finds 0; 1 finds 2, of another concept; 2 finds 3, of its own; 3 finds 3.
     b = np.array([[9, 0, 0, 0], [0, 1, 0, 0], [0, 9, 1, 0], [0, 0, 9, 9]], np.float32)
     concept = np.array([0, 1, 2, 2])
-    _, recall = nce(a, b, np.float32(1), concept, np.array([True] * 4))
+    recall = nce(a, b, np.float32(1), concept, np.array([True] * 4)).recall
     assert float(recall) == 3 / 4
-    _, recall = nce(a, b, np.float32(1), concept, np.array([True, True, True, False]))
+    recall = nce(a, b, np.float32(1), concept, np.array([True, True, True, False])).recall
     np.testing.assert_allclose(recall, 2 / 3, err_msg="without row 3, row 2 finds itself")
-    _, recall = nce(a, b, np.float32(1), concept, np.array([True, True, False, False]))
+    recall = nce(a, b, np.float32(1), concept, np.array([True, True, False, False])).recall
     assert float(recall) == 1
 
 
@@ -245,7 +245,7 @@ def at_log_scale(a: np.ndarray, b: np.ndarray, log: float) -> tuple[float, float
     """Loss of the pairs and its slope by the parameter, six rows each a pair of its own."""
 
     def loss(log: Any) -> Any:
-        return info_nce(a, b, scale_of(log), jnp.arange(6), jnp.ones(6, bool))[0]
+        return info_nce(a, b, scale_of(log), jnp.arange(6), jnp.ones(6, bool)).loss
 
     value, slope = jax.value_and_grad(loss)(log)
     return float(value), float(slope)

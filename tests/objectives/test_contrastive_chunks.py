@@ -21,7 +21,12 @@ ROWS = 12
 
 def with_gradient(loss: Any) -> Any:
     """`(a, b, scale, concept, valid) -> ((value, recall), gradients of the first three)`."""
-    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+
+    def parted(*arguments: Any) -> Any:
+        comparison = loss(*arguments)
+        return comparison.loss, comparison.recall
+
+    return jax.jit(jax.value_and_grad(parted, (0, 1, 2), has_aux=True))
 
 
 whole = with_gradient(info_nce)

@@ -230,7 +230,7 @@ def test_a_run_goes_on_in_the_same_bits(tmp_path: Path, view: str) -> None:
 def test_a_view_may_change_under_a_run(tmp_path: Path) -> None:
     """The task's own moments begin at zero; everything else goes on."""
     run(tmp_path, "steps=4")
-    with pytest.raises(UserError, match=r"tasks\.two\.view \(schedule\)"):
+    with pytest.raises(UserError, match=r"tasks\.two\.update_scope \(schedule\)"):
         run(tmp_path, "tasks.two.update_scope=own_moments")
     run(tmp_path, "tasks.two.update_scope=own_moments", "steps=8", allow_change=True)
     folder = epath.Path(tmp_path)
@@ -242,10 +242,12 @@ def test_a_view_may_change_under_a_run(tmp_path: Path) -> None:
 
 def test_an_unknown_view_is_refused_with_the_nearest() -> None:
     with pytest.raises(
-        UserError, match=r"tasks\.two\.view: no 'own_clok'. Did you mean 'own_clock'"
+        UserError, match=r"tasks\.two\.update_scope: no 'own_clok'. Did you mean 'own_clock'"
     ):
         parts("tasks.two.update_scope=own_clok")
-    with pytest.raises(UserError, match=r"optimizer\.view: no 'share'. Did you mean 'shared'"):
+    with pytest.raises(
+        UserError, match=r"optimizer\.update_scope: no 'share'. Did you mean 'shared'"
+    ):
         parts("optimizer.update_scope=share")
 
 

@@ -102,6 +102,7 @@ def small(block: configs.Block) -> configs.Block:
         "steps": 10,
         "model": {**block["model"], **model, "remat": "none"},
         "tasks": tasks,
+        "schedule": {"rule": block.get("schedule", {}).get("rule", "shares")},
         # From the first step at the full rate, so that an update moves something.
         "optimizer": _optimizer(block.get("optimizer", {})),
         "dtype": {"parameters": "float64", "compute": "float64"},

@@ -71,7 +71,7 @@ class Router(abc.ABC):
     A router may have a field in place of each attribute here.
 
     Attributes:
-      columns: logits of each token for each expert.
+      slots_per_expert: logits of each token for each expert.
       noise: standard deviation of what training adds to the logits, as a multiple of 1 / experts.
       top_k: experts that a token chooses.
       normalise: tokens and experts' vectors are made unit vectors, times a learned scale.
@@ -80,7 +80,7 @@ class Router(abc.ABC):
     """
 
     KIND: ClassVar[str] = "routers"
-    columns = 1
+    slots_per_expert = 1
     noise = 0.0
     top_k = 1
     normalise = False
@@ -97,7 +97,7 @@ class Router(abc.ABC):
 
     @abc.abstractmethod
     def route(self, logits_GTL: jax.Array, valid_GT: jax.Array) -> Dispatch:
-        """The slots, by the logits `[G, T, experts * columns]` of each token."""
+        """The slots, by the logits `[G, T, experts * slots_per_expert]` of each token."""
 
     def scores(self, logits_GTE: jax.Array) -> jax.Array:
         """The gates' values, `[..., E]`."""

@@ -43,7 +43,7 @@ class TokenChoice(Limited):
     def route(self, logits_GTL: jax.Array, valid_GT: jax.Array) -> Slots:
         groups, tokens, experts = logits_GTL.shape
         if self.top_k > experts:
-            raise UserError(f"router: top is {self.top_k}, of {experts} experts.")
+            raise UserError(f"router: top_k is {self.top_k}, of {experts} experts.")
         gate_GTK, expert_GTK = jax.lax.top_k(self.scores(logits_GTL), self.top_k)
         order_GT = jnp.broadcast_to(jnp.arange(tokens), (groups, tokens))
         if self.batch_priority:

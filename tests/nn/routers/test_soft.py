@@ -51,5 +51,5 @@ def test_a_soft_group_without_tokens_is_zero_also_backwards() -> None:
 
 
 def test_a_soft_mixture_needs_a_slot() -> None:
-    with pytest.raises(UserError, match="columns is 0"):
+    with pytest.raises(UserError, match="slots_per_expert is 0"):
         Soft(slots_per_expert=0)

@@ -70,12 +70,12 @@ def test_a_token_meets_its_choices() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TokenChoice(top_k=0), "top is 0"),
+        (lambda: TokenChoice(top_k=0), "top_k is 0"),
         (lambda: TokenChoice(noise=-1.0), "noise is -1.0"),
         (lambda: TokenChoice(capacity=0.0), "capacity is 0.0"),
         (
             lambda: TokenChoice(top_k=4).route(jnp.zeros((1, 2, 3)), jnp.ones((1, 2), bool)),
-            "top is 4, of 3 experts",
+            "top_k is 4, of 3 experts",
         ),
     ],
 )

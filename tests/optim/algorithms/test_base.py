@@ -75,7 +75,7 @@ def test_the_axes_of_a_state_are_as_many_as_its_own(name: str) -> None:
         ),
         (
             {"algorithm": {"name": "adafactor", "moments_dtype": "bfloat16"}},
-            "Unknown config key 'config.optimizer.algorithm.moments_dtype'. Known: factored, name.",
+            "Unknown config key 'config.optimizer.algorithm.moments_dtype'. Known: min_dim_to_factor, name.",
         ),
         ({"algorithm": "muon"}, "Config key 'config.optimizer.algorithm' is 'muon'; expected a block of keys."),
         # Where the keys were before they had a block.
@@ -100,7 +100,7 @@ def test_a_wrong_block_is_refused_by_the_path_of_its_key(block: Any, said: str) 
 @pytest.mark.parametrize(
     ("name", "key", "good", "bad"),
     [
-        ("adafactor", "factored", 1, 0),
+        ("adafactor", "min_dim_to_factor", 1, 0),
         ("adamw", "b1", 0.0, 1.0),
         ("adamw", "b2", 0.0, 1.0),
         ("adamw", "eps", 1e-30, 0.0),
