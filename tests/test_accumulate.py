@@ -181,7 +181,7 @@ def test_a_run_that_stops_within_a_round_ends_in_the_same_bits(
 
 
 def test_what_does_not_go_with_it() -> None:
-    with pytest.raises(UserError, match="task 'two' has the view 'own_clock'"):
+    with pytest.raises(UserError, match="task 'two' has the update_scope 'own_clock'"):
         toyrun.parts("optimizer.accumulate=3", "tasks.two.update_scope=own_clock")
     with pytest.raises(UserError, match="config.optimizer.accumulate is 0"):
         toyrun.parts("optimizer.accumulate=0")

@@ -66,7 +66,7 @@ def test_the_versions_are_those_that_decide_how_a_program_is_compiled(
 
 def test_an_error_of_the_users_is_a_line_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[Any] = []
-    monkeypatch.setattr(case, "_speaker", lambda: lines.append)
+    monkeypatch.setattr(case, "_writer", lambda: lines.append)
     monkeypatch.setattr(case.sys, "stdin", io.StringIO(SPECIFICATION.to_json()))
     case.main()
     [line] = lines

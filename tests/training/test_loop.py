@@ -39,7 +39,7 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[str, str
     def listen(event: str, _: float, **__: Any) -> None:
         counts[phases[-1], event] += 1
 
-    monkeypatch.setattr(ActivityLog, "phase", noted)
+    monkeypatch.setattr(ActivityLog, "activity", noted)
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield counts
     jax.monitoring.unregister_event_duration_listener(listen)
