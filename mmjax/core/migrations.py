@@ -110,19 +110,31 @@ def move_algorithm(config: Block) -> None:
         optimizer["algorithm"] = moved
 
 
+_BLOCKS = ("model.groups.*.pattern.*", "tasks.*.objective.*.*.pattern.*")  # of version 2
+
+
 def move_per_modality(config: Block) -> None:
     """Move `untie` and `modalities` of a block, and `model.norm_modalities`, into one key `per_modality`."""
     model = config.get("model", {})
     norms = model.pop("norm_modalities", None)
     if norms:
         model["per_modality"] = {"modalities": norms, "parts": ["norm"]}
-    paths = ("model.groups.*.pattern.*", "tasks.*.objective.*.*.pattern.*")
-    for path in paths:
+    for path in _BLOCKS:
         for _, block in blocks(config, path):
             if block.get("name") in ("transformer", "mamba"):
                 parts, modalities = block.pop("untie", ()), block.pop("modalities", ())
                 if parts and modalities:
                     block["per_modality"] = {"modalities": modalities, "parts": parts}
+
+
+def drop_empty_keys(config: Block) -> None:
+    """Drop keys of blocks that said nothing and are refused now: empty `experts`, and `untie` of a bottleneck."""
+    for path in _BLOCKS:
+        for _, block in blocks(config, path):
+            if block.get("experts") == {}:
+                del block["experts"]
+            if block.get("name") == "bottleneck" and not block.get("untie", True):
+                del block["untie"]
 
 
 def move_intervals(config: Block) -> None:
@@ -144,7 +156,7 @@ def move_intervals(config: Block) -> None:
 
 # By version, what changed the structure of a config.
 MOVES: Mapping[int, tuple[Callable[[Block], None], ...]] = {
-    3: (move_algorithm, move_per_modality, move_intervals),
+    3: (move_algorithm, drop_empty_keys, move_per_modality, move_intervals),
 }
 
 

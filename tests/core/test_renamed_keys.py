@@ -235,6 +235,21 @@ def test_numbers_that_two_rules_read_are_there_for_both() -> None:
     }
 
 
+def test_keys_that_said_nothing_are_dropped() -> None:
+    """Version 2 ignored them; today's blocks refuse them."""
+    pattern = [
+        {"name": "transformer", "experts": {}},
+        {"name": "bottleneck", "untie": [], "modalities": ["image"]},
+        {"name": "bottleneck", "untie": ["mlp"]},  # never right: the schema says so
+    ]
+    upgraded = upgrade({"model": {"groups": [{"repeat": 1, "pattern": pattern}]}}, 2)
+    assert upgraded["model"]["layers"][0]["blocks"] == [
+        {"name": "transformer"},
+        {"name": "bottleneck", "modalities": ["image"]},
+        {"name": "bottleneck", "untie": ["mlp"]},
+    ]
+
+
 def test_moves_leave_odd_configs_alone() -> None:
     """What a config lacks, no move adds: the schema says what is wrong with it."""
     for config in ({}, {"model": {}}, {"tasks": {}}, {"schedule": {"phases": []}}):
