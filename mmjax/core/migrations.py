@@ -115,10 +115,10 @@ _BLOCKS = ("model.groups.*.pattern.*", "tasks.*.objective.*.*.pattern.*")  # of 
 
 def move_per_modality(config: Block) -> None:
     """Move `untie` and `modalities` of a block, and `model.norm_modalities`, into one key `per_modality`."""
-    model = config.get("model", {})
-    norms = model.pop("norm_modalities", None)
-    if norms:
-        model["per_modality"] = {"modalities": norms, "parts": ["norm"]}
+    for _, model in blocks(config, "model"):
+        norms = model.pop("norm_modalities", None)
+        if norms:
+            model["per_modality"] = {"modalities": norms, "parts": ["norm"]}
     for path in _BLOCKS:
         for _, block in blocks(config, path):
             if block.get("name") in ("transformer", "mamba"):
@@ -139,18 +139,18 @@ def drop_empty_keys(config: Block) -> None:
 
 def move_intervals(config: Block) -> None:
     """Move the weights of tasks that run at intervals into the key `interval`, those of phases into `intervals`."""
-    schedule = config.get("schedule", {})
-    phases = schedule.get("phases", ())
-    rules = {schedule.get("rule", "shares"), *(p["rule"] for p in phases if p.get("rule"))}
+    phases = [phase for _, phase in blocks(config, "schedule.phases.*")]
+    rules = [schedule.get("rule", "shares") for _, schedule in blocks(config, "schedule")]
+    rules += [phase["rule"] for phase in phases if phase.get("rule")]
     if "interval" not in rules:
         return
     for holder, old, new in [
-        *((task, "share", "interval") for task in config.get("tasks", {}).values()),
+        *((task, "share", "interval") for _, task in blocks(config, "tasks.*")),
         *((phase, "weights", "intervals") for phase in phases),
     ]:
         if old in holder:
             holder[new] = copy.deepcopy(holder[old])
-            if rules == {"interval"}:
+            if all(rule == "interval" for rule in rules):
                 del holder[old]
 
 

@@ -252,7 +252,15 @@ def test_keys_that_said_nothing_are_dropped() -> None:
 
 def test_moves_leave_odd_configs_alone() -> None:
     """What a config lacks, no move adds: the schema says what is wrong with it."""
-    for config in ({}, {"model": {}}, {"tasks": {}}, {"schedule": {"phases": []}}):
+    odd: list[dict[str, Any]] = [
+        {}, {"model": {}}, {"tasks": {}}, {"schedule": {"phases": []}},
+        # And what no schema allows: a damaged file must be named, and not end in a traceback.
+        {"model": 3}, {"model": {"groups": [3]}}, {"tasks": [3]}, {"tasks": {"a": 3}}, {"schedule": 3},
+        {"schedule": {"rule": ["interval"], "phases": 3}}, {"schedule": {"rule": "interval", "phases": [3]}},
+        {"optimizer": 3},
+    ]  # fmt: skip
+    for config in odd:
+        assert upgrade(config, 2).keys() >= config.keys()
         for move in MOVES[3]:
             changed: dict[str, Any] = dict(config)
             move(changed)
