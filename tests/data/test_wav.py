@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import tracemalloc
-import wave
 
 import numpy as np
 import pytest
+from wav_files import wav
 
 from mmjax.core.errors import UserError
 from mmjax.modalities.waveform import Waveform, read
 
 RATE = 16000
-
-
-def wav(samples: np.ndarray, width: int, rate: int = 8000) -> bytes:
-    """A WAV file of integer samples `[N, channels]`, written by the standard library."""
-    out = io.BytesIO()
-    with wave.open(out, "wb") as file:
-        file.setnchannels(samples.shape[1])
-        file.setsampwidth(width)
-        file.setframerate(rate)
-        if width == 1:
-            file.writeframes(samples.astype(np.uint8).tobytes())
-        else:
-            each = [int(s).to_bytes(width, "little", signed=True) for s in samples.ravel()]
-            file.writeframes(b"".join(each))
-    return out.getvalue()
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import math
-import wave
 from typing import Any
 
 import jax
@@ -13,6 +11,7 @@ import pytest
 import scipy.signal
 from hypothesis import given
 from hypothesis import strategies as st
+from wav_files import wav
 
 from mmjax.core.errors import UserError
 from mmjax.core.migrations import upgrade
@@ -27,21 +26,6 @@ RATE = 16000
 
 def sine(hertz: float, seconds: float, rate: int = RATE, amplitude: float = 0.5) -> np.ndarray:
     return amplitude * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
-
-
-def wav(samples: np.ndarray, width: int, rate: int = 8000) -> bytes:
-    """A WAV file of integer samples `[N, channels]`, written by the standard library."""
-    out = io.BytesIO()
-    with wave.open(out, "wb") as file:
-        file.setnchannels(samples.shape[1])
-        file.setsampwidth(width)
-        file.setframerate(rate)
-        if width == 1:
-            file.writeframes(samples.astype(np.uint8).tobytes())
-        else:
-            each = [int(s).to_bytes(width, "little", signed=True) for s in samples.ravel()]
-            file.writeframes(b"".join(each))
-    return out.getvalue()
 
 
 def built(modality: Any, width: int = 6) -> tuple[Any, dict[str, np.ndarray]]:
