@@ -49,7 +49,7 @@ class Optimizers:
 
     @cached_property
     def views(self) -> Mapping[str, UpdateScope]:
-        """How each task sees the optimizer, all phases taken together."""
+        """The view that each task has of the optimizer, all phases taken together."""
         each = [self._views(phase) for phase in self.phases.entries]
         return {
             name: UpdateScope(
@@ -67,7 +67,7 @@ class Optimizers:
 
     @cached_property
     def _reaches(self) -> Mapping[str, Reach]:
-        """What is traced of the losses of tasks that do not share all."""
+        """The parameters that a loss reaches, traced, of each task that does not share all."""
         kinds = self._kinds()
         return {
             n: reach_of(self.spec, task) for n, task in self.tasks.items() if kinds[n] != SHARED
@@ -113,6 +113,6 @@ class Optimizers:
 
     @cached_property
     def extents(self) -> Mapping[str, Mapping[str, float]]:
-        """What each task's learning rate asks of the run's length; may trace, as the loop must not."""
+        """Lengths that each task's learning rate depends on; this may trace, which the loop must not."""
         optimizer = self.whole
         return {task: optimizer.extent(task) for task in self.tasks}

@@ -18,7 +18,7 @@ from mmjax.task import Task
 
 
 class Programs(Protocol):
-    """What an experiment says of its programs."""
+    """An experiment, as far as its programs depend on it."""
 
     @property
     def spec(self) -> ModelSpec:
@@ -26,7 +26,7 @@ class Programs(Protocol):
 
     @property
     def phases(self) -> Phases:
-        """What holds from which step on."""
+        """The phases of the run, by ascending start."""
 
     @property
     def optimizers(self) -> Optimizers:

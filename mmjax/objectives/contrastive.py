@@ -190,7 +190,7 @@ def unit(x: jax.Array, eps: float = 1e-6) -> jax.Array:
 
 
 class Comparison(NamedTuple):
-    """What comparing the rows of a batch gives.
+    """The result of comparing the rows of a batch.
 
     Attributes:
       loss: mean over the rows.

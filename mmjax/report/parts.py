@@ -86,7 +86,7 @@ def schedule(run: Run) -> Iterator[Html]:
             (f"{s.start:,}", s.rule, ", ".join(f"{t} {w}" for t, w in s.weights.items()))
             for s in planned.segments
         ]
-        yield table("Stretches of the schedule", ("from step", "rule", "weights"), rows)
+        yield table("Segments of the schedule", ("from step", "rule", "weights"), rows)
 
 
 def optimisation(run: Run) -> Iterator[Html]:

@@ -69,8 +69,8 @@ class ScheduleConfig:
     Attributes:
       rule: `shares`, `random`, `interval` or `budget`; see `mmjax/schedule/rules/`. Under `budget` a
         task's `weight` is its part of the chips' time, first by model FLOPs.
-      phases: later stretches, by ascending `start`, and what changes there. Evaluation has the shapes of `tasks` at
-        step 0.
+      phases: later parts of the run, by ascending `start`, and what changes there. Evaluation has the shapes of
+        `tasks` at step 0.
       rebalance_every: under `budget`, steps after which, and again after as many, the shares are set from
         measured step times; 0 to stay with model FLOPs.
     """

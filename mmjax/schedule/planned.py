@@ -55,12 +55,12 @@ class PlannedSchedule:
 
     @cached_property
     def visits(self) -> Mapping[str, int]:
-        """How often each task runs in the whole run."""
+        """Visits of each task in the whole run."""
         return self.schedule().visits(self.steps)
 
     @cached_property
     def examples(self) -> int:
-        """How many examples all tasks read in the whole run."""
+        """Examples that all tasks read in the whole run."""
         schedule = self.schedule()
         return sum(self.phases.consumed(schedule, name, 0, self.steps) for name in self.tasks)
 

@@ -54,7 +54,7 @@ class ShapeVariants:
         return self.variants[int(cycle.order[visit % len(cycle.order)])]
 
     def counts(self, start: int, stop: int) -> dict[str, int]:
-        """How many of the visits [start, stop) each program has."""
+        """Return the number of visits in [start, stop) of each program."""
         cycle = shares_cycle(self.weights)
 
         def before(index: int, visit: int) -> int:
@@ -67,7 +67,7 @@ class ShapeVariants:
         return dict(counts)
 
     def mean(self, values: Mapping[str, float]) -> float:
-        """Of a number per program, over the task's visits."""
+        """Return the mean of a number per program over the task's visits."""
         total = sum(v.weight * values[v.program] for v in self.variants)
         return total / sum(self.weights)
 

@@ -32,7 +32,7 @@ class Here:
     identities: Mapping[str, str]
 
     def check(
-        self, meta: Mapping[str, Any], allow_change: bool, say: Callable[[str], None]
+        self, meta: Mapping[str, Any], allow_change: bool, log: Callable[[str], None]
     ) -> None:
         """Compare data, files and code with those of a checkpoint, and announce another environment.
 
@@ -40,8 +40,8 @@ class Here:
           UserError: data or files differ; or code does, and `allow_change` is False.
         """
         check_identities(meta["identities"], self.identities, self.workdir)
-        check_code(meta["identities"], self.experiment, allow_change, say)
-        announce_environment(meta["environment"], environment(self.mesh), say)
+        check_code(meta["identities"], self.experiment, allow_change, log)
+        announce_environment(meta["environment"], environment(self.mesh), log)
 
 
 def identities_of(experiment: Experiment, data: Mapping[str, Examples]) -> dict[str, str]:
@@ -92,15 +92,15 @@ def check_code(
     saved: Mapping[str, str],
     experiment: Experiment,
     allow_change: bool,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Compare the extension files (`--extra`) of a config with those that a run had.
 
     Args:
       saved: the identities of a checkpoint.
       experiment: the config as it is now.
-      allow_change: whether they may differ, which is said.
-      say: prints a line.
+      allow_change: whether they may differ, which is logged.
+      log: prints a line.
 
     Raises:
       UserError: they differ and may not.
@@ -114,14 +114,14 @@ def check_code(
         raise UserError(
             f"{words}. Restore it, add --allow_change to continue with it, or use another --workdir."
         )
-    say(f"{words}.")
+    log(f"{words}.")
 
 
 def announce_environment(
-    saved: Mapping[str, Any], now: Mapping[str, Any], say: Callable[[str], None]
+    saved: Mapping[str, Any], now: Mapping[str, Any], log: Callable[[str], None]
 ) -> None:
-    """Say what differs from the environment that a checkpoint was made in."""
+    """Log what differs from the environment that a checkpoint was made in."""
     # An older version has not recorded all of them.
     changed = [f"{k} {saved[k]} -> {now[k]}" for k in now if k in saved and saved[k] != now[k]]
     if changed:
-        say(f"The run began elsewhere, so its bits may differ in rounding: {', '.join(changed)}.")
+        log(f"The run began elsewhere, so its bits may differ in rounding: {', '.join(changed)}.")

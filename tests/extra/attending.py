@@ -23,7 +23,7 @@ MASKS: dict[str, Mask] = {
 
 
 def attributes(length: int) -> dict[str, np.ndarray]:
-    """Of one stream: two packed items, two pictures, a prefix, three streams in turn."""
+    """Attributes of one stream: two packed items, two pictures, a prefix, three streams in turn."""
     at = np.arange(length)
     return {
         "position": at[None],

@@ -22,7 +22,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def weights_of(slots: Slots, tokens: int) -> Weights:
-    """What the slots of the first group say, token by token; each is at an expert once at most."""
+    """Return what the slots of the first group hold, token by token; each is at an expert once at most."""
     index, gate = np.asarray(slots.index_GEC[0]), np.asarray(slots.gate_GEC[0])
     result = np.zeros((tokens, index.shape[0]))
     for e, row in enumerate(index):

@@ -44,7 +44,7 @@ class Row:
 
     @property
     def is_right(self) -> bool:
-        """Whether every difference is rounding and no array was made whole."""
+        """Return whether every difference is rounding and no array was made whole."""
         return all(x < CLOSE for x in self.largest.values()) and not self.is_whole
 
 

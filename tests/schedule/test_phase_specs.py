@@ -1,4 +1,4 @@
-"""Stretches of a config, and shares under a budget of time."""
+"""Phases of a config, and shares under a budget of time."""
 
 import pytest
 from hypothesis import given, settings
