@@ -1,4 +1,4 @@
-"""What a run would do, without doing it: `mmjax train --dry_run ...`.
+"""Describe a run without starting it: `mmjax train --dry_run ...`.
 
 Nothing is compiled, and the workdir is only read: the clock of its newest checkpoint, the identities of its data, and
 the step times of what has run there. The data are opened, so that what would stop the run at its start stops this, too:
@@ -72,7 +72,7 @@ def _segments_table(experiment: Experiment, schedule: Schedule) -> None:
 
 
 def strip_lines(schedule: Schedule, start: int, stop: int) -> Iterator[str]:
-    """The sequence of steps [start, stop) in letters: its beginning, and where later segments begin.
+    """Yield the sequence of steps [start, stop) in letters: its beginning, and where later segments begin.
 
     First a line for each task with its letter; at most 80 columns.
     """
@@ -90,7 +90,7 @@ def strip_lines(schedule: Schedule, start: int, stop: int) -> Iterator[str]:
 
 
 def letters_of(tasks: Iterable[str]) -> dict[str, str]:
-    """A character for each task, one of its name's where that is free; `?` when there are no more."""
+    """Return a character for each task, one of its name's where that is free; `?` when there are no more."""
     letters: dict[str, str] = {}
     for task in tasks:
         initials = "".join(part[:1] for part in task.lower().split("_"))
@@ -160,7 +160,7 @@ def _pace(experiment: Experiment, workdir: epath.Path, programs: Sequence[str]) 
 
 
 def _remarks(experiment: Experiment, found: Pace, workdir: epath.Path) -> Iterator[str]:
-    """Where the numbers come from."""
+    """Yield remarks on the origin of the numbers."""
     if found.measured:
         yield f"Step times are those measured in {workdir}."
     if len(found.measured) < len(found.seconds):

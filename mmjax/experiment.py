@@ -32,7 +32,7 @@ from mmjax.task import Task, make_task
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a config names, built; nothing is opened or compiled yet.
+    """The objects that a config names; building them opens and compiles nothing.
 
     Attributes:
       block: the config as plain data.
@@ -52,7 +52,7 @@ class Experiment:
 
     @cached_property
     def phases(self) -> Phases:
-        """What holds from which step on."""
+        """The phases of the run, each with the settings that hold from its first step on."""
         rules, phases = self.run.optimizer.rules, self.run.schedule.phases
         return make_phases(self.tasks, phases, rules, self.modalities)
 
@@ -98,7 +98,7 @@ class Experiment:
         self._check_shapes()
 
     def _check_shapes(self) -> None:
-        """Phases and shapes may change the shapes of data, and of no parameter; shapes, no number of tokens."""
+        """Check that phases and shapes change no parameter's shape, and that shapes keep the number of tokens."""
         for task, _ in self.phases.programs.values():
             if task is self.tasks[task.name]:
                 continue

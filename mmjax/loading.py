@@ -72,7 +72,7 @@ def find_step(workdir: epath.Path, step: int | None) -> tuple[int, dict[str, Any
 
 
 def read_parameters(workdir: epath.Path, step: int, experiment: Experiment, mesh: Mesh) -> Arrays:
-    """The parameters for evaluation (their average, where the run keeps one), on `mesh`."""
+    """Return the parameters for evaluation (their average, where the run keeps one), on `mesh`."""
     specs = experiment.declaration.specs
     parameters = evaluated(experiment.abstract_state(mesh))
     averaged = bool(experiment.run.optimizer.ema)
@@ -135,7 +135,7 @@ class TrainedModel:
 
     @cached_property
     def _competes(self) -> bool:
-        """Whether what the model makes of a row depends on the rows beside it."""
+        """True if the output for a row depends on the other rows of its batch."""
         return any(isinstance(part, Experts) for _, part in nnx.iter_modules(self.module))
 
     @property
@@ -196,7 +196,7 @@ class TrainedModel:
     def caption(
         self, *, task: str | None = None, seed: int = 0, **values: Sequence[Any]
     ) -> list[str]:
-        """Texts that a task such as CoCa's writes of a list of values of one modality.
+        """Return the captions that a task such as CoCa's generates for a list of values of one modality.
 
         Args:
           task: by default the first that writes of the modality.
@@ -233,7 +233,7 @@ class TrainedModel:
         seed: int = 0,
         guidance: float | None = None,
     ) -> list[Any]:
-        """What a task such as Transfusion's makes of a sequence of spans: text and pictures in turn.
+        """Return the spans that a task such as Transfusion's generates: text and pictures in turn.
 
         Modalities that see each other whatever their order (`bidirectional_spans`) and are not in the list are pure
         noise: then `[("image", None)]` draws from the distribution of pictures, `[("image", None), ("sound", None)]`
@@ -299,7 +299,7 @@ class TrainedModel:
         task: str | None,
         values: Mapping[str, Sequence[Any]],
     ) -> tuple[Task, str, list[dict[str, np.ndarray]]]:
-        """The task that does it, the modality, and the arrays of each value."""
+        """Return the task that does it, the modality, and the arrays of each value."""
         if len(values) != 1:
             known = sorted({name for each in self.tasks.values() for name in each.inputs})
             raise UserError(
@@ -334,7 +334,7 @@ class TrainedModel:
         name: str | None,
         modality: str,
     ) -> str:
-        """Why no task does it: what the named one does instead, and which others do."""
+        """Return why no task can do it: what the named one does instead, and which others do."""
         does = {n: able(t.objective) for n, t in self.tasks.items() if able(t.objective)}
         others = [n for n, modalities in does.items() if modality in modalities]
         who = f"Task '{name}'" if name else "The run"
@@ -384,7 +384,7 @@ class TrainedModel:
         return np.concatenate(outputs)
 
     def compiled(self, function: Callable[[Model, Any], Any]) -> Callable[[Any], Any]:
-        """`arrays -> function(model, arrays)` with the run's parameters, compiled for each shape it meets."""
+        """Return `arrays -> function(model, arrays)` with the run's parameters, compiled for each shape it meets."""
         dtype = compute_dtype(self._experiment.run.dtype.compute)
         merge = self._experiment.declaration.merge
         function_jit = jax.jit(
@@ -406,12 +406,12 @@ def _outputs(task: Task) -> str:
 
 
 def _blank(task: Task, modality: str) -> dict[str, np.ndarray]:
-    """Arrays of the shapes that the task gives a modality, zeros."""
+    """Return arrays of zeros of the shapes that the task gives a modality."""
     return {n: np.zeros(s.shape, s.dtype) for n, s in task.inputs[modality].arrays().items()}
 
 
 def _told(objective: Objective) -> tuple[str, ...]:
-    """What it writes texts of."""
+    """Return the modalities that the objective describes in text."""
     return written(objective)[:1]
 
 

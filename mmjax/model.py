@@ -149,7 +149,7 @@ class Model(nnx.Module):
     def encode(
         self, streams: Iterable[Stream], key: jax.Array | None, mask: Mask = FULL
     ) -> tuple[Stream, Aux]:
-        """One pass of the trunk over the tokens of all `streams` together, under a mask; without a key none draws."""
+        """Run the trunk once over the tokens of all `streams`, under a mask; without a key nothing is drawn."""
         return self.trunk(replace(concatenate(list(streams)), mask=mask), key)
 
 

@@ -81,7 +81,7 @@ def replay(
 
 
 def find_visit(schedule: Schedule, task: str, visit: int, steps: int) -> int:
-    """The step below `steps` that is the task's visit number `visit`."""
+    """Return the step below `steps` that is the task's visit number `visit`."""
     if task not in schedule.tasks:
         raise UserError(f"--task={task}: the run has no such task.{nearest(task, schedule.tasks)}")
     count = schedule.visits(steps)[task]
@@ -101,7 +101,7 @@ def find_visit(schedule: Schedule, task: str, visit: int, steps: int) -> int:
 
 
 def _run(session: Session, last: int) -> dict[str, float]:
-    """The steps up to `last`; its metrics."""
+    """Return the steps up to `last`; its metrics."""
     experiment, mesh, clock = session.experiment, session.mesh, session.clock
     schedule, run = clock.schedule, experiment.run
     requests = train_requests(experiment, mesh)

@@ -51,7 +51,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What a run leaves to read.
+    """The logs of a run.
 
     Attributes:
       flush_every: steps after which the lines of `metrics.jsonl` are sure to be on the disk.

@@ -51,7 +51,7 @@ def show_names(shapes: Mapping[str, Any]) -> None:
 
 
 def names_in(where: str, step: int | None) -> Mapping[str, Any]:
-    """The parameters of a run's checkpoint, or the arrays of a file, by name: each with dtype and shape."""
+    """Return the parameters of a run's checkpoint, or the arrays of a file, by name: each with dtype and shape."""
     workdir = flags.folder(where)
     if workdir.suffix in SUFFIXES and not workdir.is_dir():
         return open_tensors(workdir).entries
@@ -99,14 +99,14 @@ def show_run(workdir: epath.Path, step: int | None, with_digest: bool) -> None:
 
 
 def _verified(meta: Mapping[str, Any], with_digest: bool) -> str:
-    """What of a checkpoint has been compared with its checksums here."""
+    """Return which parts of a checkpoint have been compared with their checksums here."""
     if not checkpoint.is_verified(meta):
         return "no, format 1 has no checksums"
     return "meta data" + (" and parameters" if with_digest else "; arrays are when they are read")
 
 
 def read_arrays(workdir: epath.Path, step: int, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The parameters of a checkpoint as NumPy arrays under their canonical names."""
+    """Return the parameters of a checkpoint as NumPy arrays under their canonical names."""
     target = {"parameters": {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in shapes.items()}}
     state: dict[str, np.ndarray] = checkpoint.read_state(workdir, step, target)["parameters"]
     return state

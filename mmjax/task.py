@@ -82,7 +82,7 @@ class Task:
         return self.config.batch
 
     def fold(self, seed: int) -> jax.Array:
-        """The task's random key; visits and purposes are folded into it."""
+        """Return the task's random key; visits and purposes are folded into it."""
         return jax.random.fold_in(jax.random.key(seed), zlib.crc32(self.name.encode()))
 
     def loss(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
@@ -90,12 +90,12 @@ class Task:
         return self.objective(model, with_rows(batch), key)
 
     def for_evaluation(self) -> Task:
-        """As evaluation has it: with all tokens of one instance of each input."""
+        """Return the task with the settings of evaluation: with all tokens of one instance of each input."""
         inputs = {name: i.for_evaluation() for name, i in self.inputs.items()}
         return replace(self, inputs=inputs, objective=self.objective.for_evaluation())
 
     def rows(self) -> RowSpec:
-        """What one row of a training batch holds."""
+        """Return the specification of one row of a training batch."""
         objective, shared_time = self.objective, self.config.shared_time
         return RowSpec(self.inputs, objective.fields(), objective.check_example, shared_time)
 
@@ -113,7 +113,7 @@ class RowSpec:
     shared_time: bool = False
 
     def shapes(self) -> Any:
-        """The tree of `jax.ShapeDtypeStruct`s of one row."""
+        """Return the tree of `jax.ShapeDtypeStruct`s of one row."""
         return {
             "inputs": {name: i.arrays() for name, i in self.inputs.items()},
             "fields": {name: jax.ShapeDtypeStruct((), np.int32) for name in self.fields},
@@ -121,13 +121,13 @@ class RowSpec:
         }
 
     def batch(self, size: int) -> Any:
-        """The tree of `jax.ShapeDtypeStruct`s of a batch."""
+        """Return the tree of `jax.ShapeDtypeStruct`s of a batch."""
         return jax.tree.map(
             lambda s: jax.ShapeDtypeStruct((size, *s.shape), s.dtype), self.shapes()
         )
 
     def make(self, example: Example, rng: np.random.Generator | None) -> Any:
-        """The arrays of one example.
+        """Return the arrays of one example.
 
         Raises:
           RecordError: which field has a value that cannot be used, and why.
@@ -149,7 +149,7 @@ class RowSpec:
         return max(max(each.instances, 1) for each in temporal) if is_shared else 0
 
     def blank(self) -> Any:
-        """An invalid row: zeros."""
+        """Return an invalid row: zeros."""
         return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self.shapes())
 
     def check(self, examples: Examples, where: str) -> None:
@@ -239,7 +239,7 @@ def make_task(
 
 
 def check_batch(config: TaskConfig, objective: Objective, where: str) -> None:
-    """`UserError` for a batch that does not hold whole windows, or whose micro-batches do not hold whole sequences."""
+    """Raise `UserError` unless a batch holds whole windows, and its micro-batches whole sequences."""
     window = objective.window_rows(config.batch)
     if config.batch % window:
         raise UserError(
@@ -255,7 +255,7 @@ def check_batch(config: TaskConfig, objective: Objective, where: str) -> None:
 def make_input(
     name: str, block: Mapping[str, Any], modalities: Mapping[str, Modality], where: str
 ) -> Input:
-    """A modality with a task's settings."""
+    """Return a modality with a task's settings."""
     if name not in modalities:
         raise UserError(
             f"{where}: no modality '{name}' in config.modalities.{nearest(name, modalities)}"

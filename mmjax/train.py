@@ -161,7 +161,7 @@ def _report_if_missing(session: Session, activities: ActivityLog) -> None:
 
 
 def _compile(session: Session, there: Mapping[str, Program]) -> dict[str, Program]:
-    """All programs that the rest of the run needs, those that are `there` already among them."""
+    """Return all programs that the rest of the run needs, including those already `there`."""
     experiment, mesh = session.experiment, session.mesh
     requests = _coming(session) | eval_requests(experiment, mesh)
     missing = {name: request for name, request in requests.items() if name not in there}
@@ -179,7 +179,7 @@ def _compile(session: Session, there: Mapping[str, Program]) -> dict[str, Progra
 
 
 def _log_replicated(session: Session, reports: Sequence[Mapping[str, Any]]) -> None:
-    """Says what the rules were to divide and the mesh does not: parameters, and activations by program."""
+    """Log which dimensions the rules would divide and the mesh does not: parameters, and activations by program."""
     specs = session.experiment.declaration.specs
     dims = {
         name: [str(each) for each in replicated_dims(spec.axes, spec.shape, session.mesh)]
@@ -197,7 +197,7 @@ def _log_replicated(session: Session, reports: Sequence[Mapping[str, Any]]) -> N
 
 
 def _coming(session: Session) -> dict[str, Request]:
-    """Training programs of the tasks that may run from here on, in this phase or a later one.
+    """Return the training programs of the tasks that may run from here on, in this phase or a later one.
 
     Also of those whose few visits all lie behind: other tasks may be left out, or shares set anew.
     """
@@ -219,7 +219,7 @@ def _run(
     evaluation: Evaluation,
     activities: ActivityLog,
 ) -> list[Record] | None:
-    """The loop; a run that diverges goes back, and on without the task that did."""
+    """Run the loop; a run that diverges rolls back and continues without the task that diverged."""
     with Signals() as signals:
         while True:
             try:

@@ -1,1 +1,1 @@
-"""What a traced program holds and costs."""
+"""Analyses of a traced program: what it holds and what it costs."""

@@ -58,7 +58,7 @@ class Count:
 
 
 def model_flops(fun: Callable[..., Any], *args: Any) -> int:
-    """Floating-point operations of the dot products and convolutions of `fun(*args)`.
+    """Return floating-point operations of the dot products and convolutions of `fun(*args)`.
 
     `fun` is traced on arrays or `jax.ShapeDtypeStruct`s and nothing is computed. Work that no
     output needs does not count. Calls count their inside; a scan counts its body times its length;
@@ -71,13 +71,13 @@ def model_flops(fun: Callable[..., Any], *args: Any) -> int:
 
 
 def count(fun: Callable[..., Any], *args: Any) -> Count:
-    """`model_flops`, with what could not be counted."""
+    """Return the same as `model_flops`, with what could not be counted."""
     with xla_alone():
         return _count(opened(jax.make_jaxpr(fun)(*args)), wanted=None)
 
 
 def train_flops(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool = False) -> int:
-    """Floating-point operations of one value-and-gradient of `loss_fn(params, *args)`.
+    """Return floating-point operations of one value-and-gradient of `loss_fn(params, *args)`.
 
     The gradient is with respect to the floating-point leaves of `params`. Rematerialised work is
     not counted, and neither is the backward pass into what is not differentiated (arguments, frozen
@@ -105,7 +105,7 @@ def train_flops(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: b
 def count_train(
     loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool = False
 ) -> Count:
-    """`train_flops`, with what could not be counted."""
+    """Return the same as `train_flops`, with what could not be counted."""
     with xla_alone():
         return _count(differentiate(loss_fn, params, args, has_aux).jaxpr, wanted=None)
 
@@ -125,7 +125,7 @@ class _Counter:
         self.as_written: set[str] = set()
 
     def jaxpr(self, jaxpr: Jaxpr, wanted: Wanted, within: Within) -> int:
-        """Operations that the wanted outputs need; `within` are the `shard_map`s around it."""
+        """Return the operations that the wanted outputs need; `within` are the `shard_map`s around it."""
         needed = self.liveness.equations(jaxpr, wanted)
         return sum(self.equation(eqn, outs, within) for eqn, outs in needed)
 
@@ -154,7 +154,7 @@ class _Counter:
         return self._unknown(eqn, within)
 
     def _shard_map(self, eqn: JaxprEqn, outs: Wanted, within: Within) -> int:
-        """Each shard once: what mesh axes outside the specs repeat is the same work."""
+        """Count each shard once: what mesh axes outside the specs repeat is the same work."""
         sizes = eqn.params["mesh"].shape
         named = _named_axes([*eqn.params["in_specs"], *eqn.params["out_specs"]])
         body = self.jaxpr(called(eqn), outs, (*within, eqn))
@@ -172,7 +172,7 @@ class _Counter:
         return trips * body + (trips + 1) * cond
 
     def _custom_backward(self, eqn: JaxprEqn, within: Within) -> int:
-        """The backward rule of a `jax.custom_vjp`, by transposing the equation for its tangent."""
+        """Return the backward rule of a `jax.custom_vjp`, by transposing the equation for its tangent."""
         saved = eqn.params["num_res"]
         name = getattr(eqn.params["bwd"], "__name__", "unnamed")
         residuals, tangents = eqn.invars[:saved], eqn.invars[saved:]
@@ -215,7 +215,7 @@ class _Counter:
 
 
 def _trace_within(within: Within, fun: Callable[..., Any], *groups: list[Any]) -> Jaxpr:
-    """The jaxpr of `fun` on groups of values like the variables given, where these stand.
+    """Return the jaxpr of `fun` on groups of values like the variables given, where these stand.
 
     Inside a `shard_map` the axes of its mesh have names, and values have types that say over which
     of them they vary. So trace inside a like one, whose operands carry a leading axis, split over
@@ -250,13 +250,13 @@ def _trace_within(within: Within, fun: Callable[..., Any], *groups: list[Any]) -
 
 
 def _varying(aval: Any) -> tuple[Any, ...]:
-    """The mesh axes over which a value inside a `shard_map` varies, as far as its type says."""
+    """Return the mesh axes over which a value inside a `shard_map` varies, as far as its type says."""
     kind = getattr(aval, "manual_axis_type", None)
     return tuple(sorted(kind.varying)) if kind else ()
 
 
 def _aval(atom: Any) -> Any:
-    """The abstract value of a variable or literal; its declared type promises no shape."""
+    """Return the abstract value of a variable or literal; its declared type promises no shape."""
     return atom.aval
 
 
@@ -265,7 +265,7 @@ def _is_complex(eqn: JaxprEqn) -> bool:
 
 
 def _named_axes(specs: Sequence[Any]) -> set[Any]:
-    """The mesh axes that partition specs name."""
+    """Return the mesh axes that partition specs name."""
     names: set[Any] = set()
     for entry in (entry for spec in specs for entry in spec):
         names |= set(entry) if isinstance(entry, tuple) else {entry}
@@ -273,7 +273,7 @@ def _named_axes(specs: Sequence[Any]) -> set[Any]:
 
 
 def _trip_count(eqn: JaxprEqn) -> int | None:
-    """How often a while loop runs, if its condition is `counter < end` with everything constant."""
+    """Return the number of iterations of a while loop whose condition is `counter < end` with everything constant."""
     cond = opened(eqn.params["cond_jaxpr"])
     of_cond, of_body = while_split(eqn)
     if len(cond.eqns) != 1 or cond.eqns[0].primitive.name not in ("lt", "le"):
@@ -292,7 +292,7 @@ def _trip_count(eqn: JaxprEqn) -> int | None:
 
 
 def _bound(eqn: JaxprEqn, cond: Jaxpr, end: Any) -> int | None:
-    """The constant a loop counts to: a literal, or an operand that the body does not change."""
+    """Return the constant a loop counts to: a literal, or an operand that the body does not change."""
     if isinstance(end, Literal):
         return _constant(end)
     if end not in cond.invars:
@@ -308,7 +308,7 @@ def _bound(eqn: JaxprEqn, cond: Jaxpr, end: Any) -> int | None:
 
 
 def _step(body: Jaxpr, of_body: int, carry: int) -> int | None:
-    """The constant that the body adds to a carry."""
+    """Return the constant that the body adds to a carry."""
     updates = [eqn for eqn in body.eqns if body.outvars[carry] in eqn.outvars]
     if not updates or updates[0].primitive.name != "add":
         return None
@@ -335,7 +335,7 @@ def _dot_general(eqn: JaxprEqn) -> int:
 
 
 def _ragged_dot(eqn: JaxprEqn) -> int:
-    """Every row meets the matrix of one group: rows that the group sizes leave out count too."""
+    """Count one product for every row, with the matrix of one group: rows that the group sizes leave out count too."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (_, contracted), (_, batched) = numbers.dot_dimension_numbers
     lhs, rhs = _shapes(eqn)
@@ -344,7 +344,7 @@ def _ragged_dot(eqn: JaxprEqn) -> int:
 
 
 def _conv(eqn: JaxprEqn) -> int:
-    """2 * batch * features out * features in of one group * pairs that meet in each dimension."""
+    """Return 2 * batch * features out * features in of one group * pairs that meet in each dimension."""
     p, out = eqn.params, _aval(eqn.outvars[0]).shape
     lhs, rhs = _shapes(eqn)
     numbers = p["dimension_numbers"]
@@ -366,7 +366,7 @@ def _conv(eqn: JaxprEqn) -> int:
 def meeting(
     *, outputs: int, taps: int, size: int, stride: int, low: int, holes: int, spread: int
 ) -> int:
-    """Pairs (output o, tap k) of one dimension that meet an input element.
+    """Return the number of pairs (output o, tap k) of one dimension that meet an input element.
 
     They meet at position o * stride + k * spread - low, if it lies in 0 .. (size - 1) * holes and is a
     multiple of `holes`. For each tap the second condition leaves the outputs of one remainder modulo

@@ -1,4 +1,4 @@
-"""What a traced function needs: dead-code elimination as a question, and the traced derivative.
+"""Analyses of a traced function: dead-code elimination as a question, and the traced derivative.
 
 The count of floating-point operations and the reach of a gradient ask one thing of a jaxpr: when
 only some outputs are wanted, which equations and which inputs are needed? `Liveness` answers it
@@ -44,18 +44,18 @@ _POINTWISE = frozenset(
 
 
 def opened(jaxpr: Any) -> Jaxpr:
-    """The jaxpr itself; older JAX wraps most together with their constants."""
+    """Return the jaxpr itself; older JAX wraps most together with their constants."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
 def called(eqn: JaxprEqn) -> Jaxpr:
-    """The inner jaxpr of one of `CALLS`."""
+    """Return the inner jaxpr of one of `CALLS`."""
     params = eqn.params
     return opened(next(params[k] for k in ("jaxpr", "call_jaxpr", "call") if k in params))
 
 
 def scan_split(eqn: JaxprEqn) -> tuple[int, int]:
-    """(number of constants, number of carries) among the operands of a scan.
+    """Return (number of constants, number of carries) among the operands of a scan.
 
     Read from the ranks (a scanned operand or result loses its leading axis inside the body)
     because the parameters that say so differ between JAX versions.
@@ -71,7 +71,7 @@ def scan_split(eqn: JaxprEqn) -> tuple[int, int]:
 
 
 def while_split(eqn: JaxprEqn) -> tuple[int, int]:
-    """(constants of the condition, constants of the body): they lead the operands of a while."""
+    """Return (constants of the condition, constants of the body): they lead the operands of a while."""
     return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
 
 
@@ -80,7 +80,7 @@ def _any(a: Wanted, b: Wanted) -> Wanted:
 
 
 def _has_effect(eqn: JaxprEqn) -> bool:
-    """Whether the equation runs though nobody reads its results: prints, callbacks, references.
+    """Return whether the equation runs though nobody reads its results: prints, callbacks, references.
 
     Collectives also carry an effect, which only records the name of their mesh axis.
     """
@@ -104,11 +104,11 @@ class Liveness:
     )
 
     def inputs(self, jaxpr: Jaxpr, wanted: Wanted) -> Wanted:
-        """For each input of `jaxpr`, whether the `wanted` outputs need it."""
+        """Return, for each input of `jaxpr`, whether the `wanted` outputs need it."""
         return self._walked(jaxpr, wanted)[0]
 
     def equations(self, jaxpr: Jaxpr, wanted: Wanted) -> list[tuple[JaxprEqn, Wanted]]:
-        """The equations that the `wanted` outputs need, in order, each with its own wanted outputs.
+        """Return the equations that the `wanted` outputs need, in order, each with its own wanted outputs.
 
         Equations with effects are needed always.
         """
@@ -155,7 +155,7 @@ class Liveness:
         return self.inputs(opened(eqn.params["jaxpr"]), self.scan_wanted(eqn, outs))
 
     def scan_wanted(self, eqn: JaxprEqn, outs: Wanted) -> Wanted:
-        """The wanted outputs of one iteration of a scan: a carry also for the iterations after."""
+        """Return the wanted outputs of one iteration of a scan: a carry also for the iterations after."""
         consts, carries = scan_split(eqn)
         while True:
             needed = self.inputs(opened(eqn.params["jaxpr"]), outs)[consts : consts + carries]
@@ -165,7 +165,7 @@ class Liveness:
             outs = grown
 
     def while_wanted(self, eqn: JaxprEqn, outs: Wanted) -> Wanted:
-        """The wanted outputs of one iteration of a while loop's body; the condition wants some."""
+        """Return the wanted outputs of one iteration of a while loop's body; the condition wants some."""
         of_cond, of_body = while_split(eqn)
         outs = _any(outs, self.inputs(opened(eqn.params["cond_jaxpr"]), (True,))[of_cond:])
         while True:

@@ -1,4 +1,4 @@
-"""What a block is: a dataclass of keys, which builds a layer of a trunk."""
+"""The interface of a block: a dataclass of keys, which builds a layer of a trunk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mmjax.nn.stream import Aux, Stream
 
 
 class Layer(Protocol):
-    """What a block builds, an `nnx.Module`.
+    """The module that a block builds, an `nnx.Module`.
 
     For generation it also has `init_cache` and `decode`, see those of `mmjax.nn.trunk.Trunk`.
     """

@@ -20,7 +20,7 @@ from mmjax.nn.stream import Aux, Stream, no_aux
 
 @struct.dataclass
 class Cache:
-    """What the block remembers: keys and values of its `own` stream so far, those of the `context`, and which exist."""
+    """The cache of the block: keys and values of its `own` stream so far, those of the `context`, and which exist."""
 
     own: KeyValues
     context: KeyValues
@@ -90,12 +90,12 @@ class CrossTransformerBlock(nnx.Module):
         return replace(stream, x_BSD=x), no_aux()
 
     def _rest(self, x: jax.Array, key_values: KeyValues, valid_BT: jax.Array | None) -> jax.Array:
-        """After self-attention."""
+        """Apply the sublayers after self-attention."""
         x = x + self.cross.read(self.cross_norm(x), key_values, Pairs(FULL, valid_BT=valid_BT))
         return x + self.mlp(self.mlp_norm(x))
 
     def init_cache(self, stream: Stream, slots: int) -> Cache:
-        """Empty slots for the stream's own tokens, and what of the context is read; see `Trunk.init_cache`."""
+        """Return empty slots for the stream's own tokens, and the context's keys and values; see `Trunk.init_cache`."""
         context = _context(stream)
         own = empty(self.attention, stream, slots)
         return Cache(own, self._key_values(context), context.valid_BS)
@@ -106,7 +106,7 @@ class CrossTransformerBlock(nnx.Module):
         return self.cross.key_values(context.x_BSD if norm is None else norm(context.x_BSD))
 
     def decode(self, stream: Stream, cache: Cache, at: jax.Array | int) -> tuple[Stream, Cache]:
-        """The block for the tokens from `at` on, given those before, see `Trunk.decode`."""
+        """Apply the block to the tokens from `at` on, given those before, see `Trunk.decode`."""
         x, normed = stream.x_BSD, self.attention_norm(stream.x_BSD)
         own = cache.own.put(self.attention.key_values(normed), at)
         x = x + self.attention.read(normed, own, stream.pairs_from(at, own.k_BTHK.shape[1]))

@@ -101,7 +101,7 @@ class MambaBlock(nnx.Module):
         return self._leave(stream, u_BSE, y_BSE, z_BSE), no_aux()
 
     def init_cache(self, stream: Stream, slots: int) -> Cache:
-        """An empty state and no tokens before, see `Trunk.init_cache`."""
+        """Return an empty state and no tokens before, see `Trunk.init_cache`."""
         del slots  # the state does not grow
         rows, dtype = stream.x_BSD.shape[0], stream.x_BSD.dtype
         inner = self.a_log[...].shape[0]
@@ -111,7 +111,7 @@ class MambaBlock(nnx.Module):
         return Cache(window, jnp.zeros((rows, inner, self.state), wide))
 
     def decode(self, stream: Stream, cache: Cache, at: jax.Array | int) -> tuple[Stream, Cache]:
-        """The block for further tokens, as they lie, given the state after those before; see `Trunk.decode`."""
+        """Apply the block to further tokens, as they lie, given the state after those before; see `Trunk.decode`."""
         del at  # no token knows its place
         own_BS = stream.mask_BS()
         u_BSE, z_BSE = self._enter(stream)
@@ -130,7 +130,7 @@ class MambaBlock(nnx.Module):
         return self._leave(stream, u_BSE, y_BSE, z_BSE), Cache(window_BSKE[:, -1, :-1], state_BEN)
 
     def _enter(self, stream: Stream) -> tuple[jax.Array, jax.Array]:
-        """Inputs of the convolution, and gates."""
+        """Return the inputs of the convolution, and the gates."""
         token_modalities = modality_of(stream)
         x_BSD = apply_per_modality(self.norm, stream.x_BSD, token_modalities)
         u_BSE, z_BSE = (
@@ -163,7 +163,7 @@ class MambaBlock(nnx.Module):
 
 @struct.dataclass
 class Cache:
-    """What the block remembers: the last inputs of the convolution, `[B, taps - 1, E]`, and the state `[B, E, N]`."""
+    """The cache of the block: the last inputs of the convolution, `[B, taps - 1, E]`, and the state `[B, E, N]`."""
 
     window_BKE: jax.Array
     state_BEN: jax.Array
@@ -171,7 +171,7 @@ class Cache:
 
 @struct.dataclass
 class Permutation:
-    """In which order a row's tokens are read, those that are not valid last.
+    """The order in which a row's tokens are read, invalid ones last.
 
     Attributes:
       source_BS: where the n-th token lies.
@@ -195,7 +195,7 @@ def _picked(x: jax.Array, index_BS: jax.Array) -> jax.Array:
 
 
 def token_order(stream: Stream) -> Permutation | None:
-    """None where all tokens are read as they lie."""
+    """Return the order of a stream's tokens; None if all are read as they lie."""
     if stream.valid_BS is None and "position" not in stream.attributes:
         return None
     return _order(stream.mask_BS(), stream.positions())
@@ -249,7 +249,7 @@ def _has_causal(mask: Mask) -> bool:
 
 
 def _windows(x_BSE: jax.Array, taps: int, stream: Stream, order: Permutation | None) -> jax.Array:
-    """Each token after the `taps - 1` valid ones before it, `[B, S, taps, E]`; zero where its item has none."""
+    """Return each token after the `taps - 1` valid ones before it, `[B, S, taps, E]`; zero where its item has none."""
     window_BSKE = _causal_windows(x_BSE, taps, order)
     item_BS = _items(stream)
     if item_BS is None:
@@ -259,7 +259,7 @@ def _windows(x_BSE: jax.Array, taps: int, stream: Stream, order: Permutation | N
 
 
 def _begins(stream: Stream, order: Permutation | None) -> jax.Array | None:
-    """The valid tokens whose item is not that of the valid one before; None where there are no items."""
+    """Return the valid tokens whose item is not that of the valid one before; None where there are no items."""
     item_BS = _items(stream)
     if item_BS is None:
         return None
@@ -273,7 +273,7 @@ def _items(stream: Stream) -> jax.Array | None:
 
 
 def _causal_windows(x_BSE: jax.Array, taps: int, order: Permutation | None) -> jax.Array:
-    """`[B, S, taps, E]`: for a valid token the last `taps` valid ones up to itself, zero where there are fewer."""
+    """Return windows `[B, S, taps, E]`: the last `taps` valid tokens up to each valid one, else zero."""
     s = x_BSE.shape[1]
     if order is None:
         padded = jnp.pad(x_BSE, [(0, 0), (taps - 1, 0), (0, 0)])
@@ -302,12 +302,12 @@ def _uniform(bound: float) -> Any:
 
 
 def _a_log(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """A begins at -1, ..., -N in each channel (S4D-Real)."""
+    """Return a begins at -1, ..., -N in each channel (S4D-Real)."""
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[1] + 1, dtype=dtype)), shape)
 
 
 def _step_bias(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-    """The inverse of softplus at exp(U(log 0.001, log 0.1)), at least 0.0001."""
+    """Return the inverse of softplus at exp(U(log 0.001, log 0.1)), at least 0.0001."""
     step = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(1e-3), math.log(1e-1)))
     step = jnp.maximum(step, 1e-4)
     return step + jnp.log(-jnp.expm1(-step))

@@ -166,7 +166,7 @@ class TransformerBlock(nnx.Module):
         return x + apply_per_modality(norm, part(x), token_modalities)
 
     def _rest(self, stream: Stream, call: Call) -> Stream:
-        """After attention, `call(mlp, x)` being what each token makes of its MLP."""
+        """Apply the sublayers after attention; `call(mlp, x)` applies the MLP."""
         token_modalities = modality_of(stream)
 
         def mlp(x: jax.Array) -> jax.Array:
@@ -175,7 +175,7 @@ class TransformerBlock(nnx.Module):
         return replace(stream, x_BSD=self._add(stream.x_BSD, self.mlp_norm, mlp, token_modalities))
 
     def init_cache(self, stream: Stream, slots: int) -> KeyValues:
-        """Empty slots for the tokens of a stream that comes part by part, see `Trunk.init_cache`."""
+        """Return empty slots for the tokens of a stream that comes part by part, see `Trunk.init_cache`."""
         if self.has_experts:  # which of them can go on so, the block says as it is traced
             jax.eval_shape(
                 lambda x: apply_per_modality(self.mlp, x, modality_of(stream), _causal_call),
@@ -186,7 +186,7 @@ class TransformerBlock(nnx.Module):
     def decode(
         self, stream: Stream, cache: KeyValues, at: jax.Array | int
     ) -> tuple[Stream, KeyValues]:
-        """The block for the tokens from `at` on, given those before, see `Trunk.decode`."""
+        """Apply the block to the tokens from `at` on, given those before, see `Trunk.decode`."""
         x, token_modalities = stream.x_BSD, modality_of(stream)
         positions_BS = stream.positions(at)
 
@@ -207,7 +207,7 @@ def _causal_call(experts: Any, x: jax.Array) -> jax.Array:
 
 
 def empty(attention: Attention, stream: Stream, slots: int) -> KeyValues:
-    """Keys and values of `slots` tokens that are still to come, zeros."""
+    """Return keys and values of `slots` tokens that are still to come, zeros."""
     shapes = jax.eval_shape(
         lambda x: attention.key_values(x, modality_of(stream), stream.positions()), stream.x_BSD
     )

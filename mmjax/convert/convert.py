@@ -137,7 +137,7 @@ def convert(
 
 @dataclass
 class Tally:
-    """What was written.
+    """Counts of what was written.
 
     Attributes:
       examples: how many.
@@ -158,7 +158,7 @@ class Tally:
             known["examples"] += 1
 
     def check_types(self, example: Mapping[str, Value]) -> None:
-        """`ValueError` for a field of another type than before."""
+        """Raise `ValueError` if a field has another type than before."""
         for name, value in example.items():
             kind, known = type_of(value), self.fields.get(name, {}).get("type")
             if known and kind != known:
@@ -243,7 +243,7 @@ def _only(found: Found, olds: Sequence[str]) -> str:
 
 
 def _record(example: Mapping[str, Value]) -> bytes:
-    """A `tf.train.Example`; equal examples give equal bytes."""
+    """Return a `tf.train.Example`; equal examples give equal bytes."""
     from tensorflow_datasets.proto import tf_example_pb2 as pb
 
     message = pb.Example()
@@ -274,7 +274,7 @@ class _Files:
         return self
 
     def write(self, index: int, record: bytes) -> None:
-        """Written some records later; a failure may show only then, or at the end."""
+        """Write a record some records later; a failure may show only then, or at the end."""
         try:
             self._writers[index].write(record)
         except RuntimeError as error:
@@ -296,7 +296,7 @@ class _Files:
 
 
 def _reason(error: Exception) -> str:
-    """The first part of what ArrayRecord says."""
+    """Return the first part of what ArrayRecord says."""
     return str(error).split("; ")[0]
 
 
@@ -318,7 +318,7 @@ def _file_facts(file: epath.Path) -> Json:
 
 
 def _check_free(path: epath.Path, force: bool) -> None:
-    """`UserError` unless the folder is not there, empty, or an earlier conversion that may be replaced."""
+    """Raise `UserError` unless the folder is missing, empty, or an earlier conversion that may be replaced."""
     if not path.exists():
         return
     if not path.is_dir():
@@ -335,7 +335,7 @@ def _check_free(path: epath.Path, force: bool) -> None:
 
 
 def _own_files(path: epath.Path) -> set[str]:
-    """The files that the manifest of an earlier conversion names."""
+    """Return the files that the manifest of an earlier conversion names."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         return set(manifest["files"]) if manifest["made_by"] == MADE_BY else set()
@@ -358,7 +358,7 @@ def _part(path: epath.Path) -> Iterator[epath.Path]:
 
 @contextlib.contextmanager
 def _local(part: epath.Path) -> Iterator[epath.Path]:
-    """`part` itself, or a temporary folder where it is remote: ArrayRecord writes to local disks only."""
+    """Yield `part` itself, or a temporary folder if it is remote: ArrayRecord writes to local disks only."""
     if "://" not in os.fspath(part):
         yield part
         return
@@ -376,7 +376,7 @@ def _copy(folder: epath.Path, part: epath.Path, names: Sequence[str]) -> None:
 
 
 def summary(made: Converted, seconds: float) -> str:
-    """What a person wants to know after a conversion, in a few lines."""
+    """Return a summary of a conversion in a few lines."""
     facts = made.manifest
     size = sum(file["bytes"] for file in facts["files"].values()) / 2**20
     lines = [
@@ -423,7 +423,7 @@ def _wanted(arguments: Sequence[str]) -> tuple[Wanted | None, dict[str, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = flags.plain_command("convert", __doc__)
     parser.add_argument(
         "source", nargs="+", metavar="SOURCE", help="tars, Parquet files or a folder of images"

@@ -23,7 +23,7 @@ TABLES = ("captions.csv", "captions.tsv", "captions.jsonl")
 
 
 def read_folder(folder: epath.Path, ignored: Ignored) -> Iterator[Found]:
-    """Images with their captions, from one table or from text files beside them."""
+    """Yield images with their captions, from one table or from text files beside them."""
     inside = dict(sorted(_walk(folder, "", ignored)))
     images = {name: f for name, f in inside.items() if _extension(name) in IMAGES}
     tables = [name for name in TABLES if name in inside]
@@ -43,7 +43,7 @@ def read_folder(folder: epath.Path, ignored: Ignored) -> Iterator[Found]:
 
 
 def _walk(folder: epath.Path, prefix: str, ignored: Ignored) -> Iterator[tuple[str, epath.Path]]:
-    """(relative name, file) of all but hidden files; a link to a folder could lead anywhere, or round."""
+    """Yield (relative name, file) of all but hidden files; links to folders are not followed."""
     for each in folder.iterdir():
         name = prefix + each.name
         if each.name.startswith("."):
@@ -91,7 +91,7 @@ def _by_sidecar(
 
 
 def _caption(found: Found, text: bytes) -> None:
-    """Blanks around it do not count."""
+    """Add a caption; blanks around it do not count."""
     found.raw["caption"] = ("text", text.strip())
     if not text.strip():
         found.fault = found.fault or "has an empty caption"
@@ -121,7 +121,7 @@ def _by_table(table: epath.Path, images: Mapping[str, epath.Path]) -> Iterator[F
 
 
 def _rows(table: epath.Path) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(where, columns, fault) of each row."""
+    """Yield (where, columns, fault) of each row."""
     try:
         with table.open("rb") as opened:
             lines = io.TextIOWrapper(opened, "utf-8-sig", newline="")

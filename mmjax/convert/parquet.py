@@ -15,7 +15,7 @@ _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
 
 
 def read_parquet(file: epath.Path, wanted: frozenset[str]) -> Iterator[Found]:
-    """Rows as examples."""
+    """Yield the rows as examples."""
     import pyarrow
     import pyarrow.parquet as pq
 
@@ -37,7 +37,7 @@ def read_parquet(file: epath.Path, wanted: frozenset[str]) -> Iterator[Found]:
 
 
 def _raw(column: Any) -> list[Raw]:
-    """(kind, value) of each row; texts as bytes, which are checked one by one."""
+    """Return (kind, value) of each row; texts as bytes, which are checked one by one."""
     import pyarrow
     from pyarrow import types as t
 
@@ -49,7 +49,7 @@ def _raw(column: Any) -> list[Raw]:
 
 
 def _present(row: Mapping[str, Raw], images: set[str]) -> dict[str, Raw]:
-    """The fields of a row that are not null, those of image columns marked as such."""
+    """Return the fields of a row that are not null, those of image columns marked as such."""
     present = {name: raw for name, raw in row.items() if raw[1] is not None}
     for name in images & present.keys():
         kind, data = present[name]
@@ -79,7 +79,7 @@ def _columns(file: epath.Path, schema: Any, wanted: frozenset[str]) -> list[str]
 
 
 def _fits(kind: Any) -> bool:
-    """Texts, bytes, numbers, lists of them, and `{bytes, path}`."""
+    """Return whether a type can be read: texts, bytes, numbers, lists of them, and `{bytes, path}`."""
     from pyarrow import types as t
 
     if t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind):
@@ -103,7 +103,7 @@ def _is_plain(kind: Any) -> bool:
 
 
 def _image_columns(rows: Sequence[Mapping[str, Raw]]) -> set[str]:
-    """Columns of which most values, where there is one, begin as an image file does."""
+    """Return the columns most of whose values begin as an image file does."""
     counts: dict[str, int] = {}
     for row in rows:
         for name, (kind, data) in row.items():

@@ -18,7 +18,7 @@ from mmjax.core.errors import UserError
 
 
 def find(sources: Sequence[epath.PathLike]) -> tuple[str, list[epath.Path]]:
-    """The kind of the sources, and their files (a folder is one)."""
+    """Return the kind of the sources, and their files (a folder is one)."""
     files = [file for source in sources for file in _matching(epath.Path(source).expanduser())]
     if len(set(files)) < len(files):
         raise UserError(f"{max(files, key=files.count)} is given twice.")
@@ -55,7 +55,7 @@ def _kind(file: epath.Path) -> str:
 def read(
     kind: str, files: Sequence[epath.Path], ignored: Ignored, wanted: frozenset[str]
 ) -> Iterator[Found]:
-    """The examples of all files in order; `wanted` fields only, where that saves reading (all if empty)."""
+    """Yield the examples of all files in order; `wanted` fields only, where that saves reading (all if empty)."""
     for file in files:
         if kind == "tar":
             yield from read_tar(file, ignored)

@@ -52,7 +52,7 @@ class _Header(tarfile.TarInfo):
 
 
 def read_tar(file: epath.Path, ignored: Ignored) -> Iterator[Found]:
-    """Members of one stem, one after another, as an example."""
+    """Yield the members of one stem, one after another, as an example."""
     stems, stem, found = _Names(), "", None
     with _open_tar(file) as tar:
         while (member := tar.next()) is not None:
@@ -72,7 +72,7 @@ def read_tar(file: epath.Path, ignored: Ignored) -> Iterator[Found]:
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """Stem and extension, which begins after the file's first dot; none for a hidden file."""
+    """Return stem and extension, which begins after the file's first dot; a hidden file has no extension."""
     name = name.removeprefix("./")
     file = name.rpartition("/")[2]
     base, _, extension = file.partition(".")
@@ -105,7 +105,7 @@ def _add_member(
 
 @contextlib.contextmanager
 def _open_tar(file: epath.Path) -> Iterator[tarfile.TarFile]:
-    """The archive as a stream; whatever ends it early is a `UserError`."""
+    """Yield the archive as a stream; whatever ends it early is a `UserError`."""
     unpack = next(
         opener for suffix, opener in SUFFIXES.items() if file.name.lower().endswith(suffix)
     )
@@ -130,6 +130,6 @@ class _Names:
         self._table.execute("CREATE TABLE names (name BLOB PRIMARY KEY) WITHOUT ROWID")
 
     def add(self, name: str) -> bool:
-        """Whether the name is new."""
+        """Return whether the name is new."""
         row = (name.encode("utf-8", "surrogateescape"),)
         return self._table.execute("INSERT OR IGNORE INTO names VALUES (?)", row).rowcount == 1

@@ -1,4 +1,4 @@
-"""What a reader of another format yields, and how its values are checked."""
+"""Values that readers of other formats yield, and their checks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Ignored:
 
 
 def type_of(value: Value) -> str:
-    """`bytes`, `int64` or `float32`: what a `tf.train.Example` can hold."""
+    """Return the type of a value, `bytes`, `int64` or `float32`: what a `tf.train.Example` can hold."""
     first = value[0] if isinstance(value, list) else value
     if isinstance(first, bytes):
         return "bytes"
@@ -74,7 +74,7 @@ TYPES = ("int", "float", "text")
 def value_of(
     kind: str, data: Any, as_type: str = "", max_pixels: int = pictures.MAX_PIXELS
 ) -> Value | None:
-    """The value to store, checked; None for an empty one, `ValueError` and others for a damaged one.
+    """Return the value to store, checked; None for an empty one, `ValueError` and others for a damaged one.
 
     `as_type` is one of `TYPES`, or empty for the type that the source gives.
     """
@@ -120,7 +120,7 @@ def _own_value(kind: str, data: Any, max_pixels: int) -> Value | None:
 
 
 def _plain(value: Any) -> Value | None:
-    """Texts as bytes, truth values as integers; integers must fit 64 bits."""
+    """Return texts as bytes and truth values as integers; integers must fit 64 bits."""
     if isinstance(value, list):
         values = [_plain(v) for v in value]
         if len({type(v) for v in values}) > 1 or any(
@@ -147,7 +147,7 @@ def check_image(data: bytes, max_pixels: int = pictures.MAX_PIXELS) -> None:
 
 
 def plain_words(error: Exception) -> str:
-    """What an error says, without the address of an object, which differs between runs."""
+    """Return the message of an error without object addresses, which differ between runs."""
     if type(error).__name__ == "UnidentifiedImageError":
         return "no image of a known format"
     if isinstance(error, UserError):
@@ -156,7 +156,7 @@ def plain_words(error: Exception) -> str:
 
 
 def raw_file(extension: str, data: bytes) -> Raw:
-    """The kind of a file's content, by the last part of its extension."""
+    """Return the kind of a file's content, by the last part of its extension."""
     last = extension.rpartition(".")[2]
     kinds = (("image", IMAGES), ("text", TEXTS), ("integer", INTEGERS), ("json", {"json"}))
     return next((kind for kind, known in kinds if last in known), "bytes"), data

@@ -1,1 +1,1 @@
-"""What every package of mmjax builds on: errors, config, files, parameters and sharding."""
+"""The modules that every package of mmjax builds on: errors, config, files, parameters and sharding."""

@@ -18,7 +18,7 @@ AMOUNT = "[0, inf)"
 
 
 class FieldError(UserError):
-    """What is wrong with the value of a field; `configs.build` puts the block's path before `key`.
+    """The error for an invalid value of a field; `configs.build` puts the block's path before `key`.
 
     Args:
       owner: the dataclass, or its name.

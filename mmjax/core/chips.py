@@ -63,12 +63,12 @@ _CHIPS: tuple[Chip, ...] = (
 
 
 def chip(kind: str) -> Chip | None:
-    """What is known of a kind of device (`jax.Device.device_kind`); None of others, as of CPUs."""
+    """Return the data of a kind of device (`jax.Device.device_kind`); None for unknown kinds, such as CPUs."""
     name = kind.lower()
     return next((c for c in _CHIPS if name.startswith(c.kind)), None)
 
 
 def peak_flops(kind: str) -> float | None:
-    """FLOP/s of one device of a kind; None where it is not known."""
+    """Return the FLOP/s of one device of a kind; None if unknown."""
     spec = chip(kind)
     return spec.flops if spec else None

@@ -104,8 +104,9 @@ def _shipped_folder() -> Path:
 
 
 def load_module(file: str | Path) -> types.ModuleType:
-    """A config file as a module; for configs that begin from another one:
-    `load_module(Path(__file__).with_name("quickstart.py")).get_config()`."""
+    """Return a config file as a module; for configs that begin from another one:
+    `load_module(Path(__file__).with_name("quickstart.py")).get_config()`.
+    """
     path = hashlib.sha256(str(Path(file).resolve()).encode()).hexdigest()[:8]
     spec = importlib.util.spec_from_file_location(f"mmjax_config_{Path(file).stem}_{path}", file)
     assert spec is not None and spec.loader is not None
@@ -136,7 +137,7 @@ def _check_call(get_config: Callable[..., Any], arguments: list[str], file: str)
 
 
 def plain(value: Any, where: str) -> Any:
-    """`value` as JSON data (tuples become lists); anything else is an error naming the key."""
+    """Return `value` as JSON data (tuples become lists); anything else is an error naming the key."""
     if isinstance(value, Mapping):
         return {str(k): plain(v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -153,7 +154,7 @@ def plain(value: Any, where: str) -> Any:
 
 
 def override(config: Block, assignments: Sequence[str]) -> Block:
-    """`config` with `a.b=value` assignments applied; values are Python literals, else strings.
+    """Return `config` with `a.b=value` assignments applied; values are Python literals, else strings.
 
     A key may be new to the file (a default); unknown ones are found later, by the schema.
     """
@@ -188,7 +189,7 @@ def _literal(text: str) -> Any:
 
 
 def names(kind: str) -> list[str]:
-    """Names that a config may use for `kind`: the modules of its package."""
+    """Return the names that a config may use for `kind`: the modules of its package."""
     package = importlib.import_module(KINDS[kind])
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name != _BASE)
 
@@ -213,7 +214,7 @@ _added: list[str] = []
 
 
 def added_folders() -> tuple[str, ...]:
-    """The folders of `add_folder`; another process is to add them too."""
+    """Return the folders of `add_folder`; another process is to add them too."""
     return tuple(_added)
 
 
@@ -232,7 +233,7 @@ def noting() -> Iterator[set[tuple[str, str]]]:
 
 
 def digests_of_extensions(used: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """SHA-256 of the files of modules outside mmjax (`--extra`), by `KIND/NAME`.
+    """Return the SHA-256 of the files of modules outside mmjax (`--extra`), by `KIND/NAME`.
 
     Modules of such folders that these import are among them, and so on.
 
@@ -254,14 +255,14 @@ def digests_of_extensions(used: Iterable[tuple[str, str]]) -> dict[str, str]:
 
 
 def _extension(kind: str, name: str) -> Path | None:
-    """The file of a module in a folder of `add_folder`; None if it is mmjax's own or there is none."""
+    """Return the file of a module in a folder of `add_folder`; None if it is mmjax's own or there is none."""
     first, *added = importlib.import_module(KINDS[kind]).__path__
     files = (Path(path) / f"{name}.py" for path in added)
     return next((file for file in files if file.is_file()), None)
 
 
 def _imported(content: bytes) -> list[tuple[str, str]]:
-    """(kind, name) of the modules of a kind's package that a file imports."""
+    """Return (kind, name) of the modules of a kind's package that a file imports."""
     names: list[str] = []
     for node in ast.walk(ast.parse(content)):
         if isinstance(node, ast.Import):
@@ -294,7 +295,7 @@ def _folder(kind: str) -> str:
 
 
 def resolve(kind: str, name: Any, where: str) -> Any:
-    """The object that the module `name` of a kind defines under its own name, in CamelCase."""
+    """Return the object that the module `name` of a kind defines under its own name, in CamelCase."""
     if not isinstance(name, str) or name not in names(kind):
         raise UserError(
             f"{where}.name: no '{name}' in {_folder(kind)}.{nearest(str(name), names(kind))} "
@@ -326,7 +327,7 @@ def component(kind: str, block: Mapping[str, Any], where: str) -> Any:
 
 
 def build(cls: type[T], block: Mapping[str, Any], where: str) -> T:
-    """A dataclass from a block: unknown, missing and wrongly typed keys are errors that name them."""
+    """Build a dataclass from a block: unknown, missing and wrongly typed keys are errors that name them."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in block:
@@ -364,7 +365,7 @@ def _with_name(hint: Any, block: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the annotated type: ints are floats too, lists become tuples, blocks dataclasses."""
+    """Return `value` as the annotated type: ints are floats too, lists become tuples, blocks dataclasses."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -396,7 +397,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
 
 
 def _option(value: Any, options: list[Any]) -> Any:
-    """The first of several types that a value has the shape of; None if there is none, but the only one if so."""
+    """Return the value as the first of several types that it fits, or as the only one; else None."""
     shapes = {tuple: list | tuple, dict: Mapping, float: int | float}
 
     def fits(option: Any) -> bool:
@@ -413,7 +414,7 @@ def _fits(value: float) -> bool:
 
 
 def _type_name(hint: Any) -> str:
-    """The annotated type in a person's words."""
+    """Return the annotated type in a person's words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_type_name(a) for a in arguments)
@@ -437,7 +438,7 @@ def check_names(names: Iterable[str], where: str) -> None:
 
 
 def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, leaf) pairs of a config; lists of plain values are leaves."""
+    """Yield (dotted key, leaf) pairs of a config; lists of plain values are leaves."""
     if isinstance(config, Mapping) and config:
         for key in sorted(config):
             yield from flat(config[key], f"{prefix}.{key}" if prefix else str(key))

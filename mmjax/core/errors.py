@@ -29,11 +29,11 @@ class UserError(Exception):
 
 
 class RecordError(UserError):
-    """What is wrong with one example: a loader makes it an invalid slot, which it counts and names."""
+    """The error for one invalid example: a loader makes it an invalid slot, which it counts and names."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the known name closest to `name`, else the known names."""
+    """Return ` Did you mean 'x'?` for the known name closest to `name`, else the known names."""
     known = sorted(known)
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
@@ -42,7 +42,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def report(error: BaseException) -> str | None:
-    """One line for errors that are the surroundings' or the person's; None for our own."""
+    """Return one line for errors of the environment or the user; None for internal ones."""
     if isinstance(error, UserError):
         return str(error)
     number, where = _system_error(error)
@@ -62,8 +62,9 @@ def report(error: BaseException) -> str | None:
 
 
 def _system_error(error: BaseException) -> tuple[int | None, str]:
-    """The operating system's number for what went wrong, and the file: of an `OSError`, or out of
-    TensorStore's words, which come as a `ValueError` that quotes both."""
+    """Return the operating system's number for what went wrong, and the file: of an `OSError`, or out of TensorStore's
+    words, which come as a `ValueError` that quotes both.
+    """
     if isinstance(error, OSError):
         return error.errno, str(error.filename or error)
     words = str(error)

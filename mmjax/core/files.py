@@ -15,7 +15,7 @@ _STALE_SECONDS = 3600.0
 
 
 def is_local(path: epath.Path) -> bool:
-    """Whether `path` is on a mounted file system, where files can be appended to."""
+    """Return whether `path` is on a mounted file system, where files can be appended to."""
     return "://" not in os.fspath(path)
 
 

@@ -58,7 +58,7 @@ def add_workdir(made: argparse.ArgumentParser) -> None:
 def parse(
     made: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments, and the `KEY=VALUE` of each `--config.KEY=VALUE`."""
+    """Return the arguments, and the `KEY=VALUE` of each `--config.KEY=VALUE`."""
     _skip_absent_tpu()
     # Libraries log much that a person cannot act on, whole tracebacks of an error that is raised
     # besides among it; what matters reaches them as that error.
@@ -92,7 +92,7 @@ def _skip_absent_tpu() -> None:
 
 
 def usage(made: argparse.ArgumentParser) -> str:
-    """The usage on one line."""
+    """Return the usage on one line."""
     return f"{' '.join(made.format_usage().split())} [--config.KEY=VALUE ...]"
 
 
@@ -101,14 +101,14 @@ def read_config(path: str, overrides: Sequence[str]) -> Block:
 
 
 def folder(path: str) -> epath.Path:
-    """`path` as an absolute one, since Orbax takes no other; `~` and URIs (`gs://`) are understood."""
+    """Return `path` as an absolute one, since Orbax takes no other; `~` and URIs (`gs://`) are understood."""
     if "://" in path:
         return epath.Path(path)
     return epath.Path(os.path.abspath(os.path.expanduser(path)))
 
 
 def make_workdir(path: str) -> epath.Path:
-    """The workdir, made if it is not there; an error if it is a file, or lies where no folder can be."""
+    """Return the workdir, made if it is not there; an error if it is a file, or lies where no folder can be."""
     if not path:
         raise UserError("--workdir is empty. Give a folder.")
     workdir = folder(path)

@@ -57,7 +57,7 @@ def declare(
 
 @dataclass(frozen=True)
 class LayerStack:
-    """Where a stacked parameter's repeats stand among the layers: index of repeat r = first + r * stride."""
+    """The places of a stacked parameter's repeats among the layers: index of repeat r = first + r * stride."""
 
     first: int
     stride: int
@@ -135,11 +135,11 @@ class Declaration:
         _check_unique(self.specs)
 
     def shapes(self, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of every parameter, by name."""
+        """Return the shape of every parameter, by name."""
         return {n: jax.ShapeDtypeStruct(spec.shape, dtype) for n, spec in self.specs.items()}
 
     def merge(self, parameters: Mapping[str, jax.Array], compute_dtype: Any = None) -> Any:
-        """The model with these arrays; floating ones cast to `compute_dtype` unless declared `keep_dtype`."""
+        """Return the model with these arrays; floating ones cast to `compute_dtype` unless declared `keep_dtype`."""
         pairs = []
         for name, (path, variable) in self._variables.items():
             value = jnp.asarray(parameters[name])  # of a file, perhaps
@@ -149,7 +149,7 @@ class Declaration:
         return nnx.merge(self._graph, nnx.from_flat_state(pairs))
 
     def initialise(self, seed: int, dtype: Any = jnp.float32) -> Arrays:
-        """Initial parameters; each depends on (seed, canonical name) only. Meant to be jitted."""
+        """Return initial parameters; each depends on (seed, canonical name) only. Meant to be jitted."""
         key = jax.random.key(seed)
         return {name: _initial(spec, key, dtype) for name, spec in self.specs.items()}
 
@@ -200,7 +200,7 @@ def _initial(spec: Spec, key: jax.Array, dtype: Any) -> jax.Array:
 
 
 def to_canonical(specs: Mapping[str, Spec], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Canonical name -> value; `tree` has a pytree per parameter, whose leaves are stacked where it is."""
+    """Return canonical name -> value as a dict; `tree` has a pytree per parameter, its leaves stacked where it is."""
     result = {}
     for name, value in tree.items():
         spec = specs[name]
@@ -212,7 +212,7 @@ def to_canonical(specs: Mapping[str, Spec], tree: Mapping[str, Any]) -> dict[str
 def from_canonical(
     specs: Mapping[str, Spec], flat: Mapping[str, Any], names: Any = None
 ) -> dict[str, Any]:
-    """The inverse of `to_canonical`, for the parameters in `names` (default all)."""
+    """Return the inverse of `to_canonical`, for the parameters in `names` (default all)."""
     result = {}
     for name in specs if names is None else names:
         values = [flat[c] for c in specs[name].canonical]
@@ -223,7 +223,7 @@ def from_canonical(
 
 
 def digest(canonical: Mapping[str, np.ndarray]) -> str:
-    """A stable SHA-256 of named arrays: name, dtype, shape and little-endian bytes, in order of name."""
+    """Return a stable SHA-256 of named arrays: name, dtype, shape and little-endian bytes, in order of name."""
     sha = hashlib.sha256()
     for name in sorted(canonical):
         array = np.asarray(canonical[name])

@@ -78,7 +78,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of all `devices` with the axes `AXES`; a size that does not divide them is an error.
+    """Return a mesh of all `devices` with the axes `AXES`; a size that does not divide them is an error.
 
     Where the config has rules of its own, the mesh has one more axis, of size 1, whose name holds them: so
     a mesh has one table wherever it goes, in traces and threads too.
@@ -109,7 +109,7 @@ def _sizes(config: MeshConfig, devices: int) -> list[int]:
 
 
 def device_grid(sizes: Sequence[int], config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
-    """The devices as an array of shape `sizes`, neighbours on the chips' network where it is known.
+    """Return the devices as an array of shape `sizes`, neighbours on the chips' network where it is known.
 
     Along `config.dcn_axis` the slices follow one another; every other axis stays within one.
     """
@@ -126,7 +126,7 @@ def device_grid(sizes: Sequence[int], config: MeshConfig, devices: Sequence[Any]
 
 
 def _by_slice(count: int, devices: Sequence[Any]) -> list[list[Any]]:
-    """The devices of each slice: as TPUs say, else runs of equal length."""
+    """Return the devices of each slice: as TPUs say, else runs of equal length."""
     if devices[0].platform != "tpu":
         count = count or 1
         if count < 1 or len(devices) % count:
@@ -164,7 +164,7 @@ def _decoded(name: str) -> Mapping[str, tuple[str, ...]]:
 
 
 def rules_of(mesh: Any) -> Mapping[str, tuple[str, ...]]:
-    """The table of a mesh, abstract or not: `RULES`, with what its config has in place of them."""
+    """Return the table of a mesh, abstract or not: `RULES`, with what its config has in place of them."""
     last = mesh.axis_names[-1]
     return _decoded(last) if last.startswith(_OWN_RULES) else RULES
 
@@ -183,19 +183,19 @@ class ReplicatedDim:
 
 
 def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
-    """The partition of an array; a dimension that a mesh axis does not divide stays whole on it."""
+    """Return the partition of an array; a dimension that a mesh axis does not divide stays whole on it."""
     return _resolve(axes, shape, mesh)[0]
 
 
 def replicated_dims(
     axes: Sequence[str | None], shape: Sequence[int], mesh: Any
 ) -> list[ReplicatedDim]:
-    """What stays whole of an array although a rule would divide it."""
+    """Return the dimensions of an array that stay whole although a rule would divide them."""
     return _resolve(axes, shape, mesh)[1]
 
 
 def describe_replicated(found: Mapping[str, Sequence[str]]) -> list[str]:
-    """A line for each thing that stays whole, with where it was found: `heads 4 over tensor 8: a, b and 7 more`."""
+    """Return a line for each thing that stays whole: `heads 4 over tensor 8: a, b and 7 more`."""
     where: dict[str, list[str]] = {}
     for name in found:
         for each in found[name]:
@@ -238,7 +238,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, rows: int, where: str) -> NamedSharding:
-    """Rows over all batch axes of the mesh; an error if they do not divide."""
+    """Return the sharding of rows over all batch axes of the mesh; it is an error if they do not divide."""
     axes = rules_of(mesh)["batch"]
     parts = math.prod(mesh.shape[axis] for axis in axes)
     if rows % parts:
@@ -254,7 +254,7 @@ _noted: ContextVar[set[ReplicatedDim] | None] = ContextVar("noted", default=None
 
 @contextmanager
 def record_replicated() -> Iterator[set[ReplicatedDim]]:
-    """Gathers what stays whole of the activations that are traced meanwhile."""
+    """Record which dimensions stay whole in the activations that are traced meanwhile."""
     dims: set[ReplicatedDim] = set()
     token = _noted.set(dims)
     try:
@@ -276,7 +276,7 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
 
 
 def whole_along(x: jax.Array, dimension: int) -> jax.Array:
-    """`x` with this dimension whole on every device, the others as they are; outside a mesh it does nothing."""
+    """Return `x` with this dimension whole on every device, the others as they are; outside a mesh it does nothing."""
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -286,14 +286,14 @@ def whole_along(x: jax.Array, dimension: int) -> jax.Array:
 
 
 def split_rows(x: jax.Array, count: int, together: int = 1) -> jax.Array:
-    """`[B, ...]` to `[count, B / count, ...]`: every count-th run of `together` rows; none changes its device."""
+    """Reshape `[B, ...]` to `[count, B / count, ...]`: every count-th run of `together` rows, on its device."""
     x = jnp.swapaxes(x.reshape(-1, count, together, *x.shape[1:]), 0, 1)
     x = x.reshape(count, -1, *x.shape[3:])
     return constrain(x, (None, "batch", *(None,) * (x.ndim - 2)))
 
 
 def joined_rows(x: jax.Array, together: int = 1) -> jax.Array:
-    """The inverse of `split_rows`."""
+    """Return the inverse of `split_rows`."""
     count, rows = x.shape[:2]
     x = jnp.swapaxes(x.reshape(count, rows // together, together, *x.shape[2:]), 0, 1)
     x = x.reshape(count * rows, *x.shape[3:])

@@ -13,7 +13,7 @@ DEFAULT_DATA_DIR = "~/.cache/mmjax/data"
 
 
 def data_dir() -> epath.Path:
-    """Where data sets are built and looked for: `$MMJAX_DATA_DIR`, else `~/.cache/mmjax/data`."""
+    """Return the folder where data sets are built and looked for: `$MMJAX_DATA_DIR`, else `~/.cache/mmjax/data`."""
     from etils import epath  # here, so that importing a sibling module stays light
 
     return epath.Path(os.environ.get(DATA_DIR_VARIABLE) or DEFAULT_DATA_DIR).expanduser()

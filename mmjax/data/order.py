@@ -1,4 +1,4 @@
-"""Which example comes next: a pure function of integers, with nothing to save or restore.
+"""The order of examples: a pure function of integers, with nothing to save or restore.
 
 A task counts the examples it has consumed. Example number `g` of a task over `n` examples is
 
@@ -32,7 +32,7 @@ _ORDER, _EXAMPLE = 1, 2  # what a key is for, so that no two uses share one
 
 
 def mix64(x: IntOrArray) -> IntOrArray:
-    """The output function of splitmix64: a bijection of 64-bit integers that mixes all bits.
+    """Return the output function of splitmix64: a bijection of 64-bit integers that mixes all bits.
 
     Args:
       x: a Python integer in [0, 2**64), or a uint64 array of any shape but ().
@@ -46,14 +46,14 @@ def mix64(x: IntOrArray) -> IntOrArray:
 
 
 def fold(key: IntOrArray, *values: IntOrArray) -> IntOrArray:
-    """A key made from `key` and `values`, in order; integers are taken modulo 2**64."""
+    """Return a key made from `key` and `values`, in order; integers are taken modulo 2**64."""
     for value in values:
         key = mix64(key & _MASK ^ mix64(value + _GAMMA & _MASK))
     return key
 
 
 def stream(key: int, count: int) -> NDArray[np.uint64]:
-    """The first `count` outputs of splitmix64 (Steele, Lea and Flood 2014) seeded with `key`."""
+    """Return the first `count` outputs of splitmix64 (Steele, Lea and Flood 2014) seeded with `key`."""
     steps = np.arange(1, count + 1, dtype=np.uint64)
     outputs: NDArray[Any] = steps * np.uint64(_GAMMA) + np.uint64(key & _MASK)
     return mix64(outputs)
@@ -61,12 +61,12 @@ def stream(key: int, count: int) -> NDArray[np.uint64]:
 
 @functools.lru_cache(maxsize=1024)
 def name_key(name: str) -> int:
-    """64 bits that stand for a name, the same in every process (unlike `hash`)."""
+    """Return 64 bits that stand for a name, the same in every process (unlike `hash`)."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
 def permutation(index: ArrayLike, n: int, seed: int, task: str, epoch: ArrayLike) -> Any:
-    """Where `index` goes under the shuffle of [0, n) of one task in one epoch.
+    """Return the image of `index` under the shuffle of [0, n) of one task in one epoch.
 
     A Feistel network over the smallest power of two that holds `n` is a bijection whatever its
     round function is; values that fall outside [0, n) go through it again until they fall inside
@@ -95,7 +95,7 @@ def permutation(index: ArrayLike, n: int, seed: int, task: str, epoch: ArrayLike
 
 
 def _shuffle(x: NDArray[Any], n: int, keys: NDArray[Any]) -> NDArray[Any]:
-    """Cycle walking: `_feistel` of x [count] under keys [count], again where it lands past n."""
+    """Shuffle by cycle walking: `_feistel` of x [count] under keys [count], again where it lands past n."""
     bits = (n - 1).bit_length()
     out = _feistel(x, bits, keys)
     (outside,) = np.nonzero(out >= n)
@@ -106,7 +106,7 @@ def _shuffle(x: NDArray[Any], n: int, keys: NDArray[Any]) -> NDArray[Any]:
 
 
 def _feistel(x: NDArray[Any], bits: int, keys: NDArray[Any]) -> NDArray[Any]:
-    """A keyed bijection of [0, 2**bits), of x [count] under keys [count]."""
+    """Return a keyed bijection of [0, 2**bits), of x [count] under keys [count]."""
     width, other = bits // 2, bits - bits // 2
     left, right = x >> other, x & ((1 << other) - 1)
     for _ in range(_ROUNDS if bits > 4 else _ROUNDS_NARROW):
@@ -134,7 +134,7 @@ def _positions(position: int, count: int, n: int, task: str) -> NDArray[np.int64
 def example_ids(
     seed: int, task: str, position: int, count: int, n: int, *, shuffle: bool = True
 ) -> NDArray[np.int64]:
-    """The ids of `count` examples of a task, from its example number `position` on.
+    """Return the ids of `count` examples of a task, from its example number `position` on.
 
     Every run of `n` positions that starts at a multiple of `n` is an epoch, and holds each id
     exactly once. A batch may span epochs. Cutting a range in pieces changes nothing.
@@ -161,7 +161,7 @@ def example_ids(
 
 
 def example_key(seed: int, task: str, position: int) -> NDArray[np.uint64]:
-    """128 bits of key for what is random about the example at `position` of a task.
+    """Return 128 bits of key for what is random about the example at `position` of a task.
 
     The key belongs to the position, not to the example's id: an example meets other augmentations
     in its next epoch. Two positions of a task never share a key.
@@ -180,7 +180,7 @@ def _examples_key(seed: int, task: str) -> int:
 
 
 def rng(seed: int, task: str, position: int) -> np.random.Generator:
-    """A generator for host augmentation of the example at `position` of a task.
+    """Return a generator for host augmentation of the example at `position` of a task.
 
     The raw bits (Philox 4x64 under `example_key`) never change; how NumPy makes a distribution of
     them may change with its version, which is among what a checkpoint records.

@@ -56,7 +56,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Made:
-    """What `prepare` made: a TFDS directory, and facts for the manifest (JSON values)."""
+    """The result of `prepare`: a TFDS directory, and facts for the manifest (JSON values)."""
 
     path: epath.Path
     facts: Json
@@ -72,13 +72,13 @@ class Built:
 
 
 def dataset_dir(name: str, root: epath.PathLike | None = None) -> epath.Path:
-    """The directory of the data set in `root`, which defaults to `mmjax.data.data_dir()`."""
+    """Return the directory of the data set in `root`, which defaults to `mmjax.data.data_dir()`."""
     base = mmjax.data.data_dir() if root is None else epath.Path(root).expanduser()
     return base / name / VERSION
 
 
 def find(name: str, root: epath.PathLike | None = None) -> Built:
-    """The finished data set; `UserError` with what to run when it is missing or half-built."""
+    """Return the finished data set; `UserError` with what to run when it is missing or half-built."""
     path = dataset_dir(name, root)
     fault = _fault(path, name)
     if fault:
@@ -96,7 +96,7 @@ def build(
     force: bool = False,
     limit: int | None = None,
 ) -> Built:
-    """The finished data set, built if it is not there yet (or `force` is set).
+    """Return the finished data set, built if it is not there yet (or `force` is set).
 
     `limit` takes a part of the data, for tests; a data set of another `limit` is built again.
     Safe to run in several processes at once: one that finds the work done leaves it as it is.
@@ -128,7 +128,7 @@ def _read_manifest(path: epath.Path) -> Json:
 
 
 def _fault(path: epath.Path, name: str) -> str | None:
-    """What is wrong with the directory, as the end of a sentence; None for a finished one.
+    """Return what is wrong with the directory, as the end of a sentence; None for a finished one.
 
     Looks at names and sizes only, so that it takes milliseconds.
     """
@@ -151,7 +151,7 @@ def _fault(path: epath.Path, name: str) -> str | None:
 
 
 def _module(name: str) -> Any:
-    """The module `mmjax.datasets.NAME` with its `prepare`."""
+    """Return the module `mmjax.datasets.NAME` with its `prepare`."""
     try:
         module = importlib.import_module(f"mmjax.datasets.{name}")
     except ModuleNotFoundError as error:
@@ -168,7 +168,7 @@ def _module(name: str) -> Any:
 
 
 def known() -> list[str]:
-    """Names of the embedded data sets: the modules of `mmjax.datasets` that have a `prepare`."""
+    """Return the names of the embedded data sets: the modules of `mmjax.datasets` that have a `prepare`."""
     names = []
     for module in pkgutil.iter_modules(mmjax.datasets.__path__):
         with contextlib.suppress(ImportError):
@@ -179,7 +179,7 @@ def known() -> list[str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps TFDS's messages, progress bars and advice about decoders off the screen."""
+    """Keep TFDS's messages, progress bars and advice about decoders off the screen."""
     import tensorflow_datasets as tfds
 
     logger = logging.getLogger("absl")
@@ -195,7 +195,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _manifest(name: str, limit: int | None, made: Made) -> Json:
-    """All facts about the data, read back from what was written."""
+    """Return all facts about the data, read back from what was written."""
     import tensorflow_datasets as tfds
 
     sources = tfds.builder_from_directory(made.path).as_data_source()
@@ -218,7 +218,7 @@ def _manifest(name: str, limit: int | None, made: Made) -> Json:
 
 
 def records_digest(records: Iterable[Mapping[str, Any]]) -> str:
-    """SHA-256 (hex) of decoded records in their order.
+    """Return the SHA-256 (hex) of decoded records in their order.
 
     Of each record, its fields sorted by name: `name|dtype|shape|`, then the value's bytes in C
     order, little-endian (`dtype` and `shape` are `bytes` and the length for a text).
@@ -242,7 +242,7 @@ def _field_bytes(name: str, value: Any) -> bytes:
 
 @contextlib.contextmanager
 def _scratch() -> Iterator[epath.Path]:
-    """A temporary local directory: ArrayRecord is written by code that knows no remote paths."""
+    """Yield a temporary local directory: ArrayRecord is written by code that knows no remote paths."""
     with tempfile.TemporaryDirectory(prefix="mmjax-data-") as scratch:
         yield epath.Path(scratch)
 
@@ -269,7 +269,7 @@ def _copy(made: epath.Path, manifest: Json, part: epath.Path) -> None:
 
 
 def summary(built: Built, seconds: float) -> str:
-    """What a person wants to know after a build, in a few lines."""
+    """Return a summary of a build in a few lines."""
     splits = built.manifest["splits"]
     lines = [f"{built.manifest['name']}: {sum(s['examples'] for s in splits.values()):,} examples"]
     lines += [f"  {split:<20}{facts['examples']:>7,}" for split, facts in splits.items()]
@@ -278,7 +278,7 @@ def summary(built: Built, seconds: float) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = flags.plain_command("build", __doc__)
     parser.add_argument("names", nargs="+", metavar="NAME", help="data sets or bundles, e.g. emoji")
     parser.add_argument(
@@ -295,7 +295,7 @@ def main() -> None:
 
 
 def _unbundled(names: Iterable[str]) -> list[str]:
-    """The data sets, each once; a name that no module has is refused before the first is built."""
+    """Return the data sets, each once; a name that no module has is refused before the first is built."""
     parts = [part for name in names for part in BUNDLES.get(name, (name,))]
     modules = {module.name for module in pkgutil.iter_modules(mmjax.datasets.__path__)}
     for name in parts:

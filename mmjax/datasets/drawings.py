@@ -21,7 +21,7 @@ _TOOLS = {"PIL": "pillow"} | packages.WRITING
 
 @dataclass(frozen=True)
 class Vendor:
-    """Where the drawings come from and what the data set is called.
+    """A vendor of drawings, and the name of the data set made from them.
 
     Attributes:
       dataset: name of the data set.
@@ -38,11 +38,11 @@ class Vendor:
     description: str
 
     def split_of(self, codepoints: str) -> str:
-        """The split that the drawing of this concept belongs to."""
+        """Return the split that the drawing of this concept belongs to."""
         return self.splits[0] if emoji.seen(codepoints) else self.splits[1]
 
     def check(self) -> None:
-        """`UserError` for the first package that is missing."""
+        """Raise `UserError` for the first package that is missing."""
         packages.check((self.source, *emoji.SOURCES), _TOOLS)
 
 

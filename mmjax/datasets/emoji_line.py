@@ -63,7 +63,7 @@ def _character(concept: Concept) -> str:
 
 
 def load_font() -> ImageFont.FreeTypeFont:
-    """The installed font at its regular weight."""
+    """Return the installed font at its regular weight."""
     path = str(VENDOR.source.path(_FILE))
     # The basic layout is the same everywhere; the other one needs a library of the system.
     font = ImageFont.truetype(path, _POINTS, layout_engine=ImageFont.Layout.BASIC)
@@ -72,7 +72,7 @@ def load_font() -> ImageFont.FreeTypeFont:
 
 
 def draw(font: ImageFont.FreeTypeFont, character: str) -> bytes:
-    """The glyph in black, its coverage as alpha: an RGBA PNG of 64x64 pixels."""
+    """Return the glyph in black, its coverage as alpha: an RGBA PNG of 64x64 pixels."""
     size, middle, out = (IMAGE_SIZE, IMAGE_SIZE), IMAGE_SIZE // 2, io.BytesIO()
     coverage, image = Image.new("L", size), Image.new("RGBA", size)
     ImageDraw.Draw(coverage).text((middle, middle), character, fill=255, font=font, anchor="mm")

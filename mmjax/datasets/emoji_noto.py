@@ -54,7 +54,7 @@ def prepare(root: epath.Path, limit: int | None = None) -> Made:
 
 
 def load_files() -> dict[str, Path]:
-    """A concept's key to its PNG file, named like `U+0023-U+FE0F-U+20E3.png`."""
+    """Return a concept's key to its PNG file, named like `U+0023-U+FE0F-U+20E3.png`."""
     folder = VENDOR.source.path("data", "Goog")
     return {
         emoji.key_of(path.stem.replace("U+", "")): path for path in sorted(folder.glob("U+*.png"))
@@ -62,7 +62,7 @@ def load_files() -> dict[str, Path]:
 
 
 def draw(path: Path) -> bytes:
-    """The picture as an RGBA PNG of 64x64 pixels: a few files have another size or shape."""
+    """Return the picture as an RGBA PNG of 64x64 pixels: a few files have another size or shape."""
     out, size = io.BytesIO(), (IMAGE_SIZE, IMAGE_SIZE)
     image = pictures.open_picture(path.read_bytes())
     ImageOps.pad(image.convert("RGBA"), size, color=(0, 0, 0, 0)).save(out, "PNG")

@@ -37,7 +37,7 @@ _CALLBACK = ctypes.CFUNCTYPE(
 
 
 def say(folder: Path, voices: Sequence[str], texts: Sequence[str]) -> Iterator[list[bytes]]:
-    """Of each text in turn, its utterance in each voice: int16 little-endian samples at `RATE`.
+    """Yield, for each text in turn, its utterance in each voice: int16 little-endian samples at `RATE`.
 
     `folder` is that of the package with the library and its data.
     """
@@ -58,7 +58,7 @@ def say(folder: Path, voices: Sequence[str], texts: Sequence[str]) -> Iterator[l
 
 
 def _environment() -> dict[str, str]:
-    """For a process that finds this very package."""
+    """Return the environment of a process that finds this very package."""
     paths = [str(Path(mmjax.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
@@ -97,7 +97,7 @@ class Engine:
             raise OSError(f"its data give {rate} samples per second, not {RATE}")
 
     def say(self, voice: str, text: str) -> bytes:
-        """int16 samples; how they sound depends on what was said before in this process."""
+        """Return int16 samples; how they sound depends on the earlier utterances of this process."""
         if self._library.espeak_SetVoiceByName(voice.encode()):
             raise OSError(f"it has no voice {voice}")
         parts: list[bytes] = []

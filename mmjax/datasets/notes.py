@@ -92,17 +92,17 @@ def prepare(root: epath.Path, limit: int | None = None) -> Made:
 
 
 def split_of(pitch: int) -> str:
-    """The split that the notes of this key belong to."""
+    """Return the split that the notes of this key belong to."""
     return "test_pitch" if _fraction("pitch", pitch) < HELD_OUT else "train"
 
 
 def velocity_of(program: int, pitch: int) -> int:
-    """How hard the key is struck, MIDI velocity."""
+    """Return how hard the key is struck, as MIDI velocity."""
     return _SOFTEST + int(_fraction("velocity", program, pitch) * (_LOUDEST + 1 - _SOFTEST))
 
 
 def _fraction(purpose: str, *numbers: int) -> float:
-    """A number in [0, 1), fixed by the numbers; independent between purposes."""
+    """Return a number in [0, 1), fixed by the numbers; independent between purposes."""
     words = ".".join(str(number) for number in numbers)
     digest = hashlib.sha256(f"notes/{purpose}:{words}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
@@ -113,7 +113,7 @@ def _all_notes() -> list[Note]:
 
 
 def load_names() -> tuple[list[str], list[str]]:
-    """The names of the 128 instruments and of the 16 families of eight, in lower case."""
+    """Return the names of the 128 instruments and of the 16 families of eight, in lower case."""
     path = SOUNDFONT.path("constants.py")
     names, families = (
         [name.lower() for name in _constant(path, constant)]
@@ -128,7 +128,7 @@ def load_names() -> tuple[list[str], list[str]]:
 
 
 def _constant(path: Path, name: str) -> list[str]:
-    """The list that the module gives to `name`, read from its text: importing it takes a library."""
+    """Return the list that the module gives to `name`, read from its text: importing it takes a library."""
     for statement in ast.parse(path.read_text("utf-8")).body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
             return list(ast.literal_eval(statement.value))
@@ -163,7 +163,7 @@ def _regions(font: SoundFont, note: Note) -> list:
 
 
 def render(font: SoundFont, note: Note) -> NDArray[np.int16]:
-    """The note as int16 `[11025]`."""
+    """Return the note as int16 `[11025]`."""
     sound = play(_regions(font, note), SECONDS, _HELD, RATE)
     left = np.arange(len(sound))[::-1] / RATE
     sound *= np.minimum(left / _FADE, 1)

@@ -39,11 +39,11 @@ class PackageSource:
     extra: str = "data"
 
     def folder(self) -> Path:
-        """The package's folder."""
+        """Return the package's folder."""
         return folder(self.module, self.package, self.extra)
 
     def path(self, *parts: str) -> Path:
-        """A file or folder inside the package; `UserError` when its layout has none."""
+        """Return a file or folder inside the package; `UserError` when its layout has none."""
         path = self.folder().joinpath(*parts)
         if not path.exists():
             raise UserError(
@@ -55,7 +55,7 @@ class PackageSource:
 
 
 def folder(module: str, package: str, extra: str = "data") -> Path:
-    """The folder of an installed package, found without importing it."""
+    """Return the folder of an installed package, found without importing it."""
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -66,7 +66,7 @@ def folder(module: str, package: str, extra: str = "data") -> Path:
 
 
 def check(sources: Iterable[PackageSource], tools: dict[str, str]) -> None:
-    """`UserError` for the first package that is missing; `tools` maps module to package."""
+    """Raise `UserError` for the first package that is missing; `tools` maps module to package."""
     for source in sources:
         source.folder()
     for module, package in tools.items():
@@ -74,7 +74,7 @@ def check(sources: Iterable[PackageSource], tools: dict[str, str]) -> None:
 
 
 def facts(sources: Iterable[PackageSource], tools: dict[str, str]) -> dict[str, Any]:
-    """For the manifest: sources with versions and licences, and versions of the tools."""
+    """Return the facts on packages for the manifest: sources with versions and licences, and versions of the tools."""
     return {
         "sources": [_source_facts(source) for source in sources],
         "built_with": {package: version(package) for package in sorted(tools.values())},
@@ -82,12 +82,12 @@ def facts(sources: Iterable[PackageSource], tools: dict[str, str]) -> dict[str, 
 
 
 def licences(sources: Iterable[PackageSource]) -> str:
-    """One line of what comes under which licence."""
+    """Return one line of what comes under which licence."""
     return "; ".join(f"{source.gives}: {source.licence}" for source in sources)
 
 
 def version(package: str) -> str:
-    """The installed version."""
+    """Return the installed version."""
     return importlib.metadata.version(package)
 
 

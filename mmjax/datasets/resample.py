@@ -15,7 +15,7 @@ _ONE = 2**15
 
 
 def decimate(sound: NDArray, factor: int) -> NDArray[np.float64]:
-    """`[N] -> [ceil(N / factor)]`, in the same unit; frequencies up to 0.75 of the new band stay.
+    """Reduce the rate, `[N] -> [ceil(N / factor)]`, in the same unit; frequencies up to 0.75 of the new band stay.
 
     The filter's taps are integers over 2^15, so that integers in give the same numbers out on
     every machine, whatever the order in which it adds them.

@@ -96,7 +96,7 @@ class SoundFont:
         """(bank, program) to the preset's name in the file."""
 
     def regions(self, bank: int, program: int, key: int, velocity: int) -> list[Region]:
-        """What sounds for a note: MIDI key and velocity, 0 to 127; `UserError` for no preset."""
+        """Return the regions that sound for a note: MIDI key and velocity, 0 to 127; `UserError` for no preset."""
         if (bank, program) not in self._index:
             raise UserError(f"the SoundFont has no program {program} in bank {bank}.")
         regions_found = []
@@ -130,7 +130,9 @@ def _offset(settings: Mapping[int, int], fine: int, coarse: int) -> int:
 
 
 def _cents(settings: Mapping[int, int], header: np.void, key: int) -> float:
-    """8.1.3: the root key is the zone's, else the sample's; 60 where that is unknown."""
+    """Return the distance of a key from the root key, in cents (8.1.3): the root key is the zone's, else the sample's;
+    60 where that is unknown.
+    """
     own = int(header["key"]) if header["key"] <= 127 else 60
     root = settings[ROOT] if settings[ROOT] >= 0 else own
     tuned = 100 * settings.get(SEMITONES, 0) + settings.get(CENTS, 0) + int(header["cents"])
@@ -138,7 +140,7 @@ def _cents(settings: Mapping[int, int], header: np.void, key: int) -> float:
 
 
 def _chunks(path: epath.Path) -> dict[bytes, bytes]:
-    """Name to content, of all that lies in the file's lists."""
+    """Return a dict from name to content of all that lies in the file's lists."""
     content = path.read_bytes()
     if content[:4] != b"RIFF" or content[8:12] != b"sfbk":
         raise UserError(f"{path} is no SoundFont 2 file: it does not begin like one.")
@@ -171,7 +173,7 @@ def _text(name: bytes) -> str:
 def _zones(
     headers: np.ndarray, bags: np.ndarray, generators: np.ndarray, last: int
 ) -> list[list[Zone]]:
-    """Of each header, its zones, with the settings that its global zone gives to all (7.3, 7.7).
+    """Return the zones of each header, with the settings that its global zone gives to all (7.3, 7.7).
 
     A zone without the generator `last` that names what it plays is the global one if it is the
     first, and is ignored elsewhere.
@@ -200,7 +202,7 @@ def _within(limits: int | None, value: int) -> bool:
 
 
 def play(regions: Sequence[Region], seconds: float, held: float, rate: int) -> Sound:
-    """The sum of the regions, `[seconds * rate]`, the key let go after `held` seconds.
+    """Return the sum of the regions, `[seconds * rate]`, the key let go after `held` seconds.
 
     In units of the recordings, so that a sum may leave the range of int16.
     """
@@ -223,7 +225,7 @@ def _played(region: Region, length: int, held: float, rate: int) -> Sound:
 
 
 def _read(region: Region, steps: NDArray[np.float64]) -> Sound:
-    """The recording at places that grow by `steps`, between samples on a line, looped or once."""
+    """Return the recording at places that grow by `steps`, between samples on a line, looped or once."""
     places = np.cumsum(steps) - steps
     if region.loop:
         start, end = region.loop
@@ -241,7 +243,7 @@ def _read(region: Region, steps: NDArray[np.float64]) -> Sound:
 
 
 def _envelope(settings: Mapping[int, int], first: int, times: Sound, held: float) -> Sound:
-    """8.1.2: rises to 1, falls to the sustain level, and to 0 when the key is let go.
+    """Return the volume envelope (8.1.2): rises to 1, falls to the sustain level, and to 0 when the key is let go.
 
     For the volume a fall of 1 stands for 100 dB; see `_gain`.
     """
@@ -257,7 +259,7 @@ def _envelope(settings: Mapping[int, int], first: int, times: Sound, held: float
 
 
 def _gain(settings: Mapping[int, int], volume: Sound, times: Sound) -> Sound:
-    """The attack is straight in amplitude, what comes after it in decibels."""
+    """Return the attack is straight in amplitude, what comes after it in decibels."""
     rising = times < sum(2 ** (settings[VOLUME + step] / 1200) for step in (0, 1))
     decibels = -100 * (1 - volume) - settings.get(ATTENUATION, 0) / 10
     quiet = 10 ** (-settings.get(ATTENUATION, 0) / 200)
@@ -266,7 +268,7 @@ def _gain(settings: Mapping[int, int], volume: Sound, times: Sound) -> Sound:
 
 
 def _low_pass(sound: Sound, cutoff: Sound, resonance: int, rate: int) -> Sound:
-    """Two poles at `cutoff` (cents over 8.176 Hz, for each sample), peak in tenths of a dB.
+    """Apply two poles at `cutoff` (cents over 8.176 Hz, for each sample), peak in tenths of a dB.
 
     Frame by frame on the spectrum, without a shift in phase.
     """

@@ -85,14 +85,14 @@ def prepare(root: epath.Path, limit: int | None = None) -> Made:
 
 
 def speak(text: str, voice: str = TEST_VOICES[0]) -> tuple[NDArray[np.int16], int]:
-    """A text of one's own as the data set would hold it: int16 `[N]`, and `RATE`."""
+    """Return a text of one's own as the data set would hold it: int16 `[N]`, and `RATE`."""
     _check_voices([voice])
     [[samples]] = espeak.say(ESPEAK.folder(), [voice], [text])
     return resample(np.frombuffer(samples, "<i2")), RATE
 
 
 def _check_voices(voices: Sequence[str]) -> None:
-    """`UserError` where the package lacks a voice: the engine takes another one without a word."""
+    """Raise `UserError` if the package lacks a voice: the engine takes another one without a word."""
     for voice in voices:
         _, plus, variant = voice.partition("+")
         if plus:
@@ -127,6 +127,6 @@ def _record(concept: Concept, voice: str, samples: bytes) -> writer.Record:
 
 
 def resample(samples: NDArray[np.int16]) -> NDArray[np.int16]:
-    """int16 `[N]` at the engine's rate to int16 `[ceil(N / 2)]` at `RATE`, a little softer."""
+    """Convert int16 `[N]` at the engine's rate to int16 `[ceil(N / 2)]` at `RATE`, a little softer."""
     louder = np.rint(_LOUDNESS * decimate(samples, espeak.RATE // RATE))
     return np.clip(louder, -(2**15), 2**15 - 1).astype(np.int16)

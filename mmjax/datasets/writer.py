@@ -69,7 +69,7 @@ def write(
 
 
 def audio(length: int | None = None) -> Any:
-    """The feature of a sound: int16 `[length]`, of any length where it is None.
+    """Return the feature of a sound: int16 `[length]`, of any length where it is None.
 
     As bytes, since TFDS would else spend ten bytes on each negative number.
     """
@@ -77,6 +77,6 @@ def audio(length: int | None = None) -> Any:
 
 
 def check_splits(counts: Mapping[str, int], limit: int | None) -> None:
-    """`UserError` where a small build would leave a split empty."""
+    """Raise `UserError` if a small build would leave a split empty."""
     if empty := [split for split, count in counts.items() if not count]:
         raise UserError(f"With limit={limit} the split '{empty[0]}' would be empty: take more.")

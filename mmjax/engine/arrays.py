@@ -138,7 +138,7 @@ class TreeHandler(ocp.PyTreeCheckpointHandler):
 @ocp.args.register_with_handler(TreeHandler, for_save=True, for_restore=True)
 @dataclass
 class TreeSave(ocp.args.PyTreeSave):
-    """What is saved: a tree, as the state of a run after `step` steps."""
+    """The tree to save: a tree, as the state of a run after `step` steps."""
 
     step: int = 0
 
@@ -256,7 +256,7 @@ def _open(folder: epath.Path, context: ts.Context, stored: Stored) -> ts.TensorS
 
 
 def _fill(store: ts.TensorStore, stored: Stored, boxes: Sequence[Box]) -> dict[Box, np.ndarray]:
-    """The array in each of some boxes, out of the whole parts that they meet."""
+    """Return the array in each of some boxes, out of the whole parts that they meet."""
     arrays = {box: _empty(box, stored.dtype) for box in boxes}
     missing = {box: _size(box) for box in boxes}
     for part, expected in stored.parts.items():
@@ -284,7 +284,7 @@ def _read_part(store: ts.TensorStore, part: Box, into: np.ndarray) -> None:
 
 
 def _result(future: Any) -> Any:
-    """What TensorStore gives. Of bytes that it cannot decode it says no more than that a value is wrong."""
+    """Return the result of a future of TensorStore, whose errors on bad bytes say only that a value is wrong."""
     try:
         return future.result()
     except ValueError as error:
@@ -294,7 +294,7 @@ def _result(future: Any) -> Any:
 
 
 def _empty(box: Box, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """Memory for a box, placed so that JAX can take it without a copy."""
+    """Return memory for a box, placed so that JAX can take it without a copy."""
     size = _size(box) * dtype.itemsize
     raw = np.empty(size + _ALIGNED, np.uint8)
     start = -raw.ctypes.data % _ALIGNED
@@ -315,5 +315,5 @@ def _common(one: Box, other: Box) -> Box | None:
 
 
 def _inside(box: Box, outer: Box) -> tuple[slice, ...]:
-    """A box as slices of an array that covers `outer`."""
+    """Return a box as slices of an array that covers `outer`."""
     return tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(box, outer, strict=True))

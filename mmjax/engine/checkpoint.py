@@ -45,8 +45,8 @@ _NO_TIMEOUT = 10**9
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, and what stays: whatever any of these asks for, and always the newest one at which all
-    tasks were well.
+    """Times of checkpoints, and rules for keeping them: whatever any of these asks for, and always the newest one at
+    which all tasks were well.
 
     Attributes:
       every: steps between checkpoints; the last step is always saved.
@@ -72,7 +72,7 @@ class CheckpointConfig:
 
 
 class _Retention(policies.PreservationPolicy):
-    """What stays, as Orbax asks before it deletes; all processes find the same."""
+    """The rules for keeping checkpoints, called by Orbax before it deletes; every process decides alike."""
 
     def __init__(
         self, workdir: epath.Path, config: CheckpointConfig, is_healthy: Callable[[dict[str, Any]], bool]
@@ -221,7 +221,7 @@ class Checkpoints:
             self._manager.save(step, args=arguments, force=True)
 
     def evaluated(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """What an evaluation after `step` steps found, for `config.checkpoint.best`."""
+        """Note the results of an evaluation after `step` steps, for `config.checkpoint.best`."""
         self._retention.evaluated(step, records)
 
     def wait(self) -> None:
@@ -290,7 +290,7 @@ def _is_file(path: epath.Path) -> bool:
 
 
 def _is_link(workdir: epath.Path, step: int) -> bool:
-    """Whether a step is a link to a folder elsewhere, which is not this run's to delete."""
+    """Return whether a step is a link to a folder elsewhere, which is not this run's to delete."""
     return os.path.islink(workdir / FOLDER / str(step))
 
 
@@ -345,7 +345,7 @@ def _has_checksums(folder: epath.Path) -> bool:
 
 
 def _read_unverified(folder: epath.Path, wanted: Mapping[str, Any]) -> Any:
-    """The arrays of a checkpoint of format 1, by Orbax."""
+    """Return the arrays of a checkpoint of format 1, by Orbax."""
     restore_args = jax.tree.map(_restore_args, wanted)
     # Each process reads for itself: one that fails must not leave the others at a barrier.
     me = jax.process_index()
@@ -360,7 +360,7 @@ def _read_unverified(folder: epath.Path, wanted: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Orbax's warnings: of a folder that is one item of a checkpoint, as ours are; of a slow disk."""
+    """Silence Orbax's warnings: of a folder that is one item of a checkpoint, as ours are; of a slow disk."""
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(max(before, logging.ERROR))
@@ -412,7 +412,7 @@ def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: s
 
 
 def _widens(stored: Any, leaf: Any) -> bool:
-    """Whether an array is stored in a dtype all of whose values that of `leaf` holds too."""
+    """Return whether an array is stored in a dtype all of whose values that of `leaf` holds too."""
     both = [np.dtype(x.dtype) for x in (stored, leaf)]
     floats = all(jax.numpy.issubdtype(dtype, jax.numpy.floating) for dtype in both)
     fits = floats and jax.numpy.promote_types(*both) == both[1]
@@ -493,7 +493,7 @@ def check_may_begin(workdir: epath.Path) -> None:
 
 
 def _refusal(workdir: epath.Path, causes: Mapping[int, str]) -> str:
-    """Why a run without a whole checkpoint may not begin at step 0; empty where it may."""
+    """Return why a run without a whole checkpoint may not begin at step 0; empty if it may."""
     aside = sorted(_listed(workdir / TORN))
     if not aside:
         return ""
@@ -529,7 +529,7 @@ def _try_together(workdir: epath.Path, step: int, *arguments: Any) -> Restored |
 
 
 def _try(workdir: epath.Path, step: int, *arguments: Any) -> Restored | str:
-    """A checkpoint, or what damage it has."""
+    """Return a checkpoint, or what damage it has."""
     try:
         return restore(workdir, step, *arguments)
     except Damaged as error:

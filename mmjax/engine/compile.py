@@ -24,7 +24,7 @@ from mmjax.engine.health import HealthLimits
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    """What a run may use.
+    """Limits on the resources of a run.
 
     Attributes:
       memory_gib: bytes of one device that a program may need, in GiB; 0 for no limit.
@@ -95,7 +95,7 @@ class Program:
 
 
 def cache_folder(name: str) -> epath.Path:
-    """A folder in the user's cache, for what can be made again."""
+    """Return a folder in the user's cache, for what can be made again."""
     root = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return root / "mmjax" / name
 
@@ -109,7 +109,7 @@ def use_cache(folder: epath.PathLike | None = None) -> None:
 
 
 class _CacheHits:
-    """Which threads met the persistent cache since they were last asked."""
+    """Threads that hit the persistent cache since the last query."""
 
     def __init__(self) -> None:
         self._threads: set[int] = set()
@@ -158,7 +158,7 @@ def compile_all(
 def compile_silently(
     fun: Callable[..., Any], argument: Any, out_shardings: Any, mesh: Mesh
 ) -> Callable[..., Any]:
-    """A small program of our own (no task's), compiled now so that nothing compiles later."""
+    """Compile a small program that belongs to no task now, so that nothing compiles later."""
     with jax.set_mesh(mesh):
         compiled: Callable[..., Any] = (
             jax.jit(fun, out_shardings=out_shardings).lower(argument).compile()
@@ -167,8 +167,7 @@ def compile_silently(
 
 
 def _lower(request: Request, mesh: Mesh) -> tuple[Any, int, list[str]]:
-    """All that is traced, on this thread: the lowered program, its model FLOPs, and what of its activations
-    stays whole on a mesh axis."""
+    """Trace on this thread; return the lowered program, its model FLOPs, and the dimensions that stay whole."""
     jitted = jax.jit(
         request.function, donate_argnums=request.donate, out_shardings=request.out_shardings
     )
@@ -205,7 +204,7 @@ def _compile(
 
 
 def device_bytes(compiled: Any) -> int:
-    """Bytes of one device that a call needs: arguments, temporaries, outputs that are not arguments, code."""
+    """Return the bytes that a call needs on one device: arguments, temporaries, non-argument outputs, code."""
     m = compiled.memory_analysis()
     if m is None:
         return 0

@@ -23,7 +23,7 @@ ModelOf = Callable[[Arrays], Model]
 def loss_and_gradient(
     task: Task, model_of: ModelOf, parameters: Arrays, batch: Any, key: jax.Array
 ) -> tuple[Loss, Arrays]:
-    """The loss of a batch and its gradient with respect to `parameters`.
+    """Return the loss of a batch and its gradient with respect to `parameters`.
 
     With micro-batches, one after another, memory is that of one of them. A loss that is a mean stays
     the mean over the whole batch, parts being weighted by `Loss.count`; a `Coupled` objective keeps
@@ -49,7 +49,7 @@ def loss_and_gradient(
 def _separate(
     task: Task, model_of: ModelOf, parameters: Arrays, batch: Any, key: jax.Array
 ) -> tuple[Loss, Arrays]:
-    """A mean over rows or tokens: the weighted sum over parts, over the sum of weights."""
+    """Return a mean over rows or tokens: the weighted sum over parts, over the sum of weights."""
 
     def weighted(parameters: Arrays, part: Any, key: jax.Array) -> tuple[jax.Array, Any]:
         loss = task.loss(model_of(parameters), part, key)
@@ -74,7 +74,7 @@ def _separate(
 def _coupled(
     task: Task, model_of: ModelOf, parameters: Arrays, batch: Any, key: jax.Array
 ) -> tuple[Loss, Arrays]:
-    """A loss between rows, in two passes (Gao et al. 2021, GradCache).
+    """Return loss and gradient of a loss between rows, in two passes (Gao et al. 2021, GradCache).
 
     First what the loss compares, of all parts, without keeping what a gradient needs; then the loss
     and its gradient with respect to that; then each part again, to pull that gradient back.
@@ -112,7 +112,7 @@ def _coupled(
 
 
 def _parts(task: Task, batch: Any, key: jax.Array) -> tuple[Any, jax.Array]:
-    """The batch in parts, its rows with their keys, and a key for each part: leading axis [n]."""
+    """Return the batch in parts, its rows with their keys, and a key for each part: leading axis [n]."""
     count, together = task.config.microbatches, task.objective.rows_together()
     whole = {**batch, "keys": row_keys(batch, key)}
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))

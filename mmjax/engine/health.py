@@ -1,4 +1,4 @@
-"""Whether each task is well, and what becomes of the schedule where one is not.
+"""The health of each task, and the schedule after one has failed.
 
 All of it is a pure function of the losses that a run has seen, which its clock holds: a run that was
 killed and goes on finds the same at the same step.
@@ -16,7 +16,7 @@ from mmjax.schedule.schedule import Schedule
 
 @dataclass(frozen=True)
 class HealthLimits:
-    """When a task is not well.
+    """Limits beyond which a task is unhealthy.
 
     Attributes:
       non_finite: visits in a row with a non-finite loss or gradient.
@@ -31,7 +31,7 @@ class HealthLimits:
 
 @dataclass(frozen=True)
 class Health:
-    """What a run remembers of a task.
+    """The recent history of a task:
 
     Attributes:
       consecutive_non_finite: visits in a row, up to the last one, with a non-finite loss or gradient.
@@ -44,20 +44,20 @@ class Health:
     last: tuple[float, ...] = ()
 
     def after(self, loss: float, finite: bool, bounds: HealthLimits) -> Health:
-        """After one more visit."""
+        """Return the health after one more visit."""
         if not finite:
             return Health(self.consecutive_non_finite + 1, self.first, self.last)
         first = self.first if len(self.first) >= bounds.visits else (*self.first, loss)
         return Health(0, first, (*self.last, loss)[-bounds.visits :])
 
     def has_diverged(self, bounds: HealthLimits) -> bool:
-        """Whether the median of the last losses is above what its first ones allow."""
+        """Return whether the median of the last losses is above what its first ones allow."""
         limit = self._limit(bounds)
         full = len(self.last) >= bounds.visits
         return limit is not None and full and statistics.median(self.last) > limit
 
     def may_diverge(self, bounds: HealthLimits) -> bool:
-        """Whether any of the last losses is so high that a divergence may have begun."""
+        """Return whether any of the last losses is so high that a divergence may have begun."""
         limit = self._limit(bounds)
         return limit is not None and any(loss > limit for loss in self.last)
 
@@ -121,7 +121,7 @@ def broken_at(schedule: Schedule, health: Mapping[str, Health], step: int) -> in
 
 
 def quarantine(schedule: Schedule, tasks: Collection[str], start: int, now: int) -> Schedule | None:
-    """The schedule with `tasks` at weight 0 from step `start` on; None where no task would be left there.
+    """Return the schedule with `tasks` at weight 0 from step `start` on; None where no task would be left there.
 
     A later segment that would have no task left falls away: the shares before it go on in its place.
 

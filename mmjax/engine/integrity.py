@@ -94,7 +94,7 @@ def words(error: BaseException) -> str:
 
 
 def _verdict(error: BaseException, decoding: tuple[type[Exception], ...]) -> bool | None:
-    """True for damage, False for a failure, None for an error that leaves it to its causes."""
+    """Return True for damage, False for a failure, None for an error whose causes decide."""
     if isinstance(error, OSError):
         return error.errno in _MISSING
     if isinstance(error, (Mismatch, json.JSONDecodeError, UnicodeDecodeError, RecursionError)):

@@ -85,7 +85,7 @@ def process_rows(mesh: Mesh, where: str = "batch") -> Callable[[int], tuple[int,
 
 
 def local_rows(sharding: NamedSharding, rows: int) -> tuple[int, int]:
-    """First and last + 1 row of a batch that this process's devices hold (the smallest range)."""
+    """Return the first and last + 1 row of a batch that this process's devices hold (the smallest range)."""
     slices = sharding.addressable_devices_indices_map((rows,)).values()
     ranges = [s[0].indices(rows) for s in slices if s is not None]
     return min(r[0] for r in ranges), max(r[1] for r in ranges)
@@ -98,7 +98,7 @@ def make_batch(
     rng: Callable[[int], np.random.Generator | None],
     size: int,
 ) -> tuple[Any, tuple[tuple[int, str], ...]]:
-    """Rows for `ids`, blank ones up to `size`; and the rows that failed, by index."""
+    """Return rows for `ids`, blank ones up to `size`; and the rows that failed, by index."""
     rows, failed = [], []
     for index, example_id in enumerate(ids):
         try:
@@ -116,7 +116,7 @@ def make_batch(
 def arranged_rows(
     task: Task, examples: Examples, seed: int, position: int, share: tuple[int, int]
 ) -> tuple[Any, tuple[tuple[int, str], ...]]:
-    """Rows [first, last) of the training batch that begins at `position`; and what failed, by position.
+    """Return rows [first, last) of the training batch that begins at `position`; and the failures, by position.
 
     The rows of a window of the objective lie in its order, which depends on all of them: where the share ends within
     a window, the whole window is read, so that every process comes to the same order.
@@ -136,7 +136,7 @@ def arranged_rows(
 
 
 def _arranged(objective: Objective, rows: Any, window: int) -> np.ndarray:
-    """Which of the rows lies at each place."""
+    """Return which of the rows lies at each place."""
     count = len(rows["valid"])
     windows = []
     for start in range(0, count, window):
@@ -267,7 +267,7 @@ def _by_processes(steps: _Steps, config: LoaderConfig) -> grain.IterDataset[Host
 
 
 def _begin_worker(folders: Sequence[str], index: int, count: int) -> None:
-    """In a process of the loader's: keep off the devices, and end with the run."""
+    """Set up a process of the loader: keep off the devices, and end with the run."""
     for folder in folders:
         configs.add_folder(folder)
     jax.config.update("jax_platforms", "cpu")
@@ -282,7 +282,7 @@ def _begin_worker(folders: Sequence[str], index: int, count: int) -> None:
 
 
 def place(rows: Any, start: int, size: int, sharding: NamedSharding) -> Any:
-    """The global batch of `size` rows on the mesh, from this process's rows (which begin at `start`)."""
+    """Return the global batch of `size` rows on the mesh, from this process's rows (which begin at `start`)."""
 
     def put(local: np.ndarray) -> jax.Array:
         def read(index: Rows | None) -> np.ndarray:

@@ -99,7 +99,7 @@ def _check(meta: Mapping[str, Any], step: int) -> None:
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
-    """The blocks of a saved config that are read before it is compared with the schema."""
+    """Check the blocks of a saved config that are read before it is compared with the schema."""
     tasks: Any = config.get("tasks")
     blocks = [
         config.get(name, {}) for name in ("optimizer", "schedule", "evaluation", "modalities")
@@ -116,7 +116,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
 
 
 def _conforms(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type. Counts are not negative, and truth values are no numbers."""
+    """Return whether a value has an annotated type. Counts are not negative, and truth values are no numbers."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
         pairs = value.items() if isinstance(value, Mapping) else [(None, None)]

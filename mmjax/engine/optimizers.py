@@ -95,7 +95,7 @@ class Optimizers:
             apply_rules(phase.rules, self.spec.declaration.specs)
 
     def _length(self, task: str) -> int:
-        """The run's length for a task in `optimizer.unit`: as its schedule has it from step 0."""
+        """Return the run's length for a task in `optimizer.unit`: as its schedule has it from step 0."""
         if self.config.unit == "steps":
             return self.planned.steps
         if self.config.unit == "examples":

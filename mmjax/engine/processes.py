@@ -49,7 +49,7 @@ def compiling(requests: Mapping[str, Request], *others: str) -> Compiling:
 
 
 def add_arguments(made: argparse.ArgumentParser) -> None:
-    """`--coordinator`, `--processes` and `--process`, with defaults from the environment."""
+    """Add `--coordinator`, `--processes` and `--process`, with defaults from the environment."""
     made.add_argument(
         "--coordinator", default=os.environ.get("MMJAX_COORDINATOR", ""), metavar="HOST:PORT",
         help="where process 0 listens, or `auto` where JAX finds it (TPU, Slurm); MMJAX_COORDINATOR",
@@ -148,7 +148,7 @@ def _numbers(where: str, count: str, index: str) -> tuple[int, int]:
 
 
 def is_first() -> bool:
-    """Whether this process writes the run's files and speaks to people."""
+    """Return whether this process writes the run's files and prints to the terminal."""
     return jax.process_index() == 0
 
 
@@ -156,7 +156,7 @@ def is_first() -> bool:
 
 
 def gather(value: Any) -> list[Any]:
-    """The JSON `value` of each process, in order, once all have asked; alone, `[value]`."""
+    """Return the JSON `value` of each process, in order, once all have asked; alone, `[value]`."""
     count, client = jax.process_count(), global_state.client
     if count == 1 or client is None:
         return [value]
@@ -173,7 +173,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:
-    """That all processes were started alike: the same `facts` (of config, devices, versions) by key.
+    """Check that all processes were started alike: the same `facts` (of config, devices, versions) by key.
 
     Raises:
       UserError: in every process, where one differs from process 0.
@@ -192,19 +192,22 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
 
 
 def let_others_end() -> None:
-    """Process 0 holds the line on which all speak: it ends last, or the others are cut off in mid-sentence."""
+    """Wait until the other processes have ended, on process 0, which hosts the coordination service.
+
+    The others lose their connection when it ends, so it must end last.
+    """
     wait_for_all()
     if is_first():
         time.sleep(_LAST)
 
 
 def slowest(seconds: float, least: float) -> tuple[int, float, float] | None:
-    """`stands_out` among the `seconds` that every process gives for itself."""
+    """Return the result of `stands_out` for the `seconds` that every process gives for itself."""
     return stands_out(gather(seconds), least)
 
 
 def stands_out(each: Sequence[float], least: float) -> tuple[int, float, float] | None:
-    """The process that its own work on the host holds up: its number, its seconds and the others' median.
+    """Return the process that its own work on the host holds up: its number, its seconds and the others' median.
 
     Args:
       each: the seconds of every process, for a step's batch.
@@ -219,12 +222,12 @@ def stands_out(each: Sequence[float], least: float) -> tuple[int, float, float] 
 
 
 def wait_for_all() -> None:
-    """Until every process has come here."""
+    """Wait until every process has reached this call."""
     gather(None)
 
 
 class Vote:
-    """Whether any process says yes, counted by the devices while the steps go on.
+    """A vote of all processes, counted on the devices while steps continue.
 
     Ballots are cast at the same places of the loop by all processes, and each is counted `lag` ballots
     later, when its answer has long been there. So all stop before the same step, and none waits.
@@ -250,7 +253,7 @@ class Vote:
         return len(self._under_way) > self._lag and self._count()
 
     def settle(self, yes: bool) -> bool:
-        """Whether any says yes now, or did in a ballot that is not yet counted."""
+        """Return whether any says yes now, or did in a ballot that is not yet counted."""
         answers = [self._count() for _ in range(len(self._under_way))]
         return any([*answers, *gather(yes)])
 

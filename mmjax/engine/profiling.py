@@ -23,7 +23,7 @@ _MEMORY = ("argument", "output", "alias", "temp", "generated_code")
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """What to look into. All of it is off unless asked for, and changes nothing of a run.
+    """Steps to profile and programs to dump. All of it is off unless asked for, and changes nothing of a run.
 
     Attributes:
       start: the first step of the trace.
@@ -60,12 +60,12 @@ class Profile:
         self._config, self._workdir, self._is_tracing = config, workdir, False
 
     def next(self, step: int) -> list[int]:
-        """The steps after `step` at which `at` must be called."""
+        """Return the steps after `step` at which `at` must be called."""
         edges = (self._config.start, self._config.start + self._config.steps)
         return [edge for edge in edges if edge > step] if self._config.steps else []
 
     def at(self, step: int) -> None:
-        """Called when `step` is about to begin and no step is under way."""
+        """Start or stop the profile; call it when `step` is about to begin and no step is in flight."""
         first, last = self._config.start, self._config.start + self._config.steps
         if first <= step < last and not self._is_tracing:
             jax.profiler.start_trace(os.fspath(self._workdir / TRACES / _own("process_")))
@@ -101,12 +101,12 @@ class Profile:
 
 
 def _own(prefix: str) -> str:
-    """What tells the files of this process from those of others: nothing where it is alone."""
+    """Return the part of a file name that is this process's: nothing where it is alone."""
     return f"{prefix}{jax.process_index()}" if jax.process_count() > 1 else ""
 
 
 def dump(programs: Mapping[str, Program], workdir: epath.Path) -> None:
-    """`WORKDIR/dumps/NN_NAME.hlo.txt` and `.json` of each program: what XLA made, bytes and FLOPs."""
+    """Write `WORKDIR/dumps/NN_NAME.hlo.txt` and `.json` of each program: what XLA made, bytes and FLOPs."""
     folder = workdir / DUMPS
     folder.mkdir(parents=True, exist_ok=True)
     for number, (name, program) in enumerate(programs.items()):
@@ -117,7 +117,7 @@ def dump(programs: Mapping[str, Program], workdir: epath.Path) -> None:
 
 
 def _memory(compiled: Any) -> dict[str, int]:
-    """Bytes of one device by kind, as XLA states them."""
+    """Return the bytes of one device by kind, as XLA states them."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return {}

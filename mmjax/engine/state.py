@@ -28,7 +28,7 @@ SUMMED = "summed_steps"  # how many steps the sums hold; it belongs to no parame
 
 @struct.dataclass
 class State:
-    """What is on the devices.
+    """The state on the devices.
 
     Attributes:
       parameters: by name.
@@ -47,7 +47,7 @@ class State:
 
 @dataclass(frozen=True)
 class Clock:
-    """Where a run is, in integers.
+    """The position of a run, in integers.
 
     Attributes:
       step: completed steps.
@@ -124,7 +124,7 @@ def init_state(
     dtype: Any,
     given: Mapping[str, Any] | None = None,
 ) -> State:
-    """The state at step 0. Meant to be jitted, with the `shardings` of `abstract_state` as its output's.
+    """Return the state at step 0. Meant to be jitted, with the `shardings` of `abstract_state` as its output's.
 
     `given` are parameters to begin with, by canonical name; the others begin at random.
     """
@@ -144,7 +144,7 @@ def init_state(
 
 
 def abstract_state(declaration: Declaration, optimizer: Optimizer, dtype: Any, mesh: Mesh) -> State:
-    """Shapes, dtypes and shardings of the state on `mesh`.
+    """Return the shapes, dtypes and shardings of the state on `mesh`.
 
     Averages and sums lie like their parameter, and optimizer state by the axes that it shares with it.
     """
@@ -171,7 +171,7 @@ def abstract_state(declaration: Declaration, optimizer: Optimizer, dtype: Any, m
 
 
 def parameter_of(buffer: str) -> str:
-    """The parameter that a buffer belongs to, by its name or canonical name."""
+    """Return the parameter that a buffer belongs to, by its name or canonical name."""
     return buffer.removeprefix(EMA).removeprefix(SUM)
 
 
@@ -189,7 +189,8 @@ def shardings(abstract: Any) -> Any:
 
 
 def state_to_canonical(specs: Mapping[str, Spec], state: State) -> dict[str, Any]:
-    """`{"parameters": {canonical name: array}, "optimizer": {name: {field: array}}, "buffers": {...}}`.
+    """Return the state under canonical names, `{"parameters": {canonical name: array}, "optimizer": {name: {field:
+    array}}, "buffers": {...}}`.
 
     Beside them `"moments": {TASK:name: {field: array}}`.
     """
@@ -205,7 +206,7 @@ def state_to_canonical(specs: Mapping[str, Spec], state: State) -> dict[str, Any
 
 
 def state_from_canonical(specs: Mapping[str, Spec], tree: Mapping[str, Any]) -> State:
-    """The inverse of `state_to_canonical`."""
+    """Return the inverse of `state_to_canonical`."""
     moments: dict[str, Any] = {}
     for task, own in _by_task(tree["moments"]).items():
         moments |= {task_state_name(task, n): leaf for n, leaf in _held(specs, own).items()}
@@ -220,7 +221,7 @@ def state_from_canonical(specs: Mapping[str, Spec], tree: Mapping[str, Any]) -> 
 def _by_prefix(
     buffers: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
-    """`buffers` with `change` made to those of each prefix, which stand without it meanwhile."""
+    """Return `buffers` with `change` applied to those of each prefix, which it sees without the prefix."""
     changed = {n: b for n, b in buffers.items() if not n.startswith((EMA, SUM))}
     for prefix in (EMA, SUM):
         part = {n.removeprefix(prefix): b for n, b in buffers.items() if n.startswith(prefix)}
@@ -229,7 +230,7 @@ def _by_prefix(
 
 
 def _by_task(moments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Task -> name -> leaf state."""
+    """Return a dict task -> name -> leaf state."""
     result: dict[str, dict[str, Any]] = {}
     for name, leaf in moments.items():
         task, parameter = split_name(name)
@@ -238,12 +239,12 @@ def _by_task(moments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _held(specs: Mapping[str, Spec], flat: Mapping[str, Any]) -> dict[str, Any]:
-    """As the state holds what `flat` has by canonical names; not every parameter need be there."""
+    """Return the entries of `flat` (by canonical names) as the state holds them; some may be missing."""
     return from_canonical(specs, flat, [n for n, s in specs.items() if s.canonical[0] in flat])
 
 
 def compute_dtype(name: str) -> Any:
-    """A dtype by its name in a config; float64 needs JAX to be set up for it."""
+    """Return a dtype by its name in a config; float64 needs JAX to be set up for it."""
     known = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
     if name not in known:
         raise UserError(f"dtype '{name}': expected one of {', '.join(known)}.")

@@ -52,7 +52,7 @@ class ModelSpec:
 
 
 def loss_function(spec: ModelSpec, task: Task) -> Callable[[Arrays, Arrays, Any, jax.Array], Loss]:
-    """`(moved parameters, the others, batch, visit) -> loss` of a task."""
+    """Return a function `(moved parameters, the others, batch, visit) -> loss` of a task."""
 
     def loss_of(moved: Arrays, others: Arrays, batch: Any, visit: jax.Array) -> Loss:
         model = spec.declaration.merge({**others, **moved}, spec.compute)
@@ -64,7 +64,7 @@ def loss_function(spec: ModelSpec, task: Task) -> Callable[[Arrays, Arrays, Any,
 def train_function(
     spec: ModelSpec, task: Task, optimizer: Optimizer
 ) -> Callable[[State, Any, StepCounters], tuple[State, Metrics]]:
-    """`(state, batch, {step, visit, perhaps part}) -> (state, metrics)`: loss, gradient, update."""
+    """Return a function `(state, batch, {step, visit, perhaps part}) -> (state, metrics)`: loss, gradient, update."""
     view = optimizer.views[task.name]
 
     def step(state: State, batch: Any, ticks: StepCounters) -> tuple[State, Metrics]:
@@ -98,7 +98,7 @@ def train_function(
 
 
 def _parted(parameters: Arrays, view: UpdateScope) -> tuple[Arrays, Arrays]:
-    """The parameters that a step moves, and the others."""
+    """Return the parameters that a step moves, and the others."""
     return (
         {n: p for n, p in parameters.items() if n in view.trains},
         {n: p for n, p in parameters.items() if n not in view.trains},
@@ -108,7 +108,7 @@ def _parted(parameters: Arrays, view: UpdateScope) -> tuple[Arrays, Arrays]:
 def _updated(
     state: State, grads: Arrays, optimizer: Optimizer, task: str, ticks: StepCounters
 ) -> tuple[State, Metrics]:
-    """The state after an update with a task's gradient, under the task's view, and what to report."""
+    """Return the state after an update with a task's gradient, under the task's view, and what to report."""
     rate = optimizer.rate(task, ticks)
     if optimizer.views[task].kind == OWN_MOMENTS:
         own = {n: state.moments[task_state_name(task, n)] for n in grads}
@@ -168,7 +168,7 @@ def _where(chosen: jax.Array, one: State, other: State) -> State:
 
 
 def _averaged(buffers: Arrays, parameters: Arrays, moved: Iterable[str], decay: float) -> Arrays:
-    """Averages of the parameters that moved: like them, they keep to their own clock."""
+    """Return the averages of the parameters that moved: like them, they keep to their own clock."""
     averages = {
         EMA + n: decay * buffers[EMA + n] + (1 - decay) * parameters[n] for n in sorted(moved)
     }
@@ -178,7 +178,7 @@ def _averaged(buffers: Arrays, parameters: Arrays, moved: Iterable[str], decay: 
 def train_request(
     spec: ModelSpec, task: Task, optimizer: Optimizer, state: State, mesh: Mesh
 ) -> Request:
-    """The training program of a task against the pinned abstract `state`."""
+    """Return the training program of a task against the pinned abstract `state`."""
     step, loss_of = train_function(spec, task, optimizer), loss_function(spec, task)
     view = optimizer.views[task.name]
     batch = abstract_batch(task.rows(), task.batch, mesh, f"tasks.{task.name}")
@@ -206,7 +206,7 @@ def train_request(
 
 
 def positions(task: Task, declaration: Declaration, batch: Any) -> int:
-    """Positions that a step computes for a batch's shapes, padding included."""
+    """Return how many positions a step computes for a batch's shapes, padding included."""
 
     def occupancy(parameters: Arrays, batch: Any) -> Any:
         model = declaration.merge(parameters, jnp.float32)
@@ -217,7 +217,7 @@ def positions(task: Task, declaration: Declaration, batch: Any) -> int:
 
 
 def optimizer_bytes(state: State, kind: str, task: str) -> int:
-    """Bytes of one device that hold the optimizer state which a task's steps read."""
+    """Return the bytes of one device that hold the optimizer state which a task's steps read."""
     own = {n: leaf for n, leaf in state.moments.items() if split_name(n)[0] == task}
     moments = own if kind == OWN_MOMENTS else state.optimizer
     return shard_bytes(moments)
@@ -239,7 +239,7 @@ def eval_request(
     parameters: Arrays,
     mesh: Mesh,
 ) -> Request:
-    """The program of evaluation passes: `(parameters, batch, {batch}) -> outputs`, held whole by every process."""
+    """Return the program of evaluation passes, `(parameters, batch, {batch}) -> outputs`, whole on every process."""
     outputs_of = function(task, computation)
 
     def run(parameters: Arrays, batch: Any, ticks: StepCounters) -> dict[str, jax.Array]:
@@ -260,7 +260,7 @@ def eval_request(
 
 
 def abstract_batch(spec: RowSpec, size: int, mesh: Mesh, where: str) -> Any:
-    """Shapes, dtypes and shardings of a batch of `size` rows."""
+    """Return the shapes, dtypes and shardings of a batch of `size` rows."""
     sharding = batch_sharding(mesh, size, where)
     return jax.tree.map(
         lambda s: jax.ShapeDtypeStruct((size, *s.shape), s.dtype, sharding=sharding), spec.shapes()
@@ -272,7 +272,7 @@ def _tick(mesh: Mesh, dtype: Any = np.int32) -> Any:
 
 
 def ticks(mesh: Mesh, **values: float) -> StepCounters:
-    """Integers (int32), and floats in the default dtype, as arguments of a program, on every device."""
+    """Return integers (int32), and floats in the default dtype, as arguments of a program, on every device."""
     real = np.dtype(jnp.result_type(float)).type
     return {
         name: _placed(mesh, real(value) if isinstance(value, float) else np.int32(value))

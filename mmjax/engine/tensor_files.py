@@ -133,7 +133,7 @@ def _shape(shape: Any, name: str) -> tuple[int, ...]:
 
 
 def _safetensors_entries(file: BinaryIO, size: int) -> dict[str, Entry]:
-    """Eight bytes of length (little-endian), a header in JSON, and the bytes of the arrays without a gap."""
+    """Read eight bytes of length (little-endian), a header in JSON, and the bytes of the arrays without a gap."""
     prefix = file.read(8)
     if len(prefix) < 8:
         raise ValueError("it ends before its header")
@@ -203,7 +203,7 @@ def _exactly(data: bytes, entry: Entry) -> bytes:
 
 
 def _npz_entries(file: BinaryIO, size: int) -> dict[str, Entry]:
-    """A zip file whose members `NAME.npy` have a header of their own before the array."""
+    """Read a zip file whose members `NAME.npy` have a header of their own before the array."""
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         names = [member.filename.removesuffix(".npy") for member in members]

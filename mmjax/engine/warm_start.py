@@ -33,7 +33,7 @@ _LISTED = 12  # lines of an error
 
 @dataclass(frozen=True)
 class NameConfig:
-    r"""What parameters are called there.
+    r"""Names of parameters in the source.
 
     Attributes:
       match: a regular expression of whole names here, canonical ones: `trunk/layers/(\d+)/mlp/(.*)`.
@@ -48,7 +48,7 @@ class NameConfig:
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """Where a run that starts fresh takes parameters from; one that goes on never looks there.
+    """The source of a new run's parameters; a resumed run does not read it.
 
     Attributes:
       path: a workdir of mmjax (its newest checkpoint when the run first begins), or a .npz or .safetensors
@@ -85,7 +85,7 @@ def pin(
     log: Callable[[str], None],
     allow_change: bool,
 ) -> int | None:
-    """The step of the run that `path` names, settled when this run first begins; None of a file.
+    """Return the step of the run that `path` names, settled when this run first begins; None of a file.
 
     It is kept in `WORKDIR/init_from.json`, with the digest of a file: begun once more before its first
     checkpoint, a run takes the same, though the other has gone on.
@@ -114,7 +114,7 @@ def pin(
 
 
 def pinned(workdir: epath.Path) -> dict[str, Any]:
-    """What `pin` has kept; empty where it has not been called."""
+    """Return what `pin` has written; empty if it has not been called."""
     path = workdir / PINNED
     try:
         result = json.loads(read_bytes(path) or b"{}")
@@ -128,7 +128,7 @@ def pinned(workdir: epath.Path) -> dict[str, Any]:
 
 
 def _source(name: str, step: int | None) -> dict[str, Any]:
-    """What is there now: of a run's checkpoints that of `step`, or else the newest."""
+    """Return the parameters of the source: of a run's checkpoints that of `step`, or else the newest."""
     path = epath.Path(name).expanduser()
     if path.is_dir():
         steps = checkpoint.steps(path)
@@ -378,7 +378,7 @@ def _adapter(
 
 
 def resample(table: np.ndarray, buckets: int) -> np.ndarray:
-    """A table of positions `[n, D]` with another number of buckets, linear between the old ones.
+    """Return a table of positions `[n, D]` with another number of buckets, linear between the old ones.
 
     A coordinate c in [0, 1) reads bucket `int(c n)`. So bucket j of the new ones stands at j / buckets,
     and what stood there in the old table stays exactly.

@@ -39,7 +39,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._look, name="mmjax-watchdog", daemon=True)
 
     def at(self, doing: str, task: str = "", step: int | None = None) -> None:
-        """`doing` begins, of a task and a step where it has them."""
+        """Restart the clock: `doing` begins, of a task and a step where it has them."""
         self._doing = ", ".join(
             [doing, *([f"step {step}"] if step is not None else []), *([f"task {task}"] if task else [])]
         )  # fmt: skip

@@ -83,7 +83,7 @@ class Accuracy(Evaluator):
 
 
 def rank(logits_NC: np.ndarray, label_N: np.ndarray) -> np.ndarray:
-    """How many other classes have a logit that is not below that of the label: 0 where it is the largest.
+    """Return how many other classes have a logit that is not below that of the label: 0 where it is the largest.
 
     Ties count against us, and so does NaN: a model that says the same of every class is never right.
     """

@@ -169,16 +169,16 @@ class Evaluator(abc.ABC):
 
     @abc.abstractmethod
     def passes(self, task: Task) -> dict[str, Pass]:
-        """The passes it needs, by a name of its own."""
+        """Return the passes it needs, by a name of its own."""
 
     @abc.abstractmethod
     def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
-        """Records from the outputs of each pass: valid rows only, with the pass's fields among them."""
+        """Return the records from the outputs of each pass: valid rows only, with the pass's fields among them."""
 
     def record(
         self, task: Task, name: str, value: float, chance: float, count: int, **more: Any
     ) -> Record:
-        """One line of `results.json`."""
+        """Return one line of `results.json`."""
         split = configs.component("sources", self.source, f"tasks.{task.name}.evaluators").label
         return {
             "name": name,
@@ -223,7 +223,7 @@ def function(
 
 
 def _shares(result: Loss, valid_B: jax.Array) -> dict[str, jax.Array]:
-    """What a score needs to put the means of several batches together, for each part of a loss.
+    """Return what a score needs to combine the means of several batches, for each part of a loss.
 
     `terms NAME` says how many terms each valid row stands for, `weight NAME` the part's weight in the loss, and
     `compared NAME` how many rows are compared with each other, 0 where none are. The whole loss has no NAME.
@@ -247,7 +247,7 @@ def evaluators_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def make_evaluators(task: Task) -> dict[str, Evaluator]:
-    """The task's evaluators by name; their source defaults to nothing, so each block gives one."""
+    """Return the task's evaluators by name; their source defaults to nothing, so each block gives one."""
     return {
         name: configs.component("evaluators", block, f"tasks.{task.name}.evaluators.{name}")
         for name, block in task.config.evaluators.items()

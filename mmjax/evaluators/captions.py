@@ -72,12 +72,12 @@ def texts(rows: Iterable[np.ndarray], end: int | None) -> list[tuple[int, ...]]:
 
 
 def match(one: Sequence[tuple[int, ...]], other: Sequence[tuple[int, ...]]) -> float:
-    """The share of pairs that agree."""
+    """Return the share of pairs that agree."""
     return float(np.mean([a == b for a, b in zip(one, other, strict=True)]))
 
 
 def f1(one: Sequence[tuple[int, ...]], other: Sequence[tuple[int, ...]]) -> float:
-    """Mean over pairs of `2 |a & b| / (|a| + |b|)`, of bags of tokens; two empty texts agree."""
+    """Return the mean over pairs of `2 |a & b| / (|a| + |b|)`, of bags of tokens; two empty texts agree."""
     scores = []
     for a, b in zip(one, other, strict=True):
         common = (Counter(a) & Counter(b)).total()
@@ -86,6 +86,6 @@ def f1(one: Sequence[tuple[int, ...]], other: Sequence[tuple[int, ...]]) -> floa
 
 
 def entropy(tokens_N: np.ndarray) -> float:
-    """In nats, of the frequencies of these tokens."""
+    """Return the entropy in nats of the frequencies of these tokens."""
     share = np.unique(tokens_N, return_counts=True)[1] / max(len(tokens_N), 1)
     return float(-(share * np.log(share)).sum())

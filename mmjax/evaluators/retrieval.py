@@ -90,7 +90,7 @@ class Retrieval(Evaluator):
 
 
 def recall(similarity_QC: np.ndarray, positive_QC: np.ndarray, at: tuple[int, ...]) -> list[float]:
-    """Fraction of queries with a positive among the k most similar candidates.
+    """Return the fraction of queries with a positive among the k most similar candidates.
 
     Ties count against us: a negative as similar as the best positive stands before it, so that a model
     which maps everything to one point, or to NaN, has recall 0.
@@ -107,7 +107,7 @@ def place(similarity_QC: np.ndarray, positive_QC: np.ndarray) -> np.ndarray:
 
 
 def chance(positives_Q: np.ndarray, candidates: int, at: tuple[int, ...]) -> list[float]:
-    """Expected recall of a random order: `1 - C(n - p, k) / C(n, k)` for p positives among n, mean over queries."""
+    """Return the recall of a random order: `1 - C(n - p, k) / C(n, k)` for p positives among n, mean over queries."""
     values = []
     for k in at:
         p, n = np.asarray(positives_Q, float), float(candidates)

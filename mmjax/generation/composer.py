@@ -32,7 +32,7 @@ _ABSENT, _SAMPLER = 2**30, 2**30 + 1
 
 
 class Spans(Protocol):
-    """What the objective of interleaved sequences says of their spans."""
+    """The interface through which an objective of interleaved sequences describes their spans."""
 
     @property
     def discrete(self) -> tuple[str, ...]: ...
@@ -97,7 +97,8 @@ class Composer:
         self._rows = jax.tree.leaves(dict(plan[0].arrays))[0].shape[0]
 
     def compose(self, keys_B: jax.Array) -> list[jax.Array]:
-        """What is made, in the plan's order: ids `[B, L]` of a discrete span, values `[B, S, P]` of a continuous one.
+        """Return the generated spans in the plan's order: ids `[B, L]` of a discrete span, values `[B, S, P]` of a
+        continuous one.
 
         Drawing is guided (Ho and Salimans 2022) away from what is drawn without the discrete span that comes first, and
         with the other spans of its block as pure noise (UniDiffuser, Bao et al. 2023).
@@ -125,7 +126,7 @@ class Composer:
         return [results[place] for place in sorted(results)]
 
     def _blocks(self) -> list[list[int]]:
-        """Places in the plan of the spans that are read together: one, or all continuous ones if they are mutual."""
+        """Return the places in the plan of spans that are read together: one, or all continuous ones if mutual."""
         is_continuous = [span.name not in self._of.discrete for span in self._plan]
         if not self._of.bidirectional_spans or not any(is_continuous):
             return [[place] for place in range(len(self._plan))]
@@ -142,7 +143,7 @@ class Composer:
         return sorted([together, *others])
 
     def init_cache(self) -> Cache:
-        """A sequence that holds nothing yet."""
+        """Return a sequence that holds nothing yet."""
         spans = [self._span(span, None, True)[0] for span in self._plan]
         slots = sum(span.x_BSD.shape[1] for span in spans)
         like = Stream(spans[0].x_BSD[:, :1], layout=((spans[0].layout[0][0], 1),))
@@ -156,7 +157,7 @@ class Composer:
     def read(
         self, cache: Cache, block: Sequence[Span], values: Values | None = None, kept: bool = True
     ) -> Cache:
-        """The sequence with the spans of a block: their arrays, or other `values` of continuous ones, by name.
+        """Return the sequence with the spans of a block: their arrays, or other `values` of continuous ones, by name.
 
         Where it is not `kept`, a discrete span is only the token of its beginning.
         """
@@ -164,12 +165,12 @@ class Composer:
         return self._decode(cache, concatenate(streams), self._mask(block[0].name))[1]
 
     def logits(self, cache: Cache, span: Span) -> jax.Array:
-        """Logits `[B, L, V]` of each token of a given discrete span, each after those before."""
+        """Return logits `[B, L, V]` of each token of a given discrete span, each after those before."""
         x_BSD, _ = self._decode(cache, self._span(span, None, True)[0], Causal())
         return self._of.logits(self._model, span.name, x_BSD[:, :-1])
 
     def write(self, cache: Cache, span: Span, keys_B: jax.Array) -> jax.Array:
-        """Tokens int32 `[B, L]` of a discrete span, see `generate`."""
+        """Return tokens int32 `[B, L]` of a discrete span, see `generate`."""
         name, everything = span.name, jnp.ones(self._rows, bool)
 
         def step(ids_BS: jax.Array, at: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -186,7 +187,7 @@ class Composer:
     def draw(
         self, cache: Cache, unconditional: Cache, block: Sequence[Span], keys_B: jax.Array
     ) -> Values:
-        """Values `[B, S, P]` of the continuous spans of a block that are made, from noise, together.
+        """Return values `[B, S, P]` of a block's continuous spans, drawn together from noise.
 
         Those that are given stand still at time 0; those that are absent are fresh noise at time 1 in each step.
 
@@ -229,7 +230,7 @@ class Composer:
         return result
 
     def _guidance(self, block: Sequence[Span]) -> float:
-        """The weight of the guided prediction for the spans of a block that are made."""
+        """Return the weight of the guided prediction for the spans of a block that are made."""
         first = self._plan[0]
         by_others = self._of.bidirectional_spans and sum(not span.absent for span in block) > 1
         if first.name in self._of.discrete or by_others:
@@ -250,7 +251,7 @@ class Composer:
         times: Values,
         wanted: Collection[str],
     ) -> Values:
-        """Predictions of the `wanted` spans for values x, each at its time; those without a time are noise, at 1."""
+        """Return predictions of some spans for values x, each at its time; those without a time are noise, at 1."""
         streams, contexts = [], {}
         for span in spans:
             t_B = jnp.full(self._rows, times.get(span.name, 1.0), _wide(cache))
@@ -272,7 +273,7 @@ class Composer:
         return Causal() if name in self._of.discrete else FULL
 
     def _span(self, span: Span, values: jax.Array | None, kept: bool) -> tuple[Stream, Any]:
-        """The tokens of a span, without noise."""
+        """Return the tokens of a span, without noise."""
         name, arrays = span.name, span.arrays
         if name in self._of.discrete:
             keep_B = jnp.full(self._rows, kept)
@@ -284,11 +285,11 @@ class Composer:
         )
 
     def _as_arrays(self, span: Span, ids_BL: jax.Array) -> dict[str, jax.Array]:
-        """A discrete span that was written, to be read."""
+        """Return a discrete span that was written, to be read."""
         return {"ids": ids_BL, "valid": self._stems[span.name].token_ids.used(ids_BL)}
 
     def _decode(self, cache: Cache, stream: Stream, mask: Mask) -> tuple[jax.Array, Cache]:
-        """The trunk's outputs for the tokens of `stream` after those in the cache, and the cache with them."""
+        """Return the trunk's outputs for the tokens of `stream` after those in the cache, and the cache with them."""
         valid_BS = stream.mask_BS()
         filled_BT = jax.lax.dynamic_update_slice_in_dim(cache.filled_BT, valid_BS, cache.at, axis=1)
         position_BS = cache.count_B[:, None] + jnp.maximum(jnp.cumsum(valid_BS, axis=1) - 1, 0)
@@ -314,7 +315,7 @@ def _wide(cache: Cache) -> Any:
 
 
 def _all_there(span: Span) -> Span:
-    """A span whose tokens all exist."""
+    """Return a span whose tokens all exist."""
     arrays = dict(span.arrays)
     if "valid" in arrays:
         arrays["valid"] = jnp.ones_like(arrays["valid"])
@@ -322,7 +323,7 @@ def _all_there(span: Span) -> Span:
 
 
 def _fresh(keys_B: jax.Array, purpose: int, step: jax.Array, like: Values) -> Values:
-    """Noise of the shapes of `like` `[B, ...]`, by row, purpose, step and name."""
+    """Return noise of the shapes of `like` `[B, ...]`, by row, purpose, step and name."""
     result = {}
     for index, (name, x) in enumerate(like.items()):
 

@@ -17,7 +17,7 @@ Step = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from its logits.
+    """The rule that picks a token from its logits.
 
     Attributes:
       temperature: of the softmax that it is drawn from; 0 for the likeliest token (greedy).
@@ -34,7 +34,7 @@ class Sampling:
             )
 
     def choose(self, logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
-        """One token for each row, int32 `[B]`; each row draws by its own key."""
+        """Return one token for each row, int32 `[B]`; each row draws by its own key."""
         if not self.temperature:
             return logits_BV.argmax(axis=-1).astype(jnp.int32)
         count = self.top_k or logits_BV.shape[-1]

@@ -53,7 +53,7 @@ class Diffusion:
             )
 
     def levels(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`alpha(t)` and `sigma(t)`."""
+        """Return `alpha(t)` and `sigma(t)`."""
         if self.prediction == "flow":
             return 1 - t, t
         start = math.cos(_OFFSET / (1 + _OFFSET) * math.pi / 2)
@@ -62,12 +62,12 @@ class Diffusion:
         return alpha, jnp.sqrt(1 - jnp.square(alpha))
 
     def noised(self, x: jax.Array, e: jax.Array, t: jax.Array) -> jax.Array:
-        """`x_t`; `t` has an axis for each of `x`, or as many leading ones."""
+        """Return `x_t`; `t` has an axis for each of `x`, or as many leading ones."""
         alpha, sigma = self.levels(_spread(t, x))
         return alpha * x + sigma * e
 
     def wanted(self, x: jax.Array, e: jax.Array, t: jax.Array) -> jax.Array:
-        """What the model should predict from `x_t` and t."""
+        """Return the target that the model should predict from `x_t` and t."""
         if self.prediction == "epsilon":
             return e
         if self.prediction == "flow":
@@ -78,7 +78,7 @@ class Diffusion:
     def resolved(
         self, predicted: jax.Array, x_t: jax.Array, t: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """The data and the noise that a prediction says `x_t` is made of."""
+        """Return the data and the noise that a prediction says `x_t` is made of."""
         alpha, sigma = self.levels(_spread(t, x_t))
         if self.prediction == "epsilon":
             return (x_t - sigma * predicted) / alpha, predicted
@@ -127,7 +127,7 @@ class Diffusion:
         after: jax.Array,
         bound: float | None,
     ) -> jax.Array:
-        """`x_after` of `x_t`, or its mean where the sampler draws it."""
+        """Return `x_after` of `x_t`, or its mean where the sampler draws it."""
         x, e = self.resolved(predicted.astype(x_t.dtype), x_t, t)
         if bound is not None:
             x = jnp.clip(x, -bound, bound)
@@ -139,7 +139,7 @@ class Diffusion:
         return of_noisy * x_t + of_data * x
 
     def _posterior(self, t: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Weights of `x_t` and of x in the mean of `q(x_s | x_t, x)`, and its variance, for s < t.
+        """Return the weights of `x_t` and of x in the mean of `q(x_s | x_t, x)`, and its variance, for s < t.
 
         With `a = alpha(t) / alpha(s)` and `v = sigma(t)^2 - a^2 sigma(s)^2`, the variance of `x_t` given `x_s`:
         `a sigma(s)^2 / sigma(t)^2`, `alpha(s) v / sigma(t)^2` and `v sigma(s)^2 / sigma(t)^2`.
@@ -152,6 +152,6 @@ class Diffusion:
 
 
 def _spread(t: jax.Array, x: jax.Array) -> jax.Array:
-    """`t` with trailing axes, so that it broadcasts over `x`."""
+    """Return `t` with trailing axes, so that it broadcasts over `x`."""
     t = jnp.asarray(t)
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))

@@ -1,4 +1,4 @@
-"""What a modality is: raw value to arrays (host), arrays to tokens and positions (device).
+"""The interface of a modality: raw value to arrays (host), arrays to tokens and positions (device).
 
 A modality is one file in `mmjax/modalities/`, whose class is a frozen dataclass:
 
@@ -64,29 +64,29 @@ class Modality(abc.ABC, Generic[I]):
 
     @abc.abstractmethod
     def stem(self, width: int) -> nnx.Module:
-        """The module that makes a `Stream` of this modality's arrays."""
+        """Return the module that makes a `Stream` of this modality's arrays."""
 
     @abc.abstractmethod
     def arrays(self, settings: I) -> ArraySpec:
-        """Shapes and dtypes of one example's arrays."""
+        """Return the shapes and dtypes of one example's arrays."""
 
     @abc.abstractmethod
     def preprocess(
         self, settings: I, value: Any, rng: np.random.Generator | None
     ) -> dict[str, np.ndarray]:
-        """One example's arrays; augmented with `rng`, deterministic where it is None."""
+        """Return one example's arrays; augmented with `rng`, deterministic where it is None."""
 
     def instances(self, value: Any, count: int, rng: np.random.Generator | None) -> list[Any]:
-        """Up to `count` values of an example's one, each to be preprocessed apart: here the same, for other views."""
+        """Return up to `count` values of an example's one, to be preprocessed apart: here the same, for other views."""
         del rng
         return [value] * count
 
     def raw(self, value: Any) -> Any:
-        """What a person gives (`model.embed(image=[...])`) as `preprocess` takes it."""
+        """Return the user's value (`model.embed(image=[...])`) as `preprocess` takes it."""
         return value
 
     def files(self) -> dict[str, epath.Path]:
-        """Files that a run always needs, by the name that the config has for them; see `asset_name`."""
+        """Return the files that a run always needs, by the name that the config has for them; see `asset_name`."""
         return {}
 
 
@@ -113,16 +113,16 @@ class Input:
 
     @property
     def drops(self) -> bool:
-        """Whether only some of the tokens are there."""
+        """True if some of the tokens are dropped."""
         return bool(getattr(self.settings, "token_drop", 0.0))
 
     def for_evaluation(self) -> Input:
-        """As evaluation has it: all tokens of one instance."""
+        """Return the input with the settings of evaluation: all tokens of one instance."""
         settings = replace(self.settings, token_drop=0.0) if self.drops else self.settings
         return replace(self, settings=settings, instances=0)
 
     def arrays(self) -> ArraySpec:
-        """Shapes of one example's arrays; with instances, each `[N, ...]`, and `present` bool `[N]`."""
+        """Return the shapes of one example's arrays; with instances, each `[N, ...]`, and `present` bool `[N]`."""
         one = self.modality.arrays(self.settings)
         if not self.instances:
             return one
@@ -140,7 +140,7 @@ class Input:
         rng: np.random.Generator | None,
         times: Sequence[float] = (),
     ) -> dict[str, np.ndarray]:
-        """Arrays of this modality for one example, checked against `arrays()`.
+        """Return the arrays of this modality for one example, checked against `arrays()`.
 
         `times` are where the instances of a temporal modality begin; each draws its own where there are none.
         """
@@ -215,7 +215,7 @@ def as_rows(arrays: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.
 
 
 def kept(count: int, drop: float) -> int:
-    """How many of `count` tokens stay where a part `drop` of them is dropped.
+    """Return how many of `count` tokens stay where a part `drop` of them is dropped.
 
     Raises:
       UserError: a part outside of [0, 1), or so large that none stays.
@@ -229,7 +229,7 @@ def kept(count: int, drop: float) -> int:
 
 
 def dropped_arrays(count: int, values: int, axes: int, drop: float, dtype: Any) -> ArraySpec:
-    """What `dropped` makes of `count` tokens of so many values."""
+    """Return the specification of what `dropped` makes of `count` tokens of so many values."""
     left = kept(count, drop)
     return {
         "patches": jax.ShapeDtypeStruct((left, values), dtype),
@@ -240,7 +240,7 @@ def dropped_arrays(count: int, values: int, axes: int, drop: float, dtype: Any) 
 def dropped(
     values_SP: np.ndarray, sizes: Sequence[int], drop: float, rng: np.random.Generator | None
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """DropToken (Akbari et al. 2021) before batching: of the tokens of a grid, those that stay, in order.
+    """Drop tokens (DropToken, Akbari et al. 2021) before batching: of the tokens of a grid, those that stay, in order.
 
     Each example draws its own; by a fixed seed where `rng` is None. What is dropped never comes to a device.
 
@@ -262,5 +262,5 @@ def dropped(
 
 
 def by_axis(coordinates_BKA: jax.Array, axes: Sequence[str]) -> dict[str, jax.Array]:
-    """The coordinates of tokens that stayed, as a stream has them."""
+    """Return the coordinates of tokens that stayed, as a stream has them."""
     return {axis: coordinates_BKA[..., i] for i, axis in enumerate(axes)}

@@ -51,7 +51,7 @@ class Colours(Placed, Modality[ImageInput]):
 
     @property
     def vocabulary(self) -> int:
-        """How many colours there are."""
+        """The number of colours."""
         return self.levels**3
 
     def stem(self, width: int) -> nnx.Module:
@@ -73,7 +73,7 @@ class Colours(Placed, Modality[ImageInput]):
     def preprocess(
         self, settings: ImageInput, value: Any, rng: np.random.Generator | None
     ) -> dict[str, np.ndarray]:
-        """`{"ids": int32[size^2], "valid": all}`: rows from the top, red the most significant digit."""
+        """Return `{"ids": int32[size^2], "valid": all}`: rows from the top, red the most significant digit."""
         pixels = self._image.preprocess(settings, value, rng)["pixels"]
         digits = pixels.astype(np.int32) * self.levels // 256
         ids = digits @ np.array([self.levels**2, self.levels, 1], np.int32)
@@ -109,7 +109,7 @@ class ColoursStem(nnx.Module):
         return Stream(x_BSD, None, coordinates, (("colours", x_BSD.shape[1]),))
 
     def pictures(self, ids_BS: jax.Array) -> jax.Array:
-        """uint8 `[B, H, H, 3]`, each pixel in the middle of its colour."""
+        """Return pictures uint8 `[B, H, H, 3]`, each pixel in the middle of its colour."""
         digits = jnp.stack([ids_BS // self.levels**2, ids_BS // self.levels, ids_BS], axis=-1)
         side = round(ids_BS.shape[1] ** 0.5)
         middle = (digits % self.levels + 0.5) * (256 / self.levels)

@@ -206,7 +206,7 @@ def _middle(size: tuple[int, int], width: float, height: float) -> tuple[float, 
 def _crop(
     size: tuple[int, int], settings: ImageInput, rng: np.random.Generator | None
 ) -> tuple[float, ...] | None:
-    """A random box (left, top, right, bottom) of at least `crop` of the area, sides scaled alike."""
+    """Return a random box (left, top, right, bottom) of at least `crop` of the area, sides scaled alike."""
     if rng is None or settings.crop >= 1.0:
         return None
     scale = np.sqrt(rng.uniform(settings.crop, 1.0))
@@ -237,14 +237,14 @@ def _flatten(pixels: np.ndarray, background: int, rng: np.random.Generator | Non
 
 
 def patchify(images_BHWC: Any, patch: int) -> Any:
-    """`[B, H, W, C] -> [B, (H/p)(W/p), p p C]`, patches and their pixels in row-major order."""
+    """Cut `[B, H, W, C] -> [B, (H/p)(W/p), p p C]`, patches and their pixels in row-major order."""
     b, h, w, c = images_BHWC.shape
     x = images_BHWC.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, (h // patch) * (w // patch), patch * patch * c)
 
 
 def unpatchify(patches_BSP: jax.Array, height: int, width: int, patch: int) -> jax.Array:
-    """The images `[B, height, width, C]` of which `patchify` makes these patches."""
+    """Return the images `[B, height, width, C]` of which `patchify` makes these patches."""
     rows, columns = height // patch, width // patch
     x = patches_BSP.reshape(-1, rows, columns, patch, patch, patches_BSP.shape[2] // patch**2)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, height, width, x.shape[-1])
@@ -282,10 +282,10 @@ class ImageStem(nnx.Module):
 
 
 def as_pixels(images_BHWC: jax.Array) -> jax.Array:
-    """uint8 of values in [0, 1]; what lies outside is cut."""
+    """Convert values in [0, 1] to uint8; values outside are clipped."""
     return jnp.round(jnp.clip(images_BHWC, 0, 1) * 255).astype(jnp.uint8)
 
 
 def patch_side(patches_BSP: jax.Array) -> int:
-    """The side of square patches of three channels."""
+    """Return the side of square patches of three channels."""
     return round((patches_BSP.shape[-1] / 3) ** 0.5)

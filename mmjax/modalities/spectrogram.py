@@ -142,7 +142,7 @@ class Spectrogram(Placed, Modality[SpectrogramInput]):
         rng: np.random.Generator | None,
         time: float | None = None,
     ) -> dict[str, np.ndarray]:
-        """`{"mel": float32[frames, mels], "valid": bool[frames / patch_frames]}`.
+        """Return the arrays of an example, `{"mel": float32[frames, mels], "valid": bool[frames / patch_frames]}`.
 
         `valid` says which patches of time hold at least one frame that begins within the sound; the first
         one always is. Where tokens are dropped: patches, coordinates, and which of these tokens are valid.
@@ -164,13 +164,13 @@ class Spectrogram(Placed, Modality[SpectrogramInput]):
         return {**arrays, "valid": np.repeat(valid_T, bands)[index_K]}
 
     def raw(self, value: Any) -> Sound:
-        """`(float32[N], rate)` at the modality's rate, from what `mmjax.modalities.waveform.read` takes."""
+        """Return `(float32[N], rate)` at the modality's rate, from what `mmjax.modalities.waveform.read` takes."""
         return at_rate(
             read(value, self.sample_rate, self.max_seconds), self.sample_rate
         ), self.sample_rate
 
     def log_mel(self, samples: np.ndarray) -> np.ndarray:
-        """float32 `[1 + (N - window) // hop, mels]` of the samples float32 `[N]`."""
+        """Return the log-mel spectrogram, float32 `[1 + (N - window) // hop, mels]`, of samples float32 `[N]`."""
         from scipy import fft
 
         hann, size = _hann(self.window), _fft_size(self.window)
@@ -195,12 +195,12 @@ def _hann(window: int) -> np.ndarray:
 
 
 def mel(hertz: Any) -> Any:
-    """HTK's mel scale, `2595 log10(1 + f / 700)`."""
+    """Return HTK's mel scale, `2595 log10(1 + f / 700)`."""
     return 2595 * np.log10(1 + np.asarray(hertz) / 700)
 
 
 def triangles(rate: int, size: int, mels: int, low: float, high: float) -> np.ndarray:
-    """Weights float64 `[mels, size // 2 + 1]` of the bins of an FFT of `size` samples in each band."""
+    """Return weights float64 `[mels, size // 2 + 1]` of the bins of an FFT of `size` samples in each band."""
     edges = np.linspace(mel(low), mel(high), mels + 2)
     bins = mel(np.arange(size // 2 + 1) * rate / size)
     weights: np.ndarray = np.maximum(
@@ -211,7 +211,7 @@ def triangles(rate: int, size: int, mels: int, low: float, high: float) -> np.nd
 
 @lru_cache(maxsize=16)
 def _bands(rate: int, window: int, mels: int, low: float, high: float) -> Any:
-    """`triangles`, scaled for the window, as a sparse matrix: a product that starts no BLAS threads."""
+    """Return `triangles`, scaled for the window, as a sparse matrix: a product that starts no BLAS threads."""
     from scipy.sparse import csr_array
 
     weights = triangles(rate, _fft_size(window), mels, low, high)
@@ -258,7 +258,7 @@ class SpectrogramStem(nnx.Module):
 
 
 def cut(mel_BTM: Any, patch: tuple[int, int]) -> Any:
-    """`[B, T, M] -> [B, (T/p)(M/q), p q]`, patches and their values in row-major order, time first."""
+    """Cut `[B, T, M] -> [B, (T/p)(M/q), p q]`, patches and their values in row-major order, time first."""
     b, t, m = mel_BTM.shape
     p, q = patch
     x = mel_BTM.reshape(b, t // p, p, m // q, q).transpose(0, 1, 3, 2, 4)

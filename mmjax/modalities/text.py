@@ -91,13 +91,13 @@ class Text(Placed, Modality[TextInput]):
     def preprocess(
         self, settings: TextInput, value: Any, rng: np.random.Generator | None
     ) -> dict[str, np.ndarray]:
-        """`{"ids": int32[length], "valid": bool[length]}`; of several texts, of one."""
+        """Return `{"ids": int32[length], "valid": bool[length]}` of one text; of several, of one of them."""
         [text] = self.instances(value, 1, rng)
         ids, valid = self._tokenizer().encode(self.raw(text), settings.length)
         return {"ids": ids, "valid": valid}
 
     def instances(self, value: Any, count: int, rng: np.random.Generator | None) -> list[Any]:
-        """Up to `count` of the texts of a list or array, at random and none twice; the first ones without `rng`."""
+        """Return up to `count` distinct texts of a list or array, at random; the first ones without `rng`."""
         if isinstance(value, str | bytes):
             return [value]
         texts = list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
@@ -117,7 +117,7 @@ class Text(Placed, Modality[TextInput]):
         return value
 
     def words(self, ids: np.ndarray) -> str:
-        """The text of token ids `[S]`, up to its end token."""
+        """Return the text of token ids `[S]`, up to its end token."""
         return self._tokenizer().decode(ids)
 
     def token_ids(self) -> TokenIds:

@@ -110,7 +110,7 @@ class Video(Placed, Modality[VideoInput]):
         rng: np.random.Generator | None,
         time: float | None = None,
     ) -> dict[str, np.ndarray]:
-        """`{"pixels": uint8[frames, size, size, 3]}`; or patches and coordinates, where tokens are dropped."""
+        """Return `{"pixels": uint8[frames, size, size, 3]}`, or patches and coordinates if tokens are dropped."""
         frames = self._frames(value)
         chosen = _indices(len(frames), settings.frames, settings.stride, rng, time)
         view = ImageInput(**{name: getattr(settings, name) for name in _VIEW})
@@ -132,7 +132,7 @@ class Video(Placed, Modality[VideoInput]):
         return max(settings.frames // self.tube, 1), side, side
 
     def raw(self, value: Any) -> Sequence[Any]:
-        """Frames, each as `Image` takes it.
+        """Return the frames, each as `Image` takes it.
 
         From an array `[T, H, W, 1, 3 or 4]`, uint8, uint16 or [0, 1]; from a list of pictures of one size; from a
         still (a PIL image or an array `[H, W, 1, 3 or 4]`); from the bytes of a still or moving picture
@@ -233,7 +233,7 @@ class _Listed(Sequence[Any]):
         return self._image.raw(self._frames[index])
 
     def _size(self, frame: Any) -> tuple[int, int]:
-        """Width and height, of an encoded picture as its header says."""
+        """Return width and height, of an encoded picture by its header."""
         if isinstance(frame, bytes):
             frame = pictures.open_picture(frame, self._image.max_pixels)
         elif not hasattr(frame, "getbands"):
@@ -253,7 +253,7 @@ def _check(what: str, size: int, patch: int, buckets: float) -> None:
 def _indices(
     length: int, frames: int, stride: int, rng: np.random.Generator | None, time: float | None
 ) -> list[int]:
-    """Which of `length` frames are taken, see `VideoInput`."""
+    """Return which of `length` frames are taken, see `VideoInput`."""
     start = start_of(max(length - ((frames - 1) * stride + 1), 0), rng, time)
     return [min(start + i * stride, length - 1) for i in range(frames)]
 
@@ -297,7 +297,7 @@ class VideoStem(nnx.Module):
 
 
 def cut(video_BTHWC: Any, tube: tuple[int, int, int]) -> Any:
-    """`[B, T, H, W, C] -> [B, (T/t)(H/p)(W/q), t p q C]`, tubes and their pixels in row-major order."""
+    """Cut `[B, T, H, W, C] -> [B, (T/t)(H/p)(W/q), t p q C]`, tubes and their pixels in row-major order."""
     b, frames, height, width, c = video_BTHWC.shape
     t, p, q = tube
     x = video_BTHWC.reshape(b, frames // t, t, height // p, p, width // q, q, c)

@@ -106,7 +106,7 @@ class Waveform(Placed, Modality[WaveformInput]):
         rng: np.random.Generator | None,
         time: float | None = None,
     ) -> dict[str, np.ndarray]:
-        """`{"samples": float32[samples], "valid": bool[samples / patch]}`.
+        """Return the arrays of an example, `{"samples": float32[samples], "valid": bool[samples / patch]}`.
 
         A patch is valid where it holds at least one sample of the sound; the first one always is. Where tokens are
         dropped: patches, coordinates, and which of these tokens are valid.
@@ -126,14 +126,14 @@ class Waveform(Placed, Modality[WaveformInput]):
         return {**arrays, "valid": valid_S[index_K]}
 
     def raw(self, value: Any) -> Sound:
-        """`(float32[N], rate)` at the modality's rate, from what `read` takes."""
+        """Return `(float32[N], rate)` at the modality's rate, from what `read` takes."""
         return at_rate(
             read(value, self.sample_rate, self.max_seconds), self.sample_rate
         ), self.sample_rate
 
 
 def patches(what: str, size: int, patch: int, buckets: float) -> int:
-    """How many patches `size` makes; a `UserError` where it is no multiple, or outnumbers the buckets."""
+    """Return the number of patches of `size`; raise `UserError` if it is no multiple, or exceeds the buckets."""
     if size < 1 or size % patch:
         raise UserError(f"{what} {size}: not a positive multiple of the patch {patch}.")
     if size // patch > buckets:
@@ -166,7 +166,7 @@ class WaveformStem(nnx.Module):
 
 
 def read(value: Any, rate: int, max_seconds: float = MAX_SECONDS) -> Sound:
-    """A sound from what a person or a data set has.
+    """Return a sound from what a person or a data set has.
 
     Args:
       value: samples `[N]` or `[N, channels]` (at most 8, averaged), float in [-1, 1] or integers of 8
@@ -206,7 +206,7 @@ def _wav(data: bytes, max_seconds: float) -> tuple[np.ndarray, int]:
 
 
 def _scaled(samples: np.ndarray) -> np.ndarray:
-    """float32, full scale 1."""
+    """Convert to float32, full scale 1."""
     scaled: np.ndarray
     if samples.dtype.kind == "f":
         scaled = samples.astype(np.float32)
@@ -242,7 +242,7 @@ def _mono(samples: np.ndarray) -> np.ndarray:
 
 
 def at_rate(sound: Sound, rate: int) -> np.ndarray:
-    """Samples float32 `[ceil(N rate / old rate)]`, by a polyphase low-pass filter."""
+    """Resample to float32 `[ceil(N rate / old rate)]`, by a polyphase low-pass filter."""
     samples, old = sound
     if old == rate or not len(samples):
         return samples
@@ -261,7 +261,7 @@ def at_rate(sound: Sound, rate: int) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _low_pass(factor: int) -> np.ndarray:
-    """The filter that `scipy.signal.resample_poly` would design anew, in most of its time, at every call."""
+    """Return the filter that `scipy.signal.resample_poly` would design anew, in most of its time, at every call."""
     from scipy.signal import firwin
 
     taps: np.ndarray = firwin(20 * factor + 1, 1 / factor, window=("kaiser", 5.0))
@@ -271,7 +271,7 @@ def _low_pass(factor: int) -> np.ndarray:
 def window(
     samples: np.ndarray, size: int, rng: np.random.Generator | None, time: float | None = None
 ) -> tuple[np.ndarray, int]:
-    """A copy float32 `[size]` of the samples, and how many of it are the sound's.
+    """Return a copy float32 `[size]` of the samples, and how many of it are the sound's.
 
     Of a longer sound, a stretch that begins at a random place (that of `time`, see `base.start_of`), or the
     middle one where `rng` is None; a shorter one is followed by zeros.
@@ -288,7 +288,7 @@ def window(
 def loudness(
     samples: np.ndarray, level: float, gain: float, rng: np.random.Generator | None
 ) -> np.float32:
-    """A factor that brings the samples' root mean square to `level` (`rms`, if any), then a random gain."""
+    """Return a factor that brings the samples' root mean square to `level` (`rms`, if any), then a random gain."""
     factor = 1.0
     if level > 0 and len(samples):
         # Silence stays silence: nothing is raised by more than 80 dB.

@@ -1,1 +1,1 @@
-"""What a run writes down and shows: metrics, goodput, progress and tables."""
+"""Logs and displays of a run: metrics, goodput, progress and tables."""

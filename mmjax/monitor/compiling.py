@@ -1,4 +1,4 @@
-"""What is shown while programs compile: a line for each, live on a terminal, as they end in a log file."""
+"""Progress of compilation: a line for each, live on a terminal, as they end in a log file."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Compiling:
                     self._say(self._words())
 
     def _words(self) -> str:
-        """One line: how many are done, for how long it has been, and what is under way."""
+        """Return one line: how many are done, for how long it has been, and what is under way."""
         spent = human_seconds(self._clock() - self._began)
         under_way = [f"{p.label} ({p.state})" for p in self._under_way()]
         return f"{self._done()} of {len(self._programs)} programs compiled after {spent}; now " + (

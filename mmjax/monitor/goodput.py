@@ -1,4 +1,4 @@
-"""Where the time of a run goes, over all its attempts: `goodput.jsonl`.
+"""Goodput: how a run spends its time, over all its attempts: `goodput.jsonl`.
 
 The file only grows. Each attempt (each start of the process) writes
 
@@ -95,7 +95,7 @@ class ActivityLog:
 
     @contextmanager
     def activity(self, activity: str, **fields: Any) -> Iterator[None]:
-        """Times a block: a begin line with `fields`, and an end line with its seconds.
+        """Time a block: a begin line with `fields`, and an end line with its seconds.
 
         `elapsed` is the whole block and `self` what of it belongs to no inner activity. A block
         that raises ends too, with the name of the error in `error`.
@@ -114,7 +114,7 @@ class ActivityLog:
             self._end(entry, fields | ending)
 
     def add(self, activity: str, seconds: float) -> None:
-        """Counts `seconds` of the open activity as `activity` instead; writes no line by itself.
+        """Count `seconds` of the open activity as `activity` instead; write no line.
 
         For what happens every step, such as waiting for data: it goes out with the next line.
         """
@@ -123,17 +123,17 @@ class ActivityLog:
             self._open[-1].inner += seconds
 
     def beat(self, **fields: Any) -> None:
-        """A line that says the open activities are alive, so that a kill later loses less time."""
+        """Write a line that says the open activities are alive, so that a kill later loses less time."""
         self._check("beat", fields)
         self._write("beat", fields)
 
     def event(self, name: str, **fields: Any) -> None:
-        """A line for something that happened at one moment."""
+        """Write a line for something that happened at one moment."""
         self._check("event", fields, any_thread=True)
         self._write("event", {"name": name, **fields})
 
     def close(self) -> None:
-        """Lets go of the file. Calling it again does nothing."""
+        """Close the file. Calling it again does nothing."""
         self._lines.close()
 
     def __enter__(self) -> Self:
@@ -181,7 +181,7 @@ class ActivityLog:
 
 
 def summary(workdir: epath.Path) -> dict[str, float]:
-    """Seconds by activity over all attempts in `workdir`, each second counted once.
+    """Return the seconds by activity over all attempts in `workdir`, each second counted once.
 
     Besides the activities: `repeated` (steps that a later attempt did again, because it went on from an
     earlier one), `other` (inside no activity), `total` (their sum), `attempts` (a count) and
@@ -213,7 +213,7 @@ def summary(workdir: epath.Path) -> dict[str, float]:
 
 
 def goodput(seconds: Mapping[str, float]) -> float:
-    """The share of all time, as `summary` has it, that went into steps which count; 0 for no time."""
+    """Return the share of all time, as `summary` has it, that went into steps which count; 0 for no time."""
     return share_of_time(seconds.get(STEP, 0.0), seconds["total"])
 
 
@@ -297,7 +297,7 @@ def _read(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def _is_line(line: Mapping[str, Any]) -> bool:
-    """Whether the fields that `summary` goes by are of their types."""
+    """Return whether the fields that `summary` reads have the right types."""
     kind, moved = line.get("line"), line.get("moved", {})
     named = (
         {"begin": "phase", "end": "phase", "event": "name"}.get(kind)

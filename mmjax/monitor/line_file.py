@@ -45,7 +45,7 @@ class LineFile:
             self.append("\n")  # a line torn by a kill must not swallow the next one
 
     def append(self, text: str) -> None:
-        """Adds `text`, one or more lines with their newlines. Not yet visible to others."""
+        """Append `text`, one or more lines with their newlines. Not yet visible to others."""
         data = text.encode()
         if self._local:
             with naming(self._path):
@@ -54,7 +54,7 @@ class LineFile:
             self._parts.append(data)
 
     def push(self) -> None:
-        """Hands the lines to the operating system: they outlive this process from here on.
+        """Hand the lines to the operating system: they outlive this process from here on.
 
         In an object store the object is rewritten, but at most every two seconds.
         """
@@ -67,7 +67,7 @@ class LineFile:
             self._rewrite()
 
     def sync(self) -> None:
-        """Makes the lines durable: they outlive the machine."""
+        """Make the lines durable: they outlive the machine."""
         if not self._local:
             self._rewrite()
             return
@@ -77,7 +77,7 @@ class LineFile:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """`sync`, then lets go of the file. Calling it again does nothing."""
+        """Call `sync`, then close the file. Calling it again does nothing."""
         if not self._local:
             self.sync()
         elif not self._file.closed:

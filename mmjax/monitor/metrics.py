@@ -1,4 +1,4 @@
-"""What a run measures, step by step: `metrics.jsonl` and TensorBoard events.
+"""Metrics of a run, step by step: `metrics.jsonl` and TensorBoard events.
 
 One JSON object per line. A line about a training step S (counted from 0) is
 
@@ -63,7 +63,7 @@ class Sink(Protocol):
     """A place besides `metrics.jsonl` where numbers go."""
 
     def add(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Numbers of a step, by name."""
+        """Add numbers of a step, by name."""
 
     def flush(self) -> None:
         """Make them durable."""
@@ -116,7 +116,7 @@ class MetricWriter:
     def write(
         self, step: int, task: str, values: Mapping[str, Any], timing: Mapping[str, Any]
     ) -> None:
-        """One line for training step `step` (from 0) of `task`.
+        """Write one line for training step `step` (from 0) of `task`.
 
         Args:
           step: the step these numbers describe; at least `resume_step`.
@@ -135,7 +135,7 @@ class MetricWriter:
         self.add(step, scalars)
 
     def write_eval(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """One line for each record of an evaluation taken after `step` complete steps.
+        """Write one line for each record of an evaluation taken after `step` complete steps.
 
         Args:
           step: complete steps; at least `resume_step`.
@@ -149,18 +149,18 @@ class MetricWriter:
         self.add(step, _eval_scalars(records))
 
     def add(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Numbers for TensorBoard and the like, which `metrics.jsonl` does not hold."""
+        """Add numbers for TensorBoard and the like, which `metrics.jsonl` does not hold."""
         for sink in self._sinks:
             sink.add(step, scalars)
 
     def flush(self) -> None:
-        """Makes all that was written durable."""
+        """Make all that was written durable."""
         self._lines.sync()
         for sink in self._sinks:
             sink.flush()
 
     def close(self) -> None:
-        """`flush`, then lets go of the files. Calling it again does nothing."""
+        """Call `flush`, then close the files. Calling it again does nothing."""
         with ExitStack() as stack:  # one that fails must not keep the others open
             while self._sinks:
                 stack.callback(self._sinks.pop().close)
@@ -188,7 +188,7 @@ class MetricWriter:
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` in order; none if there is no file.
+    """Return the lines of `metrics.jsonl` in order; none if there is no file.
 
     "nan", "inf" and "-inf" come back as floats. A last line that is still being written is left
     out. Raises `UserError` if a line before the last is broken.
@@ -273,7 +273,7 @@ def _put_aside(path: epath.Path, content: bytes) -> None:
 
 
 def _records(content: bytes, path: epath.Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Each whole line with its record. What a kill or a power cut tore off the end is left out."""
+    """Return each whole line with its record. What a kill or a power cut tore off the end is left out."""
     result: list[tuple[bytes, dict[str, Any]]] = []
     torn = 0
     for number, line in enumerate(content.split(b"\n"), 1):
@@ -299,7 +299,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_record(record: Mapping[str, Any]) -> bool:
-    """Whether the fields that every reader goes by are there."""
+    """Return whether the fields that every reader needs are there."""
     step, timing = record.get("step"), record.get("timing", {})
     is_step = isinstance(step, int) and not isinstance(step, bool)
     names = (record.get("kind"), record.get("task"))
@@ -330,7 +330,7 @@ def strict(value: Any) -> Any:
 
 
 def in_use(shares_E: np.ndarray) -> float:
-    """How many experts are in use: exp of the entropy of their parts; 0 where nothing is."""
+    """Return the number of experts in use: exp of the entropy of their parts; 0 where nothing is."""
     shares = np.asarray(shares_E, float)[np.asarray(shares_E) > 0]
     return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0
 
@@ -375,7 +375,7 @@ def _plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold and gives back unchanged; floats by their shortest exact form."""
+    """Return a value that JSON can hold and gives back unchanged; floats by their shortest exact form."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, Mapping):

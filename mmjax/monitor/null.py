@@ -1,4 +1,4 @@
-"""What the processes of a run use that do not write its files: the same calls, and nothing comes of them."""
+"""Null implementations for processes that do not write a run's files: the same calls, and nothing comes of them."""
 
 from __future__ import annotations
 

@@ -11,13 +11,13 @@ from mmjax.core.parameters import Spec
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to: `trunk`, `stems/NAME` or `heads/NAME`."""
+    """Return the part of the model that a parameter belongs to: `trunk`, `stems/NAME` or `heads/NAME`."""
     parts = name.split("/")
     return parts[0] if parts[0] == "trunk" else "/".join(parts[:2])
 
 
 def rows_of_config(specs: Mapping[str, Spec]) -> list[dict[str, Any]]:
-    """Rows of the parameter table: total, and what one token meets: of a lookup table one row, of copies one."""
+    """Return the parameter table's rows: total, and per token (one row of a lookup table, one of several copies)."""
     total: dict[str, int] = defaultdict(int)
     active: dict[str, float] = defaultdict(float)
     for spec in specs.values():
@@ -36,7 +36,7 @@ def rows_of_config(specs: Mapping[str, Spec]) -> list[dict[str, Any]]:
 
 
 def rows_of_checkpoint(shapes: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the parameter table from the shapes that a checkpoint holds."""
+    """Return the rows of the parameter table from the shapes that a checkpoint holds."""
     total: dict[str, int] = defaultdict(int)
     for name, leaf in shapes.items():
         total[part_of(name)] += math.prod(leaf.shape)

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one progress display, for terminals and log files."""
+"""The progress display of a run: one progress display, for terminals and log files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _DECAY = 0.9  # a loss is smoothed over about the last ten visits of its task
 
 @dataclass
 class _Task:
-    """What is known of one task: its steps, its loss, the seconds of its last steps."""
+    """The display's record of one task: its steps, its loss, the seconds of its last steps."""
 
     steps: int = 0
     left: int | None = None
@@ -66,7 +66,7 @@ class _Task:
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=9))
 
     def smooth(self, loss: float) -> None:
-        """Exponential mean without the bias towards its start; a broken loss shows, once."""
+        """Update the bias-corrected exponential mean; a broken loss shows once."""
         if not math.isfinite(loss):
             self.loss, self.weight = loss, 0.0
             return
@@ -121,14 +121,14 @@ class Progress:
         self._recent: deque[tuple[int, float]] = deque(maxlen=64)
 
     def plan(self, visits_left: Mapping[str, int]) -> None:
-        """The steps that tasks have still to do, where the schedule has changed."""
+        """Set the steps that tasks have still to do, after a change of the schedule."""
         for name, left in visits_left.items():
             self._tasks[name].left = left
 
     def update(
         self, step: int, task: str, loss: float | None, examples: int, seconds: float | None = None
     ) -> None:
-        """Step `step` (counted from 0) is complete.
+        """Show that step `step` (counted from 0) is complete.
 
         Args:
           step: the step.
@@ -155,7 +155,7 @@ class Progress:
         self._draw(now)
 
     def status(self, text: str) -> None:
-        """Shows `text` (evaluating, saving) in the task's place until the next update.
+        """Show `text` (evaluating, saving) in the task's place until the next update.
 
         The time until then counts for no task.
         """
@@ -164,7 +164,7 @@ class Progress:
             self._live.refresh()
 
     def message(self, text: str) -> None:
-        """Prints `text` above the display."""
+        """Print `text` above the display."""
         text = without_control_codes(text)
         if self._live:
             self._console.print(Text(text))
@@ -173,7 +173,7 @@ class Progress:
             self._say(text)
 
     def seconds_left(self) -> float | None:
-        """Seconds for the steps to come, from the usual seconds of each task; None if unknown.
+        """Return the seconds left, from the usual seconds of each task; None if unknown.
 
         The usual one is the median of a task's last nine, so that a slow first step or a pause
         does not move it. Evaluations to come are not in it.
@@ -188,7 +188,7 @@ class Progress:
         return (self._total - self._done) * mean
 
     def examples_per_second(self) -> float | None:
-        """Over the last 64 steps, pauses left out; None if not yet known."""
+        """Return the rate over the last 64 steps without pauses; None if not yet known."""
         seconds = sum(seconds for _, seconds in self._recent)
         return sum(examples for examples, _ in self._recent) / seconds if seconds > 0 else None
 
@@ -269,7 +269,7 @@ class Progress:
         return facts if left is None else [*facts, f"left {left}"]
 
     def _left(self) -> str | None:
-        """The time left in words, while there is some to come."""
+        """Return the time left in words, while there is some to come."""
         left = self.seconds_left()
         if left is None or self._done >= self._total or self._stopped:
             return None
@@ -306,7 +306,7 @@ def _clip(name: str) -> str:
 
 
 def _wrapped(pieces: Sequence[str]) -> list[str]:
-    """Joins pieces, which bring the blanks before them, to lines of at most 80 columns."""
+    """Join pieces, which bring the blanks before them, to lines of at most 80 columns."""
     lines = [pieces[0]]
     for piece in pieces[1:]:
         if cell_len(lines[-1] + piece) <= WIDTH:

@@ -30,7 +30,7 @@ class Columns:
         self._lines = 0
 
     def line(self, step: int, losses: Sequence[str], rate: str, left: str) -> str:
-        """One line, below the heads where it is time for them."""
+        """Return one line, below the heads when it is time for them."""
         cells = [f"{step}".rjust(self._step), *(loss.rjust(self._width) for loss in losses)]
         line = "".join([*cells, rate.rjust(_RATE), left.rjust(_LEFT)]).rstrip()
         above = [self._heads()] if self._lines % _AGAIN == 0 else []
@@ -39,7 +39,7 @@ class Columns:
         return "\n".join([*above, line])
 
     def _heads(self) -> str:
-        """Names end at the bottom line, above their numbers."""
+        """Return the heads; they end at the bottom line, above their numbers."""
         columns = [("step", self._total), *self._names, ("ex/s",), ("left",)]
         widths = [self._step, *(self._width for _ in self._names), _RATE, _LEFT]
         height = max(map(len, columns))
@@ -52,7 +52,7 @@ class Columns:
 
 
 def _broken(name: str, width: int) -> tuple[str, ...]:
-    """The name in lines of at most `width` cells: whole, else between its words, else anywhere."""
+    """Return the name in lines of at most `width` cells: whole, else between its words, else anywhere."""
     if cell_len(name) <= width:
         return (name,)
     words = name.replace("_", " ").split() or [name]

@@ -1,4 +1,4 @@
-"""What each task of a run did and cost, and where the run's time went: `summary.json`."""
+"""The summary of a run: each task's work and cost, and how the run spent its time: `summary.json`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ENOUGH = 3  # steps of either kind, of which a switch cost is the difference
 
 
 def rates(flops: float, seconds: float, peak: float | None) -> dict[str, float]:
-    """`flops_per_second` of model FLOPs in a time and, where the `peak` FLOP/s is known, `mfu`."""
+    """Return `flops_per_second` of model FLOPs in a time and, if the `peak` FLOP/s is known, `mfu`."""
     if not (flops > 0 and seconds > 0):
         return {}
     result = {"flops_per_second": flops / seconds}
@@ -31,7 +31,7 @@ def rates(flops: float, seconds: float, peak: float | None) -> dict[str, float]:
 def summary(
     workdir: epath.Path, flops: Mapping[str, float], peak: float | None = None
 ) -> dict[str, Any]:
-    """What a run did so far, over all its attempts.
+    """Return the summary of a run so far, over all its attempts.
 
     Args:
       workdir: with `metrics.jsonl` and `goodput.jsonl`.
@@ -63,7 +63,7 @@ def task_rows(
     wall: float,
     peak: float | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each task that ran, in the order of their first steps.
+    """Return a row for each task that ran, in the order of their first steps.
 
     Keys: `task`, `steps`, `visits`, `skipped` (without update), `examples`, `tokens` (positions, padding
     included), `valid_tokens`, `padding` and `tokens_per_second` (see `occupancy`), `loss` and
@@ -143,7 +143,7 @@ def occupancy(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def switch_cost(seconds: Sequence[float], after_other: Sequence[bool | None]) -> float | None:
-    """Seconds by which the median step after another task is longer than after the same task.
+    """Return how many seconds longer the median step after another task is than after the same task.
 
     Args:
       seconds: of a task's steps.
@@ -160,7 +160,7 @@ def switch_cost(seconds: Sequence[float], after_other: Sequence[bool | None]) ->
 
 
 def write(workdir: epath.Path, found: Mapping[str, Any]) -> None:
-    """`summary.json`, whole or not at all."""
+    """Write `summary.json`, whole or not at all."""
     replace_file(workdir / SUMMARY, json.dumps(strict(found), indent=1, allow_nan=False))
 
 
@@ -174,7 +174,7 @@ def read(workdir: epath.Path) -> dict[str, Any]:
 
 
 def scalars(found: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a summary by name: `run/goodput`, `run/mfu`, `run/TASK/mfu` and so on."""
+    """Return the numbers of a summary by name: `run/goodput`, `run/mfu`, `run/TASK/mfu` and so on."""
     names = ("goodput", "flops_per_second", "mfu")
     of_each = (
         "step_seconds",

@@ -31,7 +31,7 @@ _TEXT_CELLS = 8  # a column of text is folded down to this before a table become
 
 
 def console_for(stream: TextIO | None = None) -> Console:
-    """A console that writes control codes to terminals only; standard output if None."""
+    """Return a console that writes control codes to terminals only; standard output if None."""
     stream = stream or sys.stdout
     plain = {"markup": False, "emoji": False, "highlight": False, "force_jupyter": False}
     if getattr(stream, "isatty", lambda: False)():
@@ -42,7 +42,7 @@ def console_for(stream: TextIO | None = None) -> Console:
 
 
 def without_control_codes(text: str) -> str:
-    """`text` without escape sequences and control characters; newlines and tabs stay."""
+    """Return `text` without escape sequences and control characters; newlines and tabs stay."""
     return _CONTROL.sub("", text)
 
 
@@ -52,7 +52,7 @@ def table(
     rows: Sequence[Sequence[Any]],
     stream: TextIO | None = None,
 ) -> None:
-    """Prints a table no wider than the terminal, or than 80 columns in a log file.
+    """Print a table no wider than the terminal, or than 80 columns in a log file.
 
     Columns of numbers stand to the right and are never broken; text is folded. Where the numbers
     alone are too wide, each row becomes a short list.
@@ -84,7 +84,7 @@ def table(
 
 
 def program_table(rows: Sequence[Mapping[str, Any]], stream: TextIO | None = None) -> None:
-    """The compiled programs.
+    """Print the compiled programs.
 
     Args:
       rows: name (the task), kind (train, embed/MODALITY), shape (a short text), bytes (at the peak), flops,
@@ -118,7 +118,7 @@ def program_table(rows: Sequence[Mapping[str, Any]], stream: TextIO | None = Non
 
 
 def results_table(records: Sequence[Mapping[str, Any]], stream: TextIO | None = None) -> None:
-    """Results of evaluations by task, beside what chance and the largest class would give.
+    """Print the results of evaluations by task, beside those of chance and of the largest class.
 
     Args:
       records: name, task, split, value, chance, majority (optional), count, unit (optional), evaluator and
@@ -148,7 +148,7 @@ def results_table(records: Sequence[Mapping[str, Any]], stream: TextIO | None = 
 
 
 def parameter_table(rows: Sequence[Mapping[str, Any]], stream: TextIO | None = None) -> None:
-    """Parameters by part of the model, and their sum.
+    """Print the parameters by part of the model, and their sum.
 
     Args:
       rows: part, total, active_per_token (optional), share (a fraction of all; worked out if
@@ -171,7 +171,7 @@ def parameter_table(rows: Sequence[Mapping[str, Any]], stream: TextIO | None = N
 
 
 def summary_tables(found: Mapping[str, Any], stream: TextIO | None = None) -> None:
-    """What each task did, what its steps cost, and where the run's time went.
+    """Print the work of each task, the cost of its steps, and how the run spent its time.
 
     Args:
       found: as `tally.summary` makes it.
@@ -224,22 +224,22 @@ def signed_seconds(seconds: float) -> str:
 
 
 def human_bytes(count: float) -> str:
-    """512 B, 1.5 MiB."""
+    """Format bytes as 512 B or 1.5 MiB."""
     return _scaled(count, 1024, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"))
 
 
 def human_count(count: float) -> str:
-    """950, 12.3k, 1.2M, 7.0B: thousands, millions, billions."""
+    """Format a count as 950, 12.3k, 1.2M or 7.0B: thousands, millions, billions."""
     return _scaled(count, 1000, ("", "k", "M", "B", "T"))
 
 
 def human_flops(count: float) -> str:
-    """950, 12.3 k, 1.2 M, 7.0 G: decimal prefixes."""
+    """Format FLOPs as 950, 12.3 k, 1.2 M or 7.0 G: decimal prefixes."""
     return _scaled(count, 1000, ("", " k", " M", " G", " T", " P", " E"))
 
 
 def human_seconds(seconds: float) -> str:
-    """12ms, 3.2s, 1m40s, 1h02m, 2d05h."""
+    """Format seconds as 12ms, 3.2s, 1m40s, 1h02m or 2d05h."""
     if not math.isfinite(seconds) or seconds < 0:
         return "?"
     if seconds < 0.9995:
@@ -257,13 +257,13 @@ def human_seconds(seconds: float) -> str:
 
 
 def percent(fraction: float) -> str:
-    """12.3 % for 0.123; two digits after the point below one percent."""
+    """Format 0.123 as 12.3 %; use two digits after the point below one percent."""
     value = 100 * fraction
     return f"{value:.{2 if 0 < abs(value) < 1 else 1}f} %"
 
 
 def loss_text(loss: float | None) -> str:
-    """A loss in few characters: 4.12, 0.0831, 1.2e+05."""
+    """Format a loss in few characters: 4.12, 0.0831, 1.2e+05."""
     if loss is None:
         return "-"
     size = abs(loss)

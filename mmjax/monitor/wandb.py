@@ -14,7 +14,7 @@ from mmjax.core.errors import UserError
 
 
 def require(project: str) -> Any:
-    """The package, as a config that names a project needs it.
+    """Return the package, as a config that names a project needs it.
 
     Raises:
       UserError: it is not installed.
@@ -50,11 +50,11 @@ class WandbRun:
         self._run.define_metric("*", step_metric="step")
 
     def add(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Numbers of a step, by name."""
+        """Add numbers of a step, by name."""
         self._run.log({"step": step, **{name: float(value) for name, value in scalars.items()}})
 
     def flush(self) -> None:
-        """Nothing to do: W&B sends in the background."""
+        """Do nothing: W&B sends in the background."""
 
     def close(self) -> None:
         """Send what is left."""

@@ -1,4 +1,4 @@
-"""What stands between a trunk and the spans of interleaved sequences, by modality."""
+"""Layers between a trunk and the spans of interleaved sequences, by modality."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FEATURES = 128  # of a time
 
 
 class Adapter(nnx.Module):
-    """What stands between the trunk and the outputs, by modality.
+    """Layers between the trunk and the outputs, by modality.
 
     `begin` is the token before a discrete span, `logits` its output; `time` tells a continuous span's tokens how noisy
     they are, `values` is its output, and `unet`, where there is one, a second way in and out.
@@ -52,12 +52,12 @@ class Adapter(nnx.Module):
         )
 
     def times(self, name: str, t_B: jax.Array) -> jax.Array:
-        """What is added to the tokens of a continuous span at time t, `[B, D]`."""
+        """Return the embedding of time t that is added to the tokens of a continuous span, `[B, D]`."""
         time_BD: jax.Array = self.time[name](self.features[name](time_features(t_B, _FEATURES)))
         return time_BD
 
     def begun(self, name: str, stream: Stream, keep_B: jax.Array) -> Stream:
-        """A span's stream with the token of its beginning; rows that are not kept have nothing else."""
+        """Return a span's stream with the token of its beginning; rows that are not kept have nothing else."""
         rows, length, width = stream.x_BSD.shape
         begin_D = self.begin[name][...].astype(stream.x_BSD.dtype)
         begin = jnp.broadcast_to(begin_D, (rows, 1, width))
@@ -71,7 +71,7 @@ class Adapter(nnx.Module):
         )
 
     def begun_in(self, name: str, stream: Stream, region: Region) -> Stream:
-        """The stream of slots that spans share, with the token of each one's beginning in its first slot."""
+        """Return the stream of slots that spans share, with the token of each one's beginning in its first slot."""
         begin_D = self.begin[name][...].astype(stream.x_BSD.dtype)
         begins_RT = region.index_RT == 0
         x_RTD = jnp.where(begins_RT[..., None], begin_D, stream.x_BSD)

@@ -34,7 +34,7 @@ class KeyValues:
     v_BTHK: jax.Array
 
     def put(self, other: KeyValues, at: jax.Array | int) -> KeyValues:
-        """These, with those of `other` from slot `at` on."""
+        """Return these keys and values with those of `other` from slot `at` on."""
 
         def written(x: jax.Array, new: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(x, new, at, axis=1)
@@ -101,7 +101,7 @@ class Attention(nnx.Module):
         token_modalities: TokenModalities = NO_MODALITIES,
         positions_BS: jax.Array | None = None,
     ) -> jax.Array:
-        """Each token of `x` reads the tokens of `source` (cross-attention), or of `x` itself where it is None.
+        """Attend from each token of `x` to `source` (cross-attention), or to `x` itself if it is None.
 
         `token_modalities` and `positions` are those of the tokens of `x`; a source belongs to a part that has neither
         copies nor rotations.
@@ -118,7 +118,7 @@ class Attention(nnx.Module):
         token_modalities: TokenModalities = NO_MODALITIES,
         positions_BT: jax.Array | None = None,
     ) -> KeyValues:
-        """What of the tokens of `x` others read."""
+        """Return the keys and values of the tokens of `x`."""
         k_BTHK = _with_bias(
             apply_per_modality(self.key, x_BTD, token_modalities, _project),
             self.key_bias,
@@ -148,7 +148,7 @@ class Attention(nnx.Module):
         token_modalities: TokenModalities = NO_MODALITIES,
         positions_BS: jax.Array | None = None,
     ) -> jax.Array:
-        """What the tokens of `x` read of those whose keys and values are `key_values`."""
+        """Return the attention of the tokens of `x` over `key_values`."""
         q_BSHK = _with_bias(
             apply_per_modality(self.query, x_BSD, token_modalities, _project),
             self.query_bias,
@@ -207,7 +207,7 @@ def _join_heads(kernel: nnx.Param, y_BSHK: jax.Array) -> jax.Array:
 
 
 def _flat_init(inputs: int) -> Initializer:
-    """`lecun` with the fan-in of the matrix that the kernel is: its first `inputs` axes are inputs."""
+    """Return `lecun` with the fan-in of the matrix that the kernel is: its first `inputs` axes are inputs."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         return lecun(key, (math.prod(shape[:inputs]), math.prod(shape[inputs:])), dtype).reshape(

@@ -38,7 +38,7 @@ def attend(
     pairs: Pairs | None = None,
     kernel: str = "auto",
 ) -> jax.Array:
-    """`softmax(q k^T / sqrt(K)) v` over the allowed keys: `[B, S, H, K]`; softmax in float32 or wider.
+    """Return `softmax(q k^T / sqrt(K)) v` over the allowed keys: `[B, S, H, K]`; softmax in float32 or wider.
 
     Args:
       kernel: `plain`, `chunked`, `splash`, `cudnn`, or `auto`.
@@ -60,7 +60,7 @@ def check_kernel(kernel: str) -> None:
 
 
 def choose(kernel: str, on: str, q_BSHK: jax.Array, k_BTHK: jax.Array, pairs: Pairs) -> str:
-    """The kernel that does it: the one asked for, or what stands in for it, saying so once."""
+    """Return the kernel that does it: the one asked for, or what stands in for it, saying so once."""
     is_large = q_BSHK.shape[1] * k_BTHK.shape[1] > _LARGE
     xla = "chunked" if is_large else "plain"
     if _alone.get():
@@ -83,7 +83,7 @@ def say_once(text: str) -> None:
 
 @contextlib.contextmanager
 def xla_alone() -> Iterator[None]:
-    """Within it no kernel of a platform is taken, so that what counts operations sees all of them."""
+    """Allow no kernel of a platform within the block, so that a count of operations sees all of them."""
     token = _alone.set(True)
     try:
         yield
@@ -92,7 +92,7 @@ def xla_alone() -> Iterator[None]:
 
 
 def platform() -> str:
-    """What is compiled for: the platform of the mesh in force, which need not be this machine's."""
+    """Return the platform that is compiled for: the platform of the mesh in force, which need not be this machine's."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else str(device.platform)
 
@@ -119,7 +119,7 @@ def _rows(q_BSHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, allowed: Any)
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _weights(logits: jax.Array, dtype: Any) -> jax.Array:
-    """The softmax over the last axis, cast to `dtype`; kept for the backward pass as that alone.
+    """Return the softmax over the last axis, cast to `dtype`; kept for the backward pass as that alone.
 
     JAX would keep it in the logits' dtype as well: with bfloat16, three times as much, most of what a layer keeps.
     """
@@ -141,7 +141,7 @@ _weights.defvjp(_weights_forward, _weights_backward)
 
 
 def _chunked(q_BSHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, pairs: Pairs) -> jax.Array:
-    """A scan over chunks of queries; a chunk holds as many of each part of a sharded sequence."""
+    """Scan over chunks of queries; a chunk holds as many of each part of a sharded sequence."""
     length = q_BSHK.shape[1]
     chunks, parts = _chunks(length, jax.sharding.get_abstract_mesh().shape.get("sequence", 1))
     attributes = pairs.queries or {}
@@ -157,7 +157,7 @@ def _chunked(q_BSHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, pairs: Pai
 
 
 def _chunks(length: int, shards: int) -> tuple[int, int]:
-    """Number of chunks, and of the parts of the sequence each takes from: one per shard if that divides."""
+    """Return the number of chunks, and of the parts of the sequence each takes from: one per shard if that divides."""
     own, rest = divmod(length, shards)
     least = -(-own // CHUNK)
     even = [n for n in range(least, 2 * least + 1) if own % n == 0]
@@ -165,7 +165,7 @@ def _chunks(length: int, shards: int) -> tuple[int, int]:
 
 
 def _split(x: jax.Array, chunks: int, parts: int) -> jax.Array:
-    """`[B, S, ...] -> [chunks, B, S' / chunks, ...]`, S padded to S'; each chunk has tokens of every part."""
+    """Reshape `[B, S, ...] -> [chunks, B, S' / chunks, ...]`, S padded to S'; each chunk has tokens of every part."""
     b, s, *rest = x.shape
     size = -(-s // (chunks * parts))
     x = jnp.pad(x, [(0, 0), (0, chunks * parts * size - s), *[(0, 0)] * len(rest)])
@@ -174,7 +174,7 @@ def _split(x: jax.Array, chunks: int, parts: int) -> jax.Array:
 
 
 def _join(x: jax.Array, length: int, parts: int) -> jax.Array:
-    """The inverse of `_split`."""
+    """Return the inverse of `_split`."""
     chunks, b, s, *rest = x.shape
     x = jnp.moveaxis(x.reshape(chunks, b, parts, s // parts, *rest), 0, 2)
     return x.reshape(b, chunks * s, *rest)[:, :length]

@@ -49,7 +49,7 @@ NO_MODALITIES = TokenModalities()  # no part tells these tokens apart
 
 
 def modality_of(stream: Stream) -> TokenModalities:
-    """By `attributes["modality"]` if the stream has it, else by its layout."""
+    """Return the modalities by `attributes["modality"]` if the stream has it, else by its layout."""
     return TokenModalities(stream.layout, stream.attributes.get("modality"))
 
 
@@ -71,7 +71,7 @@ class ByModality(nnx.Module):
             mark_copies(getattr(self, name), len(names))
 
     def expert(self, modality: str) -> str:
-        """The name of a modality's copy."""
+        """Return the name of a modality's copy."""
         if modality not in self.experts:
             raise UserError(
                 f"The stream has tokens of modality '{modality}', for which there is no copy."
@@ -80,13 +80,13 @@ class ByModality(nnx.Module):
         return self.experts[modality]
 
     def of(self, modality: str) -> Any:
-        """A modality's copy."""
+        """Return a modality's copy."""
         return getattr(self, self.expert(modality))
 
     def by_layout(
         self, layout: Sequence[tuple[str, int]], x: Any, call: Callable[[Any, Any], jax.Array]
     ) -> jax.Array:
-        """Each copy once, on all its segments together; the results in the order of the tokens.
+        """Apply each copy once, to all its segments together; return the results in the order of the tokens.
 
         Args:
           x: an array `[B, S, ...]`, or a tuple of such.
@@ -108,7 +108,7 @@ class ByModality(nnx.Module):
         return jnp.concatenate([next(done[e]) for e, _ in runs], axis=1)
 
     def by_codes(self, codes_BS: jax.Array, x: jax.Array, call: Call) -> jax.Array:
-        """Every copy on all tokens, at the cost of as many products; zero for a token of none of them."""
+        """Apply every copy to all tokens, at the cost of as many products; a token of none of them gets zero."""
         total: Any = 0
         for expert in _distinct(self.experts.values()):
             y = call(getattr(self, expert), x)
@@ -128,7 +128,7 @@ def _split(x: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
 
 
 def call_part(part: Any, x: jax.Array) -> jax.Array:
-    """`part(x)`."""
+    """Return `part(x)`."""
     y: jax.Array = part(x)
     return y
 
@@ -136,7 +136,7 @@ def call_part(part: Any, x: jax.Array) -> jax.Array:
 def apply_per_modality(
     part: Any, x: jax.Array, token_modalities: TokenModalities, call: Call = call_part
 ) -> jax.Array:
-    """`call(part, x)` for tokens `[B, S, ...]`, each by its own copy where the part has copies.
+    """Return `call(part, x)` for tokens `[B, S, ...]`, each by its own copy if the part has copies.
 
     `call` treats each token on its own.
 
@@ -193,7 +193,7 @@ def check_parts(block: Any, known: Iterable[str]) -> None:
 
 
 def experts(modalities: Modalities) -> dict[str, str]:
-    """Modality -> expert, from a list (an expert each) or as it is."""
+    """Return a dict from modality to expert, from a list (an expert each) or as it is."""
     if isinstance(modalities, str):
         raise UserError(f"modalities is '{modalities}': write a list, or modality: expert.")
     if isinstance(modalities, Mapping):

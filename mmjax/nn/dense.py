@@ -25,7 +25,7 @@ def matmul_of(
     given: tuple[jax.Array, ...],
     kernel: jax.Array,
 ) -> jax.Array:
-    """`function(*given) @ kernel`: `[..., n_in], [n_in, n_out] -> [..., n_out]`.
+    """Return `function(*given) @ kernel`: `[..., n_in], [n_in, n_out] -> [..., n_out]`.
 
     Of what the function gives nothing is kept: the backward pass computes it again from `given`. Where the kernel's
     `gathered_dim` lies on several devices it is made whole before products, and kept as it was. (Left to itself, the
@@ -66,7 +66,7 @@ matmul_of.defvjp(_forward, _backward)
 
 
 def matmul(x: jax.Array, kernel: jax.Array, gathered_dim: int | None = None) -> jax.Array:
-    """`x @ kernel`: `[..., n_in], [n_in, n_out] -> [..., n_out]`, as `matmul_of` does it."""
+    """Return `x @ kernel`: `[..., n_in], [n_in, n_out] -> [..., n_out]`, as `matmul_of` does it."""
     return matmul_of(identity, gathered_dim, (x,), kernel)
 
 
@@ -92,7 +92,7 @@ class Dense(nnx.Module):
         return self.of(identity, x)
 
     def of(self, function: Callable[..., jax.Array], *given: jax.Array) -> jax.Array:
-        """As of `function(*given)`, which is not kept for the backward pass."""
+        """Return the layer's product with `function(*given)`, which is not kept for the backward pass."""
         y = matmul_of(function, None, given, self.kernel[...])
         return y if self.bias is None else y + self.bias[...]
 
@@ -195,7 +195,7 @@ MLPS: Mapping[str, Callable[..., Mlp | GatedMlp]] = {
 
 
 def mlp_of(kind: str, width: int, hidden: int, bias: bool) -> Mlp | GatedMlp:
-    """The MLP of that name: `gelu`, or gated by a swish (`swiglu`) or a GELU (`geglu`).
+    """Return the MLP of that name: `gelu`, or gated by a swish (`swiglu`) or a GELU (`geglu`).
 
     Raises:
       UserError: no such MLP.

@@ -99,7 +99,7 @@ class ExpertsConfig:
             raise FieldError(self, "causal", words)
 
     def modalities(self) -> set[str]:
-        """Those that the losses name."""
+        """Return the modalities that the losses name."""
         return {*self.local_entropy, *self.global_entropy, *self.entropy_floor}
 
 
@@ -163,7 +163,7 @@ class Experts(nnx.Module):
         mark_copies(self.mlps, self.config.count / routing.experts_per_token(self.config.count))
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[jax.Array, Aux]:
-        """The tokens' sums, and the auxiliary losses; statistics say how many of each modality found no slot.
+        """Return the tokens' sums, and the auxiliary losses; statistics say how many of each modality found no slot.
 
         Args:
           key: of the router's noise, where it has some; none is added if None. It is drawn for the tokens as they
@@ -189,7 +189,7 @@ class Experts(nnx.Module):
         return y_BSD, replace(aux, loss=loss.astype(jnp.float32))
 
     def check(self, modalities: Iterable[str]) -> None:
-        """`UserError` where the losses name a modality that is not among these."""
+        """Raise `UserError` if the losses name a modality that is not among these."""
         known = list(modalities)
         for name in sorted(self.config.modalities() - {*known}):
             raise UserError(
@@ -197,14 +197,15 @@ class Experts(nnx.Module):
             )
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """`[..., D] -> [..., experts * slots_per_expert]`, in float32 or wider."""
+        """Return the router's logits, `[..., D] -> [..., experts * slots_per_expert]`, in float32 or wider."""
         x, router = widened(x), widened(self.router[...])
         if self.scale is not None:
             x, router = _unit(x, -1) * self.scale[...], _unit(router, 0)
         return x @ router
 
     def causal_call(self, x_BSD: jax.Array) -> jax.Array:
-        """As `__call__`, for tokens that know nothing of others: each to the experts that its causal router says.
+        """Apply the experts as `__call__` does, but to tokens that know nothing of others: each to the experts that its
+        causal router says.
 
         Every expert is applied to every token, and those that do not take it are left out.
         """
@@ -282,7 +283,7 @@ class Experts(nnx.Module):
     def _causal_loss(
         self, x_GTD: jax.Array, dispatch: Dispatch, valid_GT: jax.Array
     ) -> tuple[jax.Array, Aux]:
-        """The causal router's loss, and how often it is right of a token and an expert."""
+        """Return the causal router's loss, and how often it is right of a token and an expert."""
         assert self.causal is not None and self.config.causal is not None
         logits_GTE = self.causal(jax.lax.stop_gradient(x_GTD))
         took_GTE = jax.lax.stop_gradient(dispatch.parts(x_GTD.shape[1])) > 0
@@ -300,7 +301,7 @@ def _unit(x: jax.Array, axis: int) -> jax.Array:
 
 
 def usage(dispatch: Dispatch, by_modality: Mapping[str, jax.Array], tokens: int) -> Aux:
-    """By modality: how many tokens found no slot, and how much of its tokens each expert has."""
+    """Return the usage by modality: how many tokens found no slot, and how much of its tokens each expert has."""
     parts_GTE = jax.lax.stop_gradient(dispatch.parts(tokens)).astype(jnp.float32)
     left_GT, aux = parts_GTE.sum(axis=-1) == 0, no_aux()
     for name, own_GT in by_modality.items():
@@ -311,7 +312,7 @@ def usage(dispatch: Dispatch, by_modality: Mapping[str, jax.Array], tokens: int)
 
 
 def route(part: Any, stream: Stream, key: jax.Array | None) -> tuple[jax.Array, Aux]:
-    """A stream's tokens through experts, or through those of their own modality (as `part.by_layout` has it)."""
+    """Apply experts to a stream's tokens, all or those of each token's modality (by `part.by_layout`)."""
     if not isinstance(part, ByModality):
         result: tuple[jax.Array, Aux] = part(stream, key)
         return result
@@ -333,7 +334,7 @@ def route(part: Any, stream: Stream, key: jax.Array | None) -> tuple[jax.Array, 
 
 
 def modalities(stream: Stream) -> dict[str, jax.Array]:
-    """Of each modality of the layout its tokens, bool `[B, S]`; empty where there is no layout."""
+    """Return the tokens of each modality of the layout, bool `[B, S]`; empty if there is no layout."""
     names = dict.fromkeys(name for name, _ in stream.layout)
     codes = np.concatenate([[code(n)] * size for n, size in stream.layout]) if names else None
     shape = stream.x_BSD.shape[:2]
@@ -341,7 +342,8 @@ def modalities(stream: Stream) -> dict[str, jax.Array]:
 
 
 def grouped_rows(x_BS: jax.Array, size: int, groups: int = 1) -> jax.Array:
-    """`[B, S, ...] -> [G, T, ...]`, T at most `size`, in order: several rows to a group, or several groups to a row.
+    """Reshape `[B, S, ...] -> [G, T, ...]`, T at most `size`, in order: several rows to a group, or several groups to a
+    row.
 
     As many rows as divide the batch and leave `min_groups` of them, as few parts as divide the row.
     """

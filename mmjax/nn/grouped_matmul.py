@@ -21,7 +21,7 @@ KERNELS = ("ragged", "megablox")
 def grouped(
     x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, kernel: str = "auto"
 ) -> jax.Array:
-    """`y[n] = x[n] w[e]` for the e whose rows hold n: `[N, F]`; zero for rows beyond all groups.
+    """Return `y[n] = x[n] w[e]` for the e whose rows hold n: `[N, F]`; zero for rows beyond all groups.
 
     Args:
       x_ND: rows in the order of their groups.
@@ -64,7 +64,7 @@ def _refuse_megablox(on: str, x_ND: jax.Array, w_EDF: jax.Array) -> str:
 def megablox(
     x_ND: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, interpret: bool = False
 ) -> jax.Array:
-    """`grouped` by JAX's megablox kernel.
+    """Compute `grouped` by JAX's megablox kernel.
 
     Args:
       interpret: run it on any platform, slowly, to test its numerics.

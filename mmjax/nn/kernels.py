@@ -23,7 +23,7 @@ _BLOCK = 512  # of queries and of keys
 
 
 def refuse_splash(platform: str, q_BSHK: jax.Array, pairs: Pairs) -> str:
-    """Static factors are a NumPy mask; one more factor, `Same`, and `valid` are its segment ids."""
+    """Return why splash cannot take the mask: it knows static factors, and one `Same` and `valid` as segment ids."""
     if platform != "tpu":
         return f"it runs on TPUs, and this is compiled for {platform}"
     if q_BSHK.dtype not in (jnp.float32, jnp.bfloat16):
@@ -41,7 +41,7 @@ def refuse_splash(platform: str, q_BSHK: jax.Array, pairs: Pairs) -> str:
 def splash(
     q_BSHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, pairs: Pairs, interpret: bool = False
 ) -> jax.Array:
-    """JAX's splash attention, per device: rows over the batch axes of the mesh, heads over `tensor`.
+    """Compute attention by JAX's splash kernel, per device: rows over the batch axes of the mesh, heads over `tensor`.
 
     Args:
       interpret: run it on any platform, slowly, to test its numerics.
@@ -94,7 +94,7 @@ def _dynamic(pairs: Pairs) -> list[Mask]:
 
 
 def _static_mask(pairs: Pairs, lengths: tuple[int, int], sizes: tuple[int, int]) -> Any:
-    """What of the mask is known now, over the padded lengths; padded keys are forbidden."""
+    """Return the statically known part of the mask over the padded lengths; padded keys are forbidden."""
     masks = splash_kernel.splash_attention_mask
     queries, keys = pairs.queries or {}, pairs.keys or {}
     static = [m for m in factors(pairs.mask) if is_static(m, queries, keys)]
@@ -112,7 +112,7 @@ def _static_mask(pairs: Pairs, lengths: tuple[int, int], sizes: tuple[int, int])
 
 
 def _segments(pairs: Pairs, rows: int, lengths: tuple[int, int], sizes: tuple[int, int]) -> Any:
-    """Segment ids of queries and keys `[B, .]`; a query reads keys of its own segment. None for one segment."""
+    """Return segment ids of queries and keys `[B, .]`; a query reads its own segment. None for one segment."""
     dynamic = _dynamic(pairs)
     if not dynamic and pairs.valid_BT is None:
         return None
@@ -135,7 +135,7 @@ def _segments(pairs: Pairs, rows: int, lengths: tuple[int, int], sizes: tuple[in
 
 
 def refuse_cudnn(platform: str, q_BSHK: jax.Array, pairs: Pairs) -> str:
-    """Without a bias, which would be as large as the logits, it knows full and causal attention."""
+    """Return why cuDNN cannot take the mask: without a bias, as large as the logits, it knows full and causal."""
     if platform not in ("gpu", "cuda"):
         return f"it runs on NVIDIA GPUs, and this is compiled for {platform}"
     if not has_cudnn():
@@ -154,7 +154,7 @@ def refuse_cudnn(platform: str, q_BSHK: jax.Array, pairs: Pairs) -> str:
 
 
 def has_cudnn() -> bool:
-    """Whether JAX finds a cuDNN here; it also asks where it only compiles for a GPU that is elsewhere."""
+    """Return whether JAX finds a cuDNN here; ask also when only compiling for a GPU elsewhere."""
     try:
         from jax._src.lib import cuda_versions
 
@@ -171,7 +171,7 @@ def _is_causal(pairs: Pairs) -> bool:
 
 
 def cudnn(q_BSHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, pairs: Pairs) -> jax.Array:
-    """cuDNN's fused attention."""
+    """Compute attention by cuDNN's fused kernel."""
     return jax.nn.dot_product_attention(
         q_BSHK, k_BTHK, v_BTHK, is_causal=pairs.mask != FULL, implementation="cudnn"
     )

@@ -28,21 +28,21 @@ Attributes = Mapping[str, Any]
 
 
 def code(name: int | str) -> int:
-    """The integer that stands for a name in an attribute; an integer stands for itself."""
+    """Return the integer that stands for a name in an attribute; an integer stands for itself."""
     return zlib.crc32(name.encode()) >> 1 if isinstance(name, str) else name
 
 
 @dataclass(frozen=True)
 class Mask(abc.ABC):
-    """Which keys a query may attend to."""
+    """A predicate on pairs of tokens: true where a query may attend to a key."""
 
     @abc.abstractmethod
     def reads(self) -> frozenset[str]:
-        """Names of the attributes that it looks at."""
+        """Return the names of the attributes that it looks at."""
 
     @abc.abstractmethod
     def allows(self, queries: Attributes, keys: Attributes) -> Any:
-        """Whether query s may attend to key t, boolean `[B or 1, S, T]`; NumPy where all it reads is."""
+        """Return whether query s may attend to key t, boolean `[B or 1, S, T]`; NumPy if all it reads is NumPy."""
 
     def __and__(self, other: Mask) -> Mask:
         return other if self == FULL else self if other == FULL else And(self, other)
@@ -153,20 +153,20 @@ class Or(_Two):
 
 
 def factors(mask: Mask) -> list[Mask]:
-    """The masks that make up `mask` by `&`; none for `FULL`."""
+    """Return the masks that make up `mask` by `&`; none for `FULL`."""
     if isinstance(mask, And):
         return factors(mask.left) + factors(mask.right)
     return [] if mask == FULL else [mask]
 
 
 def is_static(mask: Mask, queries: Attributes, keys: Attributes) -> bool:
-    """Whether all that a mask reads is known before compilation."""
+    """Return whether all that a mask reads is known before compilation."""
     return not any(isinstance(each[a], jax.Array) for each in (queries, keys) for a in mask.reads())
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which keys the queries may attend to.
+    """The pairs of queries and keys that may attend.
 
     Attributes:
       mask: the predicate.
@@ -180,7 +180,7 @@ class Pairs:
     valid_BT: jax.Array | None = None
 
     def allowed(self, queries: Attributes | None = None) -> Any:
-        """Boolean, broadcast to `[B, S, T]`; of some of the queries only, if given; None for all pairs."""
+        """Return the allowed pairs, bool, broadcast to `[B, S, T]`, of all queries or some; None for all pairs."""
         result = None
         if self.mask != FULL:
             result = self.mask.allows(queries or self.queries or {}, self.keys or {})
@@ -206,5 +206,5 @@ def check(mask: Mask, *given: Attributes) -> None:
 
 
 def _pair(queries: Attributes, keys: Attributes, name: str) -> tuple[Any, Any]:
-    """An attribute of the queries `[., S, 1]` and of the keys `[., 1, T]`."""
+    """Return an attribute of the queries `[., S, 1]` and of the keys `[., 1, T]`."""
     return queries[name][:, :, None], keys[name][:, None, :]

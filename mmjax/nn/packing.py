@@ -26,7 +26,8 @@ from mmjax.nn.stream import Stream, concatenate
 
 
 def pack(stream: Stream, count: int) -> Stream:
-    """Sequences of `count` items, of a stream that has one in each row: `[B, S, D] -> [B / count, count S, D]`.
+    """Pack a stream that has one item in each row into sequences of `count` items: `[B, S, D] -> [B / count, count S,
+    D]`.
 
     An item's `position` begins where the one before could end at the latest.
 
@@ -71,13 +72,13 @@ def check_rows(rows: int, count: int) -> None:
 
 
 def unpack(x_BSD: jax.Array, count: int) -> jax.Array:
-    """One item in each row again."""
+    """Unpack to one item in each row."""
     rows, length = x_BSD.shape[:2]
     return x_BSD.reshape(rows * count, length // count, *x_BSD.shape[2:])
 
 
 def positions(valid: Sequence[jax.Array], reversed_B: jax.Array) -> jax.Array:
-    """The position of each token where the segments of a row are read in turn, without holes: int32 `[B, S]`.
+    """Return the position of each token where the segments of a row are read in turn, without holes: int32 `[B, S]`.
 
     Args:
       valid: of each segment, in the order in which they lie, which tokens exist, `[B, L]`.
@@ -92,7 +93,7 @@ def positions(valid: Sequence[jax.Array], reversed_B: jax.Array) -> jax.Array:
 
 
 def _starts(counts: Sequence[jax.Array], reversed_B: jax.Array) -> list[jax.Array]:
-    """The number of tokens read before each segment of a row that has `counts` tokens in each."""
+    """Return the number of tokens read before each segment of a row that has `counts` tokens in each."""
     starts = []
     for index in range(len(counts)):
         before, after = (

@@ -44,7 +44,7 @@ class Positions(nnx.Module):
         self.norm = LayerNorm(width, scale=scale)
 
     def __call__(self, coordinates: Mapping[str, jax.Array]) -> jax.Array:
-        """`dict[axis, float[..., S]] -> [..., S, width]`."""
+        """Embed positions, `dict[axis, float[..., S]] -> [..., S, width]`."""
         parts = []
         for axis, count in self.buckets.items():
             parts.append(_rows(self.tables[axis][...], _bucket(coordinates[axis], count)))
@@ -65,7 +65,7 @@ class Table(nnx.Module):
         self.table = declare((cells, width), ("positions", "embed"), init, decay=False)
 
     def __call__(self, coordinates: Mapping[str, jax.Array]) -> jax.Array:
-        """`dict[axis, float[..., S]] -> [..., S, width]`."""
+        """Embed positions, `dict[axis, float[..., S]] -> [..., S, width]`."""
         cell = jnp.zeros((), jnp.int32)
         for axis, count in self.buckets.items():
             cell = cell * count + jnp.clip(_bucket(coordinates[axis], count), 0, count - 1)
@@ -130,14 +130,14 @@ def place(
 
 
 def grid(**sizes: int) -> dict[str, jax.Array]:
-    """Coordinates of a row-major grid: `grid(y=2, x=3)` gives y and x, each float32 `[1, 6]`."""
+    """Return the coordinates of a row-major grid: `grid(y=2, x=3)` gives y and x, each float32 `[1, 6]`."""
     ranges = [jnp.arange(n, dtype=jnp.float32) / n for n in sizes.values()]
     mesh = jnp.meshgrid(*ranges, indexing="ij")
     return {axis: m.reshape(1, -1) for axis, m in zip(sizes, mesh, strict=True)}
 
 
 def rotate(x_BSHK: jax.Array, positions_BS: jax.Array, base: float) -> jax.Array:
-    """Rotary embeddings (Su et al. 2021), in float32 or wider: products of two depend on how far apart they are.
+    """Apply rotary embeddings (Su et al. 2021), in float32 or wider: products of two depend on how far apart they are.
 
     The i-th number and the one half a head after it are turned by `place * base ** (-2 i / K)`.
     """
@@ -152,7 +152,7 @@ def rotate(x_BSHK: jax.Array, positions_BS: jax.Array, base: float) -> jax.Array
 
 
 def time_features(t_B: jax.Array, size: int) -> jax.Array:
-    """Sines and cosines of 1000 t at frequencies from 1 to 1e-4, `[B, size]` (Ho et al. 2020)."""
+    """Return sines and cosines of 1000 t at frequencies from 1 to 1e-4, `[B, size]` (Ho et al. 2020)."""
     rates = jnp.exp(-math.log(1e4) * jnp.arange(size // 2, dtype=t_B.dtype) / (size // 2))
     angles = 1000 * t_B[:, None] * rates
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)

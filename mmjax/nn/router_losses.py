@@ -64,7 +64,7 @@ def balance_loss(scores_GTE: jax.Array, valid_GT: jax.Array) -> jax.Array:
 
 
 def z_loss(logits_GTE: jax.Array, valid_GT: jax.Array) -> jax.Array:
-    """`mean_t logsumexp(logits_t)^2` (Zoph et al. 2022, equation 5)."""
+    """Return `mean_t logsumexp(logits_t)^2` (Zoph et al. 2022, equation 5)."""
     sizes_GT = jnp.square(jax.nn.logsumexp(widened(logits_GTE), axis=-1))
     return _mean(sizes_GT[..., None], valid_GT)[0]
 
@@ -72,7 +72,7 @@ def z_loss(logits_GTE: jax.Array, valid_GT: jax.Array) -> jax.Array:
 def entropy_losses(
     scores_GTE: jax.Array, own_GT: jax.Array, threshold: float
 ) -> tuple[jax.Array, jax.Array]:
-    """LIMoE's of one modality (Mustafa et al. 2022, section 2.2): local, and global.
+    """Return LIMoE's losses of one modality (Mustafa et al. 2022, section 2.2): local, and global.
 
     The mean entropy of its tokens' scores, which is to be small; and `max(0, threshold - H)`, H being the entropy of
     their mean: its tokens use `exp(threshold)` experts at least. Both 0 where it has no tokens.
@@ -90,6 +90,6 @@ def _entropy(p: jax.Array) -> jax.Array:
 
 
 def _mean(x_GTE: jax.Array, valid_GT: jax.Array) -> jax.Array:
-    """Over the tokens that count, `[E]`."""
+    """Return the mean over the tokens that count, `[E]`."""
     total: Any = jnp.where(valid_GT[..., None], x_GTE, 0).sum(axis=(0, 1))
     return jnp.asarray(total / jnp.maximum(valid_GT.sum(), 1))

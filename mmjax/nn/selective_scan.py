@@ -22,7 +22,7 @@ Pair = tuple[jax.Array, jax.Array]
 
 @struct.dataclass
 class Tokens:
-    """What the recurrence reads of each token.
+    """The inputs of the recurrence, per token.
 
     Attributes:
       x_BSE: inputs.
@@ -41,7 +41,7 @@ class Tokens:
 def selective_scan(
     a_EN: jax.Array, tokens: Tokens, chunk: int = CHUNK, way: str = "auto"
 ) -> jax.Array:
-    """`h_s = exp(step_s a) h_(s-1) + step_s in_s x_s; y_s = out_s . h_s`: y, `[B, S, E]` in float32 or wider."""
+    """Return `h_s = exp(step_s a) h_(s-1) + step_s in_s x_s; y_s = out_s . h_s`: y, `[B, S, E]` in float32 or wider."""
     wide = jnp.promote_types(tokens.x_BSE.dtype, jnp.float32)
     start_BEN = jnp.zeros((tokens.x_BSE.shape[0], *a_EN.shape), wide)
     return scan_from(start_BEN, a_EN, tokens, chunk, way)[1]
@@ -50,7 +50,7 @@ def selective_scan(
 def scan_from(
     start_BEN: jax.Array, a_EN: jax.Array, tokens: Tokens, chunk: int = CHUNK, way: str = "auto"
 ) -> tuple[jax.Array, jax.Array]:
-    """The state after all tokens, and y, where the state before the first is `start`.
+    """Return the state after all tokens, and y, where the state before the first is `start`.
 
     A state is `[E, N]` for each row. Those of one chunk at a time are held, and made again in the backward pass, so
     that memory does not grow with the length but for inputs, outputs and a state per chunk.
@@ -79,7 +79,7 @@ def scan_from(
 
 
 def _chunk(a_EN: jax.Array, state_BEN: jax.Array, tokens: Tokens) -> Pair:
-    """The state after a chunk, and the outputs within."""
+    """Return the state after a chunk, and the outputs within."""
     keep_BLEN = jnp.exp(tokens.step_BSE[..., None] * a_EN)
     if tokens.begins_BS is not None:
         keep_BLEN = jnp.where(tokens.begins_BS[..., None, None], 0, keep_BLEN)
@@ -90,7 +90,7 @@ def _chunk(a_EN: jax.Array, state_BEN: jax.Array, tokens: Tokens) -> Pair:
 
 
 def _serial(a_EN: jax.Array, state_BEN: jax.Array, tokens: Tokens) -> Pair:
-    """As `_chunk`, token by token."""
+    """Return the result of `_chunk`, computed token by token."""
 
     def body(h_BEN: jax.Array, token: Tokens) -> Pair:
         keep_BEN = jnp.exp(token.step_BSE[..., None] * a_EN)
@@ -106,5 +106,5 @@ def _serial(a_EN: jax.Array, state_BEN: jax.Array, tokens: Tokens) -> Pair:
 
 
 def _after(one: Any, two: Any) -> Pair:
-    """`h -> keep h + add` twice in a row."""
+    """Compose `h -> keep h + add` twice."""
     return two[0] * one[0], two[0] * one[1] + two[1]

@@ -52,7 +52,7 @@ class Stream:
         return valid_BS if self.rows_B is None else valid_BS & self.rows_B[:, None]
 
     def pairs(self) -> Pairs:
-        """Which tokens may attend to which, for `attend`; within a row, so that `rows_B` has no part in it.
+        """Return the pairs for `attend`; they lie within a row, so that `rows_B` has no part in it.
 
         Static attributes are `index`, `position` (the index), `segment` (of the layout), `modality` and `item`.
         """
@@ -72,16 +72,16 @@ class Stream:
         return static
 
     def positions(self, at: jax.Array | int = 0) -> jax.Array:
-        """The `position` of each token, int `[B or 1, S]`; by the index, `at` being that of the first, if not given."""
+        """Return the `position` of each token, int `[B or 1, S]`; by default its index, `at` being the first."""
         index = (at + jnp.arange(self.x_BSD.shape[1]))[None]
         return self.attributes.get("position", index)
 
     def items(self) -> jax.Array | np.ndarray | None:
-        """The `item` of each token, int `[B or 1, S]`; None where there is one."""
+        """Return the `item` of each token, int `[B or 1, S]`; None where there is one."""
         return self.attributes["item"] if "item" in self.attributes else self._static().get("item")
 
     def pairs_from(self, at: jax.Array | int, slots: int) -> Pairs:
-        """As `pairs`, where these tokens are those from `at` on of `slots`; later ones are not there yet.
+        """Return the pairs of tokens from `at` on of `slots`; later tokens do not exist yet.
 
         Only the position is known of the tokens before, so a mask may read that alone.
         """
@@ -96,7 +96,7 @@ class Stream:
         return Pairs(self.mask, attributes["queries"], attributes["keys"], valid)
 
     def take(self, index_BK: jax.Array) -> Stream:
-        """The tokens at `index_BK` of a stream of one modality, in that order."""
+        """Return the tokens at `index_BK` of a stream of one modality, in that order."""
 
         def pick(x: jax.Array) -> jax.Array:
             x = jnp.broadcast_to(x, (index_BK.shape[0], *x.shape[1:]))
@@ -115,7 +115,7 @@ class Stream:
 
 
 def concatenate(streams: list[Stream]) -> Stream:
-    """One stream of all tokens, in order. Coordinates end here: trunks do not read them.
+    """Return one stream of all tokens, in order. Coordinates end here: trunks do not read them.
 
     Raises:
       ValueError: streams of different attributes or masks, or with a context.
@@ -150,7 +150,7 @@ def concatenate(streams: list[Stream]) -> Stream:
 
 
 def segments(stream: Stream) -> list[Stream]:
-    """A stream of its own for each segment of the layout; each attends within itself."""
+    """Return a stream of its own for each segment of the layout; each attends within itself."""
     result, start = [], 0
     for modality, length in stream.layout:
         at = slice(start, start + length)
@@ -162,12 +162,12 @@ def segments(stream: Stream) -> list[Stream]:
 
 
 def fold(key: jax.Array | None, number: int | jax.Array) -> jax.Array | None:
-    """`jax.random.fold_in`; None, by which nothing is drawn, stays None."""
+    """Fold a number into a key by `jax.random.fold_in`; None (nothing is drawn) stays None."""
     return None if key is None else jax.random.fold_in(key, number)
 
 
 def mean_pool(stream: Stream) -> jax.Array:
-    """Mean over the valid tokens, `[B, D]`; zero where an example has none."""
+    """Return the mean over the valid tokens, `[B, D]`; zero if an example has none."""
     if stream.valid_BS is None:
         return stream.x_BSD.mean(axis=1)
     weight_BS1 = stream.valid_BS[..., None].astype(stream.x_BSD.dtype)
@@ -176,7 +176,7 @@ def mean_pool(stream: Stream) -> jax.Array:
 
 @struct.dataclass
 class Aux:
-    """What a block returns beside its output; every field is present (zero) so that scans keep one structure.
+    """Auxiliary outputs of a block; every field is present (zero) so that scans keep one structure.
 
     Attributes:
       loss: auxiliary loss to add, float32 scalar.
@@ -192,7 +192,7 @@ class Aux:
     usage: dict[str, jax.Array] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, jax.Array]:
-        """The statistics as what they are reported as; and each expert's share, `usage LAYER MODALITY` `[E]`."""
+        """Return the statistics as what they are reported as; and each expert's share, `usage LAYER MODALITY` `[E]`."""
         means = {name: total / jnp.maximum(n, 1) for name, (total, n) in self.statistics.items()}
         shares = {f"usage {n}": x / jnp.maximum(x.sum(), 1e-9) for n, x in self.usage.items()}
         return {**means, **shares}
@@ -203,7 +203,7 @@ def no_aux() -> Aux:
 
 
 def add_up(auxes: Sequence[Aux]) -> Aux:
-    """Losses, statistics and usage added; buffers joined (their names differ)."""
+    """Add losses, statistics and usage; join buffers (their names differ)."""
     total = Aux(loss=sum((a.loss for a in auxes[1:]), auxes[0].loss))
     for aux in auxes:
         for name, (value, count) in aux.statistics.items():

@@ -76,7 +76,7 @@ class Group(nnx.Module):
         )
 
     def _summed(self, aux: Aux, offset: int) -> Aux:
-        """What a block of the pattern says in all repeats, stacked: added up, but for the usage of each layer."""
+        """Return a block's auxiliary outputs over all repeats: added up, but for the usage of each layer."""
         total: Aux = jax.tree.map(lambda x: x.sum(axis=0), aux)
         layers = [self.first + i * len(self.blocks) + offset for i in range(self.repeat)]
         usage = {
@@ -87,7 +87,7 @@ class Group(nnx.Module):
         return replace(total, usage=usage)
 
     def init_cache(self, stream: Stream, slots: int) -> Any:
-        """See `Trunk.init_cache`; of each block, stacked over the repeats."""
+        """Return the caches of each block, stacked over the repeats, see `Trunk.init_cache`."""
         graph, state = nnx.split(self.blocks)
 
         def of_layer(slices: Any) -> list[Any]:
@@ -97,7 +97,7 @@ class Group(nnx.Module):
         return jax.lax.map(of_layer, state)
 
     def decode(self, stream: Stream, cache: Any, at: jax.Array | int) -> tuple[Stream, Any]:
-        """See `Trunk.decode`."""
+        """Apply the group's blocks to further tokens, see `Trunk.decode`."""
         graph, state = nnx.split(self.blocks)
 
         def body(stream: Stream, inputs: Any) -> tuple[Stream, Any]:
@@ -121,7 +121,7 @@ def _build(block: dict[str, Any], width: int, where: str) -> Any:
 
 
 def _remat(body: Any, policy: str) -> Any:
-    """`none` keeps all activations, `dots` those of matrix products, `full` only the layers' inputs."""
+    """Rematerialise a body: `none` keeps all activations, `dots` those of matrix products, `full` only the inputs."""
     if policy == "none":
         return body
     policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
@@ -168,7 +168,7 @@ class Trunk(nnx.Module):
         return replace(stream, x_BSD=x_BSD), aux
 
     def layers(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
-        """All but the norm. Where the key is None, nothing is drawn: evaluation has no noise."""
+        """Apply all layers but the norm. Where the key is None, nothing is drawn: evaluation has no noise."""
         auxes = []
         for group in self.groups:
             stream, aux = group(stream, key)
@@ -176,7 +176,7 @@ class Trunk(nnx.Module):
         return stream, add_up(auxes)
 
     def init_cache(self, stream: Stream, slots: int) -> Any:
-        """What `decode` needs to remember of a stream of up to `slots` tokens, before its first.
+        """Return an empty cache for `decode` of a stream of up to `slots` tokens.
 
         Args:
           stream: any tokens of it, for their number of rows and dtype; its context is read here, once.
@@ -194,7 +194,7 @@ class Trunk(nnx.Module):
         return [group.init_cache(stream, slots) for group in self.groups]
 
     def decode(self, stream: Stream, cache: Any, at: jax.Array | int) -> tuple[Stream, Any]:
-        """The layers (without the norm) for the tokens of a stream from index `at` on, given all before.
+        """Apply the layers (without the norm) to the tokens of a stream from index `at` on, given all before.
 
         To the same numbers as the whole stream at once, where its mask is causal. Nothing is drawn here, and
         auxiliary losses are left out.

@@ -47,7 +47,7 @@ class Residual(nnx.Module):
 
 
 def _normed(x_BHWC: jax.Array) -> jax.Array:
-    """Each picture with mean 0 and variance 1 over its places and channels."""
+    """Normalise each picture to mean 0 and variance 1 over its places and channels."""
     wide = x_BHWC.astype(jnp.promote_types(x_BHWC.dtype, jnp.float32))
     mean = wide.mean(axis=(1, 2, 3), keepdims=True)
     square = jnp.square(wide - mean).mean(axis=(1, 2, 3), keepdims=True)
@@ -91,7 +91,7 @@ class UNet(nnx.Module):
         self.leave = Convolution(3, channels, 3, initializers.zeros)
 
     def encode(self, x_BHWC: jax.Array, time_BD: jax.Array) -> UNetFeatures:
-        """Pictures of three channels to tokens, in row-major order."""
+        """Encode pictures of three channels as tokens, in row-major order."""
         x = self.enter(constrain(x_BHWC, ("batch", None, None, None)))
         skips = []
         for block, shrink in zip(self.down, self.shrink, strict=True):
@@ -105,7 +105,7 @@ class UNet(nnx.Module):
     def decode(
         self, tokens_BSD: jax.Array, features: UNetFeatures, time_BD: jax.Array
     ) -> jax.Array:
-        """Pictures of three channels, from what became of the tokens."""
+        """Decode pictures of three channels from the trunk's outputs for the tokens."""
         *skips, deepest = features.skips
         x = self.back(self.to_places(tokens_BSD).reshape(deepest.shape) + deepest, time_BD)
         for level in reversed(range(len(skips))):
@@ -116,14 +116,14 @@ class UNet(nnx.Module):
 
 
 def _halved(x_BHWC: jax.Array) -> jax.Array:
-    """`[B, H, W, C] -> [B, H/2, W/2, 4C]`: each two by two places as one."""
+    """Reshape `[B, H, W, C] -> [B, H/2, W/2, 4C]`: each two by two places as one."""
     b, h, w, c = x_BHWC.shape
     x = x_BHWC.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, h // 2, w // 2, 4 * c)
 
 
 def _doubled(x_BHWC: jax.Array) -> jax.Array:
-    """The inverse of `_halved`."""
+    """Return the inverse of `_halved`."""
     b, h, w, c = x_BHWC.shape
     x = x_BHWC.reshape(b, h, w, 2, 2, c // 4).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, 2 * h, 2 * w, c // 4)

@@ -1,4 +1,4 @@
-"""What an objective is: a loss of (model, batch, key), and the parameters that only it needs.
+"""The interface of an objective: a loss of (model, batch, key), and the parameters that only it needs.
 
 An objective is one file in `mmjax/objectives/`, whose class is a frozen dataclass; its fields are the
 keys of its block in a config.
@@ -28,7 +28,7 @@ _ROWS = 2**31 - 1  # keeps the keys of rows apart from what objectives fold into
 
 @struct.dataclass
 class Occupancy:
-    """How many positions of a batch hold a token.
+    """The number of positions of a batch that hold a token.
 
     Attributes:
       valid: positions with a token of a valid row, an int32 scalar.
@@ -57,7 +57,7 @@ class Part:
 
 @struct.dataclass
 class Loss:
-    """What a loss returns.
+    """The result of a loss.
 
     Attributes:
       value: the loss, a float32 scalar (auxiliary losses added).
@@ -86,7 +86,7 @@ class Loss:
         return jnp.stack([jnp.asarray(count) <= 0 for count in counts]).all()
 
     def terms(self, valid_B: jax.Array) -> jax.Array:
-        """`count`, made explicit, in the dtype of the value."""
+        """Return `count`, made explicit, in the dtype of the value."""
         count = valid_B.sum() if self.count is None else self.count
         return jax.lax.stop_gradient(count).astype(self.value.dtype)
 
@@ -107,15 +107,15 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def reads(self) -> tuple[str, ...]:
-        """The modalities that the task must give."""
+        """Return the modalities that the task must give."""
 
     def fields(self) -> tuple[str, ...]:
-        """Integer fields of the example that it reads besides, each `[B]` int32 in `batch["fields"]`."""
+        """Return the integer fields of an example that it also reads, each `[B]` int32 in `batch.fields`."""
         return ()
 
     @abc.abstractmethod
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
-        """Modules of its own, by part name; they become `model.heads[self.head]`."""
+        """Return the objective's modules, by part name; they become `model.heads[self.head]`."""
 
     @abc.abstractmethod
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
@@ -126,7 +126,7 @@ class Objective(abc.ABC):
         """
 
     def check_inputs(self, inputs: Mapping[str, Input]) -> None:
-        """`UserError` for an input that the loss cannot take: here, several instances of an example."""
+        """Raise `UserError` for an input that the loss cannot take: here, several instances of an example."""
         for each in inputs.values():
             if each.instances:
                 raise UserError(
@@ -161,7 +161,7 @@ class Objective(abc.ABC):
         return Occupancy(valid, positions)
 
     def check_example(self, example: Example) -> None:
-        """`UserError` for an example whose fields the loss cannot take, such as a label out of range."""
+        """Raise `UserError` for an example whose fields the loss cannot take, such as a label out of range."""
         del example  # any will do
 
 
@@ -289,7 +289,7 @@ def able(objective: Objective, capability: type[C]) -> C:
 
 @struct.dataclass
 class Represented:
-    """What a coupled loss compares: `rows`, a tree of arrays `[B, ...]`, and the trunk's `aux`."""
+    """The representations that a coupled loss compares: `rows`, a tree of arrays `[B, ...]`, and the trunk's `aux`."""
 
     rows: Any
     aux: Aux
@@ -304,11 +304,11 @@ class Coupled(Objective):
 
     @abc.abstractmethod
     def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
-        """What is compared, row by row."""
+        """Return the representations to compare, row by row."""
 
     @abc.abstractmethod
     def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
-        """The loss of the whole batch's `rows`; of `batch` it reads `fields`, `valid` and which instances are there."""
+        """Return the loss of the whole batch's `rows`; of `batch` it reads `fields`, `valid` and `present`."""
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         represented = self.represent(model, batch, key)
@@ -321,7 +321,7 @@ class Coupled(Objective):
 
 
 def refuse_drop(objective: Objective, inputs: Mapping[str, Input]) -> None:
-    """`UserError` where tokens of an input are dropped, for objectives that need all of them."""
+    """Raise `UserError` if tokens of an input are dropped, for objectives that need all of them."""
     for each in inputs.values():
         if each.drops:
             raise UserError(

@@ -120,7 +120,7 @@ def is_right(logits_BC: jax.Array, label_B: jax.Array) -> jax.Array:
 def cross_entropy(
     logits_BC: jax.Array, label_B: jax.Array, valid_B: jax.Array, smoothing: float = 0.0
 ) -> jax.Array:
-    """Mean over valid rows of the cross-entropy to `q = (1 - s) [c = label] + s / C`.
+    """Return the mean over valid rows of the cross-entropy to `q = (1 - s) [c = label] + s / C`.
 
     `-sum_c q_c log softmax(l)_c` (Szegedy et al. 2016, section 7); zero where no row is valid. A valid row with a label
     outside [0, C) makes it NaN: such labels are refused on the host, and must not train if they get here.
@@ -136,7 +136,7 @@ def cross_entropy(
 
 
 def check_label(name: str, value: Any, classes: int) -> None:
-    """`UserError` unless `value` of field `name` is an integer in [0, classes)."""
+    """Raise `UserError` unless `value` of field `name` is an integer in [0, classes)."""
     try:
         label = operator.index(value)
     except TypeError:

@@ -54,23 +54,23 @@ class TextDecoder(nnx.Module):
         self.logits = Dense(width, vocabulary, ("embed", "vocabulary"), bias=False)
 
     def read(self, text: Stream, key: jax.Array | None) -> tuple[Read, Aux]:
-        """What the unimodal layers make of a text's tokens and of the one that closes it."""
+        """Return the output of the unimodal layers for a text's tokens and for the one that closes it."""
         stream, aux = self.unimodal.layers(_closed(text, self.close[...]), key)
         tokens = replace(text, x_BSD=stream.x_BSD[:, :-1], coordinates={}, mask=Causal())
         return Read(tokens, self.unimodal.norm(stream.x_BSD[:, -1])), aux
 
     def predict(self, read: Read, context: Stream, key: jax.Array | None) -> tuple[jax.Array, Aux]:
-        """Logits `[B, S, V]` of the token after each of a text's tokens, given the context."""
+        """Return logits `[B, S, V]` of the token after each of a text's tokens, given the context."""
         stream, aux = self.multimodal(replace(read.tokens, context=context), key)
         return self.logits(stream.x_BSD), aux
 
     def init_cache(self, like: Stream, context: Stream, slots: int) -> Any:
-        """What `decode` remembers before the first of up to `slots` tokens; `like` has some token's shape."""
+        """Return an empty cache for `decode` of up to `slots` tokens; `like` has some token's shape."""
         unimodal = self.unimodal.init_cache(like, slots)
         return unimodal, self.multimodal.init_cache(replace(like, context=context), slots)
 
     def decode(self, token: Stream, cache: Any, at: jax.Array) -> tuple[jax.Array, Any]:
-        """Logits `[B, V]` of the token after the one at index `at`, given those before."""
+        """Return logits `[B, V]` of the token after the one at index `at`, given those before."""
         unimodal, multimodal = cache
         stream, unimodal = self.unimodal.decode(replace(token, mask=Causal()), unimodal, at)
         stream, multimodal = self.multimodal.decode(stream, multimodal, at)
@@ -165,7 +165,7 @@ class Coca(Contrastive, Writes, Shows):
     # --- the pass ------------------------------------------------------------------------------
 
     def see(self, model: Model, arrays: Any, key: jax.Array | None) -> tuple[Seen, Aux]:
-        """The modality that is captioned: encoded and pooled."""
+        """Return the modality that is captioned: encoded and pooled."""
         head = model.heads[self.head]
         stream, aux = model.encode([model.tokens(self.modalities[0], arrays)], key)
         context = head.generative(stream)
@@ -173,7 +173,7 @@ class Coca(Contrastive, Writes, Shows):
         return Seen(context, pooled.x_BSD[:, 0]), aux
 
     def read(self, model: Model, arrays: Any, key: jax.Array | None) -> tuple[Read, Aux]:
-        """The text, moved by one: each place knows what stands before its token, and begins with the begin token."""
+        """Return the text shifted by one, starting with the begin token: each place knows the tokens before it."""
         ids_BS = begun(arrays["ids"], self._special(model).begin)
         text = model.tokens(self._text, {**arrays, "ids": ids_BS})
         read: tuple[Read, Aux] = model.heads[self.head].decoder.read(text, key)
@@ -196,7 +196,7 @@ class Coca(Contrastive, Writes, Shows):
         return self._vector(model, modality, embedded.whole_BD), aux
 
     def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
-        """Both vectors of each row, and its caption's summed cross-entropy and number of tokens."""
+        """Return both vectors of each row, and its caption's summed cross-entropy and number of tokens."""
         shown, text = self.modalities
         keys = jax.random.split(key, 3)
         seen, aux_seen = self.see(model, batch["inputs"][shown], keys[0])
@@ -216,7 +216,7 @@ class Coca(Contrastive, Writes, Shows):
     def _caption(
         self, model: Model, seen: Seen, read: Read, arrays: Any, key: jax.Array | None
     ) -> tuple[tuple[jax.Array, jax.Array], Aux]:
-        """Of each row, the cross-entropy of its tokens, summed, and their number: both `[B]`."""
+        """Return each row's summed cross-entropy of its tokens, and their number: both `[B]`."""
         logits_BSV, aux = model.heads[self.head].decoder.predict(read, seen.context, key)
         losses_BS = next_token_losses(logits_BSV, arrays["ids"])
         cost_B = jnp.where(arrays["valid"], losses_BS, 0).sum(axis=1)
@@ -248,7 +248,7 @@ class Coca(Contrastive, Writes, Shows):
     def captions(
         self, model: Model, arrays: Mapping[str, jax.Array], length: int, keys_B: jax.Array
     ) -> jax.Array:
-        """Captions of the first modality's arrays, int32 `[B, length]`, see `generate`."""
+        """Return the captions of the first modality's arrays, int32 `[B, length]`, see `generate`."""
         seen, _ = self.see(model, arrays, None)
         return self._write(model, seen, length, keys_B)
 
@@ -265,7 +265,7 @@ class Coca(Contrastive, Writes, Shows):
         return generate(step, cache, keys_B, length, self.sampling, self._special(model))
 
     def _token(self, model: Model, ids_BS: jax.Array, at: jax.Array | int) -> Stream:
-        """The stem's token at index `at`, alone."""
+        """Return the stem's token at index `at`, alone."""
         ids_BS = ids_BS[:, :-1]
         text = model.tokens(self._text, {"ids": ids_BS, "valid": jnp.ones_like(ids_BS, bool)})
         token = text.take(jnp.full((ids_BS.shape[0], 1), at))
@@ -292,7 +292,7 @@ class Coca(Contrastive, Writes, Shows):
         return (self.modalities[0], "its text", "the text it writes")
 
     def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        """The pictures, if it is of such, and beside each text the one that the model writes."""
+        """Return the pictures, if it is of such, and beside each text the one that the model writes."""
         texts = self.write(model, batch, key)
         shown, reference, written = self.shows()
         panels = {reference: texts["wanted"], written: texts["written"]}
@@ -306,7 +306,7 @@ def begun(ids_BS: jax.Array, begin: int) -> jax.Array:
 
 
 def _closed(text: Stream, close_D: jax.Array) -> Stream:
-    """A text's stream with a token at its end, which is always there; causal."""
+    """Return a text's stream with a token at its end, which is always there; causal."""
     rows, length, width = text.x_BSD.shape
     close = jnp.broadcast_to(close_D.astype(text.x_BSD.dtype), (rows, 1, width))
     return Stream(

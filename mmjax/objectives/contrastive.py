@@ -179,13 +179,13 @@ class Contrastive(Coupled, Embeds):
 
 
 def concepts(batch: Batch, field: str) -> jax.Array:
-    """The integer by which rows are positives of each other, `[B]`; without a field each row has its own."""
+    """Return the integer by which rows are positives of each other, `[B]`; without a field each row has its own."""
     result: jax.Array = batch["fields"][field] if field else jnp.arange(batch["valid"].shape[0])
     return result
 
 
 def unit(x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """`x / sqrt(|x|^2 + eps^2)`: unit vectors, with a gradient at zero."""
+    """Return `x / sqrt(|x|^2 + eps^2)`: unit vectors, with a gradient at zero."""
     return x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + eps**2)
 
 
@@ -273,7 +273,7 @@ def _of_equal(anchors: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _parts(arrays: tuple[jax.Array, ...], chunk: int) -> tuple[jax.Array, ...]:
-    """Rows as `[B / chunk, chunk, ...]`."""
+    """Return rows as `[B / chunk, chunk, ...]`."""
     rows = arrays[0].shape[0]
     if rows % chunk:
         raise UserError(
@@ -327,7 +327,7 @@ def _cross_entropy(
     valid_B: jax.Array,
     axis: int = 1,
 ) -> jax.Array:
-    """Sum over valid anchors R of the cross-entropy to the uniform distribution over their positives.
+    """Sum over valid anchors R the cross-entropy to the uniform distribution over their positives.
 
     Args:
       axis: of the candidates B; with 0 the arrays are `[B, R]`.

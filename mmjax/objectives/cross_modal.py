@@ -96,7 +96,7 @@ class CrossModal(Coupled, Embeds):
             raise UserError("cross_modal: every pair has the weight 0.")
 
     def _pairs(self) -> dict[Pair, float]:
-        """The pairs that count, and their parts of the mean."""
+        """Return the pairs that count, and their parts of the mean."""
         weights = {p: self.weights.get(" ".join(p), 1.0) for p in combinations(self.modalities, 2)}
         total = sum(weights.values())
         return {pair: weight / total for pair, weight in weights.items() if weight}
@@ -105,7 +105,7 @@ class CrossModal(Coupled, Embeds):
         return [two if one == modality else one for one, two in self._pairs() if modality in (one, two)]  # fmt: skip
 
     def _spaces(self) -> dict[tuple[str, str], str]:
-        """The head's part for each ordered pair."""
+        """Return the head's part for each ordered pair."""
         ordered = [(m, other) for m in self.modalities for other in self._partners(m)]
         return {(m, o): f"{m}_to_{o}" if self.space == "disjoint" else m for m, o in ordered}
 
@@ -152,7 +152,7 @@ class CrossModal(Coupled, Embeds):
         return unit(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
     def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
-        """Of each ordered pair the vectors `[B, N, E]`."""
+        """Return the vectors `[B, N, E]` of each ordered pair."""
         rows: dict[str, jax.Array] = {}
         auxes, size = [], batch["valid"].shape[0]
         for index, modality in enumerate(self.modalities):
@@ -196,7 +196,7 @@ def _temperature(pair: Pair) -> str:
 def bag_logits(
     a_BNE: jax.Array, b_BME: jax.Array, present_BN: jax.Array, present_BM: jax.Array
 ) -> jax.Array:
-    """`l_ij = logsumexp over n, m of <a_in, b_jm>` over the instances that are present, `[B, B]`.
+    """Return `l_ij = logsumexp over n, m of <a_in, b_jm>` over the instances that are present, `[B, B]`.
 
     Very small, and without a gradient, where one of the two has none.
     """

@@ -92,7 +92,7 @@ class Fusion(Classification):
     def outputs(
         self, model: Model, inputs: Mapping[str, Any], key: jax.Array | None
     ) -> tuple[dict[str, jax.Array], Aux]:
-        """Logits `[B, C]` of each modality in `inputs`, and of the fusion tokens where these are read."""
+        """Return logits `[B, C]` of each modality in `inputs`, and of the fusion tokens where these are read."""
         fused = model.heads[self.head].fused
         streams = [model.tokens(name, inputs[name]) for name in self.modalities if name in inputs]
         first = streams[0].x_BSD
@@ -110,7 +110,7 @@ class Fusion(Classification):
         return {name: classifiers[name](x).astype(wide) for name, x in read.items()}, aux
 
     def predict(self, model: Model, inputs: Mapping[str, Mapping[str, jax.Array]]) -> jax.Array:
-        """Of one modality, its own output's; of several, the fusion output's or the mean of theirs."""
+        """Return the output of one modality; of several, that of the fusion tokens or the mean of theirs."""
         logits, _ = self.outputs(model, inputs, None)
         if self.readout == "mean":
             return mean(logits)
@@ -133,5 +133,5 @@ class Fusion(Classification):
 
 
 def mean(logits: Mapping[str, jax.Array]) -> jax.Array:
-    """The mean over outputs."""
+    """Return the mean over outputs."""
     return jnp.stack(list(logits.values())).mean(axis=0)

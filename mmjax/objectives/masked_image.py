@@ -46,7 +46,7 @@ class Decoder(nnx.Module):
         coordinates: Mapping[str, jax.Array],
         key: jax.Array,
     ) -> Any:
-        """Predictions `[B, S, patch_values]` in image order.
+        """Return predictions `[B, S, patch_values]` in image order.
 
         `index_BS` is a permutation of the patches whose first entries are those of `seen`.
         """
@@ -105,7 +105,7 @@ class MaskedImage(Objective, Shows):
         }
 
     def _predict(self, model: Model, batch: Batch, key: jax.Array) -> Any:
-        """Predictions `[B, S, P]`, which patches `[B, S]` are hidden, and the `Aux` of trunk and decoder."""
+        """Return predictions `[B, S, P]`, which patches `[B, S]` are hidden, and the `Aux` of trunk and decoder."""
         stream = model.tokens(self.modality, batch["inputs"][self.modality])
         key_encode, key_decode = jax.random.split(key)
         tokens = stream.x_BSD.shape[1]
@@ -138,7 +138,7 @@ class MaskedImage(Objective, Shows):
         )
 
     def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        """Pictures uint8 `[B, H, W, 3]` whose hidden patches are filled in each of the ways of `shows`.
+        """Return pictures uint8 `[B, H, W, 3]` whose hidden patches are filled in each of the ways of `shows`.
 
         A prediction has neither mean nor contrast (see `normalised_patches`). Both are borrowed from the
         picture, and beside the prediction stands what these means alone give.
@@ -157,7 +157,7 @@ class MaskedImage(Objective, Shows):
 
 
 def visible(tokens: int, ratio: float) -> int:
-    """Number of patches that stay: at least one stays and one is hidden."""
+    """Return the number of patches that stay: at least one stays and one is hidden."""
     if not 0 < ratio < 1 or tokens < 2:
         raise UserError(
             f"masked_image needs 0 < ratio < 1 and two patches; ratio {ratio}, patches {tokens}."
@@ -168,7 +168,7 @@ def visible(tokens: int, ratio: float) -> int:
 def normalised_patches(
     pixels_BHWC: jax.Array, patch: int, dtype: Any, eps: float = 1e-6
 ) -> jax.Array:
-    """Targets: each patch's values in [0, 1] less their mean, over `sqrt(variance + eps)`; `[B, S, P]`."""
+    """Return the targets: each patch's values in [0, 1] less their mean, over `sqrt(variance + eps)`; `[B, S, P]`."""
     dtype = jnp.promote_types(dtype, jnp.float32)
     x_BSP = patchify(pixels_BHWC.astype(dtype) / 255, patch)
     mean_BS1, variance_BS1 = moments(x_BSP, eps)
@@ -176,7 +176,7 @@ def normalised_patches(
 
 
 def moments(x_BSP: jax.Array, eps: float = 1e-6) -> tuple[jax.Array, jax.Array]:
-    """Each patch's mean, and its variance + eps; `[B, S, 1]`."""
+    """Return each patch's mean, and its variance + eps; `[B, S, 1]`."""
     mean_BS1 = x_BSP.mean(axis=-1, keepdims=True)
     return mean_BS1, jnp.square(x_BSP - mean_BS1).mean(axis=-1, keepdims=True) + eps
 
@@ -184,6 +184,6 @@ def moments(x_BSP: jax.Array, eps: float = 1e-6) -> tuple[jax.Array, jax.Array]:
 def masked_error(
     predicted_BSP: jax.Array, target_BSP: jax.Array, hidden_BS: jax.Array
 ) -> jax.Array:
-    """Squared error, mean over a patch's values, then over the hidden patches of valid rows."""
+    """Return the squared error, mean over a patch's values, then over the hidden patches of valid rows."""
     error_BS = jnp.square(predicted_BSP.astype(target_BSP.dtype) - target_BSP).mean(axis=-1)
     return jnp.where(hidden_BS, error_BS, 0).sum() / jnp.maximum(hidden_BS.sum(), 1)

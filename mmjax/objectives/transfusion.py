@@ -47,7 +47,7 @@ _ALL = 2**31 - 1  # slots: as many as there can be tokens
 
 @struct.dataclass
 class Draws:
-    """What is random of each row: times `[B]` and noise `[B, S, P]` by modality, and two choices `[B]`.
+    """Random draws of each row: times `[B]` and noise `[B, S, P]` by modality, and two choices `[B]`.
 
     Attributes:
       keep_B: whether it sees the discrete span that comes first.
@@ -62,7 +62,7 @@ class Draws:
 
 @struct.dataclass
 class Outputs:
-    """What a pass says of the spans, by modality.
+    """The predictions of one pass for the spans, by modality.
 
     Attributes:
       logits: of each token of a discrete span, `[B, L, V]`; of the slots that spans share, from the second on,
@@ -196,14 +196,14 @@ class Transfusion(Coupled, Writes, Composes, Shows):
 
     @property
     def compact(self) -> bool:
-        """Whether positions count the tokens that exist; else they count slots."""
+        """True if positions count the tokens that exist; otherwise they count slots."""
         return bool(self.reverse_prob or self.capacity)
 
     def reads(self) -> tuple[str, ...]:
         return self.modalities
 
     def for_evaluation(self) -> Objective:
-        """Slots for all of each text; items that do not see each other are then a sequence each."""
+        """Give slots to all of each text; items that do not see each other are then a sequence each."""
         pack = self.pack if self.attend_across_items or not self.capacity else 1
         return replace(self, capacity=dict.fromkeys(self.capacity, _ALL), window=0, pack=pack)
 
@@ -267,14 +267,14 @@ class Transfusion(Coupled, Writes, Composes, Shows):
     # --- the spans -----------------------------------------------------------------------------
 
     def written(self, model: Model, name: str, arrays: Any, keep_B: jax.Array) -> Stream:
-        """A discrete span: the token of its beginning, and its tokens, which rows that are not kept lack."""
+        """Return a discrete span: the token of its beginning, and its tokens, which rows that are not kept lack."""
         begun: Stream = model.heads[self.head].adapter.begun(
             name, model.tokens(name, arrays), keep_B
         )
         return begun
 
     def shared(self, model: Model, name: str, arrays: Any, region: Region) -> Stream:
-        """The discrete spans of sequences that share slots, each after the token of its beginning: `[R, T, D]`."""
+        """Return the discrete spans that share slots, each after the token of its beginning: `[R, T, D]`."""
         laid = {
             "ids": region.pick(arrays["ids"]),
             "valid": region.valid_RT,
@@ -287,7 +287,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
     def noisy(
         self, model: Model, name: str, arrays: Any, x_t: jax.Array, t_B: jax.Array
     ) -> tuple[Stream, Any]:
-        """A continuous span of values `x_t` `[B, S, P]`, and what its way back needs; shapes are those of `arrays`."""
+        """Return a continuous span of values `x_t` `[B, S, P]`, shaped as `arrays`, and what decoding it needs."""
         adapter = model.heads[self.head].adapter
         stream = model.tokens(name, arrays, x_t)
         time_BD = adapter.times(name, t_B)
@@ -300,12 +300,12 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         return replace(stream, x_BSD=x_BSD), (features, time_BD.astype(x_BSD.dtype))
 
     def logits(self, model: Model, name: str, x_BSD: jax.Array) -> jax.Array:
-        """What the trunk's outputs of a discrete span say of its next tokens, `[B, S, V]`."""
+        """Return the logits of the next tokens from the trunk's outputs of a discrete span, `[B, S, V]`."""
         logits_BSV: jax.Array = model.heads[self.head].adapter.logits[name](x_BSD)
         return logits_BSV
 
     def predicted(self, model: Model, name: str, x_BSD: jax.Array, context: Any) -> jax.Array:
-        """What the trunk's outputs of a continuous span say of its noise, `[B, S, P]`."""
+        """Return the diffusion target predicted from the trunk's outputs of a continuous span, `[B, S, P]`."""
         adapter, (features, time_BD) = model.heads[self.head].adapter, context
         values: jax.Array = adapter.values[name](x_BSD)
         if features is None:
@@ -314,7 +314,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         return values + patchify(pictures, patch_side(values))
 
     def mask(self) -> Mask:
-        """Causal, or of the same continuous span; within an item unless `attend_across_items`."""
+        """Return the mask: causal, or of the same continuous span; within an item unless `attend_across_items`."""
         within = Same("item") if self.pack > 1 else FULL
         # Where all items are read in the order in which they lie, a mask that is known before the program runs.
         lies_in_order = self.capacity and not (self.reverse_prob or self.attend_across_items)
@@ -336,7 +336,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         key: jax.Array,
         exists_B: jax.Array | None = None,
     ) -> Outputs:
-        """One pass: all spans of noised values `x_t`; rows that do not exist take no shared slots."""
+        """Run one pass: all spans of noised values `x_t`; rows that do not exist take no shared slots."""
         streams, contexts, regions = dict[str, Stream](), {}, dict[str, Region]()
         for name in self.modalities:
             if name not in self.discrete:
@@ -378,7 +378,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         swapped_B: jax.Array,
         key: jax.Array,
     ) -> tuple[dict[str, jax.Array], Aux]:
-        """The trunk's outputs of sequences whose texts share slots, by modality, see `lift`."""
+        """Return the trunk's outputs of sequences whose texts share slots, by modality, see `lift`."""
         stream = lay(streams, regions, self.pack, swapped_B)
         stream, aux = model.encode([stream], key, self.mask())
         return lift(stream.x_BSD, streams, regions, self.pack), aux
@@ -394,7 +394,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         return unpack(stream.x_BSD, self.pack), aux
 
     def _kept(self, name: str, keep_B: jax.Array, swapped_B: jax.Array) -> jax.Array:
-        """Rows that have this discrete span: all but those that are to lose the one which comes first."""
+        """Return the rows that have this discrete span: all but those that are to lose the one which comes first."""
         index, last = self.modalities.index(name), len(self.modalities) - 1
         if not last:
             return jnp.ones_like(keep_B)
@@ -403,7 +403,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
     # --- the loss ------------------------------------------------------------------------------
 
     def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
-        """Of each row and modality: the summed loss, and how much it is a sum of."""
+        """Return, per row and modality: the summed loss, and how much it is a sum of."""
         inputs, diffusion = batch["inputs"], Diffusion(self.prediction)
         leaf = jax.tree.leaves(nnx.state(model.heads[self.head].adapter))[0]
         dtype = jnp.promote_types(leaf.dtype, jnp.float32)
@@ -428,7 +428,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
     def _discrete(
         self, name: str, arrays: Any, kept_B: jax.Array, out: Outputs, dtype: Any
     ) -> dict[str, jax.Array]:
-        """The summed losses of each row's tokens of a discrete modality, their number, and how many were cut."""
+        """Return the summed losses of each row's tokens of a discrete modality, their number, and how many were cut."""
         ids, scored, region = arrays["ids"], arrays["valid"] & kept_B[:, None], None
         if name in out.regions:
             region = out.regions[name]
@@ -448,7 +448,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         return result
 
     def draw(self, keys_B: jax.Array, x: Mapping[str, jax.Array]) -> Draws:
-        """Of each row by its own key, for clean values `x`."""
+        """Draw each row by its own key, for clean values `x`."""
         dtype = jax.tree.leaves(dict(x))[0].dtype if x else jnp.float32
 
         def of_row(key: jax.Array) -> Any:
@@ -469,7 +469,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         return Draws(times, noise, keep_B, swapped_B)
 
     def _choices(self, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`keep_B` and `swapped_B` of `Draws`."""
+        """Return `keep_B` and `swapped_B` of `Draws`."""
 
         def of_row(key: jax.Array) -> tuple[jax.Array, jax.Array]:
             _, _, sees, swap = jax.random.split(key, 4)
@@ -513,7 +513,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
     # --- what it writes and draws --------------------------------------------------------------
 
     def writes(self) -> tuple[str, ...]:
-        """The first of `discrete`, of the modality beside it, where it may come after it."""
+        """Return the first of `discrete`, of the modality beside it, where it may come after it."""
         if len(self.modalities) != 2 or not self.discrete:
             return ()
         text = self.discrete[0]
@@ -546,7 +546,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         return self.modalities
 
     def beside(self, modalities: Sequence[str]) -> tuple[str, ...]:
-        """Spans that see each other were all there in training: those that are not given are pure noise."""
+        """Return the spans that are generated beside this one: those that are not given are pure noise."""
         mutual = self.continuous if self.bidirectional_spans else ()
         return tuple(m for m in mutual if m not in modalities) if {*mutual} & {*modalities} else ()
 
@@ -562,7 +562,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         return f"the {first}'s {last}", f"drawn from the {first}"
 
     def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        """Pictures of the data, and what the model draws from their texts; nothing if they are no pictures."""
+        """Return the data's pictures, and those drawn from their texts; nothing if the modality is no picture."""
         drawn_name, keys_B = self.modalities[-1], row_keys(batch, key)
         last = Span(drawn_name, batch["inputs"][drawn_name])
         originals = span_values(model, last)
@@ -574,7 +574,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
 
 
 def _mean(x_BS: jax.Array, there_BS: jax.Array) -> dict[str, jax.Array]:
-    """Of each row the mean over the tokens that it has: one term."""
+    """Return each row's mean over the tokens that it has: one term."""
     count_B = jnp.maximum(there_BS.sum(axis=1), 1)
     mean_B = jnp.where(there_BS, x_BS, 0).sum(axis=1) / count_B
     return {"sum": mean_B, "count": jnp.ones_like(mean_B)}
@@ -586,7 +586,7 @@ def _vocabulary(given: Input) -> int:
 
 
 def _size(given: Input, width: int) -> int:
-    """How many numbers a token of a continuous modality is made of.
+    """Return the number of values in a token of a continuous modality.
 
     Raises:
       UserError: a modality whose stem does not say what its tokens are made of.

@@ -51,7 +51,7 @@ class Optimizer:
         views: Mapping[str, UpdateScope],
         common: frozenset[str] | None = None,
     ):
-        """An optimizer of the parameters in `specs`.
+        """Make an optimizer of the parameters in `specs`.
 
         Args:
           length: of the run for a task, in `config.unit`.
@@ -68,11 +68,11 @@ class Optimizer:
         self._common = shared_parameters(views) if common is None else common
 
     def init(self, parameters: Arrays) -> dict[str, LeafState]:
-        """The state that tasks have in common, of every leaf that has such. Meant to be jitted."""
+        """Return the state that tasks have in common, of every leaf that has such. Meant to be jitted."""
         return {n: self._init_leaf(n, p) for n, p in parameters.items() if n in self._common}
 
     def init_own(self, parameters: Arrays) -> dict[str, LeafState]:
-        """The tasks' own state, by `task_state_name`. Meant to be jitted."""
+        """Return the tasks' own state, by `task_state_name`. Meant to be jitted."""
         return {
             task_state_name(task, n): self._init_leaf(n, parameters[n])
             for task, view in self.views.items()
@@ -86,7 +86,7 @@ class Optimizer:
         return self._common if self.config.accumulate > 1 else frozenset()
 
     def axes(self, name: str) -> dict[str, Axes]:
-        """Logical axes of the state of a leaf, by field."""
+        """Return the logical axes of the state of a leaf, by field."""
         layers: Axes = ("layers",) if self.specs[name].stack else ()
         return {field: layers + axes for field, axes in self._leaves[name].fields.items()}
 
@@ -114,7 +114,7 @@ class Optimizer:
     def update(
         self, grads: Arrays, state: Mapping[str, LeafState], parameters: Arrays, rate: jax.Array
     ) -> Updated:
-        """One update of the parameters that have a gradient; all else stays as it is, its state too.
+        """Update the parameters that have a gradient; all else stays as it is, its state too.
 
         Clip over all of them, then the transform and decoupled weight decay leaf by leaf, in float32 or wider. A
         bfloat16 parameter is rounded after its step: what is below half of its last place (1/512 of its value) is

@@ -1,4 +1,4 @@
-"""Which parameters the gradient of a loss reaches, read from the trace and from no mask by hand."""
+"""The parameters that the gradient of a loss reaches, read from the trace; no mask is written by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CUSTOM = frozenset({"custom_lin", "linear_call"})
 
 @dataclass(frozen=True)
 class Reach:
-    """What the gradient of a loss reaches.
+    """The parameters that the gradient of a loss reaches.
 
     Attributes:
       names: the reached parameters.
@@ -60,7 +60,7 @@ def reach(
 def reached(
     loss_fn: Callable[..., Any], params: Mapping[str, Any], *args: Any, has_aux: bool = False
 ) -> frozenset[str]:
-    """The names in `reach(loss_fn, params, *args)`, the conservative ones among them."""
+    """Return the names in `reach(loss_fn, params, *args)`, the conservative ones among them."""
     return reach(loss_fn, params, *args, has_aux=has_aux).names
 
 

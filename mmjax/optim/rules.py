@@ -16,7 +16,7 @@ from mmjax.core.parameters import Spec
 
 @dataclass(frozen=True)
 class RuleConfig:
-    """What holds for the parameters that a pattern names; of several rules the later says more.
+    """Settings for the parameters that match a pattern; a later rule overrides an earlier one.
 
     Attributes:
       match: a regular expression of whole canonical names, as `mmjax show` and errors give them:
@@ -37,7 +37,7 @@ class RuleConfig:
 
 @dataclass(frozen=True)
 class Ruled:
-    """What the rules make of one parameter; a stacked one has a number for each of its layers.
+    """The settings that the rules give one parameter; a stacked one has a number for each of its layers.
 
     Attributes:
       scale: factor of the learning rate, float64 `[]` or `[layers]`.
@@ -51,7 +51,7 @@ class Ruled:
 
 
 def apply_rules(rules: Sequence[RuleConfig], specs: Mapping[str, Spec]) -> dict[str, Ruled]:
-    """What holds for each parameter.
+    """Return the settings of each parameter.
 
     Raises:
       UserError: a pattern that is no regular expression or matches nothing; a group frozen in part.
@@ -79,12 +79,12 @@ def apply_rules(rules: Sequence[RuleConfig], specs: Mapping[str, Spec]) -> dict[
 
 
 def trained(rules: Sequence[RuleConfig], specs: Mapping[str, Spec]) -> frozenset[str]:
-    """The parameters that no rule freezes."""
+    """Return the parameters that no rule freezes."""
     return frozenset(n for n, rule in apply_rules(rules, specs).items() if not rule.frozen)
 
 
 def matches(pattern: str, names: Iterable[str], where: str) -> frozenset[str]:
-    """The names that a pattern matches whole; an error if it matches none."""
+    """Return the names that a pattern matches whole; an error if it matches none."""
     names = list(names)
     try:
         result = frozenset(n for n in names if re.fullmatch(pattern, n))

@@ -40,7 +40,7 @@ class LeafTransform:
     moments: str = ""
 
     def init(self, parameter: jax.Array) -> LeafState:
-        """The state at step 0."""
+        """Return the state at step 0."""
         return self._kept(self.transform.init(self._shaped(parameter)), parameter.dtype)
 
     def update(
@@ -73,7 +73,7 @@ def layer_shape(spec: Spec) -> tuple[tuple[int, ...], Axes]:
 
 
 def as_matrix(spec: Spec) -> tuple[tuple[int, ...], Axes]:
-    """Shape and logical axes of a parameter (of one layer, where stacked) with heads joined to their size.
+    """Return shape and logical axes of a parameter (of one layer, if stacked) with heads joined to their size.
 
     Attention's `[D, heads, K]` is the matrix `[D, heads * K]`, its `[heads, K, D]` is
     `[heads * K, D]`; what stands before the last two axes (experts) are matrices side by side.
@@ -92,5 +92,5 @@ def as_matrix(spec: Spec) -> tuple[tuple[int, ...], Axes]:
 
 
 def _field(path: tuple[Any, ...]) -> str:
-    """The name of a leaf of an Optax state: the last attribute on the way to it."""
+    """Return the name of a leaf of an Optax state: the last attribute on the way to it."""
     return next(key.name for key in reversed(path) if hasattr(key, "name"))

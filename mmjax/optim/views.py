@@ -1,4 +1,4 @@
-"""How a task's steps see the optimizer: which parameters they move, and with whose moments.
+"""Views of the optimizer, one for each task: which parameters they move, and with whose moments.
 
 One step of Adam moves a parameter along its moments, whatever the gradient. So with one optimizer for
 all tasks (`shared`, the published way of alternating gradient descent) a parameter that only one
@@ -35,14 +35,14 @@ class UpdateScope:
 
 
 def check_kind(kind: str, where: str) -> str:
-    """`kind`; an error that names the config key `where` if there is no such view."""
+    """Return `kind`; raise an error that names the config key `where` if there is no such view."""
     if kind not in KINDS:
         raise UserError(f"{where}: no '{kind}'.{nearest(kind, KINDS)}")
     return kind
 
 
 def make_update_scope(kind: str, trained: frozenset[str], reach: Reach | None) -> UpdateScope:
-    """The view of a task.
+    """Return the view of a task.
 
     Args:
       kind: one of `KINDS`.
@@ -55,17 +55,17 @@ def make_update_scope(kind: str, trained: frozenset[str], reach: Reach | None) -
 
 
 def shared_parameters(views: Mapping[str, UpdateScope]) -> frozenset[str]:
-    """The parameters with optimizer state that tasks have in common."""
+    """Return the parameters with optimizer state that tasks have in common."""
     moved = (view.trains for view in views.values() if view.kind != OWN_MOMENTS)
     return frozenset().union(*moved)
 
 
 def task_state_name(task: str, parameter: str) -> str:
-    """The name of a task's own optimizer state of a parameter."""
+    """Return the name of a task's own optimizer state of a parameter."""
     return f"{task}:{parameter}"
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(task, parameter) of `task_state_name`."""
+    """Return (task, parameter) of `task_state_name`."""
     task, _, parameter = name.partition(":")
     return task, parameter

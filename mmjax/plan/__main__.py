@@ -44,7 +44,7 @@ def plan(
     extra: Sequence[str] = (),
     cache: str | None = None,
 ) -> dict[str, Any]:
-    """The plan of a config for a topology, as plain data.
+    """Return the plan of a config for a topology, as plain data.
 
     Args:
       block: the config as plain data.
@@ -67,7 +67,7 @@ def plan(
 
 
 def program_names(experiment: Experiment, task: str = "") -> list[str]:
-    """All programs of a config: training, then passes of evaluation by `program_key`; or those of one task."""
+    """Return the names of a config's or task's programs: training, then evaluation passes by `program_key`."""
     if task and task not in experiment.tasks:
         raise UserError(f"--task={task}: no such task.{nearest(task, experiment.tasks)}")
     keys = dict.fromkeys(program_key(t, each) for t, each in experiment.passes())

@@ -1,4 +1,4 @@
-"""Which rematerialisation and micro-batches make every task fit, and are fastest by the estimate."""
+"""Search for the rematerialisation and micro-batches that make every task fit at the lowest estimated time."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def advise(block: Block, task: str, plan: Plan) -> dict[str, Any]:
 
 
 def _climb(block: Block, task: str, remat: str, plan: Plan) -> Iterable[dict[str, Any]]:
-    """The task's programs with more and more micro-batches, until one fits."""
+    """Yield the task's programs with more and more micro-batches, until one fits."""
     batch, start = block["tasks"][task]["batch"], block["tasks"][task].get("microbatches", 1)
     for parts in _parts(batch, start):
         try:
@@ -74,7 +74,7 @@ def _climb(block: Block, task: str, remat: str, plan: Plan) -> Iterable[dict[str
 
 
 def _training(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """What a task's training needs, whether it fits and how long a step takes: of its largest program."""
+    """Return the needs of a task's training, whether it fits and how long a step takes: of its largest program."""
     programs = [p for p in plan["programs"] if p["kind"] == "train"]
     needed = [p["bytes"]["needed"] for p in programs if "bytes" in p]
     seconds = [p["estimate"]["seconds"] for p in programs if "estimate" in p]
@@ -92,7 +92,7 @@ def _parts(batch: int, start: int) -> list[int]:
 
 
 def changed(block: Block, task: str, remat: str, microbatches: int) -> Block:
-    """A copy of the config with these choices."""
+    """Return a copy of the config with these choices."""
     result = copy.deepcopy(block)
     tower_of(result)[1]["remat"] = remat
     result["tasks"][task]["microbatches"] = microbatches
@@ -102,14 +102,14 @@ def changed(block: Block, task: str, remat: str, microbatches: int) -> Block:
 def _price(
     tried: Sequence[Mapping[str, Any]], remat: str, tasks: Sequence[str], visits: Mapping[str, int]
 ) -> tuple[int, float]:
-    """How many tasks do not fit, and the seconds of the others' visits."""
+    """Return how many tasks do not fit, and the seconds of the others' visits."""
     fitting = [each for each in tried if each["remat"] == remat and each["fits"]]
     seconds = sum(each["seconds"] * max(1, visits.get(each["task"], 0)) for each in fitting)
     return len(tasks) - len(fitting), seconds
 
 
 def _overrides(block: Block, remat: str, chosen: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
-    """The keys that differ from the config."""
+    """Yield the keys that differ from the config."""
     where, tower = tower_of(block)
     if tower.get("remat", "none") != remat:
         yield f"{where}.remat={remat}"

@@ -48,7 +48,7 @@ _FAST = {"exec_time_optimization_effort": -1.0}
 
 @dataclass(frozen=True)
 class Specification:
-    """What to compile.
+    """The program to compile.
 
     Attributes:
       block: the config.
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def _writer() -> Callable[[Mapping[str, Any]], None]:
-    """Writes lines to what is now standard output; whatever else writes there goes to standard error."""
+    """Return a writer of lines to what is now standard output; whatever else writes there goes to standard error."""
     stream = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -131,7 +131,7 @@ class Cases:
         return result
 
     def facts(self) -> dict[str, Any]:
-        """What holds for all programs."""
+        """Return the facts that hold for all programs."""
         return {
             "device": self._devices[0].device_kind,
             "mesh": {axis: int(self._mesh.shape[axis]) for axis in AXES},
@@ -142,7 +142,7 @@ class Cases:
         }
 
     def report(self, name: str) -> dict[str, Any]:
-        """What the plan needs to know of a program."""
+        """Return the plan's facts on a program."""
         request = self._requests[name]
         jitted = jax.jit(
             request.function, donate_argnums=request.donate, out_shardings=request.out_shardings
@@ -162,7 +162,7 @@ class Cases:
         }
 
     def _beside(self, request: Request) -> int:
-        """Bytes that lie on a device while the program runs without being its arguments.
+        """Return the bytes that lie on a device while the program runs without being its arguments.
 
         In training the next batch; in evaluation what is no parameter of the state.
         """
@@ -253,7 +253,7 @@ def _refused(words: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides how a program is compiled."""
+    """Return the versions that decide how a program is compiled."""
     result = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
     for package in ("libtpu", "jax-cuda12-pjrt"):
         with suppress(metadata.PackageNotFoundError):

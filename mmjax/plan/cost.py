@@ -1,4 +1,4 @@
-"""What a compiled program does on one device: FLOPs, bytes of main memory, bytes over the wires.
+"""Cost of a compiled program on one device: FLOPs, bytes of main memory, bytes over the wires.
 
 Unlike XLA's own count, loops count as often as they run. All of it is read from the compiled text:
 
@@ -48,7 +48,7 @@ _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 
 @dataclass
 class Cost:
-    """What one call of a program costs one device.
+    """The cost of one call of a program on one device.
 
     Attributes:
       products: FLOPs by the name of the JAX operation that they come from.
@@ -69,7 +69,7 @@ class Cost:
         return self.products.total()
 
     def sent(self, wire: str) -> float:
-        """Bytes that the device sends over one kind of wire."""
+        """Return the bytes that the device sends over one kind of wire."""
         return sum(n for (w, _, _), n in self.wires.items() if w == wire)
 
     def add(self, other: Cost) -> None:
@@ -98,7 +98,7 @@ class _Reader:
         self._seconds = seconds
 
     def computation(self, where: Computation, times: int) -> None:
-        """Everything that runs when a computation outside of fusions runs `times` times."""
+        """Add everything that runs when a computation outside of fusions runs `times` times."""
         for each in where:
             if each.opcode == "while":
                 self._loop(each, where, times)
@@ -118,7 +118,7 @@ class _Reader:
         self.computation(body, times * (1 if trips is None else trips))
 
     def _conditional(self, each: Instruction, times: int) -> None:
-        """The branch that takes longest."""
+        """Add the branch that takes longest."""
         costs = []
         for name in each.branches:
             reader = _Reader(self.module, self.layout, self._seconds)
@@ -143,7 +143,7 @@ class _Reader:
     def _within(
         self, each: Instruction, where: Computation
     ) -> Iterator[tuple[Instruction, Computation]]:
-        """An instruction, and those in the fusions that it is."""
+        """Yield an instruction, and those in the fusions that it is."""
         yield each, where
         for name in each.called:
             inner = self.module.computations[name]
@@ -160,7 +160,7 @@ class _Reader:
     # --- main memory ---------------------------------------------------------------------------
 
     def _moved(self, each: Instruction, where: Computation) -> int:
-        """Bytes that an instruction reads from main memory and writes there."""
+        """Return the bytes that an instruction reads from main memory and writes there."""
         inner = self.module.computations[each.called[0]] if each.opcode == "fusion" else None
         if inner is None:
             read = [where.instructions.get(name) for name in each.operands]
@@ -177,7 +177,7 @@ class _Reader:
         return total
 
     def _written(self, each: Instruction, inner: Computation) -> int:
-        """Bytes of a fusion's results; of one that is an update in place, the update."""
+        """Return the bytes of a fusion's results; of one that is an update in place, the update."""
         root = inner.root
         if root.opcode == "dynamic-update-slice":
             update = inner.instructions[root.operands[1]]
@@ -206,7 +206,7 @@ class _Reader:
         self.found.wires[wire, kind, self.layout.along(groups)] += sent * times
 
     def _megascale(self, each: Instruction, where: Computation, times: int) -> None:
-        """A transfer between slices, which the runtime does from the host."""
+        """Add a transfer between slices, which the runtime does from the host."""
         transfer = _TRANSFER.search(each.attributes)
         if not transfer:
             return
@@ -224,12 +224,12 @@ class _Reader:
 
 
 def _main(arrays: Sequence[Array]) -> int:
-    """Bytes of the arrays that lie in main memory."""
+    """Return the bytes of the arrays that lie in main memory."""
     return sum(a.bytes for a in arrays if a.space == 0)
 
 
 def _used(parameter: Instruction, inner: Computation) -> int:
-    """Bytes of a fusion's operand that it reads: the slices, if all it does is take slices of it."""
+    """Return the bytes of a fusion's operand that it reads: the slices, if all it does is take slices of it."""
     users = inner.users.get(parameter.name, ())
     total = 0
     for each in users:
@@ -243,7 +243,7 @@ def _used(parameter: Instruction, inner: Computation) -> int:
 
 
 def _payload(each: Instruction, where: Computation, kind: str) -> int:
-    """Bytes of a collective's larger side: what all-gather makes, what the others are given."""
+    """Return the bytes of a collective's larger side: what all-gather makes, what the others are given."""
     operands = sum(where.instructions[n].bytes for n in each.operands if n in where.instructions)
     if kind == "all-gather":
         # The start of an asynchronous one has its operands among its results.
@@ -252,13 +252,13 @@ def _payload(each: Instruction, where: Computation, kind: str) -> int:
 
 
 def _product_of_kernel(each: Instruction) -> int:
-    """FLOPs that a custom kernel states of itself; 0 if it states none."""
+    """Return the FLOPs that a custom kernel states of itself; 0 if it states none."""
     match = _STATED.search(each.attributes) if each.opcode == "custom-call" else None
     return int(match[1]) if match else 0
 
 
 def _product(each: Instruction, where: Computation) -> int:
-    """FLOPs of a dot product or convolution; 0 for all else."""
+    """Return the FLOPs of a dot product or convolution; 0 for all else."""
     is_blas = each.attribute("custom_call_target").startswith(_BLAS)
     if each.opcode not in ("dot", "convolution") and not is_blas:
         return 0
@@ -273,7 +273,7 @@ def _product(each: Instruction, where: Computation) -> int:
 
 
 def _pairs(each: Instruction, lhs: Array, rhs: Array, out: Array) -> int:
-    """The multiplications of a convolution: those with padding and with holes do not count."""
+    """Return the multiplications of a convolution: those with padding and with holes do not count."""
     labels = _LABELS.search(each.attributes)
     if labels is None:
         raise ValueError(f"a convolution without dim_labels: {each.name}")
@@ -296,7 +296,7 @@ def _pairs(each: Instruction, lhs: Array, rhs: Array, out: Array) -> int:
 
 
 def _window(attributes: str) -> list[tuple[int, int, int, int, int]]:
-    """(low padding, high padding, lhs dilation, stride, rhs dilation) of each dimension."""
+    """Return (low padding, high padding, lhs dilation, stride, rhs dilation) of each dimension."""
     match = _WINDOW.search(attributes)
     fields = dict(part.split("=") for part in match[1].split()) if match else {}
     count = len(fields.get("size", "").split("x")) if "size" in fields else 0

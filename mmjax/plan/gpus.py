@@ -58,7 +58,7 @@ device_description_str: "{name}"
 
 
 def target(kind: str) -> str:
-    """XLA's `GpuTargetConfig` of a kind of card, as text."""
+    """Return XLA's `GpuTargetConfig` of a kind of card, as text."""
     card = _CARDS[kind]
     return _TARGET.format(
         optin=card.shared - 1024, shared=card.shared, cores=card.multiprocessors, units=card.units,

@@ -1,4 +1,4 @@
-"""Which devices a collective joins, and along which axes of the mesh.
+"""Groups of devices that a collective joins, and the axes of the mesh that it runs along.
 
 Compiled HLO says it in three ways: `{{0,1},{2,3}}`, `[2,2]<=[4]` or `[2,2]<=[2,2]T(1,0)` (counted up
 in the one shape, transposed, and read in the other), and `mesh['a'=2,'b'=2] {'b'}` with perhaps
@@ -52,19 +52,19 @@ class Layout:
         return np.stack(np.unravel_index(np.arange(self.size), tuple(self.axes.values())))
 
     def along(self, groups: np.ndarray) -> str:
-        """The mesh axes along which the members of groups [G, N] differ: `fsdp`, `data+fsdp`, ..."""
+        """Return the mesh axes along which the members of groups [G, N] differ: `fsdp`, `data+fsdp`, ..."""
         places = self._places[:, groups]  # [axis, G, N]
         differ = (places != places[:, :, :1]).any(axis=(1, 2))
         return "+".join(a for a, d in zip(self.axes, differ, strict=True) if d) or "none"
 
     def crosses(self, groups: np.ndarray) -> bool:
-        """Whether a group has members in several slices."""
+        """Return whether a group has members in several slices."""
         slices = np.asarray(self.slices)[groups]
         return bool((slices != slices[:, :1]).any())
 
 
 def groups_of(attributes: str, size: int) -> np.ndarray:
-    """The groups [G, N] of device numbers that a collective's attributes name; of a permute, its pairs.
+    """Return the groups [G, N] of device numbers that a collective's attributes name; of a permute, its pairs.
 
     No groups, or `{}`, means all `size` devices in one.
     """
@@ -80,7 +80,7 @@ def groups_of(attributes: str, size: int) -> np.ndarray:
 
 
 def _sets(text: str) -> np.ndarray:
-    """Sets of unequal size are cut to the smallest: enough to see along which axes they lie."""
+    """Return sets of device numbers, cut to the smallest one's size: enough to see along which axes they lie."""
     rows = [_numbers(inside) for inside in _SET.findall(text)]
     least = min(map(len, rows))
     return np.asarray([row[:least] for row in rows])
@@ -103,7 +103,7 @@ def _of_mesh(axes: str, order: str | None, named: str, size: int) -> np.ndarray:
 
 
 def _counted(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)`: 0, 1, ... in the shape, transposed; flat."""
+    """Parse groups such as `[4,2]T(1,0)`: 0, 1, ... in the shape, transposed; flat."""
     shape, _, order = text.partition("T")
     ids = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
     return (ids.transpose(_numbers(order)) if order else ids).reshape(-1)

@@ -38,7 +38,7 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Without padding by a layout."""
+        """The size in bytes, without padding by a layout."""
         return math.prod(self.shape) * _BYTES.get(self.dtype, 1 if self.dtype[:2] == "f8" else 0)
 
 
@@ -87,7 +87,7 @@ class Instruction:
         return tuple(n.strip(" %") for m in matches for n in (m[1] or m[2]).split(","))
 
     def attribute(self, key: str) -> str:
-        """The value of `key=value`, where it is one word or string; empty if it is not there."""
+        """Return the value of `key=value`, where it is one word or string; empty if it is not there."""
         match = re.search(rf"\b{key}=[%\"]?([\w.\-$]+)", self.attributes)
         return match[1] if match else ""
 
@@ -130,7 +130,7 @@ class Module:
     partitions: int = 1
 
     def trips(self, loop: Instruction, within: Computation) -> int | None:
-        """How often a `while` runs; None if it cannot be told.
+        """Return the number of iterations of a `while`; None if it is unknown.
 
         As the compiler states it, or from a condition that compares a counter with a constant: one that
         begins at a constant (0 where the text does not show it) and grows by what the body adds to it (1 where
@@ -150,7 +150,7 @@ class Module:
         return max(0, -(-(last - self._first(loop, within, index)) // self._step(loop, index)))
 
     def _compare(self, condition: Computation) -> tuple[Instruction | None, list[int]]:
-        """The comparison that a condition consists of, itself or in a fusion, and the constants there."""
+        """Return the comparison that a condition consists of, itself or in a fusion, and the constants there."""
         inner = [self.computations[name] for i in condition for name in i.called]
         every = [i for c in (condition, *inner) for i in c]
         compares = [i for i in every if i.opcode == "compare"]
@@ -213,7 +213,7 @@ def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
 
 
 def arrays_of(text: str) -> tuple[Array, ...]:
-    """The arrays that a shape, or a tuple of them, names."""
+    """Return the arrays that a shape, or a tuple of them, names."""
     arrays = []
     for dtype, dims, layout in _SHAPE.findall(text):
         shape = tuple(int(n.lstrip("<=")) for n in dims.split(",") if n)
@@ -223,7 +223,7 @@ def arrays_of(text: str) -> tuple[Array, ...]:
 
 
 def _closing(text: str, start: int) -> int:
-    """The place of the parenthesis that closes the one at `start`."""
+    """Return the place of the parenthesis that closes the one at `start`."""
     depth = 0
     for match in _PARENTHESIS.finditer(text, start):
         depth += 1 if match[0] == "(" else -1

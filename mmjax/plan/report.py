@@ -25,7 +25,7 @@ OUTSIDE = "outside of the gradient (the update, first passes over micro-batches)
 def make_plan(
     experiment: Experiment, topology: Topology, reports: Reports, is_fast: bool
 ) -> dict[str, Any]:
-    """The plan of a config for a topology."""
+    """Return the plan of a config for a topology."""
     facts = reports.facts
     visits = experiment.phases.visits(experiment.planned.schedule(), 0, experiment.run.steps)
     code = sum(c["bytes"]["code"] for c in reports.cases.values() if c["status"] == "compiled")
@@ -68,7 +68,7 @@ def _program(
     experiment: Experiment,
     visits: Mapping[str, int],
 ) -> dict[str, Any]:
-    """One entry of `programs`."""
+    """Return one entry of `programs`."""
     trained = experiment.phases.programs
     task = trained[name][0].name if name in trained else name.split("/")[0]
     result: dict[str, Any] = {
@@ -101,7 +101,7 @@ def _program(
 
 
 def _needed(case: Mapping[str, Any], code: int) -> dict[str, int]:
-    """Bytes of one device.
+    """Return the bytes that one device needs, by kind.
 
     The compiler's own peak holds arguments and temporaries; what it says of temporaries alone counts
     some twice (a peak is refused exactly where it passes the chip's memory, those are not).
@@ -122,7 +122,7 @@ def _needed(case: Mapping[str, Any], code: int) -> dict[str, int]:
 
 
 def _costs(case: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """FLOPs, collectives and the estimate of a compiled program."""
+    """Return FLOPs, collectives and the estimate of a compiled program."""
     devices, chip = _size(facts["mesh"]), facts["chip"]
     compiled, model = case["flops"] * devices, case["model_flops"]
     ratio = compiled / model if model else None
@@ -155,7 +155,7 @@ def _costs(case: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
 def where_the_rest_goes(
     products: Sequence[Mapping[str, Any]], model: int, devices: int
 ) -> list[dict[str, Any]]:
-    """The products beyond the model's by what they are for, on all devices, and the largest of each.
+    """Return the products beyond the model's by what they are for, on all devices, and the largest of each.
 
     Args:
       products: name of the JAX operation, and FLOPs on one device.
@@ -180,7 +180,7 @@ def where_the_rest_goes(
 
 
 def part_of(name: str) -> str:
-    """What a product is for, by the name of its JAX operation."""
+    """Return the purpose of a product, by the name of its JAX operation."""
     if "rematted_computation" in name:
         return RECOMPUTED
     return GRADIENT if "jvp(" in name else OUTSIDE
@@ -189,7 +189,7 @@ def part_of(name: str) -> str:
 def advice(
     experiment: Experiment, task: str, kind: str, facts: Mapping[str, Any], limit: int
 ) -> list[str]:
-    """What would help a program that does not fit."""
+    """Return advice for a program that does not fit."""
     config, mesh, lines = experiment.tasks[task].config, facts["mesh"], []
     if facts["state_bytes"] > limit // 2:
         lines.append(

@@ -19,7 +19,7 @@ _LISTED = 4  # largest collectives of a program
 
 
 def print_plan(plan: Mapping[str, Any]) -> None:
-    """Tables of memory, FLOPs, estimates and collectives, and what does not fit."""
+    """Print tables of memory, FLOPs, estimates and collectives, and what does not fit."""
     where = plan["topology"]
     label = where["name"] if where["slices"] == 1 else f"{where['slices']} x {where['name']}"
     mesh = ", ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1) or "1 device"
@@ -136,7 +136,7 @@ def _what_does_not_fit(plan: Mapping[str, Any]) -> Iterator[str]:
 
 
 def print_advice(found: Mapping[str, Any], label: str) -> None:
-    """What was tried for each task, and what to set."""
+    """Print what was tried for each task, and what to set."""
     tried = defaultdict(list)
     for each in found["tried"]:
         tried[each["task"]].append(each)
@@ -161,12 +161,12 @@ def print_advice(found: Mapping[str, Any], label: str) -> None:
 
 
 def _label(each: Mapping[str, Any]) -> str:
-    """A program's name in short: its fields are left out."""
+    """Return a program's name in short: its fields are left out."""
     return each["task"] if each["kind"] == "train" else f"{each['task']}/{each['kind']}"
 
 
 def fine_seconds(seconds: float) -> str:
-    """As `human_seconds`, down to microseconds."""
+    """Return a time as `human_seconds` does, down to microseconds."""
     if 0 < seconds < 0.00095:
         return f"{1e6 * seconds:.0f}us"
     return f"{1e3 * seconds:.2g}ms" if seconds < 0.0095 else human_seconds(seconds)

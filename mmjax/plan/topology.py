@@ -55,12 +55,12 @@ class Topology:
 
     @property
     def label(self) -> str:
-        """As the name, with the slices if there are several."""
+        """The name, followed by the number of slices if there are several."""
         return self.name if self.slices == 1 else f"{self.slices} x {self.name}"
 
     @property
     def wrap(self) -> tuple[bool, bool, bool]:
-        """Which of a slice's sides close to a ring: of whole cubes of 4 all; of v5e and v6e those of 16.
+        """The sides of a slice that close to a ring: of whole cubes of 4 all; of v5e and v6e those of 16.
 
         The compiler is not told by the name, and without rings it makes all-reduces of all-gathers, which send twice
         as much.
@@ -79,7 +79,7 @@ class Topology:
 
 
 def read_topology(text: str, slices: int = 1) -> Topology:
-    """The topology that a name means.
+    """Return the topology that a name means.
 
     Raises:
       UserError: there is none of this name; it says which is nearest, and the forms.
@@ -95,7 +95,7 @@ def read_topology(text: str, slices: int = 1) -> Topology:
 
 
 def _wrong(made: Topology) -> str:
-    """What is wrong with a topology's numbers; empty if nothing is."""
+    """Return what is wrong with a topology's numbers; empty if nothing is."""
     if made.slices < 1:
         return f"{made.slices} slices; there is at least 1."
     if made.is_gpu:
@@ -148,7 +148,7 @@ def require_compiler(topology: Topology) -> None:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a process that compiles for machines which are not there."""
+    """Return the environment of a process that compiles for machines which are not there."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -164,7 +164,7 @@ def environment() -> dict[str, str]:
 
 
 def describe(topology: Topology) -> Sequence[Any]:
-    """The devices of a topology, slice by slice (node by node); this loads the compiler."""
+    """Return the devices of a topology, slice by slice (node by node); this loads the compiler."""
     from jax.experimental import topologies
 
     if topology.is_gpu:

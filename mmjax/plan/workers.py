@@ -25,7 +25,7 @@ _TAIL = 400  # characters of what a process last said
 
 @dataclass(frozen=True)
 class Reports:
-    """What the compiler says of a config.
+    """The compiler's reports on a config.
 
     Attributes:
       facts: of the machine and mesh, as `Cases.facts` gives them.
@@ -77,7 +77,7 @@ def compile_cases(specification: Specification, seconds: float) -> Reports:
 def _answers(
     worker: _Worker, names: list[str], seconds: float
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The reports of a process, up to and with the case that it was lost at."""
+    """Yield the reports of a process, up to and with the case that it was lost at."""
     for name in names:
         try:
             yield name, worker.answer(seconds)
@@ -103,7 +103,7 @@ class _Worker:
         self._process.stdin.close()
 
     def answer(self, seconds: float) -> dict[str, Any]:
-        """The next line; raises if none comes in time."""
+        """Return the next line; raises if none comes in time."""
         line = self._lines.next(seconds)
         if line is None:
             self._kill()
@@ -146,7 +146,7 @@ class _Lines:
         self._selector.register(descriptor, selectors.EVENT_READ)
 
     def next(self, seconds: float) -> bytes | None:
-        """The next line; empty at the end, None if it does not come in time."""
+        """Return the next line; empty at the end, None if it does not come in time."""
         end = time.monotonic() + seconds
         while b"\n" not in self._buffer:
             if not self._selector.select(max(0.0, end - time.monotonic())):

@@ -1,4 +1,4 @@
-"""What a trained model takes held-out examples for: the likeliest classes of each, and its usual mistakes."""
+"""Predictions of a trained model on held-out examples: the likeliest classes of each, and its usual mistakes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _MISTAKES = 6  # shown of a split
 
 @dataclass(frozen=True)
 class Guesses:
-    """What the model says of the examples of a split that could be read.
+    """Predictions for the readable examples of a split.
 
     Attributes:
       index: their places in the split, `[N]`.
@@ -52,7 +52,7 @@ class Guesses:
 
 
 def classified(model: TrainedModel, task: Task, count: int) -> Iterator[Panel]:
-    """A panel for each split on which an evaluator compares predicted classes with a label.
+    """Yield a panel for each split on which an evaluator compares predicted classes with a label.
 
     Args:
       model: a trained run.
@@ -71,7 +71,7 @@ def classified(model: TrainedModel, task: Task, count: int) -> Iterator[Panel]:
 
 
 def guesses(model: TrainedModel, task: Task, each: Pass, examples: Examples) -> Guesses:
-    """Logits of up to 2048 examples, spread over the split; what cannot be read is counted."""
+    """Read up to 2048 examples, spread over the split, and return their logits; unreadable ones are counted."""
     spec = row_spec(task, each)
     predict = model.compiled(able(task.objective, Classifies).predict)
     ids = np.array(spread(len(examples), MOST_READ))
@@ -92,7 +92,7 @@ def guesses(model: TrainedModel, task: Task, each: Pass, examples: Examples) -> 
 
 
 def panel(task: Task, each: Pass, examples: Examples, found: Guesses, count: int) -> Panel:
-    """Examples of different classes, each with its likeliest classes; then the usual mistakes."""
+    """Return a panel of examples of different classes, each with its likeliest classes; then the usual mistakes."""
     names = examples.labels.get(each.fields[0], ())
     read = read_of(len(examples), len(found.index), found.unreadable)
     title = f"{each.source.label}: {read}"
@@ -114,7 +114,7 @@ def panel(task: Task, each: Pass, examples: Examples, found: Guesses, count: int
 
 
 def mistakes(found: Guesses, names: Sequence[str]) -> Html | None:
-    """The classes that are most often taken for one other class; None where none is so twice."""
+    """Return the classes that are most often taken for one other class; None where none is so twice."""
     guess_N = found.logits.argmax(axis=1)
     wrong_N = guess_N != found.label
     pairs = Counter(zip(found.label[wrong_N].tolist(), guess_N[wrong_N].tolist(), strict=True))
@@ -131,7 +131,7 @@ def mistakes(found: Guesses, names: Sequence[str]) -> Html | None:
 def _card(
     task: Task, examples: Examples, found: Guesses, row: int, place: int, names: Sequence[str]
 ) -> Html:
-    """An example, its class, and the classes that the model finds likeliest."""
+    """Return an example, its class, and the classes that the model finds likeliest."""
     label, logits_C = int(found.label[row]), found.logits[row].astype(np.float64)
     share_C = np.exp(logits_C - logits_C.max())
     share_C /= share_C.sum()
@@ -151,7 +151,7 @@ def _card(
 
 
 def _example(task: Task, examples: Examples, index: int, words: str) -> Html:
-    """What the objective reads of an example; two views of one field are shown once."""
+    """Return the inputs that the objective reads of an example; two views of one field are shown once."""
     by_field = {
         task.inputs[m].field: task.inputs[m]
         for m in reversed(able(task.objective, Classifies).predicts())
@@ -164,5 +164,5 @@ def _example(task: Task, examples: Examples, index: int, words: str) -> Html:
 
 
 def _name(names: Sequence[str], label: int) -> str:
-    """The name of a class, or its number where the data has none."""
+    """Return the name of a class, or its number where the data has none."""
     return names[label] if 0 <= label < len(names) else f"class {label}"

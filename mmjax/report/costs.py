@@ -19,7 +19,7 @@ _OTHER = "c7"
 
 
 def costs(run: Run) -> Iterator[Html]:
-    """Goodput and the activities of the run, then what each task did and what its steps cost."""
+    """Yield goodput and the activities of the run, then what each task did and what its steps cost."""
     if run.log and run.seconds["total"] > 0:
         yield from _phases(run)
     rows = run.summary["tasks"]
@@ -37,7 +37,7 @@ def costs(run: Run) -> Iterator[Html]:
 
 
 def _phases(run: Run) -> Iterator[Html]:
-    """A bar of all activities, and a row for each, with the colour that it has in the bar."""
+    """Yield a bar of all activities, and a row for each, with the colour that it has in the bar."""
     rows = goodput.rows(run.seconds)
     bars = (
         tag("span", class_=f"fill {_colour(row)}", style=f"width:{100 * row['share']:.2f}%")
@@ -72,7 +72,7 @@ def _colour(row: Mapping[str, Any]) -> str:
 
 
 def _steps(run: Run, rows: Sequence[Mapping[str, Any]]) -> Html:
-    """Columns of which nothing is known are left out."""
+    """Return the costs of steps; columns of which nothing is known are left out."""
     heads = ("task", "#step", "of the longest", "#share of time", "", "#waiting", "#switch", "#tokens/s",
              "#padding", "#FLOP/s", "#MFU", "")  # fmt: skip
     longest = max(row["step_seconds"] for row in rows) or 1.0

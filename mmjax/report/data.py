@@ -1,4 +1,4 @@
-"""What the files of a run's folder say, as the report needs it; read at any time of the run."""
+"""Data of a run's folder in the form that the report needs; readable at any time of the run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Visits:
     usage: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def of(self, name: str) -> np.ndarray:
-        """A measure `[V]`, NaN where it is not known."""
+        """Return a measure `[V]`, NaN where it is not known."""
         return self.values.get(name, np.full(len(self.step), np.nan))
 
     @property
@@ -114,7 +114,7 @@ class Run:
         return next((row for row in self.summary["tasks"] if row["task"] == task), {})
 
     def schedule(self) -> Schedule | None:
-        """As the newest checkpoint holds it, else as the config describes it."""
+        """Return the schedule of the newest checkpoint, else that of the config."""
         try:
             if self.meta is not None:
                 return Schedule.from_json(self.meta["clock"]["segments"])
@@ -169,7 +169,7 @@ def _summary(workdir: epath.Path, steps: Any) -> dict[str, Any]:
 
 
 def wanted_shares(schedule: Schedule, steps: int) -> dict[str, float]:
-    """The share of steps [0, steps) that the weights of each segment ask for; they sum to 1."""
+    """Return the share of steps [0, steps) that the weights of each segment ask for; they sum to 1."""
     shares: dict[str, float] = defaultdict(float)
     ends = [segment.start for segment in schedule.segments[1:]] + [steps]
     for segment, end in zip(schedule.segments, ends, strict=True):
@@ -217,7 +217,7 @@ def _records(
     train: Sequence[Mapping[str, Any]],
     config: Mapping[str, Any],
 ) -> tuple[list[dict[str, Any]], int | None]:
-    """The newest results: of the last evaluation, or of `results.json` where the run is at its end.
+    """Return the newest results: of the last evaluation, or of `results.json` where the run is at its end.
 
     `mmjax evaluate` of version 0.1 may have written that file later, and for another step.
     """
@@ -238,7 +238,7 @@ def _without(record: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _evaluations(workdir: epath.Path) -> list[dict[str, Any]]:
-    """The records that `mmjax evaluate` has appended."""
+    """Return the records that `mmjax evaluate` has appended."""
     path = workdir / EVALUATIONS
     records = []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
@@ -262,7 +262,7 @@ def key_of(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def newest_meta(workdir: epath.Path) -> tuple[int, dict[str, Any] | None]:
-    """Step and meta data of the newest checkpoint whose meta data can be read; (0, None) for none."""
+    """Return step and metadata of the newest checkpoint whose metadata can be read; (0, None) for none."""
 
     def readable(step: int) -> tuple[int, dict[str, Any]] | None:
         try:

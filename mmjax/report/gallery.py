@@ -1,4 +1,4 @@
-"""What a trained model finds in held-out data: examples of one modality, and what they retrieve."""
+"""Retrieval in held-out data by a trained model: examples of one modality, and what they retrieve."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Retrieved:
-    """What one query retrieves.
+    """The candidates that one query retrieves.
 
     Attributes:
       query: its example.
@@ -68,7 +68,7 @@ class Retrieved:
 
 
 def retrieved(model: TrainedModel, task: Task, count: int) -> Iterator[Panel]:
-    """A panel for each split on which an evaluator of the task retrieves between two modalities.
+    """Yield a panel for each split on which an evaluator of the task retrieves between two modalities.
 
     Args:
       model: a trained run.
@@ -90,7 +90,7 @@ def retrieved(model: TrainedModel, task: Task, count: int) -> Iterator[Panel]:
 def gallery(
     model: TrainedModel, task: Task, candidates: Candidates, split: str, unique: str, count: int
 ) -> Panel:
-    """Both directions of one task on one split.
+    """Return a panel with both directions of one task on one split.
 
     Args:
       model: gives vectors, as `TrainedModel.embed` does.
@@ -113,7 +113,7 @@ def gallery(
 
 
 def retrievals(task: Task) -> dict[str, Evaluator]:
-    """Its evaluators that embed two modalities of the same examples, which a concept joins."""
+    """Return the task's evaluators that embed two modalities of the same examples, joined by a concept."""
     programs = {Embed(modality) for modality in embedded(task.objective)}
     result = {}
     for name, evaluator in make_evaluators(task).items():
@@ -125,7 +125,7 @@ def retrievals(task: Task) -> dict[str, Evaluator]:
 
 
 def read_candidates(examples: Examples, task: Task, concept: str) -> Candidates:
-    """Up to 2048 examples, spread over the split; what cannot be read or decoded is counted."""
+    """Read up to 2048 examples, spread over the split; count what cannot be read or decoded."""
     pair = embedded(task.objective)
     values: dict[str, list[Any]] = {modality: [] for modality in pair}
     rows = RowSpec({modality: task.inputs[modality] for modality in pair}, (concept,))
@@ -156,7 +156,7 @@ def answers(
     candidate_ids: Sequence[int],
     concept: np.ndarray,
 ) -> list[Retrieved]:
-    """The nearest candidates of each query by inner product; rows belong to the examples `*_ids`."""
+    """Return the nearest candidates of each query by inner product; rows belong to the examples `*_ids`."""
     result = []
     concepts_C = concept[np.asarray(candidate_ids)]
     for query, similarity_C in zip(query_ids, queries_QE @ candidates_CE.T, strict=True):
@@ -172,7 +172,7 @@ def answers(
 
 
 def _embedded(model: TrainedModel, task: str, modality: str, values: list[Any]) -> np.ndarray:
-    """Vectors `[N, E]`, in batches of one size: one program, and little memory."""
+    """Return vectors `[N, E]`, in batches of one size: one program, and little memory."""
     vectors = []
     for start in range(0, len(values), BATCH):
         part = values[start : start + BATCH]
@@ -190,7 +190,7 @@ def _direction(
     unique: str,
     count: int,
 ) -> Html:
-    """One direction: the queries, one of each concept, each with what it retrieves."""
+    """Return one direction: the queries, one of each concept, each with what it retrieves."""
     firsts = first_of_each(candidates.concept)
     queries = [firsts[i] for i in spread(len(firsts), count)]
     indices = firsts if candidate == unique else list(range(len(candidates.concept)))
@@ -208,14 +208,14 @@ def _direction(
 
 
 def _style(value: Any) -> str:
-    """The class of a list of such values."""
+    """Return the class of a list of such values."""
     return "of-words" if isinstance(value, str) else "of-sounds" if is_sound(value) else "of-tiles"
 
 
 def _card(
     task: Task, candidates: Candidates, query: str, candidate: str, answer: Retrieved
 ) -> Html:
-    """A query and what it retrieves."""
+    """Return a query and what it retrieves."""
     items = []
     for i, right in zip(answer.found, answer.right, strict=True):
         value = shown(task.inputs[candidate], candidates.values[candidate][i])
@@ -236,7 +236,7 @@ def _card(
 
 
 def _late(task: Task, candidates: Candidates, candidate: str, answer: Retrieved) -> Html | None:
-    """Where the first right answer comes that is not among those shown."""
+    """Return a note on the rank of the first right answer that is not among those shown."""
     if answer.place is None:
         return None
     right_one = shown(task.inputs[candidate], candidates.values[candidate][answer.query])
@@ -245,14 +245,14 @@ def _late(task: Task, candidates: Candidates, candidate: str, answer: Retrieved)
 
 
 def _show(task: Task, candidates: Candidates, modality: str, index: int) -> Html:
-    """An example's preview; what the other modality says in words describes it."""
+    """Return an example's preview; what the other modality says in words describes it."""
     words = _words(task, candidates, modality, index)
     label = f"{modality}: {words}" if words else f"{modality} {index}"
     return preview(shown(task.inputs[modality], candidates.values[modality][index]), label)
 
 
 def _words(task: Task, candidates: Candidates, modality: str, index: int) -> str | None:
-    """The text of an example in its other modality, if that is text."""
+    """Return the text of an example in its other modality, if that is text."""
     for other, values in candidates.values.items():
         if other != modality:
             value = shown(task.inputs[other], values[index])

@@ -21,18 +21,18 @@ Child = str | None
 
 
 def text(value: str) -> Html:
-    """`value` escaped for elements and attributes, without control codes and lone surrogates."""
+    """Return `value` escaped for elements and attributes, without control codes and lone surrogates."""
     clean = without_control_codes(value).encode("utf-8", "replace").decode()
     return Html(escape(clean, quote=True))
 
 
 def join(children: Iterable[Child]) -> Html:
-    """The children one after another; those that are not `Html` are escaped, None is left out."""
+    """Return the children one after another; those that are not `Html` are escaped, None is left out."""
     return Html("".join(c if isinstance(c, Html) else text(c) for c in children if c is not None))
 
 
 def tag(name: str, /, *children: Child, **attributes: str | float | None) -> Html:
-    """An element.
+    """Return an element.
 
     Args:
       name: of the element.
@@ -50,12 +50,12 @@ def tag(name: str, /, *children: Child, **attributes: str | float | None) -> Htm
 
 
 def number(shown: str, value: float | None) -> Html:
-    """A number as people read it, with the exact one beside it for machines."""
+    """Return a number as people read it, with the exact one beside it for machines."""
     return tag("data", shown, value="" if value is None else repr(value))
 
 
 def bar(fraction: float, colour: str = "", ticks: Mapping[str, float] | None = None) -> Html:
-    """A bar of `fraction` of its track, for the eye only: the number stands beside it.
+    """Return a bar of `fraction` of its track, for the eye only: the number stands beside it.
 
     Args:
       fraction: cut to [0, 1]; nothing where it is not finite.
@@ -75,7 +75,7 @@ def _percent(fraction: float) -> str:
 
 
 def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Child]]) -> Html:
-    """A table whose first column names the rows; wide ones scroll within their own frame.
+    """Return a table whose first column names the rows; wide ones scroll within their own frame.
 
     A head that begins with `#` is that of a column of numbers, which stand to the right.
     """
@@ -85,7 +85,7 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Child]]) -
 def grouped_table(
     caption: str, heads: Sequence[str], groups: Mapping[str, Iterable[Sequence[Child]]]
 ) -> Html:
-    """A table as of `table`, its rows in groups; one whose name is empty has no line of its own."""
+    """Return a table as of `table`, its rows in groups; one whose name is empty has no line of its own."""
     kinds = ["n" if head.startswith("#") else None for head in heads]
     head = (
         tag("th", head.removeprefix("#"), scope="col", class_=kind)
@@ -106,6 +106,6 @@ def _row(cells: Sequence[Child], kinds: Sequence[str | None]) -> Html:
 
 
 def section(title: str, *children: Child) -> Html:
-    """A section under a heading; nothing where it has no content."""
+    """Return a section under a heading; nothing where it has no content."""
     body = join(children)
     return tag("section", tag("h2", title), body) if body else Html("")

@@ -67,7 +67,7 @@ def write_report(workdir: epath.Path, examples: int = EXAMPLES) -> epath.Path:
 
 
 def page(run: Run, gallery: Html) -> Html:
-    """The whole page."""
+    """Return the whole page."""
     rows, note = _parameters(run)
     title = f"{run.name}: a run of mmjax"
     sections = (
@@ -120,7 +120,7 @@ def _config(run: Run) -> Html | None:
 
 
 def _parameters(run: Run) -> tuple[list[dict[str, Any]], str]:
-    """Rows of the parameter table, from the config, else from the checkpoint; or why there are none."""
+    """Return the rows of the parameter table, from the config, else from the checkpoint; or why there are none."""
     try:
         experiment = make_experiment(run.config, str(run.workdir / "assets"))
         return rows_of_config(experiment.declaration.specs), ""
@@ -157,7 +157,7 @@ def _gallery(run: Run, count: int) -> Html:
 
 
 def _panels(model: TrainedModel, task: str, count: int) -> list[Panel]:
-    """What a task shows of its held-out data, or why it cannot."""
+    """Return the panels of a task's held-out data, or why it has none."""
     try:
         kinds = (retrieved, classified, pictured)
         return [panel for kind in kinds for panel in kind(model, model.tasks[task], count)]
@@ -168,7 +168,7 @@ def _panels(model: TrainedModel, task: str, count: int) -> list[Panel]:
 
 
 def _newest_model(workdir: epath.Path) -> TrainedModel | None:
-    """The newest checkpoint that can be read; the run may be removing or writing one just now."""
+    """Return the newest checkpoint that can be read; the run may be removing or writing one just now."""
     steps = checkpoint.steps(workdir)
 
     def readable(step: int) -> TrainedModel | None:

@@ -1,4 +1,4 @@
-"""What the panels of held-out examples have in common: which examples, how many, and their frame."""
+"""Common parts of the panels of held-out examples: which examples, how many, and their frame."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Panel:
-    """What one task makes of one held-out split.
+    """One task's panel on one held-out split.
 
     Attributes:
       title: the split, and what is shown of it.
@@ -35,7 +35,7 @@ class Panel:
 
 
 def task_section(heading: Html, panels: Sequence[Panel]) -> Html:
-    """A task's panels under its heading: each can be folded, and only the first is unfolded."""
+    """Return a task's panels under its heading: each can be folded, and only the first is unfolded."""
     folded = (
         tag("details", tag("summary", panel.title), panel.body, open=None if i else "")
         for i, panel in enumerate(panels)
@@ -44,13 +44,13 @@ def task_section(heading: Html, panels: Sequence[Panel]) -> Html:
 
 
 def credit_line(panels: Iterable[Panel]) -> Html | None:
-    """Whom the data of the panels asks to name, each once."""
+    """Return the credits that the panels' data asks for, each once."""
     named = list(dict.fromkeys(credit for panel in panels for credit in panel.credits))
     return tag("p", "Shown here: " + " ".join(named), class_="remark") if named else None
 
 
 def read_of(total: int, read: int, unreadable: int) -> str:
-    """Words on how much of a split was read."""
+    """Return a note on how much of a split was read."""
     parts = [f"{total:,} held-out examples"]
     if read + unreadable < total:
         parts.append(f"{read + unreadable:,} of them, evenly spread, are read here")
@@ -60,19 +60,19 @@ def read_of(total: int, read: int, unreadable: int) -> str:
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most `most` of `count` indices, evenly spread, the first and the last among them."""
+    """Return at most `most` of `count` indices, evenly spread, the first and the last among them."""
     if count <= most:
         return list(range(count))
     return [round(i * (count - 1) / max(most - 1, 1)) for i in range(most)]
 
 
 def first_of_each(kind: np.ndarray) -> list[int]:
-    """The first example of each kind."""
+    """Return the first example of each kind."""
     return sorted(np.unique(kind, return_index=True)[1].tolist())
 
 
 def fit_to_budget(found: Sequence[T], card: Callable[[T], Html]) -> list[Html]:
-    """Cards of all, or of fewer, evenly spread, where they would make the page too heavy."""
+    """Return the cards of all, or of fewer, evenly spread, if they would make the page too heavy."""
     cards = [card(each) for each in found]
     for count in (len(cards), 6, 4, 2, 1):
         chosen = [cards[i] for i in spread(len(cards), count)]
@@ -82,5 +82,5 @@ def fit_to_budget(found: Sequence[T], card: Callable[[T], Html]) -> list[Html]:
 
 
 def right_mark() -> Html:
-    """The mark of an answer that is right, with the word for those who do not see it."""
+    """Return the mark of an answer that is right, with the word for those who do not see it."""
     return tag("span", tag("span", "right"), class_="mark")

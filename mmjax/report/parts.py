@@ -23,7 +23,7 @@ _NOW = f"over the last {LATEST} visits"  # as in the tables: see `tally.latest`
 
 
 def facts(run: Run, parameters: int) -> Iterator[Html]:
-    """Below the title: how far the run is, and what it is."""
+    """Yield the facts below the title: how far the run is, and what it is."""
     steps = run.config.get("steps")
     ended = "finished" if run.is_done else "not finished when this page was written"
     of = f" of {steps:,}" if isinstance(steps, int) else ""
@@ -48,29 +48,29 @@ def facts(run: Run, parameters: int) -> Iterator[Html]:
 
 
 def named(run: Run, task: str) -> Html:
-    """A task's name beside its colour."""
+    """Return a task's name beside its colour."""
     return coloured(task, colour_of(run, task))
 
 
 def coloured(words: str, style: str) -> Html:
-    """Words beside a dot of the colour (a class) that they have in a picture."""
+    """Return words beside a dot of the colour (a class) that they have in a picture."""
     dot = tag("span", class_=f"dot {style}", aria_hidden="true")
     return tag("span", dot, tag("span", words), class_="named")
 
 
 def colour_of(run: Run, task: str) -> str:
-    """The class of a task's colour, the same in every part of the page."""
+    """Return the class of a task's colour, the same in every part of the page."""
     names = list(run.tasks)
     return colour(names.index(task)) if task in names else "c7"
 
 
 def losses(run: Run) -> Html:
-    """A panel for each task: each loss light, their running mean dark, the baseline dashed."""
+    """Return a panel for each task: each loss light, their running mean dark, the baseline dashed."""
     return _panels(_loss_panel(run, name, visits) for name, visits in run.tasks.items())
 
 
 def schedule(run: Run) -> Iterator[Html]:
-    """The first steps as lanes, and the realised shares."""
+    """Yield the first steps as lanes, and the realised shares."""
     if not run.order:
         return
     planned = run.schedule()
@@ -90,7 +90,7 @@ def schedule(run: Run) -> Iterator[Html]:
 
 
 def optimisation(run: Run) -> Iterator[Html]:
-    """Learning rate, gradient norms, and whatever else the objectives measure."""
+    """Yield charts of learning rate, gradient norms, and whatever else the objectives measure."""
     ran = {name: visits for name, visits in run.tasks.items() if len(visits.step)}
     if not ran:
         return
@@ -111,13 +111,13 @@ def optimisation(run: Run) -> Iterator[Html]:
 
 
 def rates(run: Run) -> Html:
-    """Examples per second of each task's steps."""
+    """Return a chart of examples per second of each task's steps."""
     each = {n: v.rates for n, v in run.tasks.items() if len(v.step)}
     return _panels([_together(run, "examples per second", each, 1 / 30)])
 
 
 def parameters(rows: Sequence[Mapping[str, Any]]) -> Html:
-    """Parameters by part of the model, the largest first."""
+    """Return a table of parameters by part of the model, the largest first."""
     total = sum(row["total"] for row in rows)
     ordered = sorted(rows, key=lambda row: -row["total"])
     cells: list[Sequence[Child]] = [
@@ -135,7 +135,7 @@ def parameters(rows: Sequence[Mapping[str, Any]]) -> Html:
 
 
 def events(run: Run) -> Iterator[Html]:
-    """Restarts, signals, steps without update, and errors."""
+    """Yield a list of restarts, signals, steps without update, and errors."""
     rows = [row for line in run.log if (row := _event(line)) is not None]
     if len(rows) > _MOST_EVENTS:
         yield tag("p", f"The last {_MOST_EVENTS} of {len(rows)}.", class_="remark")
@@ -145,7 +145,7 @@ def events(run: Run) -> Iterator[Html]:
 
 
 def _environment(known: Mapping[str, Any]) -> dict[str, str]:
-    """Mesh, machine and versions, as the checkpoint holds them."""
+    """Return mesh, machine and versions, as the checkpoint holds them."""
     if not known:
         return {}
     mesh = {axis: size for axis, size in known.get("mesh", {}).items() if size != 1}
@@ -180,7 +180,7 @@ def _loss_panel(run: Run, name: str, visits: Visits) -> Html:
 
 
 def _measure(run: Run, task: str, key: str, words: str) -> Html:
-    """A panel of one measure of one task."""
+    """Return a panel of one measure of one task."""
     visits, style = run.tasks[task], colour_of(run, task)
     raw = Line(visits.step, visits.of(key), f"raw {style}")
     dark = smoothed(raw, _span(len(raw.x)), f"smooth {style}")
@@ -192,7 +192,7 @@ def _measure(run: Run, task: str, key: str, words: str) -> Html:
 def _together(
     run: Run, words: str, values: Mapping[str, np.ndarray], part: float, log: bool = False
 ) -> Html:
-    """A panel of one measure of all tasks, smoothed over a `part` of each task's visits.
+    """Return a panel of one measure of all tasks, smoothed over a `part` of each task's visits.
 
     The legend has the mean of each task's latest visits; the very last value where nothing is smoothed.
     """
@@ -236,7 +236,7 @@ def _shares_table(run: Run, wanted: Mapping[str, float]) -> Html:
 
 
 def _event(line: Mapping[str, Any]) -> Sequence[Child] | None:
-    """A row for what is worth telling: events, later attempts, activities that ended with an error."""
+    """Return a row for what is worth telling: events, later attempts, activities that ended with an error."""
     when, attempt = _moment(line["time"]), str(line.get("attempt", ""))
     if line.get("line") == "event":
         return when, attempt, str(line.get("name")), str(line.get("text", ""))
@@ -257,7 +257,7 @@ def _figure(name: Html, words: str, picture: Html) -> Html:
 
 
 def _span(count: int) -> float:
-    """Visits over which a curve is smoothed: a thirtieth, but at least five."""
+    """Return visits over which a curve is smoothed: a thirtieth, but at least five."""
     return max(5.0, count / 30)
 
 

@@ -1,4 +1,4 @@
-"""What an objective itself shows of held-out examples, such as pictures masked and filled in again."""
+"""Pictures that an objective draws from held-out examples, such as masked ones filled in again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST = 8  # examples side by side
 
 
 def pictured(model: TrainedModel, task: Task, count: int) -> Iterator[Panel]:
-    """A panel for each held-out split on which an objective that shows something takes its loss or writes.
+    """Yield a panel for each held-out split on which an objective that shows something takes its loss or writes.
 
     Args:
       model: a trained run.
@@ -42,7 +42,7 @@ def pictured(model: TrainedModel, task: Task, count: int) -> Iterator[Panel]:
 
 
 def panel(model: TrainedModel, task: Task, examples: Examples, split: str, count: int) -> Panel:
-    """A row for each thing that the objective shows, a column for each example."""
+    """Return a row for each thing that the objective shows, a column for each example."""
     ids = spread(len(examples), count)
     batch, failed = make_batch(task.rows(), examples, ids, lambda _: None, len(ids))
     title = f"{split}: {read_of(len(examples), len(ids) - len(failed), len(failed))}"
@@ -58,7 +58,7 @@ def panel(model: TrainedModel, task: Task, examples: Examples, split: str, count
 
 
 def _readable(task: Task, values: np.ndarray) -> Sequence[Any]:
-    """Token ids as words; pictures and clips as they are."""
+    """Return token ids as words, pictures and clips as they are."""
     if values.ndim > 2:
         return list(values)
     text: Any = task.inputs[written(task.objective)[1]].modality

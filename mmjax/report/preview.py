@@ -42,13 +42,13 @@ _ENCODED = (  # how files of known kinds begin, from byte `at` on
 
 
 def as_given(each: Input, value: Any) -> Any:
-    """A field's value as a person would give it: a bare sound with the rate that the task states."""
+    """Return a field's value as a person would give it: a bare sound with the rate that the task states."""
     rate = getattr(each.settings, "sample_rate", 0)
     return (value, int(rate)) if rate and isinstance(value, np.ndarray) else value
 
 
 def shown(each: Input, value: Any) -> Any:
-    """What `preview` takes, of what a person would give: by the modality's own `preview`, else `raw`.
+    """Return the value that `preview` takes, from what a user would give: by the modality's own `preview`, else `raw`.
 
     A one-dimensional array becomes `(samples, rate)`, with the rate of the modality.
     """
@@ -60,7 +60,7 @@ def shown(each: Input, value: Any) -> Any:
 
 
 def preview(value: Any, label: str) -> Html:
-    """HTML of a value: text, a picture, a clip or a sound.
+    """Return HTML of a value: text, a picture, a clip or a sound.
 
     Args:
       value: a `str`; a PIL image, or a list of them for a clip; an array `[H, W]`, `[H, W, C]` or, for
@@ -87,12 +87,12 @@ def preview(value: Any, label: str) -> Html:
 
 
 def is_sound(value: Any) -> bool:
-    """Whether `preview` makes a sound of it: samples and their rate."""
+    """Return whether `preview` makes a sound of it: samples and their rate."""
     return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], int | np.integer)
 
 
 def strip(value: Any) -> Html | None:
-    """Some frames of a clip beside each other, as one picture for the eye; None of what is no clip."""
+    """Return some frames of a clip beside each other, as one picture; None if it is no clip."""
     if isinstance(value, str | bytes | Image.Image) or is_sound(value):
         return None
     array = _array(value)
@@ -116,7 +116,7 @@ def _array(value: Any) -> np.ndarray:
 
 
 def wav(samples: np.ndarray, rate: int) -> bytes:
-    """A WAV file, 16 bits and one channel, of the first six seconds at 16 kHz or less."""
+    """Return a WAV file, 16 bits and one channel, of the first six seconds at 16 kHz or less."""
     mono, rate = _heard(samples, rate)
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
@@ -128,7 +128,7 @@ def wav(samples: np.ndarray, rate: int) -> bytes:
 
 
 def _heard(samples: np.ndarray, rate: int) -> tuple[np.ndarray, int]:
-    """What of a sound is played: floats `[S]`, at most six seconds at 16 kHz."""
+    """Return the part of a sound that is played: floats `[S]`, at most six seconds at 16 kHz."""
     mono = _as_floats(np.asarray(samples))[: round(_SECONDS * rate)]
     if rate <= _RATE:
         return mono, rate
@@ -138,7 +138,7 @@ def _heard(samples: np.ndarray, rate: int) -> tuple[np.ndarray, int]:
 
 
 def _spectrum(samples: np.ndarray, rate: int) -> Html:
-    """A small picture of a sound, for the eye only: time to the right, pitch upward, loud is light."""
+    """Return a small picture of a sound, for the eye only: time to the right, pitch upward, loud is light."""
     mono, rate = _heard(samples, rate)
     window = 512
     hop = max((len(mono) - window) // _SPECTRUM[0], window // 8)
@@ -185,7 +185,7 @@ def _media(name: str, kind: str, data: bytes, label: str) -> Html:
 
 
 def data_uri(kind: str, data: bytes) -> Html:
-    """The bytes within an address."""
+    """Return the bytes within an address."""
     return text(f"data:{kind};base64,{base64.b64encode(data).decode()}")
 
 
@@ -204,14 +204,14 @@ def _png(image: Image.Image) -> bytes:
 
 
 def encoded(image: Image.Image) -> bytes:
-    """As PNG."""
+    """Return the picture as PNG."""
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return file.getvalue()
 
 
 def _clip(frames_THWC: np.ndarray, label: str) -> Html:
-    """A moving picture; a still one for those who asked their system for less motion."""
+    """Return a moving picture; a still one for those who asked their system for less motion."""
     frames = [_image(frame) for frame in frames_THWC]
     for frame in frames:
         frame.thumbnail((_LARGEST, _LARGEST))

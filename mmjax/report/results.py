@@ -19,7 +19,7 @@ _ROOM = 1.25  # of a loss's bar: its end, in losses of what knows nothing
 
 
 def results(run: Run) -> Iterator[Html]:
-    """A tile for each task with the first measure of each split, and a table of all."""
+    """Yield a tile for each task with the first measure of each split, and a table of all."""
     if run.records:
         yield from _newest(run)
     elif run.step:
@@ -29,7 +29,7 @@ def results(run: Run) -> Iterator[Html]:
 
 
 def _newest(run: Run) -> Iterator[Html]:
-    """The run's own newest results."""
+    """Yield the run's own newest results."""
     when = "of results.json" if run.records_step is None else f"after {run.records_step:,} steps"
     yield tag(
         "p", f"On held-out data, {when}. ", tag("span", "Green", class_="chip good"),
@@ -47,7 +47,7 @@ def _newest(run: Run) -> Iterator[Html]:
 
 
 def _later(run: Run) -> Html:
-    """Table of the records of `mmjax evaluate`, grouped by command, in the order of time."""
+    """Return the table of the records of `mmjax evaluate`, grouped by command, in the order of time."""
     heads = ("measure", "evaluator", "#step", "split", "#value", "#chance")
     groups: dict[str, list[list[Child]]] = defaultdict(list)
     for record in run.evaluations:
@@ -65,7 +65,7 @@ def _later(run: Run) -> Html:
 
 
 def is_good(record: Record) -> bool:
-    """Whether a value beats chance and the largest class by more than luck, or a loss its baseline."""
+    """Return whether a value beats chance and the largest class by more than luck, or a loss its baseline."""
     value, chance = number_of(record, "value"), number_of(record, "chance")
     if value is None or chance is None:
         return False
@@ -108,7 +108,7 @@ def _said(record: Record, name: str, words: str) -> str | None:
 
 
 def _table(run: Run, tasks: Mapping[str, Sequence[Record]]) -> Html:
-    """Rows by task and split; columns that would be empty are left out."""
+    """Return rows by task and split; columns that would be empty are left out."""
     heads = ("measure", "#value", "against chance", "", "#chance", "#majority", "#examples",
              "so far")  # fmt: skip
     groups: dict[str, list[list[Child]]] = defaultdict(list)
@@ -157,7 +157,7 @@ def _bar(record: Record, style: str) -> Html | None:
 
 
 def _chip(record: Record, than: str = "") -> Html | None:
-    """How many times chance, or how far below the loss of what knows nothing; green where that is good."""
+    """Return how many times chance, or how far below the uninformed loss; green if that is good."""
     value, chance = number_of(record, "value"), number_of(record, "chance")
     if value is None or not chance or not math.isfinite(value):
         return None

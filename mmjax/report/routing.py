@@ -1,4 +1,4 @@
-"""Which experts take which tokens: heat maps of each layer and modality over a run, for its report."""
+"""Routing of tokens to experts: heat maps of each layer and modality over a run, for its report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LATE = 0.1  # the part of the visits that tells the end
 
 
 def routing(run: Run) -> Iterator[Html]:
-    """For each task with experts a table of how they are used at the end, and heat maps of how they came there."""
+    """Yield, for each task with experts, a table of their final use, and heat maps of how it developed."""
     for name, visits in run.tasks.items():
         if visits.usage:
             yield tag("h3", named(run, name))
@@ -73,7 +73,7 @@ def _maps(visits: Visits) -> Iterator[Html]:
 
 
 def heat_map(shares_VE: np.ndarray) -> bytes:
-    """A PNG: a row of cells for each expert, time from left to right; half dark at 1 / E, dark from 2 / E on."""
+    """Return a PNG: a row of cells for each expert, time from left to right; half dark at 1 / E, dark from 2 / E on."""
     bins = np.array_split(shares_VE, min(_BINS, len(shares_VE)))
     shares_EC = np.stack([part.mean(axis=0) for part in bins], axis=1)
     dark = np.clip(shares_EC * len(shares_EC) / 2, 0, 1)
@@ -84,7 +84,7 @@ def heat_map(shares_VE: np.ndarray) -> bytes:
 
 
 def _of(visits: Visits) -> Mapping[tuple[int, str], np.ndarray]:
-    """Shares `[V, E]` by layer and modality, of the visits that told them."""
+    """Return shares `[V, E]` by layer and modality, of the visits that told them."""
     usage: dict[tuple[int, str], np.ndarray] = defaultdict(lambda: np.zeros((0, 0)))
     for key, shares_VE in visits.usage.items():
         layer, _, modality = key.partition(" ")

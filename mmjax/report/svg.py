@@ -34,7 +34,7 @@ class Line:
 
 @dataclass(frozen=True)
 class _Axis:
-    """From values to pixels."""
+    """The map from values to pixels."""
 
     low: float
     high: float
@@ -57,12 +57,12 @@ class _Axis:
 
 
 def colour(index: int) -> str:
-    """The class of the colour of the task `index`."""
+    """Return the class of the colour of the task `index`."""
     return f"c{index % COLOURS}"
 
 
 def smoothed(line: Line, span: float, style: str) -> Line:
-    """The mean of about `span` neighbours at up to a thousand of the line's points.
+    """Return the mean of about `span` neighbours at up to a thousand of the line's points.
 
     Windows lie evenly around their point, and are smaller near the start, so that the curve begins
     at the first value and does not lag; at the end they hold what is left. What is not finite is
@@ -80,7 +80,7 @@ def smoothed(line: Line, span: float, style: str) -> Line:
 
 
 def thinned(line: Line, most: int = MOST_POINTS) -> Line:
-    """At most about `most` points: of each run of neighbours the lowest and the highest stay."""
+    """Return at most about `most` points: of each run of neighbours the lowest and the highest stay."""
     count = len(line.x)
     if count <= most:
         return line
@@ -97,7 +97,7 @@ def thinned(line: Line, most: int = MOST_POINTS) -> Line:
 def chart(
     lines: Sequence[Line], label: str, end: int, unit: str = "", log: bool | None = None
 ) -> Html:
-    """Lines over steps.
+    """Draw lines over steps.
 
     Args:
       lines: in the order in which they are painted.
@@ -123,7 +123,7 @@ def chart(
 
 
 def strip(places: Sequence[int], steps: int, style: str, label: str) -> Html:
-    """A lane of the schedule: of `steps` steps, those at `places` are filled."""
+    """Return a lane of the schedule: of `steps` steps, those at `places` are filled."""
     cells = "".join(f"M{place} 0h1v1h-1z" for place in places)
     return tag(
         "svg", tag("path", d=cells), viewBox=f"0 0 {steps} 1", preserveAspectRatio="none",
@@ -132,7 +132,7 @@ def strip(places: Sequence[int], steps: int, style: str, label: str) -> Html:
 
 
 def spark(values: Sequence[float]) -> Html:
-    """A small line of how a number moved, for the eye only; nothing for less than two."""
+    """Return a small line of how a number moved, for the eye only; nothing for less than two."""
     known = np.array([v for v in values if math.isfinite(v)])
     if len(known) < 2:
         return Html("")
@@ -144,7 +144,7 @@ def spark(values: Sequence[float]) -> Html:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from `low` to `high`."""
+    """Return about `count` round numbers from `low` to `high`."""
     raw = (high - low) / count
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(size * m for m in (1, 2, 5, 10) if size * m >= raw * 0.999)
@@ -153,7 +153,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten from `low` to `high`, with 2 and 5 between them where these are few."""
+    """Return the powers of ten from `low` to `high`, with 2 and 5 between them where these are few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     many = len(powers) > 4
     marks = [m * 10.0**p for p in powers for m in ((1,) if many else (1, 2, 5))]
@@ -162,7 +162,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A number at a tick: 0.002, 25, 1,500, 20k, 1.5M."""
+    """Return a number at a tick: 0.002, 25, 1,500, 20k, 1.5M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if letter == 'k' else size):.4g}{letter}"
@@ -179,7 +179,7 @@ def _vertical(values: np.ndarray, log: bool | None) -> _Axis:
 
 
 def _padded(low: float, high: float, share: float) -> tuple[float, float]:
-    """A range of more than nothing around the two."""
+    """Return a range of more than nothing around the two."""
     low, high = float(low), float(high)
     if not high - low > 1e-12 * max(abs(low), abs(high)):
         margin = 0.1 * abs(low) or 1.0
@@ -188,7 +188,7 @@ def _padded(low: float, high: float, share: float) -> tuple[float, float]:
 
 
 def _frame(x: _Axis, y: _Axis, unit: str) -> Html:
-    """Ticks, their numbers and the horizontal lines."""
+    """Draw ticks, their numbers and the horizontal lines."""
     base, parts = _HEIGHT - _BOTTOM, []
     for value, at in zip(y.ticks(), y(np.array(y.ticks())), strict=True):
         where = f"{at:.1f}"
@@ -210,7 +210,7 @@ def _path(line: Line, x: _Axis, y: _Axis) -> Html:
 
 
 def _moves(x: np.ndarray, y: np.ndarray) -> str:
-    """One M or L for each finite point; a gap lifts the pen."""
+    """Draw one M or L for each finite point; a gap lifts the pen."""
     parts, is_down = [], False
     finite = np.isfinite(y)
     for i, ok in enumerate(finite.tolist()):

@@ -1,1 +1,1 @@
-"""Which task runs at which step, in which shape: pure functions of integers."""
+"""The schedule of tasks and of their shapes: pure functions of integers."""

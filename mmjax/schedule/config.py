@@ -12,7 +12,7 @@ from mmjax.optim.rules import RuleConfig
 
 @dataclass(frozen=True)
 class PhaseTaskConfig:
-    """What a phase changes in a task; the rest stays as it was before.
+    """Changes that a phase makes to a task; everything else stays as it was.
 
     Attributes:
       inputs: settings by modality that replace those of `tasks.NAME.inputs` (resolution, length).
@@ -64,7 +64,7 @@ class PhaseConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Which task runs when.
+    """The schedule of tasks.
 
     Attributes:
       rule: `shares`, `random`, `interval` or `budget`; see `mmjax/schedule/rules/`. Under `budget` a

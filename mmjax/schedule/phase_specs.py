@@ -85,7 +85,7 @@ def from_config(
     seconds: Callable[[int], Mapping[str, float]] = lambda start: {},
     intervals: Mapping[str, int] | None = None,
 ) -> Schedule:
-    """The schedule that a config describes.
+    """Return the schedule that a config describes.
 
     Args:
       rule: the name of a rule (`mmjax/schedule/rules/`), or `budget`.
@@ -125,7 +125,7 @@ def _frozen(
 def budget_weights(
     seconds: Mapping[str, float], fractions: Mapping[str, float], total: int = 1000
 ) -> dict[str, int]:
-    """Integer shares of steps that give each task its share of the time.
+    """Return integer shares of steps that give each task its share of the time.
 
     A task wanted for the fraction f of the time, at s seconds a step, gets steps in proportion to
     f / s; these are rounded by largest remainder, and no wanted task gets less than 1. Computed in
@@ -167,7 +167,7 @@ def _seconds(seconds: Mapping[str, float], task: str) -> Fraction:
 
 
 def _apportion(rates: Mapping[str, Fraction], total: int) -> dict[str, int]:
-    """Integers of at least 1 that sum to `total`, near proportion to `rates`."""
+    """Return integers of at least 1 that sum to `total`, near proportion to `rates`."""
     quota = {task: rate * total / sum(rates.values()) for task, rate in rates.items()}
     small = [task for task in quota if quota[task] < 1]
     if small:

@@ -1,4 +1,4 @@
-"""What holds from which step on: what the phases of a schedule change besides weights and rule.
+"""Phases of a run: what the phases of a schedule change besides weights and rule.
 
 A phase may give tasks other shapes (resolution, context length, batch), freeze parameters or move them at another
 rate. A task in another shape is another program; two phases in which it is the same share theirs. Everything here is
@@ -27,7 +27,7 @@ from mmjax.task import Task, make_task
 
 @dataclass(frozen=True)
 class Phase:
-    """What holds from a step on.
+    """The settings that hold from a step on.
 
     Attributes:
       start: that step.
@@ -63,11 +63,11 @@ class Phases:
         return self.entries[self.index(step)]
 
     def variant(self, task: str, step: int, visit: int) -> ShapeVariant:
-        """What a task's visit runs at a step."""
+        """Return the variant that a task's visit runs at a step."""
         return self.at(step).variants[task].at(visit)
 
     def program(self, line: Mapping[str, Any]) -> str:
-        """Name of the program that made a line of `metrics.jsonl`; the task's for one that the config lacks."""
+        """Return the program that made a line of `metrics.jsonl`; the task's name if the config lacks it."""
         task, step = str(line["task"]), line["step"]
         if task not in self.at(step).variants:
             return task
@@ -84,7 +84,7 @@ class Phases:
         return programs
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, Phase]]:
-        """Steps [start, stop), cut where phases change."""
+        """Yield the pieces of steps [start, stop), cut where phases change."""
         while start < stop:
             index = self.index(start)
             end = min([stop, *self._starts[index + 1 : index + 2]])
@@ -92,14 +92,14 @@ class Phases:
             start = end
 
     def consumed(self, schedule: Schedule, task: str, start: int, stop: int) -> int:
-        """Examples that a task reads in steps [start, stop)."""
+        """Return how many examples a task reads in steps [start, stop)."""
         return sum(
             schedule.between(a, b).get(task, 0) * phase.tasks[task].batch
             for a, b, phase in self.pieces(start, stop)
         )
 
     def visits(self, schedule: Schedule, start: int, stop: int) -> dict[str, int]:
-        """How often each program runs in steps [start, stop); those that do not are missing."""
+        """Return how often each program runs in steps [start, stop); those that do not are missing."""
         counts: Counter[str] = Counter()
         for a, b, phase in self.pieces(start, stop):
             before, after = schedule.visits(a), schedule.visits(b)
@@ -155,7 +155,7 @@ def _variants(
     suffix: str,
     names: dict[str, str],
 ) -> ShapeVariants:
-    """A task's, under names that `names` keeps by what distinguishes programs."""
+    """Return a task's, under names that `names` keeps by what distinguishes programs."""
     if not task.config.shapes:
         name = names.setdefault(_key(task, rules), f"{task.name}{suffix}")
         return ShapeVariants((ShapeVariant(name, task),))
@@ -169,7 +169,7 @@ def _variants(
 
 
 def _key(task: Task, rules: Sequence[RuleConfig]) -> str:
-    """What distinguishes a task's programs."""
+    """Return what distinguishes a task's programs."""
     key = [task.name, _block(task), [vars(rule) for rule in rules]]
     return json.dumps(key, sort_keys=True)
 

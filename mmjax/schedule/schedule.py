@@ -1,4 +1,4 @@
-"""Which task runs at which step: a pure function of integers.
+"""The schedule of a run: a pure function of integers.
 
 A schedule is a list of segments. A segment starts at a step, repeats cycles made by a rule from
 integer weights, and records how often each task ran before it, so that every question (which task
@@ -61,7 +61,7 @@ class Segment:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and dicts. Weights are pairs, for their order matters."""
+        """Convert to plain lists and dicts. Weights are pairs, for their order matters."""
         return {
             "start": self.start,
             "rule": self.rule,
@@ -72,7 +72,7 @@ class Segment:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Segment:
-        """The inverse of `to_json`."""
+        """Return the inverse of `to_json`."""
         return cls(**{**data, "weights": dict(data["weights"]), "base": dict(data["base"])})
 
     def _key(self) -> tuple[Any, ...]:
@@ -102,7 +102,7 @@ class Segment:
         return sum(self._counts)
 
     def _at(self, step: int) -> tuple[Cycle, int, int]:
-        """The cycle that holds `step`, how many whole ones came before, the place in it."""
+        """Return the cycle that holds `step`, how many whole ones came before, the place in it."""
         turn, offset = divmod(step - self.start, self._length)
         first, seed = (step - offset, self.seed) if rule_of(self.rule).varies else (0, 0)
         cycle = self._last.get(first)
@@ -118,18 +118,18 @@ class Segment:
         return {}
 
     def task(self, step: int) -> str:
-        """The task that runs at `step`."""
+        """Return the task that runs at `step`."""
         cycle, _, offset = self._at(step)
         return self._tasks[cycle.order[offset]]
 
     def visit(self, step: int) -> int:
-        """How often the task that runs at `step` ran before it."""
+        """Return how often the task that runs at `step` ran before it."""
         cycle, turn, offset = self._at(step)
         i = int(cycle.order[offset])
         return self.base[self._tasks[i]] + turn * self._counts[i] + cycle.visits(i, offset)
 
     def visits(self, step: int) -> dict[str, int]:
-        """How often each task runs in steps [0, step)."""
+        """Return how often each task runs in steps [0, step)."""
         cycle, turn, offset = self._at(step)
         visits = dict(self.base)
         for i, (task, count) in enumerate(zip(self._tasks, self._counts, strict=True)):
@@ -137,7 +137,7 @@ class Segment:
         return visits
 
     def sequence(self, start: int, stop: int) -> list[str]:
-        """The tasks of steps [start, stop)."""
+        """Return the tasks of steps [start, stop)."""
         tasks: list[str] = []
         while start < stop:
             cycle, _, offset = self._at(start)
@@ -170,33 +170,33 @@ class Schedule:
         return tuple(dict.fromkeys(names))
 
     def segment(self, step: int) -> Segment:
-        """The segment that `step` falls in."""
+        """Return the segment that `step` falls in."""
         if step < 0:
             raise ValueError(f"There is no step {step}.")
         return self.segments[bisect.bisect_right(self._starts, step) - 1]
 
     def task(self, step: int) -> str:
-        """The task that runs at `step`."""
+        """Return the task that runs at `step`."""
         return self.segment(step).task(int(step))
 
     def visit(self, step: int) -> int:
-        """How often the task that runs at `step` ran before it, from step 0 on."""
+        """Return how often the task that runs at `step` ran before it, from step 0 on."""
         return self.segment(step).visit(int(step))
 
     def visits(self, step: int) -> dict[str, int]:
-        """How often each task runs in steps [0, step); all of `tasks`, in that order."""
+        """Return how often each task runs in steps [0, step); all of `tasks`, in that order."""
         visits = self.segment(step).visits(int(step))
         return {task: visits.get(task, 0) for task in self.tasks}
 
     def between(self, start: int, stop: int) -> dict[str, int]:
-        """How often each task runs in steps [start, stop)."""
+        """Return how often each task runs in steps [start, stop)."""
         if stop < start:
             raise ValueError(f"There are no steps {start} to {stop}.")
         before, after = self.visits(start), self.visits(stop)
         return {task: after[task] - before[task] for task in self.tasks}
 
     def active(self, start: int, stop: int) -> set[str]:
-        """The tasks with a weight above zero in any segment that has steps in [start, stop)."""
+        """Return the tasks with a weight above zero in any segment that has steps in [start, stop)."""
         ends = [segment.start for segment in self.segments[1:]] + [stop]
         return {
             task
@@ -207,13 +207,13 @@ class Schedule:
         }
 
     def realised_shares(self, start: int, stop: int) -> dict[str, float]:
-        """The realised share of steps [start, stop) of each task; they sum to 1."""
+        """Return the realised share of steps [start, stop) of each task; they sum to 1."""
         if stop <= start:
             raise ValueError(f"There are no steps {start} to {stop}.")
         return {task: n / (stop - start) for task, n in self.between(start, stop).items()}
 
     def sequence(self, start: int, stop: int) -> list[str]:
-        """The tasks of steps [start, stop), in order."""
+        """Return the tasks of steps [start, stop), in order."""
         tasks: list[str] = []
         while start < stop:
             segment = self.segment(start)
@@ -232,7 +232,7 @@ class Schedule:
         seed: int | None = None,
         now: int = 0,
     ) -> Schedule:
-        """This schedule up to `start`, and from there on a new segment.
+        """Return this schedule up to `start`, and from there on a new segment.
 
         Steps before `start` keep their tasks. Segments that would have begun at `start` or later
         are replaced.
@@ -269,7 +269,9 @@ class Schedule:
         now: int = 0,
         keep: Collection[int] | None = None,
     ) -> Schedule:
-        """As `append`, but segments that begin after `start` stay: those that begin in `keep`, all if None."""
+        """Return the schedule with a segment appended as `append` does, but keep segments that begin after `start`:
+        those that begin in `keep`, all if None.
+        """
         result = self.append(start, weights, rule=rule, now=now)
         for later in self.segments:
             if later.start > start and (keep is None or later.start in keep):
@@ -277,12 +279,12 @@ class Schedule:
         return result
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Plain lists and dicts: all that a checkpoint needs to hold."""
+        """Convert to plain lists and dicts: all that a checkpoint needs to hold."""
         return [segment.to_json() for segment in self.segments]
 
     @classmethod
     def from_json(cls, data: Iterable[Mapping[str, Any]]) -> Schedule:
-        """The inverse of `to_json`."""
+        """Return the inverse of `to_json`."""
         return cls(tuple(Segment.from_json(segment) for segment in data))
 
 

@@ -49,7 +49,7 @@ class ShapeVariants:
         return tuple(variant.weight for variant in self.variants)
 
     def at(self, visit: int) -> ShapeVariant:
-        """The one that a visit takes, counted from 0."""
+        """Return the one that a visit takes, counted from 0."""
         cycle = shares_cycle(self.weights)
         return self.variants[int(cycle.order[visit % len(cycle.order)])]
 
@@ -87,7 +87,7 @@ def check_tokens(tokens: Mapping[str, Fraction], where: str) -> None:
 
 
 def merged(block: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`block` with the leaves of `changes` in it."""
+    """Return `block` with the leaves of `changes` in it."""
     result = dict(block)
     for key, value in changes.items():
         inner = result.get(key)

@@ -1,4 +1,4 @@
-"""How long a step of each task takes: measured in the lines of a run, else from model FLOPs."""
+"""Step times of the tasks: measured in the lines of a run, else from model FLOPs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Pace:
 
 
 def measured(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds that the devices need for a step of each task: the median of its latest visits.
+    """Return the seconds that the devices need for a step of each task: the median of its latest visits.
 
     A step whose end the host met late, because it waited for data, counts only where a task has no
     other.
@@ -55,7 +55,7 @@ def measured(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def pace(flops: Mapping[str, float], known: Mapping[str, float], rate: float) -> Pace:
-    """Seconds of every task in `flops`.
+    """Return the seconds of every task in `flops`.
 
     Args:
       flops: model FLOPs of a step, per task.
@@ -69,6 +69,6 @@ def pace(flops: Mapping[str, float], known: Mapping[str, float], rate: float) ->
 
 
 def assumed_rate(kind: str, devices: int) -> float:
-    """FLOP/s to assume of `devices` devices of a kind: a share of the published peak, or of CPU cores."""
+    """Return the FLOP/s to assume of `devices` devices of a kind: a share of the published peak, or of CPU cores."""
     peak = peak_flops(kind)
     return CORE_FLOPS * (os.cpu_count() or 1) if peak is None else UTILISATION * peak * devices

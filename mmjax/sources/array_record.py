@@ -100,7 +100,7 @@ class ArrayRecordExamples(Examples):
             raise ValueError(f"{self._names[file]}, record {record}: {error}") from error
 
     def _first(self) -> Example:
-        """The first example that can be read."""
+        """Return the first example that can be read."""
         for index in range(min(len(self), _TRIES)):
             try:
                 return self[index]
@@ -113,7 +113,7 @@ class ArrayRecordExamples(Examples):
 
 
 def _counts(files: Sequence[epath.Path]) -> list[int]:
-    """Records of each file; `UserError` for a file that is cut off or not an ArrayRecord."""
+    """Return the number of records of each file; raise `UserError` for a file that is cut off or not an ArrayRecord."""
     with ThreadPoolExecutor(min(len(files), _THREADS)) as pool:
         counts = list(pool.map(_count, files))
     broken = [(file, fault) for file, (_, fault) in zip(files, counts, strict=True) if fault]
@@ -128,7 +128,7 @@ def _counts(files: Sequence[epath.Path]) -> list[int]:
 
 
 def _count(file: epath.Path) -> tuple[int, str]:
-    """Records of a file, and why it cannot be opened."""
+    """Return the number of records of a file, and why it cannot be opened."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(str(file))
@@ -141,7 +141,7 @@ def _count(file: epath.Path) -> tuple[int, str]:
 
 
 def _manifest(folder: epath.Path) -> Mapping[str, Any]:
-    """The manifest that `mmjax convert` wrote, or nothing."""
+    """Return the manifest that `mmjax convert` wrote, or nothing."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (FileNotFoundError, ValueError):
@@ -179,7 +179,7 @@ def _shards(names: Sequence[str]) -> list[str]:
 
 
 def _deeper(folder: epath.Path) -> str:
-    """Words about folders inside that do hold such files."""
+    """Return a note on folders inside that do hold such files."""
     inner = sorted(folder.iterdir()) if folder.is_dir() else []
     folders = [f.name for f in inner if f.is_dir() and any(f.glob("*.array_record*"))]
     return (

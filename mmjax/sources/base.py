@@ -1,4 +1,4 @@
-"""What a source is: examples under integer ids, read at random.
+"""The interface of a source: examples under integer ids, read at random.
 
 A source is one file in `mmjax/sources/`, whose class is a frozen dataclass (the keys of a config block)
 with `open()`.
@@ -43,11 +43,11 @@ class Examples(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """Number of examples."""
+        """Return the number of examples."""
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Example:
-        """The example `index`, 0 <= index < len."""
+        """Return the example `index`, 0 <= index < len."""
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -71,7 +71,7 @@ class Examples(abc.ABC):
 
 @dataclass(frozen=True)
 class Source(abc.ABC):
-    """Where examples come from; opened only when a run needs them."""
+    """A source of examples; opened only when a run needs them."""
 
     @abc.abstractmethod
     def open(self) -> Examples:
@@ -123,7 +123,7 @@ class Cached(Examples):
 
 
 def _reopened(source: Source | None, limit: int, identity: str) -> Cached:
-    """The examples of a source, in another process; `UserError` where they are not those that were open."""
+    """Return the examples of a source, in another process; `UserError` where they are not those that were open."""
     if source is None:
         raise TypeError("These examples were opened without word of their source.")
     result = Cached(source.open(), limit, source)
@@ -188,7 +188,7 @@ def _array_memory(array: np.ndarray) -> int:
 
 
 def _object_memory(value: Any) -> int:
-    """Memory of a value that is no container: a PIL image has its pixels beside it."""
+    """Return the memory of a value that is no container: a PIL image has its pixels beside it."""
     if hasattr(value, "getbands") and hasattr(value, "size"):
         depth = 4 if value.mode in ("I", "F") else len(value.getbands())
         return sys.getsizeof(value) + int(value.size[0] * value.size[1] * depth)

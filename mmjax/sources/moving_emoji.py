@@ -77,7 +77,7 @@ class MovingEmoji(Source):
 
 @dataclass(frozen=True)
 class Way:
-    """How a drawing moves: its direction, and its centre as fractions of the frame, [frames, (x, y)]."""
+    """The motion of a drawing: its direction, and its centre as fractions of the frame, [frames, (x, y)]."""
 
     direction: int
     centres: np.ndarray
@@ -135,7 +135,7 @@ class MovingEmojiExamples(Examples):
         return [c for c in self._inner.column(name) for _ in range(self._source.clips)]
 
     def _another(self, first: int, offset: int) -> Example:
-        """The first drawing of another concept from `first + offset` on."""
+        """Return the first drawing of another concept from `first + offset` on."""
         concept, count = self._inner[first]["concept"], len(self._inner)
         for step in range(count):
             drawing = self._inner[(first + offset + step) % count]
@@ -151,7 +151,7 @@ def _identity(source: MovingEmoji, inner: Examples) -> str:
 
 
 def pair(concepts: list[int], directions: list[int]) -> int:
-    """A number below 2^30 for the concepts and their directions; their order does not matter.
+    """Return a number below 2^30 for the concepts and their directions; their order does not matter.
 
     Raises:
       RecordError: a concept's number is too large: 2^27 for one drawing, 2^12 for two.
@@ -174,16 +174,16 @@ class _Draws:
         self._values = iter(order.stream(key, 32).tolist())
 
     def integer(self, below: int) -> int:
-        """In [0, below)."""
+        """Draw an integer in [0, below)."""
         return int(next(self._values)) * below >> 64
 
     def fraction(self, least: float, most: float) -> float:
-        """In [least, most)."""
+        """Draw a number in [least, most)."""
         return least + (most - least) * (int(next(self._values)) >> 11) * 2.0**-53
 
 
 def _ways(actors: int, frames: int, draws: _Draws) -> list[Way]:
-    """A way for each drawing; a later one keeps away from the first as well as it can in a few tries."""
+    """Return a way for each drawing; a later one keeps away from the first as well as it can in a few tries."""
     ways = [_way(draws.integer(8), frames, draws)]
     for _ in range(actors - 1):
         # One direction for all tries, so that none is preferred.
@@ -204,12 +204,12 @@ def _way(direction: int, frames: int, draws: _Draws) -> Way:
 
 
 def _distance(one: Way, other: Way) -> float:
-    """The least distance of the two centres in any frame."""
+    """Return the least distance of the two centres in any frame."""
     return float(np.hypot(*(one.centres - other.centres).T).min())
 
 
 def _film(images: list[Any], ways: list[Way], light: tuple[int, ...], size: int) -> np.ndarray:
-    """uint8 `[frames, size, size, 3]`; earlier drawings lie over later ones."""
+    """Return a clip, uint8 `[frames, size, size, 3]`; earlier drawings lie over later ones."""
     from PIL import Image as Pil
 
     side = max(round(_SIDE * size), 1)

@@ -118,7 +118,7 @@ def _text_fields(features: Any) -> list[str]:
 
 
 def _class_names(features: Any) -> dict[str, list[str]]:
-    """Of the fields that are classes; where a data set gives no names, TFDS has their numbers."""
+    """Return the names of the fields that are classes; where a data set gives no names, TFDS has their numbers."""
     found = {n: list(getattr(f, "names", None) or ()) for n, f in features.items()}
     numbers = {n: [str(i) for i in range(len(names))] for n, names in found.items()}
     return {n: names for n, names in found.items() if names != numbers[n]}
@@ -198,18 +198,18 @@ def _class_names_in(features: Any) -> Iterator[str]:
 
 
 def _is_asked_for(record: logging.LogRecord) -> bool:
-    """No advice to install OpenCV: a PNG has the same pixels by PIL, which mmjax asks for anyway."""
+    """Filter out advice to install OpenCV: a PNG has the same pixels by PIL, which mmjax asks for anyway."""
     return not str(record.msg).startswith("OpenCV is not installed")
 
 
 def _others(path: epath.Path, name: str) -> str:
-    """Words about the configs or versions of a data set that are there."""
+    """Return a note on the other configs or versions of a data set."""
     there = sorted(p.name for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
     return f" There is {', '.join(f'{name}/{t}' for t in there)}." if there else ""
 
 
 def _split(builder: Any, source: Tfds) -> Any:
-    """The split, a part of one, or a sum of several; `UserError` where there is no such, or it is empty."""
+    """Return the split, a part of one, or a sum of several; `UserError` where there is no such, or it is empty."""
     known = list(builder.info.splits)
     for name in (part.split("[")[0] for part in source.split.split("+")):
         if name not in known:
@@ -241,12 +241,12 @@ def _check_files(source: Tfds, builder: Any, split: Any) -> None:
 
 
 def own_data_sets() -> list[str]:
-    """Names that `mmjax build` may know: the modules of `mmjax.datasets`."""
+    """Return the names that `mmjax build` may know: the modules of `mmjax.datasets`."""
     return [m.name for m in pkgutil.iter_modules(mmjax.datasets.__path__)]
 
 
 def _version_folder(path: epath.Path) -> epath.Path | None:
-    """The folder that holds `dataset_info.json`: `path` itself or its newest version."""
+    """Return the folder that holds `dataset_info.json`: `path` itself or its newest version."""
     if (path / "dataset_info.json").exists():
         return path
     if not path.exists():
@@ -260,7 +260,7 @@ def _version_folder(path: epath.Path) -> epath.Path | None:
 
 
 def _manifest(builder: Any) -> dict[str, Any]:
-    """What mmjax's own builders say of a data set; empty for others."""
+    """Return the manifest that mmjax's own builders wrote for a data set; empty for others."""
     path = epath.Path(builder.data_dir) / build.MANIFEST
     return dict(json.loads(path.read_text())) if path.exists() else {}
 

@@ -53,7 +53,7 @@ class Evaluation:
         parameters: Mapping[str, jax.Array],
         beat: Callable[[str], None] = lambda task: None,
     ) -> list[Record]:
-        """The records of all evaluators, in the order of the config.
+        """Return the records of all evaluators, in the order of the config.
 
         Args:
           programs: those of `mmjax.engine.requests.eval_requests`, compiled.
@@ -116,7 +116,7 @@ class Evaluation:
     def _batches(
         self, task: Task, each: Pass, examples: Examples, size: int
     ) -> Iterable[tuple[Any, int, Any]]:
-        """This process's rows of each batch, read ahead in threads; the last one padded with invalid rows."""
+        """Yield this process's rows of each batch, read ahead in threads; the last one padded with invalid rows."""
         spec = row_spec(task, each)
         first, last = process_rows(self._mesh, "evaluation.batch")(size)
 
@@ -150,7 +150,7 @@ def _key(each: Pass) -> str:
 
 
 def _whole(kept: Sequence[Outputs], first: int, size: int) -> Outputs:
-    """Fields of all batches of `size` rows, of which this process read those from `first` on: each `[N]`."""
+    """Return the fields of all batches of `size` rows, of which this process read those from `first` on: each `[N]`."""
     mine = {name: np.stack([batch[name] for batch in kept]).tolist() for name in kept[0]}
     whole = {name: np.zeros((len(kept), size), np.int32) for name in mine}
     for begin, part in processes.gather([first, mine]):

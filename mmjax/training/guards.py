@@ -62,7 +62,7 @@ class InvalidExamples:
 
 
 def warn_of_slow_process(log: RunLog, waits: Sequence[float], seconds: float) -> None:
-    """Name the process whose data the others waited for in a stretch of steps, if one stands out.
+    """Warn of the process whose data the others waited for in a stretch of steps, if one stands out.
 
     Args:
       log: where its name goes.

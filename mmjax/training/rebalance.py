@@ -40,7 +40,7 @@ class Budget:
         self._planned = experiment.planned.phase_specs()
 
     def next(self, step: int) -> int | None:
-        """The first boundary after `step`, None if there is none to come."""
+        """Return the first boundary after `step`, None if there is none to come."""
         every, stop = self._experiment.run.schedule.rebalance_every, self._experiment.run.steps
         if not every:
             return None
@@ -48,11 +48,11 @@ class Budget:
         return next((b for b in boundaries if self._phase_spec(b).rule == BUDGET), None)
 
     def is_boundary(self, step: int) -> bool:
-        """Whether shares are set anew at `step`."""
+        """Return whether shares are recomputed at `step`."""
         return step > 0 and self.next(step - 1) == step
 
     def settle(self, clock: Clock) -> Clock:
-        """The clock of a boundary, with a new segment from here on if the shares are to change.
+        """Return the clock of a boundary, with a new segment from here on if the shares are to change.
 
         The lines of all steps before must be in `metrics.jsonl`. Called by all processes.
         """
@@ -80,7 +80,7 @@ class Budget:
         return phase_spec_at(self._planned, step)
 
     def _decision(self, step: int, wanted: Mapping[str, int]) -> dict[str, int]:
-        """What is written for this step and config; else measured, and written."""
+        """Return the decision written for this step and config; else measure and write it."""
         key = _fingerprint(self._experiment.block)
         for line in _read(self._path):
             if (line["start"], line["config"], line["wanted"]) == (step, key, dict(wanted)):
@@ -98,7 +98,7 @@ class Budget:
         return weights
 
     def _seconds(self, step: int) -> dict[str, float]:
-        """Of a step of each task in the shapes that it has at `step`, by the lines before."""
+        """Return the seconds per step of each task, for its shapes at `step`, from the metrics so far."""
         phases = self._experiment.phases
         lines = (
             {**line, "task": phases.program(line)}
@@ -115,14 +115,14 @@ class Budget:
 
 
 def _fingerprint(block: configs.Block) -> str:
-    """A digest of the keys that fix a run's steps."""
+    """Return a digest of the keys that fix a run's steps."""
     classes = ((k, v, configs.key_class(k, RunConfig, block)) for k, v in configs.flat(block))
     leaves = {k: v for k, v, kind in classes if kind != "free"}
     return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _is_near(now: Mapping[str, int], then: Mapping[str, int]) -> bool:
-    """Whether two lists of shares are the same to a 20th of each."""
+    """Return whether two lists of shares are the same to a 20th of each."""
     if now.keys() != then.keys():
         return False
     sums = sum(now.values()), sum(then.values())
@@ -131,13 +131,13 @@ def _is_near(now: Mapping[str, int], then: Mapping[str, int]) -> bool:
 
 
 def _read(path: epath.Path) -> list[dict[str, Any]]:
-    """The decisions that are written; no step has run under one that a kill tore, or that is none."""
+    """Return the decisions that are written; no step has run under one that a kill tore, or that is none."""
     keys = {"start", "config", "wanted", "weights"}
     return [line for line in read_records(path) if keys <= line.keys() and _is_decision(line)]
 
 
 def _is_decision(line: Mapping[str, Any]) -> bool:
-    """Whether each of the wanted tasks has a weight."""
+    """Return whether each of the wanted tasks has a weight."""
     wanted, weights = line["wanted"], line["weights"]
     if not isinstance(wanted, dict) or not isinstance(weights, dict):
         return False

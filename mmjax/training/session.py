@@ -80,7 +80,7 @@ class Session:
 
     @property
     def is_done(self) -> bool:
-        """Whether all steps and the results of the last evaluation are there, whole."""
+        """True if all steps and the complete results of the last evaluation exist."""
         done = self.clock.step >= self.experiment.run.steps
         return done and processes.gather(done and read_results(self.workdir) is not None)[0]
 
@@ -94,7 +94,7 @@ class Session:
 
     @property
     def was_evaluated(self) -> bool:
-        """Whether the run that this one goes on from evaluated at its last step, perhaps not to the end."""
+        """True if the run resumed here has evaluated at its last step, perhaps not to the end."""
         if self.restored is None:
             return False
         saved = self.restored.meta["config"]
@@ -114,15 +114,15 @@ class Session:
         _ = self._to_canonical
 
     def canonical(self, state: State) -> Any:
-        """The state as a checkpoint holds it."""
+        """Return the state as a checkpoint holds it."""
         return self._to_canonical(state)
 
     def evaluated(self, state: State) -> Arrays:
-        """The parameters that evaluation uses."""
+        """Return the parameters that evaluation uses."""
         return evaluated(state)
 
     def meta(self, clock: Clock) -> dict[str, Any]:
-        """What a checkpoint says beside its arrays."""
+        """Return the data of a checkpoint beside its arrays."""
         return {
             "clock": clock.to_json(),
             "config": self.experiment.block,
@@ -131,7 +131,7 @@ class Session:
         }
 
     def example_ids(self, task: str, step: int) -> list[int]:
-        """The examples that a task reads at a step of this session, under the clock's schedule."""
+        """Return the examples that a task reads at a step of this session, under the clock's schedule."""
         phases, clock = self.experiment.phases, self.clock
         read = phases.consumed(clock.schedule, task, clock.step, step)
         position = clock.positions.get(task, 0) + read
@@ -232,7 +232,7 @@ def _log_gaps(workdir: epath.Path, step: int, log: Callable[[str], None]) -> Non
 def reopen(
     experiment: Experiment, workdir: epath.Path, mesh: Mesh, step: int | None, schedule: Schedule
 ) -> Session:
-    """A run as it stood at the checkpoint of `step` (at its beginning, if None), to look at: nothing is written.
+    """Return a run as it stood at the checkpoint of `step` (at its beginning, if None), to look at: nothing is written.
 
     Args:
       experiment: the config that was in force after `step`.
@@ -267,7 +267,7 @@ def roll_back(
     log: Callable[[str], None],
     activity: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> Session:
-    """Back to the newest checkpoint at which all tasks were well, and without the diverged one from there on.
+    """Return to the newest checkpoint at which all tasks were healthy; from there the diverged one is excluded.
 
     Later checkpoints are moved to `WORKDIR/diverged`. Killed or stopped before its next checkpoint, the
     run diverges at the same step again, and comes to the same state.
@@ -320,7 +320,7 @@ def newest_good(session: Session, before: int | None) -> int | None:
 
 
 def _was_healthy(workdir: epath.Path, step: int, bounds: HealthLimits) -> bool | None:
-    """Whether all tasks were well; None for a damaged checkpoint, which `begin` sets aside."""
+    """Return whether all tasks were well; None for a damaged checkpoint, which `begin` sets aside."""
     try:
         return Clock.from_json(checkpoint.read_meta(workdir, step)["clock"]).is_healthy(bounds)
     except Damaged:
@@ -355,7 +355,7 @@ def count_examples(
 
 
 def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]:
-    """Whether a name may lack in a checkpoint.
+    """Return a test of whether a name may be missing in a checkpoint.
 
     It is of the head of a task that has been added since, or an average that the run did not keep, or
     the config has changed in what tasks move, and so in what has optimizer state
@@ -379,7 +379,7 @@ def _is_new_head(name: str, meta: dict[str, Any]) -> bool:
 
 
 def _movers(config: Mapping[str, Any]) -> Any:
-    """What decides which parameters have optimizer state: rules, views, and what the losses reach."""
+    """Return what decides which parameters have optimizer state: rules, views, and what the losses reach."""
     optimizer = config.get("optimizer", {})
     tasks = {
         name: (
@@ -404,7 +404,7 @@ def _check_parameters(experiment: Experiment, restored: Restored) -> None:
 def clock_after(
     experiment: Experiment, step: int, meta: Mapping[str, Any], allow_change: bool
 ) -> Clock:
-    """Where a run of this config would go on from a checkpoint; nothing is opened or written.
+    """Return the clock with which a run of this config would resume from a checkpoint; open and write nothing.
 
     Raises:
       UserError: the config does not go with the checkpoint's.
@@ -414,13 +414,13 @@ def clock_after(
 
 
 def fresh_clock(experiment: Experiment) -> Clock:
-    """The clock before step 0."""
+    """Return the clock before step 0."""
     zeros = dict.fromkeys(experiment.tasks, 0)
     return Clock(0, experiment.planned.schedule(), zeros, zeros, zeros)
 
 
 def _clock(experiment: Experiment, restored: Restored) -> Clock:
-    """The saved clock; with a new segment from here on where the config's schedule has changed."""
+    """Return the saved clock; with a new segment from here on where the config's schedule has changed."""
     saved = _released(Clock.from_json(restored.meta["clock"]), restored.differences)
     if not any(_moves_schedule(c, experiment, restored) for c in restored.differences):
         return saved
@@ -443,7 +443,7 @@ def _clock(experiment: Experiment, restored: Restored) -> Clock:
 
 
 def _released(saved: Clock, changes: Iterable[configs.Difference]) -> Clock:
-    """The clock without what it knew of tasks whose blocks have changed: they begin anew as healthy ones."""
+    """Return the clock without what it knew of tasks whose blocks have changed: they begin anew as healthy ones."""
     changed = {
         c.key.split(".")[1] for c in changes if c.kind == "schedule" and c.key.startswith("tasks.")
     }

@@ -18,19 +18,19 @@ from mmjax.core.bounds import POSITIVE, check
 
 
 class Dispatch(abc.ABC):
-    """Which tokens come to the slots of the experts, and what comes back of them."""
+    """The assignment of tokens to the experts' slots, and the weights of the way back."""
 
     @abc.abstractmethod
     def gather(self, x_GTD: jax.Array) -> jax.Array:
-        """What the slots get, `[G, E, C, D]`."""
+        """Return the inputs of the slots, `[G, E, C, D]`."""
 
     @abc.abstractmethod
     def combine(self, y_GECD: jax.Array, tokens: int) -> jax.Array:
-        """The tokens' sums of what the experts made of the slots, `[G, T, D]`."""
+        """Return the tokens' sums of what the experts made of the slots, `[G, T, D]`."""
 
     @abc.abstractmethod
     def parts(self, tokens: int) -> jax.Array:
-        """How much of each token is each expert's, `[G, T, E]`: 1 or 0 where a slot holds one token."""
+        """Return the part of each token that is each expert's, `[G, T, E]`: 1 or 0 where a slot holds one token."""
 
 
 @struct.dataclass
@@ -89,18 +89,18 @@ class Router(abc.ABC):
 
     @abc.abstractmethod
     def slots(self, tokens: int, experts: int) -> int:
-        """C, of each expert in each group."""
+        """Return the number C of slots of each expert in each group."""
 
     @abc.abstractmethod
     def experts_per_token(self, experts: int) -> float:
-        """How many of the experts a token meets, in the mean and where none is dropped."""
+        """Return the mean number of experts per token if none is dropped."""
 
     @abc.abstractmethod
     def route(self, logits_GTL: jax.Array, valid_GT: jax.Array) -> Dispatch:
-        """The slots, by the logits `[G, T, experts * slots_per_expert]` of each token."""
+        """Return the slots, by the logits `[G, T, experts * slots_per_expert]` of each token."""
 
     def scores(self, logits_GTE: jax.Array) -> jax.Array:
-        """The gates' values, `[..., E]`."""
+        """Return the gates' values, `[..., E]`."""
         return jax.nn.softmax(widened(logits_GTE))
 
 

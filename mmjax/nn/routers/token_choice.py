@@ -70,7 +70,7 @@ class TokenChoice(Limited):
 
 
 def _scattered(x_GM: jax.Array, slot_GM: jax.Array, experts: int, count: int) -> jax.Array:
-    """`[G, E, C]` with each value in its slot, zero in the others."""
+    """Scatter each value to its slot of `[G, E, C]`, zero in the others."""
     empty_GS = jnp.zeros((x_GM.shape[0], experts * count + 1), x_GM.dtype)
     filled_GS = jax.vmap(lambda row, slot, x: row.at[slot].set(x))(empty_GS, slot_GM, x_GM)
     return filled_GS[:, :-1].reshape(-1, experts, count)

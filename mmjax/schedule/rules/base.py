@@ -24,7 +24,7 @@ MAX_CYCLE = 1_000_000  # steps; a table of this many is built in seconds and hel
 
 @dataclass(frozen=True)
 class Rule(abc.ABC):
-    """How weights become cycles, in integers alone, so that every machine finds the same order.
+    """A rule that turns weights into cycles with integer arithmetic, so that every machine finds the same order.
 
     Attributes:
       varies: whether cycles differ from one another; else each is the first.
@@ -74,7 +74,7 @@ class Cycle:
     where: list[NDArray[np.int64]]  # per task, the steps at which it runs, ascending
 
     def visits(self, task: int, offset: int) -> int:
-        """How often a task runs in the first `offset` steps."""
+        """Return how often a task runs in the first `offset` steps."""
         return int(np.searchsorted(self.where[task], offset))
 
 

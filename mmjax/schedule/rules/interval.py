@@ -11,7 +11,7 @@ from mmjax.schedule.rules.base import Rule
 
 @dataclass(frozen=True)
 class Interval(Rule):
-    """In pass p = 0, 1, 2 ... each task whose interval divides p runs, in config order (IMP).
+    """Each pass p = 0, 1, 2 ... each task whose interval divides p runs, in config order (IMP).
 
     The published loop counts passes from 1. From 0, the first pass runs every task once.
     """
