@@ -4,5 +4,5 @@ Each module here is a case, but `run` and those with an underscore. A case is on
 
     def measure(effort: Effort) -> list[Quantity]
 
-whose docstring's first line says what it measures. Nothing lists the cases; `run` finds them.
+whose docstring's first line states what it measures. Nothing lists the cases; `run` finds them.
 """

@@ -33,7 +33,7 @@ class Timed:
 
     Attributes:
       seconds: from the end of the step before the first to the end of the last.
-      host: seconds of each that the host spent giving it to the devices, waiting for data left out.
+      host: seconds of each that the host spent giving it to the devices, waiting for data excluded.
       metrics: of the last.
     """
 
@@ -67,7 +67,7 @@ class Steps:
 
     @contextmanager
     def loader(self, start: int, stop: int) -> Iterator[Loader]:
-        """The real loader of steps [start, stop), as it stands when a run goes on from `start`."""
+        """The real loader of steps [start, stop), as it stands when a run resumes from `start`."""
 
         run, phases, schedule = (
             self.experiment.run,
@@ -120,7 +120,7 @@ class Steps:
 
     @property
     def period(self) -> int:
-        """Steps after which the schedule begins anew."""
+        """The number of steps after which the schedule begins again."""
         segment = self.session.clock.schedule.segments[0]
         return sum(rule_of(segment.rule).counts([w for w in segment.weights.values() if w]))
 

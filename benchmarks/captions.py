@@ -1,7 +1,7 @@
-"""Captions token by token: with what is held of the tokens before, against the whole text anew for each token.
+"""Captions token by token: with a cache of the tokens before, against the whole text for each token.
 
 Of a config whose tasks write captions, such as `configs/coca.py:small`; one batch, to the length of its texts. Where
-CoCa-pytorch is installed, its training step and its logits, which it makes anew for each token, are timed in the same
+CoCa-pytorch is installed, its training step and its logits, which it recomputes for each token, are timed in the same
 pairs at the same widths, depths, heads and lengths (its layers are gated and hold more parameters).
 """
 

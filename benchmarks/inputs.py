@@ -4,7 +4,7 @@ Two data sets of a picture and its text: `small`, 64 px PNG as the quickstart re
 mirrored); `large`, 288 px JPEG, cropped to 224 px. Each is made from the emoji data set as tars, and from these as
 ArrayRecord by `mmjax convert`, as TFRecord, and as files. All decode, crop by the same law, scale by bilinear
 filters with support, tokenise with the same SentencePiece model, shuffle and make batches of uint8 pictures and int32
-tokens; workers are as many as cores. A peer is left out where its package is not installed. Asserted: without crops, an
+tokens; workers are as many as cores. A peer is skipped if its package is not installed. Asserted: without crops, an
 epoch of each has the same texts, as often, with the same pictures (to a few grey levels, as decoders differ).
 
 Rates are of batches that come when what was read ahead is used up. The config is not read.

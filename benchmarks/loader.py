@@ -1,6 +1,6 @@
 """Examples per second with the real loader against the same steps on batches held in memory.
 
-In each pair the same steps are timed twice: from a loader that has run for a while and goes on reading
+In each pair the same steps are timed twice: from a loader that has run for a while and keeps reading
 ahead, and from a list. Which half comes first alternates; each pair takes later steps of the schedule.
 """
 

@@ -1,9 +1,9 @@
-"""What the TPU's compiler says of a decoder's and a ViT's step, ours and MaxText's, for 256 v5e and 128 v5p chips.
+"""The TPU compiler's report on a decoder's and a ViT's step, ours and MaxText's, for 256 v5e and 128 v5p chips.
 
 Nothing where MaxText is not installed (Python 3.12 or later). The same: Llama's decoder of 7 billion on sequences of
 4,096 tokens, rematerialised whole, and a ViT-L/14 classifier on pictures of 224 pixels without rematerialisation;
 AdamW, gradients clipped, bfloat16 products, parameters in float32, the chips as one axis (`fsdp`) that cuts what the
-rules of each cut, which of MaxText's ViT is a part (what lies on a chip as state is told), the compiler's own defaults.
+rules of each cut, of which MaxText's ViT states a part (what is state on a chip), the compiler's own defaults.
 MaxText compiles by its `train_compile`; see `_plans_maxtext.py` for its ViT. Asserted before:
 with our parameters, at a small size on the CPU, both give the same loss; at full size both have as many parameters, but
 for a table of positions that our texts have and biases of attention that MaxText's ViT has.
@@ -94,7 +94,7 @@ def measure(effort: Effort) -> list[Quantity]:
 
 
 def compared(what: str, plans: Mapping[str, Mapping[str, Any]], pairs: int) -> list[Quantity]:
-    """What is told of two plans of one step; as nothing varies, each number stands for all pairs."""
+    """The numbers of two plans of one step; as nothing varies, each number stands for all pairs."""
     counts = [plans[name]["parameters"] for name in (OURS, PEER)]
     np.testing.assert_allclose(*counts, rtol=CLOSE, err_msg=f"parameters of {what}")
     result = []
@@ -109,7 +109,7 @@ def compared(what: str, plans: Mapping[str, Mapping[str, Any]], pairs: int) -> l
         for each in (OURS, PEER):
             held = [plans[each][key] / 2**30] * pairs
             result.append(quantity(f"{what}: {name}, {each}", held, "GiB"))
-    # With kernels whose FLOPs the compiled text does not state, the count would say too little.
+    # With kernels whose FLOPs the compiled text does not state, the count would be too low.
     for each in (name for name in (OURS, PEER) if not plans[name]["unknown"]):
         ratio = plans[each]["flops"] / plans[OURS]["model"]
         result.append(quantity(f"{what}: compiled to model FLOPs, {each}", [ratio] * pairs))
@@ -161,7 +161,7 @@ def block(what: str, sizes: Mapping[str, Any], batch: int) -> Block:
 
 
 def ours(what: str, machine: Machine) -> dict[str, Any]:
-    """As the plan of a config says it, by a process of the plan's."""
+    """The plan of a config, made by a separate process."""
     given = block(what, FULL[what], machine.rows[what] * machine.chips)
     asked = Specification(given, (), machine.kind, machine.shape, 1, [TASK], False, "")
     told = compile_cases(asked, LIMIT).cases[TASK]

@@ -2,7 +2,7 @@
 
 Between the two marks of the README stand, for each case of `benchmarks/results/`, the quantities of which the project
 claims something, the versions and the command. A case that was run on an accelerator stands in a table of its own. With
-`--check` nothing is written, and the exit status is 1 where the README says something else.
+`--check` nothing is written, and the exit status is 1 if the README differs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MARKS = "<!-- benchmarks: made by python -m benchmarks.readme -->", "<!-- end of
 
 
 def results(folder: Path) -> list[Mapping[str, Any]]:
-    """What the cases found, by name; other files of results are left out."""
+    """What the cases found, by name; other files of results are skipped."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return [each for each in found if "case" in each and each["quantities"]]
 

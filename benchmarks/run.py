@@ -2,7 +2,7 @@
 
     python -m benchmarks.run [--only=NAME ...] [--config=FILE] [--pairs=N] [--out=DIR] [--config.KEY=VALUE ...]
 
-Each case writes DIR/NAME.json and DIR/NAME.md. Let the machine be idle: the load is noted, and said
+Each case writes DIR/NAME.json and DIR/NAME.md. Let the machine be idle: the load is noted, and printed
 where it is high.
 """
 
@@ -84,7 +84,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def _load() -> float:
-    """Processes that wanted a core over the last minute; -1 where the system does not say."""
+    """Processes that wanted a core over the last minute; -1 if the system does not report it."""
     try:
         return os.getloadavg()[0]
     except OSError:

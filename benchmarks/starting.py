@@ -1,9 +1,9 @@
 """From the start of a run to its first step, with compilations kept and without; and from a kill to the next step.
 
 Each start is a process of `mmjax train`. `cold` has an empty folder of compiled programs, `warm` the one that the start
-before filled; both begin anew. `killed` is a run that has saved, killed by SIGKILL a few steps later, and started again
-at once: until a step that it had not yet taken. What is timed ends when the step's line stands in `metrics.jsonl`. Of
-all, so many rounds as a tenth of `--pairs`, and three at least.
+before filled; both begin from nothing. `killed` is a run that has saved, killed by SIGKILL a few steps later, and
+started again at once: until a step that it had not yet taken. What is timed ends when the step's line stands in
+`metrics.jsonl`. Of all, so many rounds as a tenth of `--pairs`, and three at least.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _running(
 
 
 def _until(run: subprocess.Popen[str], workdir: Path, there: Callable[[int], bool]) -> None:
-    """Wait for a step; or until the run has ended, which is then said."""
+    """Wait for a step; or until the run has ended, which is then reported."""
     deadline = time.monotonic() + PATIENCE
     while run.poll() is None and not there(_last(workdir)):
         if time.monotonic() > deadline:

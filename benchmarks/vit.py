@@ -1,6 +1,6 @@
 """A training step of a ViT classifier against a plain one in Flax and against timm's in PyTorch.
 
-PyTorch's is left out where timm is not installed. The same: pictures (uint8) and labels, patches of 16, layers, width,
+PyTorch's is skipped if timm is not installed. The same: pictures (uint8) and labels, patches of 16, layers, width,
 heads, MLP, no biases but those of patches, last norm and classes, GELU in its tanh form, mean of the tokens, 1,000
 classes, AdamW on all parameters without clipping, float32. Asserted before anything is timed: with the same parameters
 all give the same loss, and nearly after a step.

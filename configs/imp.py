@@ -42,7 +42,7 @@ The data are not among those that can be built here. Give ArrayRecord files `tra
 records are `tf.train.Example` messages:
 
 - `image_text` (such as ALIGN): `image`, an encoded picture; `caption`, one or several texts, of which up to five are
-  compared; `concept`, an integer that says which examples of the test belong together, such as their number.
+  compared; `concept`, an integer that is equal for examples of the test that belong together, such as their number.
 - `images` (ImageNet-21k): `image`; `label`, an integer below 21,843.
 - `videos` (Kinetics-700): `video`, the JPEG frames of a clip; `label`, below 700.
 - `video_text` (such as HowTo100M, AudioSet): `video`; `audio`, the bytes of a WAV file; `caption`; `concept`.

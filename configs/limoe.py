@@ -10,7 +10,7 @@ the published sizes, and `small`, with eight experts in each of two layers, of w
 three. They have local and global entropy losses by modality beside the classic ones (importance, load and z); each also
 with `-classic`, these alone, `-none`, no such loss, and `-dense`, no experts.
 
-The paper's text is not at hand. Its abstract says that H/14 has 5.6 billion parameters, of which a token meets 675
+The paper's text is not at hand. Its abstract states that H/14 has 5.6 billion parameters, of which a token meets 675
 million, as here; the block is a ViT's, with biases and a table of positions, as in V-MoE's code. From memory are batch,
 steps, rate, warm-up, the place of the expert layers, their capacity, the thresholds (9 experts for texts, 20 for
 images), and that the local entropy loss is for texts alone.

@@ -17,7 +17,7 @@ What differs, or is ours:
 
 - Steps, batch and rate are ours: those of `mot.py`, with a quarter of its batch.
 - Missing: the paper's setting with speech.
-- What `mot.py` and `transfusion.py` say of images, texts, time and data holds here.
+- What `mot.py` and `transfusion.py` state on images, texts, time and data holds here.
 
 Data are the drawings and names that the data sets here hold. For your own, set `tasks.captions.source` and
 `tasks.captions.evaluators.*.source` (records with `image`, an encoded picture, and `caption`), and

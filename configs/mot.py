@@ -22,7 +22,7 @@ What differs, or is ours:
   table and a head each (32,000 and 8,000); theirs share one of 65,536.
 - Batch and steps are ours. There is no dropout (Chameleon's 7 billion: 0.1).
 - Missing: speech as a third modality; experts in one modality's MLP beside a dense one.
-- What `transfusion.py` says of its own images, time and data holds for `7b-transfusion`.
+- What `transfusion.py` states on its own images, time and data holds for `7b-transfusion`.
 
 Data are the drawings and names that the data sets here hold. For your own, set `tasks.captions.source` and
 `tasks.captions.evaluators.*.source` (records with `image`, an encoded picture, and `caption`), and

@@ -104,7 +104,7 @@ def recipe(tasks: str = "transfusion") -> ConfigDict:
     config.steps = 500_000
     config.seed = 0
     config.modalities = {
-        # Rotary embeddings alone say where a token is. No tokenizer: give Llama 2's, of 32,000 pieces.
+        # Rotary embeddings alone encode where a token is. No tokenizer: give Llama 2's, of 32,000 pieces.
         "text": {"name": "text", "tokenizer": "", "vocabulary": 32_000, "positions": "none"},
         "image": {"name": "image", "patch": 16, "positions": "none"},
     }

@@ -4,7 +4,7 @@
 #   bash launch/gke.sh --name=NAME --image=IMAGE --topology=v5e:4x4 [--slices=N] \
 #     --config=configs/NAME.py --workdir=gs://BUCKET/RUN [--config.KEY=VALUE ...]
 #
-# --dry_run prints what would run; --help names all flags. Run again, the job goes on from its checkpoint.
+# --dry_run prints what would run; --help names all flags. Run it again to resume the job from its checkpoint.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

@@ -2,7 +2,7 @@
 
 The shell scripts beside this file call it; it needs Python's standard library only. What runs on each machine is the
 same everywhere: `mmjax train` with the config, the workdir and whatever `--config.KEY=VALUE` follows. Run
-again, a job goes on from its newest checkpoint.
+again, a job resumes from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-STOPPED = 3  # exit status of a run that was told to stop, and has saved
+STOPPED = 3  # exit status of a run that was asked to stop, and has saved
 STUCK = 4  # exit status of a run that its watchdog has ended
 # What a run that was restarted may get over: a watchdog's end, and the signals by which the others of a job are ended.
 PASSING = (STUCK, 128 + signal.SIGKILL, 128 + signal.SIGTERM)
@@ -47,14 +47,14 @@ GKE_ACCELERATORS = {
 
 
 class JobError(Exception):
-    """What a person can put right, in one line."""
+    """An error that the user can fix, in one line."""
 
 
 # --- arguments ---------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong; flags are not abbreviated."""
+    """A parser that reports errors in one line and takes no abbreviated flags."""
 
     def __init__(self, **more: Any):
         super().__init__(allow_abbrev=False, **more)
@@ -129,7 +129,7 @@ def train_words(given: argparse.Namespace, rest: Sequence[str]) -> list[str]:
 
 
 def worker_command(given: argparse.Namespace, rest: Sequence[str], python: str) -> str:
-    """What each machine runs, for a shell: JAX finds the others, unless MMJAX_COORDINATOR says where."""
+    """What each machine runs, for a shell: JAX finds the others, unless MMJAX_COORDINATOR names the address."""
     words = " ".join(shlex.quote(word) for word in train_words(given, rest))
     where = 'export MMJAX_COORDINATOR="${MMJAX_COORDINATOR:-auto}"'
     return f"{where} && exec {shlex.quote(python)} {words}"
@@ -189,7 +189,7 @@ def free_port() -> int:
 
 
 class Pod:
-    """The processes of a job on this machine: started together, told together, ended together."""
+    """The processes of a job on this machine: started, signalled and ended together."""
 
     def __init__(self, environments: Sequence[dict[str, str]]):
         self._environments = environments
@@ -209,7 +209,7 @@ class Pod:
                 each.kill()
 
     def _start(self, index: int, environment: dict[str, str], words: Sequence[str]) -> None:
-        # Process 0 speaks for all; what the others say on standard error is marked as theirs.
+        # Process 0 prints for all; what the others print to standard error is marked as theirs.
         pipe = None if index == 0 else subprocess.PIPE
         # A signal of the terminal reaches this process only, which passes it on once.
         each = subprocess.Popen(
@@ -252,7 +252,7 @@ class Pod:
             time.sleep(POLL)
 
     def _end(self, index: int, status: int) -> int:
-        """One has failed: the others cannot go on without it."""
+        """One has failed: the others cannot continue without it."""
         print(
             f"pod: process {index} {how(status)}; ending the others.", file=sys.stderr, flush=True
         )
@@ -264,7 +264,7 @@ class Pod:
             each.wait()
         if status != 2:  # 2: an error that its line explains
             print(
-                "pod: run the same command again to go on from the newest checkpoint.",
+                "pod: run the same command again to resume from the newest checkpoint.",
                 file=sys.stderr,
             )
         return status if status > 0 else 128 - status
@@ -342,7 +342,7 @@ class Slice:
                 return status
         raise JobError(
             f"the run was started {self._given.restarts + 1} times and has not come to its end; the last "
-            f"status was {status}. Run again to go on."
+            f"status was {status}. Run again to resume."
         )
 
     def _gcloud(self, *words: str) -> list[str]:
@@ -381,7 +381,9 @@ class Slice:
             must(self._call(made))
         while not given.dry_run and (state := self._state()) != "ACTIVE":
             if state == "FAILED":
-                raise JobError(f"the slice '{given.name}' could not be had; gcloud says why.")
+                raise JobError(
+                    f"the slice '{given.name}' could not be created; see gcloud's message."
+                )
             time.sleep(given.poll)
 
     def _work(self) -> int:

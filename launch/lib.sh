@@ -8,14 +8,14 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 OLDEST_MINOR=11
 NEWEST_MINOR=13
 
-say() { printf '%s\n' "$*"; }
+log_line() { printf '%s\n' "$*"; }
 
 fail() {
   printf 'error: %s\n' "$*" >&2
   exit 2
 }
 
-# A relative PYTHON is read from where the person stands, not from the root.
+# A relative PYTHON is read from the current folder, not from the root.
 case ${PYTHON:-} in
   /*) ;;
   */*) PYTHON=$PWD/$PYTHON ;;
@@ -45,7 +45,7 @@ except Exception:
 print("%d.%d.%d %s %s %s" % (sys.version_info[:3] + (kind, maker, path)))
 '
 
-# probe PYTHON: its probe line; nothing for what does not run (a pyenv shim of another version, say).
+# probe PYTHON: its probe line; nothing for what does not run (such as a pyenv shim of another version).
 probe() { "$1" -c "$PROBE" 2>/dev/null </dev/null || true; }
 
 # minor_of PROBE_LINE: 11 for "3.11.7 ..."; 0 for anything that is not Python 3.
@@ -99,7 +99,7 @@ newest_of() {
   done | sort -s -t. -k1,1nr -k2,2nr -k3,3nr | sed -n 1p
 }
 
-# What was found and why none of it will do, for a person who must now install something.
+# What was found and why none of it will do, for the user who must now install something.
 explain_none() {
   local line version path
   echo "no suitable Python was found: mmjax needs CPython 3.$OLDEST_MINOR to 3.$NEWEST_MINOR."
@@ -135,7 +135,7 @@ pick_python() {
   printf '%s\n' "$line"
 }
 
-# absolute PATH: PATH, from the folder where the person stands.
+# absolute PATH: PATH, from the current folder.
 absolute() {
   case $1 in
     /*) printf '%s\n' "$1" ;;
@@ -147,7 +147,7 @@ absolute() {
 # holds the environment's place: an environment that was moved is made again.
 # STAMP is written last and holds what the environment was made from; an environment of ours without
 # it was cut short while it was new. One that an update left half done has a stamp that never matches:
-# pip goes on in it.
+# pip continues in it.
 MADE_HERE=.made-by-mmjax
 STAMP=.mmjax-stamp
 
@@ -173,14 +173,14 @@ whole() {
   [ ! -e "$1/$MADE_HERE" ] || { [ -e "$1/$STAMP" ] && [ "$(cat "$1/$MADE_HERE")" = "$1" ]; }
 }
 
-# kept DIR [MINOR]: whether to go on with the environment that is there.
+# kept DIR [MINOR]: whether to use the environment that is there.
 kept() { whole "$1" && usable "$@"; }
 
 # create DIR PROBE_LINE: a fresh environment with pip in it.
 create() {
   local version maker python
   read -r version _ maker python <<<"$2"
-  command -v git >/dev/null || say "note: git was not found; set-up goes on without it, updating this checkout needs it"
+  command -v git >/dev/null || log_line "note: git was not found; set-up continues without it, updating this checkout needs it"
   if [ -e "$1/$MADE_HERE" ]; then
     # The mark goes last: what an interruption leaves is still known as ours.
     find "$1/." -mindepth 1 ! -name "$MADE_HERE" -delete ||
@@ -205,7 +205,7 @@ pip_install() {
     fail "the environment $1 has no pip. Remove that folder and run again."
   (cd "$ROOT" && "$1/bin/python" -m pip install -qq --disable-pip-version-check --no-input \
     --editable ".[$2]") ||
-    fail "pip could not install mmjax[$2] into $1; what it said stands above." \
+    fail "pip could not install mmjax[$2] into $1; its message stands above." \
       "The first set-up needs the package index and 1.5 GB of disk (for the tests 2.5). Then run the same command again."
 }
 
@@ -217,18 +217,18 @@ ensure_environment() {
   if [ -z "$wanted" ] && [ -n "${PYTHON:-}" ]; then wanted=$(pick_python) || exit; fi
   if ! kept "$dir" "${wanted:+$(minor_of "$wanted")}"; then
     if [ -z "$wanted" ]; then wanted=$(pick_python) || exit; fi
-    say "environment: making $dir with Python ${wanted%% *}"
+    log_line "environment: making $dir with Python ${wanted%% *}"
     create "$dir" "$wanted"
   fi
   line=$(probe "$dir/bin/python")
   version=${line%% *}
   if [ "$(cat "$dir/$STAMP" 2>/dev/null)" != "$(fingerprint "$line" "$extras")" ]; then
     if [ -e "$dir/$STAMP" ]; then echo incomplete >"$dir/$STAMP"; fi
-    say "environment: installing mmjax[$extras]; the first time takes a minute or two"
+    log_line "environment: installing mmjax[$extras]; the first time takes a minute or two"
     pip_install "$dir" "$extras"
     fingerprint "$line" "$extras" >"$dir/$STAMP"
   fi
-  say "environment: ready, Python $version in $dir ($(seconds_since "$start"))"
+  log_line "environment: ready, Python $version in $dir ($(seconds_since "$start"))"
 }
 
 # job_python: the interpreter that starts a job: of PYTHON, of the environment in the checkout (MMJAX_VENV), or any that will do.

@@ -3,7 +3,7 @@
 #
 #   bash launch/local_pod.sh --processes=4 --devices=2 --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE ...]
 #
-# --dry_run prints what would run; --help names all flags. Run again, the job goes on from its checkpoint.
+# --dry_run prints what would run; --help names all flags. Run it again to resume the job from its checkpoint.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh checkout to a trained model: makes an environment, installs mmjax, builds the data
-# and trains. Run again, it goes on from the checkpoint; what is set up is not set up twice.
+# and trains. Run again, it resumes from the checkpoint; what is set up is not set up twice.
 #
 #   bash launch/quickstart.sh [--setup_only] [flags of mmjax train, e.g. --config.steps=100]
 #
@@ -32,7 +32,7 @@ ensure_environment "$venv" data
 cd "$ROOT"
 start=$SECONDS
 "$venv/bin/python" -m mmjax build quickstart || fail "the data could not be built; the reason stands above."
-say "data: ready ($(seconds_since "$start"))"
+log_line "data: ready ($(seconds_since "$start"))"
 
 if [ -n "$setup_only" ]; then exit; fi
 # bash before 4.4 calls an empty array unset.

@@ -86,7 +86,7 @@ browser() {
   local name
   for name in ${MMJAX_BROWSER:+"$MMJAX_BROWSER"} chromium-headless-shell chromium chromium-browser google-chrome chrome; do
     if command -v "$name" > /dev/null; then
-      say "browser: $name"
+      log_line "browser: $name"
       return
     fi
   done

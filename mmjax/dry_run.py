@@ -49,7 +49,7 @@ def dry_run(block: Block, workdir: epath.Path, allow_change: bool) -> None:
     open_held_out(experiment)
     clock = clock_after(experiment, step, meta, allow_change) if meta else fresh_clock(experiment)
     steps = experiment.run.steps
-    verb = "go on from" if meta else "begin at"
+    verb = "resume from" if meta else "begin at"
     print(f"Dry run: nothing is compiled or written. It would {verb} step {clock.step} of {steps}.\n")  # fmt: skip
     _segments_table(experiment, clock.schedule)
     if clock.step >= steps:
@@ -170,4 +170,4 @@ def _remarks(experiment: Experiment, found: Pace, workdir: epath.Path) -> Iterat
     yield "Evaluation, checkpoints, compilation and waiting for data come on top."
     every = experiment.run.schedule.rebalance_every
     if every and any(each.rule == BUDGET for each in experiment.planned.phase_specs()):
-        yield f"Under {BUDGET}, measured step times set the shares anew every {every} steps."
+        yield f"Under {BUDGET}, measured step times set new shares every {every} steps."

@@ -147,7 +147,7 @@ def make_experiment(block: Mapping[str, Any], folder: str = "") -> Experiment:
 
     Args:
       block: the config as plain data.
-      folder: where modalities find their files instead of the folder the config says (a run's assets).
+      folder: where modalities find their files instead of the folder in the config (a run's assets).
     """
     with configs.noting() as used:
         experiment = _build(block, folder, used)

@@ -175,7 +175,7 @@ class TrainedModel:
 
         Args:
           task: whose joint space; by default the first task that embeds the modality.
-          **values: one modality by its name in the config, with a list of what a person has:
+          **values: one modality by its name in the config, with a list of values as the user has them:
             `image=`: PIL images, encoded bytes, arrays uint8 or [0, 1] `[H, W]`, `[H, W, 3]`, `[H, W, 4]`;
             `text=`: strings; `video=`: arrays `[T, H, W, 3]` or lists of pictures; sounds: arrays, or
             `(samples, rate)` where the rate is not the modality's own.

@@ -136,7 +136,7 @@ class Model(nnx.Module):
         """Return the stem's stream for one modality's arrays (leading batch axis), or for other values, see `Stem`.
 
         Instances of an example are rows, `[B N, S, D]`; no token of one that is not present is valid. The stream
-        says which rows exist (`rows_B`) where the arrays do, as those of `mmjax.objectives.base.with_rows`.
+        states which rows exist (`rows_B`) where the arrays do, as those of `mmjax.objectives.base.with_rows`.
         """
         stem, is_instance = self.stems[modality], PRESENT in arrays
         arrays, exists_B = as_rows(arrays)

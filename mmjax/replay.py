@@ -46,7 +46,7 @@ class Replayed:
     Attributes:
       step: its step.
       start: the step of the checkpoint that it was replayed from.
-      then, now: loss and gradient norm as the metrics tell them, and as replayed.
+      then, now: loss and gradient norm as logged, and as replayed.
     """
 
     step: int
@@ -71,7 +71,7 @@ def replay(
     newest, meta = find_step(workdir, None)
     step = find_visit(Clock.from_json(meta["clock"]).schedule, task, visit, newest)
     saved = checkpoint.steps(workdir)
-    # What was in force at the step, the next checkpoint says: a change takes effect after one.
+    # The next checkpoint holds what was in force at the step: a change takes effect after one.
     meta = checkpoint.read_meta(workdir, min(s for s in saved if s > step))
     experiment = make_experiment(meta["config"], str(workdir / "assets"))
     mesh = make_mesh(experiment.run.mesh, devices)

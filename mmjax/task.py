@@ -41,9 +41,9 @@ class TaskConfig:
       batch: examples per visit, over all devices.
       weight: its weight in the schedule: in the steps, or in the time under the rule `budget`; 0: it does not run.
       interval: under the rule `interval`, the passes from one visit to the next; 0: it does not run.
-      evaluators: by a name of one's own.
+      evaluators: by names of your choice.
       microbatches: parts in which a batch is done, one after another, to save memory.
-      shapes: the shapes that its visits take in turn, by a name of one's own, see `mmjax.schedule.shapes`; those of
+      shapes: the shapes that its visits take in turn, by names of your choice, see `mmjax.schedule.shapes`; those of
         `inputs` if empty. Evaluation has those of `inputs`.
       update_scope: how its steps see the optimizer (see `mmjax.optim.views.UpdateScope`);
         `optimizer.update_scope` if empty.

@@ -2,7 +2,7 @@
 
     mmjax train --config=CONFIG --workdir=DIR [--config.KEY=VALUE ...]
 
-Run again, it resumes from the newest checkpoint in DIR, or says that it is done. One process at a time trains in DIR
+Run again, it resumes from the newest checkpoint in DIR, or reports that it is done. One process at a time trains in DIR
 (see `mmjax.engine.lease`). With --dry_run it prints what it would do: the coming steps, the share of each task, and
 the hours that these would take. Exit status: 0 done, 2 an error that its one line explains, 3 stopped by SIGTERM or
 SIGINT after saving, 4 ended by its watchdog.
@@ -59,7 +59,7 @@ def train(
 ) -> list[Record] | None:
     """Run the config in `workdir` to its last step.
 
-    To go on with a run for twenty more steps of one of its tasks, by a changed copy of its config:
+    To resume a run for twenty more steps of one of its tasks, by a changed copy of its config:
 
         model = mmjax.load(workdir)
         block = configs.override(model.config, [f"steps={model.step + 20}"])
@@ -68,7 +68,7 @@ def train(
 
     Args:
       block: the config as plain data; it is not changed.
-      workdir: made if it is not there; gone on with if it holds a run.
+      workdir: created if missing; resumed if it holds a run.
       allow_change: whether keys of class `schedule` may differ from the saved run's.
       devices: what to run on; all of JAX's if None.
       take_over: whether to take the workdir over at once from a process on another machine whose heartbeat
@@ -84,7 +84,7 @@ def train(
     workdir = flags.make_workdir(str(workdir))
     experiment = make_experiment(block)
     if experiment.run.log.wandb:
-        require(experiment.run.log.wandb)  # said before minutes of compiling
+        require(experiment.run.log.wandb)  # logged before minutes of compiling
     mesh = make_mesh(experiment.run.mesh, devices)
     processes.check_agreement(started_with(experiment, mesh))
     with hold(workdir, "train", take_over) as check_lease:
@@ -122,7 +122,7 @@ def _train(
 
 
 def _with_held_out(session: Session, evaluation: Evaluation) -> Session:
-    """Return the session that also notes the identities of held-out data; say where these have changed."""
+    """Return the session that also notes the identities of held-out data; log where these have changed."""
     if session.restored is not None:
         announce_changed(session.restored.meta["identities"], evaluation, print)
     return replace(session, identities={**session.identities, **evaluation.identities})
@@ -199,7 +199,7 @@ def _log_replicated(session: Session, reports: Sequence[Mapping[str, Any]]) -> N
 def _coming(session: Session) -> dict[str, Request]:
     """Return the training programs of the tasks that may run from here on, in this phase or a later one.
 
-    Also of those whose few visits all lie behind: other tasks may be left out, or shares set anew.
+    Also of those whose few visits all lie behind: other tasks may be excluded, or shares set again.
     """
     schedule, phases = session.clock.schedule, session.experiment.phases
     needed = {

@@ -1,4 +1,4 @@
-"""What bad input gets: one line that says what, where and what to do, and a non-zero exit.
+"""What bad input gets: one line that states what, where and what to do, and a non-zero exit.
 
 Through the real command where the surroundings matter (a full disk, a file mode, a missing package of
 data); otherwise through the same mains in this process.
@@ -307,7 +307,7 @@ def environment() -> dict[str, str]:
 def test_a_folder_that_may_not_be_written(tmp_path, environment):
     (tmp_path / "locked").mkdir(mode=0o555)
     done = ordinary(environment, f"--workdir={tmp_path / 'locked' / 'run'}")
-    assert f"No permission: {tmp_path / 'locked' / 'run'}" in error_line(done)
+    assert f"Permission denied: {tmp_path / 'locked' / 'run'}" in error_line(done)
     assert "--workdir" in done.stderr
 
 
@@ -316,7 +316,7 @@ def test_a_run_that_may_not_be_written(toy_copy, environment, locked):
     (toy_copy / locked).chmod(0o555)
     done = ordinary(environment, f"--workdir={toy_copy}", "--config.steps=8")
     (toy_copy / locked).chmod(0o755)
-    assert f"No permission: {toy_copy / locked}" in error_line(done)
+    assert f"Permission denied: {toy_copy / locked}" in error_line(done)
     assert [p.name for p in (toy_copy / "checkpoints").iterdir()] == ["4"]
 
 
@@ -369,7 +369,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, environment):
     assert line.startswith(f"mmjax: error: {reason}{workdir}") and "run again" in line
     assert "mmjax/" not in text["second.err"].replace(str(workdir), ""), "no traceback of ours"
     assert "4" in text["left"].split() and "8" not in text["left"].split()
-    assert f"Going on from step 4 in {workdir}" in text["third.out"]
+    assert f"Resuming from step 4 in {workdir}" in text["third.out"]
     assert "Finished" in text["third.out"] and text["third.err"] == ""
 
 

@@ -1,4 +1,4 @@
-"""What a mesh or a batch that does not fit gets: one line that says what to change, before anything compiles."""
+"""What a mesh or a batch that does not fit gets: one line that states what to change, before anything compiles."""
 
 from __future__ import annotations
 

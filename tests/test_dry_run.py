@@ -1,4 +1,4 @@
-"""A dry run: what it says is what the run does, and it leaves no trace."""
+"""A dry run: what it prints is what the run does, and it leaves no trace."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_fresh_run(tmp_path: Path) -> None:
 
 
 def test_expected_hours_follow_from_model_flops(tmp_path: Path) -> None:
-    """By hand: FLOPs of `tests/engine/test_steps.py` over the FLOP/s that is said."""
+    """By hand: FLOPs of `tests/engine/test_steps.py` over the FLOP/s that is printed."""
     text = dry(tmp_path / "run", "steps=36000000")
     rate = float(re.search(r"at ([\d.]+) GFLOP/s", text)[1]) * 1e9
     one, two = (3 * 2 * 8 * (2 * 176 + 8) - 8 * 2 * 96, 3 * 2 * 16 * (3 * 176 + 8) - 16 * 3 * 96)
@@ -86,7 +86,7 @@ def test_a_run_under_way_is_read_and_left_alone(tmp_path: Path) -> None:
     before = files(tmp_path / "run")
     text = dry(tmp_path / "run")
     assert files(tmp_path / "run") == before
-    assert "go on from step 8 of 12" in text
+    assert "resume from step 8 of 12" in text
     assert f"Step times are those measured in {tmp_path / 'run'}." in text and "FLOPs" not in text
     run(tmp_path / "run")
     tasks = [x["task"] for x in deterministic(tmp_path / "run") if x["kind"] == "train"]
@@ -145,7 +145,7 @@ def test_it_stops_where_the_data_have_changed(tmp_path: Path) -> None:
     np.save(tmp_path / "values.npy", values)
     source = f"tasks.one.source={{'name': 'toy', 'file': {str(tmp_path / 'values.npy')!r}}}"
     run(tmp_path / "run", source, "steps=4")
-    assert "go on from step 4" in dry(tmp_path / "run", source)
+    assert "resume from step 4" in dry(tmp_path / "run", source)
     np.save(tmp_path / "values.npy", values + 1)
     assert "has changed since: tasks.one.source" in refused_dry(tmp_path / "run", source)
 

@@ -145,7 +145,7 @@ def test_modalities_find_their_files_in_a_runs_assets(tmp_path):
 
 
 def test_progress_by_examples_ends_where_the_run_would() -> None:
-    """More examples than planned (a task left out, a copy of a run with fewer tasks) leave the rate at its end."""
+    """More examples than planned (a task excluded, a copy of a run with fewer tasks) leave the rate at its end."""
     made = experiment("optimizer.unit=examples")
     assert made.optimizers.progress("image_text", 0, {"image_text": 0})["part"] == 0
     assert made.optimizers.progress("image_text", 0, {"image_text": 10**9})["part"] == PARTS

@@ -1,4 +1,4 @@
-"""Checkpoints of every format that ever was are read, and go on."""
+"""Checkpoints of every format that ever was are read, and resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every setting of `configs/` is built, and is as its golden file says, with all defaults."""
+"""Every setting of `configs/` is built, and is as in its golden file, with all defaults."""
 
 from __future__ import annotations
 

@@ -216,5 +216,5 @@ def test_objectives_refuse_what_they_cannot_take() -> None:
     assert "patches" in task.rows().shapes()["inputs"]["image"]
     assert "pixels" in device_spec(task, LossOf()).shapes()["inputs"]["image"]
     several = {**classes, "inputs": {"image": {"size": 16, "instances": 2}}}
-    with pytest.raises(UserError, match="takes one instance of 'image'; leave out 'instances'"):
+    with pytest.raises(UserError, match="takes one instance of 'image'; remove 'instances'"):
         make_task("one", several, modalities)

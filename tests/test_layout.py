@@ -30,7 +30,7 @@ TOGETHER = {
     "import": "imports and layers of all modules",
     "instances": "instances pass from modality to objective",
     "layout": "this file",
-    "plugin": "modules of one's own, of every kind",
+    "plugin": "a user's modules, of every kind",
     "published": "settings of configs/ against the papers'",
     "recipes": "configs/",
     "rows": "rows that do not exist, in every objective",

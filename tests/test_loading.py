@@ -226,7 +226,7 @@ def test_the_vectors_are_those_of_evaluation(model, tiny_run, emoji_dir, monkeyp
         np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
 
-# --- what it says of the run -------------------------------------------------------------------
+# --- what it knows of the run ------------------------------------------------------------------
 
 
 def test_a_model_knows_its_run(model, tiny_run):

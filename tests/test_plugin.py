@@ -1,6 +1,6 @@
 """A modality, a layer, a router, an optimizer's algorithm, an objective, an evaluator, a source and a config.
 
-Each is one file of one's own. They lie in a folder that is given with `--extra`. If this test needs a change
+Each is one file of the user's. They lie in a folder that is given with `--extra`. If this test needs a change
 elsewhere in mmjax before they run, adding one touches more than its own file, and the design has failed there.
 """
 

@@ -1,4 +1,4 @@
-"""The shipped configs: each is whole, says how to run it, and has the shape that it is shipped for."""
+"""The shipped configs: each is whole, states how to run it, and has the shape that it is shipped for."""
 
 from __future__ import annotations
 

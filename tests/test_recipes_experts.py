@@ -112,7 +112,7 @@ def test_the_large_recipe_is_traced_whole(name: str) -> None:
 
 @pytest.mark.parametrize("system", SETTINGS)
 def test_it_trains_on_real_data(tmp_path: Path, system: str, emoji_dir: epath.Path) -> None:
-    """By the code of the large ones, with evaluation; where tokens went is told by layer and modality."""
+    """By the code of the large ones, with evaluation; where tokens went is logged by layer and modality."""
     made = configs.override(
         block(f"{system}:small"),
         (

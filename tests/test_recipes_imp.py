@@ -25,8 +25,8 @@ def millions(name: str, *prefixes: str) -> float:
 def test_parameters_per_token_are_those_published() -> None:
     """IMP-B 86, IMP-MoE-B 90, IMP-MoE-L 350 million (the release's table 1), within 3 %.
 
-    What is counted is not said. The trunk alone gives 86; with the stems of patches, which a token of a picture
-    meets, 88.4 are within 3 % of 90. The large trunk has 302 (the release's code says 306), and comes near 350 only
+    What is counted is not stated. The trunk alone gives 86; with the stems of patches, which a token of a picture
+    meets, 88.4 are within 3 % of 90. The large trunk has 302 (306 in the release's code), and comes near 350 only
     with all its stems, the 33 of the text's vectors among them.
     """
     assert millions("imp:b", "trunk/") == pytest.approx(86, rel=0.03)
@@ -35,7 +35,7 @@ def test_parameters_per_token_are_those_published() -> None:
     stems = ("trunk/", "stems/vision", "stems/spectrogram")
     assert millions("imp:b", *stems) == pytest.approx(90, rel=0.03)
     assert millions("imp:l", "trunk/", "stems/") == pytest.approx(350, rel=0.03)
-    # A token of the sparse models meets as many, and the router besides; in all they are 510 and 1,060.
+    # A token of the sparse models meets as many, and the router in addition; in all they are 510 and 1,060.
     assert millions("imp:moe-b", "trunk/") == pytest.approx(510, rel=0.01)
     assert millions("imp:moe-l", "trunk/") == pytest.approx(1060, rel=0.01)
 
@@ -55,7 +55,7 @@ def test_tokens_batches_and_intervals_are_those_released(name: str) -> None:
         "video_audio_text": (12, 8192), "sounds": (8, 2048),
     }  # fmt: skip
     shares = made.planned.schedule().between(0, 2 * 302)
-    # Every task runs, as in the released loop it would not: one in twelve passes, say.
+    # Every task runs, as in the released loop it would not: for example one in twelve passes.
     assert {n: round(100 * s / 604, 1) for n, s in shares.items()} == pytest.approx(
         {"image_text": 40.1, "images": 40.1, "video_text": 3.3, "videos": 8.0, "video_audio_text": 3.3, "sounds": 5.0},
         abs=0.3,

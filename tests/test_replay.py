@@ -1,4 +1,4 @@
-"""One visit of one task, replayed alone, gives what the metrics of the run say."""
+"""One visit of one task, replayed alone, gives what the metrics of the run hold."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mmjax.schedule.phase_specs import from_config
 from mmjax.schedule.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parent
-# Non-finite steps, a task that is left out, and a change of the config at step 12.
+# Non-finite steps, a task that is excluded, and a change of the config at step 12.
 FIRST = ("tasks.one.objective.bad_loss=(13,)", "limits.max_non_finite_steps=2")
 CHANGE = (*FIRST, "tasks.one.weight=1", "tasks.one.batch=4", "steps=20")
 

@@ -1,4 +1,4 @@
-"""Rows that are not valid have no say: whatever they hold, every loss, metric and gradient keeps its bits."""
+"""Rows that are not valid have no effect: whatever they hold, every loss, metric and gradient keeps its bits."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from mmjax.modalities.waveform import Waveform
 from mmjax.run_config import RunConfig
 from mmjax.task import RowSpec, make_input, make_task
 
-FRAMES, SAMPLES = 41, 4000  # a clip of 10 s, say, at 4 frames and 400 samples a second
+FRAMES, SAMPLES = 41, 4000  # such as a clip of 10 s, at 4 frames and 400 samples a second
 MODALITIES = {
     "video": Video(tube=2, patch=4),
     "waveform": Waveform(patch=10, sample_rate=400),

@@ -1,4 +1,4 @@
-"""Tasks: what a row holds, and what is said of fields and shapes before anything compiles."""
+"""Tasks: what a row holds, and the errors on fields and shapes before anything compiles."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def text_model(path: Path) -> Mapping[str, np.ndarray]:
 
 
 def outputs(parameters: Mapping[str, Any], *config: str) -> np.ndarray:
-    """What the model says of texts alone."""
+    """The model's output for texts alone."""
     declaration = parts(*config).experiment.declaration
     rows = jnp.asarray(np.random.default_rng(5).normal(size=(4, 2, 6)), jnp.float32)
 

@@ -28,7 +28,7 @@ class Comparison:
       asks: the question.
       variants: what is compared.
       measures: which records of `results.json` are shown, by the beginnings of their names; all if empty.
-      without: tasks whose measures are left out.
+      without: tasks whose measures are excluded.
       parts: parts of the training loss whose course is shown.
       folder: of its runs, its own name if empty: comparisons of one folder have the runs of a label in common.
       routed: whether it is shown how many experts each layer uses for each modality in the end.

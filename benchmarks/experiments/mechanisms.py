@@ -3,7 +3,7 @@
     python -m benchmarks.experiments.mechanisms --out=DIR [--only=NAME ...] [--seeds=0,1,2] [--config.KEY=VALUE ...]
 
 NAME is a comparison of `comparisons.py`, or a suite of them: `systems`, or `imp` for the claims of IMP and LIMoE. Each
-run is a process of `mmjax train` in a folder of its own under DIR; run again, the command goes on where it was. A
+run is a process of `mmjax train` in a folder of its own under DIR; run again, the command resumes where it was. A
 variant whose steps cost more or less is trained for fewer or more of them, by the model FLOPs of the compiled steps, so
 that all of a comparison end at the same sum. At the end DIR/results.md, DIR/results.json and DIR/NAME.svg hold what was
 measured on held-out data: mean and standard deviation over the seeds, and every seed as a point; and of each part of
@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(
     name: str, seeds: Sequence[int], out: Path, extra: Sequence[str], more: Sequence[str]
 ) -> dict[str, Any]:
-    """Train (or go on with) all runs of a comparison, and draw what they found."""
+    """Train (or resume) all runs of a comparison, and draw what they found."""
     comparison = COMPARISONS[name]
     runs, cost = trials(comparison, seeds, more)
     folder = out / (comparison.folder or name)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.experiments.mixture --config=FILE --out=DIR [--seeds=0,1,2] [--alone] [--config.KEY=VALUE ...]
 
-Each run is a process of `mmjax train` in a folder of its own under DIR; run again, the command goes on
+Each run is a process of `mmjax train` in a folder of its own under DIR; run again, the command resumes
 where it was. With `--alone` each task is also trained by itself, for the visits that it has in the mixture,
 with the same warm-up as a fraction of its run. At the end DIR/results.md and DIR/results.json hold mean and
 spread (the standard deviation over seeds) of every measure.
@@ -70,7 +70,7 @@ def singles(block: Block, seed: int) -> dict[str, tuple[str, ...]]:
 
 
 def run(trial: Trial, arguments: Sequence[str], out: Path) -> list[dict[str, Any]]:
-    """Train (or go on), and give the records of `results.json`; what it prints is in a log beside.
+    """Train (or resume), and return the records of `results.json`; what it prints is in a log beside.
 
     Args:
       trial: the run.

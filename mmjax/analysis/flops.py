@@ -47,7 +47,7 @@ class Count:
       flops: operations of dot products and convolutions.
       uncounted: what may hold more of them: loops of unknown length (their body counts once) and
         kernels that cannot be looked into (they count what they state of themselves, else nothing).
-      as_written: what may repeat work that model FLOPs leave out: the backward rules of
+      as_written: what may repeat work that model FLOPs exclude: the backward rules of
         `jax.custom_vjp` functions and gradients that the function itself takes of rematerialised
         functions. They count as they are written.
     """
@@ -217,7 +217,7 @@ class _Counter:
 def _trace_within(within: Within, fun: Callable[..., Any], *groups: list[Any]) -> Jaxpr:
     """Return the jaxpr of `fun` on groups of values like the variables given, where these stand.
 
-    Inside a `shard_map` the axes of its mesh have names, and values have types that say over which
+    Inside a `shard_map` the axes of its mesh have names, and values have types that state over which
     of them they vary. So trace inside a like one, whose operands carry a leading axis, split over
     the axes that each varies over.
     """
@@ -250,7 +250,7 @@ def _trace_within(within: Within, fun: Callable[..., Any], *groups: list[Any]) -
 
 
 def _varying(aval: Any) -> tuple[Any, ...]:
-    """Return the mesh axes over which a value inside a `shard_map` varies, as far as its type says."""
+    """Return the mesh axes over which a value inside a `shard_map` varies, as far as its type states."""
     kind = getattr(aval, "manual_axis_type", None)
     return tuple(sorted(kind.varying)) if kind else ()
 
@@ -335,7 +335,7 @@ def _dot_general(eqn: JaxprEqn) -> int:
 
 
 def _ragged_dot(eqn: JaxprEqn) -> int:
-    """Count one product for every row, with the matrix of one group: rows that the group sizes leave out count too."""
+    """Count one product for every row, with the matrix of one group: rows outside all groups count too."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (_, contracted), (_, batched) = numbers.dot_dimension_numbers
     lhs, rhs = _shapes(eqn)

@@ -58,7 +58,7 @@ def scan_split(eqn: JaxprEqn) -> tuple[int, int]:
     """Return (number of constants, number of carries) among the operands of a scan.
 
     Read from the ranks (a scanned operand or result loses its leading axis inside the body)
-    because the parameters that say so differ between JAX versions.
+    because the parameters that show it differ between JAX versions.
     """
     body = opened(eqn.params["jaxpr"])
 

@@ -22,7 +22,7 @@ class Layer(Protocol):
 class Block(Protocol):
     """A config's block `{name: NAME, ...}`: the frozen dataclass of that name in `mmjax/blocks/NAME.py`.
 
-    Its fields are the keys, with their types and defaults; `__post_init__` checks what the types do not say.
+    Its fields are the keys, with their types and defaults; `__post_init__` checks what the types do not express.
     """
 
     def build(self, width: int) -> Layer:

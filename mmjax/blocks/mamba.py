@@ -22,7 +22,7 @@ from mmjax.nn.selective_scan import Tokens, scan_from, selective_scan
 from mmjax.nn.stream import Aux, Stream, no_aux
 
 PARTS = ("norm", "in", "conv", "x", "dt", "out")
-ITEM = "item"  # the attribute that tells packed items apart
+ITEM = "item"  # the attribute that distinguishes packed items
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ class TransformerBlock(nnx.Module):
 
     def init_cache(self, stream: Stream, slots: int) -> KeyValues:
         """Return empty slots for the tokens of a stream that comes part by part, see `Trunk.init_cache`."""
-        if self.has_experts:  # which of them can go on so, the block says as it is traced
+        if self.has_experts:  # the block names what it can continue from when it is traced
             jax.eval_shape(
                 lambda x: apply_per_modality(self.mlp, x, modality_of(stream), _causal_call),
                 stream.x_BSD,

@@ -90,7 +90,7 @@ def convert(
       shards: number of files, at most the number of examples.
       fields: name -> fields of the source of which an example has exactly one; None takes all.
       types: name -> `int`, `float` or `text`, of fields whose type is not to be that of the source.
-      max_bad: examples that may be left out.
+      max_bad: number of examples that may be skipped.
       max_pixels: pixels of a picture, beyond which it is not decoded.
       force: replace an earlier conversion.
       log: called with a line of progress every few seconds.
@@ -143,7 +143,7 @@ class Tally:
       examples: how many.
       digest: SHA-256 of the records' bytes in the order of the source.
       fields: name -> type and the number of examples that have it.
-      bad: examples left out, and why.
+      bad: skipped examples, and why.
     """
 
     examples: int = 0
@@ -169,7 +169,7 @@ class Tally:
         if len(self.bad) > max_bad:
             raise UserError(
                 f"{_count(len(self.bad), 'bad example')}, over --max_bad={max_bad}; {self.examples} good "
-                f"so far. {'; '.join(self.bad[-3:])}. Mend the source, or allow more to be left out."
+                f"so far. {'; '.join(self.bad[-3:])}. Fix the source, or allow more bad examples."
             )
 
 
@@ -197,7 +197,7 @@ def _write(
     if tally.examples < len(files):
         raise UserError(
             f"The source has {_count(tally.examples, 'example')}, which do not fill --shards={len(files)}."
-            f"{' Left out: ' + tally.bad[0] if tally.bad else ''}"
+            f"{' Skipped: ' + tally.bad[0] if tally.bad else ''}"
         )
     return dataclasses.replace(tally, digest=digest.hexdigest())
 
@@ -296,7 +296,7 @@ class _Files:
 
 
 def _reason(error: Exception) -> str:
-    """Return the first part of what ArrayRecord says."""
+    """Return the first part of ArrayRecord's message."""
     return str(error).split("; ")[0]
 
 
@@ -345,7 +345,7 @@ def _own_files(path: epath.Path) -> set[str]:
 
 @contextlib.contextmanager
 def _part(path: epath.Path) -> Iterator[epath.Path]:
-    """Make a new folder near `path` (see `new_folder`), or say that `--out` cannot be written to."""
+    """Make a new folder near `path` (see `new_folder`), or raise an error if `--out` cannot be written to."""
     with contextlib.ExitStack() as stack:
         try:
             part = stack.enter_context(new_folder(path))
@@ -390,7 +390,7 @@ def summary(made: Converted, seconds: float) -> str:
         )
     if facts["bad"]:
         lines.append(
-            f"left out: {_count(len(facts['bad']), 'bad example')}, named in {MANIFEST}; the first:"
+            f"skipped: {_count(len(facts['bad']), 'bad example')}, named in {MANIFEST}; the first:"
         )
         lines.append(f"  {facts['bad'][0]}")
     if facts["ignored"]["count"]:

@@ -10,7 +10,7 @@ from typing import Any
 from mmjax.core.errors import UserError, nearest
 
 FRACTION = "[0, 1]"
-PART = "[0, 1)"  # a decay, or what is left out
+PART = "[0, 1)"  # a decay, or a share that is dropped
 COUNT = "[1, 2147483647]"
 SIZE = "[0, 2147483647]"  # a count that may be 0
 POSITIVE = "(0, inf)"

@@ -33,12 +33,12 @@ class Chip:
 # FLOP/s, bandwidth: cloud.google.com/tpu/docs, the pages v2 to v6e and tpu7x ("peak compute per chip (bf16)",
 #   "HBM bandwidth"). A device is a chip from v4 on (megacore; of tpu7x, one of two chiplets), and one of two cores
 #   of a v2 or v3 chip.
-# Memory of TPUs: what their compiler allows a program (libtpu 0.0.42 says it when it refuses one).
+# Memory of TPUs: what their compiler allows a program (libtpu 0.0.42 prints it when it refuses one).
 # ICI: the same pages' total per chip, as links of one way: v4 50e9 x 6, v5e 50e9 x 4, v5p 100e9 x 6, v6e 112e9 x 4,
 #   tpu7x 100e9 x 6 (two devices share them); 0.9 of two links is assumed for a ring, as measured rates go
 #   (jax-ml.github.io/scaling-book, "TPU networking": 4.5e10 of one link of v4 and v5e, 9e10 of v5p).
 # DCN: the same book: 25e9 bytes a second out of a host of v4 or v5p with 4 chips, and half of that a chip of v5e, v6e.
-# NVIDIA: the data sheets of A100, H100, H200, B200 (SXM unless the name says other) and T4 (float16), without
+# NVIDIA: the data sheets of A100, H100, H200, B200 (SXM unless the name states another) and T4 (float16), without
 #   sparsity; NVLink is half of the total that they state; a 400 Gb/s card for each GPU is assumed (A100: 200).
 #   Memory: the sheets' less 5 GB for what is not the program's.
 _CHIPS: tuple[Chip, ...] = (

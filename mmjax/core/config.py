@@ -195,7 +195,7 @@ def names(kind: str) -> list[str]:
 
 
 def add_folder(folder: str) -> None:
-    """Let configs also name modules under `folder/<kind>/NAME.py` (code that a person passes by hand)."""
+    """Let configs also name modules under `folder/<kind>/NAME.py` (the user's own code)."""
     if not Path(folder).is_dir():
         raise UserError(f"--extra={folder}: no such folder.")
     kinds = [kind for kind in KINDS if (Path(folder) / kind).is_dir()]
@@ -238,7 +238,7 @@ def digests_of_extensions(used: Iterable[tuple[str, str]]) -> dict[str, str]:
     Modules of such folders that these import are among them, and so on.
 
     Args:
-      used: (kind, name) of the modules; those of mmjax itself are left out.
+      used: (kind, name) of the modules; those of mmjax itself are skipped.
     """
     digests: dict[str, str] = {}
     coming = sorted(used)
@@ -414,7 +414,7 @@ def _fits(value: float) -> bool:
 
 
 def _type_name(hint: Any) -> str:
-    """Return the annotated type in a person's words."""
+    """Return the annotated type in words, such as "an integer"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_type_name(a) for a in arguments)

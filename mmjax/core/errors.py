@@ -1,4 +1,4 @@
-"""Errors a person can act on, and how the mains report them."""
+"""Errors that a user can act on, and their report by the mains."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 _FAILED = (1, 2, 130, 128 + signal.SIGPIPE)
-# What collectives and JAX's coordination service say of a process that is gone.
+# Messages of collectives and of JAX's coordination service on a process that is gone.
 _LOST_PEER = re.compile(r"Gloo .* failed|[Cc]onnection closed by peer|heartbeat timeout")
 
 _NO_MEMORY = re.compile(r"std::bad_alloc|Cannot allocate memory")
 
 
 class UserError(Exception):
-    """Something the person can mend: the message names what, where, and what to do.
+    """An error that the user can fix: the message states what is wrong, where, and what to do.
 
     The mains print it as one line and exit with status 2.
     """
@@ -51,7 +51,7 @@ def report(error: BaseException) -> str | None:
     if number in (errno.EMFILE, errno.ENFILE):
         return f"{os.strerror(number)}: {where}. Raise the limit of open files (ulimit -n) and run again."
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"No permission: {where}. Choose another --workdir or mend its owner."
+        return f"Permission denied: {where}. Fix its ownership or choose another --workdir."
     if isinstance(error, MemoryError) or number == errno.ENOMEM or _NO_MEMORY.search(str(error)):
         first = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
         return f"Out of memory on this machine ({first}). Free some, or give the process more, and run again."
@@ -114,8 +114,10 @@ def _leave_unread() -> NoReturn:
 
 
 def _leave(code: int) -> None:
-    """Exit; at once where others would be waited for in vain: Orbax's threads wait ten minutes for the rest
-    of a save that has failed, and JAX five for the other processes of a run, which may be stuck or gone."""
+    """Exit; skip cleanup where it would hang.
+
+    After a failed save Orbax's threads wait ten minutes, and JAX waits five for processes that may be gone.
+    """
     saving = any(type(t).__module__.startswith("orbax.") for t in threading.enumerate())
     if code in _FAILED and (saving or "jax" in sys.modules and _is_one_of_many()):
         sys.stdout.flush()

@@ -37,7 +37,7 @@ def plain_command(name: str, doc: str | None) -> argparse.ArgumentParser:
 def _with_extra(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     made.add_argument(
         "--extra", action="append", default=[], metavar="DIR",
-        help="folder with modules of one's own: DIR/modalities/NAME.py, DIR/objectives/NAME.py, ...",
+        help="folder with your own modules: DIR/modalities/NAME.py, DIR/objectives/NAME.py, ...",
     )  # fmt: skip
     return made
 
@@ -60,8 +60,8 @@ def parse(
 ) -> tuple[argparse.Namespace, list[str]]:
     """Return the arguments, and the `KEY=VALUE` of each `--config.KEY=VALUE`."""
     _skip_absent_tpu()
-    # Libraries log much that a person cannot act on, whole tracebacks of an error that is raised
-    # besides among it; what matters reaches them as that error.
+    # Libraries log much that a user cannot act on, whole tracebacks of an error that is raised
+    # as well among it; what matters reaches them as that error.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     words = sys.argv[1:] if argv is None else argv
     # Taken out first: one with a space in its value would pass for a positional argument.
@@ -77,7 +77,7 @@ def parse(
 def _skip_absent_tpu() -> None:
     """Keep JAX from trying a TPU on a machine without one, where libtpu prints errors.
 
-    A TPU may be there if JAX finds a chip, if there is a device file of one, or if the environment speaks of one:
+    A TPU may be there if JAX finds a chip, if there is a device file of one, or if the environment names one:
     then it is tried, and its errors are printed.
     """
     variables = ("JAX_PLATFORMS", "JAX_FORCE_TPU_INIT", "TPU_NAME", "TPU_ACCELERATOR_TYPE",

@@ -128,7 +128,7 @@ def move_per_modality(config: Block) -> None:
 
 
 def drop_empty_keys(config: Block) -> None:
-    """Drop keys of blocks that said nothing and are refused now: empty `experts`, and `untie` of a bottleneck."""
+    """Drop keys of blocks that had no effect and are refused now: empty `experts`, and `untie` of a bottleneck."""
     for path in _BLOCKS:
         for _, block in blocks(config, path):
             if block.get("experts") == {}:

@@ -90,7 +90,7 @@ def _each(init: Initializer) -> Initializer:
 
 
 def mark_copies(part: nnx.Module | nnx.Param, of: float) -> None:
-    """Say of a part's declarations that they are one of so many copies, of which a token meets one (in place).
+    """Mark a part's declarations, in place, as one of so many copies, of which a token meets one.
 
     Of experts a token meets more or less than one: `of` is then their count divided by that.
     """

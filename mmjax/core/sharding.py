@@ -44,7 +44,7 @@ class MeshConfig:
     """Sizes of the mesh axes; one may be -1 (what is left of the devices).
 
     Attributes:
-      slices: groups of devices that only a slower network joins; 0 for as many as TPUs say, else 1.
+      slices: groups of devices that only a slower network joins; 0 for as many as TPUs report, else 1.
       dcn_axis: the axis that the slices divide, so that no other one crosses that network.
       rules: logical axis -> mesh axes that share it, in place of the entry in `RULES`.
     """
@@ -126,7 +126,7 @@ def device_grid(sizes: Sequence[int], config: MeshConfig, devices: Sequence[Any]
 
 
 def _by_slice(count: int, devices: Sequence[Any]) -> list[list[Any]]:
-    """Return the devices of each slice: as TPUs say, else runs of equal length."""
+    """Return the devices of each slice: as TPUs report them, else runs of equal length."""
     if devices[0].platform != "tpu":
         count = count or 1
         if count < 1 or len(devices) % count:

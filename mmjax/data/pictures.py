@@ -1,7 +1,7 @@
 """Opening encoded pictures: the only place where mmjax hands bytes to an image decoder.
 
 Only formats that Pillow decodes within this process are read: PostScript would start Ghostscript, whose programs may
-do anything. What a decoder would have to do is bounded before it begins, by what the header says.
+do anything. What a decoder would have to do is bounded before it begins, by its header.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF")
 """Formats that are read, by Pillow's names; the common ones first, since they are tried in order."""
 
 MAX_PIXELS = 2**26
-"""Pixels of one picture, unless a config says otherwise: 67 million, a quarter of a GB as RGBA."""
+"""Pixels of one picture, unless a config sets another limit: 67 million, a quarter of a GB as RGBA."""
 
 LIMIT = 178_956_970
 PIXELS = f"[1, {LIMIT}]"  # bounds of the key `max_pixels`
@@ -84,7 +84,7 @@ def rgb(image: Image) -> Image:
 
 
 def upright(image: Image) -> Image:
-    """Return the picture as its EXIF orientation says that it is to be seen; TIFFs are turned when they are loaded."""
+    """Return the picture in its EXIF orientation; TIFFs are turned when they are loaded."""
     from PIL import ImageOps
 
     image.load()  # PNG may hold EXIF after the pixels
@@ -92,7 +92,7 @@ def upright(image: Image) -> Image:
         return image
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged EXIF says nothing; the pixels are whole
+    except Exception:  # damaged EXIF is ignored; the pixels are whole
         return image
     return ImageOps.exif_transpose(image) if orientation in range(2, 9) else image
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from mmjax.core.errors import UserError
 
-# Names of special tokens in the order of preference. The added tokens of a `tokenizer.json` say that they are special,
+# Names of special tokens in the order of preference. The added tokens of a `tokenizer.json` are marked as special,
 # not what for.
 PAD = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 BEGIN = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]", "<｜begin▁of▁sentence｜>")
@@ -83,7 +83,7 @@ class Subwords(abc.ABC):
 
 
 class SentencePieces(Subwords):
-    """A SentencePiece model, which says the ids of its special tokens."""
+    """A SentencePiece model, which holds the ids of its special tokens."""
 
     kind = "SentencePiece model"
 

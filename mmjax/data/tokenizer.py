@@ -41,7 +41,7 @@ class TokenIds:
 
     Attributes:
       size: ids from here on have no piece.
-      pad: fills up a row. The end token where a vocabulary has no padding; the row's mask tells them apart.
+      pad: fills up a row. The end token where a vocabulary has no padding; the row's mask distinguishes them.
       begin: stands before the first token in a decoder. Without a begin token it is the padding (T5), or else the end
         token (GPT-2).
       end: closes a text; None where every row has its whole length.
@@ -142,7 +142,7 @@ class Tokenizer:
 
         Args:
           path: a SentencePiece model or a `tokenizer.json`.
-          end: the piece that closes a text; by default the one that the file says or has under a usual name.
+          end: the piece that closes a text; by default the one that the file names or has under a usual name.
 
         Raises:
           UserError: a file that is missing or corrupt, or has no end token.

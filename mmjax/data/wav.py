@@ -16,7 +16,7 @@ _NAMES = {
     0xFF: "AAC", 0x161: "WMA",
 }  # fmt: skip
 _STANDARD = bytes.fromhex("000000001000800000aa00389b71")  # ends the id of a format with a number
-_UNKNOWN = 0x7FFFF000  # a size from here on says that it was not known (ffmpeg, SoX)
+_UNKNOWN = 0x7FFFF000  # a size from here on means that it was not known (ffmpeg, SoX)
 _SUPPORTED = "give PCM of 8 to 32 bits, floats, or the decoded samples and their rate"
 
 

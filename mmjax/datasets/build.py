@@ -41,7 +41,7 @@ from mmjax.core.errors import UserError
 from mmjax.core.files import new_folder, swap_in
 
 VERSION = "1.0.0"
-"""Of every embedded data set, for TFDS; contents are told apart by the manifest's `digest`."""
+"""Of every embedded data set, for TFDS; contents are distinguished by the manifest's `digest`."""
 
 FORMAT = 1
 """Of the manifest and the records' fields: a build of another format is built again."""
@@ -249,7 +249,7 @@ def _scratch() -> Iterator[epath.Path]:
 
 @contextlib.contextmanager
 def _part(path: epath.Path) -> Iterator[epath.Path]:
-    """Make a new folder near `path` (see `new_folder`), or say that the data directory cannot be written to."""
+    """Make a new folder near `path` (see `new_folder`), or raise an error if the data directory is read-only."""
     with contextlib.ExitStack() as stack:
         try:
             part = stack.enter_context(new_folder(path))

@@ -56,7 +56,7 @@ def make(
 ) -> Made:
     """Write the drawings under `root`; `limit` takes that many concepts.
 
-    `has` says whether there is a drawing; `draw` gives it as an RGBA PNG of 64x64 pixels.
+    `has` returns whether there is a drawing; `draw` gives it as an RGBA PNG of 64x64 pixels.
     """
     sources = (vendor.source, *emoji.SOURCES)
     concepts = emoji.load_concepts()

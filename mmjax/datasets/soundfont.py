@@ -1,12 +1,12 @@
 """Reads a SoundFont 2 file and plays single notes of its instruments.
 
-A preset (an instrument of the General MIDI list, say) is a list of zones, each for a range of keys
+A preset (for example an instrument of the General MIDI list) is a list of zones, each for a range of keys
 and velocities; a zone names an instrument, itself a list of such zones, each with one recorded
 sample and its settings ("generators": loop, tuning, envelopes, filter). A note sounds all zones
 that match, and settings of the preset's zone are added to those of the instrument's.
 
 Played here: pitch, loops, the volume envelope, the modulation envelope on filter and pitch, the
-low-pass filter, attenuation. Left out: low-frequency oscillators, modulators, panning, reverb,
+low-pass filter, attenuation. Not implemented: low-frequency oscillators, modulators, panning, reverb,
 chorus, and envelopes that depend on the key. Chapters are those of the SoundFont Technical
 Specification 2.04.
 """

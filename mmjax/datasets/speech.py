@@ -1,7 +1,7 @@
 """The names of the emoji concepts, spoken: synthetic speech of the captions of `mmjax.datasets.emoji`.
 
-No person speaks here: espeak-ng says the English caption of every concept in several voices. Voices
-and concepts are held out; which concepts, the emoji data says:
+The speech is synthetic: espeak-ng reads the English caption of every concept in several voices. Voices
+and concepts are held out; the emoji data determines which concepts:
 
 - `train`: concepts that training sees, in each of `TRAIN_VOICES`.
 - `test_voice`: the same concepts in each of `TEST_VOICES`, which training never hears.
@@ -40,7 +40,7 @@ SPLITS = {
 ESPEAK = PackageSource(
     "espeakng-loader",
     "espeakng_loader",
-    "the voices that say the captions",
+    "the voices that read the captions",
     "GPL-3.0-or-later (espeak-ng, used as a tool; its sound is what the records hold)",
     "eSpeak NG, copyright Jonathan Duddington, Reece H. Dunn and contributors"
     " (https://github.com/espeak-ng/espeak-ng), in the espeakng-loader package."
@@ -77,7 +77,7 @@ def prepare(root: epath.Path, limit: int | None = None) -> Made:
         "audio": {
             "rate": RATE,
             "synthetic": True,
-            "statement": "Synthetic speech of real captions: espeak-ng speaks, no person does.",
+            "statement": "Synthetic speech of real captions: espeak-ng reads them.",
             "voices": {"train": list(TRAIN_VOICES), "test": list(TEST_VOICES)},
         },
     }
@@ -85,7 +85,7 @@ def prepare(root: epath.Path, limit: int | None = None) -> Made:
 
 
 def speak(text: str, voice: str = TEST_VOICES[0]) -> tuple[NDArray[np.int16], int]:
-    """Return a text of one's own as the data set would hold it: int16 `[N]`, and `RATE`."""
+    """Return the user's text as the data set would hold it: int16 `[N]`, and `RATE`."""
     _check_voices([voice])
     [[samples]] = espeak.say(ESPEAK.folder(), [voice], [text])
     return resample(np.frombuffer(samples, "<i2")), RATE

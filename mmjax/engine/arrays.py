@@ -284,7 +284,7 @@ def _read_part(store: ts.TensorStore, part: Box, into: np.ndarray) -> None:
 
 
 def _result(future: Any) -> Any:
-    """Return the result of a future of TensorStore, whose errors on bad bytes say only that a value is wrong."""
+    """Return the result of a future of TensorStore, whose errors on bad bytes state only that a value is wrong."""
     try:
         return future.result()
     except ValueError as error:

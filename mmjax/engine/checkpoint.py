@@ -206,7 +206,7 @@ class Checkpoints:
         self._hush = _quiet()
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
-        """Begin to save; the arrays are copied before it returns, the rest goes on in the background.
+        """Begin to save; the arrays are copied before it returns, the rest continues in the background.
 
         A step that is saved already is left as it is: a signal may ask for it again.
         """
@@ -324,7 +324,7 @@ def read_shapes(workdir: epath.Path, step: int) -> dict[str, dict[str, Any]]:
 
 
 def read_state(workdir: epath.Path, step: int, abstract: Mapping[str, Any]) -> Any:
-    """Return arrays of a checkpoint, as `abstract` asks (shardings included); what it leaves out is not read.
+    """Return arrays of a checkpoint, as `abstract` asks (shardings included); other arrays are not read.
 
     Raises:
       Damaged, Unreadable: as `read_meta`.
@@ -443,7 +443,7 @@ def restore_latest(
       accept: `accept(step, meta)` returns how the checkpoint's config differs from the run's. It may refuse the
         checkpoint by raising a `UserError`, before the arrays are read.
       log: prints a line for the user.
-      may_be_new: `may_be_new(name, meta)`: whether a parameter may be absent; it is left out of the result.
+      may_be_new: `may_be_new(name, meta)`: whether a parameter may be absent; the result then lacks it.
 
     Raises:
       UserError: a checkpoint cannot be read though it may be whole, or there are damaged ones only. A run that
@@ -479,7 +479,7 @@ def _log_widened(restored: Restored, log: Callable[[str], None]) -> None:
     if restored.widened:
         log(
             f"Checkpoint {restored.step} holds {len(restored.widened)} arrays in a narrower dtype than they are kept "
-            f"in today ({restored.widened[0]} and so on); they go on in the wider one."
+            f"in today ({restored.widened[0]} and so on); they continue in the wider one."
         )
 
 

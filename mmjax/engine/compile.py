@@ -101,7 +101,7 @@ def cache_folder(name: str) -> epath.Path:
 
 
 def use_cache(folder: epath.PathLike | None = None) -> None:
-    """Keep compiled programs on disk: in `folder`, the folder JAX is already told, or the user's cache."""
+    """Keep compiled programs on disk: in `folder`, the folder JAX already has, or the user's cache."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(folder or cache_folder("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,7 +1,7 @@
 """The health of each task, and the schedule after one has failed.
 
 All of it is a pure function of the losses that a run has seen, which its clock holds: a run that was
-killed and goes on finds the same at the same step.
+killed and resumed finds the same at the same step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class HealthLimits:
 
 @dataclass(frozen=True)
 class Health:
-    """The recent history of a task:
+    """The recent history of a task.
 
     Attributes:
       consecutive_non_finite: visits in a row, up to the last one, with a non-finite loss or gradient.
@@ -65,7 +65,7 @@ class Health:
         if not bounds.divergence or len(self.first) < bounds.visits:
             return None
         first = statistics.median(self.first)
-        return bounds.divergence * first if first > 0 else None  # a ratio to nothing says nothing
+        return bounds.divergence * first if first > 0 else None  # a ratio to zero means nothing
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -123,11 +123,11 @@ def broken_at(schedule: Schedule, health: Mapping[str, Health], step: int) -> in
 def quarantine(schedule: Schedule, tasks: Collection[str], start: int, now: int) -> Schedule | None:
     """Return the schedule with `tasks` at weight 0 from step `start` on; None where no task would be left there.
 
-    A later segment that would have no task left falls away: the shares before it go on in its place.
+    A later segment that would have no task left falls away: the shares before it stay in force.
 
     Args:
       schedule: its later segments keep their starts and rules.
-      tasks: whom to leave out.
+      tasks: those to exclude.
       start: the first step of the new segment.
       now: the first step not yet run.
     """

@@ -1,4 +1,4 @@
-"""Tell a damaged checkpoint from one that cannot be read now, and find damage: checksums and sealed documents.
+"""Distinguish a damaged checkpoint from one that cannot be read now, and find damage: checksums and sealed documents.
 
 Damage is what another try would not cure: bytes that do not decode, a checksum that does not match, a file that is
 missing. Only then may a run go back to an older checkpoint. Everything else (permission, a failing disk, no memory,
@@ -25,7 +25,7 @@ SEAL = "sha256"
 # meet the same columns.
 _COLUMNS, _ROWS = 1021, 256
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-# Of the status words of TensorStore, those that speak of the bytes and not of the way to them.
+# Of the status words of TensorStore, those that concern the bytes and not the access to them.
 _DAMAGE = {"DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION"}
 # What TensorStore adds behind its words, for its own developers.
 _APPENDED = re.compile(r" \[(?:tensorstore_spec|source locations)='.*?'\]", re.DOTALL)
@@ -79,13 +79,13 @@ def reading(folder: epath.Path, decoding: tuple[type[Exception], ...] = ()) -> I
 
 
 def is_damage(error: BaseException, decoding: tuple[type[Exception], ...] = ()) -> bool:
-    """Return whether an error, by itself or by one of its causes, says that bytes are damaged or missing."""
+    """Return whether an error, or one of its causes, means that bytes are damaged or missing."""
     verdicts = [_verdict(each, decoding) for each in _chain(error)]
     return any(v is True for v in verdicts) and not any(v is False for v in verdicts)
 
 
 def words(error: BaseException) -> str:
-    """Return the innermost cause of an error in one line, with its type where that says more."""
+    """Return the innermost cause of an error in one line, with its type if that adds information."""
     chain = _chain(error)
     innermost = next((each for each in chain if isinstance(each, Mismatch)), chain[-1])
     text = " ".join(_APPENDED.sub("", str(innermost)).split())

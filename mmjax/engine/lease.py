@@ -8,7 +8,7 @@ Another process that wants the lease
   the process of that number has started at another time; or the machine has booted since;
 - else watches the heartbeat, and takes the lease when that has not changed for a minute.
 
-Process numbers say something only to processes of one pid namespace. In a container, or on another host, the heartbeat
+Process numbers mean something only to processes of one pid namespace. In a container, or on another host, the heartbeat
 decides. Times of different machines are never compared: what counts is how long the heartbeat stood still while this
 process was watching (or, on one boot, the machine's own monotonic clock).
 """

@@ -179,11 +179,11 @@ class _Steps:
         except Exception:
             raise
         except BaseException as error:
-            # A library that calls `exit`, or a thread that is told to end: passed on as it is, it would
+            # A library that calls `exit`, or a thread that is asked to end: passed on as it is, it would
             # end the run in silence.
             raise UserError(
                 f"A thread of the loader died while it made step {step} of task '{task.name}': {error!r}. "
-                "Run again to go on; if it dies there again, look at the task's source."
+                "Run again to resume; if it dies there again, look at the task's source."
             ) from error
 
     def _batch(self, step: int, task: Task) -> HostBatch:

@@ -42,7 +42,7 @@ def read(folder: epath.Path) -> dict[str, Any]:
 
 
 def read_sealed(folder: epath.Path) -> dict[str, Any]:
-    """Return the document in `folder`, verified if it is of format 2; what it says is not looked at.
+    """Return the document in `folder`, verified if it is of format 2; its content is not checked.
 
     Raises:
       As `read`.

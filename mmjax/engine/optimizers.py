@@ -103,7 +103,7 @@ class Optimizers:
         return self.planned.visits.get(task, 0)
 
     def progress(self, task: str, step: int, positions: Mapping[str, int]) -> dict[str, float]:
-        """Return what a task's update asks of the clock besides step and visit, as ticks of a program."""
+        """Return what a task's update asks of the clock apart from step and visit, as ticks of a program."""
         ticks = {**self.extents[task], "scale": self.phases.at(step).scale}
         if self.config.accumulate > 1:
             ticks["last"] = int(step + 1 == self.planned.steps)

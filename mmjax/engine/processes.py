@@ -1,7 +1,7 @@
 """Several processes, one run: how one joins, and what they agree on outside of their programs.
 
 All processes run the same main and ask the same questions in the same order. Process 0 writes the files
-and speaks; every process writes its own shards of a checkpoint, and its errors.
+and prints; every process writes its own shards of a checkpoint, and its errors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mmjax.engine.compile import Request, compile_silently
 from mmjax.monitor.compiling import Compiling
 
 _PATIENCE = 3600  # seconds that a process waits for the slowest; one that died ends all much sooner
-_PATIENT = 15.0  # seconds after which a process says that it waits to join
+_PATIENT = 15.0  # seconds after which a process reports that it waits to join
 LIFELINE = "MMJAX_LIFELINE"  # the descriptor of a pipe whose other end the launcher holds, see launch/jobs.py
 _LAST = 2.0  # seconds by which process 0 outlives the others
 _SLOW = 3  # times the median of the others, from which on a process is named
@@ -242,7 +242,7 @@ class Vote:
             self._sum = compile_silently(lambda x: x.sum(), shape, replicated(mesh), mesh)
 
     def cast(self, yes: bool) -> bool:
-        """Cast a ballot; whether any said yes `lag` ballots ago. Alone, the answer is `yes`."""
+        """Cast a ballot; return whether any was yes `lag` ballots ago. Alone, the answer is `yes`."""
         if jax.process_count() == 1:
             return yes
         parts = [
@@ -253,7 +253,7 @@ class Vote:
         return len(self._under_way) > self._lag and self._count()
 
     def settle(self, yes: bool) -> bool:
-        """Return whether any says yes now, or did in a ballot that is not yet counted."""
+        """Return whether any process votes yes now, or did in a ballot that is not yet counted."""
         answers = [self._count() for _ in range(len(self._under_way))]
         return any([*answers, *gather(yes)])
 

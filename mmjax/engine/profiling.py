@@ -32,7 +32,7 @@ class ProfileConfig:
       dumps: whether each program's compiled HLO and memory are written to `WORKDIR/dumps`, and there
         also the arrays on the devices when the first step begins (`memory.prof`, for pprof; of several
         processes `memory_0.prof`, ...).
-      port: where a profiler can connect while the run goes on; 0 for none. Process i is at `port` + i.
+      port: where a profiler can connect during the run; 0 for none. Process i is at `port` + i.
     """
 
     start: int = 10

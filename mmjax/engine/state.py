@@ -53,10 +53,10 @@ class Clock:
       step: completed steps.
       schedule: which task runs at which step.
       positions: examples consumed by each task.
-      skipped: steps of each task whose update was left out for a non-finite loss or gradient.
+      skipped: steps of each task whose update was skipped for a non-finite loss or gradient.
       invalid: number of examples of each task that could not be read.
       health: what is remembered of each task's losses.
-      quarantined: tasks that the run has left out, and the step from which on.
+      quarantined: tasks that the run has excluded, and the step from which on.
       invalid_ids: ids of the examples in `invalid`, ascending; checkpoints of version 1 lack those they counted.
     """
 
@@ -70,7 +70,7 @@ class Clock:
     invalid_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def is_healthy(self, bounds: HealthLimits) -> bool:
-        """Return whether no task but those left out shows signs of a divergence, and the last step was finite."""
+        """Return whether no active task shows signs of divergence, and the last step was finite."""
         last = self.schedule.task(self.step - 1) if self.step else ""
         if last not in self.quarantined and self.health.get(last, Health()).consecutive_non_finite:
             return False
@@ -126,7 +126,7 @@ def init_state(
 ) -> State:
     """Return the state at step 0. Meant to be jitted, with the `shardings` of `abstract_state` as its output's.
 
-    `given` are parameters to begin with, by canonical name; the others begin at random.
+    `given` are parameters to begin with, by canonical name; the others are initialised randomly.
     """
     parameters = declaration.initialise(seed, dtype)
     if given:

@@ -38,7 +38,7 @@ class Entry:
     """An array of a file.
 
     Attributes:
-      shape: its shape; empty where `dtype` is unknown here and the file does not say.
+      shape: its shape; empty where `dtype` is unknown here and the file does not state it.
       dtype: as the file names it.
       known: the dtype here; None for one that cannot be read.
       place: where its bytes are; only its reader knows what that means.
@@ -61,7 +61,7 @@ class TensorFile:
 
     Attributes:
       path: as the user wrote it.
-      entries: by name, what the file's table of contents says, checked against its size.
+      entries: by name, the entries of the file's table of contents, checked against its size.
     """
 
     path: epath.Path

@@ -53,7 +53,7 @@ class WarmStartConfig:
     Attributes:
       path: a workdir of mmjax (its newest checkpoint when the run first begins), or a .npz or .safetensors
         file; empty for none.
-      names: the first that matches says what a parameter is called there; else the name is the same.
+      names: the first that matches gives a parameter's name there; else the name is the same.
       skip: patterns of names here that are initialised randomly all the same.
       average: take the moving averages of a workdir that has them.
       strict: every parameter that `skip` does not name must be there, in a shape that fits; else what is missing, and
@@ -87,11 +87,11 @@ def pin(
 ) -> int | None:
     """Return the step of the run that `path` names, settled when this run first begins; None of a file.
 
-    It is kept in `WORKDIR/init_from.json`, with the digest of a file: begun once more before its first
-    checkpoint, a run takes the same, though the other has gone on.
+    It is kept in `WORKDIR/init_from.json`, with the digest of a file. A run that is restarted before its
+    first checkpoint uses the same source step, even if the source run has advanced.
 
     Raises:
-      UserError: what is there now is not what it was, and `allow_change` is False; with it, that is said.
+      UserError: what is there now is not what it was, and `allow_change` is False; otherwise it is logged.
     """
     if not config.path:
         return None
@@ -148,7 +148,7 @@ def warm_start(
     log: Callable[[str], None],
     step: int | None = None,
 ) -> Values:
-    """Return the parameters to begin with, by canonical name, each in its shape here; say what matched.
+    """Return the parameters to begin with, by canonical name, each in its shape here; log what matched.
 
     A table of positions with other buckets is resampled. A dense layer's MLP initialises every expert that takes its
     place (sparse upcycling, Komatsuzaki et al. 2023); its router is in no dense run, so `skip` must name it. Of a
@@ -184,7 +184,7 @@ def check_files(
     """Compare the files of modalities, such as tokenizers, with those of the run that embeddings are taken from.
 
     Args:
-      step: of that run; None where values are of a file, which does not say.
+      step: of that run; None for values of a file, which has no step.
       values: those that `warm_start` returned.
       identities: digests of the files here, by `modalities.NAME/FILE`.
 
@@ -292,7 +292,7 @@ def _check(
     if is_empty and not wrong:
         raise UserError(
             f"init_from: none of the {count} parameters is in '{config.path}', which holds "
-            f"{_some(grouped(unused)) or 'nothing'}. Say in init_from.names what they are called there."
+            f"{_some(grouped(unused)) or 'nothing'}. Give their names there in init_from.names."
         )
     lines = wrong[:_LISTED]
     if len(wrong) > _LISTED:

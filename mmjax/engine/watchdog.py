@@ -1,6 +1,6 @@
-"""A run that no longer moves is ended with words: what it was doing, and where each of its threads stands.
+"""Watchdog: ends a run that makes no progress, and prints what it was doing and the stacks of its threads.
 
-A thread of its own looks on. Where a library never lets Python go on, that thread stands still too; then
+A separate thread watches. If a library never returns to Python, that thread stands still too; then
 the operating system ends the process with SIGALRM, after the stacks all the same.
 """
 
@@ -23,7 +23,7 @@ _LAST_WORDS = 5.0  # seconds for the log of the run: the disk may be what is stu
 class Watchdog:
     """Ends the process when nothing moves for `limit` seconds, to be used in a `with` block.
 
-    `at` says what begins, and that what came before is done. Only the time from one call to the next
+    `at` announces what begins, and that what came before is done. Only the time from one call to the next
     counts, so a run that is slow and moves is left alone; and only time in which this process could run,
     so one that was suspended, or whose machine slept, is left alone too.
 
@@ -77,7 +77,8 @@ class Watchdog:
         os.write(2, f"\nmmjax: stuck: {text}. Where each thread stands:\n\n".encode())
         faulthandler.dump_traceback(file=2, all_threads=True)
         os.write(
-            2, b"\nRun again to go on. config.limits.watchdog_seconds sets the time, 0 for never.\n"
+            2,
+            b"\nRun again to resume. config.limits.watchdog_seconds sets the time, 0 for never.\n",
         )
         log = threading.Thread(target=self._log_text, args=(text,), daemon=True)
         log.start()

@@ -51,7 +51,7 @@ class Accuracy(Evaluator):
         if not self.label and len(known) != 1:
             raise UserError(
                 f"tasks.{task.name}: the objective reads the fields {', '.join(known) or 'none'}; "
-                "say which is the class by the evaluator's 'label'."
+                "name the class by the evaluator's 'label'."
             )
         return self.label or known[0]
 
@@ -85,7 +85,7 @@ class Accuracy(Evaluator):
 def rank(logits_NC: np.ndarray, label_N: np.ndarray) -> np.ndarray:
     """Return how many other classes have a logit that is not below that of the label: 0 where it is the largest.
 
-    Ties count against us, and so does NaN: a model that says the same of every class is never right.
+    Ties count against us, and so does NaN: a model with equal logits for every class is never right.
     """
     own_N1 = np.take_along_axis(logits_NC, label_N[:, None], axis=1)
     return (~(logits_NC < own_N1)).sum(axis=1) - 1

@@ -31,7 +31,7 @@ Record = dict[str, Any]
 class Computation(abc.ABC):
     """A function of a task's batches that an evaluator asks of the devices.
 
-    Its text (`str`) names its program in tables and is what tells two computations of a task apart.
+    Its text (`str`) names its program in tables and distinguishes two computations of a task.
     """
 
     @abc.abstractmethod
@@ -43,7 +43,7 @@ class Computation(abc.ABC):
         return {name: each.for_evaluation() for name, each in task.inputs.items()}
 
     def fields(self, task: Task) -> tuple[str, ...]:
-        """Return the fields of the examples that it reads on the devices, besides its inputs."""
+        """Return the fields of the examples that it reads on the devices, beside its inputs."""
         del task
         return ()
 
@@ -225,7 +225,7 @@ def function(
 def _shares(result: Loss, valid_B: jax.Array) -> dict[str, jax.Array]:
     """Return what a score needs to combine the means of several batches, for each part of a loss.
 
-    `terms NAME` says how many terms each valid row stands for, `weight NAME` the part's weight in the loss, and
+    `terms NAME` is the number of terms each valid row stands for, `weight NAME` the part's weight in the loss, and
     `compared NAME` how many rows are compared with each other, 0 where none are. The whole loss has no NAME.
     """
     rows, columns = valid_B.sum(), dict[str, jax.Array]()

@@ -22,7 +22,7 @@ class HeldOutLoss(Evaluator):
 
     A loss that compares the rows of a batch with each other does, since it gets harder with more of them. It is taken
     of the batches with the most valid rows only, so that a smaller last one does not mix in an easier loss; `compared`
-    in the record says how many rows these have, and `count` how many rows they are in all.
+    in the record is the number of rows that these have, and `count` how many rows they are in all.
 
     What a loss draws in training (masks, times) it draws here too, for each example by a key of the evaluation's own;
     of the inputs it sees all tokens.

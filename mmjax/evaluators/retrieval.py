@@ -22,7 +22,7 @@ class Retrieval(Evaluator):
     """Recall at k in both directions; any candidate of the query's concept counts as found.
 
     Attributes:
-      positive_key: integer field that says which examples belong together.
+      positive_key: integer field that is equal for examples that belong together.
       unique: the modality of which only one example per concept is a candidate (texts that repeat).
       at: the values of k.
       modalities: the two modalities, of a task that compares more.

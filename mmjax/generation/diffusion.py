@@ -78,7 +78,7 @@ class Diffusion:
     def resolved(
         self, predicted: jax.Array, x_t: jax.Array, t: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Return the data and the noise that a prediction says `x_t` is made of."""
+        """Return the data and the noise in `x_t` according to a prediction."""
         alpha, sigma = self.levels(_spread(t, x_t))
         if self.prediction == "epsilon":
             return (x_t - sigma * predicted) / alpha, predicted
@@ -99,7 +99,7 @@ class Diffusion:
         Args:
           predict: `(x_t, t, step) -> prediction`, t a scalar, the steps counted from 0.
           noise: `x_1`, an array or a tree of such.
-          bound: data lie in [-bound, bound], and what a prediction says of them is cut to that.
+          bound: data lie in [-bound, bound], and predictions of them are clipped to that.
           fresh: `step -> noise` like `x_1`, which `ddpm` adds; it must differ from `noise` and from step to step.
         """
         times = jnp.linspace(1.0, 0.0, steps + 1, dtype=jax.tree.leaves(noise)[0].dtype)

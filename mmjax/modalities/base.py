@@ -27,14 +27,14 @@ from mmjax.core.errors import UserError
 
 I = TypeVar("I")  # noqa: E741
 ArraySpec = dict[str, jax.ShapeDtypeStruct]
-PRESENT = "present"  # the array that says which instances of an example are there
-EXISTS = "exists"  # the array that says which rows of a batch exist, see `mmjax.objectives.base.with_rows`
+PRESENT = "present"  # the array that marks which instances of an example exist
+EXISTS = "exists"  # the array that marks which rows of a batch exist, see `mmjax.objectives.base.with_rows`
 
 
 class Stem(nnx.Module):
     """The device side: `__call__(arrays) -> Stream` for arrays with a leading batch axis.
 
-    A modality of continuous values, which diffusion can noise, has besides: `values(arrays, dtype) -> [B, S, P]`, what
+    A modality of continuous values, which diffusion can noise, also has: `values(arrays, dtype) -> [B, S, P]`, what
     each token is made of, about of size 1; `__call__(arrays, values)`, the stream of other values than those of the
     arrays; and `bound`, which values do not exceed, or None. One of discrete tokens, whose arrays are
     `ids` and `valid`, has `token_ids`, the `mmjax.data.tokenizer.TokenIds` that its modality

@@ -29,7 +29,7 @@ from mmjax.nn.positions import Placed, Positions, Table, grid, place
 from mmjax.nn.stream import Stream
 
 FLOOR = 1e-8
-"""Smallest energy told apart, -80 dB of full scale."""
+"""The smallest energy that is distinguished, -80 dB of full scale."""
 
 CENTRE, SPREAD = -50.0, 20.0
 """dB that a spectrogram is centred at and divided by: -80 dB becomes -1.5, full scale 2.5.
@@ -48,7 +48,7 @@ class SpectrogramInput:
       frames: length; a multiple of the patch. A sound longer than its `(frames - 1) hop + window` samples
         is cut, at a random place in training and in its middle otherwise; a shorter one is followed by
         zeros.
-      sample_rate: samples per second of the field, where it does not say so itself; 0 for the modality's.
+      sample_rate: samples per second of the field, if its values do not state it; 0 for the modality's.
       gain_db: largest random change of loudness in training, up or down, in dB.
       token_drop: the part of the tokens that training drops, see `mmjax.modalities.base.dropped`.
     """
@@ -144,7 +144,7 @@ class Spectrogram(Placed, Modality[SpectrogramInput]):
     ) -> dict[str, np.ndarray]:
         """Return the arrays of an example, `{"mel": float32[frames, mels], "valid": bool[frames / patch_frames]}`.
 
-        `valid` says which patches of time hold at least one frame that begins within the sound; the first
+        `valid` marks the patches of time that hold at least one frame that begins within the sound; the first
         one always is. Where tokens are dropped: patches, coordinates, and which of these tokens are valid.
         """
         samples = at_rate(

@@ -53,7 +53,7 @@ class Text(Placed, Modality[TextInput]):
       max_positions: position buckets; the longest text of any task at least.
       pad_vocabulary_to: the table's rows are the first multiple of it that holds the tokenizer; 0 for any number that
         does. Ids without a piece are never written.
-      end: the piece that closes a text; by default as the tokenizer's file says, or under a usual name.
+      end: the piece that closes a text; by default as the tokenizer's file names it, or under a usual name.
       positions, positions_scale: see `mmjax.nn.positions.Placed`; without positions, a text has any length.
     """
 

@@ -31,7 +31,7 @@ _OTHER_FORMATS = {
 }  # fmt: skip
 
 MAX_SECONDS = 3600.0
-"""Longest sound that is read, unless a config says otherwise."""
+"""Longest sound that is read, unless a config sets another limit."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class WaveformInput:
       field: field of the example.
       samples: length at the modality's rate; a multiple of the patch. A longer sound is cut, at a random
         place in training and in its middle otherwise; a shorter one is followed by zeros.
-      sample_rate: samples per second of the field, where it does not say so itself; 0 for the modality's.
+      sample_rate: samples per second of the field, if its values do not state it; 0 for the modality's.
       rms: root mean square that every sound is scaled to; 0 leaves it as recorded.
       gain_db: largest random change of loudness in training, up or down, in dB.
       token_drop: the part of the tokens that training drops, see `mmjax.modalities.base.dropped`.
@@ -166,13 +166,13 @@ class WaveformStem(nnx.Module):
 
 
 def read(value: Any, rate: int, max_seconds: float = MAX_SECONDS) -> Sound:
-    """Return a sound from what a person or a data set has.
+    """Return a sound from a value of a user or a data set.
 
     Args:
       value: samples `[N]` or `[N, channels]` (at most 8, averaged), float in [-1, 1] or integers of 8
         (unsigned), 16 or 32 bits; int64 as TFDS decodes sounds, in the range of 16 bits; or a tuple
         (samples, rate); or the bytes of a WAV file of integers or floats.
-      rate: samples per second, where `value` does not say so.
+      rate: samples per second, if `value` does not state it.
       max_seconds: longest sound that is taken.
 
     Raises:
@@ -261,7 +261,7 @@ def at_rate(sound: Sound, rate: int) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _low_pass(factor: int) -> np.ndarray:
-    """Return the filter that `scipy.signal.resample_poly` would design anew, in most of its time, at every call."""
+    """Return the filter that `scipy.signal.resample_poly` would design at every call, in most of its time."""
     from scipy.signal import firwin
 
     taps: np.ndarray = firwin(20 * factor + 1, 1 / factor, window=("kaiser", 5.0))

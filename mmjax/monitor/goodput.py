@@ -123,7 +123,7 @@ class ActivityLog:
             self._open[-1].inner += seconds
 
     def beat(self, **fields: Any) -> None:
-        """Write a line that says the open activities are alive, so that a kill later loses less time."""
+        """Write a line that marks the open activities as alive, so that a kill later loses less time."""
         self._check("beat", fields)
         self._write("beat", fields)
 
@@ -183,7 +183,7 @@ class ActivityLog:
 def summary(workdir: epath.Path) -> dict[str, float]:
     """Return the seconds by activity over all attempts in `workdir`, each second counted once.
 
-    Besides the activities: `repeated` (steps that a later attempt did again, because it went on from an
+    In addition to the activities: `repeated` (steps that a later attempt did again, because it resumed from an
     earlier one), `other` (inside no activity), `total` (their sum), `attempts` (a count) and
     `unfinished` (the count of attempts that were killed in an activity, or are still in one). Time of a
     killed attempt counts until its last line. Lines torn by a kill are passed over. An attempt that
@@ -194,7 +194,7 @@ def summary(workdir: epath.Path) -> dict[str, float]:
         parts = attempts.setdefault((line["attempt"], line["pid"]), [_Attempt()])
         parts[-1].take(line)
         if line["line"] == "event" and line["name"] == "diverged":
-            parts.append(_Attempt(last=parts[-1].last))  # it goes on from an earlier step
+            parts.append(_Attempt(last=parts[-1].last))  # it resumes from an earlier step
     attempts = {key: parts for key, parts in attempts.items() if not parts[0].is_refused}
     pieces = [part for parts in attempts.values() for part in parts]
     sums: dict[str, float] = defaultdict(float, {OTHER: 0.0})
@@ -247,7 +247,7 @@ def rows(seconds: Mapping[str, float]) -> list[dict[str, Any]]:
 
 _Begun = tuple[
     str, float
-]  # an activity, and the step at which it began; infinity where it says none
+]  # an activity, and the step at which it began; infinity where it states none
 
 
 @dataclass

@@ -110,7 +110,7 @@ def _last_byte(path: epath.Path) -> bytes:
 
 
 def read_records(path: epath.Path) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file of lines, none where there is no file; any other line is left out.
+    """Return the JSON objects of a file of lines, none if there is no file; any other line is skipped.
 
     A kill or a power cut may have torn the last line, or left none of it.
     """

@@ -9,7 +9,7 @@ and a line about an evaluation taken after S steps are complete is
     {"kind": "eval", "step": S, "count": ..., "name": "...", "task": "...", "value": ..., ...}
 
 Everything outside `timing` is deterministic: the same run gives the same bytes. Numbers are
-written so that reading gives the same float64, and so the same float32; what JSON cannot say is
+written so that reading gives the same float64, and so the same float32; what JSON cannot express is
 written as "nan", "inf" and "-inf".
 
 Restarting from a checkpoint of R complete steps keeps exactly the lines with `step < R`. For
@@ -53,14 +53,14 @@ _WORDS = (
     "evaluator",
     "time",
     "command",
-)  # fields that are text, whatever they say
+)  # fields that are text, whatever their content
 USAGE = "usage "  # before layer and modality, in the names of what experts have
 _TAG = ("task", "split", "name")
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class Sink(Protocol):
-    """A place besides `metrics.jsonl` where numbers go."""
+    """A place where numbers go in addition to `metrics.jsonl`."""
 
     def add(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Add numbers of a step, by name."""
@@ -77,10 +77,10 @@ class MetricWriter:
 
     Args:
       workdir: where `metrics.jsonl` and `tensorboard/` are. On an object store the file is
-        written by `flush` only, and TensorBoard events are left out, with one warning.
+        written by `flush` only, and no TensorBoard events are written, with one warning.
       resume_step: complete steps in the restored checkpoint, 0 for a fresh run. Lines of that
         step and later are moved to `metrics.jsonl.replaced-N`, and hidden from TensorBoard.
-      sinks: where the numbers go besides; closed with the writer.
+      sinks: where the numbers go in addition; closed with the writer.
       guard: called before lines are written; it raises if they must not be.
 
     Raises:
@@ -107,7 +107,7 @@ class MetricWriter:
             self._sinks.append(_Events(workdir / "tensorboard", resume_step))
         else:
             logging.getLogger(__name__).warning(
-                "TensorBoard events are left out: %s is not a local directory. "
+                "TensorBoard events are not written: %s is not a local directory. "
                 "%s has every number.",
                 workdir,
                 METRICS,
@@ -218,7 +218,7 @@ class _Events:
         logdir.mkdir(parents=True, exist_ok=True)
         attempt = len(list(logdir.glob("events.*")))
         self._writer = EventsWriter(os.path.join(logdir, "events"), f".{attempt:05d}")
-        # TensorBoard drops what earlier files say of this step and later when it sees a start.
+        # TensorBoard drops the values of earlier files for this step and later when it sees a start.
         start = SessionLog(status=SessionLog.START)
         self._write(Event(step=purge_step, session_log=start))
 
@@ -273,7 +273,7 @@ def _put_aside(path: epath.Path, content: bytes) -> None:
 
 
 def _records(content: bytes, path: epath.Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Return each whole line with its record. What a kill or a power cut tore off the end is left out."""
+    """Return each whole line with its record. A line torn off by a kill or a power cut is skipped."""
     result: list[tuple[bytes, dict[str, Any]]] = []
     torn = 0
     for number, line in enumerate(content.split(b"\n"), 1):
@@ -321,7 +321,7 @@ def revived(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def strict(value: Any) -> Any:
-    """Return plain data with "nan", "inf" and "-inf" for the floats that JSON cannot say, see `revived`."""
+    """Return plain data with "nan", "inf" and "-inf" for the floats that JSON cannot express, see `revived`."""
     if isinstance(value, Mapping):
         return {key: strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -35,7 +35,7 @@ def summary(
 
     Args:
       workdir: with `metrics.jsonl` and `goodput.jsonl`.
-      flops: model FLOPs of a step, per task, for steps that do not tell their own.
+      flops: model FLOPs of a step, per task, for steps whose lines do not state them.
       peak: FLOP/s of all the run's devices together, where it is known.
 
     Returns:
@@ -98,7 +98,7 @@ def _row(
 ) -> dict[str, Any]:
     timings = [line.get("timing", {}) for line in lines]
     seconds = [timing.get("seconds", 0.0) for timing in timings]
-    # A phase may give a task other shapes: each step tells its own.
+    # A phase may give a task other shapes: each step states its own.
     step_flops = [t["flops_per_second"] * t["seconds"] for t in timings if "flops_per_second" in t]
     flops = statistics.fmean(step_flops) if step_flops else flops
     switch = switch_cost(seconds, after_other)

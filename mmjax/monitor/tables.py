@@ -36,7 +36,7 @@ def console_for(stream: TextIO | None = None) -> Console:
     plain = {"markup": False, "emoji": False, "highlight": False, "force_jupyter": False}
     if getattr(stream, "isatty", lambda: False)():
         return Console(file=stream, **plain)  # type: ignore[arg-type]
-    # Said outright: variables such as FORCE_COLOR must not colour a log file.
+    # Set explicitly: variables such as FORCE_COLOR must not colour a log file.
     fixed = {"force_terminal": False, "color_system": None, "width": WIDTH}
     return Console(file=stream, **plain, **fixed)  # type: ignore[arg-type]
 
@@ -89,7 +89,7 @@ def program_table(rows: Sequence[Mapping[str, Any]], stream: TextIO | None = Non
     Args:
       rows: name (the task), kind (train, embed/MODALITY), shape (a short text), bytes (at the peak), flops,
         compile_seconds, cached (a truth value), tokens (positions of a training step, padding included). What is not
-        known is None or missing. Where a task's `update_scope` is not shared, a second table tells views and
+        known is None or missing. Where a task's `update_scope` is not shared, a second table shows views and
         `optimizer_bytes`.
       stream: standard output if None.
     """
@@ -97,7 +97,7 @@ def program_table(rows: Sequence[Mapping[str, Any]], stream: TextIO | None = Non
     cells = [
         (
             row["name"],
-            # Of several modalities, the shape tells.
+            # For several modalities, the shape shows it.
             row["kind"].split("/")[0] if "+" in row["kind"] else row["kind"],
             row.get("shape"),
             _known(human_count, row.get("tokens")),

@@ -29,7 +29,7 @@ def require(project: str) -> Any:
 
 
 class WandbRun:
-    """A run of Weights & Biases that goes on when ours does; one process of a run makes it.
+    """A run of Weights & Biases that resumes when ours does; one process of a run makes it.
 
     Where a run is killed and repeats steps, W&B shows these twice, at the same `step`: it cannot take
     back what it holds. `metrics.jsonl` and TensorBoard can.

@@ -23,7 +23,7 @@ _FEATURES = 128  # of a time
 class Adapter(nnx.Module):
     """Layers between the trunk and the outputs, by modality.
 
-    `begin` is the token before a discrete span, `logits` its output; `time` tells a continuous span's tokens how noisy
+    `begin` is the token before a discrete span, `logits` its output; `time` shows a continuous span's tokens how noisy
     they are, `values` is its output, and `unet`, where there is one, a second way in and out.
     """
 

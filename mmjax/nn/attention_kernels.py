@@ -3,7 +3,7 @@
 `plain` holds the logits of all pairs; `chunked` those of a few queries at a time, and makes them again in the backward
 pass, so that memory grows with the length and not with its square; `splash` is a TPU kernel that skips what a mask
 forbids, `cudnn` a GPU kernel. `auto` chooses by the platform that is compiled for and by the size. A kernel that cannot
-express a mask gives way to one that can, which is said once.
+express a mask gives way to one that can, which is logged once.
 
 The rows of queries that are not valid hold no promise.
 """
@@ -60,7 +60,7 @@ def check_kernel(kernel: str) -> None:
 
 
 def choose(kernel: str, on: str, q_BSHK: jax.Array, k_BTHK: jax.Array, pairs: Pairs) -> str:
-    """Return the kernel that does it: the one asked for, or what stands in for it, saying so once."""
+    """Return the kernel that does it: the one asked for, or its substitute, which is logged once."""
     is_large = q_BSHK.shape[1] * k_BTHK.shape[1] > _LARGE
     xla = "chunked" if is_large else "plain"
     if _alone.get():
@@ -75,7 +75,7 @@ def choose(kernel: str, on: str, q_BSHK: jax.Array, k_BTHK: jax.Array, pairs: Pa
 
 
 def say_once(text: str) -> None:
-    """Tell people, once in a process."""
+    """Log a message once per process."""
     if text not in _said:
         _said.add(text)
         logging.getLogger(__name__).warning("%s", text)

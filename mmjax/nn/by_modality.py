@@ -1,6 +1,6 @@
 """Parts with a copy per modality: each token uses its own modality's (Mixture-of-Transformers, VLMo, BEiT-3).
 
-The key `per_modality` of a block (or of the model, for its last norm) says which of its parts have copies, for which
+The key `per_modality` of a block (or of the model, for its last norm) states which of its parts have copies, for which
 modalities:
 
     {"parts": ["query", "key", "value", "out", "mlp"], "modalities": ["text", "image"]}          a copy each
@@ -45,7 +45,7 @@ class TokenModalities:
     codes_BS: jax.Array | None = None
 
 
-NO_MODALITIES = TokenModalities()  # no part tells these tokens apart
+NO_MODALITIES = TokenModalities()  # no part distinguishes these tokens
 
 
 def modality_of(stream: Stream) -> TokenModalities:
@@ -141,7 +141,7 @@ def apply_per_modality(
     `call` treats each token on its own.
 
     Raises:
-      UserError: a modality without a copy, or a stream that does not say what its tokens are.
+      UserError: a modality without a copy, or a stream that does not state the modality of its tokens.
     """
     if not isinstance(part, ByModality):
         return call(part, x)
@@ -159,7 +159,7 @@ class PerModality:
     """The parts of a block that have a copy per modality.
 
     Attributes:
-      parts: those that have copies; which there are, the block says.
+      parts: those that have copies, out of those that the block names.
       modalities: those that have a copy each, or modality -> name of its copy, which several may share.
     """
 

@@ -51,7 +51,7 @@ class ExpertsConfig:
       local_entropy, global_entropy: by modality, the weights of LIMoE's entropy losses: of each token's scores, and of
         their mean.
       entropy_floor: of `global_entropy`, by modality; log(count) where it is not given.
-      causal: of experts that choose: a second router that says of a token alone whether an expert takes it, for
+      causal: of experts that choose: a second router that predicts from a token alone whether an expert takes it, for
         generation; see `CausalConfig`.
     """
 
@@ -163,7 +163,7 @@ class Experts(nnx.Module):
         mark_copies(self.mlps, self.config.count / routing.experts_per_token(self.config.count))
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[jax.Array, Aux]:
-        """Return the tokens' sums, and the auxiliary losses; statistics say how many of each modality found no slot.
+        """Return the tokens' sums, and the auxiliary losses; statistics count how many of each modality got no slot.
 
         Args:
           key: of the router's noise, where it has some; none is added if None. It is drawn for the tokens as they
@@ -205,9 +205,9 @@ class Experts(nnx.Module):
 
     def causal_call(self, x_BSD: jax.Array) -> jax.Array:
         """Apply the experts as `__call__` does, but to tokens that know nothing of others: each to the experts that its
-        causal router says.
+        causal router predicts.
 
-        Every expert is applied to every token, and those that do not take it are left out.
+        Every expert is applied to every token, and the outputs of those that do not take it are dropped.
         """
         if self.causal is None:
             raise UserError(

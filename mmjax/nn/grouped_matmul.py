@@ -1,7 +1,7 @@
 """Grouped products: rows sorted by group, each multiplied by its group's matrix (experts without dropped tokens).
 
 `ragged` is XLA's ragged product, on every platform; `megablox` a Pallas kernel for TPUs; `auto` takes the kernel where
-it runs. What it cannot do falls to `ragged`, which is said once.
+it runs. What it cannot do falls to `ragged`, which is logged once.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Attention kernels of accelerators: what each can express, and how it is called.
 
-A refusal is a function of (platform, queries, pairs) that says why the kernel cannot do it, or nothing.
+A refusal is a function of (platform, queries, pairs) that returns why the kernel cannot do it, or an empty string.
 """
 
 from __future__ import annotations

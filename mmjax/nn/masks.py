@@ -1,6 +1,6 @@
 """Attention masks: predicates on the attributes of two tokens, composed with `&` and `|`.
 
-An attribute says one thing of each token of a stream, `[B or 1, S]`: as a NumPy array where it is known before the
+An attribute is one property of each token of a stream, `[B or 1, S]`: as a NumPy array where it is known before the
 program is compiled (from the stream's static layout), else as a JAX array; integers always, a name by its `code`. A
 kernel evaluates a mask block by block, and may treat its static part better than the rest.
 

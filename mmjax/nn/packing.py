@@ -1,4 +1,4 @@
-"""Sequences of several items: the rows of a batch, several to a sequence, and told apart by an item id.
+"""Sequences of several items: the rows of a batch, several to a sequence, distinguished by an item id.
 
 The tokens of an item lie by modality, so that a part with a copy per modality costs slices whatever the order is that
 they are read in; that order is their `position`, where it differs from row to row.
@@ -53,7 +53,7 @@ def pack(stream: Stream, count: int) -> Stream:
     return replace(
         stream,
         x_BSD=joined(stream.x_BSD),
-        # Rows of one sequence may see each other: those that do not exist must be told apart by token now.
+        # Rows of one sequence may see each other: those that do not exist must be marked by token now.
         valid_BS=joined(stream.mask_BS()) if has_mask else None,
         rows_B=None,
         attributes={name: joined(x) for name, x in attributes.items()},

@@ -90,7 +90,7 @@ KINDS = ("learned", "table", "none")
 
 @dataclass(frozen=True)
 class Placed:
-    """Keys of a modality whose stem tells its tokens where they are.
+    """Keys of a modality whose stem adds positions to its tokens.
 
     Attributes:
       positions: `learned`, embeddings per axis (see `Positions`); `table`, one for each cell of the buckets (see

@@ -40,7 +40,7 @@ def load_loss(
 ) -> jax.Array:
     """Return V-MoE's load loss (Riquelme et al. 2021, appendix A), mean over the groups.
 
-    It says how unevenly tokens would come, were one expert's noise drawn again: the squared coefficient of variation
+    It measures how uneven the load would be, were one expert's noise drawn again: the squared coefficient of variation
     over experts of `sum_t 1 - Phi((eta_t - logit_te) / deviation)`, `eta_t` being the token's `top_k`-th noisy logit.
     """
     eta_GT1 = jax.lax.top_k(noisy_GTE, top)[0][..., -1:]

@@ -21,14 +21,14 @@ class Stream:
     Attributes:
       x_BSD: token vectors.
       valid_BS: which tokens of a row exist (bool); None means all.
-      rows_B: which rows exist (bool); None means all. A row that does not exist has no say outside of itself: its
+      rows_B: which rows exist (bool); None means all. A row that does not exist has no effect outside of itself: its
         tokens take no expert's slot and count in no statistic. Whoever makes a stream of other tokens for the same
         rows passes it on.
       coordinates: per-axis positions in [0, 1) of each token, `dict[axis, float[B or 1, S]]`.
       layout: static segments (modality, length) in the order of the tokens.
-      attributes: what a mask reads of each token besides the layout, `dict[name, int[B or 1, S]]`.
+      attributes: what a mask reads of each token in addition to the layout, `dict[name, int[B or 1, S]]`.
       mask: which tokens may attend to which.
-      context: tokens that layers with cross-attention read besides.
+      context: tokens that layers with cross-attention also read.
       item_segments: how many segments of the layout make an item, of sequences that hold several; 0 for one item.
       filled_BT: of a stream that comes part by part, which slots hold a token, with those of this part; None for all
         up to its own.
@@ -46,7 +46,7 @@ class Stream:
     rows_B: jax.Array | None = None
 
     def mask_BS(self) -> jax.Array:
-        """Return which tokens exist, those of rows that do not exist left out."""
+        """Return which tokens exist, without those of rows that do not exist."""
         shape = self.x_BSD.shape[:2]
         valid_BS = jnp.ones(shape, bool) if self.valid_BS is None else self.valid_BS
         return valid_BS if self.rows_B is None else valid_BS & self.rows_B[:, None]

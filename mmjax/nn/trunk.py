@@ -197,7 +197,7 @@ class Trunk(nnx.Module):
         """Apply the layers (without the norm) to the tokens of a stream from index `at` on, given all before.
 
         To the same numbers as the whole stream at once, where its mask is causal. Nothing is drawn here, and
-        auxiliary losses are left out.
+        auxiliary losses are dropped.
 
         Args:
           cache: of the tokens before, by `init_cache` and then by this.

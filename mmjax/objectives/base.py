@@ -95,7 +95,7 @@ class Loss:
 class Objective(abc.ABC):
     """A loss over some of a task's inputs.
 
-    It implements `reads`, `heads` and `__call__`; what else it offers it says by further bases: `Embeds`, `Classifies`,
+    It implements `reads`, `heads` and `__call__`; further bases declare what else it offers: `Embeds`, `Classifies`,
     `Writes`, `Composes`, `Shows`.
 
     Attributes:
@@ -130,7 +130,7 @@ class Objective(abc.ABC):
         for each in inputs.values():
             if each.instances:
                 raise UserError(
-                    f"objective {type(self).__name__} takes one instance of '{each.name}'; leave out 'instances'."
+                    f"objective {type(self).__name__} takes one instance of '{each.name}'; remove 'instances'."
                 )
 
     def for_evaluation(self) -> Objective:
@@ -165,7 +165,7 @@ class Objective(abc.ABC):
         del example  # any will do
 
 
-# --- what an objective may offer besides its loss -----------------------------------------------
+# --- what an objective may offer beside its loss -----------------------------------------------
 
 
 class Embeds(abc.ABC):
@@ -325,7 +325,7 @@ def refuse_drop(objective: Objective, inputs: Mapping[str, Input]) -> None:
     for each in inputs.values():
         if each.drops:
             raise UserError(
-                f"objective {type(objective).__name__} needs all tokens of '{each.name}'; leave out 'token_drop'."
+                f"objective {type(objective).__name__} needs all tokens of '{each.name}'; remove 'token_drop'."
             )
 
 

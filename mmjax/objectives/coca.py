@@ -35,7 +35,7 @@ class TextDecoder(nnx.Module):
     """A text decoder in two halves: the first sees the text alone, the second the context as well.
 
     `unimodal` is causal; a learned token, `close`, stands at the end of a text, reads all of it and is read by none of
-    its tokens. `multimodal` goes on from the unimodal layers' residual stream; `logits` are of the next token.
+    its tokens. `multimodal` continues from the unimodal layers' residual stream; `logits` are of the next token.
     """
 
     def __init__(

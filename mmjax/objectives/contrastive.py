@@ -195,7 +195,7 @@ class Comparison(NamedTuple):
     Attributes:
       loss: mean over the rows.
       recall: at 1, within the batch.
-      baseline: the loss that logits cost which say nothing of the pairs.
+      baseline: the loss of logits that are independent of the pairs.
     """
 
     loss: jax.Array

@@ -55,7 +55,7 @@ class Fusion(Classification):
       mask: `zorro`, or `full`.
       readout: `each` or `mean`.
       loss: under the reading `mean`, the loss of the mean of the modalities' logits (`mean_logits`), or the mean of
-        each modality's loss (`each`); under the reading `each` it is the latter whatever this says.
+        each modality's loss (`each`); under the reading `each` it is always the latter.
       shared: one classifier for all outputs, in place of one for each.
     """
 

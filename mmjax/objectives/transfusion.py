@@ -94,7 +94,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
     Sequences have static shapes. By default each span has slots for the longest text, and most of a short text's are
     padding. With `capacity`, the texts of a sequence's items lie without gaps in slots that they share. So that their
     lengths add up to about the same in every sequence, the loader groups the rows of a `window` by length; no example
-    is left out, moves to another step, or meets other random numbers on the host, and each window is a function of its
+    is skipped, moves to another step, or meets other random numbers on the host, and each window is a function of its
     own examples alone, whatever the mesh. Texts that together exceed the capacity are cut to the largest common length
     that fits, reported as `cut MODALITY` (the share of its tokens). Evaluation cuts nothing: there the shared slots
     hold every text whole. Of an item that is not cut, loss and gradient are those of the item alone.
@@ -106,7 +106,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
       weights: by modality, where it is another.
       prediction: what diffusion predicts, see `mmjax.generation.diffusion`.
       max_time: the largest time of a continuous span that a discrete one comes after (the paper: 0.5, so that there is
-        something to tell).
+        something to express).
       condition_dropout: share of rows that lose a discrete span which comes first, for guidance.
       reverse_prob: share of rows that are read from the last span to the first.
       pack: items of a sequence; with `attend_across_items` they are one document, else they do not see each other.
@@ -403,7 +403,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
     # --- the loss ------------------------------------------------------------------------------
 
     def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
-        """Return, per row and modality: the summed loss, and how much it is a sum of."""
+        """Return the summed loss and the number of terms, per row and modality."""
         inputs, diffusion = batch["inputs"], Diffusion(self.prediction)
         leaf = jax.tree.leaves(nnx.state(model.heads[self.head].adapter))[0]
         dtype = jnp.promote_types(leaf.dtype, jnp.float32)
@@ -589,7 +589,7 @@ def _size(given: Input, width: int) -> int:
     """Return the number of values in a token of a continuous modality.
 
     Raises:
-      UserError: a modality whose stem does not say what its tokens are made of.
+      UserError: a modality whose stem does not declare what its tokens are made of.
     """
     stem: Any = given.modality.stem(width)
     if not hasattr(stem, "values"):

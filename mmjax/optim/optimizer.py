@@ -25,7 +25,7 @@ from mmjax.optim.views import OWN_MOMENTS, UpdateScope, shared_parameters, task_
 # more of them than 32 bits hold.
 UNITS = {"steps": "step", "examples": "part", "visits": "visit"}
 PARTS = 2**30
-# Ticks that say how long the warm-up and the decay are, in the unit, and a phase's factor of the rate. They are
+# Ticks for the lengths of the warm-up and the decay, in the unit, and a phase's factor of the rate. They are
 # arguments of a program, so that a run of another length needs no other program.
 EXTENT = ("length", "warmup", "scale")
 _MOST = 2**31 - 1
@@ -60,7 +60,7 @@ class Optimizer:
         """
         if config.unit not in UNITS:
             raise UserError(f"optimizer.unit: no '{config.unit}'.{nearest(config.unit, UNITS)}")
-        learning_rate(config, 1)  # what is wrong with it is said now
+        learning_rate(config, 1)  # raises now what is wrong with it
         self.config, self.specs, self.views = config, specs, views
         self._length = length
         self._rules = apply_rules(config.rules, specs)
@@ -105,7 +105,7 @@ class Optimizer:
         return {"length": min(length, _MOST), "warmup": min(warmup, _MOST), "scale": 1.0}
 
     def rate(self, task: str, ticks: Mapping[str, Any]) -> jax.Array:
-        """Return the learning rate of a task's step, from numbers alone; ticks of `EXTENT` may be left out."""
+        """Return the learning rate of a task's step, from numbers alone; ticks of `EXTENT` are optional."""
         if not set(EXTENT) <= ticks.keys():
             ticks = {**self.extent(task), **ticks}
         count, warmup = ticks[UNITS[self.config.unit]], ticks["warmup"]

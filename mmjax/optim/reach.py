@@ -8,7 +8,7 @@ from typing import Any
 
 from mmjax.analysis.jaxprs import Derivative, Liveness, differentiate
 
-# Linear maps whose transpose is a person's own function: which of their operands get a gradient
+# Linear maps whose transpose is a user's function: which of their operands get a gradient
 # is known only to that function.
 _CUSTOM = frozenset({"custom_lin", "linear_call"})
 
@@ -35,7 +35,7 @@ def reach(
     The loss is differentiated at abstract values, and dead-code elimination runs backwards from its
     tangent: a parameter is reached if its own tangent survives. So the answer follows scans,
     rematerialisation, `stop_gradient`, `jax.custom_jvp` rules, integer paths (argmax) and choices
-    made in Python, and it errs on one side only: a parameter left out has a gradient that is zero
+    made in Python, and it errs on one side only: a parameter outside it has a gradient that is zero
     whatever the values. Reached are, although their gradient may be zero for some values or all:
     a parameter in any branch of a `lax.cond`, one multiplied by 0.0 or subtracted from itself, one
     behind a mask or a select, and the whole of a stacked parameter of which only a slice is used.

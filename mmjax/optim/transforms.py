@@ -29,7 +29,7 @@ class LeafTransform:
       transform: turns gradients into directions; the step goes against them.
       shape: the shape in which the transform sees the parameter.
       fields: what its state keeps between steps: name -> logical axes. What else Optax holds is
-        constant, and made anew by each step.
+        constant, and recomputed by each step.
       moments: dtype in which `mu` is kept between steps; empty for the parameter's. All else is kept, and everything
         is computed, in float32 or wider.
     """

@@ -2,7 +2,7 @@
 
 One step of Adam moves a parameter along its moments, whatever the gradient. So with one optimizer for
 all tasks (`shared`, the published way of alternating gradient descent) a parameter that only one
-task reaches goes on moving, decaying and forgetting during the steps of the others: where that task
+task reaches keeps moving, decaying and forgetting during the steps of the others: where that task
 runs every 12th step and its gradient does not change, 3.46 learning rates per visit (the square
 root of 12: the second moment has the zeros of the others in its mean), 86 % of it during the
 others' steps, with b1 = 0.9. `tests/optim/test_views.py` measures both.

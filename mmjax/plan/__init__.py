@@ -25,12 +25,12 @@ fits is printed as overrides. Reports are cached by content in `~/.cache/mmjax/p
       name, task, kind    as the run names them; kind is "train" or what evaluation computes
       shape, tokens, visits   of a batch, in words; tokens of a batch; steps of the run (train only)
       status          "compiled", "out_of_memory", "failed", "crashed" or "time_limit"
-      message         what was said, if it is none of the first two
+      message         the message, if it is none of the first two
       compile_seconds, cached
       fits
       bytes           of a device: {arguments, temporaries, beside (the next batch; in evaluation the rest of the
                       state), code (of all programs), needed: their sum, limit, over}; of "out_of_memory",
-                      {required: as the compiler said} instead of the first two
+                      {required: as the compiler reported} instead of the first two
       help            what would help, if it does not fit
       flops           of a call on all devices: {model, compiled, ratio}; above a ratio of 1.10, or without model
                       FLOPs, also rest: [{part, flops, largest: names of JAX operations}]

@@ -51,7 +51,7 @@ def plan(
       task: only this task's programs; all if empty.
       is_fast: compile with less optimization: enough to see whether it compiles and how it is sharded.
       seconds: after which a program is given up.
-      extra: folders of modules of one's own.
+      extra: folders of the user's modules.
       cache: folder of reports; the user's cache if None, none if empty.
 
     Raises:

@@ -3,7 +3,7 @@
     python -m mmjax.plan.case < SPECIFICATION
 
 The specification is JSON, the fields of `Specification`. On standard output come JSON lines: first
-`{"ready": {...}}` or `{"error": "..."}` (a person's), then `{"name": ..., ...}` for each program as it is done.
+`{"ready": {...}}` or `{"error": "..."}` (the user's), then `{"name": ..., ...}` for each program as it is done.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from mmjax.plan.topology import Topology, describe
 
 # Of cached reports; to be raised when what a report holds, or how it is counted, changes.
 FORMAT = 3
-# What the compiler says when a program does not fit, with the bytes that it would need.
+# The compiler's message when a program does not fit, with the bytes that it would need.
 _EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED")
 _REQUIRED = re.compile(r"(?:\(|Used )([\d.]+)([KMGT]?)(?:\) exceeds| of )")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -52,7 +52,7 @@ class Specification:
 
     Attributes:
       block: the config.
-      extra: folders of modules of one's own.
+      extra: folders of the user's modules.
       kind, shape, slices: of the topology.
       names: programs, by task name or `program_key`; all of the config if None.
       fast: compile with less optimization.

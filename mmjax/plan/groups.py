@@ -1,6 +1,6 @@
 """Groups of devices that a collective joins, and the axes of the mesh that it runs along.
 
-Compiled HLO says it in three ways: `{{0,1},{2,3}}`, `[2,2]<=[4]` or `[2,2]<=[2,2]T(1,0)` (counted up
+Compiled HLO states it in three ways: `{{0,1},{2,3}}`, `[2,2]<=[4]` or `[2,2]<=[2,2]T(1,0)` (counted up
 in the one shape, transposed, and read in the other), and `mesh['a'=2,'b'=2] {'b'}` with perhaps
 `device_ids=([2,2]T(1,0))` (groups are along the named axes of a mesh of its own).
 """

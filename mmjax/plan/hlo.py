@@ -69,7 +69,7 @@ class Instruction:
 
     @property
     def source(self) -> str:
-        """The name of the JAX operation that it comes from, if it says so."""
+        """The name of the JAX operation that it comes from, if it is known."""
         match = _OP_NAME.search(self.attributes)
         return match[1] if match else ""
 

@@ -1,4 +1,4 @@
-"""A plan as plain data: what the compiler said, against what the chip has. The schema is in `mmjax.plan`."""
+"""A plan as plain data: the compiler's report, against what the chip has. The schema is in `mmjax.plan`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmjax.plan.topology import Topology
 from mmjax.plan.workers import Reports
 
 VERSION = 1
-RATIO = 1.10  # of compiled over model FLOPs; above it the plan says where the rest goes
+RATIO = 1.10  # of compiled over model FLOPs; above it the plan reports where the rest goes
 _LARGEST = 3  # operations that are named of each part of the rest
 
 RECOMPUTED = "computed again for the gradient (rematerialisation)"
@@ -103,7 +103,7 @@ def _program(
 def _needed(case: Mapping[str, Any], code: int) -> dict[str, int]:
     """Return the bytes that one device needs, by kind.
 
-    The compiler's own peak holds arguments and temporaries; what it says of temporaries alone counts
+    The compiler's own peak holds arguments and temporaries; its number for temporaries alone counts
     some twice (a peak is refused exactly where it passes the chip's memory, those are not).
     """
     beside = case["beside_bytes"]

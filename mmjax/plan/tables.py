@@ -161,7 +161,7 @@ def print_advice(found: Mapping[str, Any], label: str) -> None:
 
 
 def _label(each: Mapping[str, Any]) -> str:
-    """Return a program's name in short: its fields are left out."""
+    """Return a program's short name, without its fields."""
     return each["task"] if each["kind"] == "train" else f"{each['task']}/{each['kind']}"
 
 

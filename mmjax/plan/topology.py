@@ -62,7 +62,7 @@ class Topology:
     def wrap(self) -> tuple[bool, bool, bool]:
         """The sides of a slice that close to a ring: of whole cubes of 4 all; of v5e and v6e those of 16.
 
-        The compiler is not told by the name, and without rings it makes all-reduces of all-gathers, which send twice
+        The compiler cannot infer it from the name, and without rings makes all-reduces of all-gathers, which send twice
         as much.
         """
         if len(self.shape) == 3:
@@ -82,7 +82,7 @@ def read_topology(text: str, slices: int = 1) -> Topology:
     """Return the topology that a name means.
 
     Raises:
-      UserError: there is none of this name; it says which is nearest, and the forms.
+      UserError: there is none of this name; it names the nearest, and the forms.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text)
     if not match or match[1] not in (*TPUS, *GPUS):

@@ -20,7 +20,7 @@ from mmjax.plan.case import Specification
 from mmjax.plan.topology import environment
 
 _START = 300.0  # seconds in which a process must have read its config and described the machine
-_TAIL = 400  # characters of what a process last said
+_TAIL = 400  # characters of a process's last output
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class _Lost(Exception):
 def compile_cases(specification: Specification, seconds: float) -> Reports:
     """Report on every program of a specification.
 
-    A process goes on from one case to the next; when it is lost, another goes on behind that case.
+    A process continues from one case to the next; when it is lost, another continues after that case.
 
     Args:
       seconds: after which a case is given up.

@@ -72,7 +72,7 @@ def _colour(row: Mapping[str, Any]) -> str:
 
 
 def _steps(run: Run, rows: Sequence[Mapping[str, Any]]) -> Html:
-    """Return the costs of steps; columns of which nothing is known are left out."""
+    """Return the costs of steps; columns without any value are omitted."""
     heads = ("task", "#step", "of the longest", "#share of time", "", "#waiting", "#switch", "#tokens/s",
              "#padding", "#FLOP/s", "#MFU", "")  # fmt: skip
     longest = max(row["step_seconds"] for row in rows) or 1.0

@@ -36,7 +36,7 @@ class Visits:
       step: which they were, `[V]`.
       values: each measure `[V]`, NaN where a line lacks it; `seconds` and `wait` among them.
       examples: of each step `[V]`; the config's batch where a line lacks them, 0 where that lacks it too.
-      usage: `"LAYER MODALITY"` -> each expert's part of the tokens `[V', E]`, of the visits that told it.
+      usage: `"LAYER MODALITY"` -> each expert's part of the tokens `[V', E]`, of the visits that logged it.
     """
 
     step: np.ndarray
@@ -57,7 +57,7 @@ class Visits:
 
 @dataclass(frozen=True)
 class Run:
-    """A run, as far as its folder tells.
+    """A run, as far as its folder shows it.
 
     Attributes:
       config: as plain data; empty where there is none.

@@ -35,7 +35,7 @@ class Candidates:
     """Held-out examples of one task that could be read.
 
     Attributes:
-      values: by modality, each example's value as a person would give it, `[N]`.
+      values: by modality, each example's value as a user would give it, `[N]`.
       concept: which examples belong together, `[N]`.
       unreadable: how many could not be read.
       total: examples of the split.
@@ -219,9 +219,9 @@ def _card(
     items = []
     for i, right in zip(answer.found, answer.right, strict=True):
         value = shown(task.inputs[candidate], candidates.values[candidate][i])
-        # A sound says nothing to the eye.
+        # A sound cannot be seen.
         caption = _words(task, candidates, candidate, i) if is_sound(value) else None
-        caption = tag("span", caption, dir="auto", class_="said") if caption else None
+        caption = tag("span", caption, dir="auto", class_="note") if caption else None
         mark = right_mark() if right else None
         parts = (_show(task, candidates, candidate, i), caption, mark)
         items.append(tag("li", *parts, class_="right" if right else None))
@@ -245,7 +245,7 @@ def _late(task: Task, candidates: Candidates, candidate: str, answer: Retrieved)
 
 
 def _show(task: Task, candidates: Candidates, modality: str, index: int) -> Html:
-    """Return an example's preview; what the other modality says in words describes it."""
+    """Return an example's preview; the other modality's text describes it."""
     words = _words(task, candidates, modality, index)
     label = f"{modality}: {words}" if words else f"{modality} {index}"
     return preview(shown(task.inputs[modality], candidates.values[modality][index]), label)

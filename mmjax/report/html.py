@@ -27,7 +27,7 @@ def text(value: str) -> Html:
 
 
 def join(children: Iterable[Child]) -> Html:
-    """Return the children one after another; those that are not `Html` are escaped, None is left out."""
+    """Return the children one after another; those that are not `Html` are escaped, None is skipped."""
     return Html("".join(c if isinstance(c, Html) else text(c) for c in children if c is not None))
 
 
@@ -36,8 +36,8 @@ def tag(name: str, /, *children: Child, **attributes: str | float | None) -> Htm
 
     Args:
       name: of the element.
-      *children: `Html` as it is, other text escaped, None left out.
-      **attributes: `class_` is `class` and `aria_label` is `aria-label`; None is left out, and
+      *children: `Html` as it is, other text escaped, None skipped.
+      **attributes: `class_` is `class` and `aria_label` is `aria-label`; None is skipped, and
         the empty text gives an attribute without value.
     """
     attributes_text = "".join(

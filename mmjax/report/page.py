@@ -2,7 +2,7 @@
 
     mmjax report --workdir=DIR [--examples=N]
 
-Everything comes from the files of the folder, so it can be written at any time: while the run goes on,
+Everything comes from the files of the folder, so it can be written at any time: during the run,
 after it was killed, on another machine. What it finds in held-out data needs a checkpoint and the data.
 """
 
@@ -47,7 +47,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-s
 def write_report(workdir: epath.Path, examples: int = EXAMPLES) -> epath.Path:
     """Write `report.html`, whole or not at all.
 
-    What cannot be shown (no checkpoint yet, data that is not on this machine) is said on the page.
+    What cannot be shown (no checkpoint yet, data that is not on this machine) is noted on the page.
 
     Args:
       workdir: the run's folder.
@@ -108,7 +108,7 @@ def _foot() -> Html:
     now = datetime.fromtimestamp(time.time(), UTC).strftime("%Y-%m-%d %H:%M UTC")
     again = tag("code", "mmjax report --workdir=DIR")
     return tag(
-        "footer", f"Written {now} from the files of the run's folder; ", again, " writes it anew."
+        "footer", f"Written {now} from the files of the run's folder; ", again, " writes it again."
     )
 
 

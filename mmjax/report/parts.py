@@ -1,4 +1,4 @@
-"""The sections of the report, each from what the run's files say."""
+"""The sections of the report, each from the run's files."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def _shares_table(run: Run, wanted: Mapping[str, float]) -> Html:
 
 
 def _event(line: Mapping[str, Any]) -> Sequence[Child] | None:
-    """Return a row for what is worth telling: events, later attempts, activities that ended with an error."""
+    """Return a row for each remarkable entry: events, later attempts, activities that ended with an error."""
     when, attempt = _moment(line["time"]), str(line.get("attempt", ""))
     if line.get("line") == "event":
         return when, attempt, str(line.get("name")), str(line.get("text", ""))

@@ -1,4 +1,4 @@
-"""One value of an example as a person can see or hear it, by its type; no modality is named here."""
+"""One value of an example to see or hear, by its type; no modality is named here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmjax.report.html import Html, tag, text
 
 _LARGEST = 128  # pixels of the longer side
 _FRAME_MS = 125
-_RATE = 16_000  # samples per second at most, and where nothing says how many there are
+_RATE = 16_000  # samples per second at most, and where their number is unknown
 _SECONDS = 6.0
 _LONGEST = 400  # characters of a text
 _STRIP, _GAP = 4, 2  # frames of a film strip, and pixels between them
@@ -42,7 +42,7 @@ _ENCODED = (  # how files of known kinds begin, from byte `at` on
 
 
 def as_given(each: Input, value: Any) -> Any:
-    """Return a field's value as a person would give it: a bare sound with the rate that the task states."""
+    """Return a field's value as a user would give it: a bare sound with the rate that the task states."""
     rate = getattr(each.settings, "sample_rate", 0)
     return (value, int(rate)) if rate and isinstance(value, np.ndarray) else value
 

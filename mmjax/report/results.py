@@ -92,14 +92,14 @@ def _tile(run: Run, task: str, records: Sequence[Record]) -> Html:
 
 def _line(split: str, record: Record) -> Html:
     unit = _unit(record)
-    against = [_said(record, "chance", "knowing nothing" if unit == "loss" else "chance")]
-    against.append(_said(record, "majority", "largest class"))
+    against = [_against(record, "chance", "knowing nothing" if unit == "loss" else "chance")]
+    against.append(_against(record, "majority", "largest class"))
     words = ", ".join(filter(None, [_measure(record), split, *against]))
     value = tag("span", _amount(number_of(record, "value"), unit), class_="value")
-    return tag("li", value, _chip(record, " chance"), tag("span", words, class_="said"))
+    return tag("li", value, _chip(record, " chance"), tag("span", words, class_="note"))
 
 
-def _said(record: Record, name: str, words: str) -> str | None:
+def _against(record: Record, name: str, words: str) -> str | None:
     value = number_of(record, name)
     # With a space that does not break: a percent sign stays with its number.
     return (
@@ -108,7 +108,7 @@ def _said(record: Record, name: str, words: str) -> str | None:
 
 
 def _table(run: Run, tasks: Mapping[str, Sequence[Record]]) -> Html:
-    """Return rows by task and split; columns that would be empty are left out."""
+    """Return rows by task and split; columns that would be empty are omitted."""
     heads = ("measure", "#value", "against chance", "", "#chance", "#majority", "#examples",
              "so far")  # fmt: skip
     groups: dict[str, list[list[Child]]] = defaultdict(list)

@@ -18,7 +18,7 @@ from mmjax.report.preview import data_uri, encoded
 _BINS = 48  # columns of a heat map at most
 _CELL = 5  # pixels of the side of a cell
 _INK = (42, 111, 201)
-_LATE = 0.1  # the part of the visits that tells the end
+_LATE = 0.1  # the part of the visits that counts as the end
 
 
 def routing(run: Run) -> Iterator[Html]:
@@ -84,7 +84,7 @@ def heat_map(shares_VE: np.ndarray) -> bytes:
 
 
 def _of(visits: Visits) -> Mapping[tuple[int, str], np.ndarray]:
-    """Return shares `[V, E]` by layer and modality, of the visits that told them."""
+    """Return shares `[V, E]` by layer and modality, of the visits that logged them."""
     usage: dict[tuple[int, str], np.ndarray] = defaultdict(lambda: np.zeros((0, 0)))
     for key, shares_VE in visits.usage.items():
         layer, _, modality = key.partition(" ")

@@ -92,7 +92,7 @@ tbody th[scope=rowgroup] { color: var(--soft); font-size: .85rem; padding-top: .
 .tile ul { list-style: none; margin: 0; padding: 0 }
 .tile li { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 .6rem; margin-top: .35rem }
 .tile .value { font-size: 1.3rem; font-weight: 650; font-variant-numeric: tabular-nums }
-.tile .said { width: 100%; margin: 0 }
+.tile .note { width: 100%; margin: 0 }
 .chip { border-radius: 1em; padding: .05em .6em; background: var(--track); font-size: .85rem; white-space: nowrap }
 .chip.good { background: var(--good-page); color: var(--good); font-weight: 700 }
 .cards { list-style: none; padding: 0; margin: 0; display: grid; gap: .75rem }
@@ -128,8 +128,8 @@ tbody th[scope=rowgroup] { color: var(--soft); font-size: .85rem; padding-top: .
 .guesses .share { color: var(--soft); font-size: .85rem; margin-left: auto; font-variant-numeric: tabular-nums }
 .guesses .bar { width: 100%; height: .25rem; margin-bottom: .2rem }
 .guesses .right .fill { background: var(--good) }
-.said { color: var(--soft); font-size: .85rem; margin-left: .4rem }
-.found li.right .said { color: var(--ink) }
+.note { color: var(--soft); font-size: .85rem; margin-left: .4rem }
+.found li.right .note { color: var(--ink) }
 .found li.right { border-color: var(--good); background: var(--good-page) }
 .pictures th { min-width: 0; width: 6rem }
 .pictures td { padding: .15rem }

@@ -1,4 +1,4 @@
-"""Phases of a run: what the phases of a schedule change besides weights and rule.
+"""Phases of a run: what the phases of a schedule change beside weights and rule.
 
 A phase may give tasks other shapes (resolution, context length, batch), freeze parameters or move them at another
 rate. A task in another shape is another program; two phases in which it is the same share theirs. Everything here is

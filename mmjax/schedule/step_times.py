@@ -11,7 +11,7 @@ from typing import Any
 
 from mmjax.core.chips import peak_flops
 
-# What is assumed of a machine that has not run the tasks; wherever it is used, it is said.
+# Assumptions on a machine that has not run the tasks; wherever they are used, that is logged.
 CORE_FLOPS = 10e9  # FLOP/s of one core of a CPU
 UTILISATION = 0.4  # of a chip's published peak
 

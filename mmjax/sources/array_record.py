@@ -80,7 +80,7 @@ class ArrayRecordExamples(Examples):
         ranges = [f"{file}[0:{count}]" for file, count in zip(files, counts, strict=True) if count]
         self._data = ArrayRecordDataSource(ranges)
         self.description = f"{source.path}/{source.glob}"
-        # Files grow by whole blocks, so a length alone does not tell a record more or less.
+        # Files grow by whole blocks, so a length alone does not show one record more or less.
         sizes = [[f.name, f.stat().length, n] for f, n in zip(files, counts, strict=True)]
         facts = hashlib.sha256(json.dumps([sizes, manifest.get("digest")]).encode()).hexdigest()
         self.identity = identity(facts, sample(sum(counts), self._data.__getitem__))
@@ -132,7 +132,7 @@ def _count(file: epath.Path) -> tuple[int, str]:
     from array_record.python.array_record_module import ArrayRecordReader
 
     reader = ArrayRecordReader(str(file))
-    records = int(reader.num_records())  # 0 where the file is damaged: only closing tells
+    records = int(reader.num_records())  # 0 where the file is damaged: only closing shows it
     try:
         reader.close()
     except RuntimeError as error:

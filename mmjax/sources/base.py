@@ -75,7 +75,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def open(self) -> Examples:
-        """Open it; a `UserError` says what to run where data is missing or half built."""
+        """Open it; a `UserError` states what to run if data is missing or half built."""
 
     @property
     @abc.abstractmethod
@@ -86,7 +86,7 @@ class Source(abc.ABC):
 class Cached(Examples):
     """Keeps examples in memory as they are read, up to `limit` bytes.
 
-    Pickled, it is what another process opens anew by `source`, with nothing kept.
+    When pickled, it holds `source` only: another process opens it again, with nothing kept.
     """
 
     def __init__(self, inner: Examples, limit: int, source: Source | None = None):

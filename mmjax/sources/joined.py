@@ -1,4 +1,4 @@
-"""Two sources joined by an integer field: drawings and the spoken names of what they show, say."""
+"""Two sources joined by an integer field: for example drawings and the spoken names of what they show."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmjax.sources.base import Example, Examples, Source
 class Joined(Source):
     """Each example of one source, with fields of an example of another that has the same number.
 
-    An example that has no partner is left out; of several partners, examples of one number take one after the other.
+    An example that has no partner is skipped; of several partners, examples of one number take one after the other.
 
     Attributes:
       left, right: the sources, as config blocks.

@@ -167,7 +167,7 @@ def pair(concepts: list[int], directions: list[int]) -> int:
 
 
 class _Draws:
-    """Random numbers of one clip, the same for ever: from our own stream, not from a library's."""
+    """Random numbers of one clip, from our own stream, so that no version of a library changes them."""
 
     def __init__(self, seed: int, index: int):
         key = order.fold(seed, order.name_key("moving_emoji"), index)

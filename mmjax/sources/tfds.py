@@ -170,7 +170,7 @@ def _check_classes(source: Tfds, path: epath.Path) -> None:
     try:
         features = json.loads((path / FEATURES).read_text())
     except (FileNotFoundError, ValueError):
-        return  # TFDS says what is missing
+        return  # TFDS's message names what is missing
     for name in _class_names_in(features):
         if not name.startswith("tensorflow_datasets."):
             raise UserError(

@@ -103,7 +103,7 @@ class Evaluation:
                 jax.device_get(program.call(parameters, batch, ticks(self._mesh, batch=index)))
             )
         for error in dict.fromkeys(sum(processes.gather(unread), [])):
-            print(f"evaluation of {task.name}: left out an example that cannot be read: {error}")
+            print(f"evaluation of {task.name}: skipped an example that cannot be read: {error}")
         valid = np.concatenate([f["valid"] for f in found])
         if not valid.any():
             raise UserError(
@@ -162,7 +162,7 @@ def _whole(kept: Sequence[Outputs], first: int, size: int) -> Outputs:
 def announce_changed(
     saved: Mapping[str, str], evaluation: Evaluation, log: Callable[[str], None]
 ) -> None:
-    """Say which held-out data differ from those of a checkpoint.
+    """Log which held-out data differ from those of a checkpoint.
 
     They are not refused, as a run's own data are: evaluation only reads, and no step depends on it. Results from here
     on are of the other data.

@@ -84,7 +84,7 @@ def warn_of_slow_process(log: RunLog, waits: Sequence[float], seconds: float) ->
 
 
 class HealthMonitor:
-    """Follows the losses of each task, and leaves out a task that is not well."""
+    """Follows the losses of each task, and excludes a task that is unhealthy."""
 
     def __init__(self, session: Session, checkpoints: Checkpoints, log: RunLog) -> None:
         self._session, self._checkpoints, self._log = session, checkpoints, log
@@ -155,10 +155,10 @@ class HealthMonitor:
         text = f"{bad} steps in a row with a non-finite loss or gradient, up to step {done.step}"
         if schedule is None:
             raise UserError(
-                f"Task '{done.task}': {text}, and no other task is left to go on with. "
+                f"Task '{done.task}': {text}, and no other task is left to continue with. "
                 f"Lower optimizer.learning_rate, or look at examples {self._examples(done)}."
             )
-        self._log.event("quarantine", f"task {done.task} is left out from step {start} on: {text}")
+        self._log.event("quarantine", f"task {done.task} is excluded from step {start} on: {text}")
         quarantined = {**clock.quarantined, done.task: start}
         return replace(clock, schedule=schedule, quarantined=quarantined)
 

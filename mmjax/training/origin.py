@@ -57,7 +57,7 @@ def beginning(workdir: epath.Path, restored: Restored | None) -> dict[str, str]:
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:
-    """Return what the bits of a run depend on besides its config."""
+    """Return what the bits of a run depend on, apart from its config."""
     device = mesh.devices.flat[0]
     return {
         **mmjax_version(),

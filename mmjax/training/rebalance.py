@@ -1,7 +1,7 @@
 """Shares of time: the rule `budget`, whose measured step times enter a run as integers only.
 
 The shares of steps that give each task its share of the time follow first from model FLOPs; with
-`schedule.rebalance_every`, they are set anew every so many steps from measured step times. That is decided
+`schedule.rebalance_every`, they are set again every so many steps from measured step times. That is decided
 by process 0 and written to `WORKDIR/segments.jsonl` before a step runs under it. A run that was
 killed and comes to that step again takes what is written there, so that it ends in the same bits.
 """
@@ -33,7 +33,7 @@ _SAME = 20  # shares are kept where none would change by more than a 20th of its
 
 
 class Budget:
-    """Sets the shares of steps anew at the boundaries that `schedule.rebalance_every` makes."""
+    """Sets new shares of steps at the boundaries that `schedule.rebalance_every` makes."""
 
     def __init__(self, experiment: Experiment, workdir: epath.Path) -> None:
         self._experiment, self._path = experiment, workdir / SEGMENTS

@@ -29,7 +29,7 @@ class RunLog:
 
     Args:
       session: the run as it begins.
-      programs: the compiled programs, whose reports say what a step costs.
+      programs: the compiled programs, whose reports state what a step costs.
       activities: the log of activities and events, which outlives this one.
     """
 

@@ -53,7 +53,7 @@ from mmjax.training.origin import beginning, code_of, environment
 
 @dataclass(frozen=True)
 class Session:
-    """A run that is about to begin or go on.
+    """A run that is about to begin or resume.
 
     Attributes:
       clock: where it stands.
@@ -207,7 +207,7 @@ def _fresh(here: Here, allow_change: bool, log: Callable[[str], None]) -> Fresh:
 
 def _announce(workdir: epath.Path, restored: Restored, log: Callable[[str], None]) -> None:
     """Announce the checkpoint from which the run continues, what it lacks, and how its config differs."""
-    log(f"Going on from step {restored.step} in {workdir}.")
+    log(f"Resuming from step {restored.step} in {workdir}.")
     if not checkpoint.is_verified(restored.meta):
         log(checkpoint.UNVERIFIED.format(step=restored.step))
     _log_gaps(workdir, restored.step, log)
@@ -216,9 +216,9 @@ def _announce(workdir: epath.Path, restored: Restored, log: Callable[[str], None
 
 
 def _log_gaps(workdir: epath.Path, step: int, log: Callable[[str], None]) -> None:
-    """Say which steps have no line in `metrics.jsonl`.
+    """Log which steps have no line in `metrics.jsonl`.
 
-    They cannot be had again, and no later step depends on them: an unattended restart goes on.
+    They cannot be recovered, and no later step depends on them: an unattended restart continues.
     """
     if not processes.is_first():
         return
@@ -295,7 +295,7 @@ def roll_back(
     schedule = quarantine(again.clock.schedule, tasks, now, now)
     if schedule is None:
         raise UserError(
-            f"{diverged}, and no other task is left to go on with. Lower optimizer.learning_rate, or raise "
+            f"{diverged}, and no other task is left to continue with. Lower optimizer.learning_rate, or raise "
             "limits.divergence (0: never) if this was no divergence."
         )
     log(f"From step {now} on without {', '.join(sorted(tasks))}.")
@@ -443,7 +443,7 @@ def _clock(experiment: Experiment, restored: Restored) -> Clock:
 
 
 def _released(saved: Clock, changes: Iterable[configs.Difference]) -> Clock:
-    """Return the clock without what it knew of tasks whose blocks have changed: they begin anew as healthy ones."""
+    """Return the clock without what it knew of tasks whose blocks have changed: they start again as healthy ones."""
     changed = {
         c.key.split(".")[1] for c in changes if c.kind == "schedule" and c.key.startswith("tasks.")
     }

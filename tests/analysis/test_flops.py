@@ -304,7 +304,7 @@ def test_convolutions_agree_with_the_compiler_and_with_their_gradient(case: str)
 
 
 def test_compiled_flops_counts_a_loop_body_once() -> None:
-    """The limitation that its docstring states; a compiler that mends it should be noticed."""
+    """The limitation that its docstring states; a compiler that fixes it should be noticed."""
 
     def fun(x: Any, ws: Any) -> Any:
         return lax.scan(lambda x, w: (x @ w, None), x, ws)[0]

@@ -191,7 +191,7 @@ def test_a_mesh_that_does_not_go_with_the_batch_is_one_line(plan: Plan) -> None:
 def test_no_compiler_is_loaded_beside_the_main(tmp_path: Path) -> None:
     """One that crashes must not take the main with it."""
     words = ["--topology=v5e:2x2", EXTRA, f"--config={TOY}", "--config.mesh.data=3", "--task=one"]
-    ended = run(main, *words)  # its worker has loaded one when it says what is wrong
+    ended = run(main, *words)  # its worker has loaded one when it reports what is wrong
     assert "does not make up the 4 devices" in ended.err
     assert "libtpu.so" not in Path("/proc/self/maps").read_text()
 

@@ -1,4 +1,4 @@
-"""The benchmark of experts: what it times is what it says."""
+"""The benchmark of experts: it times what it names."""
 
 from __future__ import annotations
 

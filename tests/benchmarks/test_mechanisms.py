@@ -126,7 +126,7 @@ def test_runs_in_common_are_the_same_run() -> None:
             seen = known.setdefault((comparison.folder or name, label), variant)
             assert seen == variant
         if comparison.folder:
-            assert first == "imp", "the side that says how much is trained"
+            assert first == "imp", "the side that sets how much is trained"
 
 
 def test_how_soon_the_system_is_where_the_other_one_ends() -> None:

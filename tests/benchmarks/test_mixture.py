@@ -1,4 +1,4 @@
-"""The experiment of mixture and single tasks: what it runs, how it sums up, and that it goes on."""
+"""The experiment of mixture and single tasks: what it runs, how it sums up, and that it resumes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks run and write what they say. No time is asserted here."""
+"""The benchmarks run and write their results. No time is asserted here."""
 
 from __future__ import annotations
 

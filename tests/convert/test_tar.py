@@ -174,7 +174,7 @@ def test_a_packed_tar_that_is_damaged(tmp_path: Path, pack: Any) -> None:
             ]
         except UserError as error:
             assert "cannot be read to its end" in str(error)
-        else:  # a bit that says nothing, such as the time of packing
+        else:  # a bit without meaning, such as the time of packing
             good += 1
             assert read == [bytes([i + 1]) * 2000 for i in range(6)]
     assert good < 12 < len(damaged) - good

@@ -50,7 +50,7 @@ def test_a_bad_example_is_counted_named_and_left_out(
     (named,) = json.loads((tmp_path / "out" / MANIFEST).read_text())["bad"]
     assert named.startswith(f"a.tar, '1': {words}") and " at 0x" not in named
     said = capsys.readouterr().out
-    assert "left out: 1 bad example" in said and named in said
+    assert "skipped: 1 bad example" in said and named in said
 
 
 def test_more_bad_examples_than_allowed(tmp_path: Path) -> None:

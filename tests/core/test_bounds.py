@@ -21,7 +21,7 @@ from mmjax.generation.decoding import Sampling
 from mmjax.run_config import RunConfig
 from mmjax.task import ShapeConfig, TaskConfig
 
-# What a block of each class needs besides the key that is tried.
+# What a block of each class needs beside the key that is tried.
 NEEDED: dict[str, dict[str, Any]] = {
     "Bottleneck": {"num_heads": 2, "mlp_dim": 4, "modalities": ["a"]},
     "CausalConfig": {"mlp_dim": 4},

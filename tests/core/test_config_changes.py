@@ -63,7 +63,7 @@ MADE_OF_STATE = (
 
 
 def expected_class(key: str) -> str:
-    """What `design.md` says, by the words of the key."""
+    """The rules of `design.md`, by the words of the key."""
     first, *rest = key.split(".")
     if first in ("steps", "log", "checkpoint", "mesh", "loader", "limits", "evaluation"):
         return "free"

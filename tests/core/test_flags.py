@@ -108,7 +108,7 @@ def test_a_config_is_read_with_its_overrides(tmp_path):
 
 @pytest.fixture
 def factories(monkeypatch):
-    """JAX's kinds of devices, of which one can be taken out; the environment says nothing of them."""
+    """JAX's kinds of devices, of which one can be taken out; the environment does not name them."""
     result = {"tpu": 1, "cpu": 2}
     monkeypatch.setattr(xla_bridge, "_backend_factories", result)
     for name in list(os.environ):

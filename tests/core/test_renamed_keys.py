@@ -240,7 +240,7 @@ def test_keys_that_said_nothing_are_dropped() -> None:
     pattern = [
         {"name": "transformer", "experts": {}},
         {"name": "bottleneck", "untie": [], "modalities": ["image"]},
-        {"name": "bottleneck", "untie": ["mlp"]},  # never right: the schema says so
+        {"name": "bottleneck", "untie": ["mlp"]},  # never right: the schema refuses it
     ]
     upgraded = upgrade({"model": {"groups": [{"repeat": 1, "pattern": pattern}]}}, 2)
     assert upgraded["model"]["layers"][0]["blocks"] == [
@@ -251,7 +251,7 @@ def test_keys_that_said_nothing_are_dropped() -> None:
 
 
 def test_moves_leave_odd_configs_alone() -> None:
-    """What a config lacks, no move adds: the schema says what is wrong with it."""
+    """What a config lacks, no move adds: the schema reports it."""
     odd: list[dict[str, Any]] = [
         {}, {"model": {}}, {"tasks": {}}, {"schedule": {"phases": []}},
         # And what no schema allows: a damaged file must be named, and not end in a traceback.

@@ -215,7 +215,7 @@ def test_only_the_axis_across_goes_from_slice_to_slice(sizes, across):
 
 @dataclass(frozen=True)
 class Tpu:
-    """What a TPU device tells of itself."""
+    """The attributes of a TPU device."""
 
     id: int
     coords: tuple[int, int, int]
@@ -283,7 +283,7 @@ def test_activations_that_stay_whole_are_noted_in_the_trace():
 
 
 def test_a_run_under_rules_of_its_own_comes_to_the_same(tmp_path):
-    """Also when it goes on under the table's; float32, so to rounding."""
+    """Also when it resumes under the table's; float32, so to rounding."""
     words = ("mesh.data=2", "mesh.fsdp=4", "steps=4", "evaluation.every=0")
     own = "mesh.rules={'embed': ['data', 'fsdp'], 'mlp': [], 'batch': ['fsdp']}"
     toyrun.run(tmp_path / "table", *words, devices=8)

@@ -144,7 +144,7 @@ def test_data_sets_of_tfds_are_known_by_their_records(
 
 
 def test_a_damaged_record_is_no_other_data(folder: Path, tmp_path: Path) -> None:
-    """It becomes an invalid slot; the run goes on."""
+    """It becomes an invalid slot; the run continues."""
     whole = opened(folder).identity
     file = folder / NAME.format(0)
     raw = bytearray(file.read_bytes())
@@ -193,7 +193,7 @@ def test_an_older_checkpoint_knows_the_data_by_what_it_looked_at(folder: Path) -
     old = hashlib.sha256(json.dumps([listed, None]).encode()).hexdigest()
     assert is_same(old, opened(folder).identity)
     assert not is_same(old.replace(old[0], "x"), opened(folder).identity)
-    # A source of one's own has a digest without records.
+    # A user's source has a digest without records.
     assert is_same("mine", "mine") and not is_same("mine", "yours")
     assert is_same("mine", identity("mine", ["a"])) and not is_same(
         "mine", identity("yours", ["a"])

@@ -170,7 +170,7 @@ def test_a_jpeg_of_endless_scans_is_not_decoded() -> None:
 
 # --- which way up ------------------------------------------------------------------------------
 
-# What EXIF 2.32 says of the first row and column, as NumPy.
+# The first row and column by EXIF 2.32, as NumPy.
 UPRIGHT = {
     1: lambda x: x,
     2: lambda x: x[:, ::-1],

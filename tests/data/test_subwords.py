@@ -345,7 +345,7 @@ def test_what_is_no_tokenizer_json(tmp_path: Path, content: str) -> None:
 
 
 def test_a_file_whose_numbers_the_library_would_change(folder: Path, tmp_path: Path) -> None:
-    """It numbers an added token that the model lacks after all others, whatever the file says."""
+    """It numbers an added token that the model lacks after all others, whatever the file states."""
 
     def move(content: Any) -> None:
         content["added_tokens"][1]["id"] = 400

@@ -1,4 +1,4 @@
-"""The tokenizer: rows of fixed length, training that repeats itself, errors a person can act on."""
+"""The tokenizer: rows of fixed length, training that repeats itself, errors a user can act on."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_unigram_and_case(tmp_path):
 
 
 def test_a_long_text_is_not_dropped(tmp_path):
-    """SentencePiece leaves out texts over 4,192 bytes unless told otherwise."""
+    """SentencePiece skips texts over 4,192 bytes by default."""
     trained = train([*TEXTS, "giraffe " * 1000], tmp_path / "l.model", vocab_size=340)
     assert trained.encode("giraffe", 8).valid.sum() == 2
 

@@ -129,7 +129,7 @@ def test_damage_is_no_format(data):
 
 
 def test_a_sound_that_is_too_long_is_not_decoded():
-    """The header says so: 200 kB that are 20,000 s at 10 Hz would be 1.3 GB at 16 kHz."""
+    """By the header: 200 kB that are 20,000 s at 10 Hz would be 1.3 GB at 16 kHz."""
     data = riff(form(1, 8, channels=1, rate=10), bytes(200_000))
     tracemalloc.start()
     with pytest.raises(UserError, match="lasts 20000 s, over the bound of 3600 s"):

@@ -33,7 +33,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def copied(finished, root):
-    """A finished data set of one's own, to damage."""
+    """A finished data set for this test alone, to damage."""
     path = build.dataset_dir("emoji", root)
     path.mkdir(parents=True)
     for file in build.dataset_dir("emoji", finished).iterdir():

@@ -168,7 +168,7 @@ def test_twemoji_drawings_match_the_packages_own_pictures(every, expected):
         with Image.open(path) as image:
             reference = np.asarray(image.convert("RGBA").resize((64, 64), Image.Resampling.BOX))
         assert _difference(record["image"], reference) < 8, record["caption"]
-    # The measure can tell drawings apart: against the next one's picture it is far off.
+    # The measure can distinguish drawings: against the next one's picture it is far off.
     shifted = [
         _difference(a["image"], b["image"]) for a, b in zip(chosen, chosen[1:], strict=False)
     ]
@@ -421,7 +421,7 @@ def _learned_pieces(path):
 
 
 def test_the_tokenizer_comes_from_the_texts_alone(records, built, info, tmp_path):
-    """Trained again from what the data set says, it has the same bytes."""
+    """Trained again from the data set's settings, it has the same bytes."""
     captions = {r["concept"]: r["caption"].decode() for r in records["train"]}
     texts = [captions[concept] for concept in sorted(captions)]
     texts += info.features["group"].names + info.features["subgroup"].names

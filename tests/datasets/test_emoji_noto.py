@@ -17,7 +17,7 @@ SIZES = [(72, 72), (150, 164), (40, 20)]
 
 
 def _name(concept):
-    """As the package spells it, with the variation selector that our keys leave out."""
+    """As the package spells it, with the variation selector that our keys omit."""
     return "-U+FE0F-".join(f"U+{part.upper():0>4}" for part in concept.codepoints.split("-"))
 
 

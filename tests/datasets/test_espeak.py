@@ -1,4 +1,4 @@
-"""The voice engine: the same words sound the same, whatever was said before."""
+"""The voice engine: the same words sound the same, whatever was rendered before."""
 
 from __future__ import annotations
 
@@ -62,19 +62,19 @@ def test_no_utterance_loses_its_end(said):
 
 
 def test_letters_beyond_ascii_are_said(said):
-    """English says ô as o; taken for Latin-1, two letters would be four."""
+    """English reads ô as o; taken for Latin-1, two letters would be four."""
     assert _say(["Cote d'Ivoire"])[0] == said[3]
     assert _say([TEXTS[3].encode().decode("latin-1")])[0] != said[3]
     assert 0.5 < len(said[3][0]) / 2 / espeak.RATE < 1.5
 
 
 def test_a_voice_that_is_not_there():
-    with pytest.raises(UserError, match="cannot say 'egg' in the voice zz: it has no voice zz"):
+    with pytest.raises(UserError, match="cannot render 'egg' in the voice zz: it has no voice zz"):
         _say(["egg"], ["zz"])
 
 
 def test_a_package_without_its_library(tmp_path):
-    with pytest.raises(UserError, match="cannot say 'egg'.*has no library"):
+    with pytest.raises(UserError, match="cannot render 'egg'.*has no library"):
         list(espeak.say(tmp_path, VOICES, ["egg"]))
 
 
@@ -82,7 +82,7 @@ def test_a_process_that_dies_is_an_error(monkeypatch, tmp_path):
     (tmp_path / "python").write_text("#!/bin/sh\nexit 3\n")
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(UserError, match="cannot say 'egg'.*it ended with status 3"):
+    with pytest.raises(UserError, match="cannot render 'egg'.*it ended with status 3"):
         _say(["egg"])
 
 

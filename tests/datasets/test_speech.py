@@ -94,7 +94,7 @@ def test_audio_is_speech_of_a_sensible_length_and_loudness(every):
 
 
 def test_audio_is_what_the_engine_says_at_half_the_rate(records, info, concepts):
-    """One caption said alone, and its samples halved by a Fourier transform."""
+    """One caption rendered alone, and its samples halved by a Fourier transform."""
     record = records["test_voice"][0]
     folder = Path(espeakng_loader.__file__).parent
     said = next(espeak.say(folder, speech.TEST_VOICES, [record["caption"].decode()]))
@@ -113,7 +113,7 @@ def test_a_text_of_ones_own_sounds_as_the_data_set_would(records, info):
     samples, rate = speech.speak(text, voice)
     np.testing.assert_array_equal(samples, record["audio"])
     assert rate == speech.RATE and samples.dtype == np.int16
-    assert not np.array_equal(speech.speak(text)[0], samples), "another voice, unless told"
+    assert not np.array_equal(speech.speak(text)[0], samples), "another voice, unless set"
     with pytest.raises(UserError, match="!v/nobody"):
         speech.speak(text, "en+nobody")
 
@@ -185,7 +185,7 @@ def _by_key(built):
 
 
 def test_every_voice_is_in_the_package(monkeypatch, tmp_path):
-    """The engine would take another voice and not say so."""
+    """The engine would take another voice without an error."""
     speech._check_voices(speech.VOICES)
     monkeypatch.setattr(speech, "VOICES", ("en", "en+nobody"))
     with pytest.raises(UserError, match=r"espeakng-loader has no espeak-ng-data/voices/!v/nobody"):

@@ -238,7 +238,7 @@ def test_later_steps_do_not_reach_into_a_save_under_way(tmp_path: Path) -> None:
             current = jax.block_until_ready(bump(current))
             overtook = overtook or step not in checkpoint.steps(epath.Path(tmp_path))
             checkpoints.wait()
-    assert overtook  # else no save was under way, and the test says nothing
+    assert overtook  # else no save was under way, and the test shows nothing
     for step, tree in expected.items():
         assert equal(checkpoint.read_state(epath.Path(tmp_path), step, abstract(tree)), tree)
 

@@ -141,7 +141,7 @@ def _one_anew(*overrides: str) -> Program:
 
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 def test_a_cache_torn_by_a_kill_does_no_harm(tmp_path: Path) -> None:
-    """Entries cut short are compiled anew, to a program that gives the same bits."""
+    """Entries cut short are compiled again, to a program that gives the same bits."""
     results = []
     with _cache(tmp_path / "cache"):
         for _ in range(2):

@@ -167,7 +167,7 @@ def test_parts_of_a_contrastive_loss_alone_are_another_loss(cases: Cases) -> Non
 
 @dataclass(frozen=True, kw_only=True)
 class Means(Apart):
-    """A mean over terms of which rows have different numbers; one function, as a person would write it."""
+    """A mean over terms of which rows have different numbers; one function, as one would write it by hand."""
 
     counts: bool = True
 

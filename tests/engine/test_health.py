@@ -88,11 +88,11 @@ def test_a_schedule_without_some_tasks(
     assert after is not None
     sequence, rest = before.sequence(0, start), after.sequence(start, start + 60)
     assert after.sequence(0, start) == sequence and not set(rest) & out
-    # A later phase of which no task is left is passed over: the shares before it go on.
+    # A later phase of which no task is left is passed over: the shares before it stay.
     assert [s.start for s in after.segments if s.start > start] == [
         s.start for s in before.segments if s.start > start and _running(s) - out
     ]
-    # Integers, and nothing else, tell it.
+    # Integers, and nothing else, decide it.
     assert Schedule.from_json(json.loads(json.dumps(after.to_json()))) == after
     assert after.visits(start + 60) == {
         t: (sequence + rest).count(t) for t in after.visits(start + 60)

@@ -226,7 +226,7 @@ def test_augmentation_belongs_to_the_position_not_to_the_batch(whole: list[HostB
     small = [b for b in halves if other.schedule.task(b.step) == "one"]
     again = np.concatenate([b.rows["inputs"]["toy"]["rows"] for b in small])
     assert np.array_equal(again, rows[: len(again)]) and len(again) > 30
-    # An example is drawn anew in its next epoch.
+    # An example is drawn again in its next epoch.
     first = {i: r for i, r in zip(sum(map(ids, of_one), [])[:40], rows[:40], strict=True)}
     last = {i: r for i, r in zip(sum(map(ids, of_one), [])[40:], rows[40:], strict=True)}
     assert last and all(0 < np.abs(first[i] - last[i]).max() < 0.1 for i in last)

@@ -1,4 +1,4 @@
-"""Profiles: the files that they say, and a run that ends in the same bits."""
+"""Profiles: the files that they name, and a run that ends in the same bits."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_the_canonical_form_takes_layers_apart_and_back(toy: Parts) -> None:
 
 
 def test_what_is_saved_shares_no_memory_with_the_state(toy: Parts, tmp_path: Path) -> None:
-    """The next step writes over the state while the save goes on in the background."""
+    """The next step writes over the state while the save continues in the background."""
     session = begin(toy.experiment, epath.Path(tmp_path), toy.mesh, False, print)
     state = initial_state(toy.experiment, toy.mesh, session.start)
     saved = jax.tree.leaves(session.canonical(state))

@@ -117,7 +117,7 @@ def test_a_non_finite_step_is_counted_and_names_its_examples(
 
 
 def test_non_finite_steps_of_the_only_task_end_the_run(tmp_path: Path) -> None:
-    """With others beside it, it is left out: see `tests/training/test_guards_quarantine.py`."""
+    """With others beside it, it is excluded: see `tests/training/test_guards_quarantine.py`."""
     with pytest.raises(UserError) as error:
         run(
             tmp_path / "run",

@@ -296,7 +296,7 @@ ENTRY = st.fixed_dictionaries(
 
 
 def by_hand(content: bytes) -> dict[str, tuple[str, list[int], bytes]]:
-    """What the format's words say is in a file."""
+    """A file has what the format's words name."""
     (length,) = struct.unpack("<Q", content[:8])
     header, body = json.loads(content[8 : 8 + length]), content[8 + length :]
     return {

@@ -301,7 +301,7 @@ def test_a_run_that_began_before_names_were_strict_keeps_what_it_began_with() ->
         assert upgrade(plain, 1) == plain
     old = upgrade(config, 1)
     assert not check_compatible(old, old, False, RunConfig)
-    # Neither key says anything about a run that has a checkpoint.
+    # Neither key matters for a run that has a checkpoint.
     assert {d.kind for d in check_compatible(old, config, False, RunConfig)} == {"free"}
 
 
@@ -338,7 +338,7 @@ def test_a_run_begins_where_another_ended_and_never_looks_back(
 def test_begun_again_a_run_takes_the_step_that_it_took_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The other run goes on between two beginnings of this one, of which the first left no checkpoint."""
+    """The other run continues between two beginnings of this one, of which the first left no checkpoint."""
     source, workdir = tmp_path / "first", tmp_path / "second"
     run(source, "steps=2", "evaluation.every=0", "checkpoint.every=1")
     early = toyrun.parameters_of(source, 2)
@@ -349,7 +349,7 @@ def test_begun_again_a_run_takes_the_step_that_it_took_first(
     assert given.keys() == early.keys()
     assert all(np.array_equal(given[name], early[name]) for name in given)
     assert "step 2 of" in capsys.readouterr().out
-    # Where that step is no longer kept, it takes the newest with leave only, and tells.
+    # Where that step is no longer kept, it takes the newest with leave only, and logs it.
     shutil.rmtree(source / "checkpoints" / "2")
     with pytest.raises(UserError, match="init_from has changed since"):
         begin(toy.experiment, epath.Path(workdir), toy.mesh, False, print)

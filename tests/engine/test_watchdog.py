@@ -17,8 +17,8 @@ import ctypes, os, sys, threading, time
 from mmjax.engine.watchdog import Watchdog
 def log(text):
     print("log:", text, flush=True)
-def dog(limit, tell=log):
-    return Watchdog(limit, tell)
+def dog(limit, write=log):
+    return Watchdog(limit, write)
 """
 
 ENDS = {

@@ -38,7 +38,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def seconds_of_tests(reports: Iterable[Any]) -> dict[str, float]:
-    """Return the seconds of each test, by node id; reports that have none, as of collection, are left out."""
+    """Return the seconds of each test, by node id; reports that have none, as of collection, are skipped."""
     seconds: dict[str, float] = defaultdict(float)
     for report in reports:
         if getattr(report, "when", None) in ("setup", "call", "teardown"):

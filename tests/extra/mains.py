@@ -1,4 +1,4 @@
-"""Mains in this process: faster than in one of their own, and as strict about what reaches a person."""
+"""Mains in this process: faster than in one of their own, and as strict about what reaches the user."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Ended:
 
 
 def run(main: Main, *arguments: str) -> Ended:
-    """Run a main as `python -m` would; errors that are not a person's come out as they are."""
+    """Run a main as `python -m` would; errors that are not the user's come out as they are."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -33,7 +33,7 @@ def run(main: Main, *arguments: str) -> Ended:
 
 
 def refused(main: Main, *arguments: str) -> str:
-    """The message of a main that ends with status 2 and an error, and says nothing else there."""
+    """The message of a main that ends with status 2 and an error, and prints nothing else there."""
     ended = run(main, *arguments)
     assert ended.status == 2, (ended, arguments)
     assert ended.err.startswith("mmjax: error: ") and ended.err.endswith("\n"), ended.err

@@ -14,7 +14,7 @@ COUNT = 40
 
 
 def same(workdir: Path, other: Path) -> None:
-    """Both ended in the same bits, and their metrics tell the same."""
+    """Both ended in the same bits, and their metrics are the same."""
     assert toyrun.bits(workdir) == toyrun.bits(other)
     assert deterministic(workdir) == deterministic(other)
     assert (workdir / "results.json").read_bytes() == (other / "results.json").read_bytes()

@@ -137,7 +137,7 @@ class Parts:
         return place(rows, 0, chosen.batch, batch_sharding(self.mesh, chosen.batch, task))
 
     def ticks(self, task: str, step: int, visit: int) -> Any:
-        """What a training program of a task takes besides state and batch."""
+        """What a training program of a task takes beside state and batch."""
         progress = self.experiment.optimizers.progress(task, step, {})
         return ticks(self.mesh, step=step, visit=visit, **progress)
 

@@ -129,7 +129,7 @@ def test_spans_that_see_each_other_are_all_in_a_sequence(mutual: Any) -> None:
 
 
 def test_arrays_of_what_is_made_are_not_read(mutual: Any) -> None:
-    """Blank ones say that no token exists, and a sound whose tokens do not exist would not hear itself."""
+    """Blank ones mean that no token exists, and a sound whose tokens do not exist would not hear itself."""
     objective = replace(UNIDIFFUSER, sampling_steps=2, guidance=1.0)
     made = []
     for valid in (True, False):

@@ -358,7 +358,7 @@ def machine(environment_of: Callable[..., dict[str, str]]) -> dict[str, str]:
 def test_a_pod_is_told_to_stop_loses_a_process_and_comes_to_its_end(
     tmp_path: Path, machine: dict[str, str]
 ) -> None:
-    """SIGTERM: all save one step, status 3. SIGKILL of one: the others are ended, and that is said. Then the rest."""
+    """SIGTERM: all save one step, status 3. SIGKILL of one: the others end, and that is reported. Then the rest."""
     workdir = tmp_path / "run"
     long = ("--processes=2", "--devices=2", "--config.steps=100000", "--config.checkpoint.every=20")
     started = pod(workdir, *long, environment=machine)
@@ -376,7 +376,7 @@ def test_a_pod_is_told_to_stop_loses_a_process_and_comes_to_its_end(
     os.kill(children(started.pid)[-1], signal.SIGKILL)
     _, said = started.communicate(timeout=300)
     assert "process 1 was ended by SIGKILL; ending the others" in said
-    assert "run the same command again to go on" in said
+    assert "run the same command again to resume" in said
     assert started.returncode not in (0, 3)
 
     last = finished_steps(workdir)[-1]
@@ -384,7 +384,7 @@ def test_a_pod_is_told_to_stop_loses_a_process_and_comes_to_its_end(
     started = pod(workdir, *end, environment=machine)
     out, said = started.communicate(timeout=300)
     assert started.returncode == 0, said
-    assert finished_steps(workdir)[-1] == last + 2 and f"Going on from step {last}" in out
+    assert finished_steps(workdir)[-1] == last + 2 and f"Resuming from step {last}" in out
 
 
 SLEEPER = "import os, sys, time; print(os.getpid(), flush=True); {more} time.sleep(600)"

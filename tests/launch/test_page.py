@@ -47,7 +47,7 @@ def test_the_pods_commands_train_show_and_go_on_with_fewer(tmp_path: Path) -> No
         made = [*kept, *TOY, f"--workdir={workdir}", f"--config.steps={steps}"]
         done = subprocess.run(made, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
-    assert "Going on from step 4" in done.stdout and "processes 4 -> 2" in done.stdout
+    assert "Resuming from step 4" in done.stdout and "processes 4 -> 2" in done.stdout
     shown = [sys.executable, "-m", *show[:-1], workdir]
     done = subprocess.run(shown, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -329,7 +329,7 @@ def test_an_update_cut_short_goes_on_and_is_not_taken_for_done(machine: Machine)
     assert machine.launch("quickstart.sh", "--setup_only").returncode == 2
     machine.fail_on()
     machine.forget_calls()
-    # Back to requirements that had a stamp: what pip left half done must still be mended.
+    # Back to requirements that had a stamp: what pip left half done must still be repaired.
     (machine.root / "setup.cfg").write_text(before)
     assert machine.launch("quickstart.sh", "--setup_only").returncode == 0
     calls = "\n".join(machine.calls())

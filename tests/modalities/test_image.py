@@ -204,7 +204,7 @@ def test_flip_mirrors_every_other_image_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("least", [0.25, 0.7])
 def test_crops_keep_the_stated_area_and_the_shape_and_lie_anywhere(least: float) -> None:
-    # Red and green tell the place: a crop's edges show what part of the image it is.
+    # Red and green encode the place: a crop's edges show what part of the image it is.
     ramp = np.linspace(0, 250, 200)
     x = np.zeros((200, 200, 3), np.uint8)
     x[..., 0], x[..., 1] = np.round(ramp)[:, None], np.round(ramp)
@@ -378,7 +378,7 @@ def test_where_no_crop_fits_the_middle_is_taken(size: Any, expected: Any) -> Non
 
 
 def test_a_crop_of_older_configs_has_the_aspect_of_the_picture_to_the_bit() -> None:
-    """Their runs go on: one draw for the sides, one for the place across and one for that down."""
+    """Their streams are stable: one draw for the sides, one for the place across and one for that down."""
     x, size = pixels(20, 30), np.array([30, 20])
     for seed in range(5):
         rng = np.random.default_rng(seed)

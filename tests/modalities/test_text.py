@@ -212,7 +212,7 @@ def test_a_relative_path_lies_in_the_data_folder(
 def test_a_run_keeps_a_file_inside_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, where: str
 ) -> None:
-    """And finds it there, or else where the config says."""
+    """And finds it there, or else where the config points."""
     monkeypatch.setenv("MMJAX_DATA_DIR", "/data")
     monkeypatch.setenv("HOME", "/home/me")
     [(name, found)] = Text(tokenizer=path).files().items()

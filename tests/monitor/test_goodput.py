@@ -146,7 +146,7 @@ def test_a_killed_attempt_counts_until_its_last_line(tmp_path: Path) -> None:
     clock.now += 1.0
     save = killed.activity("save")
     save.__enter__()
-    clock.now += 100.0  # killed here: nothing says how long it went on
+    clock.now += 100.0  # killed here: its later duration is unknown
     with (tmp_path / GOODPUT).open("a") as file:
         file.write('{"line": "end", "ph')
     again = ActivityLog(epath.Path(tmp_path), clock)

@@ -63,7 +63,7 @@ def test_the_loss_of_a_task_is_that_of_its_latest_visits() -> None:
 
 
 def test_switch_cost_is_between_neighbours() -> None:
-    """Step 9 begins a run anew: what ran before it is not known."""
+    """Step 9 begins a run again: what ran before it is not known."""
     tasks, seconds = "aabaabaab", [9, 1, 5, 3, 1, 5, 3, 1, 5]
     lines = [line(i, t, float(s)) for i, (t, s) in enumerate(zip(tasks, seconds, strict=True))]
     lines += [line(i + 10, "a", s) for i, s in enumerate([50.0, 1.0])] + [line(12, "b", 5.0)]

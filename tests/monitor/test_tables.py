@@ -15,7 +15,7 @@ from mmjax.monitor.tables import without_control_codes
 
 
 class Terminal(StringIO):
-    """A stream that says it is a terminal; its width comes from COLUMNS."""
+    """A stream that claims to be a terminal; its width comes from COLUMNS."""
 
     def isatty(self) -> bool:
         return True

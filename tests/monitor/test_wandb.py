@@ -1,4 +1,4 @@
-"""Weights & Biases: a stand-in module notes what it is told; nothing asks for it unasked."""
+"""Weights & Biases: a stand-in module notes its calls; nothing asks for it unasked."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_the_gradient_of_the_chunked_form_is_that_of_the_plain_one(
 def test_nothing_flows_where_the_mask_forbids_it(
     small_chunks: None, mask: str, kernel: str
 ) -> None:
-    """The gradient of every output by every input token is zero just where the mask says no."""
+    """The gradient of every output by every input token is zero just where the mask forbids it."""
     length = 18
     pairs = pairs_of(MASKS[mask], length)
     run = (

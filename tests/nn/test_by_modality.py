@@ -133,7 +133,7 @@ def test_an_attribute_does_what_the_layout_does() -> None:
 
 
 def test_rows_of_their_own_order() -> None:
-    """What no layout can say: each row has its modalities elsewhere."""
+    """What no layout can express: each row has its modalities elsewhere."""
     declaration = declared(PARTS, NAMES)
     p = random(declaration)
     rows = [TOKENS, TOKENS[::-1]]

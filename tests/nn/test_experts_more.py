@@ -1,4 +1,4 @@
-"""Experts: soft ones, noise, causal routers and generation, upcycling, and what is told of each layer."""
+"""Experts: soft ones, noise, causal routers and generation, upcycling, and the metrics of each layer."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_what_does_not_go_together_is_said(config: Any, said: str) -> None:
         layers.experts(WIDTH, HIDDEN, {"count": 3, **config})
 
 
-# --- what is told ------------------------------------------------------------------------------
+# --- metrics ----------------------------------------------------------------------------------
 
 
 def test_usage_is_told_of_each_layer_and_modality() -> None:

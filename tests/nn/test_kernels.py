@@ -56,7 +56,7 @@ def test_splash_takes_every_static_mask(mask: str) -> None:
 
 
 def test_splash_takes_one_attribute_that_is_known_only_when_it_runs() -> None:
-    """As segment ids, of which it has one a token; no segment id says that one side is free (`beside`)."""
+    """As segment ids, of which it has one a token; no segment id means that one side is free (`beside`)."""
     item, span = Same("item"), Same("span")
     of: Any = {"item": jnp.zeros((BATCH, 256)), "span": jnp.zeros((BATCH, 256))}
 

@@ -31,7 +31,7 @@ NAMES = ("position", "item", "span")
 Token = dict[str, int]
 Rule = Callable[[Token, Token], bool]
 
-# Each mask beside the sentence that its docstring says, as plain Python on two tokens.
+# Each mask beside the sentence of its docstring, as plain Python on two tokens.
 LEAVES: list[tuple[Mask, Rule]] = [
     (FULL, lambda q, k: True),
     (Causal(), lambda q, k: k["position"] <= q["position"]),

@@ -77,7 +77,7 @@ def reads(rule: str, valid: np.ndarray) -> np.ndarray:
         found[own, own] = True
         if rule in ("fused", "full"):
             found[own, FUSION] = True
-        # A modality of which a row has nothing says nothing to the fusion tokens.
+        # A modality of which a row has nothing adds nothing to the fusion tokens.
         if rule != "apart" and valid[own].any():
             found[FUSION, own] = found[FUSION, FUSION] = True
     if rule == "full":

@@ -102,7 +102,7 @@ def test_against_numpy(order: str, qk_norm: bool) -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.permutations(range(LENGTH)))
 def test_tokens_in_another_order_of_storage_are_the_same_tokens(order: list[int]) -> None:
-    """What says where a token stands is its `position`: for the mask, and for the rotation."""
+    """A token's place is its `position`: for the mask, and for the rotation."""
     p = random(
         Declaration(layers.block("transformer", WIDTH, num_heads=HEADS, mlp_dim=HIDDEN, **LLAMA))
     )

@@ -1,4 +1,4 @@
-"""The notebook, executed as a person would on a small run, and what it shows."""
+"""The notebook, executed as a user would on a small run, and what it shows."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_one_task_goes_on_where_it_stood(executed, run, model):
     assert float(was[3]) == pytest.approx(before["value"], abs=6e-5)
     assert float(now[3]) < float(was[3])
     words = said(cell_with(executed, "train(config"))
-    assert f"Going on from step {model.step}" in words
+    assert f"Resuming from step {model.step}" in words
     assert re.search(rf"^ *{model.step + STEPS} +\d", words, re.MULTILINE), words
 
 
@@ -241,7 +241,7 @@ def test_the_run_itself_is_left_alone(executed, before, run):
 
 
 def test_a_run_that_is_not_there_stops_it(run, environment_of):
-    """Positive control: a cell that fails does fail the execution, and the error is a person's."""
+    """Positive control: a cell that fails does fail the execution, and the error is the user's."""
     with pytest.raises(CellExecutionError, match="No checkpoint in '.*nowhere'. Train first"):
         execute(read(), environment_of(1, {"MMJAX_RUN": str(run.parent / "nowhere")}))
 

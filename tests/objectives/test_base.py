@@ -73,17 +73,13 @@ def test_an_objective_without_its_loss_cannot_be_made() -> None:
 
 def test_several_instances_are_refused_unless_an_objective_takes_them() -> None:
     Plain().check_inputs({"image": input_of("image")})
-    with pytest.raises(
-        UserError, match="Plain takes one instance of 'image'; leave out 'instances'"
-    ):
+    with pytest.raises(UserError, match="Plain takes one instance of 'image'; remove 'instances'"):
         Plain().check_inputs({"text": input_of("text"), "image": input_of("image", instances=2)})
 
 
 def test_dropped_tokens_are_refused_by_those_that_need_all() -> None:
     refuse_drop(Plain(), {"image": input_of("image")})
-    with pytest.raises(
-        UserError, match="Plain needs all tokens of 'image'; leave out 'token_drop'"
-    ):
+    with pytest.raises(UserError, match="Plain needs all tokens of 'image'; remove 'token_drop'"):
         refuse_drop(Plain(), {"image": input_of("image", drop=0.5)})
 
 

@@ -264,7 +264,7 @@ def test_low_precision_computes_its_loss_in_float32() -> None:
 
 
 def test_learns_classes_that_can_be_seen() -> None:
-    """Each class has a grey value; a few dozen plain gradient steps tell them apart."""
+    """Each class has a grey value; a few dozen plain gradient steps separate them."""
     made = objective()
     declaration = declared(made)
     label = (np.arange(20) % CLASSES).astype(np.int32)

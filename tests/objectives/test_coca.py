@@ -387,7 +387,7 @@ def test_on_a_mesh_as_on_one_device(sizes: dict[str, int]) -> None:
 
 @jax.jit
 def logits_of(p: Any, pixels: Any, ids: Any) -> Any:
-    """Logits of the token after each of `ids`, which begin with the begin token: the whole text anew."""
+    """Logits of the token after each of `ids`, which begin with the begin token: the whole text every time."""
     model, chosen, key = declared().merge(p), objective(), jax.random.key(0)
     seen, _ = chosen.see(model, {"pixels": pixels}, key)
     text = model.tokens("text", {"ids": ids, "valid": jnp.ones_like(ids, bool)})

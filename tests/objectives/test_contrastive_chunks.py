@@ -80,7 +80,7 @@ def test_on_eight_devices_as_on_one(x64: None, sizes: dict[str, int]) -> None:
 
 
 def temporaries(function: Any, count: int) -> int:
-    """Bytes that loss and gradient of `count` rows need besides arguments and results."""
+    """Bytes that loss and gradient of `count` rows need beside arguments and results."""
     shapes = [jax.ShapeDtypeStruct(s, np.float32) for s in [(count, 64), (count, 64), ()]]
     shapes += [jax.ShapeDtypeStruct((count,), t) for t in (np.int32, np.bool_)]
     size: int = function.lower(*shapes).compile().memory_analysis().temp_size_in_bytes

@@ -205,7 +205,7 @@ def test_the_loss_against_its_formula(name: str, target: str) -> None:
 
 @pytest.mark.parametrize("capacity", [{}, {"text": 10}])
 def test_the_z_loss_is_the_mean_square_of_the_log_of_the_sum(capacity: Any) -> None:
-    """Chameleon: 1e-5 log^2 Z of each discrete token that is told; a modality's weight holds for it too."""
+    """Chameleon: 1e-5 log^2 Z of each discrete token that counts; a modality's weight holds for it too."""
     objective = replace(
         CHAMELEON, z_loss=0.1, weights={"text": 3.0}, condition_dropout=0.0, capacity=capacity
     )

@@ -1,4 +1,4 @@
-"""Texts of a sequence in slots that they share: each item is what it is alone, and padding is left out."""
+"""Texts of a sequence in slots that they share: each item is what it is alone, and padding is skipped."""
 
 from __future__ import annotations
 

@@ -259,7 +259,7 @@ def test_parameters_and_state_keep_their_dtype() -> None:
     "algorithm", [Adamw(), Adafactor(min_dim_to_factor=8), Muon(), Lion()], ids=str
 )
 def test_bfloat16_parameters_keep_second_moments_and_counts_wide(algorithm: Algorithm) -> None:
-    """And first moments in their own dtype, unless `moments_dtype` says otherwise."""
+    """And first moments in their own dtype, unless `moments_dtype` is set."""
     specs = {**SPECS, "wide": spec("wide", (8, 8), True)}
     optimizer = made(replace(CONFIG, algorithm=algorithm), specs)
     with jax.enable_x64(False):

@@ -228,7 +228,7 @@ def test_a_run_goes_on_in_the_same_bits(tmp_path: Path, view: str) -> None:
 
 
 def test_a_view_may_change_under_a_run(tmp_path: Path) -> None:
-    """The task's own moments begin at zero; everything else goes on."""
+    """The task's own moments begin at zero; everything else continues."""
     run(tmp_path, "steps=4")
     with pytest.raises(UserError, match=r"tasks\.two\.update_scope \(schedule\)"):
         run(tmp_path, "tasks.two.update_scope=own_moments")

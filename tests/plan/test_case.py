@@ -30,11 +30,11 @@ def test_a_specification_survives_its_way_through_json() -> None:
 @pytest.mark.parametrize(
     ("words", "required"),
     [
-        # As libtpu and XLA's GPU compiler say it.
+        # As libtpu and XLA's GPU compiler print it.
         ("RESOURCE_EXHAUSTED: Ran out of memory. Used 20.5G of 15.75G hbm.", int(20.5 * 2**30)),
         ("RESOURCE_EXHAUSTED: The allocation (512.0M) exceeds the limit", 512 * 2**20),
         ("RESOURCE_EXHAUSTED: It needs (100) exceeds", 100),
-        ("RESOURCE_EXHAUSTED: it does not say how much", 0),
+        ("RESOURCE_EXHAUSTED: it does not state how much", 0),
     ],
 )
 def test_a_program_that_does_not_fit_states_what_it_needs(words: str, required: int) -> None:

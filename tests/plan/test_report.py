@@ -1,4 +1,4 @@
-"""Plans from what a compiler might say: what fits, by how much not, and where FLOPs go."""
+"""Plans from what a compiler might report: what fits, by how much not, and where FLOPs go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of machines: what they mean, and what is said of those that mean none."""
+"""Names of machines: what they mean, and the errors for those that mean none."""
 
 from __future__ import annotations
 

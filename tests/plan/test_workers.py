@@ -21,12 +21,12 @@ SPECIFICATION = Specification({}, [], "v5e", (2, 2), 1, NAMES, False, "")
 PROCESS = """
 import json, os, signal, sys, time
 names = json.load(sys.stdin)["names"]
-def say(line): print(json.dumps(line), flush=True)
-say({READY})
+def put(line): print(json.dumps(line), flush=True)
+put({READY})
 for name in names:
     if name == "two":
         ACTION
-    say({"name": name, "status": "compiled", "process": os.getpid()})
+    put({"name": name, "status": "compiled", "process": os.getpid()})
 """
 
 

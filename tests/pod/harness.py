@@ -20,7 +20,7 @@ from typing import Any
 
 ASYNC_SAVE = "asynchronous save"
 POLL = 0.001  # seconds between two looks at the run
-SLICE = 0.001  # seconds that a run that is to be killed goes on between two looks at it
+SLICE = 0.001  # seconds that a run that is to be killed runs between two looks at it
 LIMIT = 900.0  # seconds after which a process is stuck
 
 # Seconds within an activity after which a kill falls, at most: an activity that comes once must last longer.
@@ -55,7 +55,7 @@ class Kill:
     """A process that was killed.
 
     Attributes:
-      activity: the innermost activity that its log says was open.
+      activity: the innermost activity that was open in its log.
       writing: steps of the checkpoints that it was writing in the background.
       newest: step of the newest finished checkpoint in the workdir; -1 for none.
     """
@@ -76,7 +76,7 @@ class Harness:
     """Starts, watches and kills the processes of one run.
 
     Attributes:
-      command: what starts the run, or goes on with it.
+      command: what starts the run, or resumes it.
       environment: the whole environment of its processes.
       workdir: its workdir.
     """
@@ -116,7 +116,7 @@ class Harness:
         with tempfile.TemporaryFile("w+") as output:
             process = self._start(output)
             begun, delay = aim.number, rng.uniform(0, most)
-            inside = 0.0  # seconds that the process went on since the activity began
+            inside = 0.0  # seconds that the process ran since the activity began
             while not (self._is_there(process.pid, aim.activity, begun) and inside >= delay):
                 is_in = self._is_there(process.pid, aim.activity, begun)
                 since = time.monotonic()
@@ -125,7 +125,7 @@ class Harness:
                     delay, inside = delay / 2, 0.0
                 if not _go_on(process):
                     output.seek(0)
-                    raise NotMetError(f"{aim} was not met; the run said:\n{output.read()}")
+                    raise NotMetError(f"{aim} was not met; the run printed:\n{output.read()}")
                 inside += time.monotonic() - since if is_in else 0.0
             process.kill()
             process.wait(LIMIT)
@@ -222,7 +222,7 @@ def _begun(lines: Lines, activity: str) -> int:
 
 
 def _go_on(process: subprocess.Popen[str]) -> bool:
-    """Let a process go on for a slice, and halt all its threads again; False if it has ended."""
+    """Let a process run for a slice, and halt all its threads again; False if it has ended."""
     process.send_signal(signal.SIGCONT)
     time.sleep(SLICE)
     process.send_signal(signal.SIGSTOP)

@@ -3,8 +3,8 @@
     python tests/pod/sharded.py OUT.json [--extra=FOLDER] [--meshes="data 8,fsdp 8"] CONFIG ...
 
 compares every task of each config, made small, on these meshes (by default all of `CASES`). `mechanisms.py` compares
-chosen tasks on chosen meshes, and `matrix.py` makes a table of all systems. Before each compilation the process says on
-standard error which one comes, so that what XLA says there can be told apart.
+chosen tasks on chosen meshes, and `matrix.py` makes a table of all systems. Before each compilation the process names
+it on standard error, so that XLA's messages there can be attributed.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ class Steps:
         return self.whole(name) if depth == WHOLE else self.parted(name, depth == PARTED)
 
     def whole(self, name: str) -> dict[str, Any]:
-        """By the program of training itself, which tells its gradient too."""
+        """By the program of training itself, which reports its gradient too."""
         updated = program._updated
 
         def telling(state: State, grads: Any, *rest: Any) -> Any:
@@ -324,7 +324,7 @@ def compare(
     """Return what differs from one device, by mesh and task, and how the state lies on each mesh.
 
     Args:
-      name: of the config, in what is said on standard error.
+      name: of the config, in the lines on standard error.
       tasks_of: names of tasks by name of a mesh of `CASES`.
       depths: by name of a mesh, `GRADIENT` or `WHOLE`; `PARTED` on all others.
     """
@@ -385,13 +385,13 @@ def run_apart(*words: str, timeout: float) -> tuple[dict[str, Any], dict[str, st
     """Run `python SCRIPT OUT.json WORD ...` on eight devices in 64 bits.
 
     Returns:
-      The results, and what XLA said on standard error during each compilation.
+      The results, and what XLA printed to standard error during each compilation.
 
     Raises:
       RuntimeError: the process failed.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    # A program that is kept on disk is not compiled, and nothing is said of it.
+    # A program that is kept on disk is not compiled, and nothing is printed of it.
     env = {
         **os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0", "JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu",
         "NPROC": "64", "PYTHONPATH": path, "XLA_FLAGS": FLAGS,

@@ -24,7 +24,7 @@ from harness import (
 SEED = 20
 ACTIVITIES = ("init", "compile", "restore", "step", "save", "eval", ASYNC_SAVE)
 
-# In this order, so that the later kills find a checkpoint to go on from: the fourth stretch of steps
+# In this order, so that the later kills find a checkpoint to resume from: the fourth stretch of steps
 # begins only when the first checkpoint is whole.
 AIMS = (
     Aim("save"),
@@ -49,7 +49,7 @@ class Survivor:
 def survivor(
     tiny_command: Callable[..., Harness], tmp_path_factory: pytest.TempPathFactory
 ) -> Survivor:
-    # A kill that misses all of its activities leaves none for a later one: then all of it anew.
+    # A kill that misses all of its activities leaves none for a later one: then all of it again.
     for attempt in range(6):
         workdir = tmp_path_factory.mktemp("survivor") / "run"
         cache = tmp_path_factory.mktemp("cache")

@@ -33,7 +33,7 @@ DOUBLE = ("--config.dtype.parameters=float64", "--config.dtype.compute=float64")
 
 @dataclass(frozen=True)
 class Ended:
-    """How the processes of one attempt ended, and what they said (standard output and error)."""
+    """How the processes of one attempt ended, and what they printed (standard output and error)."""
 
     statuses: list[int]
     said: list[str]
@@ -185,7 +185,7 @@ def test_asked_to_stop_all_stop_at_one_step_and_another_team_goes_on(
     ended = run.run(4, 2, "second")
     assert ended.statuses == [0] * 4, ended.said
     assert "processes 2 -> 4" in ended.said[0] and "devices 2 -> 8" in ended.said[0]
-    # Only the first speaks, and only it writes.
+    # Only the first prints, and only it writes.
     assert not any("step" in said or "Results" in said for said in ended.said[1:])
     assert run.ids("first") + run.ids("second") == alone.ids("whole")
     same(alone, run)

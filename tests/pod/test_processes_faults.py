@@ -100,6 +100,6 @@ def test_what_one_process_cannot_read_ends_all_and_what_is_damaged_none_takes(
         path.write_bytes(content)
     ended = team.run(2, 1, "damaged", *WORDS)
     assert ended.statuses == [0, 0], ended.said
-    assert "Checkpoint 12 is damaged" in ended.said[0] and "Going on from step 8" in ended.said[0]
+    assert "Checkpoint 12 is damaged" in ended.said[0] and "Resuming from step 8" in ended.said[0]
     assert (team.workdir / "torn" / "12").exists()
     assert toyrun.bits(team.workdir) == bits

@@ -35,13 +35,13 @@ MIXED = MeshConfig(data=1, fsdp=2, tensor=2, sequence=2)
 
 
 def sizes_of(case: str) -> dict[str, int]:
-    """A case's axes, as its name says them."""
+    """A case's axes, by its name."""
     return {axis: int(size) for axis, size in re.findall(r"(\w+) (\d)", case)}
 
 
 @pytest.fixture(scope="module")
 def ran() -> tuple[dict[str, Any], dict[str, str]]:
-    """The results of `mechanisms.py`, and what XLA said during each compilation."""
+    """The results of `mechanisms.py`, and what XLA printed during each compilation."""
     return run_apart("mechanisms.py", timeout=1800)
 
 
@@ -197,7 +197,7 @@ def test_each_system_lies_as_counted_and_traces_on_a_mesh(system: str) -> None:
 
 
 def test_nothing_is_made_whole_against_our_will(ran: Any) -> None:
-    """XLA says so where it finds no way from one sharding to another but through the whole array."""
+    """XLA warns where it finds no way from one sharding to another but through the whole array."""
     said = {case for case, text in ran[1].items() if WARNING in text}
     assert said == {CONTROL}, {case: ran[1][case][:1000] for case in said}
     for name, trial in TRIALS.items():

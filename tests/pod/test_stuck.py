@@ -1,4 +1,4 @@
-"""A loader, a step or a save that hangs or dies: the run ends with words, and goes on from its checkpoint."""
+"""A loader, a step or a save that hangs or dies: the run ends with a message, and resumes from its checkpoint."""
 
 from __future__ import annotations
 

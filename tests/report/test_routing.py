@@ -44,7 +44,7 @@ def test_lines_hold_each_layers_shares(finished: Path, tmp_path: Path) -> None:
             shares = line[f"usage {layer} toy"]
             assert len(shares) == 3 and sum(shares) == pytest.approx(1, abs=2e-4)
         assert 0 <= line["dropped toy"] <= 1
-    # Interrupted and gone on with, the same lines.
+    # Interrupted and resumed, the same lines.
     run(tmp_path, *WORDS, "steps=4")
     run(tmp_path, *WORDS, "steps=8")
     assert [x for x in deterministic(tmp_path) if x["kind"] == "train"] == lines

@@ -1,4 +1,4 @@
-"""Step times: what a run's lines say, and what is assumed where they say nothing."""
+"""Step times: what a run's lines state, and what is assumed where they lack it."""
 
 import pytest
 

@@ -151,7 +151,7 @@ def test_a_run_that_is_killed_ends_in_the_same_bits(
     # The fourth stretch of steps begins when the first checkpoint is whole.
     kill = run.kill(Aim("step", 4), random.Random(0))
     assert kill.activity == "step" and kill.newest >= 4
-    assert f"Going on from step {kill.newest} in" in run.finish()
+    assert f"Resuming from step {kill.newest} in" in run.finish()
     assert {line["attempt"] for line in log(run.workdir)} == {0, 1}
     assert bits(run.workdir) == bits(Path(tiny_run))
     assert deterministic(run.workdir) == deterministic(Path(tiny_run))

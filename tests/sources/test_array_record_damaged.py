@@ -92,7 +92,7 @@ def make(path: Path) -> Task:
 def test_damaged_records_raise_with_file_and_place_and_the_others_read(data: Data) -> None:
     whole, damaged = open_(data.whole), open_(data.damaged)
     assert (len(damaged), damaged.fields) == (len(whole), whole.fields)
-    assert is_same(damaged.identity, whole.identity), "a run that meets damage can go on"
+    assert is_same(damaged.identity, whole.identity), "a run that meets damage can continue"
     # Back and forth, twice: an error must not change what is read after it.
     for index in (*range(COUNT), *reversed(range(COUNT))):
         if index in DAMAGED:

@@ -1,4 +1,4 @@
-"""Moving drawings: what a clip shows is what it says, and every clip is a function of its index."""
+"""Moving drawings: what a clip shows is what its text states, and every clip is a function of its index."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BLACK, RED = (0, 0, 0), (200, 0, 0)
 
 
 class Squares(Examples):
-    """Opaque squares of these colours, each a concept of its own unless said otherwise."""
+    """Opaque squares of these colours, each a concept of its own by default."""
 
     description, identity, fields = "squares", "squares", ("image", "caption", "concept")
 

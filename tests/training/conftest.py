@@ -1,4 +1,4 @@
-"""Runs of the toy config to go on with."""
+"""Runs of the toy config to resume."""
 
 from __future__ import annotations
 

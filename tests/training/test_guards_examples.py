@@ -1,4 +1,4 @@
-"""Odd examples among good ones: named, left out, counted once, in training and in evaluation."""
+"""Odd examples among good ones: named, skipped, counted once, in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ INPUTS = {
     "waveform": {"samples": 800},
     "video": {"frames": 2, "size": 8},
 }
-ODD = [  # one value of one field, and what is said of it
+ODD = [  # one value of one field, and the message about it
     ({"image": np.zeros((8, 8, 2), np.uint8)}, "image", r"found \[8, 8, 2\]"),
     ({"image": np.zeros((8, 8), bool)}, "image", "found bool"),
     ({"image": np.full((8, 8), 7, np.int64)}, "image", "found int64"),
@@ -120,7 +120,7 @@ def test_an_odd_example_among_good_ones_is_an_invalid_slot_that_is_named(
 def test_what_is_odd_in_all_examples_is_refused_at_the_start(
     odd_spec: RowSpec, change: Mapping[str, Any], name: str, words: str
 ) -> None:
-    """What a decoder finds damaged is left to the loader: nothing says that the next one is."""
+    """What a decoder finds damaged is left to the loader: the next one may be whole."""
     examples = Odd(*[change] * 40, good=0)
     damaged = isinstance(change[name], bytes) and change[name] != b"fLaC"
     with (

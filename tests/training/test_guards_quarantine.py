@@ -1,4 +1,4 @@
-"""A task that is not well is left out, the others go on, and an interruption changes none of it."""
+"""A task that is not well is excluded, the others continue, and an interruption changes none of it."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_task_of_non_finite_steps_is_left_out(
     assert held["quarantined"] == {"one": 4} and held["skipped"] == {"one": 3, "two": 0}
     assert held["positions"] == {"one": 24, "two": 9 * 16}
     [told] = events(broken, "quarantine")
-    assert told.startswith("task one is left out from step 4 on: 2 steps in a row")
+    assert told.startswith("task one is excluded from step 4 on: 2 steps in a row")
     show.show_run(epath.Path(broken), None, False)
     assert "In quarantine from step 4 on: one." in capsys.readouterr().out
 
@@ -153,7 +153,7 @@ def test_another_change_leaves_it_out(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_where_a_later_phase_has_no_task_left(tmp_path: Path) -> None:
-    """Also under a budget, which has nothing to share there; stopped in it, it goes on the same way."""
+    """Also under a budget, which has nothing to share there; stopped in it, it resumes the same way."""
     phase = 'schedule.phases=({"start": 8, "rule": "budget", "weights": {"one": 1, "two": 0}},)'
     words = (*BROKEN, phase, "schedule.rebalance_every=5", "evaluation.every=0")
     run(tmp_path / "run", *words, "steps=9")
@@ -168,7 +168,7 @@ def test_a_run_goes_on_where_a_later_phase_has_no_task_left(tmp_path: Path) -> N
 def test_a_rate_that_breaks_the_parameters_at_once_ends_the_run_with_one_error(
     tmp_path: Path,
 ) -> None:
-    """No task is left out for it: step 0 is finite, steps 1 to 3 are not, and neither task is at fault."""
+    """No task is excluded for it: step 0 is finite, steps 1 to 3 are not, and neither task is at fault."""
     words = ("optimizer.learning_rate=1e30", "optimizer.warmup=0", "limits.max_non_finite_steps=2")
     with pytest.raises(
         UserError, match="no task has had a finite .* from step 1 to step 3, and no check"
@@ -231,7 +231,7 @@ def test_a_divergence_goes_back_to_where_all_were_well(
     with watched() as seen:
         run(workdir, *UPHILL)
     said = " ".join(capsys.readouterr().out.split())
-    assert "Task 'two' has diverged by step 13" in said and "Going on from step 8" in said
+    assert "Task 'two' has diverged by step 13" in said and "Resuming from step 8" in said
     assert "From step 8 on without two." in said
     assert [text.split(":")[0] for text in events(workdir, "diverged")] == [
         "Task 'two' has diverged by step 13"
@@ -279,7 +279,7 @@ def test_without_a_checkpoint_at_which_all_were_well_it_begins_anew(tmp_path: Pa
 
 
 def test_no_limit_no_divergence(tmp_path: Path) -> None:
-    """The control: the losses do what the tests above say."""
+    """The control: the losses do what the tests above assume."""
     run(tmp_path / "run", *UPHILL, "limits.divergence=0")
     lines = [x for x in deterministic(tmp_path / "run") if x["kind"] == "train"]
     losses = [x["loss"] for x in lines if x["task"] == "two"]
@@ -304,7 +304,7 @@ def test_killed_before_and_after_it_ends_in_the_same_bits(
     """SIGKILL from outside: before the quarantine, before the divergence, and after the way back."""
     words = [f"--config.{word}" for word in BOTH]
     aims = [Aim("step", 1), Aim("step", 3), Aim("restore", 2), Aim("step", 2)]
-    # A kill that falls behind the divergence leaves none for the next to meet: then all of it anew.
+    # A kill that falls behind the divergence leaves none for the next to meet: then all of it again.
     for attempt in range(4):
         workdir = tmp_path / f"run{attempt}"
         try:
@@ -318,7 +318,7 @@ def test_killed_before_and_after_it_ends_in_the_same_bits(
 
 
 def test_a_task_without_visits_left_takes_over(tmp_path: Path) -> None:
-    """Its program is there, though nothing said at the start that it would run again."""
+    """Its program is there, though nothing at the start showed that it would run again."""
     workdir, shares = tmp_path / "run", ("tasks.one.weight=9", "tasks.two.weight=1")
     run(workdir, *shares, "steps=10")
     assert tasks(workdir).count("two") == 1

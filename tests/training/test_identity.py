@@ -48,7 +48,7 @@ def test_a_modality_that_no_task_reads_needs_no_files(tmp_path: Path) -> None:
 def test_changed_code_is_refused_and_with_leave_announced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A loss weight in an extension file, say."""
+    """For example, a loss weight in an extension file."""
     workdir, changed = tmp_path / "run", tmp_path / "toy.py"
     toyrun.run(workdir, "steps=2")
     changed.write_text(OBJECTIVE.read_text().replace("jnp.square(", "2.0 * jnp.square("))

@@ -100,7 +100,7 @@ def test_real_times_are_measured_of_every_task(tmp_path: Path) -> None:
 def test_a_killed_run_takes_the_shares_that_it_had_frozen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_two: None
 ) -> None:
-    """Killed after the boundary at 4, it goes on from 3; what it would measure now is another thing."""
+    """Killed after the boundary at 4, it resumes from 3; what it would measure now is another thing."""
     straight, again = tmp_path / "straight", tmp_path / "again"
     run(straight, *RULE)
     run(again, *RULE, "steps=4")
@@ -155,7 +155,7 @@ def test_the_end_of_a_shorter_run_is_a_boundary_of_the_longer_one(
     assert [d["start"] for d in decisions(tmp_path / "run")] == [4, 8]
     assert segments(tmp_path / "run") == segments(tmp_path / "straight")
     assert toyrun.bits(tmp_path / "run") == toyrun.bits(tmp_path / "straight")
-    # What was settled is frozen: gone on with from a boundary, other times change nothing.
+    # What was settled is frozen: resumed from a boundary, other times change nothing.
     words = (*RULE, "checkpoint.every=4")
     run(tmp_path / "again", *words)
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "12")

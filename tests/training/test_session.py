@@ -1,4 +1,4 @@
-"""Going on with a run: from torn checkpoints, and after its end."""
+"""Resuming a run: from torn checkpoints, and after its end."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(
     run(copy)
     said = capsys.readouterr().out
     assert "Checkpoint 12 is damaged" in said
-    assert f"Going on from step 8 in {copy}" in said
+    assert f"Resuming from step 8 in {copy}" in said
     assert contents(copy / "torn" / "12") == torn  # set aside, not deleted
     assert str(copy / "torn" / "12") in said.replace("\n", "")
     same(copy, straight)
@@ -78,7 +78,7 @@ def test_several_torn_checkpoints_fall_back_further(
     for step in ("8", "12"):
         TEARS["data cut short"](copy / "checkpoints" / step)
     run(copy)
-    assert f"Going on from step 4 in {copy}" in capsys.readouterr().out
+    assert f"Resuming from step 4 in {copy}" in capsys.readouterr().out
     assert {p.name for p in (copy / "torn").iterdir()} == {"8", "12"}
     same(copy, straight)
 
@@ -104,7 +104,7 @@ def test_a_run_without_any_checkpoint_begins_again_and_keeps_the_lines_it_replac
     shutil.rmtree(copy / "checkpoints")
     with watched() as seen:
         run(copy)
-    assert "Going on" not in capsys.readouterr().out
+    assert "Resuming" not in capsys.readouterr().out
     assert len(seen.ids) == 12
     same(copy, straight)
     replaced = (copy / "metrics.jsonl.replaced-0").read_bytes()
@@ -176,7 +176,7 @@ def test_a_newer_format_is_refused_and_left_alone(copy: Path) -> None:
     assert contents(copy) == before
 
 
-# --- going on ----------------------------------------------------------------------------------
+# --- resuming ----------------------------------------------------------------------------------
 
 
 def test_going_on_reads_what_comes_next_and_ends_in_the_same_bits(
@@ -250,7 +250,7 @@ def test_damaged_results_are_made_again(
 def test_steps_without_a_line_in_the_metrics_are_named(
     half: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And the run goes on: they cannot be had again, and the state does not depend on them."""
+    """And the run continues: they cannot be recovered, and the state does not depend on them."""
     lines = (half / "metrics.jsonl").read_text().splitlines(keepends=True)
     left = [line for line in lines if json.loads(line)["step"] not in (2, 3, 5)]
     (half / "metrics.jsonl").write_text("".join(left))

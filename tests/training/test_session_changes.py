@@ -1,4 +1,4 @@
-"""Going on with a run under a changed config."""
+"""Resuming a run under a changed config."""
 
 from __future__ import annotations
 

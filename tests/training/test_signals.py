@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it saves, and goes on to the same bits."""
+"""Signals that ask a run to stop: it saves, and resumes to the same bits."""
 
 from __future__ import annotations
 

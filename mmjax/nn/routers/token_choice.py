@@ -62,7 +62,7 @@ class TokenChoice(Limited):
         before_GME = jnp.cumsum(asks_GME, axis=1) - asks_GME
         place_GM = jnp.take_along_axis(before_GME, expert_GM[..., None], axis=2)[..., 0]
         kept_GM = there_GM & (place_GM < count)
-        # Those that are left out write to a slot beyond the last, which is cut off.
+        # Dropped ones write to a slot beyond the last, which is cut off.
         slot_GM = jnp.where(kept_GM, expert_GM * count + place_GM, experts * count)
         return Slots(
             *(_scattered(x, slot_GM, experts, count) for x in (token_GM.astype(jnp.int32), gate_GM))

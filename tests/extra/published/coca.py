@@ -55,7 +55,7 @@ def coca(size: str) -> Recipe:
     rows += ours(
         "memory", "first moments in bfloat16", {"optimizer.algorithm.moments_dtype": "bfloat16"}
     )
-    rows += ours("not said in the paper", "The 64 tokens of a text and the crop are ours", {
+    rows += ours("not stated in the paper", "The 64 tokens of a text and the crop are ours", {
         "tasks.captions.inputs.text.length": 64, "modalities.text.max_positions": 64,
         "tasks.captions.inputs.image.crop": 0.7, "optimizer.clip": 1.0, "dtype.compute": "bfloat16",
     })  # fmt: skip

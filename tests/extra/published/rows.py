@@ -1,7 +1,7 @@
 """Published values of the systems that `configs/` has at their size: literals with their sources.
 
 Keys are those of `resolved.resolve`, so that a default counts as what is written. A row whose value here is not the
-published one has its reason, and words of the recipe's header that say so. Marks of a source: [C] read in the authors'
+published one has its reason, and words of the recipe's header for it. Marks of a source: [C] read in the authors'
 code, [P] in the paper, [K] from memory.
 """
 
@@ -21,7 +21,7 @@ class Row:
       here, published: values; None where nothing is published, or nothing is here.
       source: of what is published.
       why: the reason of a difference.
-      words: of the header, that say it.
+      words: of the header, that state it.
     """
 
     key: str

@@ -61,7 +61,7 @@ def sequences(task: str, order: tuple[str, ...], drawn: bool) -> list[Row]:
             "objective.bidirectional_spans": False,
         }, at)  # fmt: skip
         rows += ours(
-            "not said", "Images are pixels in patches of 16", {"inputs.image.crop": 0.7}, at
+            "not stated", "Images are pixels in patches of 16", {"inputs.image.crop": 0.7}, at
         )
     return rows
 
@@ -70,7 +70,7 @@ def transfusion_rate() -> list[Row]:
     return same(f"{ZHOU}, section 4.1 [K]", {
         "steps": 500_000, **ADAM_OF_LLAMA, "optimizer.learning_rate": 3e-4, "optimizer.warmup": 4000,
         "optimizer.decay": "cosine", "optimizer.end_lr_ratio": 0.05, "optimizer.algorithm.eps": 1e-8,
-    }) + ours("not said", "4 million tokens to a batch", {"dtype.compute": "bfloat16"})  # fmt: skip
+    }) + ours("not stated", "4 million tokens to a batch", {"dtype.compute": "bfloat16"})  # fmt: skip
 
 
 def transfusion_images() -> list[Row]:
