@@ -159,15 +159,17 @@ def _pace(experiment: Experiment, workdir: epath.Path, programs: Sequence[str]) 
     return pace(flops, known, assumed_rate(device.device_kind, jax.device_count()))
 
 
-def _remarks(experiment: Experiment, found: Pace, workdir: epath.Path) -> Iterator[str]:
+def _remarks(experiment: Experiment, step_times: Pace, workdir: epath.Path) -> Iterator[str]:
     """Yield remarks on the origin of the numbers."""
-    if found.measured:
+    if step_times.measured:
         yield f"Step times are those measured in {workdir}."
-    if len(found.measured) < len(found.seconds):
-        how = "the rate of the measured tasks" if found.measured else "ASSUMED for this machine"
-        mark = " (?)" if found.measured else ""
-        yield f"Step times{mark} follow from model FLOPs at {human_flops(found.rate)}FLOP/s, {how}."
+    if len(step_times.measured) < len(step_times.seconds):
+        how = (
+            "the rate of the measured tasks" if step_times.measured else "ASSUMED for this machine"
+        )
+        mark = " (?)" if step_times.measured else ""
+        yield f"Step times{mark} follow from model FLOPs at {human_flops(step_times.rate)}FLOP/s, {how}."
     yield "Evaluation, checkpoints, compilation and waiting for data come on top."
     every = experiment.run.schedule.rebalance_every
-    if every and any(each.rule == BUDGET for each in experiment.planned.phase_specs()):
+    if every and any(spec.rule == BUDGET for spec in experiment.planned.phase_specs()):
         yield f"Under {BUDGET}, measured step times set new shares every {every} steps."

@@ -102,8 +102,8 @@ class Experiment:
         for task, _ in self.phases.programs.values():
             if task is self.tasks[task.name]:
                 continue
-            both = [(t.objective.head, self._heads(t)) for t in (self.tasks[task.name], task)]
-            declare_model(self.run.model, self.modalities, both)
+            heads = [(t.objective.head, self._heads(t)) for t in (self.tasks[task.name], task)]
+            declare_model(self.run.model, self.modalities, heads)
         for phase in self.phases.entries:
             for name, variants in phase.variants.items():
                 sizes = {
@@ -135,10 +135,10 @@ class Experiment:
         for name, evaluators in self.evaluators.items():
             task = self.tasks[name]
             for evaluator in evaluators.values():
-                for each in evaluator.passes(task).values():
-                    _, before = passes_by_program.get(pass_key(task, each), (task, each))
-                    fields = tuple(sorted({*before.fields, *each.fields}))
-                    passes_by_program[pass_key(task, each)] = (task, replace(each, fields=fields))
+                for pass_ in evaluator.passes(task).values():
+                    _, before = passes_by_program.get(pass_key(task, pass_), (task, pass_))
+                    fields = tuple(sorted({*before.fields, *pass_.fields}))
+                    passes_by_program[pass_key(task, pass_)] = (task, replace(pass_, fields=fields))
         return list(passes_by_program.values())
 
 
@@ -169,8 +169,8 @@ def _build(block: Mapping[str, Any], folder: str, used: Iterable[tuple[str, str]
     ]
     declaration = declare_model(run.model, modalities, heads)
     evaluators = {name: make_evaluators(task) for name, task in tasks.items()}
-    for name, each in evaluators.items():
-        for source in (e.source for e in each.values() if "name" in e.source):
+    for name, by_name in evaluators.items():
+        for source in (e.source for e in by_name.values() if "name" in e.source):
             configs.component("sources", source, f"tasks.{name}.evaluators.source")
     for rule in (run.schedule.rule, *(phase.rule for phase in run.schedule.phases)):
         if rule in configs.names("rules"):  # others are refused with the schedule

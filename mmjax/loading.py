@@ -186,10 +186,10 @@ class TrainedModel:
         Raises:
           UserError: no such task or modality, or a value that the modality cannot take.
         """
-        chosen, modality, rows = self._given("embed", embedded, task, values)
+        chosen, modality, rows = self._inputs_of("embed", embedded, task, values)
 
-        def of(model: Model, given: Any) -> jax.Array:
-            return able(chosen.objective, Embeds).embed(model, modality, given["arrays"])
+        def of(model: Model, arguments: Any) -> jax.Array:
+            return able(chosen.objective, Embeds).embed(model, modality, arguments["arrays"])
 
         return np.asarray(self._over(chosen, modality, rows, "embed", of), np.float32)
 
@@ -206,7 +206,7 @@ class TrainedModel:
         Raises:
           UserError: no such task or modality, or a value that the modality cannot take.
         """
-        chosen, modality, rows = self._given("caption", _told, task, values)
+        chosen, modality, rows = self._inputs_of("caption", _captioned, task, values)
         text: Any = chosen.inputs[written(chosen.objective)[1]]
         if not hasattr(text.modality, "words"):
             raise UserError(
@@ -214,12 +214,12 @@ class TrainedModel:
                 f"model.compose([('{modality}', value), ('{text.name}', None)])."
             )
 
-        def of(model: Model, given: Any) -> jax.Array:
-            size = jax.tree.leaves(given["arrays"])[0].shape[0]
-            key = jax.random.fold_in(jax.random.key(given["seed"]), given["chunk"])
+        def of(model: Model, arguments: Any) -> jax.Array:
+            size = jax.tree.leaves(arguments["arrays"])[0].shape[0]
+            key = jax.random.fold_in(jax.random.key(arguments["seed"]), arguments["chunk"])
             length = text.settings.length
             return able(chosen.objective, Writes).captions(
-                model, given["arrays"], length, jax.random.split(key, size)
+                model, arguments["arrays"], length, jax.random.split(key, size)
             )
 
         ids = self._over(chosen, modality, rows, "caption", of, seed=np.uint32(seed))
@@ -261,21 +261,21 @@ class TrainedModel:
             for index, (name, value) in enumerate(spans)
         ] + [_blank(chosen, name) for name in absent]
 
-        def of(model: Model, given: Any) -> list[jax.Array]:
+        def of(model: Model, arguments: Any) -> list[jax.Array]:
             plan = [
-                Span(name, arrays, made=value is None)
-                for (name, value), arrays in zip(spans, given["rows"], strict=False)
+                Span(name, arrays, generated=value is None)
+                for (name, value), arrays in zip(spans, arguments["rows"], strict=False)
             ]
-            beside = zip(absent, given["rows"][len(spans) :], strict=True)
+            beside = zip(absent, arguments["rows"][len(spans) :], strict=True)
             plan += [Span(name, arrays, absent=True) for name, arrays in beside]
-            keys = jax.random.key(given["seed"])[None]
+            keys = jax.random.key(arguments["seed"])[None]
             result: list[jax.Array] = objective.compose(model, plan, keys)
             return result
 
-        given = {"rows": jax.tree.map(lambda x: x[None], rows), "seed": np.uint32(seed)}
+        arguments = {"rows": jax.tree.map(lambda x: x[None], rows), "seed": np.uint32(seed)}
         shape = tuple((name, value is None) for name, value in spans)
         call = self._calls.setdefault(("compose", chosen.name, shape, guidance), self.compiled(of))
-        result = iter(call(given))
+        result = iter(call(arguments))
         modalities = [chosen.inputs[name].modality for name, value in spans if value is None]
         return [
             of_text(row) if (of_text := getattr(m, "words", None)) else row
@@ -285,14 +285,18 @@ class TrainedModel:
     def _composing(self, modalities: set[str], name: str | None) -> Task:
         if name is not None and name not in self.tasks:
             raise UserError(f"The run has no task '{name}'.{nearest(name, self.tasks)}")
-        for each, task in self.tasks.items():
-            if modalities and modalities <= set(composed(task.objective)) and name in (None, each):
+        for task_name, task in self.tasks.items():
+            if (
+                modalities
+                and modalities <= set(composed(task.objective))
+                and name in (None, task_name)
+            ):
                 return task
         who, what = f"Task '{name}'" if name else "The run", ", ".join(sorted(modalities)) or "none"
         tasks = "; ".join(f"{n} {_outputs(t)}" for n, t in self.tasks.items() if name in (None, n))
         raise UserError(f"{who} composes no sequence of: {what}. What there is: {tasks}.")
 
-    def _given(
+    def _inputs_of(
         self,
         verb: str,
         able: Callable[[Objective], tuple[str, ...]],
@@ -301,7 +305,7 @@ class TrainedModel:
     ) -> tuple[Task, str, list[dict[str, np.ndarray]]]:
         """Return the task that does it, the modality, and the arrays of each value."""
         if len(values) != 1:
-            known = sorted({name for each in self.tasks.values() for name in each.inputs})
+            known = sorted({name for one in self.tasks.values() for name in one.inputs})
             raise UserError(
                 f"{verb} takes one modality at a time; given: {', '.join(values) or 'none'}. "
                 f"The run has: {', '.join(known)}."
@@ -322,8 +326,8 @@ class TrainedModel:
     ) -> Task:
         if name is not None and name not in self.tasks:
             raise UserError(f"The run has no task '{name}'.{nearest(name, self.tasks)}")
-        for each, task in self.tasks.items():
-            if modality in able(task.objective) and name in (None, each):
+        for task_name, task in self.tasks.items():
+            if modality in able(task.objective) and name in (None, task_name):
                 return task
         raise UserError(self._cannot(verb, able, name, modality))
 
@@ -343,7 +347,7 @@ class TrainedModel:
         if others:
             return f"{words} Tasks that do: {', '.join(others)}."
         if does:
-            return words + nearest(modality, {m for each in does.values() for m in each})
+            return words + nearest(modality, {m for group in does.values() for m in group})
         tasks = "; ".join(f"{n} {_outputs(t)}" for n, t in self.tasks.items())
         return f"{words} No task of this run can {verb}: {tasks}."
 
@@ -362,7 +366,7 @@ class TrainedModel:
         rows: list[dict[str, np.ndarray]],
         verb: str,
         of: Callable[[Model, Any], jax.Array],
-        **more: Any,
+        **extra: Any,
     ) -> np.ndarray:
         """Return what `of` makes of the rows, in chunks; compiled once for each verb, task, modality and size.
 
@@ -379,7 +383,7 @@ class TrainedModel:
             padded = part + [blank] * (size - len(part))
             arrays = {name: np.stack([row[name] for row in padded]) for name in blank}
             arrays[EXISTS] = np.arange(size) < len(part)
-            arguments = {"arrays": arrays, "chunk": np.uint32(chunk), **more}
+            arguments = {"arrays": arrays, "chunk": np.uint32(chunk), **extra}
             outputs.append(np.asarray(call(arguments))[: len(part)])
         return np.concatenate(outputs)
 
@@ -395,9 +399,9 @@ class TrainedModel:
 
 def _outputs(task: Task) -> str:
     """Return what can be asked of a task, in words: `embeds image, text`."""
-    each = task.objective
-    does = {"embeds": embedded(each), "classifies": classified(each), "captions": written(each)[:1],
-            "composes": composed(each)}  # fmt: skip
+    objective = task.objective
+    does = {"embeds": embedded(objective), "classifies": classified(objective), "captions": written(objective)[:1],
+            "composes": composed(objective)}  # fmt: skip
     words = [f"{verb} {', '.join(names)}" for verb, names in does.items() if names]
     return (
         " and ".join(words)
@@ -410,7 +414,7 @@ def _blank(task: Task, modality: str) -> dict[str, np.ndarray]:
     return {n: np.zeros(s.shape, s.dtype) for n, s in task.inputs[modality].arrays().items()}
 
 
-def _told(objective: Objective) -> tuple[str, ...]:
+def _captioned(objective: Objective) -> tuple[str, ...]:
     """Return the modalities that the objective describes in text."""
     return written(objective)[:1]
 

@@ -88,9 +88,9 @@ class ModelConfig:
         """The tower, whichever way it is written."""
         if self.towers:
             return self.towers[TRUNK]
-        given = {f.name: getattr(self, f.name) for f in fields(TowerConfig)}
+        keys = {f.name: getattr(self, f.name) for f in fields(TowerConfig)}
         try:
-            return TowerConfig(**given)
+            return TowerConfig(**keys)
         except FieldError as error:  # the keys are the model's own in the short form
             raise FieldError(self, error.key, error.words) from error
 

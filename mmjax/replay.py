@@ -77,7 +77,7 @@ def replay(
     mesh = make_mesh(experiment.run.mesh, devices)
     start = max((s for s in saved if s <= step), default=None)
     session = reopen(experiment, workdir, mesh, start, Clock.from_json(meta["clock"]).schedule)
-    return Replayed(step, start or 0, _told(workdir, step), _run(session, step))
+    return Replayed(step, start or 0, _logged(workdir, step), _run(session, step))
 
 
 def find_visit(schedule: Schedule, task: str, visit: int, steps: int) -> int:
@@ -127,7 +127,7 @@ def _run(session: Session, last: int) -> dict[str, float]:
     return {name: float(values[name]) for name in _COMPARED}
 
 
-def _told(workdir: epath.Path, step: int) -> dict[str, float]:
+def _logged(workdir: epath.Path, step: int) -> dict[str, float]:
     for line in metrics.read(workdir):
         if (line["kind"], line["step"]) == ("train", step):
             return {name: float(line[name]) for name in _COMPARED}

@@ -113,8 +113,8 @@ def read_arrays(workdir: epath.Path, step: int, shapes: Mapping[str, Any]) -> di
 
 
 def _bytes(leaves: Any) -> int:
-    each: Iterable[Any] = jax.tree.leaves(leaves)
-    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in each)
+    arrays: Iterable[Any] = jax.tree.leaves(leaves)
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in arrays)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

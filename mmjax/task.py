@@ -138,15 +138,17 @@ class RowSpec:
         except UserError as error:
             raise RecordError(str(error)) from error
         times = () if rng is None or not self._sharing else tuple(rng.random(self._sharing))
-        inputs = {name: _arrays(each, example, rng, times) for name, each in self.inputs.items()}
+        inputs = {
+            name: _arrays(input_, example, rng, times) for name, input_ in self.inputs.items()
+        }
         return {"inputs": inputs, "fields": fields, "valid": np.True_}
 
     @cached_property
     def _sharing(self) -> int:
         """Return how many times the inputs share: one for each instance, and none where one input alone has time."""
-        temporal = [each for each in self.inputs.values() if each.modality.temporal]
+        temporal = [input_ for input_ in self.inputs.values() if input_.modality.temporal]
         is_shared = self.shared_time and len(temporal) > 1
-        return max(max(each.instances, 1) for each in temporal) if is_shared else 0
+        return max(max(input_.instances, 1) for input_ in temporal) if is_shared else 0
 
     def blank(self) -> Any:
         """Return an invalid row: zeros."""
@@ -157,7 +159,7 @@ class RowSpec:
 
         One odd example is left to the loader, which counts it, as are examples that cannot be read at all.
         """
-        names = [each.field for each in self.inputs.values()] + list(self.fields)
+        names = [input_.field for input_ in self.inputs.values()] + list(self.fields)
         for name in names:
             if name not in examples.fields:
                 raise UserError(
@@ -190,16 +192,16 @@ def _value(example: Example, name: str) -> Any:
 
 
 def _arrays(
-    each: Input, example: Example, rng: np.random.Generator | None, times: tuple[float, ...]
+    input_: Input, example: Example, rng: np.random.Generator | None, times: tuple[float, ...]
 ) -> dict[str, np.ndarray]:
     """Return the arrays of one input; whatever a decoder makes of the value is an error that names its field."""
-    _value(example, each.field)
+    _value(example, input_.field)
     try:
-        return each.preprocess(example, rng, times)
+        return input_.preprocess(example, rng, times)
     except UserError as error:
-        raise RecordError(f"field '{each.field}' as modality '{each.name}': {error}") from error
+        raise RecordError(f"field '{input_.field}' as modality '{input_.name}': {error}") from error
     except Exception as error:
-        raise ValueError(f"field '{each.field}' as modality '{each.name}': {error}") from error
+        raise ValueError(f"field '{input_.field}' as modality '{input_.name}': {error}") from error
 
 
 def make_task(

@@ -182,7 +182,7 @@ def _log_replicated(session: Session, reports: Sequence[Mapping[str, Any]]) -> N
     """Log which dimensions the rules would divide and the mesh does not: parameters, and activations by program."""
     specs = session.experiment.declaration.specs
     dims = {
-        name: [str(each) for each in replicated_dims(spec.axes, spec.shape, session.mesh)]
+        name: [str(dimension) for dimension in replicated_dims(spec.axes, spec.shape, session.mesh)]
         for spec in specs.values()
         for name in spec.canonical
     }

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.evaluators.base import LossOf, device_spec
-from mmjax.modalities.base import PRESENT, Input, as_rows, dropped, kept
+from mmjax.modalities.base import PRESENT, Input, as_rows, dropped, tokens_left
 from mmjax.modalities.image import Image
 from mmjax.modalities.spectrogram import Spectrogram
 from mmjax.modalities.text import Text
@@ -61,7 +61,7 @@ def test_tokens_that_stay_are_those_of_the_whole(name: str) -> None:
             for each in (part, whole)
         )
     count = all_.x_BSD.shape[1]
-    assert one.x_BSD.shape[1] == kept(count, 0.6) == count - round(0.6 * count)
+    assert one.x_BSD.shape[1] == tokens_left(count, 0.6) == count - round(0.6 * count)
     place = {
         tuple(float(c[0, i]) for c in all_.coordinates.values()): i for i in range(count)
     }  # of each token of the whole
@@ -89,10 +89,10 @@ def test_as_many_stay_as_are_said(count: int, drop: float) -> None:
     values = np.arange(count)[:, None]
     if count - round(count * drop) < 1:
         with pytest.raises(UserError, match="leave one"):
-            kept(count, drop)
+            tokens_left(count, drop)
         return
     arrays, index = dropped(values, (count,), drop, np.random.default_rng(1))
-    assert len(index) == kept(count, drop) and len(set(index)) == len(index)
+    assert len(index) == tokens_left(count, drop) and len(set(index)) == len(index)
     assert index.tolist() == sorted(index) == arrays["patches"][:, 0].tolist()
     place = index.astype(np.float32) / np.float32(count)
     np.testing.assert_array_equal(arrays["coordinates"][:, 0], place)

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 from mmjax.analysis.jaxprs import (
     CALLS,
     Liveness,
-    Wanted,
+    Used,
     called,
     differentiate,
     opened,
@@ -73,7 +73,7 @@ def model_flops(fun: Callable[..., Any], *args: Any) -> int:
 def count(fun: Callable[..., Any], *args: Any) -> Count:
     """Return the same as `model_flops`, with what could not be counted."""
     with xla_alone():
-        return _count(opened(jax.make_jaxpr(fun)(*args)), wanted=None)
+        return _count(opened(jax.make_jaxpr(fun)(*args)), used=None)
 
 
 def train_flops(loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool = False) -> int:
@@ -107,12 +107,12 @@ def count_train(
 ) -> Count:
     """Return the same as `train_flops`, with what could not be counted."""
     with xla_alone():
-        return _count(differentiate(loss_fn, params, args, has_aux).jaxpr, wanted=None)
+        return _count(differentiate(loss_fn, params, args, has_aux).jaxpr, used=None)
 
 
-def _count(jaxpr: Jaxpr, wanted: Wanted | None) -> Count:
+def _count(jaxpr: Jaxpr, used: Used | None) -> Count:
     counter = _Counter()
-    flops = counter.jaxpr(jaxpr, wanted or (True,) * len(jaxpr.outvars), ())
+    flops = counter.jaxpr(jaxpr, used or (True,) * len(jaxpr.outvars), ())
     return Count(flops, tuple(sorted(counter.uncounted)), tuple(sorted(counter.as_written)))
 
 
@@ -124,12 +124,12 @@ class _Counter:
         self.uncounted: set[str] = set()
         self.as_written: set[str] = set()
 
-    def jaxpr(self, jaxpr: Jaxpr, wanted: Wanted, within: Within) -> int:
-        """Return the operations that the wanted outputs need; `within` are the `shard_map`s around it."""
-        needed = self.liveness.equations(jaxpr, wanted)
+    def jaxpr(self, jaxpr: Jaxpr, used: Used, within: Within) -> int:
+        """Return the operations that the used outputs need; `within` are the `shard_map`s around it."""
+        needed = self.liveness.equations(jaxpr, used)
         return sum(self.equation(eqn, outs, within) for eqn, outs in needed)
 
-    def equation(self, eqn: JaxprEqn, outs: Wanted, within: Within) -> int:
+    def equation(self, eqn: JaxprEqn, outs: Used, within: Within) -> int:
         name = eqn.primitive.name
         if name in _PRODUCTS:
             return _PRODUCTS[name](eqn) * (4 if _is_complex(eqn) else 1)
@@ -141,7 +141,7 @@ class _Counter:
             return self.jaxpr(called(eqn), outs, within)
         if name == "scan":
             body = opened(eqn.params["jaxpr"])
-            once = self.jaxpr(body, self.liveness.scan_wanted(eqn, outs), within)
+            once = self.jaxpr(body, self.liveness.used_in_scan(eqn, outs), within)
             return eqn.params["length"] * once
         if name == "while":
             return self._while(eqn, outs, within)
@@ -153,16 +153,16 @@ class _Counter:
             return self._opaque(eqn)
         return self._unknown(eqn, within)
 
-    def _shard_map(self, eqn: JaxprEqn, outs: Wanted, within: Within) -> int:
+    def _shard_map(self, eqn: JaxprEqn, outs: Used, within: Within) -> int:
         """Count each shard once: what mesh axes outside the specs repeat is the same work."""
         sizes = eqn.params["mesh"].shape
         named = _named_axes([*eqn.params["in_specs"], *eqn.params["out_specs"]])
         body = self.jaxpr(called(eqn), outs, (*within, eqn))
         return body * math.prod(sizes[axis] for axis in named)
 
-    def _while(self, eqn: JaxprEqn, outs: Wanted, within: Within) -> int:
+    def _while(self, eqn: JaxprEqn, outs: Used, within: Within) -> int:
         trips = _trip_count(eqn)
-        targets = self.liveness.while_wanted(eqn, outs)
+        targets = self.liveness.used_in_while(eqn, outs)
         body = self.jaxpr(opened(eqn.params["body_jaxpr"]), targets, within)
         cond = self.jaxpr(opened(eqn.params["cond_jaxpr"]), (True,), within)
         if trips is None:
@@ -225,11 +225,11 @@ def _trace_within(within: Within, fun: Callable[..., Any], *groups: list[Any]) -
     if not within:
         shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in flat]
         return opened(jax.make_jaxpr(fun)(*jax.tree.unflatten(treedef, shapes)))
-    params, found = within[-1].params, []
+    params, traced = within[-1].params, []
 
     def inside(values: list[Any]) -> None:
         values = [value[0] for value in values]
-        found.append(jax.make_jaxpr(fun)(*jax.tree.unflatten(treedef, values)))
+        traced.append(jax.make_jaxpr(fun)(*jax.tree.unflatten(treedef, values)))
 
     sizes = params["mesh"].shape
     varying = [_varying(v.aval) for v in flat]
@@ -246,7 +246,7 @@ def _trace_within(within: Within, fun: Callable[..., Any], *groups: list[Any]) -
         check_vma=params["check_vma"],
     )
     jax.eval_shape(mapped, shapes)
-    return opened(found[0])
+    return opened(traced[0])
 
 
 def _varying(aval: Any) -> tuple[Any, ...]:

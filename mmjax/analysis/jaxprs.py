@@ -18,7 +18,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 
 from mmjax.core.errors import UserError
 
-Wanted = tuple[bool, ...]
+Used = tuple[bool, ...]
 
 # Equations that run one inner jaxpr on their own operands, once, and return its results.
 CALLS = frozenset(
@@ -75,7 +75,7 @@ def while_split(eqn: JaxprEqn) -> tuple[int, int]:
     return eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
 
 
-def _any(a: Wanted, b: Wanted) -> Wanted:
+def _any(a: Used, b: Used) -> Used:
     return tuple(x or y for x, y in zip(a, b, strict=True))
 
 
@@ -99,30 +99,30 @@ class Liveness:
     """
 
     blocked: frozenset[str] = frozenset()
-    _seen: dict[tuple[Jaxpr, Wanted], tuple[Wanted, list[tuple[JaxprEqn, Wanted]]]] = field(
+    _seen: dict[tuple[Jaxpr, Used], tuple[Used, list[tuple[JaxprEqn, Used]]]] = field(
         default_factory=dict, repr=False
     )
 
-    def inputs(self, jaxpr: Jaxpr, wanted: Wanted) -> Wanted:
-        """Return, for each input of `jaxpr`, whether the `wanted` outputs need it."""
-        return self._walked(jaxpr, wanted)[0]
+    def inputs(self, jaxpr: Jaxpr, used: Used) -> Used:
+        """Return, for each input of `jaxpr`, whether the `used` outputs need it."""
+        return self._walked(jaxpr, used)[0]
 
-    def equations(self, jaxpr: Jaxpr, wanted: Wanted) -> list[tuple[JaxprEqn, Wanted]]:
-        """Return the equations that the `wanted` outputs need, in order, each with its own wanted outputs.
+    def equations(self, jaxpr: Jaxpr, used: Used) -> list[tuple[JaxprEqn, Used]]:
+        """Return the equations that the `used` outputs need, in order, each with its own used outputs.
 
         Equations with effects are needed always.
         """
-        return self._walked(jaxpr, wanted)[1]
+        return self._walked(jaxpr, used)[1]
 
-    def _walked(self, jaxpr: Jaxpr, wanted: Wanted) -> tuple[Wanted, list[tuple[JaxprEqn, Wanted]]]:
+    def _walked(self, jaxpr: Jaxpr, used: Used) -> tuple[Used, list[tuple[JaxprEqn, Used]]]:
         # Layers share inner jaxprs, and the fixed points below ask again: hence the cache.
-        if (jaxpr, wanted) not in self._seen:
-            self._seen[jaxpr, wanted] = self._walk(jaxpr, wanted)
-        return self._seen[jaxpr, wanted]
+        if (jaxpr, used) not in self._seen:
+            self._seen[jaxpr, used] = self._walk(jaxpr, used)
+        return self._seen[jaxpr, used]
 
-    def _walk(self, jaxpr: Jaxpr, wanted: Wanted) -> tuple[Wanted, list[tuple[JaxprEqn, Wanted]]]:
+    def _walk(self, jaxpr: Jaxpr, used: Used) -> tuple[Used, list[tuple[JaxprEqn, Used]]]:
         needed = []
-        live = _variables(jaxpr.outvars, wanted)
+        live = _variables(jaxpr.outvars, used)
         for eqn in reversed(jaxpr.eqns):
             outs = tuple(v in live for v in eqn.outvars)
             if any(outs) or _has_effect(eqn):
@@ -130,7 +130,7 @@ class Liveness:
                 live |= _variables(eqn.invars, self._operands(eqn, outs))
         return tuple(v in live for v in jaxpr.invars), needed[::-1]
 
-    def _operands(self, eqn: JaxprEqn, outs: Wanted) -> Wanted:
+    def _operands(self, eqn: JaxprEqn, outs: Used) -> Used:
         name = eqn.primitive.name
         if name in self.blocked:
             return (False,) * len(eqn.invars)
@@ -147,15 +147,15 @@ class Liveness:
             return (True, *map(any, zip(*branches, strict=True)))
         return (True,) * len(eqn.invars)
 
-    def _scan_operands(self, eqn: JaxprEqn, outs: Wanted) -> Wanted:
+    def _scan_operands(self, eqn: JaxprEqn, outs: Used) -> Used:
         consts, carries = scan_split(eqn)
         if eqn.params["length"] == 0:  # the carries pass untouched
             scanned = len(eqn.invars) - consts - carries
             return (False,) * consts + outs[:carries] + (False,) * scanned
-        return self.inputs(opened(eqn.params["jaxpr"]), self.scan_wanted(eqn, outs))
+        return self.inputs(opened(eqn.params["jaxpr"]), self.used_in_scan(eqn, outs))
 
-    def scan_wanted(self, eqn: JaxprEqn, outs: Wanted) -> Wanted:
-        """Return the wanted outputs of one iteration of a scan: a carry also for the iterations after."""
+    def used_in_scan(self, eqn: JaxprEqn, outs: Used) -> Used:
+        """Return the used outputs of one iteration of a scan: a carry also for the iterations after."""
         consts, carries = scan_split(eqn)
         while True:
             needed = self.inputs(opened(eqn.params["jaxpr"]), outs)[consts : consts + carries]
@@ -164,8 +164,8 @@ class Liveness:
                 return outs
             outs = grown
 
-    def while_wanted(self, eqn: JaxprEqn, outs: Wanted) -> Wanted:
-        """Return the wanted outputs of one iteration of a while loop's body; the condition wants some."""
+    def used_in_while(self, eqn: JaxprEqn, outs: Used) -> Used:
+        """Return the used outputs of one iteration of a while loop's body; the condition uses some."""
         of_cond, of_body = while_split(eqn)
         outs = _any(outs, self.inputs(opened(eqn.params["cond_jaxpr"]), (True,))[of_cond:])
         while True:
@@ -174,16 +174,16 @@ class Liveness:
                 return outs
             outs = grown
 
-    def _while_operands(self, eqn: JaxprEqn, outs: Wanted) -> Wanted:
+    def _while_operands(self, eqn: JaxprEqn, outs: Used) -> Used:
         of_cond, of_body = while_split(eqn)
-        carried = self.while_wanted(eqn, outs)
+        carried = self.used_in_while(eqn, outs)
         cond = self.inputs(opened(eqn.params["cond_jaxpr"]), (True,))
         body = self.inputs(opened(eqn.params["body_jaxpr"]), carried)
         return cond[:of_cond] + body[:of_body] + carried
 
 
-def _variables(atoms: Any, wanted: Wanted) -> set[Any]:
-    return {a for a, w in zip(atoms, wanted, strict=True) if w and not isinstance(a, Literal)}
+def _variables(atoms: Any, used: Used) -> set[Any]:
+    return {a for a, w in zip(atoms, used, strict=True) if w and not isinstance(a, Literal)}
 
 
 @dataclass(frozen=True)
@@ -227,13 +227,13 @@ def differentiate(
         loss, aux = out if has_aux else (out, ())
         return _checked(loss), aux
 
-    def both(chosen: Any, tangents: Any, others: Any, args: Any) -> tuple[Any, ...]:
+    def values_and_tangent(chosen: Any, tangents: Any, others: Any, args: Any) -> tuple[Any, ...]:
         loss, tangent, aux = jax.jvp(
             lambda p: loss_of(p, others, args), (chosen,), (tangents,), has_aux=True
         )
         return tangent, loss, aux
 
-    jaxpr = opened(jax.make_jaxpr(both)(chosen, chosen, others, args))
+    jaxpr = opened(jax.make_jaxpr(values_and_tangent)(chosen, chosen, others, args))
     return Derivative(jaxpr, tuple(n for n, yes in zip(names, inexact, strict=True) if yes))
 
 

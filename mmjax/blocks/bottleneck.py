@@ -48,8 +48,8 @@ class BottleneckBlock(nnx.Module):
     """The block that `Bottleneck` describes."""
 
     def __init__(self, width: int, config: Bottleneck):
-        own = Transformer(**{f.name: getattr(config, f.name) for f in fields(SharedKeys)})
-        self.blocks = nnx.Dict({name: own.build(width) for name in config.modalities})
+        transformer = Transformer(**{f.name: getattr(config, f.name) for f in fields(SharedKeys)})
+        self.blocks = nnx.Dict({name: transformer.build(width) for name in config.modalities})
         self.fuse = config.fuse
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
@@ -65,9 +65,9 @@ class BottleneckBlock(nnx.Module):
             sees = concatenate([part, *fusion]) if self.fuse else part
             out, aux = self._block(part.layout[0][0])(sees, fold(key, index))
             auxes.append(aux)
-            own = part.x_BSD.shape[1]
-            outputs.append(replace(part, x_BSD=out.x_BSD[:, :own]))
-            passed.append((out.x_BSD[:, own:], part.mask_BS().any(axis=1)))
+            length = part.x_BSD.shape[1]
+            outputs.append(replace(part, x_BSD=out.x_BSD[:, :length]))
+            passed.append((out.x_BSD[:, length:], part.mask_BS().any(axis=1)))
         if self.fuse and fusion:
             at = next(i for i, part in enumerate(outputs) if part.layout[0][0] == FUSION)
             outputs[at] = replace(outputs[at], x_BSD=_mean(passed, fusion[0].x_BSD))

@@ -20,9 +20,9 @@ from mmjax.nn.stream import Aux, Stream, no_aux
 
 @struct.dataclass
 class Cache:
-    """The cache of the block: keys and values of its `own` stream so far, those of the `context`, and which exist."""
+    """The cache of the block: keys and values of the stream so far, those of the `context`, and which exist."""
 
-    own: KeyValues
+    self_attention: KeyValues
     context: KeyValues
     valid_BT: jax.Array | None
 
@@ -86,10 +86,12 @@ class CrossTransformerBlock(nnx.Module):
         del key  # no dropout
         x, context = stream.x_BSD, _context(stream)
         x = x + self.attention(self.attention_norm(x), stream.pairs())
-        x = self._rest(x, self._key_values(context), context.valid_BS)
+        x = self._after_attention(x, self._key_values(context), context.valid_BS)
         return replace(stream, x_BSD=x), no_aux()
 
-    def _rest(self, x: jax.Array, key_values: KeyValues, valid_BT: jax.Array | None) -> jax.Array:
+    def _after_attention(
+        self, x: jax.Array, key_values: KeyValues, valid_BT: jax.Array | None
+    ) -> jax.Array:
         """Apply the sublayers after self-attention."""
         x = x + self.cross.read(self.cross_norm(x), key_values, Pairs(FULL, valid_BT=valid_BT))
         return x + self.mlp(self.mlp_norm(x))
@@ -97,8 +99,8 @@ class CrossTransformerBlock(nnx.Module):
     def init_cache(self, stream: Stream, slots: int) -> Cache:
         """Return empty slots for the stream's own tokens, and the context's keys and values; see `Trunk.init_cache`."""
         context = _context(stream)
-        own = empty(self.attention, stream, slots)
-        return Cache(own, self._key_values(context), context.valid_BS)
+        key_values = empty(self.attention, stream, slots)
+        return Cache(key_values, self._key_values(context), context.valid_BS)
 
     def _key_values(self, context: Stream) -> KeyValues:
         """Return the keys and values of the context."""
@@ -108,10 +110,12 @@ class CrossTransformerBlock(nnx.Module):
     def decode(self, stream: Stream, cache: Cache, at: jax.Array | int) -> tuple[Stream, Cache]:
         """Apply the block to the tokens from `at` on, given those before, see `Trunk.decode`."""
         x, normed = stream.x_BSD, self.attention_norm(stream.x_BSD)
-        own = cache.own.put(self.attention.key_values(normed), at)
-        x = x + self.attention.read(normed, own, stream.pairs_from(at, own.k_BTHK.shape[1]))
-        x = self._rest(x, cache.context, cache.valid_BT)
-        return replace(stream, x_BSD=x), replace(cache, own=own)
+        key_values = cache.self_attention.put(self.attention.key_values(normed), at)
+        x = x + self.attention.read(
+            normed, key_values, stream.pairs_from(at, key_values.k_BTHK.shape[1])
+        )
+        x = self._after_attention(x, cache.context, cache.valid_BT)
+        return replace(stream, x_BSD=x), replace(cache, self_attention=key_values)
 
 
 def _context(stream: Stream) -> Stream:

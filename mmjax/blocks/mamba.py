@@ -123,8 +123,8 @@ class MambaBlock(nnx.Module):
         window_BSKE = _causal_windows(
             all_BSE, self.taps, _order(valid_BS, jnp.arange(valid_BS.shape[1]))
         )
-        own = window_BSKE[:, self.taps - 1 : -1]
-        u_BSE = jax.nn.silu(apply_per_modality(self.conv, own, modality_of(stream)))
+        windows_BSKE = window_BSKE[:, self.taps - 1 : -1]
+        u_BSE = jax.nn.silu(apply_per_modality(self.conv, windows_BSKE, modality_of(stream)))
         tokens = self._tokens(u_BSE, stream, None)
         state_BEN, y_BSE = scan_from(cache.state_BEN, self._a(tokens), tokens)
         return self._leave(stream, u_BSE, y_BSE, z_BSE), Cache(window_BSKE[:, -1, :-1], state_BEN)

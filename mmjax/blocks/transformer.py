@@ -150,7 +150,7 @@ class TransformerBlock(nnx.Module):
             return y
 
         if not self.has_experts:
-            return self._rest(stream, call_part), auxes[-1]
+            return self._after_attention(stream, call_part), auxes[-1]
         x = self._add(x, self.mlp_norm, experts, token_modalities)
         return replace(stream, x_BSD=x), auxes[-1]
 
@@ -165,7 +165,7 @@ class TransformerBlock(nnx.Module):
             return x + part(apply_per_modality(norm, x, token_modalities))
         return x + apply_per_modality(norm, part(x), token_modalities)
 
-    def _rest(self, stream: Stream, call: Call) -> Stream:
+    def _after_attention(self, stream: Stream, call: Call) -> Stream:
         """Apply the sublayers after attention; `call(mlp, x)` applies the MLP."""
         token_modalities = modality_of(stream)
 
@@ -198,7 +198,7 @@ class TransformerBlock(nnx.Module):
 
         x = self._add(x, self.attention_norm, attention, token_modalities)
         call = _causal_call if self.has_experts else call_part
-        return self._rest(replace(stream, x_BSD=x), call), cache
+        return self._after_attention(replace(stream, x_BSD=x), call), cache
 
 
 def _causal_call(experts: Any, x: jax.Array) -> jax.Array:

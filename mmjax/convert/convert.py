@@ -57,7 +57,7 @@ _KINDS = {"tar": "tar", "parquet": "Parquet file", "folder": "folder"}
 _LOG_SECONDS = 10.0
 
 Json = dict[str, Any]
-Wanted = Mapping[str, tuple[str, ...]]
+Fields = Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def convert(
     *,
     split: str = "",
     shards: int = 1,
-    fields: Wanted | None = None,
+    fields: Fields | None = None,
     types: Mapping[str, str] | None = None,
     max_bad: int = 0,
     max_pixels: int = pictures.MAX_PIXELS,
@@ -164,7 +164,7 @@ class Tally:
             if known and kind != known:
                 raise ValueError(f"field {name!r} is {kind}, in examples before it is {known}")
 
-    def leave_out(self, where: str, error: Exception, max_bad: int) -> None:
+    def skip(self, where: str, error: Exception, max_bad: int) -> None:
         self.bad.append(f"{where}: {error}".rstrip("."))
         if len(self.bad) > max_bad:
             raise UserError(
@@ -180,12 +180,12 @@ def _write(
     """Write the examples that are whole, dealt over the files in turn."""
     tally, digest, last_logged = Tally(), hashlib.sha256(), time.monotonic()
     with _Files(files) as writers:
-        for found in examples:
+        for source_example in examples:
             try:
-                example = choice.take(found)
+                example = choice.take(source_example)
                 tally.check_types(example)
             except ValueError as error:
-                tally.leave_out(found.where, error, max_bad)
+                tally.skip(source_example.where, error, max_bad)
                 continue
             record = _record(example)
             writers.write(tally.examples % len(files), record)
@@ -206,27 +206,27 @@ def _write(
 class _Choice:
     """The choice of fields of an example, their types, and the bound of its pictures."""
 
-    wanted: Wanted | None
+    fields: Fields | None
     types: Mapping[str, str]
     max_pixels: int
 
-    def take(self, found: Found) -> dict[str, Value]:
+    def take(self, record: Found) -> dict[str, Value]:
         """Return the chosen fields, decoded as far as it takes to check them; `ValueError` if anything is wrong."""
-        if found.fault:
-            raise ValueError(found.fault)
-        sources = {name: name for name in found.raw}
-        if self.wanted is not None:
-            sources = {name: _only(found, olds) for name, olds in self.wanted.items()}
-            sources |= {KEY: KEY} if KEY in found.raw else {}
+        if record.fault:
+            raise ValueError(record.fault)
+        sources = {name: name for name in record.raw}
+        if self.fields is not None:
+            sources = {name: _only(record, olds) for name, olds in self.fields.items()}
+            sources |= {KEY: KEY} if KEY in record.raw else {}
         example = {}
         for name, old in sources.items():
             try:
-                value = value_of(*found.raw[old], self.types.get(name, ""), self.max_pixels)
+                value = value_of(*record.raw[old], self.types.get(name, ""), self.max_pixels)
             except Exception as error:  # whatever a decoder makes of damaged bytes
                 raise ValueError(f"field {old!r}: {plain_words(error)}") from error
             if value is not None:
                 example[name] = value
-        missing = [name for name in self.wanted or {} if name not in example]
+        missing = [name for name in self.fields or {} if name not in example]
         if missing:
             raise ValueError(f"field {missing[0]!r} is empty")
         if not example.keys() - {KEY}:
@@ -234,8 +234,8 @@ class _Choice:
         return example
 
 
-def _only(found: Found, olds: Sequence[str]) -> str:
-    there = [old for old in olds if old in found.raw]
+def _only(record: Found, olds: Sequence[str]) -> str:
+    there = [old for old in olds if old in record.raw]
     if len(there) != 1:
         words = " or ".join(map(repr, olds))
         raise ValueError(f"has no {words}" if not there else f"has more than one of {words}")
@@ -324,10 +324,10 @@ def _check_free(path: epath.Path, force: bool) -> None:
     if not path.is_dir():
         raise UserError(f"--out: {path} is a file. Give a folder.")
     present = {file.name for file in path.iterdir()}
-    own = {MANIFEST, *_own_files(path)}
-    if present - own:
+    replaceable = {MANIFEST, *_own_files(path)}
+    if present - replaceable:
         raise UserError(
-            f"{path} holds other files ({min(present - own)}), which a conversion would replace. "
+            f"{path} holds other files ({min(present - replaceable)}), which a conversion would replace. "
             "Give --out a new folder."
         )
     if present and not force:
@@ -375,9 +375,9 @@ def _copy(folder: epath.Path, part: epath.Path, names: Sequence[str]) -> None:
 # --- the command -------------------------------------------------------------------------------
 
 
-def summary(made: Converted, seconds: float) -> str:
+def summary(converted: Converted, seconds: float) -> str:
     """Return a summary of a conversion in a few lines."""
-    facts = made.manifest
+    facts = converted.manifest
     size = sum(file["bytes"] for file in facts["files"].values()) / 2**20
     lines = [
         f"{facts['examples']:,} examples from {_count(len(facts['source']['files']), _KINDS[facts['source']['kind']])}"
@@ -396,7 +396,7 @@ def summary(made: Converted, seconds: float) -> str:
     if facts["ignored"]["count"]:
         lines.append(f"ignored: {_count(facts['ignored']['count'], 'file')} of no field, such as "
                      f"{facts['ignored']['names'][0]}")  # fmt: skip
-    source = json.dumps({"name": "array_record", "path": str(made.path)})
+    source = json.dumps({"name": "array_record", "path": str(converted.path)})
     return "\n".join([*lines, f"source = {source}"])
 
 
@@ -404,22 +404,22 @@ def _count(number: int, thing: str) -> str:
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
-def _wanted(arguments: Sequence[str]) -> tuple[Wanted | None, dict[str, str]]:
+def _fields_and_types(arguments: Sequence[str]) -> tuple[Fields | None, dict[str, str]]:
     """Return the fields and types that arguments `NAME`, `NAME:TYPE`, `NAME=A,B` or `NAME:TYPE=A,B` state."""
-    wanted: dict[str, tuple[str, ...]] = {}
+    fields: dict[str, tuple[str, ...]] = {}
     types: dict[str, str] = {}
     for argument in arguments:
         head, _, olds = argument.partition("=")
         begin, _, end = head.rpartition(":")
         name, as_type = (begin, end) if ":" in head and end in TYPES else (head, "")
-        if not name or name in wanted or (olds and not all(olds.split(","))):
+        if not name or name in fields or (olds and not all(olds.split(","))):
             raise UserError(
                 f"--field={argument}: write NAME, NAME:TYPE or NAME=A,B, each NAME once; TYPE is "
                 f"{', '.join(TYPES)}."
             )
-        wanted[name] = tuple(olds.split(",")) if olds else (name,)
+        fields[name] = tuple(olds.split(",")) if olds else (name,)
         types |= {name: as_type} if as_type else {}
-    return wanted or None, types
+    return fields or None, types
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -446,14 +446,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace an earlier conversion")
     args = parser.parse_args(argv)
-    fields, types = _wanted(args.field)
+    fields, types = _fields_and_types(args.field)
     start = time.perf_counter()
-    made = convert(
+    converted = convert(
         args.source, args.out, split=args.split, shards=args.shards, fields=fields, types=types,
         max_bad=args.max_bad, max_pixels=args.max_pixels, force=args.force,
         log=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
-    print(summary(made, time.perf_counter() - start))
+    print(summary(converted, time.perf_counter() - start))
 
 
 if __name__ == "__main__":

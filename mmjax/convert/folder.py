@@ -44,16 +44,16 @@ def read_folder(folder: epath.Path, ignored: Ignored) -> Iterator[Found]:
 
 def _walk(folder: epath.Path, prefix: str, ignored: Ignored) -> Iterator[tuple[str, epath.Path]]:
     """Yield (relative name, file) of all but hidden files; links to folders are not followed."""
-    for each in folder.iterdir():
-        name = prefix + each.name
-        if each.name.startswith("."):
+    for entry in folder.iterdir():
+        name = prefix + entry.name
+        if entry.name.startswith("."):
             continue
-        if not each.is_dir():
-            yield name, each
-        elif os.path.islink(each):
+        if not entry.is_dir():
+            yield name, entry
+        elif os.path.islink(entry):
             ignored.add(name)
         else:
-            yield from _walk(each, f"{name}/", ignored)
+            yield from _walk(entry, f"{name}/", ignored)
 
 
 def _extension(name: str) -> str:
@@ -90,11 +90,11 @@ def _by_sidecar(
         yield image
 
 
-def _caption(found: Found, text: bytes) -> None:
+def _caption(image: Found, text: bytes) -> None:
     """Add a caption; blanks around it do not count."""
-    found.raw["caption"] = ("text", text.strip())
+    image.raw["caption"] = ("text", text.strip())
     if not text.strip():
-        found.fault = found.fault or "has an empty caption"
+        image.fault = image.fault or "has an empty caption"
 
 
 def _by_table(table: epath.Path, images: Mapping[str, epath.Path]) -> Iterator[Found]:
@@ -112,8 +112,8 @@ def _by_table(table: epath.Path, images: Mapping[str, epath.Path]) -> Iterator[F
             continue
         used.add(name)  # type: ignore[arg-type]
         image = _image(name, images[name])  # type: ignore[arg-type, index]
-        more = row.keys() - {"file", "caption"}
-        image.raw |= {n: _cell(row[n]) for n in more if row[n] is not None}
+        others = row.keys() - {"file", "caption"}
+        image.raw |= {n: _cell(row[n]) for n in others if row[n] is not None}
         _caption(image, caption.encode("utf-8", "surrogatepass"))  # type: ignore[union-attr]
         yield image
     for name in sorted(images.keys() - used):

@@ -14,7 +14,7 @@ _BATCH = 64  # rows held at once
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*")
 
 
-def read_parquet(file: epath.Path, wanted: frozenset[str]) -> Iterator[Found]:
+def read_parquet(file: epath.Path, fields: frozenset[str]) -> Iterator[Found]:
     """Yield the rows as examples."""
     import pyarrow
     import pyarrow.parquet as pq
@@ -24,13 +24,13 @@ def read_parquet(file: epath.Path, wanted: frozenset[str]) -> Iterator[Found]:
     try:
         with file.open("rb") as opened:
             table = pq.ParquetFile(opened, pre_buffer=False, page_checksum_verification=True)
-            columns = _columns(file, table.schema_arrow, wanted)
+            columns = _columns(file, table.schema_arrow, fields)
             for batch in table.iter_batches(_BATCH, columns=columns, use_threads=False):
                 names, values = batch.schema.names, zip(*map(_raw, batch.columns), strict=True)
-                rows = [dict(zip(names, each, strict=True)) for each in values]
+                rows = [dict(zip(names, cells, strict=True)) for cells in values]
                 images = _image_columns(rows) if images is None else images
-                for each in rows:
-                    yield Found(f"{file.name}, row {row}", _present(each, images))
+                for cells in rows:
+                    yield Found(f"{file.name}, row {row}", _present(cells, images))
                     row += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read after row {row}: {error}") from error
@@ -60,9 +60,9 @@ def _present(row: Mapping[str, Raw], images: set[str]) -> dict[str, Raw]:
     return present
 
 
-def _columns(file: epath.Path, schema: Any, wanted: frozenset[str]) -> list[str]:
-    missing = wanted - set(schema.names)
-    columns = [name for name in schema.names if not wanted or name in wanted]
+def _columns(file: epath.Path, schema: Any, fields: frozenset[str]) -> list[str]:
+    missing = fields - set(schema.names)
+    columns = [name for name in schema.names if not fields or name in fields]
     if not columns:
         raise UserError(
             f"{file} has no column {min(missing)!r}; it has: {', '.join(schema.names)}."

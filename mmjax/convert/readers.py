@@ -53,13 +53,13 @@ def _kind(file: epath.Path) -> str:
 
 
 def read(
-    kind: str, files: Sequence[epath.Path], ignored: Ignored, wanted: frozenset[str]
+    kind: str, files: Sequence[epath.Path], ignored: Ignored, fields: frozenset[str]
 ) -> Iterator[Found]:
-    """Yield the examples of all files in order; `wanted` fields only, where that saves reading (all if empty)."""
+    """Yield the examples of all files in order; only `fields`, if that saves reading (all if empty)."""
     for file in files:
         if kind == "tar":
             yield from read_tar(file, ignored)
         elif kind == "parquet":
-            yield from read_parquet(file, wanted)
+            yield from read_parquet(file, fields)
         else:
             yield from read_folder(file, ignored)

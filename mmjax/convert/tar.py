@@ -53,7 +53,7 @@ class _Header(tarfile.TarInfo):
 
 def read_tar(file: epath.Path, ignored: Ignored) -> Iterator[Found]:
     """Yield the members of one stem, one after another, as an example."""
-    stems, stem, found = _Names(), "", None
+    stems, stem, record = _Names(), "", None
     with _open_tar(file) as tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # it would keep every header
@@ -61,14 +61,14 @@ def read_tar(file: epath.Path, ignored: Ignored) -> Iterator[Found]:
             if not member.isdir() and not extension:
                 ignored.add(f"{file.name}/{member.name}")
             elif not member.isdir():
-                if found is None or begin != stem:
-                    if found is not None:
-                        yield found
+                if record is None or begin != stem:
+                    if record is not None:
+                        yield record
                     stem = begin
-                    found = _begin(file, stem, stems.add(stem))
-                _add_member(found, extension.lower(), tar, member)
-    if found is not None:
-        yield found
+                    record = _begin(file, stem, stems.add(stem))
+                _add_member(record, extension.lower(), tar, member)
+    if record is not None:
+        yield record
 
 
 def _parts(name: str) -> tuple[str, str]:
@@ -88,19 +88,19 @@ def _begin(file: epath.Path, stem: str, is_new: bool) -> Found:
 
 
 def _add_member(
-    found: Found, extension: str, tar: tarfile.TarFile, member: tarfile.TarInfo
+    record: Found, extension: str, tar: tarfile.TarFile, member: tarfile.TarInfo
 ) -> None:
-    found.size += member.size
+    record.size += member.size
     if not member.isreg():
-        found.fault = f"member {member.name!r} is a link or device, which is not followed"
-    elif extension in found.raw:
-        found.fault = f"has two members '.{extension}'"
-    elif found.size > MAX_BYTES:
-        found.fault = f"is over {MAX_BYTES >> 20} MiB with member {member.name!r}"
-    elif not found.fault:
+        record.fault = f"member {member.name!r} is a link or device, which is not followed"
+    elif extension in record.raw:
+        record.fault = f"has two members '.{extension}'"
+    elif record.size > MAX_BYTES:
+        record.fault = f"is over {MAX_BYTES >> 20} MiB with member {member.name!r}"
+    elif not record.fault:
         opened = tar.extractfile(member)
         assert opened is not None
-        found.raw[extension] = raw_file(extension, opened.read())
+        record.raw[extension] = raw_file(extension, opened.read())
 
 
 @contextlib.contextmanager

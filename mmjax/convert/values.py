@@ -86,7 +86,7 @@ def value_of(
 
 def _as_type(value: Value, as_type: str) -> Value:
     if isinstance(value, list):
-        return [_as_type(each, as_type) for each in value]  # type: ignore[misc]
+        return [_as_type(item, as_type) for item in value]  # type: ignore[misc]
     text = value.decode("utf-8").strip() if isinstance(value, bytes) else repr(value)
     if as_type == "text":
         return value if isinstance(value, bytes) else text.encode()

@@ -63,9 +63,9 @@ def check_choices(config: Any, **known: Iterable[str]) -> None:
     for key, names in known.items():
         value, names = getattr(config, key), list(names)
         verb, each_of = ("is", [value]) if isinstance(value, str) else ("names", value)
-        for each in each_of:
-            if each not in names:
-                raise FieldError(config, key, f"{verb} '{each}'.{nearest(each, names)}")
+        for choice in each_of:
+            if choice not in names:
+                raise FieldError(config, key, f"{verb} '{choice}'.{nearest(choice, names)}")
 
 
 def contains(interval: str, value: float) -> bool:
@@ -78,9 +78,9 @@ def contains(interval: str, value: float) -> bool:
 
 def _numbers(key: str, value: Any) -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping):
-        yield from ((f"{key}.{name}", each) for name, each in value.items())
+        yield from ((f"{key}.{name}", item) for name, item in value.items())
     elif isinstance(value, (list, tuple)):
-        yield from ((f"{key}[{index}]", each) for index, each in enumerate(value))
+        yield from ((f"{key}[{index}]", item) for index, item in enumerate(value))
     elif value is not None:
         yield key, value
 

@@ -129,10 +129,10 @@ def _check_call(get_config: Callable[..., Any], arguments: list[str], file: str)
     try:
         inspect.signature(get_config).bind(*arguments)
     except TypeError as error:
-        given = f"'{arguments[0]}' was given" if arguments else "none was given"
+        received = f"'{arguments[0]}' was given" if arguments else "none was given"
         raise UserError(
             f"Config file '{file}': get_config{inspect.signature(get_config)}, but as its argument "
-            f"{given}. Write --config={file} or --config={file}:ARGUMENT."
+            f"{received}. Write --config={file} or --config={file}:ARGUMENT."
         ) from error
 
 
@@ -487,7 +487,7 @@ def _class_of(
     """Return the class of the key `parts` below a value of type `hint`, held by a field with this metadata."""
     if not parts:
         return kind
-    blocks, (part, *rest) = list(blocks), parts
+    blocks, (part, *remaining) = list(blocks), parts
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         hint = next(a for a in arguments if a is not type(None))
@@ -499,14 +499,14 @@ def _class_of(
     if hasattr(hint, "KIND"):
         hint = _schema_of(hint, blocks)
     if origin in (dict, tuple):
-        return _class_of(rest, arguments[origin is dict], metadata, inner, kind)
+        return _class_of(remaining, arguments[origin is dict], metadata, inner, kind)
     if not dataclasses.is_dataclass(hint):
         return kind
     field = {f.name: f for f in dataclasses.fields(hint)}.get(part)
     if field is None:
         return kind
     hint, kind = _hints(typing.cast(type, hint))[part], field.metadata.get("change", kind)
-    return _class_of(rest, hint, field.metadata, inner, kind)
+    return _class_of(remaining, hint, field.metadata, inner, kind)
 
 
 _hints = functools.cache(typing.get_type_hints)

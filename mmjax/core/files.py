@@ -76,7 +76,7 @@ def new_folder(path: epath.Path) -> Iterator[epath.Path]:
 
 def _last_change(shelter: epath.Path) -> float:
     inner = list(shelter.glob("*")) + list(shelter.glob("*/*"))
-    return max(float(each.stat().mtime or 0) for each in (shelter, *inner))
+    return max(float(file.stat().mtime or 0) for file in (shelter, *inner))
 
 
 def swap_in(part: epath.Path, path: epath.Path) -> None:

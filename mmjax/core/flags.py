@@ -34,29 +34,29 @@ def plain_command(name: str, doc: str | None) -> argparse.ArgumentParser:
     )  # fmt: skip
 
 
-def _with_extra(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    made.add_argument(
+def _with_extra(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument(
         "--extra", action="append", default=[], metavar="DIR",
         help="folder with your own modules: DIR/modalities/NAME.py, DIR/objectives/NAME.py, ...",
     )  # fmt: skip
-    return made
+    return parser
 
 
-def add_config(made: argparse.ArgumentParser, *, required: bool = False) -> None:
+def add_config(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """Add `--config`, which takes what `mmjax.core.config.read_file` takes."""
-    made.add_argument(
+    parser.add_argument(
         "--config", required=required, metavar="CONFIG",
         help="a config by name (quickstart), or a Python file with get_config(); CONFIG:SETTING chooses a setting",
     )  # fmt: skip
 
 
-def add_workdir(made: argparse.ArgumentParser) -> None:
+def add_workdir(parser: argparse.ArgumentParser) -> None:
     """Add `--workdir`, which must be given."""
-    made.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the run's folder")
 
 
 def parse(
-    made: argparse.ArgumentParser, argv: Sequence[str] | None
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, list[str]]:
     """Return the arguments, and the `KEY=VALUE` of each `--config.KEY=VALUE`."""
     _skip_absent_tpu()
@@ -66,9 +66,11 @@ def parse(
     words = sys.argv[1:] if argv is None else argv
     # Taken out first: one with a space in its value would pass for a positional argument.
     overrides = [a.removeprefix("--config.") for a in words if a.startswith("--config.")]
-    arguments, unknown = made.parse_known_args([a for a in words if not a.startswith("--config.")])
+    arguments, unknown = parser.parse_known_args(
+        [a for a in words if not a.startswith("--config.")]
+    )
     if unknown:
-        raise UserError(f"Unknown argument {unknown[0]}. {usage(made)}")
+        raise UserError(f"Unknown argument {unknown[0]}. {usage(parser)}")
     for folder in arguments.extra:
         configs.add_folder(folder)
     return arguments, overrides
@@ -91,9 +93,9 @@ def _skip_absent_tpu() -> None:
         getattr(xla_bridge, "_backend_factories", {}).pop("tpu", None)
 
 
-def usage(made: argparse.ArgumentParser) -> str:
+def usage(parser: argparse.ArgumentParser) -> str:
     """Return the usage on one line."""
-    return f"{' '.join(made.format_usage().split())} [--config.KEY=VALUE ...]"
+    return f"{' '.join(parser.format_usage().split())} [--config.KEY=VALUE ...]"
 
 
 def read_config(path: str, overrides: Sequence[str]) -> Block:

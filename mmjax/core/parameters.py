@@ -78,10 +78,10 @@ def stack_copies(module: nnx.Module, count: int, axis: str) -> None:
         if isinstance(node, nnx.Param):
             value, meta = node.get_raw_value(), node.get_metadata()
             node.set_raw_value(jax.ShapeDtypeStruct((count, *value.shape), value.dtype))
-            node.set_metadata(axes=(axis, *meta["axes"]), init=_each(meta["init"]))
+            node.set_metadata(axes=(axis, *meta["axes"]), init=_per_copy(meta["init"]))
 
 
-def _each(init: Initializer) -> Initializer:
+def _per_copy(init: Initializer) -> Initializer:
     def many(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
         keys = jax.random.split(key, shape[0])
         return jax.vmap(lambda k: init(k, shape[1:], dtype))(keys)
@@ -159,9 +159,9 @@ def _spec(name: str, variable: Any) -> Spec:
     stack = meta["stack"]
     if stack is not None:
         # A trunk's names read `PREFIX/groups/G/blocks/B/INNER`.
-        prefix, rest = name.split("/groups/", 1)
+        prefix, inner = name.split("/groups/", 1)
         first, stride, repeat = stack
-        stack = LayerStack(first, stride, repeat, f"{prefix}/layers", rest.split("/", 3)[3])
+        stack = LayerStack(first, stride, repeat, f"{prefix}/layers", inner.split("/", 3)[3])
     return Spec(
         name=name,
         shape=variable.shape,

@@ -48,7 +48,7 @@ def _blocks(
         if isinstance(tree, dict):
             yield before, tree
         return
-    first, *rest = pattern
+    first, *deeper = pattern
     if isinstance(tree, dict):
         children = tree.items() if first == "*" else [(first, tree.get(first))]
     elif isinstance(tree, list | tuple) and (first == "*" or first.isdigit()):
@@ -56,7 +56,7 @@ def _blocks(
     else:
         return
     for name, child in children:
-        yield from _blocks(child, tuple(rest), (*before, name))
+        yield from _blocks(child, tuple(deeper), (*before, name))
 
 
 @dataclass(frozen=True)

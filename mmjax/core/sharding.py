@@ -122,7 +122,9 @@ def device_grid(sizes: Sequence[int], config: MeshConfig, devices: Sequence[Any]
             "another axis."
         )
     inner[axis] //= len(slices)
-    return np.concatenate([_within_slice(inner, each) for each in slices], axis=axis)
+    return np.concatenate(
+        [_within_slice(inner, slice_devices) for slice_devices in slices], axis=axis
+    )
 
 
 def _by_slice(count: int, devices: Sequence[Any]) -> list[list[Any]]:
@@ -194,16 +196,16 @@ def replicated_dims(
     return _resolve(axes, shape, mesh)[1]
 
 
-def describe_replicated(found: Mapping[str, Sequence[str]]) -> list[str]:
+def describe_replicated(replicated: Mapping[str, Sequence[str]]) -> list[str]:
     """Return a line for each thing that stays whole: `heads 4 over tensor 8: a, b and 7 more`."""
     where: dict[str, list[str]] = {}
-    for name in found:
-        for each in found[name]:
-            where.setdefault(each, []).append(name)
+    for name in replicated:
+        for dimension in replicated[name]:
+            where.setdefault(dimension, []).append(name)
     lines = []
-    for each, names in sorted(where.items()):
-        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-        lines.append(f"{each}: {', '.join(names[:2])}{more}")
+    for dimension, names in sorted(where.items()):
+        others = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        lines.append(f"{dimension}: {', '.join(names[:2])}{others}")
     return lines
 
 

@@ -194,17 +194,17 @@ def _quiet() -> Iterator[None]:
         tfds.enable_progress_bar()
 
 
-def _manifest(name: str, limit: int | None, made: Made) -> Json:
+def _manifest(name: str, limit: int | None, prepared: Made) -> Json:
     """Return all facts about the data, read back from what was written."""
     import tensorflow_datasets as tfds
 
-    sources = tfds.builder_from_directory(made.path).as_data_source()
+    sources = tfds.builder_from_directory(prepared.path).as_data_source()
     splits = {
         split: {"examples": len(source), "sha256": records_digest(source)}
         for split, source in sorted(sources.items())
     }
     identity = {split: facts["sha256"] for split, facts in splits.items()}
-    identity["tokenizer"] = made.facts.get("tokenizer", {}).get("sha256", "")
+    identity["tokenizer"] = prepared.facts.get("tokenizer", {}).get("sha256", "")
     return {
         "name": name,
         "version": VERSION,
@@ -212,8 +212,8 @@ def _manifest(name: str, limit: int | None, made: Made) -> Json:
         "limit": limit,
         "digest": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         "splits": splits,
-        "files": {file.name: file.stat().length for file in sorted(made.path.iterdir())},
-        **made.facts,
+        "files": {file.name: file.stat().length for file in sorted(prepared.path.iterdir())},
+        **prepared.facts,
     }
 
 
@@ -261,9 +261,9 @@ def _part(path: epath.Path) -> Iterator[epath.Path]:
         yield part
 
 
-def _copy(made: epath.Path, manifest: Json, part: epath.Path) -> None:
+def _copy(source: epath.Path, manifest: Json, part: epath.Path) -> None:
     """Copy the directory's files, then write the manifest."""
-    for file in sorted(made.iterdir()):
+    for file in sorted(source.iterdir()):
         file.copy(part / file.name)
     (part / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
 

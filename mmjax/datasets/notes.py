@@ -67,7 +67,7 @@ def prepare(root: epath.Path, limit: int | None = None) -> Made:
     all_notes = [note for note in _all_notes() if _regions(font, note)]
     chosen = sorted(sorted(all_notes, key=lambda note: _fraction("limit", *note))[:limit])
     of = {split: [note for note in chosen if split_of(note[1]) == split] for split in SPLITS}
-    writer.check_splits({split: len(found) for split, found in of.items()}, limit)
+    writer.check_splits({split: len(entries) for split, entries in of.items()}, limit)
 
     def records(split: str) -> Iterator[tuple[str, writer.Record]]:
         for note in of[split]:

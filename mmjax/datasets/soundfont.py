@@ -133,8 +133,8 @@ def _cents(settings: Mapping[int, int], header: np.void, key: int) -> float:
     """Return the distance of a key from the root key, in cents (8.1.3): the root key is the zone's, else the sample's;
     60 where that is unknown.
     """
-    own = int(header["key"]) if header["key"] <= 127 else 60
-    root = settings[ROOT] if settings[ROOT] >= 0 else own
+    sample_root = int(header["key"]) if header["key"] <= 127 else 60
+    root = settings[ROOT] if settings[ROOT] >= 0 else sample_root
     tuned = 100 * settings.get(SEMITONES, 0) + settings.get(CENTS, 0) + int(header["cents"])
     return settings[SCALE] * (key - root) + tuned
 
@@ -201,21 +201,21 @@ def _within(limits: int | None, value: int) -> bool:
     return limits is None or (limits & 0xFF) <= value <= (limits >> 8 & 0xFF)
 
 
-def play(regions: Sequence[Region], seconds: float, held: float, rate: int) -> Sound:
-    """Return the sum of the regions, `[seconds * rate]`, the key let go after `held` seconds.
+def play(regions: Sequence[Region], seconds: float, pressed: float, rate: int) -> Sound:
+    """Return the sum of the regions, `[seconds * rate]`, the key let go after `pressed` seconds.
 
     In units of the recordings, so that a sum may leave the range of int16.
     """
     sound = np.zeros(round(seconds * rate))
     for region in regions:
-        sound += _played(region, len(sound), held, rate)
+        sound += _played(region, len(sound), pressed, rate)
     return sound
 
 
-def _played(region: Region, length: int, held: float, rate: int) -> Sound:
+def _played(region: Region, length: int, pressed: float, rate: int) -> Sound:
     settings, times = region.settings, np.arange(length) / rate
-    modulation = _envelope(settings, MODULATION, times, held)
-    volume = _envelope(settings, VOLUME, times, held)
+    modulation = _envelope(settings, MODULATION, times, pressed)
+    volume = _envelope(settings, VOLUME, times, pressed)
     bend = settings.get(MODULATION_TO_PITCH, 0) * modulation
     steps = np.exp2((region.cents + bend) / 1200) * region.rate / (_OVERSAMPLED * rate)
     sound = decimate(_read(region, np.repeat(steps, _OVERSAMPLED)), _OVERSAMPLED)
@@ -242,7 +242,7 @@ def _read(region: Region, steps: NDArray[np.float64]) -> Sound:
     return low + weight * (recorded[np.minimum(after, silent)] - low)
 
 
-def _envelope(settings: Mapping[int, int], first: int, times: Sound, held: float) -> Sound:
+def _envelope(settings: Mapping[int, int], first: int, times: Sound, pressed: float) -> Sound:
     """Return the volume envelope (8.1.2): rises to 1, falls to the sustain level, and to 0 when the key is let go.
 
     For the volume a fall of 1 stands for 100 dB; see `_gain`.
@@ -253,9 +253,9 @@ def _envelope(settings: Mapping[int, int], first: int, times: Sound, held: float
     sustain = 1 - min(max(settings.get(first + 4, 0), 0), 1000) / 1000
     lengths = [delay, attack, hold, decay * (1 - sustain)]
     level = np.interp(times, np.cumsum([0, *lengths]), [0, 0, 1, 1, sustain])
-    let_go = np.interp(held, np.cumsum([0, *lengths]), [0, 0, 1, 1, sustain])
-    falling = np.maximum(let_go - (times - held) / release, 0)
-    return np.where(times < held, level, falling)
+    let_go = np.interp(pressed, np.cumsum([0, *lengths]), [0, 0, 1, 1, sustain])
+    falling = np.maximum(let_go - (times - pressed) / release, 0)
+    return np.where(times < pressed, level, falling)
 
 
 def _gain(settings: Mapping[int, int], volume: Sound, times: Sound) -> Sound:

@@ -62,7 +62,7 @@ def prepare(root: epath.Path, limit: int | None = None) -> Made:
         split: [c for c in chosen if emoji.seen(c.codepoints) is s]
         for split, (s, _) in SPLITS.items()
     }
-    counts = {split: len(found) for split, found in of.items()}
+    counts = {split: len(entries) for split, entries in of.items()}
     writer.check_splits(counts, limit)
     path = writer.write(
         "speech",
@@ -70,7 +70,7 @@ def prepare(root: epath.Path, limit: int | None = None) -> Made:
         description=__doc__ or "",
         features=_features(concepts),
         licence=packages.licences(_SOURCES),
-        splits={split: _records(found, SPLITS[split][1]) for split, found in of.items()},
+        splits={split: _records(entries, SPLITS[split][1]) for split, entries in of.items()},
     )
     facts = {
         "concepts": emoji.concept_facts(concepts, chosen, counts),

@@ -97,7 +97,7 @@ async def _write_part(slices: Sequence[Any], infos: Sequence[Any]) -> None:
     """Write what this process stores, and its checksums."""
     folder = infos[0].parent_dir / _PARTS
     folder.mkdir(parents=True, exist_ok=True)
-    entries = [_entry(each, info) for each, info in zip(slices, infos, strict=True)]
+    entries = [_entry(part, info) for part, info in zip(slices, infos, strict=True)]
     path = folder / f"{jax.process_index()}.json"
     with naming(path):
         path.write_text(json.dumps(entries))
@@ -187,35 +187,35 @@ def _stored(entry: Mapping[str, Any]) -> Stored:
 def shapes(stored: Mapping[tuple[str, ...], Stored]) -> dict[str, Any]:
     """Return the tree of shapes and dtypes that an index describes."""
     tree: dict[str, Any] = {}
-    for path, each in stored.items():
+    for path, array in stored.items():
         *parents, last = path
         block = tree
         for key in parents:
             block = block.setdefault(key, {})
-        block[last] = jax.ShapeDtypeStruct(each.shape, each.dtype)
+        block[last] = jax.ShapeDtypeStruct(array.shape, array.dtype)
     return tree
 
 
-def read(folder: epath.Path, stored: Mapping[tuple[str, ...], Stored], wanted: Any) -> Any:
-    """Return the arrays that the tree `wanted` asks for, each verified.
+def read(folder: epath.Path, stored: Mapping[tuple[str, ...], Stored], abstract: Any) -> Any:
+    """Return the arrays that the tree `abstract` asks for, each verified.
 
     Args:
       folder: where the arrays lie.
       stored: its index.
-      wanted: a tree of shapes and dtypes, with shardings for `jax.Array`, without for NumPy's.
+      abstract: a tree of shapes and dtypes, with shardings for `jax.Array`, without for NumPy's.
 
     Raises:
       Mismatch: bytes that do not match their checksum, or are not there.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(wanted)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
     context = ts.Context(_CONTEXT)
 
-    def each(pair: tuple[Any, Any]) -> Any:
+    def read_leaf(pair: tuple[Any, Any]) -> Any:
         path, leaf = pair
         return _read_array(folder, context, stored[tuple(key.key for key in path)], leaf)
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        return jax.tree.unflatten(structure, pool.map(each, leaves))
+        return jax.tree.unflatten(structure, pool.map(read_leaf, leaves))
 
 
 def _read_array(folder: epath.Path, context: ts.Context, stored: Stored, leaf: Any) -> Any:
@@ -310,8 +310,8 @@ def _size(box: Box) -> int:
 
 
 def _common(one: Box, other: Box) -> Box | None:
-    both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
-    return both if all(start < stop for start, stop in both) else None
+    common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
+    return common if all(start < stop for start, stop in common) else None
 
 
 def _inside(box: Box, outer: Box) -> tuple[slice, ...]:

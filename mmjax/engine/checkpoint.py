@@ -344,16 +344,16 @@ def _has_checksums(folder: epath.Path) -> bool:
         return metadata.is_verified(metadata.read_sealed(folder))
 
 
-def _read_unverified(folder: epath.Path, wanted: Mapping[str, Any]) -> Any:
+def _read_unverified(folder: epath.Path, abstract: Mapping[str, Any]) -> Any:
     """Return the arrays of a checkpoint of format 1, by Orbax."""
-    restore_args = jax.tree.map(_restore_args, wanted)
+    restore_args = jax.tree.map(_restore_args, abstract)
     # Each process reads for itself: one that fails must not leave the others at a barrier.
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     with _quiet(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         arguments = ocp.args.PyTreeRestore(
-            item=wanted, restore_args=restore_args, partial_restore=True
+            item=abstract, restore_args=restore_args, partial_restore=True
         )
         return checkpointer.restore(folder, args=arguments)
 
@@ -381,7 +381,7 @@ def _without_empty(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {part: leaves for part, leaves in tree.items() if leaves}
 
 
-def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> list[str]:
+def check_shapes(saved: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> list[str]:
     """Compare shapes and dtypes by name; the error lists parameter path, expected and found.
 
     Returns:
@@ -391,7 +391,7 @@ def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: s
     wrong, widened = [], list[str]()
     # Parameters first: what is wrong with them is wrong with what follows them.
     for part in sorted(expected, key=lambda part: (part != "parameters", part)):
-        have = _flat(found.get(part, {}))
+        have = _flat(saved.get(part, {}))
         for name, leaf in _flat(expected[part]).items():
             stored = have.get(name)
             if stored is None:
@@ -403,20 +403,20 @@ def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: s
                     f"{part}/{name}: expected {_leaf_words(leaf)}, found {_leaf_words(stored)}"
                 )
     if wrong:
-        more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        others = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         lines = "\n  ".join(wrong[:8])
         raise UserError(
-            f"Checkpoint {where} does not fit this config:\n  {lines}{more}\nUse another --workdir."
+            f"Checkpoint {where} does not fit this config:\n  {lines}{others}\nUse another --workdir."
         )
     return widened
 
 
 def _widens(stored: Any, leaf: Any) -> bool:
     """Return whether an array is stored in a dtype all of whose values that of `leaf` holds too."""
-    both = [np.dtype(x.dtype) for x in (stored, leaf)]
-    floats = all(jax.numpy.issubdtype(dtype, jax.numpy.floating) for dtype in both)
-    fits = floats and jax.numpy.promote_types(*both) == both[1]
-    return fits and both[0] != both[1] and tuple(stored.shape) == tuple(leaf.shape)
+    dtypes = [np.dtype(x.dtype) for x in (stored, leaf)]
+    floats = all(jax.numpy.issubdtype(dtype, jax.numpy.floating) for dtype in dtypes)
+    fits = floats and jax.numpy.promote_types(*dtypes) == dtypes[1]
+    return fits and dtypes[0] != dtypes[1] and tuple(stored.shape) == tuple(leaf.shape)
 
 
 def _flat(tree: Any) -> dict[str, Any]:
@@ -559,13 +559,13 @@ def restore(
 
 
 def _without_new(
-    abstract: Mapping[str, Any], found: Mapping[str, Any], meta: dict[str, Any], may_be_new: Any
+    abstract: Mapping[str, Any], saved: Mapping[str, Any], meta: dict[str, Any], may_be_new: Any
 ) -> dict[str, Any]:
     return {
         part: {
             n: leaf
             for n, leaf in leaves.items()
-            if n in found.get(part, {}) or not may_be_new(n, meta)
+            if n in saved.get(part, {}) or not may_be_new(n, meta)
         }
         for part, leaves in abstract.items()
     }

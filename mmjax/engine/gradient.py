@@ -60,10 +60,10 @@ def _separate(
         metrics = {name: count * metric for name, metric in loss.metrics.items()}
         return count * loss.value, (count, metrics)
 
-    def each(part: Any, key: jax.Array) -> Any:
+    def of_part(part: Any, key: jax.Array) -> Any:
         return jax.value_and_grad(weighted, has_aux=True)(parameters, part, key)
 
-    (value, (count, metrics)), grads = _total(each, *_parts(task, batch, key))
+    (value, (count, metrics)), grads = _total(of_part, *_parts(task, batch, key))
     whole = jnp.where(count > 0, count, 1)
     value, metrics, grads = jax.tree.map(
         lambda x: x / whole.astype(x.dtype), (value, metrics, grads)
@@ -87,7 +87,9 @@ def _coupled(
         _refuse_buffers(represented.aux.buffers, task)
         return represented.rows, represented.aux.loss
 
-    rows, aux = jax.lax.map(lambda each: represent(parameters, *each), (parts, keys))
+    rows, aux = jax.lax.map(
+        lambda part_and_key: represent(parameters, *part_and_key), (parts, keys)
+    )
 
     def value_of(parameters: Arrays, rows: Any) -> tuple[jax.Array, Loss]:
         loss = objective.compare(model_of(parameters), rows, batch)
@@ -124,8 +126,8 @@ def _total(fun: Callable[..., Any], *stacked: Any) -> Any:
     first = jax.tree.map(lambda x: x[0], stacked)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, wide(s.dtype)), jax.eval_shape(fun, *first))
 
-    def add(total: Any, each: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, fun(*each)), None
+    def add(total: Any, arguments: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, fun(*arguments)), None
 
     return jax.lax.scan(add, zeros, stacked)[0]
 

@@ -111,7 +111,7 @@ def broken_at(schedule: Schedule, health: Mapping[str, Health], step: int) -> in
     Returns:
       The last finite step, -1 if there was none; None if a task has not been tried since, or if only one runs.
     """
-    bad = {task: each.consecutive_non_finite for task, each in health.items()}
+    bad = {task: record.consecutive_non_finite for task, record in health.items()}
     active, tried = schedule.active(step, step + 1), set[str]()
     while step >= 0 and bad.get(task := schedule.task(step), 0) > 0:
         bad[task] -= 1

@@ -80,14 +80,14 @@ def reading(folder: epath.Path, decoding: tuple[type[Exception], ...] = ()) -> I
 
 def is_damage(error: BaseException, decoding: tuple[type[Exception], ...] = ()) -> bool:
     """Return whether an error, or one of its causes, means that bytes are damaged or missing."""
-    verdicts = [_verdict(each, decoding) for each in _chain(error)]
+    verdicts = [_verdict(cause, decoding) for cause in _chain(error)]
     return any(v is True for v in verdicts) and not any(v is False for v in verdicts)
 
 
 def words(error: BaseException) -> str:
     """Return the innermost cause of an error in one line, with its type if that adds information."""
     chain = _chain(error)
-    innermost = next((each for each in chain if isinstance(each, Mismatch)), chain[-1])
+    innermost = next((cause for cause in chain if isinstance(cause, Mismatch)), chain[-1])
     text = " ".join(_APPENDED.sub("", str(innermost)).split())
     named = isinstance(innermost, (OSError, Mismatch)) or _STATUS.match(text)
     return text if named else f"{type(innermost).__name__}: {text}".rstrip(": ")

@@ -186,9 +186,9 @@ class FileStore:
             path: identity(_read(path) or b"") for path in self._folder.glob(f"{LEASE}.after-*")
         }
         known, files = {lease_id}, list[Path]()
-        while found := [path for path, successor in left.items() if successor in known]:
-            files += found
-            for path in found:
+        while earlier := [path for path, successor in left.items() if successor in known]:
+            files += earlier
+            for path in earlier:
                 known.add(path.name.removeprefix(f"{LEASE}.after-"))
                 del left[path]
         return files

@@ -140,8 +140,8 @@ def _arranged(objective: Objective, rows: Any, window: int) -> np.ndarray:
     count = len(rows["valid"])
     windows = []
     for start in range(0, count, window):
-        each = [jax.tree.map(lambda x, i=start + i: x[i], rows) for i in range(window)]
-        windows += [start + int(i) for i in objective.arranged(each)]
+        examples = [jax.tree.map(lambda x, i=start + i: x[i], rows) for i in range(window)]
+        windows += [start + int(i) for i in objective.arranged(examples)]
     return np.array(windows, np.int64)
 
 
@@ -259,8 +259,8 @@ def _by_processes(steps: _Steps, config: LoaderConfig) -> grain.IterDataset[Host
     if not flags.FLAGS.is_parsed():  # Grain asks for flags of its own, which nobody here gives
         flags.FLAGS.mark_as_parsed()
     # Grain keeps so many of each process there, and as many again here.
-    each = -(-config.prefetch // (2 * config.processes))
-    options = grain.MultiprocessingOptions(config.processes, max(each, 1))
+    per_process = -(-config.prefetch // (2 * config.processes))
+    options = grain.MultiprocessingOptions(config.processes, max(per_process, 1))
     # No threads in there: they would wait for each other.
     batches = grain.MapDataset.source(steps).to_iter_dataset(grain.ReadOptions(0, 0))
     return batches.mp_prefetch(options, partial(_begin_worker, configs.added_folders()))

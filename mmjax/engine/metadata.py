@@ -122,7 +122,7 @@ def _conforms(value: Any, hint: Any) -> bool:
         pairs = value.items() if isinstance(value, Mapping) else [(None, None)]
         return all(_conforms(k, arguments[0]) and _conforms(v, arguments[1]) for k, v in pairs)
     if origin is tuple:
-        return isinstance(value, tuple) and all(_conforms(each, arguments[0]) for each in value)
+        return isinstance(value, tuple) and all(_conforms(item, arguments[0]) for item in value)
     if hint is Any or not isinstance(hint, type):
         return True
     if hint in (int, float):

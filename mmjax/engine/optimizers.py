@@ -50,12 +50,12 @@ class Optimizers:
     @cached_property
     def views(self) -> Mapping[str, UpdateScope]:
         """The view that each task has of the optimizer, all phases taken together."""
-        each = [self._views(phase) for phase in self.phases.entries]
+        per_phase = [self._views(phase) for phase in self.phases.entries]
         return {
             name: UpdateScope(
-                view.kind, frozenset[str]().union(*(views[name].trains for views in each))
+                view.kind, frozenset[str]().union(*(views[name].trains for views in per_phase))
             )
-            for name, view in each[0].items()
+            for name, view in per_phase[0].items()
         }
 
     def _views(self, phase: Phase) -> dict[str, UpdateScope]:
@@ -85,11 +85,12 @@ class Optimizers:
     def check(self) -> None:
         """Raise a `UserError` where a task's view or a rule cannot be."""
         every, kinds = self.config.accumulate, self._kinds()
-        own = [task for task, kind in kinds.items() if kind != SHARED]
-        if every > 1 and own:
+        unshared = [task for task, kind in kinds.items() if kind != SHARED]
+        if every > 1 and unshared:
             raise UserError(
                 f"optimizer.accumulate is {every}, which makes one update of several tasks' steps; task "
-                f"'{own[0]}' has the update_scope '{kinds[own[0]]}'. Set it to '{SHARED}', or accumulate to 1."
+                f"'{unshared[0]}' has the update_scope '{kinds[unshared[0]]}'. "
+                f"Set it to '{SHARED}', or accumulate to 1."
             )
         for phase in self.phases.entries:
             apply_rules(phase.rules, self.spec.declaration.specs)

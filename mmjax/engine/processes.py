@@ -48,9 +48,9 @@ def compiling(requests: Mapping[str, Request], *others: str) -> Compiling:
 # --- joining -----------------------------------------------------------------------------------
 
 
-def add_arguments(made: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--coordinator`, `--processes` and `--process`, with defaults from the environment."""
-    made.add_argument(
+    parser.add_argument(
         "--coordinator", default=os.environ.get("MMJAX_COORDINATOR", ""), metavar="HOST:PORT",
         help="where process 0 listens, or `auto` where JAX finds it (TPU, Slurm); MMJAX_COORDINATOR",
     )  # fmt: skip
@@ -59,7 +59,7 @@ def add_arguments(made: argparse.ArgumentParser) -> None:
         ("process", "which of them this is, from 0"),
     ):
         variable = f"MMJAX_{name.upper()}"
-        made.add_argument(
+        parser.add_argument(
             f"--{name}", default=os.environ.get(variable, ""), metavar="N",
             help=f"{words}; {variable}",
         )  # fmt: skip
@@ -183,10 +183,10 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
         keys = sorted(k for k in first.keys() | other.keys() if first.get(k) != other.get(k))
         if keys:
             words = "; ".join(f"{k}: {first.get(k)} there, {other.get(k)} here" for k in keys[:5])
-            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            omitted = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
             let_others_end()
             raise UserError(
-                f"Process {index} was started otherwise than process 0: {words}{more}. Start all with the "
+                f"Process {index} was started otherwise than process 0: {words}{omitted}. Start all with the "
                 "same config, flags and versions."
             )
 
@@ -206,19 +206,19 @@ def slowest(seconds: float, least: float) -> tuple[int, float, float] | None:
     return stands_out(gather(seconds), least)
 
 
-def stands_out(each: Sequence[float], least: float) -> tuple[int, float, float] | None:
+def stands_out(seconds: Sequence[float], least: float) -> tuple[int, float, float] | None:
     """Return the process that its own work on the host holds up: its number, its seconds and the others' median.
 
     Args:
-      each: the seconds of every process, for a step's batch.
+      seconds: the seconds of every process, for a step's batch.
       least: what counts; a process is slow above this, and above three times the others' median.
     """
-    index = max(range(len(each)), key=each.__getitem__)
-    rest = [*each[:index], *each[index + 1 :]]
-    if not rest:
+    index = max(range(len(seconds)), key=seconds.__getitem__)
+    others = [*seconds[:index], *seconds[index + 1 :]]
+    if not others:
         return None
-    usual = statistics.median(rest)
-    return (index, each[index], usual) if each[index] > max(least, _SLOW * usual) else None
+    usual = statistics.median(others)
+    return (index, seconds[index], usual) if seconds[index] > max(least, _SLOW * usual) else None
 
 
 def wait_for_all() -> None:
@@ -236,9 +236,9 @@ class Vote:
     def __init__(self, mesh: Mesh, lag: int):
         self._mesh, self._lag = mesh, lag
         self._under_way: deque[jax.Array] = deque()
-        self._each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._one_per_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         if jax.process_count() > 1:
-            shape = jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=self._each)
+            shape = jax.ShapeDtypeStruct((mesh.size,), np.int32, sharding=self._one_per_device)
             self._sum = compile_silently(lambda x: x.sum(), shape, replicated(mesh), mesh)
 
     def cast(self, yes: bool) -> bool:
@@ -248,7 +248,9 @@ class Vote:
         parts = [
             jax.device_put(np.full(1, yes, np.int32), d) for d in self._mesh.local_mesh.devices.flat
         ]
-        ballot = jax.make_array_from_single_device_arrays((self._mesh.size,), self._each, parts)
+        ballot = jax.make_array_from_single_device_arrays(
+            (self._mesh.size,), self._one_per_device, parts
+        )
         self._under_way.append(self._sum(ballot))
         return len(self._under_way) > self._lag and self._count()
 

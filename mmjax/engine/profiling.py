@@ -68,7 +68,7 @@ class Profile:
         """Start or stop the profile; call it when `step` is about to begin and no step is in flight."""
         first, last = self._config.start, self._config.start + self._config.steps
         if first <= step < last and not self._is_tracing:
-            jax.profiler.start_trace(os.fspath(self._workdir / TRACES / _own("process_")))
+            jax.profiler.start_trace(os.fspath(self._workdir / TRACES / _by_process("process_")))
             self._is_tracing = True
         elif step >= last:
             self._stop()
@@ -77,7 +77,9 @@ class Profile:
         if self._config.dumps:
             folder = self._workdir / DUMPS
             folder.mkdir(parents=True, exist_ok=True)
-            jax.profiler.save_device_memory_profile(os.fspath(folder / f"memory{_own('_')}.prof"))
+            jax.profiler.save_device_memory_profile(
+                os.fspath(folder / f"memory{_by_process('_')}.prof")
+            )
         if self._config.port:
             port = self._config.port + jax.process_index()
             try:
@@ -100,7 +102,7 @@ class Profile:
             jax.profiler.stop_trace()
 
 
-def _own(prefix: str) -> str:
+def _by_process(prefix: str) -> str:
     """Return the part of a file name that is this process's: nothing where it is alone."""
     return f"{prefix}{jax.process_index()}" if jax.process_count() > 1 else ""
 

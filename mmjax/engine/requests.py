@@ -59,19 +59,19 @@ def eval_requests(experiment: Programs, mesh: Mesh) -> dict[str, Request]:
     """Return the programs of the evaluation passes, by `program_key`."""
     parameters, size = evaluated(experiment.abstract_state(mesh)), experiment.evaluation_batch
     requests: dict[str, Request] = {}
-    for task, each in experiment.passes():
-        key = program_key(task, each)
+    for task, pass_ in experiment.passes():
+        key = program_key(task, pass_)
         if key not in requests:
-            made = eval_request(experiment.spec, task, each.computation, size, parameters, mesh)
-            requests[key] = made
+            request = eval_request(experiment.spec, task, pass_.computation, size, parameters, mesh)
+            requests[key] = request
     return requests
 
 
-def program_key(task: Task, each: Pass) -> str:
+def program_key(task: Task, pass_: Pass) -> str:
     """Return the name of a pass's program: passes with one key run one program."""
-    return f"{task.name}/{each.computation}"
+    return f"{task.name}/{pass_.computation}"
 
 
-def pass_key(task: Task, each: Pass) -> str:
+def pass_key(task: Task, pass_: Pass) -> str:
     """Return the name of what a pass reads and computes: passes with one key are one."""
-    return f"{task.name}/{each.computation}/{sorted(each.block.items())}"
+    return f"{task.name}/{pass_.computation}/{sorted(pass_.block.items())}"

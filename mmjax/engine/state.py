@@ -122,15 +122,15 @@ def init_state(
     optimizer: Optimizer,
     seed: int,
     dtype: Any,
-    given: Mapping[str, Any] | None = None,
+    initial: Mapping[str, Any] | None = None,
 ) -> State:
     """Return the state at step 0. Meant to be jitted, with the `shardings` of `abstract_state` as its output's.
 
-    `given` are parameters to begin with, by canonical name; the others are initialised randomly.
+    `initial` are parameters to begin with, by canonical name; the others are initialised randomly.
     """
     parameters = declaration.initialise(seed, dtype)
-    if given:
-        cast = {name: jnp.asarray(value, dtype) for name, value in given.items()}
+    if initial:
+        cast = {name: jnp.asarray(value, dtype) for name, value in initial.items()}
         flat = {**to_canonical(declaration.specs, parameters), **cast}
         parameters = from_canonical(declaration.specs, flat)
     buffers: Arrays = {}
@@ -195,8 +195,10 @@ def state_to_canonical(specs: Mapping[str, Spec], state: State) -> dict[str, Any
     Beside them `"moments": {TASK:name: {field: array}}`.
     """
     moments: dict[str, Any] = {}
-    for task, own in _by_task(state.moments).items():
-        moments |= {task_state_name(task, n): leaf for n, leaf in to_canonical(specs, own).items()}
+    for task, task_moments in _by_task(state.moments).items():
+        moments |= {
+            task_state_name(task, n): leaf for n, leaf in to_canonical(specs, task_moments).items()
+        }
     return {
         "parameters": to_canonical(specs, state.parameters),
         "optimizer": to_canonical(specs, state.optimizer),
@@ -208,12 +210,14 @@ def state_to_canonical(specs: Mapping[str, Spec], state: State) -> dict[str, Any
 def state_from_canonical(specs: Mapping[str, Spec], tree: Mapping[str, Any]) -> State:
     """Return the inverse of `state_to_canonical`."""
     moments: dict[str, Any] = {}
-    for task, own in _by_task(tree["moments"]).items():
-        moments |= {task_state_name(task, n): leaf for n, leaf in _held(specs, own).items()}
+    for task, task_moments in _by_task(tree["moments"]).items():
+        moments |= {
+            task_state_name(task, n): leaf for n, leaf in _as_stored(specs, task_moments).items()
+        }
     return State(
         from_canonical(specs, tree["parameters"]),
-        _held(specs, tree["optimizer"]),
-        _by_prefix(tree["buffers"], lambda part: _held(specs, part)),
+        _as_stored(specs, tree["optimizer"]),
+        _by_prefix(tree["buffers"], lambda part: _as_stored(specs, part)),
         moments,
     )
 
@@ -238,7 +242,7 @@ def _by_task(moments: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return result
 
 
-def _held(specs: Mapping[str, Spec], flat: Mapping[str, Any]) -> dict[str, Any]:
+def _as_stored(specs: Mapping[str, Spec], flat: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries of `flat` (by canonical names) as the state holds them; some may be missing."""
     return from_canonical(specs, flat, [n for n, s in specs.items() if s.canonical[0] in flat])
 

@@ -111,8 +111,8 @@ def _updated(
     """Return the state after an update with a task's gradient, under the task's view, and what to report."""
     rate = optimizer.rate(task, ticks)
     if optimizer.views[task].kind == OWN_MOMENTS:
-        own = {n: state.moments[task_state_name(task, n)] for n in grads}
-        updated = optimizer.update(grads, own, state.parameters, rate)
+        task_moments = {n: state.moments[task_state_name(task, n)] for n in grads}
+        updated = optimizer.update(grads, task_moments, state.parameters, rate)
         moments = {task_state_name(task, n): leaf for n, leaf in updated.optimizer.items()}
         after = replace(state, moments={**state.moments, **moments})
     else:
@@ -218,8 +218,8 @@ def positions(task: Task, declaration: Declaration, batch: Any) -> int:
 
 def optimizer_bytes(state: State, kind: str, task: str) -> int:
     """Return the bytes of one device that hold the optimizer state which a task's steps read."""
-    own = {n: leaf for n, leaf in state.moments.items() if split_name(n)[0] == task}
-    moments = own if kind == OWN_MOMENTS else state.optimizer
+    task_moments = {n: leaf for n, leaf in state.moments.items() if split_name(n)[0] == task}
+    moments = task_moments if kind == OWN_MOMENTS else state.optimizer
     return shard_bytes(moments)
 
 
@@ -228,7 +228,7 @@ def reach_of(spec: ModelSpec, task: Task) -> Reach:
     loss_of = loss_function(spec, task)
     parameters, batch = spec.declaration.shapes(spec.dtype), task.rows().batch(task.batch)
     visit = jax.ShapeDtypeStruct((), np.int32)
-    return reach(lambda p, *rest: loss_of(p, {}, *rest).value, parameters, batch, visit)
+    return reach(lambda p, *others: loss_of(p, {}, *others).value, parameters, batch, visit)
 
 
 def eval_request(
@@ -243,8 +243,8 @@ def eval_request(
     outputs_of = function(task, computation)
 
     def run(parameters: Arrays, batch: Any, ticks: StepCounters) -> dict[str, jax.Array]:
-        own = jax.random.fold_in(task.fold(spec.seed), 2**31)
-        key, of_rows = (jax.random.fold_in(own, index) for index in (ticks["batch"], 0))
+        base_key = jax.random.fold_in(task.fold(spec.seed), 2**31)
+        key, of_rows = (jax.random.fold_in(base_key, index) for index in (ticks["batch"], 0))
         # An example draws the same whatever the size of the batches that it comes in.
         keyed = {**batch, "keys": row_keys(batch, of_rows, ticks["batch"] * size)}
         outputs = outputs_of(spec.declaration.merge(parameters, spec.compute), keyed, key)

@@ -148,7 +148,7 @@ def _safetensors_entries(file: BinaryIO, size: int) -> dict[str, Entry]:
         raise ValueError("its header is no object")
     header.pop("__metadata__", None)
     start = 8 + length
-    entries = {name: _safetensors_entry(name, each, start) for name, each in header.items()}
+    entries = {name: _safetensors_entry(name, info, start) for name, info in header.items()}
     _check_places(entries, start, size)
     return entries
 
@@ -160,14 +160,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return names
 
 
-def _safetensors_entry(name: str, each: Any, start: int) -> Entry:
-    if not isinstance(each, dict) or not {"dtype", "shape", "data_offsets"} <= each.keys():
+def _safetensors_entry(name: str, info: Any, start: int) -> Entry:
+    if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
         raise ValueError(f"'{printable(name)}' lacks dtype, shape or data_offsets")
-    shape = _shape(each["shape"], name)
-    begin, end = _shape(each["data_offsets"], name) if len(each["data_offsets"]) == 2 else (1, 0)
-    known = _SAFETENSORS.get(each["dtype"]) if isinstance(each["dtype"], str) else None
+    shape = _shape(info["shape"], name)
+    begin, end = _shape(info["data_offsets"], name) if len(info["data_offsets"]) == 2 else (1, 0)
+    known = _SAFETENSORS.get(info["dtype"]) if isinstance(info["dtype"], str) else None
     entry = Entry(
-        shape, str(each["dtype"]), jnp.dtype(known) if known else None, (start + begin, start + end)
+        shape, str(info["dtype"]), jnp.dtype(known) if known else None, (start + begin, start + end)
     )
     if begin > end or known and end - begin != entry.size:
         raise ValueError(f"'{printable(name)}' has {end - begin} bytes, its shape {entry.size}")

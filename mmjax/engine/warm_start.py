@@ -196,8 +196,8 @@ def check_files(
     saved = checkpoint.read_meta(epath.Path(config.path).expanduser(), step).get("identities", {})
     for modality in sorted({key.partition("/")[0] for key in identities}):
         one, other = (
-            {digest for key, digest in found.items() if key.startswith(f"{modality}/")}
-            for found in (identities, saved)
+            {digest for key, digest in files.items() if key.startswith(f"{modality}/")}
+            for files in (identities, saved)
         )
         stem = f"stems/{modality.removeprefix('modalities.')}/"
         tables = [
@@ -222,8 +222,8 @@ def grouped(names: Iterable[str]) -> list[str]:
         pattern = re.sub(r"(?<![^/.])\d+(?![^/.])", "*", head)
         groups.setdefault(pattern + blank + tail, []).append(name)
     return [
-        printable(each[0] if len(each) == 1 else f"{pattern} ({len(each)})")
-        for pattern, each in groups.items()
+        printable(members[0] if len(members) == 1 else f"{pattern} ({len(members)})")
+        for pattern, members in groups.items()
     ]
 
 
@@ -270,8 +270,8 @@ def _take(config: WarmStartConfig, target: Mapping[str, Spec], source: Source) -
 
 def _skipped(config: WarmStartConfig, target: Mapping[str, Spec]) -> frozenset[str]:
     """Return the parameters that `skip` matches; every pattern must match one, those of `names` too."""
-    for index, each in enumerate(config.names):
-        matches(each.match, target, f"init_from.names[{index}].match")
+    for index, rule in enumerate(config.names):
+        matches(rule.match, target, f"init_from.names[{index}].match")
     patterns = (matches(p, target, f"init_from.skip[{i}]") for i, p in enumerate(config.skip))
     return frozenset[str]().union(*patterns)
 
@@ -299,7 +299,7 @@ def _check(
         lines.append(f"and {len(wrong) - _LISTED} more")
     if missing:
         lines.append(f"{len(missing)} of the {count} parameters are not there:")
-        lines += [f"  {each}{_nearest(each, unused)}" for each in grouped(missing)]
+        lines += [f"  {group}{_nearest(group, unused)}" for group in grouped(missing)]
     if lines:
         raise UserError(
             f"init_from '{config.path}' does not fit this config:\n  "
@@ -310,8 +310,8 @@ def _check(
 
 
 def _some(names: list[str]) -> str:
-    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+    others = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + others
 
 
 def _nearest(group: str, unused: Iterable[str]) -> str:
@@ -341,22 +341,22 @@ def _origin(
 ) -> tuple[str, bool]:
     """Return a parameter's name in the source, and whether it is transposed there."""
     origin, transpose = name, False
-    for each in names:
-        match = re.fullmatch(each.match, name)
+    for rule in names:
+        match = re.fullmatch(rule.match, name)
         if match:
-            origin, transpose = _expanded(match, each), each.transpose
+            origin, transpose = _expanded(match, rule), rule.transpose
             break
     if origin not in entries and EXPERTS in origin:
         origin = origin.replace(EXPERTS, "/", 1)
     return origin, transpose
 
 
-def _expanded(match: re.Match[str], each: NameConfig) -> str:
+def _expanded(match: re.Match[str], rule: NameConfig) -> str:
     try:
-        return match.expand(each.name)
+        return match.expand(rule.name)
     except (re.error, IndexError) as error:
         raise UserError(
-            f"init_from.names: '{each.name}' is no name for what '{each.match}' matches: {error}."
+            f"init_from.names: '{rule.name}' is no name for what '{rule.match}' matches: {error}."
         ) from error
 
 

@@ -55,7 +55,7 @@ class Accuracy(Evaluator):
             )
         return self.label or known[0]
 
-    def _given(self) -> str:
+    def _of_modalities(self) -> str:
         return f" of {'+'.join(self.modalities)}" if self.modalities else ""
 
     def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
@@ -75,7 +75,7 @@ class Accuracy(Evaluator):
         largest = np.sort(np.bincount(label_N))[::-1]
         return [
             self.record(
-                task, f"top-{k} accuracy{self._given()}", (rank(logits_NC, label_N) < k).mean(), k / classes,
+                task, f"top-{k} accuracy{self._of_modalities()}", (rank(logits_NC, label_N) < k).mean(), k / classes,
                 count, majority=float(largest[:k].sum() / count),
             )
             for k in ((1, 5) if classes > MANY else (1,))

@@ -40,7 +40,7 @@ class Computation(abc.ABC):
 
     def inputs(self, task: Task) -> dict[str, Input]:
         """Return the inputs that it reads of each example, by modality, as evaluation has them."""
-        return {name: each.for_evaluation() for name, each in task.inputs.items()}
+        return {name: input_.for_evaluation() for name, input_ in task.inputs.items()}
 
     def fields(self, task: Task) -> tuple[str, ...]:
         """Return the fields of the examples that it reads on the devices, beside its inputs."""
@@ -176,7 +176,7 @@ class Evaluator(abc.ABC):
         """Return the records from the outputs of each pass: valid rows only, with the pass's fields among them."""
 
     def record(
-        self, task: Task, name: str, value: float, chance: float, count: int, **more: Any
+        self, task: Task, name: str, value: float, chance: float, count: int, **extra: Any
     ) -> Record:
         """Return one line of `results.json`."""
         split = configs.component("sources", self.source, f"tasks.{task.name}.evaluators").label
@@ -187,7 +187,7 @@ class Evaluator(abc.ABC):
             "value": float(value),
             "chance": float(chance),
             "count": int(count),
-            **more,
+            **extra,
         }
 
 
@@ -202,13 +202,13 @@ def device_spec(task: Task, computation: Computation) -> RowSpec:
     return RowSpec(computation.inputs(task), computation.fields(task))
 
 
-def row_spec(task: Task, each: Pass) -> RowSpec:
+def row_spec(task: Task, pass_: Pass) -> RowSpec:
     """Return what a pass reads of each example: what its program takes, and its own fields.
 
     An example whose fields the objective cannot take is none, where the pass reads these fields.
     """
-    spec = device_spec(task, each.computation)
-    fields = tuple(dict.fromkeys(spec.fields + each.fields))
+    spec = device_spec(task, pass_.computation)
+    fields = tuple(dict.fromkeys(spec.fields + pass_.fields))
     if set(task.objective.fields()) <= set(fields):
         spec = replace(spec, check_example=task.objective.check_example)
     return replace(spec, fields=fields)

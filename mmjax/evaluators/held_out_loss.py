@@ -71,8 +71,8 @@ class HeldOutLoss(Evaluator):
     ) -> Record:
         count = np.logical_and.reduce([used(rows, part) for part in parts]).sum()
         compared = max(int(_compared(rows, part).max(initial=0)) for part in parts)
-        more = {"compared": compared} if compared else {}
-        return self.record(task, name, value, baseline, count, unit="loss", **more)
+        extra = {"compared": compared} if compared else {}
+        return self.record(task, name, value, baseline, count, unit="loss", **extra)
 
 
 def _compared(rows: Outputs, part: str) -> np.ndarray:

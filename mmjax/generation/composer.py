@@ -92,7 +92,7 @@ class Composer:
 
     def __init__(self, spans: Spans, model: Model, plan: Sequence[Span]):
         self._of, self._model = spans, model
-        self._plan = [_all_there(span) if span.made or span.absent else span for span in plan]
+        self._plan = [_all_there(span) if span.generated or span.absent else span for span in plan]
         self._stems: Any = model.stems
         self._rows = jax.tree.leaves(dict(plan[0].arrays))[0].shape[0]
 
@@ -110,7 +110,7 @@ class Composer:
         for index, indices in enumerate(self._blocks()):
             keys = jax.vmap(lambda key, index=index: jax.random.fold_in(key, index))(keys_B)
             block = [self._plan[place] for place in indices]
-            targets = [span for span in block if span.made]
+            targets = [span for span in block if span.generated]
             values: Values = {}
             if targets and block[0].name in self._of.discrete:
                 values = {block[0].name: self.write(cache, block[0], keys)}
@@ -118,11 +118,13 @@ class Composer:
             elif targets:
                 values = self.draw(cache, unconditional, block, keys)
             results |= {
-                place: values[self._plan[place].name] for place in indices if self._plan[place].made
+                place: values[self._plan[place].name]
+                for place in indices
+                if self._plan[place].generated
             }
             block = [span for span in block if not span.absent]
             cache = self.read(cache, block, values)
-            unconditional = self.read(unconditional, block, values, kept=index > 0)
+            unconditional = self.read(unconditional, block, values, keep=index > 0)
         return [results[place] for place in sorted(results)]
 
     def _blocks(self) -> list[list[int]]:
@@ -155,13 +157,13 @@ class Composer:
         )
 
     def read(
-        self, cache: Cache, block: Sequence[Span], values: Values | None = None, kept: bool = True
+        self, cache: Cache, block: Sequence[Span], values: Values | None = None, keep: bool = True
     ) -> Cache:
         """Return the sequence with the spans of a block: their arrays, or other `values` of continuous ones, by name.
 
-        Where it is not `kept`, a discrete span is only the token of its beginning.
+        Where it is not `keep`, a discrete span is only the token of its beginning.
         """
-        streams = [self._span(span, (values or {}).get(span.name), kept)[0] for span in block]
+        streams = [self._span(span, (values or {}).get(span.name), keep)[0] for span in block]
         return self._decode(cache, concatenate(streams), self._mask(block[0].name))[1]
 
     def logits(self, cache: Cache, span: Span) -> jax.Array:
@@ -196,23 +198,23 @@ class Composer:
         """
         dtype = _wide(cache)
         clean = {span.name: self._stems[span.name].values(span.arrays, dtype) for span in block}
-        drawn = [span.name for span in block if span.made]
-        given = {s.name: clean[s.name] for s in block if not s.made and not s.absent}
+        drawn = [span.name for span in block if span.generated]
+        fixed = {s.name: clean[s.name] for s in block if not s.generated and not s.absent}
         noise = {}
         for index, name in enumerate(drawn):
-            own = jax.vmap(lambda key, i=index: jax.random.fold_in(key, i))(keys_B)
+            row_keys = jax.vmap(lambda key, i=index: jax.random.fold_in(key, i))(keys_B)
             size = clean[name].shape[1:]
-            noise[name] = jax.vmap(lambda k, s=size: jax.random.normal(k, s, dtype))(own)
+            noise[name] = jax.vmap(lambda k, s=size: jax.random.normal(k, s, dtype))(row_keys)
         guidance, alone = self._guidance(block), self._of.bidirectional_spans
 
         def predict(x_t: Values, t: jax.Array, step: jax.Array) -> Values:
             pure = _fresh(keys_B, _ABSENT, step, clean)
-            times = {name: t if name in x_t else jnp.zeros_like(t) for name in {**given, **x_t}}
-            result = self._predict(cache, block, {**pure, **given, **x_t}, times, drawn)
+            times = {name: t if name in x_t else jnp.zeros_like(t) for name in {**fixed, **x_t}}
+            result = self._predict(cache, block, {**pure, **fixed, **x_t}, times, drawn)
             if guidance == 1:
                 return result
             if not alone:
-                without = self._predict(unconditional, block, {**given, **x_t}, times, drawn)
+                without = self._predict(unconditional, block, {**fixed, **x_t}, times, drawn)
             else:
                 without = {}
                 for name in drawn:
@@ -236,7 +238,7 @@ class Composer:
         if first.name in self._of.discrete or by_others:
             return GUIDANCE if self._of.guidance is None else self._of.guidance
         if self._of.guidance not in (None, 1):
-            names = ", ".join(span.name for span in block if span.made)
+            names = ", ".join(span.name for span in block if span.generated)
             raise UserError(
                 f"guidance is {self._of.guidance:g}, and nothing guides the drawing of {names}: the sequence does not "
                 "begin with a discrete span, and no other span that it sees is given or made. Set guidance to 1."
@@ -249,7 +251,7 @@ class Composer:
         spans: Sequence[Span],
         x: Values,
         times: Values,
-        wanted: Collection[str],
+        targets: Collection[str],
     ) -> Values:
         """Return predictions of some spans for values x, each at its time; those without a time are noise, at 1."""
         streams, contexts = [], {}
@@ -263,7 +265,7 @@ class Composer:
         ends, result = 0, {}
         for span, stream in zip(spans, streams, strict=True):
             start, ends = ends, ends + stream.x_BSD.shape[1]
-            if span.name in wanted:
+            if span.name in targets:
                 result[span.name] = self._of.predicted(
                     self._model, span.name, x_BSD[:, start:ends], contexts[span.name]
                 )
@@ -272,11 +274,11 @@ class Composer:
     def _mask(self, name: str) -> Mask:
         return Causal() if name in self._of.discrete else FULL
 
-    def _span(self, span: Span, values: jax.Array | None, kept: bool) -> tuple[Stream, Any]:
+    def _span(self, span: Span, values: jax.Array | None, keep: bool) -> tuple[Stream, Any]:
         """Return the tokens of a span, without noise."""
         name, arrays = span.name, span.arrays
         if name in self._of.discrete:
-            keep_B = jnp.full(self._rows, kept)
+            keep_B = jnp.full(self._rows, keep)
             return self._of.written(self._model, name, arrays, keep_B), None
         if values is None:
             values = self._stems[name].values(arrays, jnp.float32)

@@ -66,7 +66,7 @@ class Diffusion:
         alpha, sigma = self.levels(_spread(t, x))
         return alpha * x + sigma * e
 
-    def wanted(self, x: jax.Array, e: jax.Array, t: jax.Array) -> jax.Array:
+    def target(self, x: jax.Array, e: jax.Array, t: jax.Array) -> jax.Array:
         """Return the target that the model should predict from `x_t` and t."""
         if self.prediction == "epsilon":
             return e

@@ -14,12 +14,12 @@ class Span:
 
     Attributes:
       name: its modality.
-      arrays: what it holds; where it is made, arrays of the same shapes.
-      made: whether it is written or drawn.
+      arrays: what it holds; if it is generated, arrays of the same shapes.
+      generated: whether it is sampled, as text or by diffusion.
       absent: whether nothing is known of it: it stands in the sequence as pure noise, as in training at the last time.
     """
 
     name: str
     arrays: Mapping[str, jax.Array]
-    made: bool = False
+    generated: bool = False
     absent: bool = False

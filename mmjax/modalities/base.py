@@ -144,7 +144,7 @@ class Input:
 
         `times` are where the instances of a temporal modality begin; each draws its own where there are none.
         """
-        arrays = self._made(example[self.field], rng, times)
+        arrays = self._preprocessed(example[self.field], rng, times)
         for name, spec in self._specs.items():
             if arrays[name].shape != spec.shape or arrays[name].dtype != spec.dtype:
                 raise UserError(
@@ -153,13 +153,13 @@ class Input:
                 )
         return arrays
 
-    def _made(
+    def _preprocessed(
         self, value: Any, rng: np.random.Generator | None, times: Sequence[float]
     ) -> dict[str, np.ndarray]:
         if not self.instances:
             return self._one(value, rng, times, 0)
         values = self.modality.instances(value, self.instances, rng)[: self.instances]
-        rows = [self._one(each, rng, times, i) for i, each in enumerate(values)]
+        rows = [self._one(item, rng, times, i) for i, item in enumerate(values)]
         present = np.arange(self.instances) < len(rows)
         specs = self.modality.arrays(self.settings)
         rows += [{n: np.zeros(s.shape, s.dtype) for n, s in specs.items()}] * (self.instances - len(rows))  # fmt: skip
@@ -214,7 +214,7 @@ def as_rows(arrays: Mapping[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.
 # --- dropping tokens ---------------------------------------------------------------------------
 
 
-def kept(count: int, drop: float) -> int:
+def tokens_left(count: int, drop: float) -> int:
     """Return how many of `count` tokens stay where a part `drop` of them is dropped.
 
     Raises:
@@ -230,7 +230,7 @@ def kept(count: int, drop: float) -> int:
 
 def dropped_arrays(count: int, values: int, axes: int, drop: float, dtype: Any) -> ArraySpec:
     """Return the specification of what `dropped` makes of `count` tokens of so many values."""
-    left = kept(count, drop)
+    left = tokens_left(count, drop)
     return {
         "patches": jax.ShapeDtypeStruct((left, values), dtype),
         "coordinates": jax.ShapeDtypeStruct((left, axes), np.float32),
@@ -254,7 +254,7 @@ def dropped(
     """
     rng = np.random.default_rng(0) if rng is None else rng
     count = len(values_SP)
-    index_K = np.sort(rng.choice(count, kept(count, drop), replace=False))
+    index_K = np.sort(rng.choice(count, tokens_left(count, drop), replace=False))
     ranges = [np.arange(n, dtype=np.float32) / np.float32(n) for n in sizes]
     grid_SA = np.stack(np.meshgrid(*ranges, indexing="ij"), axis=-1).reshape(count, -1)
     arrays = {"patches": np.ascontiguousarray(values_SP[index_K]), "coordinates": grid_SA[index_K]}

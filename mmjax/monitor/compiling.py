@@ -63,7 +63,7 @@ class Compiling:
         self._programs = {n: _Program(without_control_codes(w)) for n, w in labels.items()}
         self._console = console or console_for(stream or sys.stdout)
         self._clock, self._began, self._quiet = clock, clock(), quiet_seconds
-        self._said, self._beat_seconds = self._began, beat_seconds
+        self._last_line, self._beat_seconds = self._began, beat_seconds
         self._live: Live | None = None
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._beats, daemon=True)
@@ -114,9 +114,12 @@ class Compiling:
             self._thread.join()
 
     def _beats(self) -> None:
-        while not self._ended.wait(max(self._said + self._beat_seconds - self._clock(), 0.01)):
+        while not self._ended.wait(max(self._last_line + self._beat_seconds - self._clock(), 0.01)):
             with self._lock:
-                if self._clock() - self._said >= self._beat_seconds and not self._ended.is_set():
+                if (
+                    self._clock() - self._last_line >= self._beat_seconds
+                    and not self._ended.is_set()
+                ):
                     self._say(self._words())
 
     def _words(self) -> str:
@@ -136,7 +139,7 @@ class Compiling:
     def _say(self, text: str) -> None:
         self._console.file.write(text + "\n")
         self._console.file.flush()
-        self._said = self._clock()
+        self._last_line = self._clock()
 
     def _picture(self) -> RenderableType:
         now, count = self._clock(), len(self._programs)

@@ -149,11 +149,11 @@ class ActivityLog:
 
     def _end(self, entry: _Open, fields: Mapping[str, Any]) -> None:
         elapsed = max(self._clock() - entry.began, 0.0)
-        own = max(elapsed - entry.inner, 0.0)
+        self_seconds = max(elapsed - entry.inner, 0.0)
         self._open.pop()
         if self._open:
             self._open[-1].inner += elapsed
-        seconds = {"elapsed": round(elapsed, 6), "self": round(own, 6)}
+        seconds = {"elapsed": round(elapsed, 6), "self": round(self_seconds, 6)}
         self._write("end", {"phase": entry.activity, **seconds, **fields})
 
     def _write(self, line: str, fields: Mapping[str, Any]) -> None:

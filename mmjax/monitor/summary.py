@@ -83,8 +83,8 @@ def task_rows(
         tasks[line["task"]].append(line)
         before = line
     return [
-        _row(task, found, after_other[task], flops.get(task, 0.0), wall, peak)
-        for task, found in tasks.items()
+        _row(task, history, after_other[task], flops.get(task, 0.0), wall, peak)
+        for task, history in tasks.items()
     ]
 
 
@@ -159,9 +159,9 @@ def switch_cost(seconds: Sequence[float], after_other: Sequence[bool | None]) ->
     return statistics.median(kinds[0]) - statistics.median(kinds[1])
 
 
-def write(workdir: epath.Path, found: Mapping[str, Any]) -> None:
+def write(workdir: epath.Path, data: Mapping[str, Any]) -> None:
     """Write `summary.json`, whole or not at all."""
-    replace_file(workdir / SUMMARY, json.dumps(strict(found), indent=1, allow_nan=False))
+    replace_file(workdir / SUMMARY, json.dumps(strict(data), indent=1, allow_nan=False))
 
 
 def read(workdir: epath.Path) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def read(workdir: epath.Path) -> dict[str, Any]:
     return saved if isinstance(saved, dict) and isinstance(saved.get("tasks"), list) else {}
 
 
-def scalars(found: Mapping[str, Any]) -> dict[str, float]:
+def scalars(data: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of a summary by name: `run/goodput`, `run/mfu`, `run/TASK/mfu` and so on."""
     names = ("goodput", "flops_per_second", "mfu")
     of_each = (
@@ -184,10 +184,10 @@ def scalars(found: Mapping[str, Any]) -> dict[str, float]:
         *names[1:],
         "share",
     )
-    of_run = {f"run/{name}": found[name] for name in names if name in found}
+    of_run = {f"run/{name}": data[name] for name in names if name in data}
     of_tasks = {
         f"run/{row['task']}/{name}": row[name]
-        for row in found["tasks"]
+        for row in data["tasks"]
         for name in of_each
         if name in row
     }

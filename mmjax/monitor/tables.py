@@ -170,11 +170,11 @@ def parameter_table(rows: Sequence[Mapping[str, Any]], stream: TextIO | None = N
     table("Parameters", ("part", "total", "active per token", "share"), cells, stream)
 
 
-def summary_tables(found: Mapping[str, Any], stream: TextIO | None = None) -> None:
+def summary_tables(data: Mapping[str, Any], stream: TextIO | None = None) -> None:
     """Print the work of each task, the cost of its steps, and how the run spent its time.
 
     Args:
-      found: as `tally.summary` makes it.
+      data: as `tally.summary` makes it.
       stream: standard output if None.
     """
     done = [
@@ -188,7 +188,7 @@ def summary_tables(found: Mapping[str, Any], stream: TextIO | None = None) -> No
             loss_text(row["grad_norm"]),
             row["skipped"] or None,
         )
-        for row in found["tasks"]
+        for row in data["tasks"]
     ]
     heads = ("task", "visits", "examples", "tokens", "padding", "loss", "gradient", "skipped")
     words = "Tasks (tokens without padding; loss, gradient norm: mean of last 10 visits)"
@@ -202,11 +202,11 @@ def summary_tables(found: Mapping[str, Any], stream: TextIO | None = None) -> No
             *_rates(row),
             percent(row["share"]),
         )
-        for row in found["tasks"]
+        for row in data["tasks"]
     ]
     heads = ("task", "a step", "wait", "switch", "tokens/s", "FLOP/s", "MFU", "of time")
     table("Steps (switch: longer after another task than after the same)", heads, cost, stream)
-    seconds, total = found["seconds"], found["seconds"]["total"]
+    seconds, total = data["seconds"], data["seconds"]["total"]
     spent = [
         (row["label"], human_seconds(row["seconds"]), percent(row["share"]))
         for row in goodput.rows(seconds)

@@ -27,7 +27,7 @@ from mmjax.nn.masks import Pairs, check
 CHUNK = 256  # queries at a time
 _LARGE = 1024**2  # pairs of tokens above which their logits are not all held at once
 
-_said: set[str] = set()
+_logged: set[str] = set()
 _alone: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=False)
 
 
@@ -76,8 +76,8 @@ def choose(kernel: str, on: str, q_BSHK: jax.Array, k_BTHK: jax.Array, pairs: Pa
 
 def say_once(text: str) -> None:
     """Log a message once per process."""
-    if text not in _said:
-        _said.add(text)
+    if text not in _logged:
+        _logged.add(text)
         logging.getLogger(__name__).warning("%s", text)
 
 
@@ -131,10 +131,10 @@ def _weights_forward(logits: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Arra
     return weights, weights
 
 
-def _weights_backward(dtype: Any, made: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+def _weights_backward(dtype: Any, weights: jax.Array, g: jax.Array) -> tuple[jax.Array]:
     wide = jnp.promote_types(dtype, jnp.float32)
-    made, g = made.astype(wide), g.astype(wide)
-    return (made * (g - (made * g).sum(axis=-1, keepdims=True)),)
+    weights, g = weights.astype(wide), g.astype(wide)
+    return (weights * (g - (weights * g).sum(axis=-1, keepdims=True)),)
 
 
 _weights.defvjp(_weights_forward, _weights_backward)
@@ -158,26 +158,26 @@ def _chunked(q_BSHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, pairs: Pai
 
 def _chunks(length: int, shards: int) -> tuple[int, int]:
     """Return the number of chunks, and of the parts of the sequence each takes from: one per shard if that divides."""
-    own, rest = divmod(length, shards)
-    least = -(-own // CHUNK)
-    even = [n for n in range(least, 2 * least + 1) if own % n == 0]
-    return (even[0], shards) if even and not rest else (-(-length // CHUNK), 1)
+    per_shard, remainder = divmod(length, shards)
+    least = -(-per_shard // CHUNK)
+    even = [n for n in range(least, 2 * least + 1) if per_shard % n == 0]
+    return (even[0], shards) if even and not remainder else (-(-length // CHUNK), 1)
 
 
 def _split(x: jax.Array, chunks: int, parts: int) -> jax.Array:
     """Reshape `[B, S, ...] -> [chunks, B, S' / chunks, ...]`, S padded to S'; each chunk has tokens of every part."""
-    b, s, *rest = x.shape
+    b, s, *trailing = x.shape
     size = -(-s // (chunks * parts))
-    x = jnp.pad(x, [(0, 0), (0, chunks * parts * size - s), *[(0, 0)] * len(rest)])
-    x = jnp.moveaxis(x.reshape(b, parts, chunks, size, *rest), 2, 0)
-    return x.reshape(chunks, b, parts * size, *rest)
+    x = jnp.pad(x, [(0, 0), (0, chunks * parts * size - s), *[(0, 0)] * len(trailing)])
+    x = jnp.moveaxis(x.reshape(b, parts, chunks, size, *trailing), 2, 0)
+    return x.reshape(chunks, b, parts * size, *trailing)
 
 
 def _join(x: jax.Array, length: int, parts: int) -> jax.Array:
     """Return the inverse of `_split`."""
-    chunks, b, s, *rest = x.shape
-    x = jnp.moveaxis(x.reshape(chunks, b, parts, s // parts, *rest), 0, 2)
-    return x.reshape(b, chunks * s, *rest)[:, :length]
+    chunks, b, s, *trailing = x.shape
+    x = jnp.moveaxis(x.reshape(chunks, b, parts, s // parts, *trailing), 0, 2)
+    return x.reshape(b, chunks * s, *trailing)[:, :length]
 
 
 KERNELS = {

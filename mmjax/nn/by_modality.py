@@ -95,15 +95,15 @@ class ByModality(nnx.Module):
         if sum(length for _, length in layout) != size:
             raise ValueError(f"layout {layout} of a stream of {size} tokens")
         named = [(self.expert(modality), length) for modality, length in layout]
-        runs = [(e, sum(n for _, n in each)) for e, each in groupby(named, lambda run: run[0])]
+        runs = [(e, sum(n for _, n in group)) for e, group in groupby(named, lambda run: run[0])]
         lengths = [length for _, length in runs]
         leaves, tree = jax.tree.flatten(x)
         pieces = [_split(leaf, lengths) for leaf in leaves]
         done = {}
         for expert in _distinct(e for e, _ in runs):
             at = [i for i, (e, _) in enumerate(runs) if e == expert]
-            own = [jnp.concatenate([piece[i] for i in at], axis=1) for piece in pieces]
-            y = call(getattr(self, expert), jax.tree.unflatten(tree, own))
+            segments = [jnp.concatenate([piece[i] for i in at], axis=1) for piece in pieces]
+            y = call(getattr(self, expert), jax.tree.unflatten(tree, segments))
             done[expert] = iter(_split(y, [lengths[i] for i in at]))
         return jnp.concatenate([next(done[e]) for e, _ in runs], axis=1)
 
@@ -112,8 +112,8 @@ class ByModality(nnx.Module):
         total: Any = 0
         for expert in _distinct(self.experts.values()):
             y = call(getattr(self, expert), x)
-            own = [codes_BS == code(m) for m, e in self.experts.items() if e == expert]
-            is_own = jnp.stack(own).any(axis=0)
+            matches = [codes_BS == code(m) for m, e in self.experts.items() if e == expert]
+            is_own = jnp.stack(matches).any(axis=0)
             total = jnp.where(is_own.reshape(*is_own.shape, *[1] * (y.ndim - 2)), y, total)
         return jnp.asarray(total)
 

@@ -22,12 +22,12 @@ lecun = initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 def matmul_of(
     function: Callable[..., jax.Array],
     gathered_dim: int | None,
-    given: tuple[jax.Array, ...],
+    arguments: tuple[jax.Array, ...],
     kernel: jax.Array,
 ) -> jax.Array:
     """Return `function(*given) @ kernel`: `[..., n_in], [n_in, n_out] -> [..., n_out]`.
 
-    Of what the function gives nothing is kept: the backward pass computes it again from `given`. Where the kernel's
+    Of what the function gives nothing is kept: the backward pass computes it again from `arguments`. Where the kernel's
     `gathered_dim` lies on several devices it is made whole before products, and kept as it was. (Left to itself, the
     compiler makes a kernel whole that was reshaped, as attention's are, once for each of them.)
 
@@ -35,7 +35,7 @@ def matmul_of(
     own always is. What stands first is laid out by columns, with all that is fused into it; on a CPU, where that is
     slow, JAX's way takes a fifth of a ViT's step.
     """
-    return function(*given) @ _whole(kernel, gathered_dim)
+    return function(*arguments) @ _whole(kernel, gathered_dim)
 
 
 def _whole(kernel: jax.Array, gathered_dim: int | None) -> jax.Array:
@@ -43,9 +43,9 @@ def _whole(kernel: jax.Array, gathered_dim: int | None) -> jax.Array:
 
 
 def _forward(
-    function: Any, gathered_dim: int | None, given: Any, kernel: jax.Array
+    function: Any, gathered_dim: int | None, arguments: Any, kernel: jax.Array
 ) -> tuple[jax.Array, Any]:
-    return function(*given) @ _whole(kernel, gathered_dim), (given, kernel)
+    return function(*arguments) @ _whole(kernel, gathered_dim), (arguments, kernel)
 
 
 def _backward(
@@ -91,9 +91,9 @@ class Dense(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.of(identity, x)
 
-    def of(self, function: Callable[..., jax.Array], *given: jax.Array) -> jax.Array:
+    def of(self, function: Callable[..., jax.Array], *arguments: jax.Array) -> jax.Array:
         """Return the layer's product with `function(*given)`, which is not kept for the backward pass."""
-        y = matmul_of(function, None, given, self.kernel[...])
+        y = matmul_of(function, None, arguments, self.kernel[...])
         return y if self.bias is None else y + self.bias[...]
 
 

@@ -215,7 +215,7 @@ class Experts(nnx.Module):
                 "all of their group. Train it with `experts.causal`, a router that knows only the token."
             )
         graph, state = nnx.split(self.mlps)
-        y_EBSD = jax.vmap(lambda own: nnx.merge(graph, own)(x_BSD))(state)
+        y_EBSD = jax.vmap(lambda arrays: nnx.merge(graph, arrays)(x_BSD))(state)
         gate_BSE = jnp.where(self.causal(x_BSD) > 0, self.routing.scores(self.logits(x_BSD)), 0)
         return jnp.einsum("bse,ebsd->bsd", gate_BSE.astype(x_BSD.dtype), y_EBSD)
 
@@ -225,8 +225,8 @@ class Experts(nnx.Module):
     def _sums(self, x_GTD: jax.Array, dispatch: Dispatch) -> jax.Array:
         graph, state = nnx.split(self.mlps)
 
-        def expert(own: Any, x_ND: jax.Array) -> jax.Array:
-            y_ND: jax.Array = nnx.merge(graph, own)(x_ND)
+        def expert(arrays: Any, x_ND: jax.Array) -> jax.Array:
+            y_ND: jax.Array = nnx.merge(graph, arrays)(x_ND)
             return y_ND
 
         x_GECD = dispatch.gather(x_GTD)
@@ -322,14 +322,14 @@ def route(part: Any, stream: Stream, key: jax.Array | None) -> tuple[jax.Array, 
         )
     auxes = list[Aux]()
 
-    def own(experts: Any, packed: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def apply_experts(experts: Any, packed: tuple[jax.Array, jax.Array]) -> jax.Array:
         x_BSD, valid_BS = packed
         layout = tuple(run for run in stream.layout if part.of(run[0]) is experts)
         y_BSD, aux = experts(Stream(x_BSD, valid_BS, layout=layout), fold(key, len(auxes)))
         auxes.append(aux)
         return jnp.asarray(y_BSD)
 
-    y_BSD = part.by_layout(stream.layout, (stream.x_BSD, stream.mask_BS()), own)
+    y_BSD = part.by_layout(stream.layout, (stream.x_BSD, stream.mask_BS()), apply_experts)
     return y_BSD, add_up(auxes)
 
 

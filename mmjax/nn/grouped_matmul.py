@@ -72,8 +72,8 @@ def megablox(
     rows = x_ND.shape[0]
     # Rows beyond all groups are left as they were in memory: they get a group of their own, made zero after.
     x_ND = jnp.pad(x_ND, [(0, -rows % LANES), (0, 0)])
-    rest = x_ND.shape[0] - sizes_E.sum(dtype=jnp.int32)
-    sizes = jnp.append(sizes_E.astype(jnp.int32), rest)
+    unassigned = x_ND.shape[0] - sizes_E.sum(dtype=jnp.int32)
+    sizes = jnp.append(sizes_E.astype(jnp.int32), unassigned)
     w = jnp.concatenate([w_EDF, w_EDF[:1]])
     y: jax.Array = gmm(x_ND, w, sizes, jnp.float32, (LANES, LANES, LANES), interpret=interpret)
     is_in = jnp.arange(y.shape[0]) < sizes_E.sum()

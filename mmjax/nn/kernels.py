@@ -100,8 +100,8 @@ def _static_mask(pairs: Pairs, lengths: tuple[int, int], sizes: tuple[int, int])
     static = [m for m in factors(pairs.mask) if is_static(m, queries, keys)]
     allowed = np.zeros(sizes, bool)
     allowed[: lengths[0], : lengths[1]] = True
-    for each in static:
-        allowed[: lengths[0], : lengths[1]] &= each.allows(queries, keys)[0]
+    for factor in static:
+        allowed[: lengths[0], : lengths[1]] &= factor.allows(queries, keys)[0]
     # A query without any key would divide by zero; padded ones read what nobody looks at.
     allowed[~allowed.any(axis=1), 0] = True
     if allowed.all():

@@ -161,7 +161,7 @@ def factors(mask: Mask) -> list[Mask]:
 
 def is_static(mask: Mask, queries: Attributes, keys: Attributes) -> bool:
     """Return whether all that a mask reads is known before compilation."""
-    return not any(isinstance(each[a], jax.Array) for each in (queries, keys) for a in mask.reads())
+    return not any(isinstance(side[a], jax.Array) for side in (queries, keys) for a in mask.reads())
 
 
 @dataclass(frozen=True)
@@ -194,9 +194,9 @@ class Pairs:
         return self.valid_BT is None and is_static(self.mask, self.queries or {}, self.keys or {})
 
 
-def check(mask: Mask, *given: Attributes) -> None:
+def check(mask: Mask, *sides: Attributes) -> None:
     """Raise a `UserError` for an attribute that is read and not there."""
-    for attributes in given:
+    for attributes in sides:
         for name in sorted(mask.reads()):
             if name not in attributes:
                 raise UserError(

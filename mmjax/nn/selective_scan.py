@@ -84,8 +84,8 @@ def _chunk(a_EN: jax.Array, state_BEN: jax.Array, tokens: Tokens) -> Pair:
     if tokens.begins_BS is not None:
         keep_BLEN = jnp.where(tokens.begins_BS[..., None, None], 0, keep_BLEN)
     add_BLEN = (tokens.step_BSE * tokens.x_BSE)[..., None] * tokens.in_BSN[:, :, None]
-    kept, added = jax.lax.associative_scan(_after, (keep_BLEN, add_BLEN), axis=1)
-    state_BLEN = kept * state_BEN[:, None] + added
+    decay, added = jax.lax.associative_scan(_after, (keep_BLEN, add_BLEN), axis=1)
+    state_BLEN = decay * state_BEN[:, None] + added
     return state_BLEN[:, -1], (state_BLEN * tokens.out_BSN[:, :, None]).sum(axis=-1)
 
 

@@ -155,8 +155,10 @@ def segments(stream: Stream) -> list[Stream]:
     for modality, length in stream.layout:
         at = slice(start, start + length)
         valid = None if stream.valid_BS is None else stream.valid_BS[:, at]
-        own = Stream(stream.x_BSD[:, at], valid, layout=((modality, length),), rows_B=stream.rows_B)
-        result.append(own)
+        segment = Stream(
+            stream.x_BSD[:, at], valid, layout=((modality, length),), rows_B=stream.rows_B
+        )
+        result.append(segment)
         start += length
     return result
 

@@ -104,9 +104,9 @@ class Group(nnx.Module):
             slices, before = inputs
             blocks: Any = nnx.merge(graph, slices)
             after = []
-            for block, own in zip(blocks, before, strict=True):
-                stream, own = block.decode(stream, own, at)
-                after.append(own)
+            for block, memory in zip(blocks, before, strict=True):
+                stream, memory = block.decode(stream, memory, at)
+                after.append(memory)
             return stream, after
 
         return jax.lax.scan(body, stream, (state, cache))
@@ -206,7 +206,7 @@ class Trunk(nnx.Module):
           The tokens, and the cache with them.
         """
         after = []
-        for group, own in zip(self.groups, cache, strict=True):
-            stream, own = group.decode(stream, own, at)
-            after.append(own)
+        for group, memory in zip(self.groups, cache, strict=True):
+            stream, memory = group.decode(stream, memory, at)
+            after.append(memory)
         return stream, after

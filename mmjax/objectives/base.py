@@ -127,10 +127,10 @@ class Objective(abc.ABC):
 
     def check_inputs(self, inputs: Mapping[str, Input]) -> None:
         """Raise `UserError` for an input that the loss cannot take: here, several instances of an example."""
-        for each in inputs.values():
-            if each.instances:
+        for input_ in inputs.values():
+            if input_.instances:
                 raise UserError(
-                    f"objective {type(self).__name__} takes one instance of '{each.name}'; remove 'instances'."
+                    f"objective {type(self).__name__} takes one instance of '{input_.name}'; remove 'instances'."
                 )
 
     def for_evaluation(self) -> Objective:
@@ -322,10 +322,10 @@ class Coupled(Objective):
 
 def refuse_drop(objective: Objective, inputs: Mapping[str, Input]) -> None:
     """Raise `UserError` if tokens of an input are dropped, for objectives that need all of them."""
-    for each in inputs.values():
-        if each.drops:
+    for input_ in inputs.values():
+        if input_.drops:
             raise UserError(
-                f"objective {type(objective).__name__} needs all tokens of '{each.name}'; remove 'token_drop'."
+                f"objective {type(objective).__name__} needs all tokens of '{input_.name}'; remove 'token_drop'."
             )
 
 

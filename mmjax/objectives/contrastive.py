@@ -151,7 +151,7 @@ class Contrastive(Coupled, Embeds):
             streams = [model.tokens(m, batch["inputs"][m]) for m in self.modalities]
             out, aux = model.encode(streams, key, Same("modality"))
             pairs = zip(self.modalities, segments(out), strict=True)
-            return Represented(tuple(self._project(model, m, own) for m, own in pairs), aux)
+            return Represented(tuple(self._project(model, m, outputs) for m, outputs in pairs), aux)
         instances = [
             self._embed(model, m, batch["inputs"][m], jax.random.fold_in(key, i))
             for i, m in enumerate(self.modalities)

@@ -201,7 +201,7 @@ def bag_logits(
     Very small, and without a gradient, where one of the two has none.
     """
     products = jnp.einsum("ine,jme->ijnm", a_BNE, b_BME)
-    both = present_BN[:, None, :, None] & present_BM[None, :, None, :]
+    present = present_BN[:, None, :, None] & present_BM[None, :, None, :]
     # Finite: -inf would make gradients NaN.
-    masked = jnp.where(both, products, jnp.finfo(products.dtype).min / 2)
+    masked = jnp.where(present, products, jnp.finfo(products.dtype).min / 2)
     return jax.nn.logsumexp(masked, axis=(2, 3))

@@ -126,8 +126,8 @@ class MaskedImage(Objective, Shows):
         value = masked_error(predicted_BSP, target_BSP, hidden_BS)
         # What predicting each patch's mean would cost: below 1 where patches are blank.
         metrics = {"baseline": masked_error(jnp.zeros_like(target_BSP), target_BSP, hidden_BS)}
-        both = add_up([aux, aux_decoder])
-        return Loss(value + both.loss, {**metrics, **both.metrics()}, both.buffers)
+        total = add_up([aux, aux_decoder])
+        return Loss(value + total.loss, {**metrics, **total.metrics()}, total.buffers)
 
     def shows(self) -> tuple[str, ...]:
         return (
@@ -149,7 +149,7 @@ class MaskedImage(Objective, Shows):
         whole_BSP = patchify(pixels.astype(predicted_BSP.dtype) / 255, patch)
         mean_BS1, variance_BS1 = moments(whole_BSP)
         fillings = (whole_BSP, HIDDEN, mean_BS1 + jnp.sqrt(variance_BS1) * predicted_BSP, mean_BS1)
-        filled = (jnp.where(hidden_BS[..., None], each, whole_BSP) for each in fillings)
+        filled = (jnp.where(hidden_BS[..., None], filling, whole_BSP) for filling in fillings)
         return {
             name: as_pixels(unpatchify(x_BSP, height, width, patch))
             for name, x_BSP in zip(self.shows(), filled, strict=True)

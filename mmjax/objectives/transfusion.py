@@ -224,7 +224,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         for name in self.modalities:
             begins = int(name in self.discrete)
             if begins:
-                valid_BS = inputs[name]["valid"] & self._kept(name, *choices)[:, None]
+                valid_BS = inputs[name]["valid"] & self._keeps(name, *choices)[:, None]
             else:
                 valid_BS = model.tokens(name, inputs[name]).mask_BS()
             if name in self.capacity:
@@ -344,7 +344,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
                     model, name, inputs[name], x_t[name], draws.times[name]
                 )
                 continue
-            kept_B = self._kept(name, draws.keep_B, draws.swapped_B)
+            kept_B = self._keeps(name, draws.keep_B, draws.swapped_B)
             if name in self.capacity:
                 valid_BL = inputs[name]["valid"] & kept_B[:, None]
                 regions[name] = share(valid_BL, self.pack, self.capacity[name], exists_B)
@@ -393,7 +393,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         stream, aux = model.encode([pack(stream, self.pack)], key, self.mask())
         return unpack(stream.x_BSD, self.pack), aux
 
-    def _kept(self, name: str, keep_B: jax.Array, swapped_B: jax.Array) -> jax.Array:
+    def _keeps(self, name: str, keep_B: jax.Array, swapped_B: jax.Array) -> jax.Array:
         """Return the rows that have this discrete span: all but those that are to lose the one which comes first."""
         index, last = self.modalities.index(name), len(self.modalities) - 1
         if not last:
@@ -415,10 +415,10 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         rows: dict[str, Any] = {}
         for name in self.modalities:
             if name in self.discrete:
-                kept_B = self._kept(name, draws.keep_B, draws.swapped_B)
+                kept_B = self._keeps(name, draws.keep_B, draws.swapped_B)
                 rows[name] = self._discrete(name, inputs[name], kept_B, out, dtype)
             else:
-                target = diffusion.wanted(x[name], draws.noise[name], draws.times[name])
+                target = diffusion.target(x[name], draws.noise[name], draws.times[name])
                 error = jnp.square(out.values[name].astype(dtype) - target).mean(axis=-1)
                 nothing = jnp.square(target).mean(axis=-1)
                 there_BS = out.there[name]
@@ -525,7 +525,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
     ) -> jax.Array:
         other, text = self.writes()
         blank = jnp.zeros((keys_B.shape[0], length), jnp.int32)
-        span = Span(text, {"ids": blank, "valid": blank == 0}, made=True)
+        span = Span(text, {"ids": blank, "valid": blank == 0}, generated=True)
         return Composer(self, model, [Span(other, arrays), span]).compose(keys_B)[0]
 
     def write(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
@@ -552,7 +552,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
 
     def compose(self, model: Model, spans: Sequence[Span], keys_B: jax.Array) -> list[jax.Array]:
         values = Composer(self, model, spans).compose(keys_B)
-        targets = [span for span in spans if span.made]
+        targets = [span for span in spans if span.generated]
         return [viewed(model, span, x) for span, x in zip(targets, values, strict=True)]
 
     def shows(self) -> tuple[str, ...]:
@@ -569,7 +569,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         if originals.dtype != jnp.uint8:
             return {}
         before = [Span(m, batch["inputs"][m]) for m in self.modalities[:-1]]
-        [drawn] = self.compose(model, [*before, replace(last, made=True)], keys_B)
+        [drawn] = self.compose(model, [*before, replace(last, generated=True)], keys_B)
         return dict(zip(self.shows(), (originals, drawn), strict=True))
 
 
@@ -580,21 +580,21 @@ def _mean(x_BS: jax.Array, there_BS: jax.Array) -> dict[str, jax.Array]:
     return {"sum": mean_B, "count": jnp.ones_like(mean_B)}
 
 
-def _vocabulary(given: Input) -> int:
-    modality: Any = given.modality
+def _vocabulary(input_: Input) -> int:
+    modality: Any = input_.modality
     return int(modality.vocabulary)
 
 
-def _size(given: Input, width: int) -> int:
+def _size(input_: Input, width: int) -> int:
     """Return the number of values in a token of a continuous modality.
 
     Raises:
       UserError: a modality whose stem does not declare what its tokens are made of.
     """
-    stem: Any = given.modality.stem(width)
+    stem: Any = input_.modality.stem(width)
     if not hasattr(stem, "values"):
         raise UserError(
-            f"transfusion: modality '{given.name}' has neither token ids nor values that diffusion could noise."
+            f"transfusion: modality '{input_.name}' has neither token ids nor values that diffusion could noise."
         )
-    rows = {n: jax.ShapeDtypeStruct((1, *s.shape), s.dtype) for n, s in given.arrays().items()}
+    rows = {n: jax.ShapeDtypeStruct((1, *s.shape), s.dtype) for n, s in input_.arrays().items()}
     return int(jax.eval_shape(lambda arrays: stem.values(arrays, jnp.float32), rows).shape[-1])

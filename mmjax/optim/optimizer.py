@@ -156,5 +156,5 @@ class Optimizer:
             step = -rate * (direction + decay * precise)
             return (precise + step.astype(precise.dtype)).astype(p.dtype), after
 
-        each = jax.vmap(update) if self.specs[name].stack else update
-        return each(grad, state, parameter, rates, decays)
+        update_layers = jax.vmap(update) if self.specs[name].stack else update
+        return update_layers(grad, state, parameter, rates, decays)

@@ -66,6 +66,6 @@ def reached(
 
 def _survivors(derivative: Derivative, liveness: Liveness) -> frozenset[str]:
     jaxpr, count = derivative.jaxpr, len(derivative.names)
-    wanted = (True,) + (False,) * (len(jaxpr.outvars) - 1)
-    tangents = liveness.inputs(jaxpr, wanted)[count : 2 * count]
+    used = (True,) + (False,) * (len(jaxpr.outvars) - 1)
+    tangents = liveness.inputs(jaxpr, used)[count : 2 * count]
     return frozenset(n for n, live in zip(derivative.names, tangents, strict=True) if live)

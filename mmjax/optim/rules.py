@@ -60,18 +60,18 @@ def apply_rules(rules: Sequence[RuleConfig], specs: Mapping[str, Spec]) -> dict[
     matched = [matches(r.match, names, f"optimizer.rules[{i}].match") for i, r in enumerate(rules)]
     result = {}
     for name, spec in specs.items():
-        each = [
+        per_layer = [
             _last(c, spec.decay, [r for r, m in zip(rules, matched, strict=True) if c in m])
             for c in spec.canonical
         ]
-        scale, decays, frozen = (np.array(x) for x in zip(*each, strict=True))
+        scale, decays, frozen = (np.array(x) for x in zip(*per_layer, strict=True))
         if frozen.any() != frozen.all():
             part = ", ".join(c for c, yes in zip(spec.canonical, frozen, strict=True) if yes)
             raise UserError(
                 f"optimizer.rules freeze {part}, but not the other layers of their group. "
                 "Make two groups of it in model.layers; layers keep their names."
             )
-        shape = (len(each),) if spec.stack else ()
+        shape = (len(per_layer),) if spec.stack else ()
         result[name] = Ruled(
             scale.astype(float).reshape(shape), decays.astype(float).reshape(shape), bool(frozen[0])
         )

@@ -41,7 +41,7 @@ class LeafTransform:
 
     def init(self, parameter: jax.Array) -> LeafState:
         """Return the state at step 0."""
-        return self._kept(self.transform.init(self._shaped(parameter)), parameter.dtype)
+        return self._state(self.transform.init(self._shaped(parameter)), parameter.dtype)
 
     def update(
         self, grad: jax.Array, state: LeafState, parameter: jax.Array
@@ -53,12 +53,12 @@ class LeafTransform:
         leaves = [state.get(_field(path), leaf).astype(leaf.dtype) for path, leaf in pairs]
         moments = jax.tree_util.tree_unflatten(tree, leaves)
         direction, after = self.transform.update(self._shaped(grad), moments, shaped)
-        return jnp.reshape(direction, parameter.shape), self._kept(after, parameter.dtype)
+        return jnp.reshape(direction, parameter.shape), self._state(after, parameter.dtype)
 
     def _shaped(self, x: jax.Array) -> jax.Array:
         return x.reshape(self.shape).astype(wide(x.dtype))
 
-    def _kept(self, state: Any, dtype: Any) -> LeafState:
+    def _state(self, state: Any, dtype: Any) -> LeafState:
         pairs, _ = jax.tree_util.tree_flatten_with_path(state)
         fields = {_field(path): leaf for path, leaf in pairs if _field(path) in self.fields}
         if "mu" in fields:

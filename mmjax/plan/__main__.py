@@ -70,7 +70,7 @@ def program_names(experiment: Experiment, task: str = "") -> list[str]:
     """Return the names of a config's or task's programs: training, then evaluation passes by `program_key`."""
     if task and task not in experiment.tasks:
         raise UserError(f"--task={task}: no such task.{nearest(task, experiment.tasks)}")
-    keys = dict.fromkeys(program_key(t, each) for t, each in experiment.passes())
+    keys = dict.fromkeys(program_key(t, pass_) for t, pass_ in experiment.passes())
     trained = {name: of.name for name, (of, _) in experiment.phases.programs.items()}
     owners = {**trained, **{key: key.split("/")[0] for key in keys}}
     return [name for name, owner in owners.items() if task in ("", owner)]
@@ -106,11 +106,11 @@ def _advise(
     return 0 if advice["fits"] else DOES_NOT_FIT
 
 
-def _write(found: Mapping[str, Any], path: str) -> None:
+def _write(result: Mapping[str, Any], path: str) -> None:
     if path:
         file = epath.Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found, indent=1) + "\n")
+        file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:

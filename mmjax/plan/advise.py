@@ -38,19 +38,19 @@ def advise(block: Block, task: str, plan: Plan) -> dict[str, Any]:
     tasks = [task] if task else list(experiment.tasks)
     visits = experiment.planned.schedule().visits(experiment.run.steps)
     tried = [
-        each for remat in REMATS for name in tasks for each in _climb(block, name, remat, plan)
+        choice for remat in REMATS for name in tasks for choice in _climb(block, name, remat, plan)
     ]
     prices = {remat: _price(tried, remat, tasks, visits) for remat in REMATS}
     fewest, least = min(prices.values())
     # An estimate is not so fine that a few percent were worth a change.
     best = next(r for r, (n, s) in prices.items() if n == fewest and s <= _ALIKE * least)
-    for each in tried:
-        each["chosen"] = each["remat"] == best and each["fits"]
-    chosen = {each["task"]: each for each in tried if each["chosen"]}
+    for choice in tried:
+        choice["chosen"] = choice["remat"] == best and choice["fits"]
+    chosen = {choice["task"]: choice for choice in tried if choice["chosen"]}
     without = [name for name in tasks if name not in chosen]
     return {
         "version": 1,
-        "tried": sorted(tried, key=lambda each: tasks.index(each["task"])),
+        "tried": sorted(tried, key=lambda choice: tasks.index(choice["task"])),
         "overrides": list(_overrides(block, best, chosen)) if chosen else [],
         "fits": not without,
         "without": without,
@@ -67,9 +67,9 @@ def _climb(block: Block, task: str, remat: str, plan: Plan) -> Iterable[dict[str
             if parts == start:
                 raise
             return  # a part no longer divides over the mesh
-        each = {"task": task, "remat": remat, "microbatches": parts, **_training(report)}
-        yield each
-        if each["fits"]:
+        choice = {"task": task, "remat": remat, "microbatches": parts, **_training(report)}
+        yield choice
+        if choice["fits"]:
             return
 
 
@@ -103,8 +103,8 @@ def _price(
     tried: Sequence[Mapping[str, Any]], remat: str, tasks: Sequence[str], visits: Mapping[str, int]
 ) -> tuple[int, float]:
     """Return how many tasks do not fit, and the seconds of the others' visits."""
-    fitting = [each for each in tried if each["remat"] == remat and each["fits"]]
-    seconds = sum(each["seconds"] * max(1, visits.get(each["task"], 0)) for each in fitting)
+    fitting = [choice for choice in tried if choice["remat"] == remat and choice["fits"]]
+    seconds = sum(choice["seconds"] * max(1, visits.get(choice["task"], 0)) for choice in fitting)
     return len(tasks) - len(fitting), seconds
 
 
@@ -113,6 +113,6 @@ def _overrides(block: Block, remat: str, chosen: Mapping[str, Mapping[str, Any]]
     where, tower = tower_of(block)
     if tower.get("remat", "none") != remat:
         yield f"{where}.remat={remat}"
-    for task, each in chosen.items():
-        if block["tasks"][task].get("microbatches", 1) != each["microbatches"]:
-            yield f"tasks.{task}.microbatches={each['microbatches']}"
+    for task, choice in chosen.items():
+        if block["tasks"][task].get("microbatches", 1) != choice["microbatches"]:
+            yield f"tasks.{task}.microbatches={choice['microbatches']}"

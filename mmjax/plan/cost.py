@@ -89,129 +89,133 @@ def cost(module: Module, layout: Layout, flop_rate: float, byte_rate: float) -> 
     """
     reader = _Reader(module, layout, lambda f, b: max(f / flop_rate, b / byte_rate))
     reader.computation(module.computations[module.entry], 1)
-    return reader.found
+    return reader.cost
 
 
 class _Reader:
     def __init__(self, module: Module, layout: Layout, seconds: Callable[[int, int], float]):
-        self.module, self.layout, self.found = module, layout, Cost()
+        self.module, self.layout, self.cost = module, layout, Cost()
         self._seconds = seconds
 
     def computation(self, where: Computation, times: int) -> None:
         """Add everything that runs when a computation outside of fusions runs `times` times."""
-        for each in where:
-            if each.opcode == "while":
-                self._loop(each, where, times)
-            elif each.opcode == "conditional":
-                self._conditional(each, times)
-            elif each.opcode in ("call", "async-start"):
-                for name in each.called:
+        for instruction in where:
+            if instruction.opcode == "while":
+                self._loop(instruction, where, times)
+            elif instruction.opcode == "conditional":
+                self._conditional(instruction, times)
+            elif instruction.opcode in ("call", "async-start"):
+                for name in instruction.called:
                     self.computation(self.module.computations[name], times)
             else:
-                self._instruction(each, where, times)
+                self._instruction(instruction, where, times)
 
-    def _loop(self, each: Instruction, where: Computation, times: int) -> None:
-        trips = self.module.trips(each, where)
+    def _loop(self, instruction: Instruction, where: Computation, times: int) -> None:
+        trips = self.module.trips(instruction, where)
         if trips is None:
-            self.found.unknown.add(f"loop {each.source or each.name}")
-        body = self.module.computations[each.attribute("body")]
+            self.cost.unknown.add(f"loop {instruction.source or instruction.name}")
+        body = self.module.computations[instruction.attribute("body")]
         self.computation(body, times * (1 if trips is None else trips))
 
-    def _conditional(self, each: Instruction, times: int) -> None:
+    def _conditional(self, instruction: Instruction, times: int) -> None:
         """Add the branch that takes longest."""
         costs = []
-        for name in each.branches:
+        for name in instruction.branches:
             reader = _Reader(self.module, self.layout, self._seconds)
             reader.computation(self.module.computations[name], times)
-            costs.append(reader.found)
+            costs.append(reader.cost)
         if costs:
-            self.found.add(max(costs, key=lambda c: (c.seconds, c.sent(DCN), c.sent(ICI))))
+            self.cost.add(max(costs, key=lambda c: (c.seconds, c.sent(DCN), c.sent(ICI))))
 
-    def _instruction(self, each: Instruction, where: Computation, times: int) -> None:
+    def _instruction(self, outer: Instruction, where: Computation, times: int) -> None:
         flops = 0
-        for instruction, inside in self._within(each, where):
+        for instruction, inside in self._within(outer, where):
             n = _product(instruction, inside) or _product_of_kernel(instruction)
             if n:
-                self.found.products[instruction.source or instruction.name] += n * times
+                self.cost.products[instruction.source or instruction.name] += n * times
             flops += n
             self._collective(instruction, inside, times)
             self._opaque(instruction)
-        moved = 0 if each.opcode in _FREE else self._moved(each, where)
-        self.found.memory += moved * times
-        self.found.seconds += self._seconds(flops, moved) * times
+        moved = 0 if outer.opcode in _FREE else self._moved(outer, where)
+        self.cost.memory += moved * times
+        self.cost.seconds += self._seconds(flops, moved) * times
 
     def _within(
-        self, each: Instruction, where: Computation
+        self, instruction: Instruction, where: Computation
     ) -> Iterator[tuple[Instruction, Computation]]:
         """Yield an instruction, and those in the fusions that it is."""
-        yield each, where
-        for name in each.called:
+        yield instruction, where
+        for name in instruction.called:
             inner = self.module.computations[name]
             for inside in inner:
                 yield from self._within(inside, inner)
 
-    def _opaque(self, each: Instruction) -> None:
+    def _opaque(self, instruction: Instruction) -> None:
         """Note a kernel whose inside the text does not show."""
-        target = each.attribute("custom_call_target")
-        is_kernel = target.startswith(_KERNELS) or each.opcode == "ragged-dot"
-        if is_kernel and not _product_of_kernel(each):
-            self.found.unknown.add(f"kernel {each.source or each.name}")
+        target = instruction.attribute("custom_call_target")
+        is_kernel = target.startswith(_KERNELS) or instruction.opcode == "ragged-dot"
+        if is_kernel and not _product_of_kernel(instruction):
+            self.cost.unknown.add(f"kernel {instruction.source or instruction.name}")
 
     # --- main memory ---------------------------------------------------------------------------
 
-    def _moved(self, each: Instruction, where: Computation) -> int:
+    def _moved(self, instruction: Instruction, where: Computation) -> int:
         """Return the bytes that an instruction reads from main memory and writes there."""
-        inner = self.module.computations[each.called[0]] if each.opcode == "fusion" else None
+        inner = (
+            self.module.computations[instruction.called[0]]
+            if instruction.opcode == "fusion"
+            else None
+        )
         if inner is None:
-            read = [where.instructions.get(name) for name in each.operands]
-            if each.opcode in _SLICING:
-                return 2 * _main(each.arrays)
-            if each.opcode == "dynamic-update-slice":
+            read = [where.instructions.get(name) for name in instruction.operands]
+            if instruction.opcode in _SLICING:
+                return 2 * _main(instruction.arrays)
+            if instruction.opcode == "dynamic-update-slice":
                 return 2 * (_main(read[1].arrays) if read[1] else 0)
-            return sum(_main(i.arrays) for i in read if i) + _main(each.arrays)
-        total = self._written(each, inner)
-        for name, parameter in zip(each.operands, inner.parameters, strict=False):
+            return sum(_main(i.arrays) for i in read if i) + _main(instruction.arrays)
+        total = self._written(instruction, inner)
+        for name, parameter in zip(instruction.operands, inner.parameters, strict=False):
             operand = where.instructions.get(name)
             if operand is not None and _main(operand.arrays):
                 total += min(_main(operand.arrays), _used(parameter, inner))
         return total
 
-    def _written(self, each: Instruction, inner: Computation) -> int:
+    def _written(self, instruction: Instruction, inner: Computation) -> int:
         """Return the bytes of a fusion's results; of one that is an update in place, the update."""
         root = inner.root
         if root.opcode == "dynamic-update-slice":
             update = inner.instructions[root.operands[1]]
-            return min(_main(each.arrays), sum(a.bytes for a in update.arrays))
-        return _main(each.arrays)
+            return min(_main(instruction.arrays), sum(a.bytes for a in update.arrays))
+        return _main(instruction.arrays)
 
     # --- wires ---------------------------------------------------------------------------------
 
-    def _collective(self, each: Instruction, where: Computation, times: int) -> None:
-        kind = each.opcode.removesuffix("-start")
-        if each.opcode == "send":
-            self._megascale(each, where, times)
+    def _collective(self, instruction: Instruction, where: Computation, times: int) -> None:
+        kind = instruction.opcode.removesuffix("-start")
+        if instruction.opcode == "send":
+            self._megascale(instruction, where, times)
         # Pieces of one collective are fused into what runs meanwhile: its first counts.
-        step = _ASYNC_STEP.search(each.attributes)
+        step = _ASYNC_STEP.search(instruction.attributes)
         if kind not in KINDS or step and int(step[1]) >= 0:
             return
         if kind == "all-reduce" and where.name.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
-        groups = groups_of(each.attributes, self.module.partitions)
+        groups = groups_of(instruction.attributes, self.module.partitions)
         if self.module.partitions < self.layout.size:  # of several slices each has this program
             groups = self.layout.across[:, 0][groups]
         wire = DCN if self.layout.crosses(groups) else ICI
-        size = _payload(each, where, kind)
+        size = _payload(instruction, where, kind)
         sent = size if kind == "collective-permute" else size * (1 - 1 / groups.shape[1])
         sent *= 2 if kind == "all-reduce" else 1
-        self.found.wires[wire, kind, self.layout.along(groups)] += sent * times
+        self.cost.wires[wire, kind, self.layout.along(groups)] += sent * times
 
-    def _megascale(self, each: Instruction, where: Computation, times: int) -> None:
+    def _megascale(self, instruction: Instruction, where: Computation, times: int) -> None:
         """Add a transfer between slices, which the runtime does from the host."""
-        transfer = _TRANSFER.search(each.attributes)
+        transfer = _TRANSFER.search(instruction.attributes)
         if not transfer:
             return
         kind = transfer[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
-        operand = where.instructions[each.operands[0]]
+        operand = where.instructions[instruction.operands[0]]
         slices = self.layout.across.shape[1]
         # Each device meets those that have its place in the other slices, and sends to all of them.
         shares = {
@@ -220,7 +224,7 @@ class _Reader:
             "all-to-all": 1 - 1 / slices,
         }
         axes = self.layout.along(self.layout.across)
-        self.found.wires[DCN, kind, axes] += operand.bytes * shares.get(kind, 1.0) * times
+        self.cost.wires[DCN, kind, axes] += operand.bytes * shares.get(kind, 1.0) * times
 
 
 def _main(arrays: Sequence[Array]) -> int:
@@ -232,53 +236,59 @@ def _used(parameter: Instruction, inner: Computation) -> int:
     """Return the bytes of a fusion's operand that it reads: the slices, if all it does is take slices of it."""
     users = inner.users.get(parameter.name, ())
     total = 0
-    for each in users:
-        if each.opcode == "dynamic-update-slice" and each.operands[0] == parameter.name:
+    for user in users:
+        if user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
             continue  # written in place
-        if each.opcode in ("bitcast", "copy"):
-            total += _used(each, inner)
+        if user.opcode in ("bitcast", "copy"):
+            total += _used(user, inner)
         else:
-            total += each.bytes if each.opcode in _SLICING else parameter.bytes
+            total += user.bytes if user.opcode in _SLICING else parameter.bytes
     return min(total, parameter.bytes) if users else 0
 
 
-def _payload(each: Instruction, where: Computation, kind: str) -> int:
+def _payload(instruction: Instruction, where: Computation, kind: str) -> int:
     """Return the bytes of a collective's larger side: what all-gather makes, what the others are given."""
-    operands = sum(where.instructions[n].bytes for n in each.operands if n in where.instructions)
+    operands = sum(
+        where.instructions[n].bytes for n in instruction.operands if n in where.instructions
+    )
     if kind == "all-gather":
         # The start of an asynchronous one has its operands among its results.
-        return each.bytes - operands if each.opcode.endswith("-start") else each.bytes
+        return (
+            instruction.bytes - operands
+            if instruction.opcode.endswith("-start")
+            else instruction.bytes
+        )
     return operands
 
 
-def _product_of_kernel(each: Instruction) -> int:
+def _product_of_kernel(instruction: Instruction) -> int:
     """Return the FLOPs that a custom kernel states of itself; 0 if it states none."""
-    match = _STATED.search(each.attributes) if each.opcode == "custom-call" else None
+    match = _STATED.search(instruction.attributes) if instruction.opcode == "custom-call" else None
     return int(match[1]) if match else 0
 
 
-def _product(each: Instruction, where: Computation) -> int:
+def _product(instruction: Instruction, where: Computation) -> int:
     """Return the FLOPs of a dot product or convolution; 0 for all else."""
-    is_blas = each.attribute("custom_call_target").startswith(_BLAS)
-    if each.opcode not in ("dot", "convolution") and not is_blas:
+    is_blas = instruction.attribute("custom_call_target").startswith(_BLAS)
+    if instruction.opcode not in ("dot", "convolution") and not is_blas:
         return 0
-    lhs, rhs = (where.instructions[name].arrays[0] for name in each.operands[:2])
-    out = each.arrays[0]
+    lhs, rhs = (where.instructions[name].arrays[0] for name in instruction.operands[:2])
+    out = instruction.arrays[0]
     complex_ = 4 if out.dtype.startswith("c") else 1
-    if each.opcode == "dot" or is_blas:
-        match = _CONTRACTED.search(each.attributes)
+    if instruction.opcode == "dot" or is_blas:
+        match = _CONTRACTED.search(instruction.attributes)
         dims = [int(n) for n in re.findall(r"\d+", match[1] or match[2])] if match else []
         return 2 * complex_ * math.prod(out.shape) * math.prod(lhs.shape[d] for d in dims)
-    return 2 * complex_ * _pairs(each, lhs, rhs, out)
+    return 2 * complex_ * _pairs(instruction, lhs, rhs, out)
 
 
-def _pairs(each: Instruction, lhs: Array, rhs: Array, out: Array) -> int:
+def _pairs(instruction: Instruction, lhs: Array, rhs: Array, out: Array) -> int:
     """Return the multiplications of a convolution: those with padding and with holes do not count."""
-    labels = _LABELS.search(each.attributes)
+    labels = _LABELS.search(instruction.attributes)
     if labels is None:
-        raise ValueError(f"a convolution without dim_labels: {each.name}")
+        raise ValueError(f"a convolution without dim_labels: {instruction.name}")
     of_lhs, of_rhs, of_out = labels.groups()
-    window = _window(each.attributes)
+    window = _window(instruction.attributes)
     pairs = 1
     for d in range(len(of_out) - 2):
         low, _, holes, stride, spread = window[d]
@@ -301,9 +311,18 @@ def _window(attributes: str) -> list[tuple[int, int, int, int, int]]:
     fields = dict(part.split("=") for part in match[1].split()) if match else {}
     count = len(fields.get("size", "").split("x")) if "size" in fields else 0
 
-    def each(name: str) -> list[int]:
+    def per_dimension(name: str) -> list[int]:
         return [int(n) for n in fields[name].split("x")] if name in fields else [1] * count
 
     pads = fields["pad"].split("x") if "pad" in fields else ["0_0"] * count
     low, high = zip(*(map(int, p.split("_")) for p in pads), strict=True) if pads else ((), ())
-    return list(zip(low, high, each("lhs_dilate"), each("stride"), each("rhs_dilate"), strict=True))
+    return list(
+        zip(
+            low,
+            high,
+            per_dimension("lhs_dilate"),
+            per_dimension("stride"),
+            per_dimension("rhs_dilate"),
+            strict=True,
+        )
+    )

@@ -73,8 +73,8 @@ def groups_of(attributes: str, size: int) -> np.ndarray:
     if match := _MESH.search(attributes):
         return _of_mesh(match[1], match[2], match[3], size)
     if match := _IOTA.search(attributes):
-        shape, rest = match[1].split("<=")
-        return _counted(rest).reshape(_numbers(shape))
+        shape, order = match[1].split("<=")
+        return _counted(order).reshape(_numbers(shape))
     match = _LISTED.search(attributes)
     return _sets(match[1]) if match and match[1] else np.arange(size)[None]
 
@@ -90,16 +90,16 @@ def _of_mesh(axes: str, order: str | None, named: str, size: int) -> np.ndarray:
     sizes = {m[0].strip(" '"): int(m[1]) for m in (part.split("=") for part in axes.split(","))}
     ids = (_counted(order) if order else np.arange(size)).reshape(tuple(sizes.values()))
     shape: list[int] = []
-    wanted: list[int] = []
+    grouped: list[int] = []
     parts = {m[1]: (int(m[2] or 1), int(m[3] or 0)) for m in _AXIS.finditer(named) if m[1].strip()}
     for axis, length in sizes.items():
         before, width = parts.get(axis, (1, 0))
         width = (width or length) if axis in parts else 1
-        wanted += [len(shape) + 1] if axis in parts else []
+        grouped += [len(shape) + 1] if axis in parts else []
         shape += [before, width, length // (before * width)]
     ids = ids.reshape(shape)
-    others = [i for i in range(len(shape)) if i not in wanted]
-    return ids.transpose(others + wanted).reshape(-1, math.prod(shape[i] for i in wanted))
+    others = [i for i in range(len(shape)) if i not in grouped]
+    return ids.transpose(others + grouped).reshape(-1, math.prod(shape[i] for i in grouped))
 
 
 def _counted(text: str) -> np.ndarray:

@@ -78,8 +78,8 @@ class Instruction:
         """The computations that run once when it does (not loops, conditionals or reducers)."""
         if self.opcode not in ("fusion", "call", "async-start", "custom-call"):
             return ()
-        found = (m[2] for m in _CALLED.finditer(self.attributes))
-        return tuple(name.strip(" %") for names in found for name in names.split(","))
+        matches = (m[2] for m in _CALLED.finditer(self.attributes))
+        return tuple(name.strip(" %") for names in matches for name in names.split(","))
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -110,9 +110,9 @@ class Computation:
     def users(self) -> Mapping[str, Sequence[Instruction]]:
         """The instructions that read a result, by its name."""
         result: dict[str, list[Instruction]] = {}
-        for each in self:
-            for name in dict.fromkeys(each.operands):
-                result.setdefault(name, []).append(each)
+        for instruction in self:
+            for name in dict.fromkeys(instruction.operands):
+                result.setdefault(name, []).append(instruction)
         return result
 
     @cached_property
@@ -200,15 +200,15 @@ def parse(text: str) -> Module:
     return Module(computations, entry, int(partitions[1]) if partitions else 1)
 
 
-def _instruction(name: str, rest: str, is_root: bool) -> Instruction:
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    start = rest.index("(", end)
-    close = _closing(rest, start)
-    inside = rest[start + 1 : close]
-    opcode = rest[end:start].strip()
+def _instruction(name: str, text: str, is_root: bool) -> Instruction:
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    start = text.index("(", end)
+    close = _closing(text, start)
+    inside = text[start + 1 : close]
+    opcode = text[end:start].strip()
     operands = () if opcode in ("constant", "parameter") else tuple(_NAMES.findall(inside))
     return Instruction(
-        name, opcode, arrays_of(rest[:end]), operands, inside, rest[close + 1 :], is_root
+        name, opcode, arrays_of(text[:end]), operands, inside, text[close + 1 :], is_root
     )
 
 

@@ -166,8 +166,8 @@ def where_the_rest_goes(
         OUTSIDE: Counter(),
         RECOMPUTED: Counter(),
     }
-    for each in products:
-        parts[part_of(each["name"])][each["name"]] += each["flops"] * devices
+    for product in products:
+        parts[part_of(product["name"])][product["name"]] += product["flops"] * devices
     is_forward = not parts[GRADIENT] and not parts[RECOMPUTED]
     totals = {part: counts.total() for part, counts in parts.items()}
     # What the model asks for is done in the gradient; of an evaluation, there is no other part.

@@ -36,14 +36,14 @@ def print_plan(plan: Mapping[str, Any]) -> None:
 
 def _memory_table(plan: Mapping[str, Any]) -> None:
     rows = []
-    for each in plan["programs"]:
-        sizes = each.get("bytes", {})
+    for program in plan["programs"]:
+        sizes = program.get("bytes", {})
         parts = [_known(human_bytes, sizes.get(k)) for k in ("arguments", "temporaries", "needed")]
         share = percent(sizes["needed"] / sizes["limit"]) if sizes else "-"
-        verdict = "yes" if each["fits"] else "NO"
-        if each["status"] not in ("compiled", "out_of_memory"):
-            verdict = each["status"].replace("_", " ")
-        rows.append((_label(each), *parts, share, verdict))
+        verdict = "yes" if program["fits"] else "NO"
+        if program["status"] not in ("compiled", "out_of_memory"):
+            verdict = program["status"].replace("_", " ")
+        rows.append((_label(program), *parts, share, verdict))
     limit = plan["assumed"]["memory"]
     heads = ("program", "arguments", "temporary", "needed", "of it", "fits")
     table(f"Memory of a device ({human_bytes(limit)})", heads, rows)
@@ -65,12 +65,12 @@ def _flops_table(programs: list[Mapping[str, Any]]) -> None:
 
 def _estimate_table(programs: list[Mapping[str, Any]]) -> None:
     rows = []
-    for each in programs:
-        estimate = each["estimate"]
+    for program in programs:
+        estimate = program["estimate"]
         parts = [fine_seconds(estimate[k]) for k in ("compute", "memory", "ici", "dcn", "seconds")]
-        tokens = _known(human_count, each.get("tokens"))
+        tokens = _known(human_count, program.get("tokens"))
         rows.append(
-            (_label(each), tokens, *parts, percent(estimate["mfu"]), f"{each['hours']:.3g} h")
+            (_label(program), tokens, *parts, percent(estimate["mfu"]), f"{program['hours']:.3g} h")
         )
     heads = ("program", "tokens", "compute", "memory", "ICI", "DCN", "a step", "MFU", "run")
     table("ESTIMATE of a step: roofline, at the peaks below; a lower bound", heads, rows)
@@ -78,10 +78,10 @@ def _estimate_table(programs: list[Mapping[str, Any]]) -> None:
 
 def _collectives_table(programs: list[Mapping[str, Any]]) -> None:
     rows = []
-    for each in programs:
-        largest = sorted(each["collectives"], key=lambda c: -c["bytes"])[:_LISTED]
+    for program in programs:
+        largest = sorted(program["collectives"], key=lambda c: -c["bytes"])[:_LISTED]
         for i, c in enumerate(largest):
-            name = _label(each) if i == 0 else ""
+            name = _label(program) if i == 0 else ""
             rows.append((name, c["wire"].upper(), c["kind"], c["axes"], human_bytes(c["bytes"])))
     if rows:
         heads = ("program", "over", "collective", "mesh axes", "a device sends")
@@ -106,63 +106,63 @@ def _remarks(plan: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _where_flops_go(plan: Mapping[str, Any]) -> Iterator[str]:
-    rest: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for each in plan["programs"]:
-        for part in each.get("flops", {}).get("rest", ()):
-            more = f"{_label(each)} ({human_flops(part['flops'])})"
-            rest[part["part"], *part["largest"]].append(more)
-    for (part_name, *largest), programs in rest.items():
+    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for program in plan["programs"]:
+        for part in program.get("flops", {}).get("rest", ()):
+            entry = f"{_label(program)} ({human_flops(part['flops'])})"
+            groups[part["part"], *part["largest"]].append(entry)
+    for (part_name, *largest), programs in groups.items():
         yield f"FLOPs beyond the model's, {part_name}: {', '.join(programs)}. {'; '.join(largest)}"
-    for each in plan["programs"]:
-        for unknown in each.get("unknown", ()):
-            yield f"{_label(each)}: not counted in full: {unknown}"
+    for program in plan["programs"]:
+        for unknown in program.get("unknown", ()):
+            yield f"{_label(program)}: not counted in full: {unknown}"
 
 
 def _what_does_not_fit(plan: Mapping[str, Any]) -> Iterator[str]:
     if plan["fits"]:
         yield "Everything fits."
-    for each in plan["programs"]:
-        if each["fits"]:
+    for program in plan["programs"]:
+        if program["fits"]:
             continue
-        if "bytes" not in each:
-            yield f"NOT COMPILED: {each['name']}: {each['message']}"
+        if "bytes" not in program:
+            yield f"NOT COMPILED: {program['name']}: {program['message']}"
             continue
-        sizes = each["bytes"]
+        sizes = program["bytes"]
         yield (
-            f"DOES NOT FIT: {each['name']} needs {human_bytes(sizes['needed'])}, "
+            f"DOES NOT FIT: {program['name']} needs {human_bytes(sizes['needed'])}, "
             f"{human_bytes(sizes['over'])} over the {human_bytes(sizes['limit'])} of a device."
         )
-        yield from (f"  would help: {line}" for line in each["help"])
+        yield from (f"  would help: {line}" for line in program["help"])
 
 
-def print_advice(found: Mapping[str, Any], label: str) -> None:
+def print_advice(result: Mapping[str, Any], label: str) -> None:
     """Print what was tried for each task, and what to set."""
     tried = defaultdict(list)
-    for each in found["tried"]:
-        tried[each["task"]].append(each)
+    for choice in result["tried"]:
+        tried[choice["task"]].append(choice)
     rows = []
     for task, choices in tried.items():
-        for i, each in enumerate(choices):
-            chosen = "<-" if each["chosen"] else ""
+        for i, choice in enumerate(choices):
+            chosen = "<-" if choice["chosen"] else ""
             rows.append((
-                task if i == 0 else "", each["remat"], each["microbatches"],
-                _known(human_bytes, each["needed"]), each["fits"], _known(fine_seconds, each["seconds"]), chosen,
+                task if i == 0 else "", choice["remat"], choice["microbatches"],
+                _known(human_bytes, choice["needed"]), choice["fits"], _known(fine_seconds, choice["seconds"]), chosen,
             ))  # fmt: skip
     heads = ("task", "remat", "micro-batches", "needed", "fits", "a step", "")
     table(f"Tried for {label} (a step: roofline ESTIMATE)", heads, rows)
-    if found["overrides"]:
-        print("The fastest that fits:\n  " + " ".join(f"--config.{o}" for o in found["overrides"]))
+    if result["overrides"]:
+        print("The fastest that fits:\n  " + " ".join(f"--config.{o}" for o in result["overrides"]))
     else:
-        print("The fastest that fits: the config as it is." if found["fits"] else "")
-    for task in found["without"]:
+        print("The fastest that fits: the config as it is." if result["fits"] else "")
+    for task in result["without"]:
         print(
             f"DOES NOT FIT: {task}, whatever was tried. A smaller batch or more devices would help."
         )
 
 
-def _label(each: Mapping[str, Any]) -> str:
+def _label(program: Mapping[str, Any]) -> str:
     """Return a program's short name, without its fields."""
-    return each["task"] if each["kind"] == "train" else f"{each['task']}/{each['kind']}"
+    return program["task"] if program["kind"] == "train" else f"{program['task']}/{program['kind']}"
 
 
 def fine_seconds(seconds: float) -> str:

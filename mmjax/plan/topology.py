@@ -94,22 +94,24 @@ def read_topology(text: str, slices: int = 1) -> Topology:
     return result
 
 
-def _wrong(made: Topology) -> str:
+def _wrong(topology: Topology) -> str:
     """Return what is wrong with a topology's numbers; empty if nothing is."""
-    if made.slices < 1:
-        return f"{made.slices} slices; there is at least 1."
-    if made.is_gpu:
-        if made.slices > 1:
+    if topology.slices < 1:
+        return f"{topology.slices} slices; there is at least 1."
+    if topology.is_gpu:
+        if topology.slices > 1:
             return "GPU nodes have no slices; raise the number of nodes."
-        is_good = len(made.shape) == 2 and made.shape[0] >= 1 and 1 <= made.shape[1] <= 8
+        is_good = (
+            len(topology.shape) == 2 and topology.shape[0] >= 1 and 1 <= topology.shape[1] <= 8
+        )
         return "" if is_good else "a node has 1 to 8 GPUs."
-    dimensions = len(TPUS[made.kind][0].split("x"))
-    if len(made.shape) != dimensions:
-        return f"{made.kind} has {dimensions} dimensions."
-    if 0 in made.shape or made.shape[0] % 2 or made.shape[1] % 2:
+    dimensions = len(TPUS[topology.kind][0].split("x"))
+    if len(topology.shape) != dimensions:
+        return f"{topology.kind} has {dimensions} dimensions."
+    if 0 in topology.shape or topology.shape[0] % 2 or topology.shape[1] % 2:
         return "a host has 2x2 chips, so the first two sides are even."
-    if math.prod(made.shape) > _MOST[made.kind]:
-        return f"a slice of {made.kind} has at most {_MOST[made.kind]} chips; use --slices."
+    if math.prod(topology.shape) > _MOST[topology.kind]:
+        return f"a slice of {topology.kind} has at most {_MOST[topology.kind]} chips; use --slices."
     return ""
 
 
@@ -175,10 +177,12 @@ def describe(topology: Topology) -> Sequence[Any]:
             topology.kind, "cuda", target_config=target(topology.kind), topology=f"1x{nodes}x{gpus}"
         )
         return list(description.devices)
-    more: dict[str, Any] = {"wrap": topology.wrap}
+    options: dict[str, Any] = {"wrap": topology.wrap}
     if topology.slices > 1:
-        more["num_slices"] = topology.slices
+        options["num_slices"] = topology.slices
     if topology.kind == "v4":
-        more["chip_config_name"] = "megacore"  # one device a chip
-    description = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **more)
+        options["chip_config_name"] = "megacore"  # one device a chip
+    description = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology.name, **options
+    )
     return sorted(description.devices, key=lambda d: getattr(d, "slice_index", 0))

@@ -90,11 +90,11 @@ class _Worker:
     """A process of `mmjax.plan.case`."""
 
     def __init__(self, specification: Specification):
-        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         with _deep_stack():
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "mmjax.plan.case"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
                 env=environment(), start_new_session=True,
             )  # fmt: skip
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -117,8 +117,8 @@ class _Worker:
 
     def _last_words(self) -> str:
         code = self._process.wait()
-        self._said.seek(0)
-        tail = self._said.read().decode(errors="replace").split()
+        self._errors.seek(0)
+        tail = self._errors.read().decode(errors="replace").split()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         return f"the compiler's process ended by {how}. {' '.join(tail)[-_TAIL:]}".strip()
 
@@ -134,7 +134,7 @@ class _Worker:
         self._kill()
         assert self._process.stdout is not None
         self._process.stdout.close()
-        self._said.close()
+        self._errors.close()
 
 
 class _Lines:

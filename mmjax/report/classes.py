@@ -63,16 +63,16 @@ def classified(model: TrainedModel, task: Task, count: int) -> Iterator[Panel]:
       UserError: held-out data is not there.
     """
     for evaluator in make_evaluators(task).values():
-        for each in evaluator.passes(task).values():
-            if isinstance(each.computation, Predict) and len(each.fields) == 1:
-                examples = each.source.open()
-                guessed = guesses(model, task, each, examples)
-                yield panel(task, each, examples, guessed, count)
+        for pass_ in evaluator.passes(task).values():
+            if isinstance(pass_.computation, Predict) and len(pass_.fields) == 1:
+                examples = pass_.source.open()
+                guessed = guesses(model, task, pass_, examples)
+                yield panel(task, pass_, examples, guessed, count)
 
 
-def guesses(model: TrainedModel, task: Task, each: Pass, examples: Examples) -> Guesses:
+def guesses(model: TrainedModel, task: Task, pass_: Pass, examples: Examples) -> Guesses:
     """Read up to 2048 examples, spread over the split, and return their logits; unreadable ones are counted."""
-    spec = row_spec(task, each)
+    spec = row_spec(task, pass_)
     predict = model.compiled(able(task.objective, Classifies).predict)
     ids = np.array(spread(len(examples), MOST_READ))
     logits, labels, valid = [], [], []
@@ -80,7 +80,7 @@ def guesses(model: TrainedModel, task: Task, each: Pass, examples: Examples) -> 
         part = ids[start : start + BATCH]
         rows, _ = make_batch(spec, examples, part.tolist(), lambda _: None, BATCH)
         logits.append(jax.device_get(predict(with_rows(rows)["inputs"]))[: len(part)])
-        labels.append(rows["fields"][each.fields[0]][: len(part)])
+        labels.append(rows["fields"][pass_.fields[0]][: len(part)])
         valid.append(rows["valid"][: len(part)])
     is_valid = np.concatenate(valid)
     return Guesses(
@@ -91,34 +91,36 @@ def guesses(model: TrainedModel, task: Task, each: Pass, examples: Examples) -> 
     )
 
 
-def panel(task: Task, each: Pass, examples: Examples, found: Guesses, count: int) -> Panel:
+def panel(task: Task, pass_: Pass, examples: Examples, guessed: Guesses, count: int) -> Panel:
     """Return a panel of examples of different classes, each with its likeliest classes; then the usual mistakes."""
-    names = examples.labels.get(each.fields[0], ())
-    read = read_of(len(examples), len(found.index), found.unreadable)
-    title = f"{each.source.label}: {read}"
-    if not len(found.index):
+    names = examples.labels.get(pass_.fields[0], ())
+    read = read_of(len(examples), len(guessed.index), guessed.unreadable)
+    title = f"{pass_.source.label}: {read}"
+    if not len(guessed.index):
         return Panel(title, Html(""))
-    firsts = first_of_each(found.label)
+    firsts = first_of_each(guessed.label)
     chosen = [firsts[i] for i in spread(len(firsts), count)]
-    place_N = rank(found.logits, found.label) + 1
+    place_N = rank(guessed.logits, guessed.label) + 1
     hits = int((place_N[chosen] <= FOUND).sum())
-    classes = found.logits.shape[1]
+    classes = guessed.logits.shape[1]
     caption = f"{hits} of {len(chosen)} have the right one among the {FOUND} likeliest of {classes} classes."
-    cards = fit_to_budget(chosen, lambda i: _card(task, examples, found, i, int(place_N[i]), names))
+    cards = fit_to_budget(
+        chosen, lambda i: _card(task, examples, guessed, i, int(place_N[i]), names)
+    )
     body = (
         tag("p", caption),
         tag("ul", *cards, class_="cards of-words"),
-        mistakes(found, names),
+        mistakes(guessed, names),
     )
     return Panel(title, join(body), examples.credits)
 
 
-def mistakes(found: Guesses, names: Sequence[str]) -> Html | None:
+def mistakes(guessed: Guesses, names: Sequence[str]) -> Html | None:
     """Return the classes that are most often taken for one other class; None where none is so twice."""
-    guess_N = found.logits.argmax(axis=1)
-    wrong_N = guess_N != found.label
-    pairs = Counter(zip(found.label[wrong_N].tolist(), guess_N[wrong_N].tolist(), strict=True))
-    sizes = Counter(found.label.tolist())
+    guess_N = guessed.logits.argmax(axis=1)
+    wrong_N = guess_N != guessed.label
+    pairs = Counter(zip(guessed.label[wrong_N].tolist(), guess_N[wrong_N].tolist(), strict=True))
+    sizes = Counter(guessed.label.tolist())
     rows = [
         (_name(names, label), _name(names, guess), f"{times}", f"{sizes[label]}")
         for (label, guess), times in pairs.most_common(_MISTAKES)
@@ -129,10 +131,10 @@ def mistakes(found: Guesses, names: Sequence[str]) -> Html | None:
 
 
 def _card(
-    task: Task, examples: Examples, found: Guesses, row: int, place: int, names: Sequence[str]
+    task: Task, examples: Examples, guessed: Guesses, row: int, place: int, names: Sequence[str]
 ) -> Html:
     """Return an example, its class, and the classes that the model finds likeliest."""
-    label, logits_C = int(found.label[row]), found.logits[row].astype(np.float64)
+    label, logits_C = int(guessed.label[row]), guessed.logits[row].astype(np.float64)
     share_C = np.exp(logits_C - logits_C.max())
     share_C /= share_C.sum()
     items = []
@@ -143,7 +145,7 @@ def _card(
         line = (words, mark, share, bar(share_C[guess], "c7"))
         items.append(tag("li", *line, class_="right" if mark else None))
     late = tag("p", f"The right one comes at place {place}", class_="late")
-    asked = tag("div", _example(task, examples, int(found.index[row]), _name(names, label)),
+    asked = tag("div", _example(task, examples, int(guessed.index[row]), _name(names, label)),
                 tag("span", _name(names, label), class_="words"), class_="query")  # fmt: skip
     return tag(
         "li", asked, tag("ol", *items, class_="found guesses"), late if place > FOUND else None
@@ -158,8 +160,8 @@ def _example(task: Task, examples: Examples, index: int, words: str) -> Html:
     }
     example = examples[index]
     return join(
-        preview(shown(each, as_given(each, example[field])), f"{each.name}: {words}")
-        for field, each in reversed(by_field.items())
+        preview(shown(input_, as_given(input_, example[field])), f"{input_.name}: {words}")
+        for field, input_ in reversed(by_field.items())
     )
 
 

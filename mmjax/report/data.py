@@ -124,7 +124,7 @@ class Run:
                 for key in ("weight", "interval")
             )
             phases = [
-                configs.build(PhaseConfig, each, "phases") for each in block.get("phases", ())
+                configs.build(PhaseConfig, phase, "phases") for phase in block.get("phases", ())
             ]
             rule, seed = block.get("rule", "shares"), self.config.get("seed", 0)
             return from_config(rule, weights, seed, phases, intervals=intervals)
@@ -225,8 +225,12 @@ def _records(
     done = train[-1]["step"] + 1 if train else 0
     path = workdir / RESULTS
     records = _json(path) if step is None or done >= config.get("steps", 0) else None
-    if isinstance(records, list) and records and all(isinstance(each, dict) for each in records):
-        records = [metrics.revived(each) for each in records]
+    if (
+        isinstance(records, list)
+        and records
+        and all(isinstance(record, dict) for record in records)
+    ):
+        records = [metrics.revived(record) for record in records]
         same = [_without(e, "kind", "step") for e in evals[-len(records) :]]
         is_same = [_without(e, "step") for e in records] == same
         return records, step if is_same else records[0].get("step")

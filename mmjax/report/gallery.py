@@ -55,14 +55,14 @@ class Retrieved:
 
     Attributes:
       query: its example.
-      found: the examples it retrieves, the most similar first.
+      ranking: the examples it retrieves, the most similar first.
       right: whether each is of the query's concept.
       place: that of the first right one among all candidates, from 1; as in the recall, a wrong
         one that is as similar stands before it.
     """
 
     query: int
-    found: list[int]
+    ranking: list[int]
     right: list[bool]
     place: int | None
 
@@ -118,10 +118,10 @@ def retrievals(task: Task) -> dict[str, Evaluator]:
     result = {}
     for name, evaluator in make_evaluators(task).items():
         passes = list(evaluator.passes(task).values())
-        is_of_pairs = len(programs) == 2 and {each.computation for each in passes} == programs
-        if is_of_pairs and all(each.block == evaluator.source for each in passes):
+        is_of_pairs = len(programs) == 2 and {pass_.computation for pass_ in passes} == programs
+        if is_of_pairs and all(pass_.block == evaluator.source for pass_ in passes):
             result[name] = evaluator
-    return {name: each for name, each in result.items() if hasattr(each, "positive_key")}
+    return {name: pass_ for name, pass_ in result.items() if hasattr(pass_, "positive_key")}
 
 
 def read_candidates(examples: Examples, task: Task, concept: str) -> Candidates:
@@ -143,8 +143,8 @@ def read_candidates(examples: Examples, task: Task, concept: str) -> Candidates:
             continue
         concepts.append(int(row["fields"][concept]))
         for modality in pair:
-            each = task.inputs[modality]
-            values[modality].append(as_given(each, example[each.field]))
+            input_ = task.inputs[modality]
+            values[modality].append(as_given(input_, example[input_.field]))
     credits = tuple(getattr(examples, "credits", ()))
     return Candidates(values, np.array(concepts, np.int64), unreadable, len(examples), credits)
 
@@ -217,7 +217,7 @@ def _card(
 ) -> Html:
     """Return a query and what it retrieves."""
     items = []
-    for i, right in zip(answer.found, answer.right, strict=True):
+    for i, right in zip(answer.ranking, answer.right, strict=True):
         value = shown(task.inputs[candidate], candidates.values[candidate][i])
         # A sound cannot be seen.
         caption = _words(task, candidates, candidate, i) if is_sound(value) else None

@@ -101,8 +101,8 @@ def grouped_table(
 
 def _row(cells: Sequence[Child], kinds: Sequence[str | None]) -> Html:
     first = tag("th", cells[0], scope="row")
-    rest = zip(cells[1:], kinds[1:], strict=True)
-    return tag("tr", first, *(tag("td", cell, class_=kind) for cell, kind in rest))
+    others = zip(cells[1:], kinds[1:], strict=True)
+    return tag("tr", first, *(tag("td", cell, class_=kind) for cell, kind in others))
 
 
 def section(title: str, *children: Child) -> Html:

@@ -71,12 +71,12 @@ def first_of_each(kind: np.ndarray) -> list[int]:
     return sorted(np.unique(kind, return_index=True)[1].tolist())
 
 
-def fit_to_budget(found: Sequence[T], card: Callable[[T], Html]) -> list[Html]:
+def fit_to_budget(items: Sequence[T], card: Callable[[T], Html]) -> list[Html]:
     """Return the cards of all, or of fewer, evenly spread, if they would make the page too heavy."""
-    cards = [card(each) for each in found]
+    cards = [card(item) for item in items]
     for count in (len(cards), 6, 4, 2, 1):
         chosen = [cards[i] for i in spread(len(cards), count)]
-        if sum(len(each) for each in chosen) <= _BYTES:
+        if sum(len(item) for item in chosen) <= _BYTES:
             return chosen
     return chosen
 

@@ -100,20 +100,20 @@ def optimisation(run: Run) -> Iterator[Html]:
     if norms:
         figures.append(_together(run, "gradient norm", norms, 1 / 30, log=True))
     yield _panels(figures)
-    more = [
+    measures = [
         _measure(run, name, measure, measure.replace("_", " "))
         for name, visits in ran.items()
         for measure in visits.values
         if measure not in _SHOWN_APART
     ]
-    if more:
-        yield tag("details", tag("summary", "Measures of each task in training"), _panels(more))
+    if measures:
+        yield tag("details", tag("summary", "Measures of each task in training"), _panels(measures))
 
 
 def rates(run: Run) -> Html:
     """Return a chart of examples per second of each task's steps."""
-    each = {n: v.rates for n, v in run.tasks.items() if len(v.step)}
-    return _panels([_together(run, "examples per second", each, 1 / 30)])
+    rates_by_task = {n: v.rates for n, v in run.tasks.items() if len(v.step)}
+    return _panels([_together(run, "examples per second", rates_by_task, 1 / 30)])
 
 
 def parameters(rows: Sequence[Mapping[str, Any]]) -> Html:
@@ -197,11 +197,11 @@ def _together(
     The legend has the mean of each task's latest visits; the very last value where nothing is smoothed.
     """
     lines, legend = [], []
-    for name, each in values.items():
-        raw = Line(run.tasks[name].step, each, "")
-        lines.append(smoothed(raw, part * len(each), f"smooth {colour_of(run, name)}"))
+    for name, series in values.items():
+        raw = Line(run.tasks[name].step, series, "")
+        lines.append(smoothed(raw, part * len(series), f"smooth {colour_of(run, name)}"))
         legend.append(
-            tag("li", named(run, name), f" {_short(_latest(each) if part else _last(each))}")
+            tag("li", named(run, name), f" {_short(_latest(series) if part else _last(series))}")
         )
     picture = chart(lines, f"{words} over steps, by task", run.step, words, log)
     heads = (tag("h3", words.capitalize()), tag("ul", *legend, class_="legend"))
@@ -214,12 +214,12 @@ def _lane(run: Run, name: str, shown: int) -> tuple[Html, Html]:
     return named(run, name), strip(places, shown, colour_of(run, name), label)
 
 
-def _shares_table(run: Run, wanted: Mapping[str, float]) -> Html:
+def _shares_table(run: Run, configured: Mapping[str, float]) -> Html:
     total = len(run.order)
     rows = []
     for name, visits in run.tasks.items():
         share = len(visits.step) / total
-        asked = wanted.get(name)
+        asked = configured.get(name)
         away = None if asked is None else f"{len(visits.step) - asked * total:+.2f}"
         rows.append(
             (

@@ -35,10 +35,10 @@ def pictured(model: TrainedModel, task: Task, count: int) -> Iterator[Panel]:
     if not isinstance(task.objective, Shows) or not task.objective.shows():
         return
     for evaluator in make_evaluators(task).values():
-        for each in evaluator.passes(task).values():
-            if isinstance(each.computation, LossOf | Write):
-                examples = each.source.open()
-                yield panel(model, task, examples, each.source.label, min(count, _MOST))
+        for pass_ in evaluator.passes(task).values():
+            if isinstance(pass_.computation, LossOf | Write):
+                examples = pass_.source.open()
+                yield panel(model, task, examples, pass_.source.label, min(count, _MOST))
 
 
 def panel(model: TrainedModel, task: Task, examples: Examples, split: str, count: int) -> Panel:
@@ -65,6 +65,6 @@ def _readable(task: Task, values: np.ndarray) -> Sequence[Any]:
     return [text.words(ids) for ids in values]
 
 
-def _row(name: str, values: Sequence[Any], kept: list[int]) -> Html:
-    cells = (tag("td", preview(values[i], f"{name}, example {i + 1}")) for i in kept)
+def _row(name: str, values: Sequence[Any], columns: list[int]) -> Html:
+    cells = (tag("td", preview(values[i], f"{name}, example {i + 1}")) for i in columns)
     return tag("tr", tag("th", name, scope="row"), *cells)

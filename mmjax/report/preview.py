@@ -41,21 +41,21 @@ _ENCODED = (  # how files of known kinds begin, from byte `at` on
 )
 
 
-def as_given(each: Input, value: Any) -> Any:
+def as_given(input_: Input, value: Any) -> Any:
     """Return a field's value as a user would give it: a bare sound with the rate that the task states."""
-    rate = getattr(each.settings, "sample_rate", 0)
+    rate = getattr(input_.settings, "sample_rate", 0)
     return (value, int(rate)) if rate and isinstance(value, np.ndarray) else value
 
 
-def shown(each: Input, value: Any) -> Any:
+def shown(input_: Input, value: Any) -> Any:
     """Return the value that `preview` takes, from what a user would give: by the modality's own `preview`, else `raw`.
 
     A one-dimensional array becomes `(samples, rate)`, with the rate of the modality.
     """
-    own = getattr(each.modality, "preview", None)
-    result = own(value) if own else each.modality.raw(value)
+    preview_of = getattr(input_.modality, "preview", None)
+    result = preview_of(value) if preview_of else input_.modality.raw(value)
     if isinstance(result, np.ndarray) and result.ndim == 1:
-        return result, int(getattr(each.modality, "sample_rate", _RATE))
+        return result, int(getattr(input_.modality, "sample_rate", _RATE))
     return result
 
 

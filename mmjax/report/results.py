@@ -41,7 +41,7 @@ def _newest(run: Run) -> Iterator[Html]:
     for record in run.records:
         tasks.setdefault(str(record.get("task")), []).append(record)
     evaluated = {name: records for name, records in tasks.items() if records}
-    yield tag("div", *(_tile(run, n, each) for n, each in evaluated.items()), class_="tiles")
+    yield tag("div", *(_tile(run, n, rows) for n, rows in evaluated.items()), class_="tiles")
     summary = tag("summary", f"All {len(run.records)} measures")
     yield tag("details", summary, _table(run, evaluated), open="")
 

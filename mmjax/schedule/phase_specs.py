@@ -60,7 +60,7 @@ def key_of(rule: str) -> str:
 
 def phase_spec_at(planned: Sequence[PhaseSpec], step: int) -> PhaseSpec:
     """Return the phase that `step` falls in."""
-    return planned[bisect.bisect_right([each.start for each in planned], step) - 1]
+    return planned[bisect.bisect_right([spec.start for spec in planned], step) - 1]
 
 
 def _phase_spec(
@@ -103,23 +103,23 @@ def from_config(
         without a step time.
     """
     segments: tuple[Segment, ...] = ()
-    for each in phase_specs(rule, weights, phases, intervals):
-        base = Schedule(segments).visits(each.start) if segments else {}
-        segments = (*segments, _frozen(each, seconds, base, seed))
+    for spec in phase_specs(rule, weights, phases, intervals):
+        base = Schedule(segments).visits(spec.start) if segments else {}
+        segments = (*segments, _frozen(spec, seconds, base, seed))
     return Schedule(segments)
 
 
 def _frozen(
-    each: PhaseSpec,
+    spec: PhaseSpec,
     seconds: Callable[[int], Mapping[str, float]],
     base: Mapping[str, int],
     seed: int,
 ) -> Segment:
     """Return the segment of a phase: its weights in integers."""
-    if each.rule != BUDGET:
-        return Segment(each.start, each.rule, each.weights, dict(base), seed)
-    shares = budget_weights(seconds(each.start), each.weights)
-    return Segment(each.start, "shares", shares, dict(base), seed)
+    if spec.rule != BUDGET:
+        return Segment(spec.start, spec.rule, spec.weights, dict(base), seed)
+    shares = budget_weights(seconds(spec.start), spec.weights)
+    return Segment(spec.start, "shares", shares, dict(base), seed)
 
 
 def budget_weights(
@@ -171,8 +171,8 @@ def _apportion(rates: Mapping[str, Fraction], total: int) -> dict[str, int]:
     quota = {task: rate * total / sum(rates.values()) for task, rate in rates.items()}
     small = [task for task in quota if quota[task] < 1]
     if small:
-        rest = {task: rate for task, rate in rates.items() if task not in small}
-        return dict.fromkeys(rates, 1) | _apportion(rest, total - len(small))
+        others = {task: rate for task, rate in rates.items() if task not in small}
+        return dict.fromkeys(rates, 1) | _apportion(others, total - len(small))
     shares = {task: math.floor(q) for task, q in quota.items()}
     by_remainder = sorted(quota, key=lambda task: shares[task] - quota[task])
     for task in by_remainder[: total - sum(shares.values())]:

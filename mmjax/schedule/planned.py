@@ -73,7 +73,7 @@ class PlannedSchedule:
         self._check_numbers()
         self.schedule(lambda start: dict.fromkeys(self.tasks, 1.0))
         every = self.config.rebalance_every
-        if every and all(each.rule != BUDGET for each in self.phase_specs()):
+        if every and all(spec.rule != BUDGET for spec in self.phase_specs()):
             raise UserError(
                 f"config.schedule.rebalance_every is {every}, but no phase has the rule '{BUDGET}'. "
                 "Set schedule.rule, or leave rebalance_every at 0."
@@ -87,7 +87,7 @@ class PlannedSchedule:
 
     def _check_numbers(self) -> None:
         """Raise where a weight or an interval is set that no rule of the run reads."""
-        read = {key_of(each.rule) for each in self.phase_specs()}
+        read = {key_of(spec.rule) for spec in self.phase_specs()}
         for key, other in (("weight", "interval"), ("interval", "weight")):
             named = [n for n, number in self._numbers(key).items() if number != 1]
             in_phases = any(getattr(phase, f"{key}s") for phase in self.config.phases)

@@ -58,8 +58,8 @@ class ShapeVariants:
         cycle = shares_cycle(self.weights)
 
         def before(index: int, visit: int) -> int:
-            rounds, rest = divmod(visit, len(cycle.order))
-            return rounds * len(cycle.where[index]) + cycle.visits(index, rest)
+            rounds, offset = divmod(visit, len(cycle.order))
+            return rounds * len(cycle.where[index]) + cycle.visits(index, offset)
 
         counts: Counter[str] = Counter()
         for index, variant in enumerate(self.variants):
@@ -91,6 +91,6 @@ def merged(block: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     result = dict(block)
     for key, value in changes.items():
         inner = result.get(key)
-        both = isinstance(value, Mapping) and isinstance(inner, Mapping)
-        result[key] = merged(inner, value) if both else value  # type: ignore[arg-type]
+        nested = isinstance(value, Mapping) and isinstance(inner, Mapping)
+        result[key] = merged(inner, value) if nested else value  # type: ignore[arg-type]
     return result

@@ -92,7 +92,7 @@ class Cached(Examples):
     def __init__(self, inner: Examples, limit: int, source: Source | None = None):
         self._inner, self._left = inner, limit
         self._again = (source, limit, inner.identity)
-        self._kept: dict[int, Example] = {}
+        self._examples_read: dict[int, Example] = {}
         self._lock = threading.Lock()
         self.description, self.identity, self.fields = (
             inner.description,
@@ -108,7 +108,7 @@ class Cached(Examples):
         return _reopened, self._again
 
     def __getitem__(self, index: int) -> Example:
-        example = self._kept.get(index)
+        example = self._examples_read.get(index)
         if example is None:
             example = self._inner[index]
             self._keep(index, example)
@@ -117,8 +117,8 @@ class Cached(Examples):
     def _keep(self, index: int, example: Example) -> None:
         size = memory_of(example, self._left)
         with self._lock:
-            if index not in self._kept and size <= self._left:
-                self._kept[index] = example
+            if index not in self._examples_read and size <= self._left:
+                self._examples_read[index] = example
                 self._left -= size
 
 

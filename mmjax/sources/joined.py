@@ -74,9 +74,11 @@ class JoinedExamples(Examples):
                         f"joined reads field '{name}', which {examples.description} lacks. It has: "
                         f"{', '.join(examples.fields)}."
                     )
-        both = [name for name in self._take if name in self._left.fields]
-        if both:
-            raise UserError(f"joined takes field '{both[0]}', which {self._left.description} has.")
+        clashes = [name for name in self._take if name in self._left.fields]
+        if clashes:
+            raise UserError(
+                f"joined takes field '{clashes[0]}', which {self._left.description} has."
+            )
 
     def __len__(self) -> int:
         return len(self._pairs)

@@ -87,8 +87,8 @@ def _pictures(feature: Any) -> Iterator[Any]:
     if isinstance(feature, tfds.features.Image):
         yield feature
     elif hasattr(feature, "items"):
-        for _, each in feature.items():
-            yield from _pictures(each)
+        for _, inner in feature.items():
+            yield from _pictures(inner)
     elif hasattr(feature, "feature"):
         yield from _pictures(feature.feature)
 
@@ -119,9 +119,9 @@ def _text_fields(features: Any) -> list[str]:
 
 def _class_names(features: Any) -> dict[str, list[str]]:
     """Return the names of the fields that are classes; where a data set gives no names, TFDS has their numbers."""
-    found = {n: list(getattr(f, "names", None) or ()) for n, f in features.items()}
-    numbers = {n: [str(i) for i in range(len(names))] for n, names in found.items()}
-    return {n: names for n, names in found.items() if names != numbers[n]}
+    classes = {n: list(getattr(f, "names", None) or ()) for n, f in features.items()}
+    numbers = {n: [str(i) for i in range(len(names))] for n, names in classes.items()}
+    return {n: names for n, names in classes.items() if names != numbers[n]}
 
 
 def _root(source: Tfds) -> epath.Path:
@@ -140,9 +140,9 @@ def _builder(source: Tfds) -> Any:
     root = _root(source)
     name = source.dataset.split("/")[0]
     if name in own_data_sets():
-        own = build.find(name, root).path
-        _check_classes(source, own)
-        return tfds.builder_from_directory(own)
+        built = build.find(name, root)
+        _check_classes(source, built.path)
+        return tfds.builder_from_directory(built.path)
     path = _version_folder(root / source.dataset)
     if path is None:
         raise UserError(
@@ -183,8 +183,8 @@ def _check_classes(source: Tfds, path: epath.Path) -> None:
 def _class_names_in(features: Any) -> Iterator[str]:
     """Yield the names of classes in a description of features, also in that of TFDS before 4.3."""
     if isinstance(features, list):
-        for each in features:
-            yield from _class_names_in(each)
+        for part in features:
+            yield from _class_names_in(part)
     if not isinstance(features, dict):
         return
     for key, value in features.items():

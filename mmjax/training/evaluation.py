@@ -62,10 +62,10 @@ class Evaluation:
         """
         processes.wait_for_all()  # a collective waits for half a minute only
         outputs = {
-            pass_key(task, each): self._run(
-                task, each, programs[program_key(task, each)], parameters, beat
+            pass_key(task, pass_): self._run(
+                task, pass_, programs[program_key(task, pass_)], parameters, beat
             )
-            for task, each in self._experiment.passes()
+            for task, pass_ in self._experiment.passes()
         }
         records = []
         for name, evaluators in self._experiment.evaluators.items():
@@ -81,43 +81,43 @@ class Evaluation:
     def _run(
         self,
         task: Task,
-        each: Pass,
+        pass_: Pass,
         program: Program,
         parameters: Mapping[str, jax.Array],
         beat: Callable[[str], None],
     ) -> Outputs:
         beat(task.name)
         size = self._experiment.run.evaluation.batch
-        examples = self._data[_key(each)]
-        found: list[Outputs] = []
+        examples = self._data[_key(pass_)]
+        collected: list[Outputs] = []
         field_values: list[Outputs] = []
         first, unread = 0, list[str]()
-        fields = device_spec(task, each.computation).fields
-        for index, (rows, first, failed) in enumerate(self._batches(task, each, examples, size)):
+        fields = device_spec(task, pass_.computation).fields
+        for index, (rows, first, failed) in enumerate(self._batches(task, pass_, examples, size)):
             beat(task.name)
             unread += [error for _, error in failed]
-            field_values.append({name: rows["fields"][name] for name in each.fields})
+            field_values.append({name: rows["fields"][name] for name in pass_.fields})
             rows = {**rows, "fields": {name: rows["fields"][name] for name in fields}}
             batch = place(rows, first, size, batch_sharding(self._mesh, size, "evaluation.batch"))
-            found.append(
+            collected.append(
                 jax.device_get(program.call(parameters, batch, ticks(self._mesh, batch=index)))
             )
         for error in dict.fromkeys(sum(processes.gather(unread), [])):
             print(f"evaluation of {task.name}: skipped an example that cannot be read: {error}")
-        valid = np.concatenate([f["valid"] for f in found])
+        valid = np.concatenate([f["valid"] for f in collected])
         if not valid.any():
             raise UserError(
                 f"tasks.{task.name}.evaluators: no example of {examples.description} could be read."
             )
-        outputs = {name: np.concatenate([f[name] for f in found]) for name in found[0]}
+        outputs = {name: np.concatenate([f[name] for f in collected]) for name in collected[0]}
         outputs |= _whole(field_values, first, size)
         return {name: value[valid] for name, value in outputs.items()}
 
     def _batches(
-        self, task: Task, each: Pass, examples: Examples, size: int
+        self, task: Task, pass_: Pass, examples: Examples, size: int
     ) -> Iterable[tuple[Any, int, Any]]:
         """Yield this process's rows of each batch, read ahead in threads; the last one padded with invalid rows."""
-        spec = row_spec(task, each)
+        spec = row_spec(task, pass_)
         first, last = process_rows(self._mesh, "evaluation.batch")(size)
 
         def make(index: int) -> tuple[Any, int, Any]:
@@ -136,23 +136,23 @@ class Evaluation:
 def open_held_out(experiment: Experiment) -> dict[str, Examples]:
     """Return the data of all passes, opened and checked, by their blocks."""
     data: dict[str, Examples] = {}
-    for task, each in experiment.passes():
+    for task, pass_ in experiment.passes():
         where = f"tasks.{task.name}.evaluators"
-        if _key(each) not in data:
-            opened = configs.component("sources", each.block, f"{where}.source").open()
-            data[_key(each)] = Cached(opened, experiment.run.loader.cache_mib * 2**20)
-        row_spec(task, each).check(data[_key(each)], where)
+        if _key(pass_) not in data:
+            opened = configs.component("sources", pass_.block, f"{where}.source").open()
+            data[_key(pass_)] = Cached(opened, experiment.run.loader.cache_mib * 2**20)
+        row_spec(task, pass_).check(data[_key(pass_)], where)
     return data
 
 
-def _key(each: Pass) -> str:
-    return json.dumps(each.block, sort_keys=True)
+def _key(pass_: Pass) -> str:
+    return json.dumps(pass_.block, sort_keys=True)
 
 
-def _whole(kept: Sequence[Outputs], first: int, size: int) -> Outputs:
+def _whole(batches: Sequence[Outputs], first: int, size: int) -> Outputs:
     """Return the fields of all batches of `size` rows, of which this process read those from `first` on: each `[N]`."""
-    mine = {name: np.stack([batch[name] for batch in kept]).tolist() for name in kept[0]}
-    whole = {name: np.zeros((len(kept), size), np.int32) for name in mine}
+    mine = {name: np.stack([batch[name] for batch in batches]).tolist() for name in batches[0]}
+    whole = {name: np.zeros((len(batches), size), np.int32) for name in mine}
     for begin, part in processes.gather([first, mine]):
         for name, values in part.items():
             whole[name][:, begin : begin + len(values[0])] = values

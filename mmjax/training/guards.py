@@ -75,10 +75,10 @@ def warn_of_slow_process(log: RunLog, waits: Sequence[float], seconds: float) ->
     mean = sum(later) / max(len(later), 1)
     slowest = processes.slowest(mean, _NOTICED * seconds / max(len(waits), 1))
     if slowest:
-        index, own, usual = slowest
+        index, waited, usual = slowest
         log.event(
             "slow process",
-            f"process {index} waits {own:.3g} s for the data of a step, the others {usual:.3g} s; "
+            f"process {index} waits {waited:.3g} s for the data of a step, the others {usual:.3g} s; "
             "all wait for it. Look at its disk, its network and its other work.",
         )
 

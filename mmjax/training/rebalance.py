@@ -79,16 +79,16 @@ class Budget:
     def _phase_spec(self, step: int) -> PhaseSpec:
         return phase_spec_at(self._planned, step)
 
-    def _decision(self, step: int, wanted: Mapping[str, int]) -> dict[str, int]:
+    def _decision(self, step: int, shares: Mapping[str, int]) -> dict[str, int]:
         """Return the decision written for this step and config; else measure and write it."""
         key = _fingerprint(self._experiment.block)
         for line in _read(self._path):
-            if (line["start"], line["config"], line["wanted"]) == (step, key, dict(wanted)):
+            if (line["start"], line["config"], line["wanted"]) == (step, key, dict(shares)):
                 return dict(line["weights"])
         seconds = self._seconds(step)
-        weights = budget_weights(seconds, wanted)
+        weights = budget_weights(seconds, shares)
         record = {
-            "start": step, "config": key, "wanted": dict(wanted), "weights": weights, "seconds": seconds,
+            "start": step, "config": key, "wanted": dict(shares), "weights": weights, "seconds": seconds,
         }  # fmt: skip
         file = LineFile(self._path)
         try:
@@ -107,11 +107,13 @@ class Budget:
         )
         variants = phases.at(step).variants
         flops = {
-            v.program: self._experiment.flops[v.program] for each in variants.values() for v in each
+            v.program: self._experiment.flops[v.program]
+            for shapes in variants.values()
+            for v in shapes
         }
         known = {program: s for program, s in measured(lines).items() if program in flops}
         programs = pace(flops, known, 1.0).seconds
-        return {task: each.mean(programs) for task, each in variants.items()}
+        return {task: shapes.mean(programs) for task, shapes in variants.items()}
 
 
 def _fingerprint(block: configs.Block) -> str:
@@ -138,8 +140,8 @@ def _read(path: epath.Path) -> list[dict[str, Any]]:
 
 def _is_decision(line: Mapping[str, Any]) -> bool:
     """Return whether each of the wanted tasks has a weight."""
-    wanted, weights = line["wanted"], line["weights"]
-    if not isinstance(wanted, dict) or not isinstance(weights, dict):
+    shares, weights = line["wanted"], line["weights"]
+    if not isinstance(shares, dict) or not isinstance(weights, dict):
         return False
     whole = all(isinstance(w, int) and not isinstance(w, bool) and w >= 0 for w in weights.values())
-    return whole and {t for t, w in wanted.items() if w} <= weights.keys() and any(weights.values())
+    return whole and {t for t, w in shares.items() if w} <= weights.keys() and any(weights.values())

@@ -224,9 +224,9 @@ def _log_gaps(workdir: epath.Path, step: int, log: Callable[[str], None]) -> Non
         return
     missing = [f"{a}" if a == b else f"{a} to {b}" for a, b in metrics.gaps(workdir, step)]
     if missing:
-        more = f" and {len(missing) - 5} more ranges" if len(missing) > 5 else ""
+        others = f" and {len(missing) - 5} more ranges" if len(missing) > 5 else ""
         steps = ", ".join(missing[:5])
-        log(f"{workdir / METRICS} lacks the lines of steps {steps}{more}: reports miss them.")
+        log(f"{workdir / METRICS} lacks the lines of steps {steps}{others}: reports miss them.")
 
 
 def reopen(

@@ -31,7 +31,7 @@ def test_noise_and_what_is_predicted(target: str, t: float) -> None:
     process = Diffusion(target)
     x_t = process.noised(jnp.asarray(x), jnp.asarray(e), jnp.full(3, t))
     np.testing.assert_allclose(x_t, alpha * x + sigma * e, rtol=1e-12)
-    wanted = process.wanted(jnp.asarray(x), jnp.asarray(e), jnp.full(3, t))
+    wanted = process.target(jnp.asarray(x), jnp.asarray(e), jnp.full(3, t))
     expected = {"epsilon": e, "v": alpha * e - sigma * x, "flow": e - x}[target]
     np.testing.assert_allclose(wanted, expected, rtol=1e-12)
     for found, true in zip(process.resolved(wanted, x_t, jnp.full(3, t)), (x, e), strict=True):
@@ -54,7 +54,7 @@ def test_the_best_prediction_of_normal_data_leads_to_normal_data(target: str) ->
         variance = (alpha * spread) ** 2 + sigma**2
         x = mean + alpha * spread**2 / variance * (x_t - alpha * mean)
         e = (x_t - alpha * x) / jnp.maximum(sigma, 1e-12)
-        return process.wanted(x, e, t)
+        return process.target(x, e, t)
 
     noise = np.random.default_rng(0).normal(size=20000)
     found = process.sample(predict, jnp.asarray(noise), steps=400)
@@ -97,7 +97,7 @@ def test_ancestral_sampling_leads_to_normal_data_too(target: str) -> None:
         variance = (alpha * spread) ** 2 + sigma**2
         x = mean + alpha * spread**2 / variance * (x_t - alpha * mean)
         e = (x_t - alpha * x) / jnp.maximum(sigma, 1e-12)
-        return process.wanted(x, e, t)
+        return process.target(x, e, t)
 
     def fresh(step: jax.Array) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(jax.random.key(0), step), (20000,))

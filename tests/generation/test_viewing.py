@@ -33,7 +33,7 @@ def test_a_given_picture_comes_back_pixel_by_pixel() -> None:
 
 
 def test_values_outside_of_the_range_are_cut() -> None:
-    span = Span("image", {"pixels": jnp.asarray(PIXELS)}, made=True)
+    span = Span("image", {"pixels": jnp.asarray(PIXELS)}, generated=True)
     patches = jnp.full((2, 6, 12), 1.5).at[0].set(-3.0)
     shown = viewed(model(image=SimpleNamespace()), span, patches)
     assert shown.shape == (2, 4, 6, 3)

@@ -23,8 +23,8 @@ from mmjax.modalities.base import (
     by_axis,
     dropped,
     dropped_arrays,
-    kept,
     start_of,
+    tokens_left,
 )
 
 
@@ -183,13 +183,13 @@ def test_without_instances_rows_stay_as_they_are() -> None:
 
 
 def test_a_part_of_the_tokens_stays() -> None:
-    assert [kept(10, drop) for drop in (0.0, 0.25, 0.5, 0.9)] == [10, 8, 5, 1]
+    assert [tokens_left(10, drop) for drop in (0.0, 0.25, 0.5, 0.9)] == [10, 8, 5, 1]
 
 
 @pytest.mark.parametrize("drop", [-0.1, 1.0, 0.96])
 def test_at_least_one_token_stays(drop: float) -> None:
     with pytest.raises(UserError, match=rf"token_drop is {drop}, of 10 tokens"):
-        kept(10, drop)
+        tokens_left(10, drop)
 
 
 def test_tokens_that_stay_keep_their_order_and_their_places() -> None:

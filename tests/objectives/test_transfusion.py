@@ -347,7 +347,7 @@ def drawn(guidance: float, ids: jax.Array, objective: Transfusion = TEXT_FIRST) 
     given = {**inputs, "text": {**inputs["text"], "ids": ids}}
     objective = replace(objective, guidance=guidance, sampling_steps=4)
     keys = jax.random.split(jax.random.key(0), ROWS)
-    spans = [Span("text", given["text"]), Span("image", given["image"], made=True)]
+    spans = [Span("text", given["text"]), Span("image", given["image"], generated=True)]
     return np.asarray(Composer(objective, declaration.merge(p), spans).compose(keys)[0])
 
 
@@ -372,9 +372,9 @@ def test_text_and_pictures_in_turn() -> None:
         text = {**inputs["text"], "ids": ids}
         spans = [
             Span("text", text),
-            Span("image", inputs["image"], made=True),
-            Span("text", text, made=True),
-            Span("image", inputs["image"], made=True),
+            Span("image", inputs["image"], generated=True),
+            Span("text", text, generated=True),
+            Span("image", inputs["image"], generated=True),
         ]
         return [np.asarray(m) for m in Composer(objective, model, spans).compose(keys)]
 
@@ -385,7 +385,9 @@ def test_text_and_pictures_in_turn() -> None:
     assert not np.allclose(first, other[0]) and not np.allclose(second, other[2])
     # The first three spans are those of a sequence that ends with them.
     shorter = Composer(
-        objective, model, [Span("text", inputs["text"]), Span("image", inputs["image"], made=True)]
+        objective,
+        model,
+        [Span("text", inputs["text"]), Span("image", inputs["image"], generated=True)],
     )
     np.testing.assert_allclose(np.asarray(shorter.compose(keys)[0]), first, rtol=1e-8)
 
@@ -407,8 +409,8 @@ def test_the_numbers_of_special_tokens_do_not_matter(monkeypatch: pytest.MonkeyP
         model, b = built(objective)[0].merge(p), batch()
         spans = [
             Span("image", inputs["image"]),
-            Span("text", inputs["text"], made=True),
-            Span("image", inputs["image"], made=True),
+            Span("text", inputs["text"], generated=True),
+            Span("image", inputs["image"], generated=True),
         ]
         b["inputs"]["text"]["ids"] = number[b["inputs"]["text"]["ids"]]
         text, image = Composer(objective, model, spans).compose(keys)
@@ -455,7 +457,7 @@ def test_one_of_two_spans_is_drawn_given_the_other_or_both_together() -> None:
     def made(given: str, change: float) -> list[np.ndarray]:
         sound = {**inputs["sound"], "mel": inputs["sound"]["mel"] + change}
         arrays = {"image": inputs["image"], "sound": sound}
-        spans = [Span(m, arrays[m], made=m != given) for m in objective.modalities]
+        spans = [Span(m, arrays[m], generated=m != given) for m in objective.modalities]
         return [np.asarray(x) for x in objective.compose(model, spans, keys)]
 
     image, sound = made("", 0.0)
@@ -464,7 +466,7 @@ def test_one_of_two_spans_is_drawn_given_the_other_or_both_together() -> None:
     [one], [other] = made("sound", 0.0), made("sound", 1.0)
     assert (one != other).any() and (one != image).any()
     with pytest.raises(UserError, match="are of one modality each"):
-        objective.compose(model, [Span("image", inputs["image"], made=True)] * 2, keys)
+        objective.compose(model, [Span("image", inputs["image"], generated=True)] * 2, keys)
 
 
 def test_what_a_given_span_tells_is_what_it_tells_in_training() -> None:

@@ -139,12 +139,14 @@ def test_answers_are_the_nearest_and_agree_with_the_recall(
     made = answers(queries, candidates, every, every, concept)
     similarity = queries @ candidates.T
     for i, answer in enumerate(made):
-        assert answer.query == i and len(answer.found) == min(5, count) == len(set(answer.found))
+        assert answer.query == i and len(answer.ranking) == min(5, count) == len(
+            set(answer.ranking)
+        )
         if np.isnan(similarity[i]).any():
             continue
-        worst = min(similarity[i, j] for j in answer.found)
-        assert all(similarity[i, j] <= worst for j in every if j not in answer.found)
-        assert answer.right == [bool(concept[i] == concept[j]) for j in answer.found]
+        worst = min(similarity[i, j] for j in answer.ranking)
+        assert all(similarity[i, j] <= worst for j in every if j not in answer.ranking)
+        assert answer.right == [bool(concept[i] == concept[j]) for j in answer.ranking]
     positive = concept[:, None] == concept[None, :]
     for k, wanted in zip((1, 5, 10), recall(similarity, positive, (1, 5, 10)), strict=True):
         assert np.mean([(a.place or 10**9) <= k for a in made]) == pytest.approx(wanted)
