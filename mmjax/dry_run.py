@@ -50,12 +50,12 @@ def dry_run(block: Block, workdir: epath.Path, allow_change: bool) -> None:
     clock = clock_after(experiment, step, meta, allow_change) if meta else fresh_clock(experiment)
     steps = experiment.run.steps
     verb = "resume from" if meta else "begin at"
-    print(f"Dry run: nothing is compiled or written. It would {verb} step {clock.step} of {steps}.\n")  # fmt: skip
+    print(f"Dry run: nothing is compiled or written. A run would {verb} step {clock.step} of {steps}.\n")  # fmt: skip
     _segments_table(experiment, clock.schedule)
     if clock.step >= steps:
         print(f"{workdir} holds all {steps} steps.")
         return
-    print(f"The coming steps, {_ROW} to a line")
+    print(f"Next steps, {_ROW} per line")
     print("\n".join(strip_lines(clock.schedule, clock.step, steps)) + "\n")
     _tasks_table(experiment, workdir, clock, examples)
 

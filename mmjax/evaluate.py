@@ -44,7 +44,7 @@ def evaluate(workdir: epath.Path, step: int | None, overrides: Sequence[str]) ->
       The records; each also has the `evaluator`'s name in the config, and the `step`.
     """
     step, meta = find_step(workdir, step)
-    print(f"The checkpoint of step {step} in {workdir}.\n")
+    print(f"Checkpoint: step {step} of {workdir}.\n")
     block = configs.override(meta["config"], overrides)
     configs.check_compatible(meta["config"], block, allow_change=True, schema=RunConfig)
     experiment = make_experiment(block, str(workdir / "assets"))

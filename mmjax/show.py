@@ -82,7 +82,7 @@ def show_run(workdir: epath.Path, step: int | None, with_digest: bool) -> None:
     ]
     table("Tasks", ("task", "visits", "position", "skipped", "invalid"), counts)
     for task, start in clock.quarantined.items():
-        print(f"In quarantine from step {start} on: {task}.\n")
+        print(f"Quarantined from step {start} on: {task}.\n")
     segments = [
         (s.start, s.rule, ", ".join(f"{t} {w}" for t, w in s.weights.items()))
         for s in clock.schedule.segments

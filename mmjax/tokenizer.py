@@ -115,7 +115,7 @@ def _of_file(path: Path, name: str) -> list[dict[str, Any]]:
     """Return the lines or rows of a file as examples; a line of a `.txt` file is the field `name`."""
     if path.suffix not in FILES:
         raise UserError(
-            f"{path} is no {', '.join(FILES)} file. Of Parquet files and tars, make a folder of ArrayRecord files: "
+            f"{path} is no {', '.join(FILES)} file. Convert Parquet files and tars to a folder of ArrayRecord files: "
             "mmjax convert"
         )
     try:

@@ -281,7 +281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary_tables(summary)
     if records is None:
         return STOPPED
-    print(f"Finished in {time.monotonic() - started:.0f} s. Everything is in {workdir}.")
+    print(
+        f"Finished in {time.monotonic() - started:.0f} s. Results, logs and checkpoints are in {workdir}."
+    )
     return 0
 
 

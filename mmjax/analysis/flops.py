@@ -1,9 +1,9 @@
 """Model FLOPs: the dot products and convolutions of a function, counted in its jaxpr.
 
 A dot product of an (M, K) by a (K, N) matrix is 2*M*N*K floating-point operations, a multiplication
-and an addition for each pair; a complex pair is four times that. Of a convolution the pairs are
-counted that meet, not those with padding or with the holes of a dilation, so that a convolution and
-its two transposes cost the same. Everything else (element-wise work, reductions, factorisations,
+and an addition for each pair; a complex pair is four times that. A convolution
+counts the pairs that meet, not those with padding or with the holes of a dilation, so that a convolution
+and its two transposes cost the same. Everything else (element-wise work, reductions, factorisations,
 Fourier transforms) is not counted, as is the custom when a share of a chip's peak is stated. Attention
 counts as XLA does it, all pairs of tokens, whatever kernel the platform has for it.
 """

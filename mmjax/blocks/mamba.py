@@ -237,7 +237,7 @@ def check_mask(mask: Mask) -> None:
         allows = factor == Same(ITEM) or _has_causal(factor)
         if not allows:
             raise UserError(
-                f"Layer mamba carries every token to all that come after; it cannot keep to {factor}. "
+                f"Layer mamba carries every token to all later ones; it cannot apply the mask {factor}. "
                 f"Use attention there, or a mask of Causal() and Same('{ITEM}')."
             )
 

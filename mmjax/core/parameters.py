@@ -92,7 +92,7 @@ def _per_copy(init: Initializer) -> Initializer:
 def mark_copies(part: nnx.Module | nnx.Param, of: float) -> None:
     """Mark a part's declarations, in place, as one of so many copies, of which a token meets one.
 
-    Of experts a token meets more or less than one: `of` is then their count divided by that.
+    A token may meet more or less than one expert: `of` is then their count divided by that.
     """
     nodes = [part] if isinstance(part, nnx.Param) else [node for _, node in nnx.iter_graph(part)]
     for node in nodes:

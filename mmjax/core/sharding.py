@@ -141,7 +141,7 @@ def _by_slice(count: int, devices: Sequence[Any]) -> list[list[Any]]:
         slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
     if count not in (0, len(slices)):
         raise UserError(
-            f"mesh.slices is {count}; the devices here are in {len(slices)}. Set it to that, or leave it out."
+            f"mesh.slices is {count}; the devices here are in {len(slices)}. Set it to that, or remove it."
         )
     return [slices[index] for index in sorted(slices)]
 

@@ -118,7 +118,7 @@ def _feistel(x: NDArray[Any], bits: int, keys: NDArray[Any]) -> NDArray[Any]:
 
 def _size(n: int, task: str) -> int:
     if n < 1:
-        raise UserError(f"Task '{task}' has no examples. Build its data, or leave the task out.")
+        raise UserError(f"Task '{task}' has no examples. Build its data, or remove the task.")
     if n > _LIMIT:
         raise ValueError(f"Task '{task}': {n} examples are more than 2**62.")
     return n

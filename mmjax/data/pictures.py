@@ -110,7 +110,7 @@ def _in_8_bits(image: Image, form: str | None) -> Image:
         return Pil.fromarray(from_unit(np.asarray(image)))
     if image.mode == "I":
         raise UserError(
-            "a picture has 32-bit integers, whose range nothing states; give 8 or 16 bits, or floats in [0, 1]."
+            "a picture has 32-bit integers of unknown range; give 8 or 16 bits, or floats in [0, 1]."
         )
     return image
 

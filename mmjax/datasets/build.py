@@ -163,7 +163,7 @@ def _module(name: str) -> Any:
         module = None
     if not hasattr(module, "prepare"):
         near = errors.nearest(name, [*known(), *BUNDLES])
-        raise UserError(f"No embedded data set is called '{name}'.{near}")
+        raise UserError(f"Unknown embedded data set '{name}'.{near}")
     return module
 
 
@@ -220,7 +220,7 @@ def _manifest(name: str, limit: int | None, prepared: Made) -> Json:
 def records_digest(records: Iterable[Mapping[str, Any]]) -> str:
     """Return the SHA-256 (hex) of decoded records in their order.
 
-    Of each record, its fields sorted by name: `name|dtype|shape|`, then the value's bytes in C
+    For each record, its fields sorted by name: `name|dtype|shape|`, then the value's bytes in C
     order, little-endian (`dtype` and `shape` are `bytes` and the length for a text).
     """
     digest = hashlib.sha256()

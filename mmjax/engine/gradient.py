@@ -136,5 +136,5 @@ def _refuse_buffers(buffers: Any, task: Task) -> None:
     if buffers:
         raise UserError(
             f"tasks.{task.name}.microbatches: its loss changes buffers ({', '.join(buffers)}), which "
-            "need the whole batch. Leave microbatches out."
+            "need the whole batch. Remove microbatches."
         )

@@ -46,8 +46,8 @@ class LoaderConfig:
       prefetch: batches made ahead of the step that runs.
       cache_mib: memory for examples as read, per source and process, in MiB.
       processes: processes that read and preprocess in place of threads, batches dealt out in turn; 0 for none.
-        Of use where threads would wait for Python itself more than for decoding: small pictures, many cores. Each
-        takes some seconds to start. The batches are the same.
+        Useful if threads wait for the GIL more than for decoding: small pictures, many cores. Each process takes
+        some seconds to start. The batches are the same.
     """
 
     threads: int = 2
@@ -239,8 +239,8 @@ class Loader:
         if not self._begins:
             return next(self._batches)
         self._begins = False
-        # Now processes start. A signal for the whole group is for the run, which ends them when it has saved:
-        # they inherit that it is held back, and so are spared while they start, too.
+        # Block the signals while the workers start, so that they inherit the mask: only the main process handles
+        # them; it saves, then stops the workers.
         resource_tracker.ensure_running()  # first: starting it lets the signals through again
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:

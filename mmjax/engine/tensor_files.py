@@ -79,7 +79,7 @@ class TensorFile:
             if entry.known is None:
                 raise UserError(
                     f"'{self.path}' cannot be read: '{printable(name)}' has the dtype {printable(entry.dtype)}, which "
-                    "is none of numbers here; objects are never unpickled. Store it in another dtype, or leave it out."
+                    "is not numeric here; objects are never unpickled. Store it in another dtype, or remove it."
                 )
         with _whole(self.path), self.path.open("rb") as file:
             return dict(zip(chosen, self._read(file, chosen.values()), strict=True))

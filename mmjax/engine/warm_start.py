@@ -104,7 +104,7 @@ def pin(
             words = f"init_from has changed since this run first began: it was {same}, it is {now}."
             if not allow_change:
                 raise UserError(
-                    f"{words} Restore it, add --allow_change to begin with what is there now, or use another "
+                    f"{words} Restore it, add --allow_change to begin with the present one, or use another "
                     "--workdir."
                 )
             log(words)
@@ -122,7 +122,8 @@ def pinned(workdir: epath.Path) -> dict[str, Any]:
         result = None
     if not isinstance(result, dict):
         raise UserError(
-            f"'{path}' is damaged. It names what the run began with: delete it to take what is there now."
+            f"'{path}' is damaged. It records the source of the run's first parameters: delete it to use "
+            "the present one."
         )
     return result
 
@@ -151,8 +152,8 @@ def warm_start(
     """Return the parameters to begin with, by canonical name, each in its shape here; log what matched.
 
     A table of positions with other buckets is resampled. A dense layer's MLP initialises every expert that takes its
-    place (sparse upcycling, Komatsuzaki et al. 2023); its router is in no dense run, so `skip` must name it. Of a
-    run, the checkpoint of `step` is read, or the newest if None.
+    place (sparse upcycling, Komatsuzaki et al. 2023); its router is in no dense run, so `skip` must name it. If the
+    source is a run, its checkpoint of `step` is read, or the newest if None.
 
     Raises:
       UserError: a parameter that the source lacks, or has in a shape that does not fit; a pattern without a match;
@@ -163,11 +164,11 @@ def warm_start(
     target = {name: spec for spec in specs.values() for name in spec.canonical}
     taken = _take(config, target, open_source(config, step))
     where = config.path if step is None else f"step {step} of {config.path}"
-    log(f"Begins with {len(taken.values)} of {len(target)} parameters from {where}.")
+    log(f"Initialised {len(taken.values)} of {len(target)} parameters from {where}.")
     for words, names in (
         ("  adapted", taken.adapted),
         ("  initialised randomly", taken.random),
-        ("  not used of it", taken.unused),
+        ("  unused", taken.unused),
     ):
         if names:
             log(f"{words} ({len(names)}): {', '.join(grouped(names))}")
@@ -304,7 +305,7 @@ def _check(
         raise UserError(
             f"init_from '{config.path}' does not fit this config:\n  "
             + "\n  ".join(lines)
-            + "\nSay in init_from.names what they are called there, name them in init_from.skip to initialise them "
+            + "\nGive their names there in init_from.names, list them in init_from.skip to initialise them "
             "randomly, or change model and modalities. (mmjax show DIR --names lists the parameters of a run.)"
         )
 
@@ -332,7 +333,7 @@ def _check_values(config: WarmStartConfig, values: Values) -> None:
             raise UserError(
                 f"init_from '{config.path}': '{printable(name)}' has {bad} of {value.size} values that are not "
                 "finite in float32. Repair the file, name its parameters in init_from.skip, or set "
-                "init_from.non_finite = True to begin with them all the same."
+                "init_from.non_finite = True to use them anyway."
             )
 
 

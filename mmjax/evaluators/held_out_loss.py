@@ -14,10 +14,10 @@ from mmjax.task import Task
 
 @dataclass(frozen=True)
 class HeldOutLoss(Evaluator):
-    """The loss of a split, beside the objective's `baseline` (what knows nothing of the input).
+    """The loss of a split, beside the objective's `baseline` (a prediction independent of the input).
 
-    And each part NAME of the loss for which there is a `baseline NAME`. A loss that is a mean over tokens is the mean
-    over those of the whole split, and so on: it does not depend on `evaluation.batch`, unless the rows of a batch
+    Also scores each part NAME of the loss that has a metric `baseline NAME`. A loss that is a mean over tokens is the
+    mean over those of the whole split, and so on: it does not depend on `evaluation.batch`, unless the rows of a batch
     compete for experts.
 
     A loss that compares the rows of a batch with each other does, since it gets harder with more of them. It is taken

@@ -135,11 +135,11 @@ class Composer:
         together = [place for place, is_one in enumerate(is_continuous) if is_one]
         names = [self._plan[place].name for place in together]
         if len(set(names)) < len(names):
-            raise UserError(f"Spans that see each other are of one modality each; given: {names}.")
+            raise UserError(f"Spans that see each other need different modalities; given: {names}.")
         missing = [name for name in self._of.continuous if name not in names]
         if missing:
             raise UserError(
-                f"Spans that see each other are all in a sequence; missing: {missing}. Add them as absent spans."
+                f"A sequence needs all spans that see each other; missing: {missing}. Add them as absent spans."
             )
         others = [[place] for place, is_one in enumerate(is_continuous) if not is_one]
         return sorted([together, *others])
@@ -240,8 +240,9 @@ class Composer:
         if self._of.guidance not in (None, 1):
             names = ", ".join(span.name for span in block if span.generated)
             raise UserError(
-                f"guidance is {self._of.guidance:g}, and nothing guides the drawing of {names}: the sequence does not "
-                "begin with a discrete span, and no other span that it sees is given or made. Set guidance to 1."
+                f"guidance is {self._of.guidance:g}, and nothing guides the generation of {names}: the sequence "
+                "does not begin with a discrete span, and no other span that it sees is given or generated. "
+                "Set guidance to 1."
             )
         return 1.0
 

@@ -45,11 +45,11 @@ class Diffusion:
     def __post_init__(self) -> None:
         if self.prediction not in TARGETS:
             raise UserError(
-                f"There is no diffusion prediction '{self.prediction}'.{nearest(self.prediction, TARGETS)}"
+                f"Unknown diffusion prediction '{self.prediction}'.{nearest(self.prediction, TARGETS)}"
             )
         if self.sampler not in SAMPLERS:
             raise UserError(
-                f"There is no diffusion sampler '{self.sampler}'.{nearest(self.sampler, SAMPLERS)}"
+                f"Unknown diffusion sampler '{self.sampler}'.{nearest(self.sampler, SAMPLERS)}"
             )
 
     def levels(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:

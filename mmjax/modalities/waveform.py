@@ -223,7 +223,7 @@ def _scaled(samples: np.ndarray) -> np.ndarray:
         raise ValueError("a sound has samples that are not finite")
     if peak > _LOUDEST:
         raise UserError(
-            f"a sound of {samples.dtype} reaches {peak:g} times full scale: floats lie in [-1, 1], "
+            f"a sound of {samples.dtype} reaches {peak:g} times full scale: floats must lie in [-1, 1], "
             "int64 in the range of 16 bits. Scale it."
         )
     return scaled
@@ -273,8 +273,8 @@ def window(
 ) -> tuple[np.ndarray, int]:
     """Return a copy float32 `[size]` of the samples, and how many of it are the sound's.
 
-    Of a longer sound, a stretch that begins at a random place (that of `time`, see `base.start_of`), or the
-    middle one where `rng` is None; a shorter one is followed by zeros.
+    A longer sound is cut to a stretch that begins at a random place (that of `time`, see `base.start_of`), or to the
+    middle one if `rng` is None; a shorter one is followed by zeros.
     """
     over = len(samples) - size
     if over > 0:

@@ -56,7 +56,7 @@ def check_kernel(kernel: str) -> None:
     """Raise a `UserError` for a name that is no kernel's."""
     names = ["auto", *KERNELS]
     if kernel not in names:
-        raise UserError(f"There is no attention kernel '{kernel}'.{nearest(kernel, names)}")
+        raise UserError(f"Unknown attention kernel '{kernel}'.{nearest(kernel, names)}")
 
 
 def choose(kernel: str, on: str, q_BSHK: jax.Array, k_BTHK: jax.Array, pairs: Pairs) -> str:

@@ -25,11 +25,11 @@ def matmul_of(
     arguments: tuple[jax.Array, ...],
     kernel: jax.Array,
 ) -> jax.Array:
-    """Return `function(*given) @ kernel`: `[..., n_in], [n_in, n_out] -> [..., n_out]`.
+    """Return `function(*arguments) @ kernel`: `[..., n_in], [n_in, n_out] -> [..., n_out]`.
 
-    Of what the function gives nothing is kept: the backward pass computes it again from `arguments`. Where the kernel's
-    `gathered_dim` lies on several devices it is made whole before products, and kept as it was. (Left to itself, the
-    compiler makes a kernel whole that was reshaped, as attention's are, once for each of them.)
+    The function's result is not saved: the backward pass recomputes it from `arguments`. A kernel whose `gathered_dim`
+    lies on several devices is gathered before the product, and saved as it was. (By itself, the compiler gathers a
+    reshaped kernel, such as attention's, once for each product.)
 
     The kernel's gradient is `x^T g` where x is the narrower of the two, and else the transpose of `g^T x`, which JAX's
     own always is. What stands first is laid out by columns, with all that is fused into it; on a CPU, where that is
@@ -97,7 +97,7 @@ class Dense(nnx.Module):
         return y if self.bias is None else y + self.bias[...]
 
 
-# Of a norm only what goes in is kept, and the backward pass does it again.
+# Only the input of a norm is saved; the backward pass recomputes the norm.
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=(3, 4))
 def _normalised(
     x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float, centre: bool
@@ -145,7 +145,7 @@ def norm_of(kind: str, width: int, bias: bool = True, eps: float = 1e-6) -> Laye
       UserError: no such norm, or an eps that is not above 0.
     """
     if kind not in NORMS:
-        raise UserError(f"There is no norm '{kind}'.{nearest(kind, NORMS)}")
+        raise UserError(f"Unknown norm '{kind}'.{nearest(kind, NORMS)}")
     if not eps > 0:
         raise UserError(f"eps of a norm is {eps}; it must be above 0.")
     return RmsNorm(width, eps) if kind == "rms" else LayerNorm(width, bias, eps)
@@ -162,7 +162,7 @@ def _gelu_times(gate: jax.Array, up: jax.Array) -> jax.Array:
     return _gelu(gate) * up
 
 
-# Of the hidden layer only what the products gave is kept, where JAX would keep every step on the way to the next one.
+# Only the products of the hidden layer are saved, where JAX would save every step on the way to the next product.
 class Mlp(nnx.Module):
     """`gelu(x W1) W2`, GELU in its tanh form: `[..., width] -> [..., n_out or width]`."""
 
@@ -201,5 +201,5 @@ def mlp_of(kind: str, width: int, hidden: int, bias: bool) -> Mlp | GatedMlp:
       UserError: no such MLP.
     """
     if kind not in MLPS:
-        raise UserError(f"There is no MLP '{kind}'.{nearest(kind, MLPS)}")
+        raise UserError(f"Unknown MLP '{kind}'.{nearest(kind, MLPS)}")
     return MLPS[kind](width, hidden, bias)

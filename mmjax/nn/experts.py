@@ -79,7 +79,7 @@ class ExpertsConfig:
         }
         named = [name for name, value in balancing.items() if value and name != "z"]
         if self.count == 1 and named:
-            words = f"is 1, and '{named[0]}' balances experts. Raise it, or leave '{named[0]}' out."
+            words = f"is 1, and '{named[0]}' balances experts. Raise it, or remove '{named[0]}'."
             raise FieldError(self, "count", words)
         self._check_router()
 
@@ -89,7 +89,7 @@ class ExpertsConfig:
             words = f"is {router.top_k}, of {self.count} experts; it is at most their number."
             raise FieldError(self, "router.top_k", words)
         if not router.has_losses and (self.losses or self.local_entropy or self.global_entropy):
-            words = f"is {name}, which has no auxiliary losses; leave losses, local_entropy and global_entropy out."
+            words = f"is {name}, which has no auxiliary losses; remove losses, local_entropy and global_entropy."
             raise FieldError(self, "router", words)
         if "load" in self.losses and not router.noise:
             words = "needs a router with noise; set router.noise of token_choice."

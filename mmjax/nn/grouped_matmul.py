@@ -30,7 +30,9 @@ def grouped(
       kernel: `ragged`, `megablox` or `auto`.
     """
     if kernel not in ("auto", *KERNELS):
-        raise UserError(f"There is no kernel '{kernel}'.{nearest(kernel, ['auto', *KERNELS])}")
+        raise UserError(
+            f"Unknown kernel '{kernel}' of a grouped matrix product.{nearest(kernel, ['auto', *KERNELS])}"
+        )
     on = platform()
     chosen = ("megablox" if on == "tpu" else "ragged") if kernel == "auto" else kernel
     if chosen == "ragged":

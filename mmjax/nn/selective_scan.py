@@ -52,8 +52,8 @@ def scan_from(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the state after all tokens, and y, where the state before the first is `start`.
 
-    A state is `[E, N]` for each row. Those of one chunk at a time are held, and made again in the backward pass, so
-    that memory does not grow with the length but for inputs, outputs and a state per chunk.
+    A state is `[E, N]` for each row. Those of one chunk at a time are in memory, and recomputed in the backward
+    pass, so that only inputs, outputs and one state per chunk grow with the length.
     """
     wide = jnp.promote_types(tokens.x_BSE.dtype, jnp.float32)
     tokens = jax.tree.map(lambda t: t if t.dtype == bool else t.astype(wide), tokens)

@@ -137,7 +137,9 @@ class Coca(Contrastive, Writes, Shows):
         if self.pooling not in POOLING:
             raise UserError(f"coca: pooling is '{self.pooling}'.{nearest(self.pooling, POOLING)}")
         if not (self.contrastive_weight or self.caption_weight):
-            raise UserError("coca: contrastive_weight and caption_weight are both 0; one may be.")
+            raise UserError(
+                "coca: contrastive_weight and caption_weight are both 0; set one above 0."
+            )
 
     @property
     def _text(self) -> str:

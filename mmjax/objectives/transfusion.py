@@ -97,7 +97,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
     is skipped, moves to another step, or meets other random numbers on the host, and each window is a function of its
     own examples alone, whatever the mesh. Texts that together exceed the capacity are cut to the largest common length
     that fits, reported as `cut MODALITY` (the share of its tokens). Evaluation cuts nothing: there the shared slots
-    hold every text whole. Of an item that is not cut, loss and gradient are those of the item alone.
+    hold every text whole. Loss and gradient of an item that is not cut are those of the item alone.
 
     Attributes:
       modalities: the modalities of an item, as they are read.
@@ -251,7 +251,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         for name in self.capacity:
             if not hasattr(inputs[name].modality, "words"):
                 raise UserError(
-                    f"transfusion: capacity names '{name}', which is no text: its spans have one length. Leave it out."
+                    f"transfusion: capacity names '{name}', which is no text: its spans have one length. Remove it."
                 )
         for name in self.continuous if self.unet_channels else ():
             pixels = inputs[name].arrays().get("pixels")

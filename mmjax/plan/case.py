@@ -36,7 +36,7 @@ from mmjax.plan import cost, hlo
 from mmjax.plan.groups import Layout
 from mmjax.plan.topology import Topology, describe
 
-# Of cached reports; to be raised when what a report holds, or how it is counted, changes.
+# The format of cached reports; raise it when their content or their counting changes.
 FORMAT = 3
 # The compiler's message when a program does not fit, with the bytes that it would need.
 _EXHAUSTED = re.compile(r"RESOURCE_EXHAUSTED")
@@ -127,7 +127,7 @@ class Cases:
         kind = self._devices[0].device_kind
         result = chip(kind)
         if result is None or not result.memory:
-            raise UserError(f"Nothing is known of the memory and the wires of '{kind}'.")
+            raise UserError(f"The memory and the links of '{kind}' are unknown.")
         return result
 
     def facts(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ _FREE = frozenset(
     " conditional async-start async-update async-done opt-barrier send send-done recv recv-done".split()
 )
 _SLICING = ("dynamic-slice", "slice", "gather")
-# Of a dot, and of the call of a library that takes its place on GPUs.
+# For a dot, and for the library call that takes its place on GPUs.
 _CONTRACTED = re.compile(
     r"lhs_contracting_dims=\{([\d,]*)\}|\"lhs_contracting_dimensions\":\[([\d,\"]*)\]"
 )

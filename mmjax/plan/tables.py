@@ -153,7 +153,7 @@ def print_advice(result: Mapping[str, Any], label: str) -> None:
     if result["overrides"]:
         print("The fastest that fits:\n  " + " ".join(f"--config.{o}" for o in result["overrides"]))
     else:
-        print("The fastest that fits: the config as it is." if result["fits"] else "")
+        print("The fastest that fits: the config unchanged." if result["fits"] else "")
     for task in result["without"]:
         print(
             f"DOES NOT FIT: {task}, whatever was tried. A smaller batch or more devices would help."

@@ -73,13 +73,13 @@ def page(run: Run, gallery: Html) -> Html:
     sections = (
         section("Results", *results(run)),
         section("Loss", parts.losses(run)),
-        section("What it finds in held-out data", gallery),
+        section("Held-out examples", gallery),
         section("Schedule", *parts.schedule(run)),
         section("Optimisation", *parts.optimisation(run)),
         section("Routing", *routing(run)),
         section("Time", *costs(run)),
         section("Parameters", parts.parameters(rows) if rows else tag("p", note, class_="none")),
-        section("What happened", *parts.events(run)),
+        section("Events", *parts.events(run)),
         section("Config", _config(run)),
     )
     total = sum(row["total"] for row in rows)
@@ -108,7 +108,7 @@ def _foot() -> Html:
     now = datetime.fromtimestamp(time.time(), UTC).strftime("%Y-%m-%d %H:%M UTC")
     again = tag("code", "mmjax report --workdir=DIR")
     return tag(
-        "footer", f"Written {now} from the files of the run's folder; ", again, " writes it again."
+        "footer", f"Written {now} from the files of the run's folder; ", again, " updates it."
     )
 
 
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     arguments, overrides = flags.parse(parser, argv)
     if overrides:
-        raise UserError("A report shows a run as it is; leave --config.KEY=VALUE away.")
+        raise UserError("A report shows a run as it is; remove --config.KEY=VALUE.")
     use_cache()
     path = write_report(epath.Path(arguments.workdir), arguments.examples)
     print(f"Wrote {path} ({human_bytes(path.stat().length)}).")

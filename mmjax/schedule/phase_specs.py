@@ -68,9 +68,7 @@ def _phase_spec(
 ) -> PhaseSpec:
     known = (*names(), BUDGET)
     if rule not in known:
-        raise UserError(
-            f"{where}.rule: there is no schedule rule '{rule}'.{nearest(str(rule), known)}"
-        )
+        raise UserError(f"{where}.rule: unknown schedule rule '{rule}'.{nearest(str(rule), known)}")
     weights = numbers[key_of(rule)]
     return PhaseSpec(
         start, rule, check_weights(None if rule == BUDGET else rule_of(rule), weights, rule)

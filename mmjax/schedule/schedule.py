@@ -1,9 +1,9 @@
 """The schedule of a run: a pure function of integers.
 
 A schedule is a list of segments. A segment starts at a step, repeats cycles made by a rule from
-integer weights, and records how often each task ran before it, so that every question (which task
-runs at step s, how many times it has run, how often each task has run) costs the same at step 10**9 as
-at step 0. The segments are all there is to save. Everything is keyed by the task's name.
+integer weights, and records how often each task ran before it, so that every query (which task
+runs at step s, how many times it has run, how often each task has run) takes constant time.
+The segments are all there is to save. Everything is keyed by the task's name.
 """
 
 from __future__ import annotations

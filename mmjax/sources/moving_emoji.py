@@ -141,7 +141,9 @@ class MovingEmojiExamples(Examples):
             drawing = self._inner[(first + offset + step) % count]
             if drawing["concept"] != concept:
                 return drawing
-        raise UserError(f"{self.description}: two actors need two concepts; there is only one.")
+        raise UserError(
+            f"{self.description}: two drawings per clip need two concepts; there is only one."
+        )
 
 
 def _identity(source: MovingEmoji, inner: Examples) -> str:

@@ -140,7 +140,7 @@ class HealthMonitor:
             task = clock.schedule.task(broken)
             raise Diverged(task, done.step, clock.quarantined, text, before=broken)
         raise UserError(
-            f"The parameters are broken: {text}, and no checkpoint is from before. Lower optimizer.learning_rate, "
+            f"The parameters are not finite: {text}, and no earlier checkpoint exists. Lower optimizer.learning_rate, "
             f"or look at examples {self._examples(done)}."
         )
 

@@ -124,4 +124,6 @@ def announce_environment(
     # An older version has not recorded all of them.
     changed = [f"{k} {saved[k]} -> {now[k]}" for k in now if k in saved and saved[k] != now[k]]
     if changed:
-        log(f"The run began elsewhere, so its bits may differ in rounding: {', '.join(changed)}.")
+        log(
+            f"The run began in another environment, so results may differ in rounding: {', '.join(changed)}."
+        )

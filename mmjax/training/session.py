@@ -88,7 +88,7 @@ class Session:
         """Remove results and report of an earlier end of the run: they are not those of the steps to come."""
         if processes.is_first():
             if (self.workdir / RESULTS).exists() and read_results(self.workdir) is None:
-                print(f"{self.workdir / RESULTS} is damaged: it is written again.")
+                print(f"{self.workdir / RESULTS} is damaged; writing it again.")
             (self.workdir / RESULTS).unlink(missing_ok=True)
             (self.workdir / REPORT).unlink(missing_ok=True)
 
@@ -226,7 +226,7 @@ def _log_gaps(workdir: epath.Path, step: int, log: Callable[[str], None]) -> Non
     if missing:
         others = f" and {len(missing) - 5} more ranges" if len(missing) > 5 else ""
         steps = ", ".join(missing[:5])
-        log(f"{workdir / METRICS} lacks the lines of steps {steps}{others}: reports miss them.")
+        log(f"{workdir / METRICS} lacks the lines of steps {steps}{others}; reports omit them.")
 
 
 def reopen(
@@ -277,7 +277,7 @@ def roll_back(
     """
     experiment, workdir = session.experiment, session.workdir
     session.check_lease()
-    log(f"{diverged}. Going back; with limits.divergence = 0 a run never does.")
+    log(f"{diverged}. Rolling back; limits.divergence = 0 turns this off.")
     good, bounds = newest_good(session, diverged.before), experiment.run.limits.bounds
     for step in processes.gather(checkpoint.steps(workdir))[0]:
         if step == good:
@@ -298,7 +298,7 @@ def roll_back(
             f"{diverged}, and no other task is left to continue with. Lower optimizer.learning_rate, or raise "
             "limits.divergence (0: never) if this was no divergence."
         )
-    log(f"From step {now} on without {', '.join(sorted(tasks))}.")
+    log(f"Continuing from step {now} without {', '.join(sorted(tasks))}.")
     again.prepare()
     clock = replace(again.clock, schedule=schedule, quarantined=tasks)
     return replace(again, clock=clock, check_lease=session.check_lease)
@@ -436,7 +436,7 @@ def _clock(experiment: Experiment, restored: Restored) -> Clock:
         if left is None:
             raise UserError(
                 f"All tasks of the config are in quarantine: {', '.join(saved.quarantined)}. "
-                "Change what is wrong with one (any key of config.tasks.NAME), or add another."
+                "Fix one (change any key of config.tasks.NAME), or add another."
             )
         schedule = left
     return replace(saved, schedule=schedule)

@@ -264,7 +264,7 @@ def test_floats_are_of_0_to_1_and_integers_of_32_bits_are_refused() -> None:
     assert np.abs(found - np.round(RAMP / 257).astype(int)).max() <= 1
     with pytest.raises(UserError, match=r"float in \[0, 1\]; found float32, 0.0 to 65535"):
         Image().raw(encoded(Pil.fromarray(RAMP.astype(np.float32)), "TIFF"))
-    with pytest.raises(UserError, match="32-bit integers, whose range nothing states"):
+    with pytest.raises(UserError, match="32-bit integers of unknown range"):
         Image().raw(encoded(Pil.fromarray(RAMP.astype(np.int32)), "TIFF"))
 
 

@@ -294,7 +294,7 @@ def test_the_command_refuses_a_wrong_name_before_it_builds_the_others(root):
     done = _command("emoji", "speach", f"--data_dir={root}")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
-        "mmjax: error: No embedded data set is called 'speach'. Did you mean 'speech'?\n"
+        "mmjax: error: Unknown embedded data set 'speach'. Did you mean 'speech'?\n"
     )
     assert not root.exists()
     assert "Did you mean 'quickstart'?" in _command("quikstart", f"--data_dir={root}").stderr
@@ -304,7 +304,7 @@ def test_the_command_refuses_an_unknown_name(root):
     done = _command("emojy", f"--data_dir={root}")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == (
-        "mmjax: error: No embedded data set is called 'emojy'. Did you mean 'emoji'?\n"
+        "mmjax: error: Unknown embedded data set 'emojy'. Did you mean 'emoji'?\n"
     )
     assert not root.exists()
 

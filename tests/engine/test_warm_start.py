@@ -102,7 +102,7 @@ def test_a_file_of_arrays(tmp_path: Path, write: Any) -> None:
     found, said = start(write(tmp_path, values))
     assert found.keys() == values.keys()
     assert all(np.array_equal(found[n], values[n]) for n in values)
-    assert said.startswith("Begins with 5 of 5 parameters from ") and "random" not in said
+    assert said.startswith("Initialised 5 of 5 parameters from ") and "random" not in said
 
 
 def test_what_is_missing_is_an_error_that_names_the_nearest(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_what_is_missing_is_an_error_that_names_the_nearest(tmp_path: Path) -> N
     found, said = start(path, strict=False)
     assert found.keys() == set(NAMES[2:])
     assert "initialised randomly (2): trunk/layers/*/query (2)\n" in said
-    assert said.endswith("not used of it (1): trunk/groups/0/query")
+    assert said.endswith("unused (1): trunk/groups/0/query")
     found, _ = start(path, skip=("trunk/.*",))
     assert found.keys() == set(NAMES[2:])
 
@@ -128,7 +128,7 @@ def test_every_array_that_is_not_used_is_named(tmp_path: Path) -> None:
     more = {f"decoder/{i}/kernel": np.zeros(1) for i in range(40)}
     more |= {f"part_{c}": np.zeros(1) for c in "abcdefghijklmnopqrst"}
     _, said = start(npz(tmp_path, {**whole(), **more}))
-    assert "not used of it (60): decoder/*/kernel (40), part_a, part_b" in said
+    assert "unused (60): decoder/*/kernel (40), part_a, part_b" in said
     assert all(f"part_{c}" in said for c in "abcdefghijklmnopqrst")
 
 
@@ -150,7 +150,7 @@ def test_what_is_no_number_with_a_point_is_refused_only_where_it_is_needed(tmp_p
     with pytest.raises(UserError, match="'heads/one/out' is int64"):
         start(path)
     found, said = start(path, skip=("heads/.*",))
-    assert len(found) == 4 and "not used of it (2): heads/one/out, step" in said
+    assert len(found) == 4 and "unused (2): heads/one/out, step" in said
 
 
 def test_bfloat16_is_read(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_names_by_pattern_and_matrices_the_other_way_round(tmp_path: Path) -> No
     assert all(np.array_equal(found[n], values[n]) for n in found)
     assert "adapted (2): trunk/layers/*/query [4, 6] -> [4, 2, 3] (2)" in said
     assert "initialised randomly (2): stems/image/table, heads/one/out" in said
-    assert "not used of it (1): classifier" in said
+    assert "unused (1): classifier" in said
 
 
 def test_a_head_of_another_shape_begins_at_random_and_a_stem_is_refused(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_the_parameters_of_a_loaded_run_are_a_source(tmp_path: Path, write: Any)
     held = toyrun.parameters(tmp_path / "run")
     assert found.keys() == held.keys() >= {"trunk/layers/001/inner/kernel"}
     assert all(np.array_equal(found[name], held[name]) for name in held)
-    assert said == [f"Begins with {len(held)} of {len(held)} parameters from {file}."]
+    assert said == [f"Initialised {len(held)} of {len(held)} parameters from {file}."]
 
 
 def test_a_run_that_began_before_names_were_strict_keeps_what_it_began_with() -> None:
@@ -324,14 +324,14 @@ def test_a_run_begins_where_another_ended_and_never_looks_back(
             assert np.array_equal(held["parameters"][name], value)
             assert np.array_equal(held["buffers"][EMA + name], value)
             assert not np.any(held["optimizer"][name]["mu"])
-    assert "Begins with" in capsys.readouterr().out
+    assert "Initialised" in capsys.readouterr().out
     # Straight, and stopped after it has begun, with nothing there to look at any more.
     run(tmp_path / "straight", *warm, "steps=4")
     run(tmp_path / "halved", *warm, "steps=2")
     shutil.rmtree(tmp_path / "first")
     capsys.readouterr()
     run(tmp_path / "halved", *warm, "steps=4")
-    assert "Begins with" not in capsys.readouterr().out
+    assert "Initialised" not in capsys.readouterr().out
     assert toyrun.bits(tmp_path / "halved") == toyrun.bits(tmp_path / "straight")
 
 

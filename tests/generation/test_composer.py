@@ -106,7 +106,7 @@ def test_a_picture_is_guided_by_the_sound_that_is_given(mutual: Any) -> None:
 def test_a_guidance_without_an_effect_is_an_error(mutual: Any) -> None:
     objective = replace(UNIDIFFUSER, sampling_steps=1, guidance=8.0)
     for plan in (spans("made", "absent"), spans("absent", "made")):
-        with pytest.raises(UserError, match="guidance is 8, and nothing guides the drawing of"):
+        with pytest.raises(UserError, match="guidance is 8, and nothing guides the generation of"):
             Composer(objective, mutual, plan).compose(keys())
     declaration, p = built(TEXT_FIRST)
     picture = [Span("image", batch()["inputs"]["image"], generated=True)]
@@ -146,7 +146,7 @@ def test_an_ancestral_sampler_adds_noise_of_its_own(mutual: Any) -> None:
         for sampler in ("ddim", "ddpm")
     )
     assert all(np.abs(a - b).max() > 1e-3 for a, b in zip(one, other, strict=True))
-    with pytest.raises(UserError, match="no diffusion sampler 'ddmp'. Did you mean 'ddpm'"):
+    with pytest.raises(UserError, match="Unknown diffusion sampler 'ddmp'. Did you mean 'ddpm'"):
         replace(objective, sampler="ddmp")
 
 

@@ -70,7 +70,9 @@ def test_a_guidance_of_ones_own(trained: Path) -> None:
     assert (strong != plain).any()
     [alone] = model.compose([("image", None)], guidance=1)
     assert alone.shape == (16, 16, 3)
-    with pytest.raises(UserError, match="guidance is 5, and nothing guides the drawing of image"):
+    with pytest.raises(
+        UserError, match="guidance is 5, and nothing guides the generation of image"
+    ):
         model.compose([("image", None)])
 
 

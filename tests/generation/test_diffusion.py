@@ -132,5 +132,5 @@ def test_times_have_features_of_their_own() -> None:
 
 
 def test_an_unknown_target() -> None:
-    with pytest.raises(UserError, match="no diffusion prediction 'eps'"):
+    with pytest.raises(UserError, match="Unknown diffusion prediction 'eps'"):
         Diffusion("eps")

@@ -125,5 +125,5 @@ def test_a_width_that_the_heads_do_not_divide() -> None:
 
 
 def test_an_unknown_kernel() -> None:
-    with pytest.raises(UserError, match="no attention kernel 'chunkd'.*'chunked'"):
+    with pytest.raises(UserError, match="Unknown attention kernel 'chunkd'.*'chunked'"):
         Attention(6, 2, kernel="chunkd")

@@ -465,7 +465,7 @@ def test_one_of_two_spans_is_drawn_given_the_other_or_both_together() -> None:
     np.testing.assert_array_equal(made("", 1.0)[0], image)
     [one], [other] = made("sound", 0.0), made("sound", 1.0)
     assert (one != other).any() and (one != image).any()
-    with pytest.raises(UserError, match="are of one modality each"):
+    with pytest.raises(UserError, match="need different modalities"):
         objective.compose(model, [Span("image", inputs["image"], generated=True)] * 2, keys)
 
 

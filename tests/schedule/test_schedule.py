@@ -221,7 +221,7 @@ def test_a_rule_that_is_not_here_can_be_looked_at_and_not_asked():
     data = [{"start": 0, "rule": "own", "weights": [["a", 1]], "base": {}, "seed": 0}]
     schedule = Schedule.from_json(data)
     assert schedule.segment(7).rule == "own" and schedule.to_json()[0]["weights"] == [["a", 1]]
-    with pytest.raises(UserError, match="no schedule rule 'own'"):
+    with pytest.raises(UserError, match="nknown schedule rule 'own'"):
         schedule.task(7)
     with pytest.raises(UserError, match="rule is 3; it must be a name"):
         Schedule.from_json([{**data[0], "rule": 3}])

@@ -98,7 +98,7 @@ def test_a_task_of_non_finite_steps_is_left_out(
     [told] = events(broken, "quarantine")
     assert told.startswith("task one is excluded from step 4 on: 2 steps in a row")
     show.show_run(epath.Path(broken), None, False)
-    assert "In quarantine from step 4 on: one." in capsys.readouterr().out
+    assert "Quarantined from step 4 on: one." in capsys.readouterr().out
 
 
 def test_the_others_keep_their_place(broken: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_divergence_goes_back_to_where_all_were_well(
         run(workdir, *UPHILL)
     said = " ".join(capsys.readouterr().out.split())
     assert "Task 'two' has diverged by step 13" in said and "Resuming from step 8" in said
-    assert "From step 8 on without two." in said
+    assert "Continuing from step 8 without two." in said
     assert [text.split(":")[0] for text in events(workdir, "diverged")] == [
         "Task 'two' has diverged by step 13"
     ]

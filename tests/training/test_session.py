@@ -240,9 +240,7 @@ def test_damaged_results_are_made_again(
     (copy / "results.json").write_text(content)
     with watched() as seen:
         run(copy)
-    assert "results.json is damaged: it is written again" in capsys.readouterr().out.replace(
-        "\n", ""
-    )
+    assert "results.json is damaged; writing it again" in capsys.readouterr().out.replace("\n", "")
     assert not seen.ids
     same(copy, straight)
 
@@ -256,7 +254,7 @@ def test_steps_without_a_line_in_the_metrics_are_named(
     (half / "metrics.jsonl").write_text("".join(left))
     run(half)
     said = " ".join(capsys.readouterr().out.split())
-    assert "metrics.jsonl lacks the lines of steps 2 to 3, 5: reports miss them." in said
+    assert "metrics.jsonl lacks the lines of steps 2 to 3, 5; reports omit them." in said
     steps = [x["step"] for x in deterministic(half) if x["kind"] == "train"]
     assert steps == [0, 1, 4, 6, 7, 8, 9, 10, 11]
 

@@ -17,7 +17,7 @@ SCORES = ("softmax", "sigmoid")
 class ExpertChoice(Limited):
     """Each expert takes the tokens that score highest with it (Zhou et al. 2022; IMP); none is asked to balance.
 
-    Of equal scores the earlier token's comes first.
+    Ties go to the earlier token.
 
     Attributes:
       score: `softmax` over experts, or `sigmoid`, which knows nothing of other experts (MoMa, Lin et al. 2024).

@@ -18,7 +18,7 @@ class TokenChoice(Limited):
     """Each token goes to the experts that score highest with it (Shazeer et al. 2017), if they have a slot left.
 
     First choices come before second ones; among these earlier tokens come first, or with `batch_priority` those whose
-    best score is highest (batch priority routing, Riquelme et al. 2021). Of equal scores the first expert's is chosen.
+    best score is highest (batch priority routing, Riquelme et al. 2021). Ties go to the first expert.
 
     Attributes:
       top_k: experts of a token.

@@ -61,7 +61,7 @@ def rule_of(name: str) -> Rule:
       UserError: there is no such rule.
     """
     if not is_known(name):
-        raise UserError(f"There is no schedule rule '{name}'.{nearest(str(name), names())}")
+        raise UserError(f"Unknown schedule rule '{name}'.{nearest(str(name), names())}")
     rule: Rule = configs.resolve("rules", name, "schedule.rule")()
     return rule
 

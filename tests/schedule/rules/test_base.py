@@ -29,7 +29,7 @@ def test_bad_weights(rule, bad, message):
 
 
 def test_unknown_rule():
-    with pytest.raises(UserError, match="no schedule rule 'share'.*'shares'"):
+    with pytest.raises(UserError, match="nknown schedule rule 'share'.*'shares'"):
         from_config("share", {"a": 1}, 0)
 
 
