@@ -1,9 +1,9 @@
-"""Replay one visit of one task of a run: is its loss the one in the run's metrics?
+"""Replay one visit of one task of a run, and compare its loss with the run's metrics.
 
     mmjax replay --workdir=DIR --task=NAME --visit=N [--extra=DIR]
 
-It goes from the newest checkpoint before that visit (from the initial state, where there is none) to it, and
-prints its loss and gradient norm beside those in `metrics.jsonl`. The workdir stays as it is. Exit status:
+It trains from the newest checkpoint before that visit (or from the initial state) up to the visit, and
+prints its loss and gradient norm beside those in `metrics.jsonl`. The workdir is not changed. Exit status:
 0 the same bits, 1 others, 2 an error that its one line explains.
 """
 
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     rows: list[Any] = [(n, repr(outcome.then[n]), repr(outcome.now[n])) for n in _COMPARED]
     table("", ["measure", "metrics.jsonl", "replayed"], rows)
-    print("The same bits." if outcome.is_same else "NOT the same.")
+    print("Identical: the same bits." if outcome.is_same else "DIFFERENT.")
     return 0 if outcome.is_same else 1
 
 

@@ -112,4 +112,4 @@ def test_the_main_says_what_it_found(
     line = told(workdir, "two", 2)
     assert done.returncode == 0, done.stderr
     assert f"is step {line['step']}; replayed from step 4." in done.stdout
-    assert done.stdout.count(repr(line["loss"])) == 2 and "The same bits." in done.stdout
+    assert done.stdout.count(repr(line["loss"])) == 2 and "the same bits." in done.stdout

@@ -7,7 +7,7 @@ SOURCE is of one of three kinds (quote a pattern such as 'pets-*.tar', or let th
 
 - WebDataset tars (.tar, .tar.gz, .tgz, .tar.bz2, .tar.xz): members of one stem, which lie together, are
   an example, and each extension is a field: `0001.jpg`, `0001.txt` give `jpg` and `txt`.
-- Parquet files: each row is an example, each column a field. A null is a field that the example lacks.
+- Parquet files: each row is an example, each column a field. A null means that the example lacks the field.
 - A folder of images, with a text file `NAME.txt` beside each or one table for all, `captions.csv`, `.tsv`
   or `.jsonl` with columns `file` and `caption` (others become fields): the fields are `image`, `caption`.
 
@@ -20,9 +20,9 @@ Encoded images stay as they are, but each is decoded once as a check. Texts are 
 int64, other numbers float32. A column of a .csv or .tsv table is one of integers where every cell is an
 integer or empty; `--field=label:int` (or `float`, `text`) states a field's type. Tars and folders also
 give `__key__`, the stem. `--field` takes only the fields named, and every example must have them;
-`--field=image=jpg,png` takes whichever is there as `image`. An example that is damaged, twice there or
-lacks its caption is counted and named, and more than `--max_bad` (0) of them end the conversion.
-Examples pass one at a time, whatever the size of the source.
+`--field=image=jpg,png` takes whichever is there as `image`. Damaged examples, duplicates and
+examples without a caption are counted and named; more than `--max_bad` (0) of them end the conversion.
+One example at a time is in memory, whatever the size of the source.
 """
 
 from __future__ import annotations
@@ -386,7 +386,7 @@ def summary(converted: Converted, seconds: float) -> str:
     for name, known in sorted(facts["fields"].items()):
         lacking = facts["examples"] - known["examples"]
         lines.append(
-            f"  {name:<16}{known['type']:<8}{f'lacking in {lacking:,}' if lacking else ''}".rstrip()
+            f"  {name:<16}{known['type']:<8}{f'missing in {lacking:,}' if lacking else ''}".rstrip()
         )
     if facts["bad"]:
         lines.append(

@@ -26,11 +26,11 @@ def costs(run: Run) -> Iterator[Html]:
     if rows:
         yield _steps(run, rows)
         yield tag(
-            "p", "A task's share of time is that of its steps, their waiting for data included, in the time of"
-            " all attempts. FLOP/s count the model's dot products in forward and backward pass; MFU is their part of"
-            " the chips' peak, where that is known. A switch is what the median step after another task is"
-            " longer than after the same. Padding is the part of the positions that holds no token; tokens per second"
-            " do not count it.", class_="remark",
+            "p", "A task's share of time is the time of its steps, waiting for data included, over the time of all"
+            " attempts. FLOP/s count the model's dot products in forward and backward pass; MFU is their ratio to"
+            " the chips' peak, if that is known. The switch cost is how much longer the median step is after another"
+            " task than after the same task. Padding is the fraction of positions without a token; tokens per second"
+            " exclude it.", class_="remark",
         )  # fmt: skip
         yield _tasks(run, rows)
         yield rates(run)
@@ -60,7 +60,7 @@ def _phases(run: Run) -> Iterator[Html]:
 
 
 def _caption(run: Run) -> str:
-    words, count = "Where the time went, over all attempts", run.seconds["unfinished"]
+    words, count = "Time by activity, over all attempts", run.seconds["unfinished"]
     if not count:
         return words
     # An attempt that has no end yet may be under way, but not in a run that is at its end.
@@ -79,7 +79,7 @@ def _steps(run: Run, rows: Sequence[Mapping[str, Any]]) -> Html:
     cells = [_step(row, colour_of(run, row["task"]), longest, run) for row in rows]
     shown = [i for i in range(len(heads)) if any(row[i] is not None for row in cells)]
     chosen = [[row[i] for i in shown] for row in cells]
-    return table("What a step of each task costs", [heads[i] for i in shown], chosen)
+    return table("Cost of a step of each task", [heads[i] for i in shown], chosen)
 
 
 def _step(row: Mapping[str, Any], colour: str, longest: float, run: Run) -> list[Child]:
@@ -118,7 +118,7 @@ def _tasks(run: Run, rows: Sequence[Mapping[str, Any]]) -> Html:
     ]
     heads = ("task", "#visits", "#examples", "#tokens", "#skipped", "#invalid")
     words = (
-        "Skipped: steps whose loss or gradient was not finite, and which changed nothing. Invalid:"
+        "Skipped: steps without an update, since their loss or gradient was not finite. Invalid:"
     )
     words += f" examples that could not be read, up to the checkpoint of step {run.meta_step:,}."
-    return join([table("What each task did", heads, cells), tag("p", words, class_="remark")])
+    return join([table("Work of each task", heads, cells), tag("p", words, class_="remark")])

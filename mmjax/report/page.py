@@ -3,7 +3,7 @@
     mmjax report --workdir=DIR [--examples=N]
 
 Everything comes from the files of the folder, so it can be written at any time: during the run,
-after it was killed, on another machine. What it finds in held-out data needs a checkpoint and the data.
+after it was killed, on another machine. The panels of held-out examples need a checkpoint and the data.
 """
 
 from __future__ import annotations
@@ -132,7 +132,9 @@ def _parameters(run: Run) -> tuple[list[dict[str, Any]], str]:
 
 def _gallery(run: Run, count: int) -> Html:
     if jax.process_count() > 1:
-        return _none("This run has several processes: write the report once more after its end.")
+        return _none(
+            "This run has several processes: write the report again after the run has ended."
+        )
     try:
         model = _newest_model(run.workdir)
         if model is None:

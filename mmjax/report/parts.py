@@ -107,7 +107,7 @@ def optimisation(run: Run) -> Iterator[Html]:
         if measure not in _SHOWN_APART
     ]
     if measures:
-        yield tag("details", tag("summary", "Measures of each task in training"), _panels(measures))
+        yield tag("details", tag("summary", "Training metrics of each task"), _panels(measures))
 
 
 def rates(run: Run) -> Html:
@@ -141,7 +141,7 @@ def events(run: Run) -> Iterator[Html]:
         yield tag("p", f"The last {_MOST_EVENTS} of {len(rows)}.", class_="remark")
     if rows:
         heads = ("when (UTC)", "#attempt", "what", "")
-        yield table("Noted by the run", heads, rows[-_MOST_EVENTS:])
+        yield table("Events", heads, rows[-_MOST_EVENTS:])
 
 
 def _environment(known: Mapping[str, Any]) -> dict[str, str]:
@@ -171,7 +171,7 @@ def _loss_panel(run: Run, name: str, visits: Visits) -> Html:
     row = run.row(name)
     words = f"{loss_text(_first(loss))} at first, {loss_text(row.get('loss'))} {_NOW}"
     if np.isfinite(baseline).any():
-        words += f"; {loss_text(_last(flat.y))} knowing nothing (dashed)"
+        words += f"; {loss_text(_last(flat.y))} uninformed (dashed)"
     words += f"; {_count(visits.step, 'visit')}"
     if row.get("skipped"):
         words += f", {row['skipped']:,} without update (not finite)"

@@ -15,7 +15,7 @@ from mmjax.report.svg import spark
 
 Record = Mapping[str, Any]
 _MARGIN = 2.0  # standard errors of a fraction at chance
-_ROOM = 1.25  # of a loss's bar: its end, in losses of what knows nothing
+_ROOM = 1.25  # of a loss's bar: its end, in losses of an uninformed prediction
 
 
 def results(run: Run) -> Iterator[Html]:
@@ -33,8 +33,8 @@ def _newest(run: Run) -> Iterator[Html]:
     when = "of results.json" if run.records_step is None else f"after {run.records_step:,} steps"
     yield tag(
         "p", f"On held-out data, {when}. ", tag("span", "Green", class_="chip good"),
-        " is better than chance, and than always naming the largest class, by more than"
-        f" {_MARGIN:.0f} standard errors; of a loss, lower than what knows nothing of the input.",
+        " is better than chance and than always predicting the largest class, by more than"
+        f" {_MARGIN:.0f} standard errors; a loss is lower than that of a prediction independent of the input.",
         class_="remark",
     )  # fmt: skip
     tasks: dict[str, list[Record]] = {name: [] for name in run.tasks}
@@ -92,7 +92,7 @@ def _tile(run: Run, task: str, records: Sequence[Record]) -> Html:
 
 def _line(split: str, record: Record) -> Html:
     unit = _unit(record)
-    against = [_against(record, "chance", "knowing nothing" if unit == "loss" else "chance")]
+    against = [_against(record, "chance", "uninformed" if unit == "loss" else "chance")]
     against.append(_against(record, "majority", "largest class"))
     words = ", ".join(filter(None, [_measure(record), split, *against]))
     value = tag("span", _amount(number_of(record, "value"), unit), class_="value")
@@ -124,7 +124,10 @@ def _table(run: Run, tasks: Mapping[str, Sequence[Record]]) -> Html:
     every = [row for rows in groups.values() for row in rows]
     shown = [i for i in range(len(heads)) if any(row[i] for row in every)]
     chosen = {title: [[row[i] for i in shown] for row in rows] for title, rows in groups.items()}
-    remark = "In the bars, a full line is chance (of a loss, what knows nothing), a dotted one the largest class."
+    remark = (
+        "In the bars, a full line is chance (for a loss, a prediction independent of the input), "
+        "a dotted one the largest class."
+    )
     return join(
         [
             grouped_table("Every measure", [heads[i] for i in shown], chosen),

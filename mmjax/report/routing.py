@@ -31,9 +31,9 @@ def routing(run: Run) -> Iterator[Html]:
     if any(visits.usage for visits in run.tasks.values()):
         yield tag(
             "p",
-            "A heat map has a row for each expert, the first on top, and time from left to right; the darker, the "
-            "larger the part of the modality's tokens that the expert has. An even use is half dark. Experts in use: "
-            "exp of the entropy of these parts.",
+            "A heat map has a row for each expert, the first on top, and time from left to right; darker means a "
+            "larger fraction of the modality's tokens. A uniform distribution is half dark. Experts in use: exp of the "
+            "entropy of these fractions.",
             class_="remark",
         )
 
@@ -48,7 +48,7 @@ def _table(visits: Visits) -> Html:
                 percent(float(late_E.max())), str(int(late_E.argmax())),
             )
         )  # fmt: skip
-    heads = ("", "modality", "#experts in use", "#of the most used", "#which it is")
+    heads = ("", "modality", "#experts in use", "#share of the most used", "#its index")
     result = table("At the end", heads, rows)
     left = {
         key.removeprefix("dropped "): values
@@ -58,7 +58,7 @@ def _table(visits: Visits) -> Html:
     if not left:
         return result
     shares = (f"{percent(_mean(values))} of {modality}" for modality, values in left.items())
-    words = f"Tokens that no expert took at the end, over all layers: {', '.join(shares)}."
+    words = f"Tokens without an expert at the end, over all layers: {', '.join(shares)}."
     return join([result, tag("p", words, class_="remark")])
 
 

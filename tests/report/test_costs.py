@@ -50,7 +50,7 @@ def test_phases_are_listed_with_their_share_and_drawn_as_wide(parse: Parse) -> N
     assert sorted(widths) == ["width:10.00%", "width:30.00%", "width:60.00%"]
     for words in ("60.0 %", "30.0 %", "mine 10.0s 10.0 %", "100.0 %"):
         assert words in text
-    assert "Where the time went, over all attempts" in text and "killed" not in text
+    assert "Time by activity, over all attempts" in text and "killed" not in text
 
 
 def test_an_attempt_without_an_end_was_killed_or_is_still_going(parse: Parse) -> None:

@@ -20,7 +20,7 @@ class ExpertChoice(Limited):
     Ties go to the earlier token.
 
     Attributes:
-      score: `softmax` over experts, or `sigmoid`, which knows nothing of other experts (MoMa, Lin et al. 2024).
+      score: `softmax` over experts, or `sigmoid`, which is independent of other experts (MoMa, Lin et al. 2024).
     """
 
     sees_all = True
