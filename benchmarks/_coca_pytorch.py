@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.core.batch import Batch
 from mmjax.experiment import Experiment
 from mmjax.modalities.image import patchify
-from mmjax.model import Batch
 from mmjax.nn.trunk import GroupConfig
 from mmjax.task import Task
 
@@ -36,9 +36,9 @@ def peer(experiment: Experiment, task: Task, rows: Batch) -> Peer | None:
     objective: Any = task.objective
     shown, text = objective.modalities
     patch = getattr(task.inputs[shown].modality, "patch")  # noqa: B009
-    pixels = np.asarray(rows["inputs"][shown]["pixels"], np.float32) / 127.5 - 1
+    pixels = np.asarray(rows.inputs[shown]["pixels"], np.float32) / 127.5 - 1
     images = torch.from_numpy(np.array(patchify(pixels, patch)))
-    ids = torch.from_numpy(np.array(rows["inputs"][text]["ids"], np.int64))
+    ids = torch.from_numpy(np.array(rows.inputs[text]["ids"], np.int64))
     model = _model(experiment, task, images.shape[-1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     # The port takes the begin token with the text, and cuts the last one off.

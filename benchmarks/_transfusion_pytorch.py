@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.core.batch import Batch
 from mmjax.modalities.image import patchify
-from mmjax.model import Batch
 
 _MARKS = 4  # its own tokens beside the picture's shape in characters: begin of row, shape, picture; end of picture
 
@@ -82,12 +82,12 @@ def _samples(sizes: Sizes, rows: Batch) -> list[list[Any]]:
     """Text ids, and a picture's patches `[side, side, values]` in [-1, 1]."""
     import torch
 
-    pixels = np.asarray(rows["inputs"]["image"]["pixels"], np.float32) / 127.5 - 1
+    pixels = np.asarray(rows.inputs["image"]["pixels"], np.float32) / 127.5 - 1
     patches_BSP = torch.from_numpy(np.array(patchify(pixels, sizes.patch)))
     side = pixels.shape[1] // sizes.patch
     length = sizes.tokens - side**2 - _MARKS - len(_shape(side))
     plain = sizes.vocabulary - _marks()
-    ids = torch.from_numpy(np.array(rows["inputs"]["text"]["ids"][:, :length] % plain, np.int64))
+    ids = torch.from_numpy(np.array(rows.inputs["text"]["ids"][:, :length] % plain, np.int64))
     return [
         [text, (0, picture.reshape(side, side, -1))]
         for text, picture in zip(ids, patches_BSP, strict=True)
@@ -99,7 +99,7 @@ def _model(sizes: Sizes, rows: Batch) -> Any:
     from transfusion_pytorch import Transfusion
 
     values = 3 * sizes.patch**2
-    patches = (rows["inputs"]["image"]["pixels"].shape[1] // sizes.patch) ** 2
+    patches = (rows.inputs["image"]["pixels"].shape[1] // sizes.patch) ** 2
     # Its losses are sums over the tokens and their values, divided by the number of all tokens.
     share = sizes.tokens / (sizes.tokens - patches), sizes.tokens / (patches * values)
     model = Transfusion(

@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from benchmarks import _coca_pytorch
 from benchmarks._pairs import Effort, Quantity, millis, ratios, rounds
 from benchmarks._steps import Steps
+from mmjax.core.batch import Batch
 from mmjax.engine.loader import make_batch
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.generation.decoding import generate
-from mmjax.model import Batch, Model
+from mmjax.model import Model
 from mmjax.objectives.coca import Coca
 from mmjax.task import Task
 
@@ -72,7 +73,7 @@ def _compiled(
     """Captions of the batch by the model as it begins, on the default device."""
     declaration = experiment.declaration
     parameters = jax.jit(lambda: declaration.initialise(experiment.run.seed))()
-    inputs = jax.device_put(dict(rows["inputs"]))
+    inputs = jax.device_put(dict(rows.inputs))
     call = jax.jit(lambda p, inputs: write(task.objective, declaration.merge(p), inputs))
     return lambda: jax.block_until_ready(call(parameters, inputs))
 

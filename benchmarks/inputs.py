@@ -151,7 +151,7 @@ def mmjax_loader(path: Path, view: View) -> Iterator[Batch]:
     steps = Steps(block(path, view))
     with steps.loader(0, 1_000_000) as loader:
         for batch in loader:
-            inputs = batch.rows["inputs"]
+            inputs = batch.rows.inputs
             yield Batch(inputs["image"]["pixels"], inputs["text"]["ids"])
 
 

@@ -214,11 +214,11 @@ def losses(what: str) -> tuple[float, float]:
     layers = SMALL[what]["layers"]
     if what == "ViT":
         arrays = _vit_arrays(arrays, layers, SMALL[what]) | {
-            "pixels": batch.rows["inputs"]["image"]["pixels"],
-            "labels": batch.rows["fields"]["subgroup"],
+            "pixels": batch.rows.inputs["image"]["pixels"],
+            "labels": batch.rows.fields["subgroup"],
         }
     else:
-        arrays["ids"] = batch.rows["inputs"]["text"]["ids"]
+        arrays["ids"] = batch.rows.inputs["text"]["ids"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "given.npz"
         np.savez(file, **arrays)
@@ -236,7 +236,7 @@ def our_loss(experiment: Experiment, batch: HostBatch) -> tuple[float, dict[str,
     parameters = {
         name: value * (not name.startswith(positions)) for name, value in state.parameters.items()
     }
-    for rows in batch.rows["inputs"].values():
+    for rows in batch.rows.inputs.values():
         if "ids" in rows:
             rows["ids"] = np.maximum(rows["ids"], 1)
     model = experiment.declaration.merge(parameters, np.float32)

@@ -102,7 +102,7 @@ def row_tokens(experiment: Experiment) -> int:
     """Tokens of a row in our trunk: those of both stems, and the text's begin token."""
     shapes = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct((1, *s.shape), s.dtype),
-        experiment.tasks[TASK].rows().shapes()["inputs"],
+        experiment.tasks[TASK].rows().shapes().inputs,
     )
 
     def streams(inputs: Any) -> list[Any]:

@@ -109,7 +109,7 @@ def peers(steps: Steps, size: str, pixels: int, batch: HostBatch) -> dict[str, C
         "patch": PATCH,
     }
     ours = by_layer(steps.parameters, layers, pixels // PATCH)
-    given = batch.rows["inputs"]["image"]["pixels"], batch.rows["fields"]["subgroup"]
+    given = batch.rows.inputs["image"]["pixels"], batch.rows.fields["subgroup"]
     model = _vit_flax.ViT(**sizes, classes=CLASSES)
     flax = _vit_flax.training(model, _vit_flax.parameters(ours, sizes, pixels // PATCH), RATE)
     result = {FLAX: lambda: flax(*given)}

@@ -21,9 +21,6 @@ from mmjax.nn.masks import FULL, Mask
 from mmjax.nn.stream import Aux, Stream, concatenate
 from mmjax.nn.trunk import GroupConfig, Trunk
 
-Batch = Mapping[str, Any]
-
-
 TRUNK = "trunk"  # the tower that every modality reads where a config names no other
 
 

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 
 from mmjax.core import config as configs
+from mmjax.core.batch import Batch
 from mmjax.core.bounds import COUNT, SIZE, check
 from mmjax.core.config import FREE, SCHEDULE, holds
 from mmjax.core.errors import RecordError, UserError, nearest
 from mmjax.modalities.base import Input, Modality
-from mmjax.model import Batch, Model
+from mmjax.model import Model
 from mmjax.objectives.base import Loss, Objective, with_rows
 from mmjax.sources.base import Example, Examples, Source, int32
 
@@ -112,21 +113,21 @@ class RowSpec:
     check_example: Callable[[Example], None] = _accept
     shared_time: bool = False
 
-    def shapes(self) -> Any:
+    def shapes(self) -> Batch:
         """Return the tree of `jax.ShapeDtypeStruct`s of one row."""
-        return {
-            "inputs": {name: i.arrays() for name, i in self.inputs.items()},
-            "fields": {name: jax.ShapeDtypeStruct((), np.int32) for name in self.fields},
-            "valid": jax.ShapeDtypeStruct((), np.bool_),
-        }
+        return Batch(
+            inputs={name: i.arrays() for name, i in self.inputs.items()},
+            fields={name: jax.ShapeDtypeStruct((), np.int32) for name in self.fields},
+            valid=jax.ShapeDtypeStruct((), np.bool_),
+        )
 
-    def batch(self, size: int) -> Any:
+    def batch(self, size: int) -> Batch:
         """Return the tree of `jax.ShapeDtypeStruct`s of a batch."""
         return jax.tree.map(
             lambda s: jax.ShapeDtypeStruct((size, *s.shape), s.dtype), self.shapes()
         )
 
-    def make(self, example: Example, rng: np.random.Generator | None) -> Any:
+    def make(self, example: Example, rng: np.random.Generator | None) -> Batch:
         """Return the arrays of one example.
 
         Raises:
@@ -138,10 +139,8 @@ class RowSpec:
         except UserError as error:
             raise RecordError(str(error)) from error
         times = () if rng is None or not self._sharing else tuple(rng.random(self._sharing))
-        inputs = {
-            name: _arrays(input_, example, rng, times) for name, input_ in self.inputs.items()
-        }
-        return {"inputs": inputs, "fields": fields, "valid": np.True_}
+        inputs = {name: _arrays(each, example, rng, times) for name, each in self.inputs.items()}
+        return Batch(inputs=inputs, fields=fields, valid=np.True_)
 
     @cached_property
     def _sharing(self) -> int:
@@ -150,7 +149,7 @@ class RowSpec:
         is_shared = self.shared_time and len(temporal) > 1
         return max(max(input_.instances, 1) for input_ in temporal) if is_shared else 0
 
-    def blank(self) -> Any:
+    def blank(self) -> Batch:
         """Return an invalid row: zeros."""
         return jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self.shapes())
 

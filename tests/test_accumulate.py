@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -101,7 +102,7 @@ def test_the_mean_is_over_the_steps_that_are_there(bad: int, how: str) -> None:
         if number == bad and how == "not finite":
             batch = jax.tree.map(lambda x: x * np.nan if x.dtype.kind == "f" else x, batch)
         elif number == bad:
-            batch = {**batch, "valid": np.zeros_like(batch["valid"])}
+            batch = replace(batch, valid=np.zeros_like(batch.valid))
         state, told = step(parts, state, number, batch)
         assert bool(told["finite"]) == (number != bad or how == "no valid row")
     name = next(iter(before))

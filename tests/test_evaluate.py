@@ -154,7 +154,7 @@ def test_examples_that_cannot_be_read_are_told_and_left_out(copy, monkeypatch):
     def failing(spec: Any, examples: Any, ids: Any, *rest: Any) -> Any:
         rows, failed = make_batch(spec, examples, ids, *rest)
         if 0 in ids:
-            rows["valid"][0] = False
+            rows.valid[0] = False
             failed = ((0, "emoji[0]: garbage"),)
         return rows, failed
 
@@ -168,7 +168,7 @@ def test_examples_that_cannot_be_read_are_told_and_left_out(copy, monkeypatch):
 def test_no_example_at_all_is_an_error(copy, monkeypatch):
     def failing(*arguments: Any) -> Any:
         rows, _ = make_batch(*arguments)
-        rows["valid"][:] = False
+        rows.valid[:] = False
         return rows, ()
 
     monkeypatch.setattr(evaluation, "make_batch", failing)

@@ -213,8 +213,8 @@ def test_objectives_refuse_what_they_cannot_take() -> None:
         make_task("one", TASK, modalities)
     classes = {**TASK, "objective": {"name": "classification", "classes": 4}}
     task = make_task("one", classes, modalities)  # which pools what there is
-    assert "patches" in task.rows().shapes()["inputs"]["image"]
-    assert "pixels" in device_spec(task, LossOf()).shapes()["inputs"]["image"]
+    assert "patches" in task.rows().shapes().inputs["image"]
+    assert "pixels" in device_spec(task, LossOf()).shapes().inputs["image"]
     several = {**classes, "inputs": {"image": {"size": 16, "instances": 2}}}
     with pytest.raises(UserError, match="takes one instance of 'image'; remove 'instances'"):
         make_task("one", several, modalities)

@@ -187,7 +187,7 @@ def test_fusion_at_the_papers_size_is_traced_whole(name: str, tokens: int) -> No
 
     def streams(p: Any, batch: Any) -> Any:
         model = made.declaration.merge(p, "bfloat16")
-        return {n: model.tokens(n, x).x_BSD for n, x in batch["inputs"].items()}
+        return {n: model.tokens(n, x).x_BSD for n, x in batch.inputs.items()}
 
     def value(p: Any, batch: Any) -> Any:
         return task.loss(made.declaration.merge(p, "bfloat16"), batch, jax.random.key(0)).value
@@ -269,9 +269,9 @@ def test_the_clips_of_the_papers_size_are_as_the_header_says(tmp_path: Path) -> 
     )
     assert found == wanted
     # Frame k is of grey k: every other of 80, from a random one on.
-    greys = row["inputs"]["video"]["pixels"].mean((1, 2, 3))
+    greys = row.inputs["video"]["pixels"].mean((1, 2, 3))
     assert np.diff(greys) == pytest.approx(2, abs=0.5)
-    assert row["inputs"]["spectrogram"]["valid"].all() and row["fields"]["label"] == 308
+    assert row.inputs["spectrogram"]["valid"].all() and row.fields["label"] == 308
 
 
 def write_clips(path: Path, count: int) -> None:

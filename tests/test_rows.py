@@ -15,6 +15,7 @@ import toyrun
 
 import mmjax
 from mmjax.core import config as configs
+from mmjax.core.batch import Batch
 from mmjax.core.parameters import Declaration
 from mmjax.engine.gradient import loss_and_gradient
 from mmjax.evaluators.base import Computation, Embed, Predict, function
@@ -95,20 +96,20 @@ def batch(seed: int, valid: np.ndarray = VALID) -> dict[str, Any]:
         x, y = make(fixed), make(other)
         return jnp.asarray(np.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x, y))
 
-    return {
-        "inputs": {
+    return Batch(
+        inputs={
             "image": {"pixels": rows(lambda g: g.integers(0, 256, (ROWS, SIZE, SIZE, 3), np.uint8))},
             "text": {
                 "ids": rows(lambda g: g.integers(4, VOCABULARY, (ROWS, LENGTH), np.int32)),
                 "valid": rows(lambda g: np.arange(LENGTH) < g.integers(1, LENGTH + 1, (ROWS, 1))),
             },
         },
-        "fields": {
+        fields={
             "label": rows(lambda g: g.integers(0, CLASSES, ROWS, np.int32)),
             "concept": rows(lambda g: g.integers(0, 4, ROWS, np.int32)),
         },
-        "valid": jnp.asarray(valid),
-    }  # fmt: skip
+        valid=jnp.asarray(valid),
+    )  # fmt: skip
 
 
 @cache

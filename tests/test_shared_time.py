@@ -49,7 +49,7 @@ def spec(shared: bool = True, **inputs: Mapping[str, Any]) -> RowSpec:
 def starts(rows: RowSpec, seed: int | None) -> dict[str, np.ndarray]:
     """Where each instance of each input begins: frames, and samples."""
     rng = None if seed is None else np.random.default_rng(seed)
-    arrays = rows.make(EXAMPLE, rng)["inputs"]
+    arrays = rows.make(EXAMPLE, rng).inputs
     result = {}
     for name, x in arrays.items():
         first = x["pixels"][..., 0, 0, 0, 0] if name == "video" else x["samples"][..., 0] * SAMPLES
@@ -86,7 +86,7 @@ def test_without_it_each_begins_on_its_own() -> None:
 def test_without_it_what_is_drawn_is_what_older_runs_drew() -> None:
     """To the bit: one input after the other from the generator of the row."""
     rows = spec(False, **BOTH)
-    made = rows.make(EXAMPLE, np.random.default_rng(4))["inputs"]
+    made = rows.make(EXAMPLE, np.random.default_rng(4)).inputs
     rng = np.random.default_rng(4)
     frame = int(rng.integers(OVER["video"] + 1))
     rng.integers(2**63)  # of the crop and the mirroring
@@ -117,7 +117,7 @@ def test_a_spectrogram_shares_it_too() -> None:
     }
     rows = spec(video={}, spectrogram={"frames": 78})
     for seed in range(40):
-        arrays = rows.make(step, np.random.default_rng(seed))["inputs"]
+        arrays = rows.make(step, np.random.default_rng(seed)).inputs
         time = arrays["video"]["pixels"][0, 0, 0, 0] / (OVER["video"] + 1)
         begin = time * (SAMPLES - 790 + 1)
         loud = (
@@ -129,7 +129,7 @@ def test_a_spectrogram_shares_it_too() -> None:
 
 def test_tokens_are_dropped_by_example_and_input_still() -> None:
     rows = spec(video={"token_drop": 0.5}, waveform={"token_drop": 0.5})
-    made = [rows.make(EXAMPLE, np.random.default_rng(s))["inputs"] for s in range(8)]
+    made = [rows.make(EXAMPLE, np.random.default_rng(s)).inputs for s in range(8)]
     for name in ("video", "waveform"):
         assert len({m[name]["coordinates"].tobytes() for m in made}) > 2
 
@@ -138,7 +138,7 @@ def test_tokens_are_dropped_by_example_and_input_still() -> None:
 def test_one_input_with_time_draws_as_it_always_did(inputs: dict[str, Any]) -> None:
     for seed in range(5):
         one, other = (
-            spec(shared, **inputs).make(EXAMPLE, np.random.default_rng(seed))["inputs"]
+            spec(shared, **inputs).make(EXAMPLE, np.random.default_rng(seed)).inputs
             for shared in (True, False)
         )
         for name in inputs:

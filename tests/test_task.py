@@ -65,16 +65,16 @@ def test_a_row_has_the_shapes_that_it_declares(emoji_dir):
     for each in (made, rows.blank()):
         found = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), each)
         assert found == rows.shapes()
-    assert made["fields"]["concept"] == 7 and made["valid"]
-    assert not rows.blank()["valid"]
-    assert made["inputs"]["image"]["pixels"].any()
-    assert made["inputs"]["text"]["valid"].sum() > 1
+    assert made.fields["concept"] == 7 and made.valid
+    assert not rows.blank().valid
+    assert made.inputs["image"]["pixels"].any()
+    assert made.inputs["text"]["valid"].sum() > 1
 
 
 def test_rows_hold_what_is_asked_and_no_more():
     made = spec("concept", size=16).make(example(), None)
     assert set(made) == {"inputs", "fields", "valid"}
-    assert set(made["inputs"]) == {"image"} and set(made["fields"]) == {"concept"}
+    assert set(made.inputs) == {"image"} and set(made.fields) == {"concept"}
 
 
 def test_evaluation_is_deterministic_and_training_is_not():
@@ -82,7 +82,7 @@ def test_evaluation_is_deterministic_and_training_is_not():
     rows = spec(size=16, crop=0.3, flip=True)
 
     def pixels(rng: Any) -> Any:
-        return rows.make(example(image=picture), rng)["inputs"]["image"]["pixels"]
+        return rows.make(example(image=picture), rng).inputs["image"]["pixels"]
 
     np.testing.assert_array_equal(pixels(None), pixels(None))
     np.testing.assert_array_equal(

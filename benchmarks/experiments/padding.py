@@ -55,7 +55,7 @@ class Blank(RowSpec):
 
     def make(self, example: Example, rng: np.random.Generator | None) -> Any:
         row = self.blank()
-        for name, arrays in row["inputs"].items():
+        for name, arrays in row.inputs.items():
             if not hasattr(self.inputs[name].modality, "words"):
                 if "valid" in arrays:
                     arrays["valid"][:] = True
@@ -65,8 +65,8 @@ class Blank(RowSpec):
                 length = max(2, round(rng.lognormal(mean, SPREAD)))
                 arrays["valid"][:] = np.arange(len(arrays["valid"])) < length
             else:
-                row["inputs"][name] = self.inputs[name].preprocess(example, rng)
-        return {**row, "valid": np.True_}
+                row.inputs[name] = self.inputs[name].preprocess(example, rng)
+        return replace(row, valid=np.True_)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _measured(made: Experiment, model: Model, task: Task, tokens: int, rows: int
     for start in range(0, rows, size):
         batch, _ = arranged_rows(texts, examples, made.run.seed, start, (0, size))
         key = jax.random.fold_in(task.fold(made.run.seed), start)
-        told += sum(int(batch["inputs"][m]["valid"].sum()) for m in objective.capacity)
+        told += sum(int(batch.inputs[m]["valid"].sum()) for m in objective.capacity)
         for way in ways:
             found = call(way, batch, key)
             valid[way] += int(found.valid)

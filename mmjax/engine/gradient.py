@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Arrays
 from mmjax.core.sharding import joined_rows, split_rows
@@ -21,7 +22,7 @@ ModelOf = Callable[[Arrays], Model]
 
 
 def loss_and_gradient(
-    task: Task, model_of: ModelOf, parameters: Arrays, batch: Any, key: jax.Array
+    task: Task, model_of: ModelOf, parameters: Arrays, batch: Batch, key: jax.Array
 ) -> tuple[Loss, Arrays]:
     """Return the loss of a batch and its gradient with respect to `parameters`.
 
@@ -47,20 +48,20 @@ def loss_and_gradient(
 
 
 def _separate(
-    task: Task, model_of: ModelOf, parameters: Arrays, batch: Any, key: jax.Array
+    task: Task, model_of: ModelOf, parameters: Arrays, batch: Batch, key: jax.Array
 ) -> tuple[Loss, Arrays]:
     """Return a mean over rows or tokens: the weighted sum over parts, over the sum of weights."""
 
-    def weighted(parameters: Arrays, part: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+    def weighted(parameters: Arrays, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         loss = task.loss(model_of(parameters), part, key)
         _refuse_buffers(loss.buffers, task)
         if loss.parts:
             raise ValueError(f"{type(task.objective).__name__}: a loss of several means is Coupled")
-        count = loss.terms(part["valid"])
+        count = loss.terms(part.valid)
         metrics = {name: count * metric for name, metric in loss.metrics.items()}
         return count * loss.value, (count, metrics)
 
-    def of_part(part: Any, key: jax.Array) -> Any:
+    def of_part(part: Batch, key: jax.Array) -> Any:
         return jax.value_and_grad(weighted, has_aux=True)(parameters, part, key)
 
     (value, (count, metrics)), grads = _total(of_part, *_parts(task, batch, key))
@@ -72,7 +73,7 @@ def _separate(
 
 
 def _coupled(
-    task: Task, model_of: ModelOf, parameters: Arrays, batch: Any, key: jax.Array
+    task: Task, model_of: ModelOf, parameters: Arrays, batch: Batch, key: jax.Array
 ) -> tuple[Loss, Arrays]:
     """Return loss and gradient of a loss between rows, in two passes (Gao et al. 2021, GradCache).
 
@@ -82,7 +83,7 @@ def _coupled(
     objective: Any = task.objective
     parts, keys = _parts(task, batch, key)
 
-    def represent(parameters: Arrays, part: Any, key: jax.Array) -> Any:
+    def represent(parameters: Arrays, part: Batch, key: jax.Array) -> Any:
         represented = objective.represent(model_of(parameters), part, key)
         _refuse_buffers(represented.aux.buffers, task)
         return represented.rows, represented.aux.loss
@@ -99,10 +100,10 @@ def _coupled(
     together = objective.rows_together()
     whole = jax.tree.map(lambda x: joined_rows(x, together), rows)
     (_, loss), (direct, back) = gradient(parameters, whole)
-    share = parts["valid"].sum(axis=1) / jnp.maximum(batch["valid"].sum(), 1)
+    share = parts.valid.sum(axis=1) / jnp.maximum(batch.valid.sum(), 1)
     share = share.astype(aux.dtype)
 
-    def pulled(part: Any, key: jax.Array, back: Any, share: jax.Array) -> Arrays:
+    def pulled(part: Batch, key: jax.Array, back: Any, share: jax.Array) -> Arrays:
         _, pull = jax.vjp(lambda p: represent(p, part, key), parameters)
         grads: Arrays = pull((back, share))[0]
         return grads
@@ -113,10 +114,10 @@ def _coupled(
     return replace(loss, value=value), jax.tree.map(jnp.add, direct, grads)
 
 
-def _parts(task: Task, batch: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+def _parts(task: Task, batch: Batch, key: jax.Array) -> tuple[Batch, jax.Array]:
     """Return the batch in parts, its rows with their keys, and a key for each part: leading axis [n]."""
     count, together = task.config.microbatches, task.objective.rows_together()
-    whole = {**batch, "keys": row_keys(batch, key)}
+    whole = replace(batch, keys=row_keys(batch, key))
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
     return jax.tree.map(lambda x: split_rows(x, count, together), whole), keys
 

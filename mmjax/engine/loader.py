@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import connection, parent_process, resource_tracker
-from typing import Any
 
 import grain
 import jax
@@ -23,6 +22,7 @@ from absl import flags
 from jax.sharding import Mesh, NamedSharding
 
 from mmjax.core import config as configs
+from mmjax.core.batch import Batch
 from mmjax.core.bounds import SIZE, check
 from mmjax.core.errors import RecordError, UserError
 from mmjax.core.sharding import batch_sharding
@@ -75,7 +75,7 @@ class HostBatch:
 
     step: int
     start: int
-    rows: Any
+    rows: Batch
     failed: tuple[tuple[int, str], ...]
 
 
@@ -97,7 +97,7 @@ def make_batch(
     ids: Sequence[int],
     rng: Callable[[int], np.random.Generator | None],
     size: int,
-) -> tuple[Any, tuple[tuple[int, str], ...]]:
+) -> tuple[Batch, tuple[tuple[int, str], ...]]:
     """Return rows for `ids`, blank ones up to `size`; and the rows that failed, by index."""
     rows, failed = [], []
     for index, example_id in enumerate(ids):
@@ -115,7 +115,7 @@ def make_batch(
 
 def arranged_rows(
     task: Task, examples: Examples, seed: int, position: int, share: tuple[int, int]
-) -> tuple[Any, tuple[tuple[int, str], ...]]:
+) -> tuple[Batch, tuple[tuple[int, str], ...]]:
     """Return rows [first, last) of the training batch that begins at `position`; and the failures, by position.
 
     The rows of a window of the objective lie in its order, which depends on all of them: where the share ends within
@@ -135,9 +135,9 @@ def arranged_rows(
     return rows, tuple((position + begin + i, error) for i, error in failed)
 
 
-def _arranged(objective: Objective, rows: Any, window: int) -> np.ndarray:
+def _arranged(objective: Objective, rows: Batch, window: int) -> np.ndarray:
     """Return which of the rows lies at each place."""
-    count = len(rows["valid"])
+    count = len(rows.valid)
     windows = []
     for start in range(0, count, window):
         examples = [jax.tree.map(lambda x, i=start + i: x[i], rows) for i in range(window)]
@@ -281,7 +281,7 @@ def _begin_worker(folders: Sequence[str], index: int, count: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def place(rows: Any, start: int, size: int, sharding: NamedSharding) -> Any:
+def place(rows: Batch, start: int, size: int, sharding: NamedSharding) -> Batch:
     """Return the global batch of `size` rows on the mesh, from this process's rows (which begin at `start`)."""
 
     def put(local: np.ndarray) -> jax.Array:

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from mmjax.analysis import flops
+from mmjax.core.batch import Batch
 from mmjax.core.parameters import Arrays, Declaration
 from mmjax.core.sharding import batch_sharding, replicated, shard_bytes
 from mmjax.engine.compile import Request
@@ -51,10 +52,12 @@ class ModelSpec:
 # --- the functions -----------------------------------------------------------------------------
 
 
-def loss_function(spec: ModelSpec, task: Task) -> Callable[[Arrays, Arrays, Any, jax.Array], Loss]:
+def loss_function(
+    spec: ModelSpec, task: Task
+) -> Callable[[Arrays, Arrays, Batch, jax.Array], Loss]:
     """Return a function `(moved parameters, the others, batch, visit) -> loss` of a task."""
 
-    def loss_of(moved: Arrays, others: Arrays, batch: Any, visit: jax.Array) -> Loss:
+    def loss_of(moved: Arrays, others: Arrays, batch: Batch, visit: jax.Array) -> Loss:
         model = spec.declaration.merge({**others, **moved}, spec.compute)
         return task.loss(model, batch, jax.random.fold_in(task.fold(spec.seed), visit))
 
@@ -63,11 +66,11 @@ def loss_function(spec: ModelSpec, task: Task) -> Callable[[Arrays, Arrays, Any,
 
 def train_function(
     spec: ModelSpec, task: Task, optimizer: Optimizer
-) -> Callable[[State, Any, StepCounters], tuple[State, Metrics]]:
+) -> Callable[[State, Batch, StepCounters], tuple[State, Metrics]]:
     """Return a function `(state, batch, {step, visit, perhaps part}) -> (state, metrics)`: loss, gradient, update."""
     view = optimizer.views[task.name]
 
-    def step(state: State, batch: Any, ticks: StepCounters) -> tuple[State, Metrics]:
+    def step(state: State, batch: Batch, ticks: StepCounters) -> tuple[State, Metrics]:
         moved, others = _parted(state.parameters, view)
 
         def model_of(moved: Arrays) -> Any:
@@ -78,7 +81,7 @@ def train_function(
         finite = jnp.isfinite(loss.value) & jnp.isfinite(_norm(grads))
         # A non-finite loss or gradient leaves everything as it was, and the host counts it. So does a batch without
         # a valid row, whose gradient of zero would else decay weights and spend momentum.
-        counts = finite & ~loss.is_empty(batch["valid"])
+        counts = finite & ~loss.is_empty(batch.valid)
         if optimizer.accumulates:
             after, update_metrics = _accumulated(state, counts, grads, optimizer, task.name, ticks)
         else:
@@ -205,10 +208,10 @@ def train_request(
     )  # fmt: skip
 
 
-def positions(task: Task, declaration: Declaration, batch: Any) -> int:
+def positions(task: Task, declaration: Declaration, batch: Batch) -> int:
     """Return how many positions a step computes for a batch's shapes, padding included."""
 
-    def occupancy(parameters: Arrays, batch: Any) -> Any:
+    def occupancy(parameters: Arrays, batch: Batch) -> Any:
         model = declaration.merge(parameters, jnp.float32)
         return task.objective.occupancy(model, batch, jax.random.key(0))
 
@@ -242,13 +245,13 @@ def eval_request(
     """Return the program of evaluation passes, `(parameters, batch, {batch}) -> outputs`, whole on every process."""
     outputs_of = function(task, computation)
 
-    def run(parameters: Arrays, batch: Any, ticks: StepCounters) -> dict[str, jax.Array]:
+    def run(parameters: Arrays, batch: Batch, ticks: StepCounters) -> dict[str, jax.Array]:
         base_key = jax.random.fold_in(task.fold(spec.seed), 2**31)
         key, of_rows = (jax.random.fold_in(base_key, index) for index in (ticks["batch"], 0))
         # An example draws the same whatever the size of the batches that it comes in.
-        keyed = {**batch, "keys": row_keys(batch, of_rows, ticks["batch"] * size)}
+        keyed = replace(batch, keys=row_keys(batch, of_rows, ticks["batch"] * size))
         outputs = outputs_of(spec.declaration.merge(parameters, spec.compute), keyed, key)
-        return {**outputs, "valid": batch["valid"]}
+        return {**outputs, "valid": batch.valid}
 
     rows = device_spec(task, computation)
     batch = abstract_batch(rows, size, mesh, f"evaluation.batch (of tasks.{task.name})")
@@ -259,7 +262,7 @@ def eval_request(
     )  # fmt: skip
 
 
-def abstract_batch(spec: RowSpec, size: int, mesh: Mesh, where: str) -> Any:
+def abstract_batch(spec: RowSpec, size: int, mesh: Mesh, where: str) -> Batch:
     """Return the shapes, dtypes and shardings of a batch of `size` rows."""
     sharding = batch_sharding(mesh, size, where)
     return jax.tree.map(

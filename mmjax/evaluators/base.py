@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.core import config as configs
+from mmjax.core.batch import Batch
 from mmjax.modalities.base import Input
-from mmjax.model import Batch, Model
+from mmjax.model import Model
 from mmjax.objectives.base import Classifies, Embeds, Loss, Writes, able, embedded, with_rows
 from mmjax.sources.base import Source
 from mmjax.task import RowSpec, Task
@@ -75,7 +76,7 @@ class Embed(Computation):
     def outputs(
         self, task: Task, model: Model, batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array]:
-        arrays = batch["inputs"][self.modality]
+        arrays = batch.inputs[self.modality]
         return {
             "vector": able(task.objective, Embeds).embed(
                 model, self.modality, arrays, self.relative_to
@@ -99,7 +100,7 @@ class Predict(Computation):
     def outputs(
         self, task: Task, model: Model, batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array]:
-        return {"logits": able(task.objective, Classifies).predict(model, batch["inputs"])}
+        return {"logits": able(task.objective, Classifies).predict(model, batch.inputs)}
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class LossOf(Computation):
     def outputs(
         self, task: Task, model: Model, batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array]:
-        result, valid_B = task.loss(model, batch, key), batch["valid"]
+        result, valid_B = task.loss(model, batch, key), batch.valid
         values = {"loss": result.value, **result.metrics, **_shares(result, valid_B)}
         values = {name: value for name, value in values.items() if not jnp.ndim(value)}
         return {name: jnp.broadcast_to(value, valid_B.shape) for name, value in values.items()}

@@ -18,7 +18,7 @@ from flax import struct
 from mmjax.core.errors import UserError
 from mmjax.generation.decoding import Sampling, generate
 from mmjax.generation.diffusion import Diffusion
-from mmjax.generation.spans import Span
+from mmjax.generation.spans import NoisySpan, Span
 from mmjax.model import Model
 from mmjax.nn.by_modality import apply_per_modality, modality_of
 from mmjax.nn.masks import FULL, Causal, Mask
@@ -56,7 +56,7 @@ class Spans(Protocol):
     def written(self, model: Model, name: str, arrays: Any, keep_B: jax.Array) -> Stream: ...
     def noisy(
         self, model: Model, name: str, arrays: Any, x_t: jax.Array, t_B: jax.Array
-    ) -> tuple[Stream, Any]: ...
+    ) -> NoisySpan: ...
     def predicted(self, model: Model, name: str, x_BSD: jax.Array, context: Any) -> jax.Array: ...
     def logits(self, model: Model, name: str, x_BSD: jax.Array) -> jax.Array: ...
 
@@ -146,7 +146,7 @@ class Composer:
 
     def init_cache(self) -> Cache:
         """Return a sequence that holds nothing yet."""
-        spans = [self._span(span, None, True)[0] for span in self._plan]
+        spans = [self._span(span, None, True) for span in self._plan]
         slots = sum(span.x_BSD.shape[1] for span in spans)
         like = Stream(spans[0].x_BSD[:, :1], layout=((spans[0].layout[0][0], 1),))
         return Cache(
@@ -163,12 +163,12 @@ class Composer:
 
         Where it is not `keep`, a discrete span is only the token of its beginning.
         """
-        streams = [self._span(span, (values or {}).get(span.name), keep)[0] for span in block]
+        streams = [self._span(span, (values or {}).get(span.name), keep) for span in block]
         return self._decode(cache, concatenate(streams), self._mask(block[0].name))[1]
 
     def logits(self, cache: Cache, span: Span) -> jax.Array:
         """Return logits `[B, L, V]` of each token of a given discrete span, each after those before."""
-        x_BSD, _ = self._decode(cache, self._span(span, None, True)[0], Causal())
+        x_BSD, _ = self._decode(cache, self._span(span, None, True), Causal())
         return self._of.logits(self._model, span.name, x_BSD[:, :-1])
 
     def write(self, cache: Cache, span: Span, keys_B: jax.Array) -> jax.Array:
@@ -275,17 +275,16 @@ class Composer:
     def _mask(self, name: str) -> Mask:
         return Causal() if name in self._of.discrete else FULL
 
-    def _span(self, span: Span, values: jax.Array | None, keep: bool) -> tuple[Stream, Any]:
+    def _span(self, span: Span, values: jax.Array | None, keep: bool) -> Stream:
         """Return the tokens of a span, without noise."""
         name, arrays = span.name, span.arrays
         if name in self._of.discrete:
             keep_B = jnp.full(self._rows, keep)
-            return self._of.written(self._model, name, arrays, keep_B), None
+            return self._of.written(self._model, name, arrays, keep_B)
         if values is None:
             values = self._stems[name].values(arrays, jnp.float32)
-        return self._of.noisy(
-            self._model, name, arrays, values, jnp.zeros(self._rows, values.dtype)
-        )
+        t_B = jnp.zeros(self._rows, values.dtype)
+        return self._of.noisy(self._model, name, arrays, values, t_B).stream
 
     def _as_arrays(self, span: Span, ids_BL: jax.Array) -> dict[str, jax.Array]:
         """Return a discrete span that was written, to be read."""

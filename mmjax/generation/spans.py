@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
+
+from mmjax.nn.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -23,3 +26,15 @@ class Span:
     arrays: Mapping[str, jax.Array]
     generated: bool = False
     absent: bool = False
+
+
+class NoisySpan(NamedTuple):
+    """The tokens of a noisy span, and what turns the trunk's outputs for them into a prediction.
+
+    Attributes:
+      stream: its tokens.
+      context: whatever the objective that made it needs for the prediction; the sampler only passes it on.
+    """
+
+    stream: Stream
+    context: Any

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
 from mmjax.generation.spans import Span
 from mmjax.modalities.base import EXISTS, Input
-from mmjax.model import Batch, Model
+from mmjax.model import Model
 from mmjax.nn.stream import Aux
 from mmjax.sources.base import Example
 
@@ -145,7 +146,7 @@ class Objective(abc.ABC):
         """Return how many consecutive rows of a batch of so many the loader brings into the order of `arranged`."""
         return 1
 
-    def arranged(self, rows: Sequence[Any]) -> Sequence[int]:
+    def arranged(self, rows: Sequence[Batch]) -> Sequence[int]:
         """Return the order in which the rows of a window lie in a batch, a pure function of their arrays (NumPy)."""
         return range(len(rows))
 
@@ -153,9 +154,9 @@ class Objective(abc.ABC):
         """Count the positions that hold a token: here the tokens of each modality that it reads."""
         valid, positions = jnp.zeros((), jnp.int32), 0
         for name in self.reads():
-            token_BS = model.tokens(name, batch["inputs"][name]).mask_BS()
+            token_BS = model.tokens(name, batch.inputs[name]).mask_BS()
             # Instances of an example are rows of their own.
-            row_B = jnp.repeat(batch["valid"], token_BS.shape[0] // batch["valid"].shape[0])
+            row_B = jnp.repeat(batch.valid, token_BS.shape[0] // batch.valid.shape[0])
             valid += (token_BS & row_B[:, None]).sum(dtype=jnp.int32)
             positions += token_BS.size
         return Occupancy(valid, positions)
@@ -329,14 +330,14 @@ def refuse_drop(objective: Objective, inputs: Mapping[str, Input]) -> None:
             )
 
 
-def with_rows(batch: Batch) -> dict[str, Any]:
+def with_rows(batch: Batch) -> Batch:
     """Return the batch with its `valid` beside the arrays of each modality.
 
     `Model.tokens` hands it on to the stream, so that every layer knows which rows exist, whatever the objective does
     with them. Whoever calls an objective with a batch calls it with this.
     """
-    inputs = {m: {**arrays, EXISTS: batch["valid"]} for m, arrays in batch["inputs"].items()}
-    return {**batch, "inputs": inputs}
+    inputs = {m: {**arrays, EXISTS: batch.valid} for m, arrays in batch.inputs.items()}
+    return replace(batch, inputs=inputs)
 
 
 def row_keys(batch: Batch, key: jax.Array, first: jax.Array | int = 0) -> jax.Array:
@@ -345,8 +346,9 @@ def row_keys(batch: Batch, key: jax.Array, first: jax.Array | int = 0) -> jax.Ar
     Args:
       first: index of the batch's first row, where the rows of several batches draw by one `key`.
     """
-    if "keys" in batch:
-        return batch["keys"]
+    if batch.keys is not None:
+        keys: jax.Array = batch.keys
+        return keys
     of_rows = jax.random.fold_in(key, _ROWS)
-    rows = first + jnp.arange(batch["valid"].shape[0])
+    rows = first + jnp.arange(batch.valid.shape[0])
     return jax.vmap(lambda row: jax.random.fold_in(of_rows, row))(rows)

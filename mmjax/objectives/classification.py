@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
+from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError, nearest
 from mmjax.modalities.base import Input
-from mmjax.model import Batch, Model
+from mmjax.model import Model
 from mmjax.nn.dense import Dense, LayerNorm, lecun
 from mmjax.nn.stream import mean_pool
 from mmjax.objectives.base import Classifies, Loss, Objective
@@ -94,8 +95,8 @@ class Classification(Objective, Classifies):
         return logits_BC.astype(jnp.promote_types(logits_BC.dtype, jnp.float32)), aux
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
-        logits_BC, aux = self._predict(model, batch["inputs"], key)
-        label_B, valid_B = batch["fields"][self.label], batch["valid"]
+        logits_BC, aux = self._predict(model, batch.inputs, key)
+        label_B, valid_B = batch.fields[self.label], batch.valid
         value = cross_entropy(logits_BC, label_B, valid_B, self.smoothing)
         right_B = is_right(logits_BC, label_B) & valid_B
         metrics = {

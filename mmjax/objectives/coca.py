@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jax.nn import initializers
 
+from mmjax.core.batch import Batch
 from mmjax.core.bounds import AMOUNT, COUNT, POSITIVE, check
 from mmjax.core.errors import UserError, nearest
 from mmjax.core.parameters import declare
 from mmjax.data.tokenizer import TokenIds
 from mmjax.generation.decoding import Sampling, generate
 from mmjax.modalities.base import Input
-from mmjax.model import Batch, Model
+from mmjax.model import Model
 from mmjax.nn.dense import Dense
 from mmjax.nn.losses import next_token_losses
 from mmjax.nn.masks import Causal
@@ -201,8 +202,8 @@ class Coca(Contrastive, Writes, Shows):
         """Return both vectors of each row, and its caption's summed cross-entropy and number of tokens."""
         shown, text = self.modalities
         keys = jax.random.split(key, 3)
-        seen, aux_seen = self.see(model, batch["inputs"][shown], keys[0])
-        read, aux_read = self.read(model, batch["inputs"][text], keys[1])
+        seen, aux_seen = self.see(model, batch.inputs[shown], keys[0])
+        read, aux_read = self.read(model, batch.inputs[text], keys[1])
         rows, auxes = {}, [aux_seen, aux_read]
         if self.contrastive_weight:
             pair = (
@@ -211,7 +212,7 @@ class Coca(Contrastive, Writes, Shows):
             )
             rows["pair"] = pair
         if self.caption_weight:
-            rows["caption"], aux = self._caption(model, seen, read, batch["inputs"][text], keys[2])
+            rows["caption"], aux = self._caption(model, seen, read, batch.inputs[text], keys[2])
             auxes.append(aux)
         return Represented(rows, add_up(auxes))
 
@@ -235,7 +236,7 @@ class Coca(Contrastive, Writes, Shows):
             metrics["baseline contrastive"] = pair.metrics["baseline"]
             parts["contrastive"] = replace(pair.parts[""], weight=self.contrastive_weight)
         if self.caption_weight:
-            cost_B, tokens_B = (jnp.where(batch["valid"], x, 0) for x in rows["caption"])
+            cost_B, tokens_B = (jnp.where(batch.valid, x, 0) for x in rows["caption"])
             caption = cost_B.sum() / jnp.maximum(tokens_B.sum(), 1)
             value = value + self.caption_weight * caption
             vocabulary = model.heads[self.head].decoder.logits.kernel[...].shape[-1]
@@ -278,8 +279,8 @@ class Coca(Contrastive, Writes, Shows):
 
     def write(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         shown, text = self.modalities
-        reference = batch["inputs"][text]
-        seen, _ = self.see(model, batch["inputs"][shown], None)
+        reference = batch.inputs[text]
+        seen, _ = self.see(model, batch.inputs[shown], None)
         read, _ = self.read(model, reference, None)
         (cost_B, tokens_B), _ = self._caption(model, seen, read, reference, None)
         length = reference["ids"].shape[1]
@@ -298,7 +299,7 @@ class Coca(Contrastive, Writes, Shows):
         texts = self.write(model, batch, key)
         shown, reference, written = self.shows()
         panels = {reference: texts["wanted"], written: texts["written"]}
-        arrays = batch["inputs"][shown]
+        arrays = batch.inputs[shown]
         return {shown: arrays["pixels"], **panels} if "pixels" in arrays else panels
 
 

@@ -13,12 +13,13 @@ import numpy as np
 from flax import nnx
 from jax.nn import initializers
 
+from mmjax.core.batch import Batch
 from mmjax.core.bounds import COUNT, check
 from mmjax.core.errors import UserError, nearest
 from mmjax.core.parameters import declare
 from mmjax.core.sharding import constrain, split_rows
 from mmjax.modalities.base import Input
-from mmjax.model import Batch, Model
+from mmjax.model import Model
 from mmjax.nn.dense import Dense
 from mmjax.nn.masks import Same
 from mmjax.nn.stream import Stream, add_up, mean_pool, segments
@@ -148,12 +149,12 @@ class Contrastive(Coupled, Embeds):
 
     def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
         if self.joint_forward:
-            streams = [model.tokens(m, batch["inputs"][m]) for m in self.modalities]
+            streams = [model.tokens(m, batch.inputs[m]) for m in self.modalities]
             out, aux = model.encode(streams, key, Same("modality"))
             pairs = zip(self.modalities, segments(out), strict=True)
             return Represented(tuple(self._project(model, m, outputs) for m, outputs in pairs), aux)
         instances = [
-            self._embed(model, m, batch["inputs"][m], jax.random.fold_in(key, i))
+            self._embed(model, m, batch.inputs[m], jax.random.fold_in(key, i))
             for i, m in enumerate(self.modalities)
         ]
         (a_BE, aux_a), (b_BE, aux_b) = instances
@@ -161,7 +162,7 @@ class Contrastive(Coupled, Embeds):
 
     def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
         a_BE, b_BE = rows
-        valid_B = batch["valid"]
+        valid_B = batch.valid
         concept_B = concepts(batch, self.positive_key)
         scale = model.heads[self.head].scale()
         known = {"scale": scale}
@@ -180,7 +181,7 @@ class Contrastive(Coupled, Embeds):
 
 def concepts(batch: Batch, field: str) -> jax.Array:
     """Return the integer by which rows are positives of each other, `[B]`; without a field each row has its own."""
-    result: jax.Array = batch["fields"][field] if field else jnp.arange(batch["valid"].shape[0])
+    result: jax.Array = batch.fields[field] if field else jnp.arange(batch.valid.shape[0])
     return result
 
 

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
+from mmjax.core.batch import Batch
 from mmjax.core.bounds import AMOUNT, COUNT, check
 from mmjax.core.errors import UserError, nearest
 from mmjax.core.parameters import declare
 from mmjax.modalities.base import PRESENT, Input
-from mmjax.model import Batch, Model
+from mmjax.model import Model
 from mmjax.nn.dense import Dense, LayerNorm
 from mmjax.nn.stream import add_up, mean_pool
 from mmjax.objectives.base import Coupled, Embeds, Loss, Part, Represented
@@ -154,9 +155,9 @@ class CrossModal(Coupled, Embeds):
     def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
         """Return the vectors `[B, N, E]` of each ordered pair."""
         rows: dict[str, jax.Array] = {}
-        auxes, size = [], batch["valid"].shape[0]
+        auxes, size = [], batch.valid.shape[0]
         for index, modality in enumerate(self.modalities):
-            arrays = batch["inputs"][modality]
+            arrays = batch.inputs[modality]
             key_of = jax.random.fold_in(key, index)
             pooled, aux = self._pooled(model, modality, arrays, key_of)
             auxes.append(aux)
@@ -166,8 +167,8 @@ class CrossModal(Coupled, Embeds):
         return Represented(rows, add_up(auxes))
 
     def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
-        valid_B, one_B1 = batch["valid"], jnp.ones((batch["valid"].shape[0], 1), bool)
-        present = {m: batch["inputs"][m].get(PRESENT, one_B1) for m in self.modalities}
+        valid_B, one_B1 = batch.valid, jnp.ones((batch.valid.shape[0], 1), bool)
+        present = {m: batch.inputs[m].get(PRESENT, one_B1) for m in self.modalities}
         concept_B = concepts(batch, self.positive_key)
         total = baseline = anchors = jnp.zeros(())
         metrics: dict[str, jax.Array] = {}

@@ -12,10 +12,11 @@ from flax import nnx
 from jax.nn import initializers
 
 from mmjax.blocks.bottleneck import FUSION
+from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError, nearest
 from mmjax.core.parameters import declare
 from mmjax.modalities.base import Input
-from mmjax.model import Batch, Model
+from mmjax.model import Model
 from mmjax.nn.masks import FULL, Mask, QueryIs, Same
 from mmjax.nn.stream import Aux, Stream, mean_pool, segments
 from mmjax.objectives.base import Loss
@@ -117,8 +118,8 @@ class Fusion(Classification):
         return logits[FUSION] if len(inputs) > 1 else logits[next(iter(inputs))]
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
-        logits, aux = self.outputs(model, batch["inputs"], key)
-        label_B, valid_B = batch["fields"][self.label], batch["valid"]
+        logits, aux = self.outputs(model, batch.inputs, key)
+        label_B, valid_B = batch.fields[self.label], batch.valid
         if self.readout == "mean" and self.loss == "mean_logits":
             logits = {"all": mean(logits)}
         losses = {

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
 
+from mmjax.core.batch import Batch
 from mmjax.core.bounds import COUNT, check
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import declare
 from mmjax.modalities.base import Input
 from mmjax.modalities.image import as_pixels, patch_side, patchify, unpatchify
-from mmjax.model import Batch, Model
+from mmjax.model import Model
 from mmjax.nn.dense import Dense
 from mmjax.nn.positions import Positions
 from mmjax.nn.stream import Stream, add_up
@@ -106,7 +107,7 @@ class MaskedImage(Objective, Shows):
 
     def _predict(self, model: Model, batch: Batch, key: jax.Array) -> Any:
         """Return predictions `[B, S, P]`, which patches `[B, S]` are hidden, and the `Aux` of trunk and decoder."""
-        stream = model.tokens(self.modality, batch["inputs"][self.modality])
+        stream = model.tokens(self.modality, batch.inputs[self.modality])
         key_encode, key_decode = jax.random.split(key)
         tokens = stream.x_BSD.shape[1]
         keep = visible(tokens, self.mask_ratio)
@@ -120,9 +121,9 @@ class MaskedImage(Objective, Shows):
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         predicted_BSP, hidden_BS, (aux, aux_decoder) = self._predict(model, batch, key)
-        pixels = batch["inputs"][self.modality]["pixels"]
+        pixels = batch.inputs[self.modality]["pixels"]
         target_BSP = normalised_patches(pixels, patch_side(predicted_BSP), predicted_BSP.dtype)
-        hidden_BS = hidden_BS & batch["valid"][:, None]
+        hidden_BS = hidden_BS & batch.valid[:, None]
         value = masked_error(predicted_BSP, target_BSP, hidden_BS)
         # What predicting each patch's mean would cost: below 1 where patches are blank.
         metrics = {"baseline": masked_error(jnp.zeros_like(target_BSP), target_BSP, hidden_BS)}
@@ -144,7 +145,7 @@ class MaskedImage(Objective, Shows):
         picture, and beside the prediction stands what these means alone give.
         """
         predicted_BSP, hidden_BS, _ = self._predict(model, batch, key)
-        pixels = batch["inputs"][self.modality]["pixels"]
+        pixels = batch.inputs[self.modality]["pixels"]
         patch, (height, width) = patch_side(predicted_BSP), pixels.shape[1:3]
         whole_BSP = patchify(pixels.astype(predicted_BSP.dtype) / 255, patch)
         mean_BS1, variance_BS1 = moments(whole_BSP)

@@ -12,17 +12,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
+from mmjax.core.batch import Batch
 from mmjax.core.bounds import AMOUNT, COUNT, check
 from mmjax.core.errors import UserError
 from mmjax.data.binning import even_groups
 from mmjax.generation.composer import Composer
 from mmjax.generation.decoding import Sampling
 from mmjax.generation.diffusion import Diffusion
-from mmjax.generation.spans import Span
+from mmjax.generation.spans import NoisySpan, Span
 from mmjax.generation.viewing import span_values, viewed
 from mmjax.modalities.base import Input
 from mmjax.modalities.image import patch_side, patchify, unpatchify
-from mmjax.model import Batch, Model
+from mmjax.model import Model
 from mmjax.nn.adapter import Adapter
 from mmjax.nn.losses import next_token_losses, wide
 from mmjax.nn.masks import FULL, Causal, KeyIs, Mask, QueryIs, Same
@@ -213,13 +214,13 @@ class Transfusion(Coupled, Writes, Composes, Shows):
     def window_rows(self, batch: int) -> int:
         return min(self.window, batch) or 1
 
-    def arranged(self, rows: Sequence[Any]) -> Sequence[int]:
-        lengths = [sum(int(r["inputs"][m]["valid"].sum()) for m in self.capacity) for r in rows]
+    def arranged(self, rows: Sequence[Batch]) -> Sequence[int]:
+        lengths = [sum(int(r.inputs[m]["valid"].sum()) for m in self.capacity) for r in rows]
         return even_groups(lengths, self.pack)
 
     def occupancy(self, model: Model, batch: Batch, key: jax.Array) -> Occupancy:
         """Count the tokens of the sequences, with those that begin spans; what is dropped or cut does not count."""
-        inputs, choices = batch["inputs"], self._choices(row_keys(batch, key))
+        inputs, choices = batch.inputs, self._choices(row_keys(batch, key))
         counts, total = [], 0
         for name in self.modalities:
             begins = int(name in self.discrete)
@@ -228,13 +229,13 @@ class Transfusion(Coupled, Writes, Composes, Shows):
             else:
                 valid_BS = model.tokens(name, inputs[name]).mask_BS()
             if name in self.capacity:
-                region = share(valid_BS, self.pack, self.capacity[name], batch["valid"])
+                region = share(valid_BS, self.pack, self.capacity[name], batch.valid)
                 counts.append(region.counts_RN.reshape(-1))
                 total += region.item_RT.size
             else:
                 counts.append(begins + valid_BS.sum(axis=1, dtype=jnp.int32))
                 total += valid_BS.shape[0] * (begins + valid_BS.shape[1])
-        valid_B = jnp.where(batch["valid"], sum(counts[1:], counts[0]), 0)
+        valid_B = jnp.where(batch.valid, sum(counts[1:], counts[0]), 0)
         return Occupancy(valid_B.sum(), total)
 
     def check_inputs(self, inputs: Mapping[str, Input]) -> None:
@@ -286,7 +287,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
 
     def noisy(
         self, model: Model, name: str, arrays: Any, x_t: jax.Array, t_B: jax.Array
-    ) -> tuple[Stream, Any]:
+    ) -> NoisySpan:
         """Return a continuous span of values `x_t` `[B, S, P]`, shaped as `arrays`, and what decoding it needs."""
         adapter = model.heads[self.head].adapter
         stream = model.tokens(name, arrays, x_t)
@@ -297,7 +298,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
             pictures = unpatchify(x_t, height, width, patch_side(x_t)).astype(x_BSD.dtype)
             features = adapter.unet[name].encode(pictures, time_BD.astype(x_BSD.dtype))
             x_BSD = x_BSD + features.tokens_BSD
-        return replace(stream, x_BSD=x_BSD), (features, time_BD.astype(x_BSD.dtype))
+        return NoisySpan(replace(stream, x_BSD=x_BSD), (features, time_BD.astype(x_BSD.dtype)))
 
     def logits(self, model: Model, name: str, x_BSD: jax.Array) -> jax.Array:
         """Return the logits of the next tokens from the trunk's outputs of a discrete span, `[B, S, V]`."""
@@ -340,8 +341,9 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         streams, contexts, regions = dict[str, Stream](), {}, dict[str, Region]()
         for name in self.modalities:
             if name not in self.discrete:
+                t_B = draws.times[name]
                 streams[name], contexts[name] = self.noisy(
-                    model, name, inputs[name], x_t[name], draws.times[name]
+                    model, name, inputs[name], x_t[name], t_B
                 )
                 continue
             kept_B = self._keeps(name, draws.keep_B, draws.swapped_B)
@@ -358,12 +360,9 @@ class Transfusion(Coupled, Writes, Composes, Shows):
             lengths = [stream.x_BSD.shape[1] for stream in streams.values()]
             parts = jnp.split(x_BSD, list(accumulate(lengths))[:-1], axis=1)
             out = dict(zip(self.modalities, parts, strict=True))
+        discrete = [m for m in self.modalities if m in self.discrete]
         return Outputs(
-            {
-                m: self.logits(model, m, out[m][:, :-1])
-                for m in self.modalities
-                if m in self.discrete
-            },
+            {m: self.logits(model, m, out[m][:, :-1]) for m in discrete},
             {m: self.predicted(model, m, out[m], contexts[m]) for m in self.continuous},
             {m: streams[m].mask_BS() for m in self.continuous},
             aux,
@@ -404,14 +403,14 @@ class Transfusion(Coupled, Writes, Composes, Shows):
 
     def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
         """Return the summed loss and the number of terms, per row and modality."""
-        inputs, diffusion = batch["inputs"], Diffusion(self.prediction)
+        inputs, diffusion = batch.inputs, Diffusion(self.prediction)
         leaf = jax.tree.leaves(nnx.state(model.heads[self.head].adapter))[0]
         dtype = jnp.promote_types(leaf.dtype, jnp.float32)
         stems: Any = model.stems
         x = {m: stems[m].values(inputs[m], dtype) for m in self.continuous}
         draws = self.draw(row_keys(batch, key), x)
         x_t = {m: diffusion.noised(x[m], draws.noise[m], draws.times[m]) for m in x}
-        out = self.run(model, inputs, x_t, draws, key, batch["valid"])
+        out = self.run(model, inputs, x_t, draws, key, batch.valid)
         rows: dict[str, Any] = {}
         for name in self.modalities:
             if name in self.discrete:
@@ -488,7 +487,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         value = baseline = jnp.zeros((), jnp.float32)
         metrics, parts = dict[str, jax.Array](), dict[str, Part]()
         for name, row in rows.items():
-            total = {k: jnp.where(batch["valid"], v, 0).sum() for k, v in row.items()}
+            total = {k: jnp.where(batch.valid, v, 0).sum() for k, v in row.items()}
             count = jnp.maximum(total["count"], 1)
             weight = self.weights.get(name, 1.0 if name in self.discrete else self.weight)
             if name in self.discrete:
@@ -529,7 +528,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         return Composer(self, model, [Span(other, arrays), span]).compose(keys_B)[0]
 
     def write(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        other, text = (Span(m, batch["inputs"][m]) for m in self.writes())
+        other, text = (Span(m, batch.inputs[m]) for m in self.writes())
         composer = Composer(self, model, [other, text])
         cache = composer.read(composer.init_cache(), [other])
         ids_BL, told_BL = text.arrays["ids"], text.arrays["valid"]
@@ -564,11 +563,11 @@ class Transfusion(Coupled, Writes, Composes, Shows):
     def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         """Return the data's pictures, and those drawn from their texts; nothing if the modality is no picture."""
         drawn_name, keys_B = self.modalities[-1], row_keys(batch, key)
-        last = Span(drawn_name, batch["inputs"][drawn_name])
+        last = Span(drawn_name, batch.inputs[drawn_name])
         originals = span_values(model, last)
         if originals.dtype != jnp.uint8:
             return {}
-        before = [Span(m, batch["inputs"][m]) for m in self.modalities[:-1]]
+        before = [Span(m, batch.inputs[m]) for m in self.modalities[:-1]]
         [drawn] = self.compose(model, [*before, replace(last, generated=True)], keys_B)
         return dict(zip(self.shows(), (originals, drawn), strict=True))
 

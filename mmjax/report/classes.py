@@ -79,9 +79,9 @@ def guesses(model: TrainedModel, task: Task, pass_: Pass, examples: Examples) ->
     for start in range(0, len(ids), BATCH):
         part = ids[start : start + BATCH]
         rows, _ = make_batch(spec, examples, part.tolist(), lambda _: None, BATCH)
-        logits.append(jax.device_get(predict(with_rows(rows)["inputs"]))[: len(part)])
-        labels.append(rows["fields"][pass_.fields[0]][: len(part)])
-        valid.append(rows["valid"][: len(part)])
+        logits.append(jax.device_get(predict(with_rows(rows).inputs))[: len(part)])
+        labels.append(rows.fields[pass_.fields[0]][: len(part)])
+        valid.append(rows.valid[: len(part)])
     is_valid = np.concatenate(valid)
     return Guesses(
         ids[is_valid],

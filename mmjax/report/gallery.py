@@ -141,7 +141,7 @@ def read_candidates(examples: Examples, task: Task, concept: str) -> Candidates:
                 raise
             unreadable += 1
             continue
-        concepts.append(int(row["fields"][concept]))
+        concepts.append(int(row.fields[concept]))
         for modality in pair:
             input_ = task.inputs[modality]
             values[modality].append(as_given(input_, example[input_.field]))

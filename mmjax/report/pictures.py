@@ -49,7 +49,7 @@ def panel(model: TrainedModel, task: Task, examples: Examples, split: str, count
     objective = able(task.objective, Shows)
     show = model.compiled(lambda m, rows: objective.show(m, with_rows(rows), jax.random.key(0)))
     outputs: Mapping[str, np.ndarray] = jax.device_get(show(batch))
-    valid_rows = np.flatnonzero(batch["valid"]).tolist()
+    valid_rows = np.flatnonzero(batch.valid).tolist()
     names = [name for name in objective.shows() if name in outputs]
     rows = [_row(name, _readable(task, outputs[name]), valid_rows) for name in names]
     caption = tag("caption", f"{len(valid_rows)} held-out examples side by side")

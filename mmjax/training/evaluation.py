@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import grain
@@ -14,6 +15,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mmjax.core import config as configs
+from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
 from mmjax.core.files import is_local, replace_file
 from mmjax.core.sharding import batch_sharding
@@ -96,8 +98,8 @@ class Evaluation:
         for index, (rows, first, failed) in enumerate(self._batches(task, pass_, examples, size)):
             beat(task.name)
             unread += [error for _, error in failed]
-            field_values.append({name: rows["fields"][name] for name in pass_.fields})
-            rows = {**rows, "fields": {name: rows["fields"][name] for name in fields}}
+            field_values.append({name: rows.fields[name] for name in pass_.fields})
+            rows = replace(rows, fields={name: rows.fields[name] for name in fields})
             batch = place(rows, first, size, batch_sharding(self._mesh, size, "evaluation.batch"))
             collected.append(
                 jax.device_get(program.call(parameters, batch, ticks(self._mesh, batch=index)))
@@ -114,13 +116,13 @@ class Evaluation:
         return {name: value[valid] for name, value in outputs.items()}
 
     def _batches(
-        self, task: Task, pass_: Pass, examples: Examples, size: int
-    ) -> Iterable[tuple[Any, int, Any]]:
+        self, task: Task, each: Pass, examples: Examples, size: int
+    ) -> Iterable[tuple[Batch, int, Any]]:
         """Yield this process's rows of each batch, read ahead in threads; the last one padded with invalid rows."""
-        spec = row_spec(task, pass_)
+        spec = row_spec(task, each)
         first, last = process_rows(self._mesh, "evaluation.batch")(size)
 
-        def make(index: int) -> tuple[Any, int, Any]:
+        def make(index: int) -> tuple[Batch, int, Any]:
             begin = int(index) * size
             ids = range(min(begin + first, len(examples)), min(begin + last, len(examples)))
             rows, failed = make_batch(spec, examples, ids, lambda _: None, last - first)

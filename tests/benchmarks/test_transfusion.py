@@ -96,7 +96,7 @@ def test_the_tokens_are_those_of_the_trunk(monkeypatch: pytest.MonkeyPatch) -> N
     jax.eval_shape(loss)
     assert [stream.x_BSD.shape for stream in seen] == [(8, 11, 8)]
     assert transfusion.row_tokens(made) == 11
-    assert batch["inputs"]["text"]["valid"].all() and batch["valid"].all()
+    assert batch.inputs["text"]["valid"].all() and batch.valid.all()
 
 
 def experiment() -> Experiment:

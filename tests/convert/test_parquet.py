@@ -43,7 +43,7 @@ def test_parquet_reads_back_into_the_modalities(drawings: list[Any], tmp_path: P
     for i, (example, whole) in enumerate(zip(open_(made.path), drawings, strict=True)):
         row = rows.make(example, None)
         assert_same_rows(row, rows.make({**whole, "flag": 0}, None))
-        assert (row["fields"]["group"], row["fields"]["flag"]) == (whole["group"], i % 2 == 0)
+        assert (row.fields["group"], row.fields["flag"]) == (whole["group"], i % 2 == 0)
         assert example["plain"] == whole["image"] and example["score"] == i / 8
         assert example["vendor"] == (b"a" if whole["vendor"] else b"b")
         np.testing.assert_array_equal(example["box"], np.float32([0, i, 2, 3]))

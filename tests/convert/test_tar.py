@@ -47,7 +47,7 @@ def test_a_tar_reads_back_into_the_modalities(drawings: list[Any], tmp_path: Pat
         assert json.loads(example["json"]) == {"vendor": whole["vendor"]}
         row = rows.make(example, None)
         assert_same_rows(row, expected.make(whole, None))
-        assert row["fields"]["cls"] == whole["group"]
+        assert row.fields["cls"] == whole["group"]
 
 
 def test_several_tars_packed_in_every_way_are_read_in_order(

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
 from mmjax.data import order
 from mmjax.data.binning import even_groups
@@ -62,19 +63,19 @@ class Spec:
 
     def make(self, example: Any, rng: Any) -> Any:
         text = {"valid": np.arange(9) < example["id"] * 7 % 9}
-        return {
-            "inputs": {"text": text},
-            "fields": {"id": np.int32(example["id"]), "drawn": np.int64(rng.integers(2**40))},
-            "valid": np.True_,
-        }
+        return Batch(
+            inputs={"text": text},
+            fields={"id": np.int32(example["id"]), "drawn": np.int64(rng.integers(2**40))},
+            valid=np.True_,
+        )
 
     def blank(self) -> Any:
         fields = {"id": np.int32(0), "drawn": np.int64(0)}
-        return {
-            "inputs": {"text": {"valid": np.zeros(9, bool)}},
-            "fields": fields,
-            "valid": np.False_,
-        }
+        return Batch(
+            inputs={"text": {"valid": np.zeros(9, bool)}},
+            fields=fields,
+            valid=np.False_,
+        )
 
 
 def rows(window: int, share: tuple[int, int], position: int = 48) -> Any:
@@ -91,25 +92,23 @@ def test_a_window_is_the_same_whatever_part_of_it_a_process_holds() -> None:
     for share in [(0, 8), (8, 24), (3, 5), (6, 11), (23, 24)]:
         part, _ = rows(8, share)
         for name in ("id", "drawn"):
-            np.testing.assert_array_equal(
-                part["fields"][name], whole["fields"][name][slice(*share)]
-            )
+            np.testing.assert_array_equal(part.fields[name], whole.fields[name][slice(*share)])
     # The positions of what cannot be read are those of the order, wherever its row lies.
     assert [position for position, _ in failed] == [48 + 5]
-    assert (~whole["valid"]).sum() == 1
+    assert (~whole.valid).sum() == 1
 
 
 def test_windows_move_rows_and_change_nothing_in_them() -> None:
     (plain, _), (grouped, _) = rows(0, (0, 24)), rows(8, (0, 24))
-    assert plain["fields"]["id"].tolist() != grouped["fields"]["id"].tolist()
+    assert plain.fields["id"].tolist() != grouped.fields["id"].tolist()
     for start in (0, 8, 16):
         pairs = [
-            sorted(zip(*(r["fields"][n][start : start + 8].tolist() for n in ("id", "drawn")), strict=True))
+            sorted(zip(*(r.fields[n][start : start + 8].tolist() for n in ("id", "drawn")), strict=True))
             for r in (plain, grouped)
         ]  # fmt: skip
         assert pairs[0] == pairs[1]
-    lengths = grouped["inputs"]["text"]["valid"].sum(axis=1).reshape(-1, 2).sum(axis=1)
-    loose = plain["inputs"]["text"]["valid"].sum(axis=1).reshape(-1, 2).sum(axis=1)
+    lengths = grouped.inputs["text"]["valid"].sum(axis=1).reshape(-1, 2).sum(axis=1)
+    loose = plain.inputs["text"]["valid"].sum(axis=1).reshape(-1, 2).sum(axis=1)
     assert np.ptp(lengths) < np.ptp(loose)
 
 

@@ -13,12 +13,13 @@ import pytest
 import toyrun
 from toyrun import host, parts
 
+from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
 from mmjax.engine.compile import LimitsConfig, compile_all
 from mmjax.engine.gradient import loss_and_gradient
 from mmjax.engine.requests import train_requests
 from mmjax.experiment import Experiment, make_experiment
-from mmjax.model import Batch, Model
+from mmjax.model import Model
 from mmjax.objectives.base import Coupled, Loss, Objective, row_keys
 from mmjax.task import Task
 
@@ -103,9 +104,9 @@ def batch_of(chosen: Task, valid: np.ndarray) -> Any:
         return jnp.asarray(values.astype(shape.dtype))
 
     shapes = chosen.rows().shapes()
-    fields = {n: jnp.asarray(rng.integers(0, 3, ROWS), jnp.int32) for n in shapes["fields"]}
-    inputs = jax.tree.map(draw, shapes["inputs"])
-    return {"inputs": inputs, "fields": fields, "valid": jnp.asarray(valid)}
+    fields = {n: jnp.asarray(rng.integers(0, 3, ROWS), jnp.int32) for n in shapes.fields}
+    inputs = jax.tree.map(draw, shapes.inputs)
+    return Batch(inputs=inputs, fields=fields, valid=jnp.asarray(valid))
 
 
 def distance(one: Result, two: Result) -> float:
@@ -172,8 +173,8 @@ class Means(Apart):
     counts: bool = True
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
-        stream, aux = model.encode([model.tokens("a", batch["inputs"]["a"])], key)
-        weight_B = jnp.where(batch["valid"], 1.0 + batch["fields"]["concept"], 0.0)
+        stream, aux = model.encode([model.tokens("a", batch.inputs["a"])], key)
+        weight_B = jnp.where(batch.valid, 1.0 + batch.fields["concept"], 0.0)
         error_B = jnp.square(stream.x_BSD).sum(axis=(1, 2))
         count = weight_B.sum()
         value = (weight_B * error_B).sum() / jnp.maximum(count, 1)
@@ -194,12 +195,12 @@ def test_a_mean_over_other_things_than_rows_says_how_many(cases: Cases) -> None:
 
 
 def test_each_row_has_a_key_of_its_own_whatever_its_part() -> None:
-    batch = {"valid": jnp.ones(ROWS, bool)}
+    batch = Batch({}, {}, jnp.ones(ROWS, bool))
     keys = row_keys(batch, jax.random.key(5))
     data = np.asarray(jax.random.key_data(keys))
     assert len(np.unique(data, axis=0)) == ROWS
     assert np.array_equal(
-        data, jax.random.key_data(row_keys({**batch, "keys": keys}, jax.random.key(6)))
+        data, jax.random.key_data(row_keys(replace(batch, keys=keys), jax.random.key(6)))
     )
     assert not np.array_equal(data, jax.random.key_data(row_keys(batch, jax.random.key(6))))
 

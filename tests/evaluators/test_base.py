@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from brightness import SOURCE, task
 
+from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
 from mmjax.evaluators.base import Embed, LossOf, Pass, function, make_evaluators, row_spec
 from mmjax.evaluators.held_out_loss import HeldOutLoss
@@ -24,7 +25,9 @@ def test_rows_of_a_pass_hold_what_its_output_needs() -> None:
 
 
 def test_functions_give_one_output_per_row() -> None:
-    batch = {"inputs": {"image": {"pixels": np.ones((2, 4, 4, 3))}}, "valid": jnp.ones(2, bool)}
+    batch = Batch(
+        inputs={"image": {"pixels": np.ones((2, 4, 4, 3))}}, valid=jnp.ones(2, bool), fields={}
+    )
     model: Any = 2.0
     outputs = function(task(), LossOf())(model, batch, jax.random.key(0))
     assert set(outputs) == {"loss", "baseline", "terms", "weight", "compared"}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from brightness import SOURCE, task
 
+from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import MeshConfig, make_mesh
@@ -151,7 +152,7 @@ def evaluated(order: Sequence[str], size: int, rows: Sequence[int]) -> list[Reco
         lengths = np.array(LENGTHS)[at]
         text = {"ids": ids[at], "valid": np.arange(15) < lengths[:, None]}
         inputs = {m: {"text": text, "image": {"pixels": pixels[at]}}[m] for m in order}
-        batch = {"inputs": inputs, "fields": {}, "valid": valid}
+        batch = Batch(inputs=inputs, fields={}, valid=valid)
         found = jax.device_get(call(batch, {"batch": np.int32(index)}))
         columns.append({n: x[valid] for n, x in found.items()})
     outputs = {n: np.concatenate([c[n] for c in columns]) for n in columns[0] if n != "valid"}

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mmjax.core.batch import Batch
 from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.objectives.base import Embeds, Loss, Objective
@@ -38,7 +39,7 @@ class Brightness(Objective, Embeds):
     ) -> jax.Array:
         return arrays["pixels"].mean(axis=(1, 2)) * model
 
-    def __call__(self, model: Any, batch: Mapping[str, Any], key: jax.Array) -> Loss:
+    def __call__(self, model: Any, batch: Batch, key: jax.Array) -> Loss:
         return Loss(jnp.float32(model * 3), {"baseline": jnp.float32(5)})
 
 

@@ -63,12 +63,12 @@ def spec(image: str, text: str, fields: tuple[str, ...] = ()) -> RowSpec:
 
 
 def assert_same_rows(found: Any, expected: Any) -> None:
-    pixels = found["inputs"]["image"]["pixels"]
+    pixels = found.inputs["image"]["pixels"]
     assert pixels.any() and pixels.dtype == np.uint8
-    np.testing.assert_array_equal(pixels, expected["inputs"]["image"]["pixels"])
-    ids = found["inputs"]["text"]["ids"]
+    np.testing.assert_array_equal(pixels, expected.inputs["image"]["pixels"])
+    ids = found.inputs["text"]["ids"]
     assert ids.any()
-    np.testing.assert_array_equal(ids, expected["inputs"]["text"]["ids"])
+    np.testing.assert_array_equal(ids, expected.inputs["text"]["ids"])
 
 
 def says(words: str, make: Callable[[], Any]) -> None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax.core.batch import Batch
 from mmjax.core.parameters import Declaration
 from mmjax.generation.spans import Span
 from mmjax.modalities.base import Input
@@ -65,8 +66,8 @@ def built(objective: Transfusion, *blocks: Any) -> tuple[Declaration, dict[str, 
 def batch(rows: int = ROWS) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     pixels = rng.integers(0, 256, (rows, SIZE, SIZE, 3))
-    return {
-        "inputs": {
+    return Batch(
+        inputs={
             "image": {"pixels": jnp.asarray(pixels, jnp.uint8)},
             "text": {
                 "ids": jnp.asarray(rng.integers(4, VOCABULARY, (rows, LENGTH)), jnp.int32),
@@ -84,9 +85,9 @@ def batch(rows: int = ROWS) -> dict[str, Any]:
                 "valid": jnp.array([[True, True], [True, False], [True, True], [True, True]])[:rows],
             },
         },
-        "fields": {},
-        "valid": jnp.array([True, True, False, True])[:rows],
-    }  # fmt: skip
+        fields={},
+        valid=jnp.array([True, True, False, True])[:rows],
+    )  # fmt: skip
 
 
 def draws(
@@ -102,10 +103,10 @@ def draws(
 
 
 def noised(objective: Transfusion, model: Any) -> dict[str, jax.Array]:
-    inputs = batch()["inputs"]
+    inputs = batch().inputs
     return {m: 0.5 * model.stems[m].values(inputs[m], jnp.float64) for m in objective.continuous}
 
 
 def plan(objective: Transfusion, made: str) -> list[Span]:
-    inputs = batch()["inputs"]
+    inputs = batch().inputs
     return [Span(m, inputs[m], made=m == made) for m in objective.modalities]

@@ -57,9 +57,9 @@ def watched() -> Iterator[Seen]:
     seen, place = Seen(), flight.place
 
     def noted(rows: Any, *arguments: Any) -> Any:
-        seen.ids.append([int(i) for i in rows["fields"]["id"]])
-        seen.shapes.append(rows["inputs"]["toy"]["rows"].shape)
-        seen.sums.append(float(rows["inputs"]["toy"]["rows"].astype(np.float64).sum()))
+        seen.ids.append([int(i) for i in rows.fields["id"]])
+        seen.shapes.append(rows.inputs["toy"]["rows"].shape)
+        seen.sums.append(float(rows.inputs["toy"]["rows"].astype(np.float64).sum()))
         return place(rows, *arguments)
 
     with mock.patch.object(flight, "place", noted):

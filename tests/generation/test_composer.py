@@ -37,7 +37,7 @@ def keys() -> jax.Array:
 
 def spans(image: str, sound: str, mel: float = 0.0) -> list[Span]:
     """A picture and a sound, each `given`, `made` or `absent`."""
-    inputs = batch()["inputs"]
+    inputs = batch().inputs
     heard = {"mel": inputs["sound"]["mel"] + mel, "valid": jnp.ones((ROWS, 2), bool)}
     arrays = {"image": inputs["image"], "sound": heard}
     how = {"image": image, "sound": sound}
@@ -55,7 +55,7 @@ def drawn(model: Any, objective: Transfusion, plan: Sequence[Span]) -> list[np.n
 def test_both_are_guided_by_the_other_at_pure_noise(mutual: Any) -> None:
     """UniDiffuser's joint sampler as a loop over steps, each prediction a pass of whole sequences as in training."""
     objective = replace(UNIDIFFUSER, sampling_steps=3, guidance=2.5, prediction="flow")
-    inputs = batch()["inputs"]
+    inputs = batch().inputs
     inputs["sound"]["valid"] = jnp.ones((ROWS, 2), bool)  # of what is made, all tokens exist
     own = [jax.random.fold_in(key, 0) for key in keys()]
     shapes = {"image": (4, 12), "sound": (4, 4)}
@@ -109,7 +109,7 @@ def test_a_guidance_without_an_effect_is_an_error(mutual: Any) -> None:
         with pytest.raises(UserError, match="guidance is 8, and nothing guides the generation of"):
             Composer(objective, mutual, plan).compose(keys())
     declaration, p = built(TEXT_FIRST)
-    picture = [Span("image", batch()["inputs"]["image"], generated=True)]
+    picture = [Span("image", batch().inputs["image"], made=True)]
     with pytest.raises(UserError, match="does not begin with a discrete span.*Set guidance to 1"):
         Composer(replace(TEXT_FIRST, guidance=8.0), declaration.merge(p), picture).compose(keys())
     # Where no number is set, what can be guided is, and nothing else.
@@ -158,7 +158,7 @@ def test_a_padding_id_in_the_middle_of_a_written_text_is_read(
     text = {"ids": ids, "valid": jnp.arange(5)[None] < jnp.full((ROWS, 1), 4)}
     declaration, p = built(TEXT_FIRST)
     objective, model = replace(TEXT_FIRST, sampling_steps=2), declaration.merge(p)
-    picture = Span("image", batch()["inputs"]["image"], generated=True)
+    picture = Span("image", batch().inputs["image"], made=True)
     monkeypatch.setattr(Composer, "write", lambda self, past, span, keys: ids)
 
     def after(made: bool) -> np.ndarray:

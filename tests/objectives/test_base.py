@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
 from mmjax.modalities.base import EXISTS, Input
 from mmjax.nn.stream import Stream
@@ -171,17 +172,17 @@ def test_tokens_of_valid_rows_and_instances_are_counted() -> None:
         "text": Stream(jnp.zeros((4, 3, 3)), jnp.asarray([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1]], bool)),
     }  # fmt: skip
     model: Any = SimpleNamespace(tokens=lambda name, arrays: streams[name])
-    batch = {"inputs": {"image": None, "text": None}, "valid": jnp.asarray([True, False])}
+    batch = Batch(inputs={"image": None, "text": None}, valid=jnp.asarray([True, False]), fields={})
     occupancy = Plain().occupancy(model, batch, jax.random.key(0))
     assert int(occupancy.valid) == 4 + 3
     assert occupancy.positions == 2 * 4 + 4 * 3
 
 
 def test_every_modality_learns_which_rows_exist() -> None:
-    batch = {"inputs": {"a": {"x": 1}, "b": {}}, "valid": VALID, "fields": {"id": 2}}
+    batch = Batch(inputs={"a": {"x": 1}, "b": {}}, valid=VALID, fields={"id": 2})
     passed = with_rows(batch)
-    assert passed["inputs"] == {"a": {"x": 1, EXISTS: VALID}, "b": {EXISTS: VALID}}
-    assert passed["fields"] == {"id": 2} and batch["inputs"]["b"] == {}
+    assert passed.inputs == {"a": {"x": 1, EXISTS: VALID}, "b": {EXISTS: VALID}}
+    assert passed.fields == {"id": 2} and batch.inputs["b"] == {}
 
 
 def bits(keys: jax.Array) -> np.ndarray:
@@ -190,16 +191,16 @@ def bits(keys: jax.Array) -> np.ndarray:
 
 def test_a_row_has_the_same_key_in_whatever_part_of_a_batch_it_comes() -> None:
     key = jax.random.key(3)
-    whole = bits(row_keys({"valid": jnp.ones(6, bool)}, key))
+    whole = bits(row_keys(Batch({}, {}, jnp.ones(6, bool)), key))
     assert len(np.unique(whole, axis=0)) == 6
-    part = bits(row_keys({"valid": jnp.ones(2, bool)}, key, first=4))
+    part = bits(row_keys(Batch({}, {}, jnp.ones(2, bool)), key, first=4))
     np.testing.assert_array_equal(part, whole[4:])
 
 
 def test_keys_of_rows_are_none_that_an_objective_folds_in_and_may_be_given() -> None:
     key = jax.random.key(3)
     folded = bits(jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(8)))
-    rows = bits(row_keys({"valid": jnp.ones(8, bool)}, key))
+    rows = bits(row_keys(Batch({}, {}, jnp.ones(8, bool)), key))
     assert not {tuple(k) for k in folded.tolist()} & {tuple(k) for k in rows.tolist()}
     mine = jax.random.split(key, 2)
-    assert row_keys({"valid": jnp.ones(2, bool), "keys": mine}, key) is mine
+    assert row_keys(Batch({}, {}, jnp.ones(2, bool), mine), key) is mine

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.core import config as configs
+from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh
@@ -139,7 +140,7 @@ def batch(rows: int = 6, seed: int = 0) -> dict[str, Any]:
     pixels = jnp.asarray(rng.integers(0, 256, (rows, SIZE, SIZE, 3)), jnp.uint8)
     label = rng.integers(0, CLASSES, rows).astype(np.int32)
     valid = np.arange(rows) % 4 != 2
-    return {"inputs": {"image": {"pixels": pixels}}, "fields": {"label": label}, "valid": valid}
+    return Batch(inputs={"image": {"pixels": pixels}}, fields={"label": label}, valid=valid)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
@@ -157,10 +158,10 @@ def test_loss_and_accuracy_are_those_of_what_it_predicts(x64: None, norm: str) -
     declaration = declared(made)
     model = declaration.merge(declaration.initialise(0, jnp.float64))
     rows = batch(8)
-    found = np.asarray(made.predict(model, rows["inputs"]))
+    found = np.asarray(made.predict(model, rows.inputs))
     assert found.shape == (8, CLASSES) and found.dtype == np.float64
     loss = made(model, rows, jax.random.key(3))
-    label, valid = rows["fields"]["label"], rows["valid"]
+    label, valid = rows.fields["label"], rows.valid
     np.testing.assert_allclose(loss.value, reference(found, label, valid, 0.1), rtol=1e-12)
     right = (found.argmax(axis=1) == label)[valid]
     np.testing.assert_allclose(loss.metrics["accuracy"], right.mean())
@@ -173,7 +174,7 @@ def test_a_model_that_says_the_same_of_every_class_is_never_right(value: float) 
     p = declared(made).initialise(0)
     p["heads/head/classifier/logits/bias"] = jnp.full(CLASSES, value)
     rows = batch(8)
-    rows["fields"]["label"][:] = 0
+    rows.fields["label"][:] = 0
     loss = made(declared(made).merge(p), rows, jax.random.key(0))
     assert float(loss.metrics["accuracy"]) == 0
 
@@ -204,7 +205,7 @@ def test_prediction_is_a_linear_map_of_the_mean_token(x64: None, norm: str) -> N
     declaration = declared(made)
     parameters = declaration.initialise(1, jnp.float64)
     model = declaration.merge(parameters)
-    arrays = batch()["inputs"]
+    arrays = batch().inputs
     stream, _ = model.encode([model.tokens("image", arrays["image"])], jax.random.key(0))
     x = np.asarray(stream.x_BSD).mean(axis=1)
     if norm == "layer":
@@ -256,9 +257,9 @@ def test_low_precision_computes_its_loss_in_float32() -> None:
     made = objective(init="lecun")
     declaration = declared(made)
     model = declaration.merge(declaration.initialise(0), jnp.bfloat16)
-    stream = model.tokens("image", batch()["inputs"]["image"])
+    stream = model.tokens("image", batch().inputs["image"])
     assert stream.x_BSD.dtype == jnp.bfloat16
-    assert made.predict(model, batch()["inputs"]).dtype == jnp.float32
+    assert made.predict(model, batch().inputs).dtype == jnp.float32
     loss = made(model, batch(), jax.random.key(0))
     assert {v.dtype for v in (loss.value, *loss.metrics.values())} == {jnp.dtype(jnp.float32)}
 
@@ -270,11 +271,11 @@ def test_learns_classes_that_can_be_seen() -> None:
     label = (np.arange(20) % CLASSES).astype(np.int32)
     noise = np.random.default_rng(0).integers(0, 20, (20, SIZE, SIZE, 3))
     pixels = (label[:, None, None, None] * 50 + noise).astype(np.uint8)
-    rows = {
-        "inputs": {"image": {"pixels": pixels}},
-        "fields": {"label": label},
-        "valid": np.ones(20, bool),
-    }
+    rows = Batch(
+        inputs={"image": {"pixels": pixels}},
+        fields={"label": label},
+        valid=np.ones(20, bool),
+    )
 
     @jax.jit
     def step(parameters: Any) -> Any:

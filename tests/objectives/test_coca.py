@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh, named
@@ -78,14 +79,14 @@ def batch(rows: int = ROWS) -> dict[str, Any]:
     valid = np.arange(LENGTH) < lengths[:, None]
     ids = np.where(valid, rng.integers(4, VOCABULARY, (rows, LENGTH)), PAD_ID)
     ids[np.arange(rows), lengths - 1] = EOS_ID
-    return {
-        "inputs": {
+    return Batch(
+        inputs={
             "image": {"pixels": rng.integers(0, 256, (rows, 4, 4, 3)).astype(np.uint8)},
             "text": {"ids": ids.astype(np.int32), "valid": valid},
         },
-        "fields": {"concept": np.array([0, 1, 0, 2, 3, 4, 4, 5][:rows], np.int32)},
-        "valid": np.arange(rows) != 2,
-    }
+        fields={"concept": np.array([0, 1, 0, 2, 3, 4, 4, 5][:rows], np.int32)},
+        valid=np.arange(rows) != 2,
+    )
 
 
 # --- the statement in NumPy --------------------------------------------------------------------
@@ -154,8 +155,8 @@ def stems(p: Any, inputs: Any) -> Any:
 def of_rows(p: Parameters, given: Any, pooling: str) -> Iterator[tuple[Any, Any, np.ndarray]]:
     """Of each row: the vectors of image and text, and the cross-entropy of the text's tokens."""
     h, d = "heads/coca", "heads/coca/decoder"
-    patches, tokens = (np.asarray(x) for x in stems(p, given["inputs"]))
-    text = given["inputs"]["text"]
+    patches, tokens = (np.asarray(x) for x in stems(p, given.inputs))
+    text = given.inputs["text"]
     for x, t, ids, valid in zip(patches, tokens, text["ids"], text["valid"], strict=True):
         encoded = final(p, "trunk", layers(p, "trunk", x, np.ones((len(x), len(x)))))
         context = pooled(p, f"{h}/generative", encoded)
@@ -183,9 +184,9 @@ def contrastive(a: np.ndarray, b: np.ndarray, scale: float, concept: np.ndarray)
 
 def reference(p: Parameters, given: Any, weights: tuple[float, float], pooling: str) -> float:
     rows = list(of_rows(p, given, pooling))
-    kept = [row for row, valid in zip(rows, given["valid"], strict=True) if valid]
+    kept = [row for row, valid in zip(rows, given.valid, strict=True) if valid]
     a, b = (np.stack([row[i] for row in kept]) for i in (0, 1))
-    concept = given["fields"]["concept"][given["valid"]]
+    concept = given.fields["concept"][given.valid]
     scale = np.exp(float(p["heads/coca/scale/log"]))
     pair, caption = (
         contrastive(a, b, scale, concept),
@@ -230,7 +231,7 @@ def test_each_mean_says_what_it_is_of() -> None:
     p, given = parameters(), batch()
     (_, loss), _ = compiled()(p, given)
     count = {name: int(part.count) for name, part in loss.parts.items()}
-    tokens = given["inputs"]["text"]["valid"][given["valid"]].sum()
+    tokens = given.inputs["text"]["valid"][given.valid].sum()
     assert count == {"contrastive": ROWS - 1, "caption": tokens}
     assert {n: part.compares for n, part in loss.parts.items()} == {
         "contrastive": True, "caption": False,
@@ -266,9 +267,9 @@ def test_what_is_not_there_costs_nothing() -> None:
     """Padding and invalid rows: other contents, the same loss."""
     p, given = parameters(), batch()
     other = jax.tree.map(np.copy, given)
-    text = other["inputs"]["text"]
+    text = other.inputs["text"]
     text["ids"] = np.where(text["valid"], text["ids"], 9).astype(np.int32)
-    text["ids"][2], other["inputs"]["image"]["pixels"][2] = 7, 1
+    text["ids"][2], other.inputs["image"]["pixels"][2] = 7, 1
     values = [compiled()(p, x)[0][0] for x in (given, other)]
     assert values[0] == values[1]
 
@@ -412,7 +413,7 @@ def cached_logits(p: Any, pixels: Any, ids: Any) -> Any:
 
 
 def test_cached_decoding_is_the_whole_text_anew() -> None:
-    p, pixels = parameters(), batch()["inputs"]["image"]["pixels"]
+    p, pixels = parameters(), batch().inputs["image"]["pixels"]
     ids = np.random.default_rng(3).integers(2, VOCABULARY, (ROWS, LENGTH + 1))
     whole, cached = logits_of(p, pixels, ids[:, :-1]), cached_logits(p, pixels, ids)
     np.testing.assert_allclose(cached, whole, rtol=1e-10, atol=1e-12)
@@ -429,7 +430,7 @@ def telling_apart() -> Parameters:
 
 
 def test_greedy_captions_token_by_token() -> None:
-    p, pixels = telling_apart(), batch()["inputs"]["image"]["pixels"]
+    p, pixels = telling_apart(), batch().inputs["image"]["pixels"]
     keys = jax.random.split(jax.random.key(0), ROWS)
     found = jax.jit(
         lambda p, pixels: objective().captions(
@@ -456,7 +457,7 @@ def test_the_numbers_of_special_tokens_do_not_matter(monkeypatch: pytest.MonkeyP
     expected = written(declared(), p, given)
     p["stems/text/embedding"] = p["stems/text/embedding"][number]
     p["heads/coca/decoder/logits/kernel"] = p["heads/coca/decoder/logits/kernel"][:, number]
-    given["inputs"]["text"]["ids"] = number[given["inputs"]["text"]["ids"]].astype(np.int32)
+    given.inputs["text"]["ids"] = number[given.inputs["text"]["ids"]].astype(np.int32)
     monkeypatch.setattr(Text, "token_ids", lambda text: TokenIds(VOCABULARY, 9, 7, 5))
     found = written(declared.__wrapped__(), p, given)
     for name in ("written", "wanted"):
@@ -472,7 +473,7 @@ def written(declaration: Declaration, p: Parameters, given: Any) -> Any:
 
 
 def test_a_drawn_caption_does_not_depend_on_the_rows_beside_it() -> None:
-    p, pixels = telling_apart(), batch()["inputs"]["image"]["pixels"]
+    p, pixels = telling_apart(), batch().inputs["image"]["pixels"]
     drawn = objective(sampling=Sampling(temperature=1.0, top_k=4))
     keys = jax.random.split(jax.random.key(7), ROWS)
     call = jax.jit(
@@ -490,7 +491,7 @@ def test_what_it_writes_beside_what_is_given() -> None:
     made = jax.jit(lambda p, x: objective().write(declared().merge(p), x, jax.random.key(0)))(
         p, given
     )
-    text = given["inputs"]["text"]
+    text = given.inputs["text"]
     np.testing.assert_array_equal(made["wanted"], text["ids"])
     np.testing.assert_array_equal(made["tokens"], text["valid"].sum(axis=1))
     costs = [row[2].sum() for row in of_rows(p, given, "cascade")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh
@@ -324,7 +326,7 @@ def pair_batch(rows: int = 5) -> dict[str, Any]:
     two = {"x": rng.normal(size=(rows, 3, 4)), "valid": rng.random((rows, 3)) < 0.6}
     valid = np.arange(rows) != 3
     fields = {"kind": np.array([7, 8, 7, 7, 9], np.int32)}
-    return {"inputs": {"a": one, "b": two}, "valid": valid, "fields": fields}
+    return Batch(inputs={"a": one, "b": two}, valid=valid, fields=fields)
 
 
 def run(model: Table, batch: Any, concept: str) -> tuple[Loss, jax.Array]:
@@ -335,13 +337,13 @@ def run(model: Table, batch: Any, concept: str) -> tuple[Loss, jax.Array]:
     @jax.jit
     def call(batch: Any) -> Any:
         loss = objective(given, batch, jax.random.key(0))
-        return loss, objective.embed(given, "b", batch["inputs"]["b"])
+        return loss, objective.embed(given, "b", batch.inputs["b"])
 
     return call(batch)
 
 
 def pooled(batch: Any, model: Table, modality: str) -> np.ndarray:
-    arrays = batch["inputs"][modality]
+    arrays = batch.inputs[modality]
     rows = []
     for x, valid in zip(arrays["x"], arrays["valid"], strict=True):
         mean = x[valid].mean(axis=0) if valid.any() else np.zeros(4)
@@ -354,9 +356,9 @@ def pooled(batch: Any, model: Table, modality: str) -> np.ndarray:
 def test_the_objective_pools_projects_and_compares(x64: None, concept: str) -> None:
     model, batch = Table(4, np.log(4.0)), pair_batch()
     loss, embedded = run(model, batch, concept)
-    concepts = batch["fields"]["kind"] if concept else np.arange(5)
+    concepts = batch.fields["kind"] if concept else np.arange(5)
     a, b = (pooled(batch, model, m) for m in "ab")
-    expected = reference(a, b, 4.0, concepts, batch["valid"])
+    expected = reference(a, b, 4.0, concepts, batch.valid)
     # Auxiliary losses of both passes are added.
     np.testing.assert_allclose(loss.value, expected + 0.5, rtol=1e-9)
     np.testing.assert_allclose(loss.metrics["scale"], 4.0, rtol=1e-9)
@@ -366,12 +368,12 @@ def test_the_objective_pools_projects_and_compares(x64: None, concept: str) -> N
 
 def test_the_baseline_is_what_equal_logits_cost(x64: None) -> None:
     model, batch = Table(4, np.log(4.0)), pair_batch()
-    for arrays in batch["inputs"].values():
+    for arrays in batch.inputs.values():
         arrays["x"] = np.ones_like(arrays["x"])
         arrays["valid"] = np.ones_like(arrays["valid"])
     loss, _ = run(model, batch, "kind")
     np.testing.assert_allclose(loss.value - 0.5, loss.metrics["baseline"], rtol=1e-9)
-    batch["valid"] = np.zeros(5, bool)
+    batch = replace(batch, valid=np.zeros(5, bool))
     assert run(model, batch, "kind")[0].metrics["baseline"] == 0
 
 
@@ -411,17 +413,17 @@ def real_model() -> tuple[Declaration, Contrastive, dict[str, Any]]:
     heads = [("pair", objective.heads(4, inputs))]
     config = ModelConfig(4, (GroupConfig(1, (block,)),))
     rng = np.random.default_rng(0)
-    batch = {
-        "inputs": {
+    batch = Batch(
+        inputs={
             "image": {"pixels": rng.integers(0, 256, (6, 4, 4, 3)).astype(np.uint8)},
             "text": {
                 "ids": rng.integers(0, 16, (6, 3)).astype(np.int32),
                 "valid": np.array([[1, 1, 1], [1, 0, 0]] * 3, bool),
             },
         },
-        "fields": {},
-        "valid": np.arange(6) != 4,
-    }
+        fields={},
+        valid=np.arange(6) != 4,
+    )
     return declare_model(config, modalities, heads), objective, batch
 
 
@@ -455,7 +457,7 @@ def test_embeddings_of_a_real_model_are_unit_vectors_whatever_the_other_rows() -
         lambda p, x, dtype: objective.embed(declaration.merge(p, dtype), "text", x),
         static_argnums=2,
     )
-    texts = batch["inputs"]["text"]
+    texts = batch.inputs["text"]
     whole = embed(p, texts, None)
     assert whole.shape == (6, 3)
     np.testing.assert_allclose(np.linalg.norm(whole, axis=1), np.ones(6), rtol=1e-5)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
 from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh
 from mmjax.objectives.contrastive import Contrastive, chunked_info_nce, info_nce
@@ -116,7 +117,7 @@ def test_the_objective_takes_the_rows_in_chunks_where_it_is_told_to(
     x64: None, chunk: int, loops: bool
 ) -> None:
     a, b, scale, concept, valid = rows(ROWS)
-    batch = {"valid": jnp.asarray(valid), "fields": {"c": jnp.asarray(concept)}}
+    batch = Batch({}, {"c": jnp.asarray(concept)}, jnp.asarray(valid))
     objective = Contrastive(modalities=("a", "b"), positive_key="c", chunk=chunk)
 
     def compare(a: Any, b: Any) -> Any:

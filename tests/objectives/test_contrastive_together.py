@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
+from mmjax.core.batch import Batch
 from mmjax.core.parameters import Declaration
 from mmjax.modalities.image import Image
 from mmjax.modalities.text import Text
@@ -46,7 +48,7 @@ def pair(experts: dict[str, Any] | None) -> tuple[Declaration, dict[str, Any], d
             "valid": np.ones((ROWS, 3), bool),
         },
     }
-    return declaration, parameters, {"inputs": inputs, "valid": np.ones(ROWS, bool), "fields": {}}
+    return declaration, parameters, Batch(inputs=inputs, valid=np.ones(ROWS, bool), fields={})
 
 
 def represented(
@@ -92,9 +94,9 @@ def test_without_experts_nothing_changes() -> None:
 def test_tokens_of_both_compete_for_experts() -> None:
     """Other texts leave other slots to the same pictures; apart, pictures know nothing of texts."""
     declaration, parameters, batch = pair(TIGHT)
-    text = batch["inputs"]["text"]
+    text = batch.inputs["text"]
     changed = {**text, "ids": (text["ids"] + 7) % 32}
-    others = {**batch, "inputs": {**batch["inputs"], "text": changed}}
+    others = replace(batch, inputs={**batch.inputs, "text": changed})
     moved = {
         together: np.abs(
             represented(declaration, parameters, batch, together)[0]

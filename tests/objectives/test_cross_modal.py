@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import toyrun
 from flax import nnx
 from toyrun import block
 
+from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.engine.steps import positions
@@ -99,9 +101,9 @@ def test_against_loops_with_its_gradient(weights: dict[str, float], concept: np.
     )
     rows, model = rows_of(), Head(TEMPERATURES)
     inputs = {m: {PRESENT: jnp.asarray(p)} for m, p in rows["present"].items()}
-    batch: Any = {
-        "valid": jnp.asarray(VALID), "fields": {"c": jnp.asarray(concept)}, "inputs": inputs,
-    }  # fmt: skip
+    batch: Any = Batch(
+        valid=jnp.asarray(VALID), fields={"c": jnp.asarray(concept)}, inputs=inputs,
+    )  # fmt: skip
 
     def loss(vectors: Any) -> Any:
         made: Any = model
@@ -132,7 +134,7 @@ def test_one_instance_each_is_the_plain_loss() -> None:
     objective = CrossModal(modalities=("vision", "text"), head="h", embed_dim=E)
     rows = {"vision text": jnp.asarray(a[:, None]), "text vision": jnp.asarray(b[:, None])}
     model: Any = Head({"vision_text": 0.3})
-    batch = {"valid": jnp.asarray(VALID), "inputs": {"vision": {}, "text": {}}}
+    batch = Batch(valid=jnp.asarray(VALID), inputs={"vision": {}, "text": {}}, fields={})
     found = objective.compare(model, rows, batch)
     wanted = info_nce(
         jnp.asarray(a), jnp.asarray(b), jnp.asarray(1 / 0.3), jnp.arange(B), jnp.asarray(VALID)
@@ -214,7 +216,7 @@ def test_from_pooled_vectors_to_the_loss_as_imp_has_it() -> None:
     arrays = {
         m: {"x": jnp.asarray(pooled[m]), PRESENT: jnp.asarray(rows["present"][m])} for m in NAMES
     }
-    batch: Any = {"valid": jnp.asarray(VALID), "inputs": arrays, "fields": {}}
+    batch: Any = Batch(valid=jnp.asarray(VALID), inputs=arrays, fields={})
 
     def loss(p: Any) -> jax.Array:
         model: Any = Given(declaration.merge(p))
@@ -241,7 +243,7 @@ def test_the_baseline_is_of_the_rows_that_have_both() -> None:
         f"{one} {two}": np.ones((B, COUNTS[one], E)) for one in NAMES for two in NAMES if one != two
     }
     inputs = {m: {PRESENT: jnp.asarray(x)} for m, x in present.items()}
-    batch: Any = {"valid": jnp.asarray(VALID), "fields": {}, "inputs": inputs}
+    batch: Any = Batch(valid=jnp.asarray(VALID), fields={}, inputs=inputs)
     model: Any = Head(TEMPERATURES)
     loss = objective.compare(model, vectors, batch)
     expected = (np.log(4) + 2 * np.log(2) + np.log(2)) / 4
@@ -249,9 +251,9 @@ def test_the_baseline_is_of_the_rows_that_have_both() -> None:
     assert float(loss.value) == pytest.approx(expected, rel=1e-9)
     counts = {n: float(part.count) for n, part in loss.parts.items()}
     assert counts == {"": pytest.approx((4 + 2 * 2 + 2) / 4)} and loss.parts[""].compares
-    nobody = {**batch, "inputs": {m: {PRESENT: x & False} for m, x in present.items()}}
+    nobody = replace(batch, inputs={m: {PRESENT: x & False} for m, x in present.items()})
     empty = objective.compare(model, vectors, nobody)
-    assert bool(empty.is_empty(batch["valid"])) and float(empty.metrics["baseline"]) == 0
+    assert bool(empty.is_empty(batch.valid)) and float(empty.metrics["baseline"]) == 0
 
 
 # --- in a run ----------------------------------------------------------------------------------
@@ -285,7 +287,7 @@ def test_three_modalities_with_instances_train_and_are_retrieved(tmp_path: Path)
 
         experiment = make_experiment(block(*words))
         task = experiment.tasks["one"]
-        shapes = task.rows().shapes()["inputs"]
+        shapes = task.rows().shapes().inputs
         assert shapes["toy"]["rows"].shape == (2, 2, 6) and shapes["other"][PRESENT].shape == (3,)
         assert positions(task, experiment.declaration, task.rows().batch(4)) == 4 * (
             2 * 2 + 3 * 1 + 2

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmjax.core.batch import Batch
 from mmjax.core.parameters import Declaration
 from mmjax.objectives.cross_modal import CrossModal, Space, Temperature
 
@@ -70,7 +71,7 @@ def test_pooled_tokens_to_the_loss(temperature: float) -> None:
     vision, text = vector(p, "vision_to_text", pooled[0]), vector(p, "text_to_vision", pooled[1])
     np.testing.assert_allclose(made["vision text"][:, 0], vision, rtol=1e-9)
     np.testing.assert_allclose(made["text vision"][:, 0], text, rtol=1e-9)
-    batch: Any = {"valid": jnp.ones(ROWS, bool), "inputs": {"vision": {}, "text": {}}}
+    batch: Any = Batch(valid=jnp.ones(ROWS, bool), inputs={"vision": {}, "text": {}}, fields={})
     logits = vision @ text.T / (max(temperature, 0.0) + 1e-6)
     losses = []
     for each in (logits, logits.T):

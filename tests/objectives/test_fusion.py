@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.modalities.base import Input
@@ -55,24 +56,24 @@ def built(objective: Fusion, block: dict[str, Any]) -> Any:
 
 def batch(seed: int = 1) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
-    return {
-        "inputs": {
+    return Batch(
+        inputs={
             "image": {"pixels": jnp.asarray(rng.integers(0, 256, (ROWS, 4, 4, 3)), jnp.uint8)},
             "text": {
                 "ids": jnp.asarray(rng.integers(0, 9, (ROWS, 5))),
                 "valid": jnp.asarray(np.arange(5) < rng.integers(1, 6, (ROWS, 1))),
             },
         },
-        "fields": {"label": jnp.asarray(rng.integers(0, CLASSES, ROWS))},
-        "valid": jnp.array([True, True, False, True]),
-    }
+        fields={"label": jnp.asarray(rng.integers(0, CLASSES, ROWS))},
+        valid=jnp.array([True, True, False, True]),
+    )
 
 
 def test_zorros_unimodal_outputs_are_the_same_to_the_bit_whatever_the_other_modality_holds() -> (
     None
 ):
     call, _ = built(ZORRO, PLAIN)
-    one, other = batch(1)["inputs"], batch(2)["inputs"]
+    one, other = batch(1).inputs, batch(2).inputs
     before, after = call(one), call({**one, "image": other["image"]})
     np.testing.assert_array_equal(before["text"], after["text"])
     assert not np.allclose(before["image"], after["image"])
@@ -87,7 +88,7 @@ def test_zorros_unimodal_outputs_are_the_same_to_the_bit_whatever_the_other_moda
 
 def test_under_full_fusion_they_are_not() -> None:
     call, _ = built(FULL, PLAIN)
-    one, other = batch(1)["inputs"], batch(2)["inputs"]
+    one, other = batch(1).inputs, batch(2).inputs
     before, after = call(one), call({**one, "image": other["image"]})
     assert not np.allclose(before["text"], after["text"])
 
@@ -102,8 +103,8 @@ def test_under_full_fusion_they_are_not() -> None:
 def test_the_loss_is_that_of_what_is_read(objective: Fusion, block: dict[str, Any]) -> None:
     call, model = built(objective, block)
     b = batch()
-    logits = {name: np.asarray(x) for name, x in call(b["inputs"]).items()}
-    label = np.asarray(b["fields"]["label"])
+    logits = {name: np.asarray(x) for name, x in call(b.inputs).items()}
+    label = np.asarray(b.fields["label"])
     rows = [0, 1, 3]
 
     def entropy(x: np.ndarray) -> float:
@@ -120,14 +121,14 @@ def test_the_loss_is_that_of_what_is_read(objective: Fusion, block: dict[str, An
         apart = (entropy(logits["image"]) + entropy(logits["text"])) / 2
         assert abs(entropy(both) - apart) > 1e-3  # so that one taken for the other shows
         expected = entropy(both) if objective.loss == "mean_logits" else apart
-        np.testing.assert_allclose(objective.predict(model, b["inputs"]), both, rtol=1e-10)
+        np.testing.assert_allclose(objective.predict(model, b.inputs), both, rtol=1e-10)
     loss = objective(model, b, jax.random.key(0))
     np.testing.assert_allclose(loss.value, expected, rtol=1e-10)
 
 
 def test_one_modality_is_classified_by_its_own_output_and_several_by_fusion() -> None:
     call, model = built(ZORRO, PLAIN)
-    inputs = batch()["inputs"]
+    inputs = batch().inputs
     outputs = call(inputs)
     np.testing.assert_allclose(ZORRO.predict(model, inputs), outputs["fusion"], rtol=1e-10)
     alone = ZORRO.predict(model, {"text": inputs["text"]})
@@ -156,7 +157,7 @@ def test_a_shared_classifier_is_one() -> None:
         classifiers = objective.heads(WIDTH, {})["fused"].classifiers
         assert set(classifiers) == names
     call, model = built(RELEASED, BOTTLENECK)
-    logits = call(batch()["inputs"])
+    logits = call(batch().inputs)
     assert set(logits) == {"image", "text"}
     kernel = model.heads["head"].fused.classifiers["shared"].logits.kernel[...]
     assert kernel.shape == (WIDTH, CLASSES)

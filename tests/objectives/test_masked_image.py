@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.modalities.base import Input
@@ -243,7 +244,7 @@ class Watched:
 @partial(jax.jit, static_argnames="ratio")
 def watch(p: Any, pixels: Any, valid: Any, plant: Any, seed: Any, ratio: float) -> Any:
     model: Any = Watched(declared(ratio).merge(p), plant)
-    batch = {"inputs": {"image": {"pixels": pixels}}, "valid": valid, "fields": {}}
+    batch = Batch(inputs={"image": {"pixels": pixels}}, valid=valid, fields={})
     return objective(ratio)(model, batch, jax.random.key(seed)), model.kept
 
 
@@ -294,7 +295,7 @@ def test_predictions_do_not_depend_on_hidden_pixels() -> None:
     @jax.grad
     def gradient(pixels: Any) -> Any:
         model: Any = Watched(declaration.merge(p))
-        batch = {"inputs": {"image": {"pixels": pixels}}, "valid": VALID, "fields": {}}
+        batch = Batch(inputs={"image": {"pixels": pixels}}, valid=VALID, fields={})
         objective()(model, batch, jax.random.key(0))
         return (model.kept["predicted"] * weight).sum()
 
@@ -344,7 +345,7 @@ def test_invalid_rows_change_nothing() -> None:
 @jax.jit
 @jax.value_and_grad
 def learn(p: Any, valid: Any) -> Any:
-    batch = {"inputs": {"image": {"pixels": images()}}, "valid": valid, "fields": {}}
+    batch = Batch(inputs={"image": {"pixels": images()}}, valid=valid, fields={})
     return objective()(declared().merge(p), batch, jax.random.key(0)).value
 
 
@@ -381,7 +382,7 @@ def test_what_it_shows_fills_hidden_patches_only(is_right: bool) -> None:
     @jax.jit
     def show(p: Any, plant: Any) -> Any:
         model: Any = Watched(declared().merge(p), plant)
-        batch = {"inputs": {"image": {"pixels": pixels}}, "valid": VALID, "fields": {}}
+        batch = Batch(inputs={"image": {"pixels": pixels}}, valid=VALID, fields={})
         return objective().show(model, batch, jax.random.key(0))
 
     made = show(parameters(declared()), plant)

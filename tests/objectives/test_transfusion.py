@@ -49,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 def reach(objective: Transfusion, drawn: Draws, *blocks: Any) -> np.ndarray:
     """Whether the trunk's output of token s of row b depends on token t of row c: bool `[B, S, B, S]`."""
     declaration, p = built(objective, *blocks)
-    model, inputs = declaration.merge(p), batch()["inputs"]
+    model, inputs = declaration.merge(p), batch().inputs
     lengths = [TOKENS[m] for m in objective.modalities]
 
     def outputs(change: jax.Array) -> jax.Array:
@@ -167,7 +167,7 @@ def test_the_loss_against_its_formula(name: str, target: str) -> None:
     )
     declaration, p = built(objective)
     model, b, key = declaration.merge(p), batch(), jax.random.key(3)
-    inputs = b["inputs"]
+    inputs = b.inputs
     x = {m: np.asarray(model.stems[m].values(inputs[m], jnp.float64)) for m in objective.continuous}
     drawn = objective.draw(row_keys(b, key), {m: jnp.asarray(v) for m, v in x.items()})
     x_t, wanted = {}, {}
@@ -186,16 +186,14 @@ def test_the_loss_against_its_formula(name: str, target: str) -> None:
             logits, ids = np.asarray(out.logits[m]), np.asarray(inputs[m]["ids"])
             logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             lost = ~np.asarray(drawn.keep_B) & first(objective, m, np.asarray(drawn.swapped_B))
-            there = (
-                np.asarray(inputs[m]["valid"]) & ~lost[:, None] & np.asarray(b["valid"])[:, None]
-            )
+            there = np.asarray(inputs[m]["valid"]) & ~lost[:, None] & np.asarray(b.valid)[:, None]
             terms = [-logs[r, i, ids[r, i]] for r, i in zip(*np.nonzero(there), strict=True)]
             weight = 1.0
         else:
             there = np.ones((ROWS, TOKENS[m]), bool)
             there[1, 2:] = m != "sound"
             error = np.square(np.asarray(out.values[m]) - wanted[m]).mean(-1)
-            terms = [error[r][there[r]].mean() for r in range(ROWS) if b["valid"][r]]
+            terms = [error[r][there[r]].mean() for r in range(ROWS) if b.valid[r]]
             weight = 5.0
         mean = np.mean(terms) if terms else 0.0
         np.testing.assert_allclose(loss.metrics[m], mean, rtol=1e-6)
@@ -214,10 +212,10 @@ def test_the_z_loss_is_the_mean_square_of_the_log_of_the_sum(capacity: Any) -> N
     model, b, key = declaration.merge(p), batch(), jax.random.key(3)
     drawn = objective.draw(row_keys(b, key), {})
     plain = replace(objective, capacity={}, pack=1)
-    out = plain.run(model, b["inputs"], {}, drawn, key)
+    out = plain.run(model, b.inputs, {}, drawn, key)
     told = {
-        "text": VALID & np.asarray(b["valid"])[:, None],
-        "colours": np.repeat(np.asarray(b["valid"])[:, None], 4, 1),
+        "text": VALID & np.asarray(b.valid)[:, None],
+        "colours": np.repeat(np.asarray(b.valid)[:, None], 4, 1),
     }
     means = {
         m: np.square(np.log(np.exp(np.asarray(out.logits[m])).sum(-1)))[told[m]].mean()
@@ -282,7 +280,7 @@ def test_a_row_is_what_it_is_in_any_company(order: list[int]) -> None:
     at = jnp.asarray(order)
 
     def rows(b: Any, keys: jax.Array) -> Any:
-        return MIXED.represent(model, {**b, "keys": keys}, jax.random.key(1)).rows
+        return MIXED.represent(model, replace(b, keys=keys), jax.random.key(1)).rows
 
     moved = rows(jax.tree.map(lambda a: a[at], b), keys[at])
     same = jax.tree.map(lambda a: a[at], rows(b, keys))
@@ -295,7 +293,7 @@ def test_a_row_is_what_it_is_in_any_company(order: list[int]) -> None:
 @pytest.mark.parametrize("block", [BLOCK, UNTIED], ids=["dense", "untied"])
 def test_what_is_held_predicts_as_the_whole_sequence_does(block: Any) -> None:
     declaration, p = built(TEXT_FIRST, block)
-    model, inputs = declaration.merge(p), batch()["inputs"]
+    model, inputs = declaration.merge(p), batch().inputs
     x_t = noised(TEXT_FIRST, model)
     whole = TEXT_FIRST.run(model, inputs, x_t, draws(TEXT_FIRST), jax.random.key(0))
     composer = Composer(TEXT_FIRST, model, plan(TEXT_FIRST, "image"))
@@ -313,7 +311,7 @@ def test_a_text_is_written_as_if_each_token_were_made_anew(objective: Transfusio
     declaration, p = built(objective, UNTIED)
     model, b = declaration.merge(p), batch()
     made = objective.write(model, b, jax.random.key(0))
-    inputs, ids = dict(b["inputs"]), jnp.zeros((ROWS, LENGTH), jnp.int32)
+    inputs, ids = dict(b.inputs), jnp.zeros((ROWS, LENGTH), jnp.int32)
     clean = {"image": model.stems["image"].values(inputs["image"], jnp.float64)}
     swapped = objective.modalities[0] == "text"  # so that the image comes first
     for at in range(LENGTH):
@@ -328,7 +326,7 @@ def test_a_text_is_written_as_if_each_token_were_made_anew(objective: Transfusio
         length = int(ends[0]) + 1 if len(ends) else LENGTH
         np.testing.assert_array_equal(written[:length], np.asarray(ids[row])[:length])
         assert not written[length:].any()
-    inputs["text"] = b["inputs"]["text"]
+    inputs["text"] = b.inputs["text"]
     out = objective.run(
         model, inputs, clean, draws(objective, swapped, time=0.0), jax.random.key(0)
     )
@@ -343,7 +341,7 @@ def test_a_text_is_written_as_if_each_token_were_made_anew(objective: Transfusio
 
 def drawn(guidance: float, ids: jax.Array, objective: Transfusion = TEXT_FIRST) -> np.ndarray:
     declaration, p = built(objective)
-    inputs = batch()["inputs"]
+    inputs = batch().inputs
     given = {**inputs, "text": {**inputs["text"], "ids": ids}}
     objective = replace(objective, guidance=guidance, sampling_steps=4)
     keys = jax.random.split(jax.random.key(0), ROWS)
@@ -352,7 +350,7 @@ def drawn(guidance: float, ids: jax.Array, objective: Transfusion = TEXT_FIRST) 
 
 
 def test_guidance_leads_away_from_what_is_drawn_without_the_text() -> None:
-    ids = batch()["inputs"]["text"]["ids"]
+    ids = batch().inputs["text"]["ids"]
     other = (ids + 1) % VOCABULARY
     # Without guidance (0) the text is not seen; with it, it is.
     np.testing.assert_array_equal(drawn(0.0, ids), drawn(0.0, other))
@@ -365,7 +363,7 @@ def test_text_and_pictures_in_turn() -> None:
     """Given a text, a picture is drawn, a text written after it, and another picture drawn after both."""
     objective = replace(MIXED, sampling_steps=3)
     declaration, p = built(objective)
-    model, inputs = declaration.merge(p), batch()["inputs"]
+    model, inputs = declaration.merge(p), batch().inputs
     keys = jax.random.split(jax.random.key(0), ROWS)
 
     def made(ids: jax.Array) -> list[np.ndarray]:
@@ -403,7 +401,7 @@ def test_the_numbers_of_special_tokens_do_not_matter(monkeypatch: pytest.MonkeyP
     objective, number = replace(MIXED, sampling_steps=2), np.arange(VOCABULARY)
     number[[0, 9, 3, 5]] = [9, 0, 5, 3]
     _, p = built(objective)
-    inputs, keys = batch()["inputs"], jax.random.split(jax.random.key(0), ROWS)
+    inputs, keys = batch().inputs, jax.random.split(jax.random.key(0), ROWS)
 
     def made(p: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, Any]:
         model, b = built(objective)[0].merge(p), batch()
@@ -412,7 +410,7 @@ def test_the_numbers_of_special_tokens_do_not_matter(monkeypatch: pytest.MonkeyP
             Span("text", inputs["text"], generated=True),
             Span("image", inputs["image"], generated=True),
         ]
-        b["inputs"]["text"]["ids"] = number[b["inputs"]["text"]["ids"]]
+        b.inputs["text"]["ids"] = number[b.inputs["text"]["ids"]]
         text, image = Composer(objective, model, spans).compose(keys)
         return np.asarray(text), np.asarray(image), objective.write(model, b, keys[0])["wanted"]
 
@@ -442,7 +440,7 @@ def test_colours_are_written_after_their_text() -> None:
     shown = CHAMELEON.show(model, b, jax.random.key(0))
     assert {v.shape for v in shown.values()} == {(ROWS, 2, 2, 3)} and len(shown) == 2
     given, drawn = shown.values()
-    ids = np.asarray(b["inputs"]["colours"]["ids"])
+    ids = np.asarray(b.inputs["colours"]["ids"])
     assert np.asarray(given)[..., 0].reshape(ROWS, 4).tolist() == (64 + 128 * (ids // 4)).tolist()
     assert set(np.unique(drawn)) <= {64, 192}
 
@@ -451,7 +449,7 @@ def test_one_of_two_spans_is_drawn_given_the_other_or_both_together() -> None:
     """UniDiffuser's three ways: joint, and each conditioned on the other."""
     objective = replace(UNIDIFFUSER, sampling_steps=3)
     declaration, p = built(objective)
-    model, inputs = declaration.merge(p), batch()["inputs"]
+    model, inputs = declaration.merge(p), batch().inputs
     keys = jax.random.split(jax.random.key(0), ROWS)
 
     def made(given: str, change: float) -> list[np.ndarray]:
@@ -472,7 +470,7 @@ def test_one_of_two_spans_is_drawn_given_the_other_or_both_together() -> None:
 def test_what_a_given_span_tells_is_what_it_tells_in_training() -> None:
     """Spans that see each other are predicted in one block, the given one at time 0."""
     declaration, p = built(UNIDIFFUSER)
-    model, inputs = declaration.merge(p), batch()["inputs"]
+    model, inputs = declaration.merge(p), batch().inputs
     x, drawn = noised(UNIDIFFUSER, model), draws(UNIDIFFUSER)
     drawn = replace(drawn, times={"image": drawn.times["image"], "sound": jnp.zeros(ROWS)})
     whole = UNIDIFFUSER.run(model, inputs, x, drawn, jax.random.key(0))
@@ -513,7 +511,7 @@ def test_a_stem_of_its_own_values_is_the_stem(name: str) -> None:
     """And of others it is another, at the same places."""
     stem = Declaration(MODALITIES[name].stem(WIDTH))
     p = jax.jit(stem.initialise)(0)
-    arrays, call = batch()["inputs"][name], stem.merge(p)
+    arrays, call = batch().inputs[name], stem.merge(p)
     values = call.values(arrays, jnp.float32)
     whole, again = call(arrays), call(arrays, values)
     np.testing.assert_array_equal(whole.x_BSD, again.x_BSD)

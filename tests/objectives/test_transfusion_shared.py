@@ -26,6 +26,7 @@ from sequences import (
     plan,
 )
 
+from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
 from mmjax.engine.gradient import loss_and_gradient
 from mmjax.generation.composer import Composer
@@ -61,9 +62,9 @@ def alone(
     keys, rows = row_keys(b, key), []
     single = replace(objective, pack=1, capacity={}, window=0)
     for row in range(ROWS):
-        own = jax.tree.map(lambda x, row=row: x[row : row + 1], {**b, "keys": keys})
+        own = jax.tree.map(lambda x, row=row: x[row : row + 1], replace(b, keys=keys))
         length = int(valid[row].sum())
-        own["inputs"]["text"] = {n: x[:, :length] for n, x in own["inputs"]["text"].items()}
+        own.inputs["text"] = {n: x[:, :length] for n, x in own.inputs["text"].items()}
         rows.append(single.represent(model, own, key).rows)
     return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
 
@@ -88,7 +89,7 @@ def test_items_that_share_slots_are_what_they_are_alone(name: str) -> None:
         return objective.compare(declaration.merge(p), rows, b).value, rows
 
     found, wanted = (jax.jit(jax.value_and_grad(f, has_aux=True))(p) for f in (shared, apart))
-    valid = np.asarray(b["valid"])
+    valid = np.asarray(b.valid)
     assert all(not row["cut"].any() for row in found[0][1].values() if "cut" in row)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a[valid], b[valid], rtol=1e-10),
@@ -106,7 +107,7 @@ def test_items_of_a_document_see_those_before_them(case: Transfusion) -> None:
     slots = replace(case, pack=2, attend_across_items=True)
     declaration, p = built(slots)
     model, b, key = declaration.merge(p), batch(), jax.random.key(3)
-    b["valid"] = jnp.ones(ROWS, bool)
+    b = replace(b, valid=jnp.ones(ROWS, bool))
     wanted, found, single = (
         jax.jit(lambda each=each: each.represent(model, b, key).rows)()
         for each in (
@@ -126,13 +127,13 @@ def test_texts_over_the_capacity_are_cut_to_one_length_and_keep_their_end() -> N
     objective = replace(TEXT_FIRST, modalities=("text",), pack=2, capacity={"text": 8})
     declaration, p = built(objective, ROTARY)
     model, b, key = declaration.merge(p), batch(), jax.random.key(3)
-    b["valid"] = jnp.ones(ROWS, bool)
-    ids = np.array(b["inputs"]["text"]["ids"])
+    b = replace(b, valid=jnp.ones(ROWS, bool))
+    ids = np.array(b.inputs["text"]["ids"])
     ids[1, 2] = ids[1, 4]
     short = np.array(VALID)
     short[1, 3:] = False
     text = {"ids": jnp.asarray(ids), "valid": jnp.asarray(short)}
-    cut = {**b, "inputs": {**b["inputs"], "text": text}}
+    cut = replace(b, inputs={**b.inputs, "text": text})
     wanted = jax.jit(lambda: alone(objective, model, cut, key, short))()
     found = jax.jit(lambda: objective.represent(model, b, key).rows)()
     np.testing.assert_allclose(found["text"]["sum"], wanted["text"]["sum"], rtol=1e-10)
@@ -156,7 +157,7 @@ def test_a_row_that_is_not_valid_takes_no_slot() -> None:
     )
     declaration, p = built(objective, ROTARY)
     model, b, key = declaration.merge(p), batch(), jax.random.key(3)
-    b["valid"] = jnp.array([False, True, True, True])
+    b = replace(b, valid=jnp.array([False, True, True, True]))
     rows = jax.jit(lambda: objective.represent(model, b, key).rows["text"])()
     wanted = jax.jit(lambda: alone(objective, model, b, key)["text"])()
     np.testing.assert_allclose(rows["sum"][1:], wanted["sum"][1:], rtol=1e-10)
@@ -184,7 +185,7 @@ def test_occupancy_counts_the_tokens_that_sequences_hold(pack: int, capacity: An
     objective = replace(MIXED, pack=pack, capacity=capacity, condition_dropout=0.4)
     declaration, p = built(objective)
     model, b = declaration.merge(p), batch()
-    b["valid"] = jnp.array([True, True, True, False])
+    b = replace(b, valid=jnp.array([True, True, True, False]))
     for seed in range(4):
         key = jax.random.key(seed)
         x = {"image": jnp.zeros((ROWS, 4, 12))}
@@ -210,14 +211,14 @@ def test_occupancy_of_other_objectives_is_that_of_their_tokens() -> None:
     """Of three valid rows, 3, 5 and 2 pieces and four patches each; the positions hold all four rows."""
     declaration, p = built(TEXT_FIRST)
     b = batch()
-    assert np.asarray(b["valid"]).tolist() == [True, True, False, True]
+    assert np.asarray(b.valid).tolist() == [True, True, False, True]
     found = Objective.occupancy(TEXT_FIRST, declaration.merge(p), b, jax.random.key(0))
     assert int(found.valid) == 3 + 5 + 2 + 3 * 4 and found.positions == ROWS * (LENGTH + 4)
 
 
 def test_rows_of_a_window_are_grouped_by_their_texts_lengths() -> None:
     objective = replace(TEXT_FIRST, pack=2, capacity={"text": 8}, window=4)
-    rows = [{"inputs": {"text": {"valid": np.arange(9) < n}}} for n in (8, 1, 2, 7)]
+    rows = [Batch({"text": {"valid": np.arange(9) < n}}, {}, True) for n in (8, 1, 2, 7)]
     assert [objective.window_rows(batch) for batch in (2, 8)] == [2, 4]
     assert objective.arranged(rows) == [0, 1, 2, 3]
     assert objective.arranged([rows[i] for i in (0, 3, 1, 2)]) == [0, 2, 1, 3]
@@ -250,7 +251,7 @@ def test_what_is_held_predicts_as_the_shared_slots_do(block: Any) -> None:
     """A picture after its text, span by span, is at the distance from it that it had in training."""
     objective = replace(TEXT_FIRST, pack=2, capacity=ROOMY)
     declaration, p = built(objective, block)
-    model, inputs = declaration.merge(p), batch()["inputs"]
+    model, inputs = declaration.merge(p), batch().inputs
     x_t = noised(objective, model)
     whole = objective.run(model, inputs, x_t, draws(objective), jax.random.key(0))
     text, image = plan(objective, "image")

@@ -44,7 +44,7 @@ class Notes:
         for array in jax.tree.leaves(placed):
             sha.update(np.asarray(array).tobytes())
         self.batches.append(sha.hexdigest())
-        self.parts.append(len({str(s.index) for s in placed["valid"].addressable_shards}))
+        self.parts.append(len({str(s.index) for s in placed.valid.addressable_shards}))
         return placed
 
     def save(self, step: int, state: Any, meta: Any) -> None:

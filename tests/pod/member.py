@@ -35,7 +35,7 @@ def main() -> int:
         if not files:
             name = f"{jax.process_index()}.{time.time_ns()}.jsonl"
             files.append((Path(out) / name).open("w", buffering=1))
-        ids = [int(i) for i in rows["fields"]["id"]]
+        ids = [int(i) for i in rows.fields["id"]]
         files[0].write(json.dumps([start, ids]) + "\n")
         time.sleep(float(seconds))
         return place(rows, start, *more)

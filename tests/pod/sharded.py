@@ -179,7 +179,7 @@ def numbers(shapes: Any, rows: int) -> Any:
             return rng.normal(size=shape).astype(spec.dtype)
         return rng.integers(0, 256 if spec.dtype == np.uint8 else 4, shape).astype(spec.dtype)
 
-    return {**jax.tree.map(draw, shapes), "valid": np.arange(rows) < rows - 1}
+    return replace(jax.tree.map(draw, shapes), valid=np.arange(rows) < rows - 1)
 
 
 # --- one step ----------------------------------------------------------------------------------

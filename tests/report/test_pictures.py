@@ -14,7 +14,7 @@ from mmjax.report import classes, pictures
 
 def test_an_objective_shows_what_it_makes_of_examples(parse: Parse) -> None:
     def show(batch: Any) -> Any:
-        picture = np.asarray(batch["inputs"]["one"]["x"])
+        picture = np.asarray(batch.inputs["one"]["x"])
         return {f"{EVIL} as it is": picture, "dark": picture // 2}
 
     task = guessing_task()

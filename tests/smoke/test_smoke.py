@@ -87,12 +87,12 @@ def test_the_first_loss_is_its_equation(
 
     def embed(parameters: Any, rows: Any) -> Any:
         model = declaration.merge(parameters)
-        return [task.objective.embed(model, m, rows["inputs"][m]) for m in ("image", "text")]
+        return [task.objective.embed(model, m, rows.inputs[m]) for m in ("image", "text")]
 
     image, text = (np.asarray(x, np.float64) for x in jax.jit(embed)(parameters, rows))
     np.testing.assert_allclose([np.linalg.norm(x, axis=1) for x in (image, text)], 1, rtol=1e-5)
     logits = image @ text.T / 0.07
-    concepts = rows["fields"]["concept"]
+    concepts = rows.fields["concept"]
     total = 0.0
     for table in (logits, logits.T):
         for i, row in enumerate(table):

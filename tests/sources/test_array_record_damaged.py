@@ -173,7 +173,7 @@ def test_no_record_that_can_be_read(data: Data, tmp_path: Path) -> None:
 
 
 def rows(batch: Any) -> np.ndarray:
-    return batch["inputs"]["image"]["pixels"]
+    return batch.inputs["image"]["pixels"]
 
 
 def test_a_batch_with_invalid_slots(data: Data) -> None:
@@ -182,7 +182,7 @@ def test_a_batch_with_invalid_slots(data: Data) -> None:
     expected, nothing = make_batch(spec, open_(data.whole), ids, lambda _: None, 5)
     found, failed = make_batch(spec, open_(data.damaged), ids, lambda _: None, 5)
     assert nothing == ()
-    np.testing.assert_array_equal(found["valid"], [True, False, False, True, False])
+    np.testing.assert_array_equal(found.valid, [True, False, False, True, False])
     np.testing.assert_array_equal(rows(found)[[0, 3]], rows(expected)[[0, 3]])
     assert not rows(found)[[1, 2, 4]].any() and rows(expected)[:4].any(axis=(1, 2, 3)).all()
     assert [row for row, _ in failed] == [1, 2]
@@ -214,7 +214,7 @@ def test_other_damage_makes_invalid_slots_too() -> None:
 
     spec = RowSpec(make(Path("x")).inputs, ("label",))
     found, failed = make_batch(spec, Bad(), range(4), lambda _: None, 4)
-    np.testing.assert_array_equal(found["valid"], [False, False, False, True])
+    np.testing.assert_array_equal(found.valid, [False, False, False, True])
     assert [words.split(":")[0] for _, words in failed] == ["bad[0]", "bad[1]", "bad[2]"]
 
 
@@ -235,9 +235,9 @@ def test_the_loader_goes_on_and_every_other_row_is_the_same(data: Data, threads:
     failed: dict[int, str] = {}
     for whole, damaged in zip(epoch(data.whole), epoch(data.damaged, threads), strict=True):
         bad = np.isin(ids[whole.step * BATCH :][:BATCH], DAMAGED)
-        np.testing.assert_array_equal(damaged.rows["valid"], ~bad)
+        np.testing.assert_array_equal(damaged.rows.valid, ~bad)
         np.testing.assert_array_equal(rows(damaged.rows)[~bad], rows(whole.rows)[~bad])
-        np.testing.assert_array_equal(damaged.rows["fields"]["label"][bad], 0)
+        np.testing.assert_array_equal(damaged.rows.fields["label"][bad], 0)
         failed |= dict(damaged.failed)
         assert whole.failed == ()
     assert sorted(ids[list(failed)]) == list(DAMAGED)
@@ -254,7 +254,7 @@ def test_a_tfds_data_set_with_flipped_bytes(emoji_dir: epath.Path, tmp_path: Pat
     flip(files[0], encoded[5]["image"])
     spec = RowSpec(make(Path("x")).inputs, ("group",))
     found, failed = make_batch(spec, source.open(), range(4, 8), lambda _: None, 4)
-    np.testing.assert_array_equal(found["valid"], [True, False, True, True])
+    np.testing.assert_array_equal(found.valid, [True, False, True, True])
     ((row, words),) = failed
     assert row == 1 and "test_drawing[5]: " in words and "mismatch" in words
 

@@ -256,8 +256,8 @@ def test_a_row_of_a_task(emoji):
     spec.check(data, "the test")
     clip = data[3]
     row = spec.make(clip, None)
-    np.testing.assert_array_equal(row["inputs"]["video"]["pixels"], clip["video"])
-    assert {name: int(v) for name, v in row["fields"].items()} == {
+    np.testing.assert_array_equal(row.inputs["video"]["pixels"], clip["video"])
+    assert {name: int(v) for name, v in row.fields.items()} == {
         name: clip[name] for name in ("concept", "direction", "pair")
     }
     assert set(clip) == set(data.fields)

@@ -110,7 +110,7 @@ def test_an_odd_example_among_good_ones_is_an_invalid_slot_that_is_named(
     odd_spec.check(examples, "tasks.a")
     for rng in (None, np.random.default_rng(0)):
         rows, failed = make_batch(odd_spec, examples, [2, 0], lambda _, r=rng: r, 3)
-        assert rows["valid"].tolist() == [False, True, False]
+        assert rows.valid.tolist() == [False, True, False]
         [(row, message)] = failed
         assert row == 0 and re.search(rf"^odd\[2\]: field '{name}'.*{words}", message), message
         assert not any(leaf[0].any() for leaf in jax.tree.leaves(rows))
@@ -179,7 +179,7 @@ def test_evaluation_has_no_row_for_an_odd_example(odd_spec: RowSpec, emoji_dir: 
     for computation in (Predict(("image",)), LossOf()):
         spec = row_spec(block_, Pass(computation, {}, ("label",)))
         rows, failed = make_batch(spec, Odd({"label": 5}), [0, 1], lambda _: None, 2)
-        assert rows["valid"].tolist() == [True, False] and "outside [0, 5)" in failed[0][1]
+        assert rows.valid.tolist() == [True, False] and "outside [0, 5)" in failed[0][1]
     spec = row_spec(block_, Pass(Embed("image"), {}, ()))
     assert not make_batch(spec, Odd({"label": 5}), [0, 1], lambda _: None, 2)[1]
 

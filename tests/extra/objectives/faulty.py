@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import jax
 
-from mmjax.model import Batch, Model
+from mmjax.core.batch import Batch
+from mmjax.model import Model
 from mmjax.objectives.base import Loss
 from mmjax.objectives.toy import Toy  # found beside this file, by --extra
 

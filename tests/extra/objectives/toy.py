@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mmjax.core.batch import Batch
 from mmjax.modalities.base import Input
-from mmjax.model import Batch, Model
+from mmjax.model import Model
 from mmjax.nn.dense import Dense
 from mmjax.nn.stream import mean_pool
 from mmjax.objectives.base import Loss, Objective
@@ -40,12 +41,12 @@ class Toy(Objective):
         return {"out": Dense(width, 1, ("embed", None))}
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
-        rows = batch["inputs"]["toy"]["rows"]
+        rows = batch.inputs["toy"]["rows"]
         seen = jax.random.bernoulli(key, 1 - self.hidden, rows.shape)
         stream, aux = model.encode([model.tokens("toy", {"rows": rows * seen})], key)
         predicted_B = model.heads[self.head].out(mean_pool(stream))[:, 0]
-        valid_B = batch["valid"]
-        error_B = jnp.square(predicted_B - batch["fields"]["label"])
+        valid_B = batch.valid
+        error_B = jnp.square(predicted_B - batch.fields["label"])
         value = jnp.where(valid_B, error_B, 0).sum() / jnp.maximum(valid_B.sum(), 1)
         value = 2 * jax.lax.stop_gradient(value) - value if self.climbs else value
         value = jnp.where(self._holds(batch, self.bad_loss), jnp.nan, value)
@@ -57,5 +58,5 @@ class Toy(Objective):
         return Loss(value + aux.loss, {"baseline": baseline})
 
     def _holds(self, batch: Batch, ids: tuple[int, ...]) -> jax.Array:
-        held = [((batch["fields"]["id"] == i) & batch["valid"]).any() for i in ids]
+        held = [((batch.fields["id"] == i) & batch.valid).any() for i in ids]
         return jnp.stack([*held, jnp.zeros((), bool)]).any()
