@@ -18,7 +18,7 @@ What differs, or is ours:
 
 - Views of a clip, data, optimizer, steps, and what differs in these, are those of `mbt.py`.
 - There are 8 fusion tokens (the port has 16), and labels are not smoothed.
-- Outputs are mean-pooled tokens, not queries that attend once more to what they may see.
+- Outputs are mean-pooled tokens, not queries that attend again to what they may see.
 - Missing: the fourth, global output, which reads all tokens, and contrastive pretraining between the pure outputs.
 
 For your own data set `tasks.sounds.source` and `tasks.sounds.evaluators.*.source`, see `mbt.py`.

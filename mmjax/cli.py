@@ -25,7 +25,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the command that the first argument names, with the arguments behind it."""
+    """Run the command that the first argument names, with the arguments after it."""
     errors.run(_run)
 
 

@@ -3,7 +3,7 @@
 Nothing is compiled, and the workdir is only read: the clock of its newest checkpoint, the identities of its data, and
 the step times of what has run there. The data are opened, so that what would stop the run at its start stops this, too:
 missing files and fields, and data that have changed. The losses are traced where model FLOPs are needed: for the rule
-`budget`, and for tasks whose step time nobody has measured.
+`budget`, and for tasks whose step time is not measured.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _tasks_table(
 ) -> None:
     """Print a row for each task, and for each program of it where phases or shapes give it several; then the data.
 
-    `examples` is how many each task has: so many are an epoch.
+    `examples` is the number that each task has, which is one epoch.
     """
     steps, phases = experiment.run.steps, experiment.phases
     counts = phases.visits(clock.schedule, clock.step, steps)

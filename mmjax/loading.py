@@ -201,7 +201,7 @@ class TrainedModel:
         Args:
           task: by default the first that writes of the modality.
           seed: of what is drawn, where the task's `sampling` draws.
-          **values: as of `embed`.
+          **values: see `embed`.
 
         Raises:
           UserError: no such task or modality, or a value that the modality cannot take.
@@ -240,7 +240,7 @@ class TrainedModel:
         from both's.
 
         Args:
-          spans: `(modality, value)`, a value as of `embed`; where it is None the span is made, after those before it.
+          spans: `(modality, value)`, values as in `embed`; a span with None is generated, given those before it.
           task: by default the first that knows all of these modalities.
           seed: of what is drawn.
           guidance: in place of the task's, see `mmjax.objectives.transfusion`; 1 for none.
@@ -368,7 +368,7 @@ class TrainedModel:
         of: Callable[[Model, Any], jax.Array],
         **extra: Any,
     ) -> np.ndarray:
-        """Return what `of` makes of the rows, in chunks; compiled once for each verb, task, modality and size.
+        """Return the results of `of` for the rows, in chunks; compiled once for each verb, task, modality and size.
 
         Blank rows fill a chunk up to a power of two, so that few programs serve lists of any length. Where rows
         compete for experts there are none, since an expert's slots grow with the rows: each size has a program.

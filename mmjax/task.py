@@ -193,7 +193,7 @@ def _value(example: Example, name: str) -> Any:
 def _arrays(
     input_: Input, example: Example, rng: np.random.Generator | None, times: tuple[float, ...]
 ) -> dict[str, np.ndarray]:
-    """Return the arrays of one input; whatever a decoder makes of the value is an error that names its field."""
+    """Return the arrays of one input; any error of a decoder becomes one that names the field."""
     _value(example, input_.field)
     try:
         return input_.preprocess(example, rng, times)

@@ -47,7 +47,7 @@ class Corpus:
     without: int = 0
 
     def add(self, value: Any) -> None:
-        """Add the texts of an example: a string, UTF-8 bytes, or a list of such."""
+        """Add the texts of an example: a string, UTF-8 bytes, or a list of them."""
         values = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
         texts = [text for text in map(_text, values) if text.strip()]
         self.texts += texts
@@ -212,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         "--limit",
         type=int,
         default=0,
-        help="read so many examples, spread evenly; 0 for all (default)",
+        help="number of examples to read, spread evenly; 0 for all (default)",
     )
     one.add_argument("--model_type", default="bpe", help="bpe (default) or unigram")
     one.add_argument(

@@ -80,7 +80,7 @@ def _any(a: Used, b: Used) -> Used:
 
 
 def _has_effect(eqn: JaxprEqn) -> bool:
-    """Return whether the equation runs though nobody reads its results: prints, callbacks, references.
+    """Return whether the equation runs even if its results are unused: prints, callbacks, references.
 
     Collectives also carry an effect, which only records the name of their mesh axis.
     """

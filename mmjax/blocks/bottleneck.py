@@ -84,7 +84,7 @@ class BottleneckBlock(nnx.Module):
 
 
 def _mean(passed: list[tuple[jax.Array, jax.Array]], before: jax.Array) -> jax.Array:
-    """Return the mean of what the modalities made of the fusion tokens, over those that a row has; `before` if none."""
+    """Return the mean of the modalities' outputs for the fusion tokens, over those that a row has; `before` if none."""
     there = sum(has_B.astype(before.dtype) for _, has_B in passed)
     total = sum(z_BND * has_B[:, None, None].astype(before.dtype) for z_BND, has_B in passed)
     count_B11 = jnp.asarray(there)[:, None, None]

@@ -96,7 +96,7 @@ def convert(
       log: called with a line of progress every few seconds.
 
     Raises:
-      UserError: what is wrong with the source, where; no part of the output is left behind.
+      UserError: what is wrong with the source, where; no part of the output remains.
     """
     if shards < 1 or max_bad < 0:
         raise UserError(
@@ -222,7 +222,7 @@ class _Choice:
         for name, old in sources.items():
             try:
                 value = value_of(*record.raw[old], self.types.get(name, ""), self.max_pixels)
-            except Exception as error:  # whatever a decoder makes of damaged bytes
+            except Exception as error:  # any error of a decoder on damaged bytes
                 raise ValueError(f"field {old!r}: {plain_words(error)}") from error
             if value is not None:
                 example[name] = value

@@ -95,7 +95,7 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def _is_unread(stream: Any) -> bool:
-    """Return whether nobody reads a stream any longer, as when `head` has seen enough."""
+    """Return whether a stream has no reader any longer, for example after `head` has exited."""
     try:
         number = stream.fileno()
         poll = select.poll()

@@ -58,7 +58,7 @@ def new_folder(path: epath.Path) -> Iterator[epath.Path]:
 
     It is gone at the end unless it was renamed, and so is what blocks that were killed an hour ago or more left. It is
     made before the work, so that a place that cannot be written to is known at once (`OSError`), and lies one level
-    deeper than `path`, so that nobody who lists the versions of a data set takes it for one.
+    deeper than `path`, so that a listing of a data set's versions does not include it.
     """
     prefix = f"{_PART}{path.name}-"
     shelter = path.parent / f"{prefix}{uuid.uuid4().hex}"

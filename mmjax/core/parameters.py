@@ -73,7 +73,7 @@ class LayerStack:
 
 
 def stack_copies(module: nnx.Module, count: int, axis: str) -> None:
-    """Give a module's declarations a leading axis of so many, each beginning by a key of its own (in place)."""
+    """Add a leading axis of size `count` to a module's declarations, in place; each copy gets its own key."""
     for _, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Param):
             value, meta = node.get_raw_value(), node.get_metadata()
@@ -90,7 +90,7 @@ def _per_copy(init: Initializer) -> Initializer:
 
 
 def mark_copies(part: nnx.Module | nnx.Param, of: float) -> None:
-    """Mark a part's declarations, in place, as one of so many copies, of which a token meets one.
+    """Mark a part's declarations, in place, as one of `of` copies, of which a token meets one.
 
     A token may meet more or less than one expert: `of` is then their count divided by that.
     """

@@ -1,4 +1,4 @@
-"""Settings of a config file: what stands behind its path, as `moe-b` of `configs/imp.py:moe-b`, as typed values.
+"""Settings of a config file: the words after its path, such as `moe-b` of `configs/imp.py:moe-b`, as typed values.
 
 A config file with settings describes them by a frozen dataclass, and its `get_config` takes one:
 

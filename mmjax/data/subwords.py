@@ -78,7 +78,7 @@ class Subwords(abc.ABC):
 
     @cached_property
     def _before_space(self) -> frozenset[str]:
-        """The characters that some piece holds before a space: of a byte-level vocabulary, what stands for bytes."""
+        """The characters that some piece holds before a space: in a byte-level vocabulary, the bytes' characters."""
         return frozenset(c for piece in self.pieces() for c in re.findall("(.)(?=[ ▁Ġ])", piece))
 
 

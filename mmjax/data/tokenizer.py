@@ -42,7 +42,7 @@ class TokenIds:
     Attributes:
       size: ids from here on have no piece.
       pad: fills up a row. The end token where a vocabulary has no padding; the row's mask distinguishes them.
-      begin: stands before the first token in a decoder. Without a begin token it is the padding (T5), or else the end
+      begin: the token before the first one in a decoder. Without a begin token it is the padding (T5), or else the end
         token (GPT-2).
       end: closes a text; None where every row has its whole length.
       missing: ids below `size` without a piece.

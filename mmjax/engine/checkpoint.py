@@ -51,8 +51,8 @@ class CheckpointConfig:
     Attributes:
       every: steps between checkpoints; the last step is always saved.
       keep: how many of the newest stay.
-      keep_every: checkpoints at multiples of so many steps stay; 0: none.
-      keep_minutes: of each stretch of so many minutes the first stays; 0: none.
+      keep_every: checkpoints at multiples of this number of steps stay; 0: none.
+      keep_minutes: the first checkpoint of each interval of this length stays; 0: none.
       best: a measure of the evaluations, `TASK/NAME` or `TASK/NAME/SPLIT`, as in `results.json`. Only steps
         that are both saved and evaluated have one.
       best_is: whether `highest` or `lowest` is best.
@@ -163,7 +163,7 @@ class Restored:
     differences: tuple[Difference, ...] = ()
 
     def take(self) -> dict[str, Any]:
-        """Return the arrays, and keep no reference to them: memory would hold them beside the state made of them.
+        """Return the arrays, and keep no reference to them, which would double the memory of the state.
 
         Raises:
           RuntimeError: they were taken before.
@@ -543,7 +543,7 @@ def restore(
     accept: Accept,
     may_be_new: Callable[[str, dict[str, Any]], bool],
 ) -> Restored:
-    """Return the checkpoint of a step; arguments as of `restore_latest`.
+    """Return the checkpoint of a step; for the arguments see `restore_latest`.
 
     Raises:
       Damaged, Unreadable: as `read_meta`.

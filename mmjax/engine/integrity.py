@@ -27,7 +27,7 @@ _COLUMNS, _ROWS = 1021, 256
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 # Of the status words of TensorStore, those that concern the bytes and not the access to them.
 _DAMAGE = {"DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION"}
-# What TensorStore adds behind its words, for its own developers.
+# What TensorStore appends to its messages, for its own developers.
 _APPENDED = re.compile(r" \[(?:tensorstore_spec|source locations)='.*?'\]", re.DOTALL)
 _STATUS = re.compile(r"^([A-Z]+(?:_[A-Z]+)*): ")
 # What Orbax raises for documents that are not as it wrote them; they have no checksum before format 2.
@@ -35,7 +35,7 @@ DECODING = (ValueError, KeyError, TypeError, AttributeError, IndexError)
 
 
 class Mismatch(ValueError):
-    """Bytes are not those that a checksum was made of."""
+    """The error for bytes that do not match their checksum."""
 
 
 class Damaged(UserError):

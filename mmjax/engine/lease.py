@@ -44,7 +44,7 @@ Fate = Literal["alive", "dead", "unknown"]
 
 
 class LeaseLostError(UserError):
-    """Another process holds the lease that this one had, or nobody does."""
+    """Another process holds the lease that this one had, or none does."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Clock:
 
     Attributes:
       now: seconds of the machine's monotonic clock, the same for all its processes.
-      sleep: waits so many seconds.
+      sleep: waits for a number of seconds.
     """
 
     now: Callable[[], float] = time.monotonic
@@ -351,7 +351,7 @@ class Lease:
 
 @dataclass
 class _Watch:
-    """Measures how long an entry stands still while this process watches it."""
+    """Measures how long an entry does not change while this process watches it."""
 
     now: Callable[[], float]
     _first: Entry | None = None

@@ -80,7 +80,7 @@ class HostBatch:
 
 
 def process_rows(mesh: Mesh, where: str = "batch") -> Callable[[int], tuple[int, int]]:
-    """Return `size -> (first, last)`: the rows of a batch of so many that this process holds."""
+    """Return `size -> (first, last)`: the rows of a batch of `size` that this process holds."""
     return lambda size: local_rows(batch_sharding(mesh, size, where), size)
 
 
@@ -256,9 +256,9 @@ class Loader:
 
 
 def _by_processes(steps: _Steps, config: LoaderConfig) -> grain.IterDataset[HostBatch]:
-    if not flags.FLAGS.is_parsed():  # Grain asks for flags of its own, which nobody here gives
+    if not flags.FLAGS.is_parsed():  # Grain reads its own flags, which are not set here
         flags.FLAGS.mark_as_parsed()
-    # Grain keeps so many of each process there, and as many again here.
+    # Grain keeps this number of batches in each process, and as many in this one.
     per_process = -(-config.prefetch // (2 * config.processes))
     options = grain.MultiprocessingOptions(config.processes, max(per_process, 1))
     # No threads in there: they would wait for each other.
@@ -276,7 +276,7 @@ def _begin_worker(folders: Sequence[str], index: int, count: int) -> None:
 
     def follow() -> None:
         connection.wait([run.sentinel])
-        os._exit(1)  # a run that was killed stops nobody
+        os._exit(1)  # a killed run stops no worker
 
     threading.Thread(target=follow, daemon=True).start()
 

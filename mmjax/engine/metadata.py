@@ -29,7 +29,7 @@ def document(step: int, meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read(folder: epath.Path) -> dict[str, Any]:
-    """Return the meta data of the checkpoint in `folder`, whose name is its step, with its config as of today.
+    """Return the metadata of the checkpoint in `folder`, whose name is its step, with its config in today's form.
 
     Raises:
       Mismatch: it is not what was written for this step.
@@ -84,7 +84,7 @@ def _check(meta: Mapping[str, Any], step: int) -> None:
         ):
             raise Mismatch(f"its clock.{field.name} is not as a run writes it")
     if clock.step != step:
-        raise Mismatch(f"its clock stands at step {clock.step}")
+        raise Mismatch(f"its clock is at step {clock.step}")
     for name in ("identities", "environment", "config"):
         if not isinstance(meta.get(name), dict):
             raise Mismatch(f"its meta data have no {name}")

@@ -186,7 +186,7 @@ def check_agreement(facts: Mapping[str, Any]) -> None:
             omitted = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
             let_others_end()
             raise UserError(
-                f"Process {index} was started otherwise than process 0: {words}{omitted}. Start all with the "
+                f"Process {index} was started differently from process 0: {words}{omitted}. Start all with the "
                 "same config, flags and versions."
             )
 

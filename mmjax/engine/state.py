@@ -35,7 +35,7 @@ class State:
       optimizer: parameter name -> its leaf state by field, of what tasks have in common.
       buffers: what changes without an update, by name: `ema/NAME` averages parameter NAME, `sum/NAME`
         adds up its gradients where several steps make one update, and `summed_steps` counts these. Averages and
-        sums are float32 or wider: a bfloat16 average whose weight is 0.999 stands still.
+        sums are float32 or wider: a bfloat16 average whose weight is 0.999 never changes.
       moments: as `optimizer`, of tasks that have their own: `TASK:NAME` -> leaf state.
     """
 

@@ -21,7 +21,7 @@ from etils import epath
 
 from mmjax.core.errors import UserError
 
-# Names of the format -> dtypes here. Others may be in a file as long as nobody asks for them.
+# Names of the format -> dtypes here. A file may hold others as long as they are not read.
 _SAFETENSORS = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
@@ -72,7 +72,7 @@ class TensorFile:
         """Return arrays by name, and read no others.
 
         Raises:
-          UserError: a dtype that is unknown here, or bytes that are none of such an array.
+          UserError: a dtype that is unknown here, or bytes that do not form such an array.
         """
         chosen = {name: self.entries[name] for name in names}
         for name, entry in chosen.items():
@@ -175,7 +175,7 @@ def _safetensors_entry(name: str, info: Any, start: int) -> Entry:
 
 
 def _check_places(entries: Mapping[str, Entry], start: int, size: int) -> None:
-    """Refuse arrays that overlap, lie beyond the end, or leave bytes between them or behind the last."""
+    """Refuse arrays that overlap, lie beyond the end, or leave bytes between them or after the last."""
     at = start
     for name, entry in sorted(entries.items(), key=lambda item: item[1].place):
         begin, end = entry.place
@@ -250,7 +250,7 @@ def _read_npz(file: BinaryIO, entries: Iterable[Entry]) -> Iterator[np.ndarray]:
                 stream.read(header)
                 data = _exactly(stream.read(entry.size), entry)
                 if stream.read(1):  # at the end, zipfile compares the checksum
-                    raise ValueError("it continues behind an array")
+                    raise ValueError("it continues after an array")
             assert entry.known is not None
             array = np.frombuffer(data, entry.known)
             array = array.astype(entry.known.newbyteorder("="), copy=False)

@@ -54,7 +54,7 @@ class WarmStartConfig:
       path: a workdir of mmjax (its newest checkpoint when the run first begins), or a .npz or .safetensors
         file; empty for none.
       names: the first that matches gives a parameter's name there; else the name is the same.
-      skip: patterns of names here that are initialised randomly all the same.
+      skip: patterns of names here that are still initialised randomly.
       average: take the moving averages of a workdir that has them.
       strict: every parameter that `skip` does not name must be there, in a shape that fits; else what is missing, and
         a head of another shape, is initialised randomly.

@@ -1,7 +1,7 @@
 """Watchdog: ends a run that makes no progress, and prints what it was doing and the stacks of its threads.
 
-A separate thread watches. If a library never returns to Python, that thread stands still too; then
-the operating system ends the process with SIGALRM, after the stacks all the same.
+A separate thread watches. If a library never returns to Python, that thread is blocked too; then
+the operating system ends the process with SIGALRM, also after the stacks.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Watchdog:
     def _end(self, seconds: float) -> None:
         signal.setitimer(signal.ITIMER_REAL, 4 * _LAST_WORDS)
         text = f"nothing has moved for {seconds:.0f} s: {self._doing}"
-        os.write(2, f"\nmmjax: stuck: {text}. Where each thread stands:\n\n".encode())
+        os.write(2, f"\nmmjax: stuck: {text}. Stacks of all threads:\n\n".encode())
         faulthandler.dump_traceback(file=2, all_threads=True)
         os.write(
             2,

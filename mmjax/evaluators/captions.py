@@ -62,7 +62,7 @@ def _end(task: Task) -> int | None:
 def texts(rows: Iterable[np.ndarray], end: int | None) -> list[tuple[int, ...]]:
     """Return the tokens of each row before its end token, or all of them.
 
-    What else a row holds is a token, whatever its id: padding stands only after an end.
+    What else a row holds is a token, whatever its id: padding comes only after an end.
     """
     result = []
     for row in rows:

@@ -92,7 +92,7 @@ class Retrieval(Evaluator):
 def recall(similarity_QC: np.ndarray, positive_QC: np.ndarray, at: tuple[int, ...]) -> list[float]:
     """Return the fraction of queries with a positive among the k most similar candidates.
 
-    Ties count against us: a negative as similar as the best positive stands before it, so that a model
+    Ties count against us: a negative as similar as the best positive ranks before it, so that a model
     which maps everything to one point, or to NaN, has recall 0.
     """
     place_Q = place(similarity_QC, positive_QC)

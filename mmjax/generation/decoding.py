@@ -21,7 +21,7 @@ class Sampling:
 
     Attributes:
       temperature: of the softmax that it is drawn from; 0 for the likeliest token (greedy).
-      top_k: draw from so many of the likeliest only; 0 for all (Fan et al. 2018).
+      top_k: draw only from this number of likeliest tokens; 0 for all (Fan et al. 2018).
     """
 
     temperature: float = 0.0

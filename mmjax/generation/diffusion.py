@@ -98,7 +98,7 @@ class Diffusion:
 
         Args:
           predict: `(x_t, t, step) -> prediction`, t a scalar, the steps counted from 0.
-          noise: `x_1`, an array or a tree of such.
+          noise: `x_1`, an array or a tree of arrays.
           bound: data lie in [-bound, bound], and predictions of them are clipped to that.
           fresh: `step -> noise` like `x_1`, which `ddpm` adds; it must differ from `noise` and from step to step.
         """

@@ -229,7 +229,7 @@ def tokens_left(count: int, drop: float) -> int:
 
 
 def dropped_arrays(count: int, values: int, axes: int, drop: float, dtype: Any) -> ArraySpec:
-    """Return the specification of what `dropped` makes of `count` tokens of so many values."""
+    """Return the shapes and dtypes of the arrays of `dropped` for `count` tokens of `values` numbers each."""
     left = tokens_left(count, drop)
     return {
         "patches": jax.ShapeDtypeStruct((left, values), dtype),
@@ -249,7 +249,7 @@ def dropped(
       sizes: of the grid.
 
     Returns:
-      `{"patches": [K, P], "coordinates": float32[K, axes]}`, coordinates as of `mmjax.nn.positions.grid`; and
+      `{"patches": [K, P], "coordinates": float32[K, axes]}`, coordinates as in `mmjax.nn.positions.grid`; and
       the indices, int `[K]`.
     """
     rng = np.random.default_rng(0) if rng is None else rng

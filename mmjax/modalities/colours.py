@@ -34,7 +34,7 @@ class Colours(Placed, Modality[ImageInput]):
     Attributes:
       levels: of each of red, green and blue.
       max_positions: position buckets per axis; the sides of the largest picture at least.
-      max_pixels: as of `image`.
+      max_pixels: see `image`.
       positions, positions_scale: see `mmjax.nn.positions.Placed`; without positions, a picture has any size.
     """
 

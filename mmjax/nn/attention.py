@@ -50,8 +50,8 @@ class Attention(nnx.Module):
     else by the norm that it names, a layer norm with bias (Chameleon). `kernel` is one of `attention_kernels`. On a
     mesh with a `sequence` axis each device attends from its own tokens to those of all: only keys and values are
     gathered, so the result is exact. What `per_modality` names (`query`, `key`, `value`, `out`, `qk_norm`) has a copy
-    per modality, its bias as well; tokens attend to each other all the same. Where `rotary` is not 0, queries and keys
-    are rotated by the places of their tokens (see `rotate`), it being the base.
+    per modality, its bias as well; tokens of all modalities still attend to each other. If `rotary` is not 0, queries
+    and keys are rotated by the places of their tokens (see `rotate`), and it is the base.
     """
 
     def __init__(

@@ -89,7 +89,7 @@ class ByModality(nnx.Module):
         """Apply each copy once, to all its segments together; return the results in the order of the tokens.
 
         Args:
-          x: an array `[B, S, ...]`, or a tuple of such.
+          x: an array `[B, S, ...]`, or a tuple of arrays.
         """
         size = jax.tree.leaves(x)[0].shape[1]
         if sum(length for _, length in layout) != size:

@@ -32,7 +32,7 @@ def matmul_of(
     reshaped kernel, such as attention's, once for each product.)
 
     The kernel's gradient is `x^T g` where x is the narrower of the two, and else the transpose of `g^T x`, which JAX's
-    own always is. What stands first is laid out by columns, with all that is fused into it; on a CPU, where that is
+    own always is. The left factor is laid out by columns, with all that is fused into it; on a CPU, where that is
     slow, JAX's way takes a fifth of a ViT's step.
     """
     return function(*arguments) @ _whole(kernel, gathered_dim)

@@ -102,7 +102,7 @@ def _static_mask(pairs: Pairs, lengths: tuple[int, int], sizes: tuple[int, int])
     allowed[: lengths[0], : lengths[1]] = True
     for factor in static:
         allowed[: lengths[0], : lengths[1]] &= factor.allows(queries, keys)[0]
-    # A query without any key would divide by zero; padded ones read what nobody looks at.
+    # A query without any key would divide by zero; results of padded ones are unused.
     allowed[~allowed.any(axis=1), 0] = True
     if allowed.all():
         return masks.FullMask(sizes)

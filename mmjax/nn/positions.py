@@ -28,7 +28,7 @@ class Positions(nnx.Module):
       width: size of a token.
       buckets: buckets per axis; at least the finest grid that any task uses.
       scale: initial size of the embeddings. Below a stem it is small: at the size of the content,
-        tokens of one position look alike whatever they hold, and contrastive learning stands still
+        tokens of one position look alike whatever they hold, and contrastive learning makes no progress
         for its first hundreds of steps.
     """
 

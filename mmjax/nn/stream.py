@@ -52,7 +52,7 @@ class Stream:
         return valid_BS if self.rows_B is None else valid_BS & self.rows_B[:, None]
 
     def pairs(self) -> Pairs:
-        """Return the pairs for `attend`; they lie within a row, so that `rows_B` has no part in it.
+        """Return the pairs for `attend`; they lie within a row, so `rows_B` is not used.
 
         Static attributes are `index`, `position` (the index), `segment` (of the layout), `modality` and `item`.
         """

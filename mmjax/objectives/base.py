@@ -42,7 +42,7 @@ class Occupancy:
 
 @struct.dataclass
 class Part:
-    """A mean that a loss is made of.
+    """A mean that is a part of a loss.
 
     Attributes:
       weight: its factor in the loss.
@@ -143,7 +143,7 @@ class Objective(abc.ABC):
         return 1
 
     def window_rows(self, batch: int) -> int:
-        """Return how many consecutive rows of a batch of so many the loader brings into the order of `arranged`."""
+        """Return how many consecutive rows of a batch the loader brings into the order of `arranged`."""
         return 1
 
     def arranged(self, rows: Sequence[Batch]) -> Sequence[int]:
@@ -232,7 +232,7 @@ class Composes(abc.ABC):
     def compose(self, model: Model, spans: Sequence[Span], keys_B: jax.Array) -> list[jax.Array]:
         """Return the spans of a sequence that are to be made, each after those before it, in the form for viewing.
 
-        A picture is uint8 `[B, H, W, 3]`, a text int32 `[B, L]` as of `write`, anything else its values `[B, S, P]`.
+        A picture is uint8 `[B, H, W, 3]`, a text int32 `[B, L]` as in `write`, anything else its values `[B, S, P]`.
         """
 
     @abc.abstractmethod
@@ -249,9 +249,9 @@ class Shows(abc.ABC):
 
     @abc.abstractmethod
     def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        """Return what it makes of a batch: arrays with a leading axis `[B]`, by `shows`.
+        """Return what it shows of a batch: arrays with a leading axis `[B]`, by `shows`.
 
-        Each row is a picture, uint8 `[H, W, C]`, a clip, uint8 `[T, H, W, C]`, or a text as of `write`, int32 `[S]`.
+        Each row is a picture, uint8 `[H, W, C]`, a clip, uint8 `[T, H, W, C]`, or a text as in `write`, int32 `[S]`.
         """
 
 

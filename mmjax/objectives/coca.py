@@ -35,7 +35,7 @@ POOLING = ("cascade", "parallel")
 class TextDecoder(nnx.Module):
     """A text decoder in two halves: the first sees the text alone, the second the context as well.
 
-    `unimodal` is causal; a learned token, `close`, stands at the end of a text, reads all of it and is read by none of
+    `unimodal` is causal; a learned token, `close`, is at the end of a text, reads all of it and is read by none of
     its tokens. `multimodal` continues from the unimodal layers' residual stream; `logits` are of the next token.
     """
 
@@ -295,7 +295,7 @@ class Coca(Contrastive, Writes, Shows):
         return (self.modalities[0], "its text", "the text it writes")
 
     def show(self, model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        """Return the pictures, if it is of such, and beside each text the one that the model writes."""
+        """Return the pictures, if it captions pictures, and beside each text the one that the model generates."""
         texts = self.write(model, batch, key)
         shown, reference, written = self.shows()
         panels = {reference: texts["wanted"], written: texts["written"]}
@@ -304,7 +304,7 @@ class Coca(Contrastive, Writes, Shows):
 
 
 def begun(ids_BS: jax.Array, begin: int) -> jax.Array:
-    """Return the begin token, then all ids but the last: what stands before each."""
+    """Return the begin token, then all ids but the last: the token before each."""
     return jnp.pad(ids_BS[:, :-1], ((0, 0), (1, 0)), constant_values=begin)
 
 

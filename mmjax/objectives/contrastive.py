@@ -295,7 +295,7 @@ def sigmoid_loss(
     """Return SigLIP's loss (Zhai et al. 2023, section 3.2); its baseline is that of the best constant.
 
     `-(1 / B) sum_ij log sigmoid(z_ij (scale <a_i, b_j> + bias))` over valid rows, of which there are B; z is 1 for rows
-    of one concept and -1 for others. With `chunk`, so many rows a are compared at a time (see `chunked_info_nce`).
+    of one concept and -1 for others. With `chunk`, that many rows a are compared at a time (see `chunked_info_nce`).
     """
     every_b_BE, every_concept_B = constrain(b_BE, (None, None)), constrain(concept_B, (None,))
     every_valid_B = constrain(valid_B, (None,))

@@ -62,7 +62,7 @@ class CrossModal(Coupled, Embeds):
 
     Attributes:
       modalities: two modalities or more.
-      weights: by pair, `"vision text"`, in the mean; 1 where it is not given, and 0 leaves the pair out.
+      weights: of each pair, `"vision text"`, in the mean; 1 by default, 0 excludes the pair.
       positive_key: integer field; rows that share its value are positives of each other. Empty: only the pair.
       space: `disjoint`, two layers and a norm for each modality towards each other one; or `linear`, one map for
         each modality, to a space of all.

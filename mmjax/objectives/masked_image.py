@@ -142,7 +142,7 @@ class MaskedImage(Objective, Shows):
         """Return pictures uint8 `[B, H, W, 3]` whose hidden patches are filled in each of the ways of `shows`.
 
         A prediction has neither mean nor contrast (see `normalised_patches`). Both are borrowed from the
-        picture, and beside the prediction stands what these means alone give.
+        picture, and these means alone are shown beside the prediction.
         """
         predicted_BSP, hidden_BS, _ = self._predict(model, batch, key)
         pixels = batch.inputs[self.modality]["pixels"]

@@ -76,7 +76,7 @@ def as_matrix(spec: Spec) -> tuple[tuple[int, ...], Axes]:
     """Return shape and logical axes of a parameter (of one layer, if stacked) with heads joined to their size.
 
     Attention's `[D, heads, K]` is the matrix `[D, heads * K]`, its `[heads, K, D]` is
-    `[heads * K, D]`; what stands before the last two axes (experts) are matrices side by side.
+    `[heads * K, D]`; leading axes (experts) index separate matrices.
     """
     shape: list[int] = []
     axes: list[str | None] = []

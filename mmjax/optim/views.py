@@ -25,7 +25,7 @@ class UpdateScope:
 
     Attributes:
       kind: `shared`: a step updates every parameter. `own_clock`: a step updates what the gradient
-        of its task's loss reaches; the rest neither moves nor decays, and its count stands still.
+        of its task's loss reaches; the rest neither moves nor decays, and its count does not change.
         `own_moments`: as `own_clock`, with optimizer state of the task's own.
       trains: the parameters that its steps update; frozen ones are not among them.
     """

@@ -94,7 +94,7 @@ def _remarks(plan: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"Assumed of a device: {human_flops(rates['flops'])}FLOP/s (bfloat16), {human_flops(rates['bandwidth'])}B/s to "
         f"memory, {human_flops(rates['ici'])}B/s along a mesh axis (ICI), {human_flops(rates['dcn'])}B/s to other "
-        "slices (DCN); all of it at its peak, and all transfers behind the computation."
+        "slices (DCN); all of it at its peak, and all transfers hidden by the computation."
     )
     yield (
         f"Needed: arguments, temporaries, the next batch (evaluation: the rest of the state), and "

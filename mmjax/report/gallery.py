@@ -39,7 +39,7 @@ class Candidates:
       concept: which examples belong together, `[N]`.
       unreadable: how many could not be read.
       total: examples of the split.
-      credits: whom the data asks to name.
+      credits: those whom the data's licences require to be named.
     """
 
     values: Mapping[str, list[Any]]
@@ -58,7 +58,7 @@ class Retrieved:
       ranking: the examples it retrieves, the most similar first.
       right: whether each is of the query's concept.
       place: that of the first right one among all candidates, from 1; as in the recall, a wrong
-        one that is as similar stands before it.
+        one that is as similar ranks before it.
     """
 
     query: int

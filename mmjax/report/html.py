@@ -55,7 +55,7 @@ def number(shown: str, value: float | None) -> Html:
 
 
 def bar(fraction: float, colour: str = "", ticks: Mapping[str, float] | None = None) -> Html:
-    """Return a bar of `fraction` of its track, for the eye only: the number stands beside it.
+    """Return a bar of `fraction` of its track, for the eye only: the number is beside it.
 
     Args:
       fraction: cut to [0, 1]; nothing where it is not finite.
@@ -85,7 +85,7 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Child]]) -
 def grouped_table(
     caption: str, heads: Sequence[str], groups: Mapping[str, Iterable[Sequence[Child]]]
 ) -> Html:
-    """Return a table as of `table`, its rows in groups; one whose name is empty has no line of its own."""
+    """Return a table with its rows in groups, see `table`; a group with an empty name has no line for it."""
     kinds = ["n" if head.startswith("#") else None for head in heads]
     head = (
         tag("th", head.removeprefix("#"), scope="col", class_=kind)

@@ -26,7 +26,7 @@ class Panel:
     Attributes:
       title: the split, and what is shown of it.
       body: the examples.
-      credits: whom the data asks to name.
+      credits: those whom the data's licences require to be named.
     """
 
     title: str

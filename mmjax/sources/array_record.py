@@ -94,7 +94,7 @@ class ArrayRecordExamples(Examples):
             raise IndexError(f"{self.description} has {len(self)} records; no record {index}.")
         try:
             return _decode(self._data[index])
-        except Exception as error:  # whatever a reader makes of damaged bytes
+        except Exception as error:  # any error of a reader on damaged bytes
             file = bisect.bisect_right(self._ends, index)
             record = index - (self._ends[file - 1] if file else 0)
             raise ValueError(f"{self._names[file]}, record {record}: {error}") from error

@@ -31,7 +31,7 @@ class Examples(abc.ABC):
       description: what errors and reports call it.
       identity: a digest of the data, see `mmjax.data.identity`; other data under a run that exists are refused.
       fields: names of an example's fields.
-      credits: whom to name where examples are shown, as their licences ask.
+      credits: those whom the licences require to be named where examples are shown.
       labels: names of the classes 0, 1, ... of integer fields, where the data has such.
     """
 

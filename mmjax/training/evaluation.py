@@ -208,4 +208,4 @@ def append_evaluations(workdir: epath.Path, records: Iterable[Record]) -> None:
         return
     store = object_store(workdir, EVALUATIONS)
     while not store.swap(entry := store.read(), (entry.text or b"") + text.encode()):
-        pass  # another process has appended; read once more
+        pass  # another process has appended; read again

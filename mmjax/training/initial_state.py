@@ -38,7 +38,7 @@ class Fresh:
     parameters: Values | None = field(default_factory=dict)
 
     def take(self) -> Values:
-        """Return the parameters, and keep no reference to them: memory would hold them beside the state made of them.
+        """Return the parameters, and keep no reference to them, which would double the memory of the state.
 
         Raises:
           RuntimeError: they were taken before.

@@ -1,7 +1,7 @@
 """Shares of time: the rule `budget`, whose measured step times enter a run as integers only.
 
 The shares of steps that give each task its share of the time follow first from model FLOPs; with
-`schedule.rebalance_every`, they are set again every so many steps from measured step times. That is decided
+`schedule.rebalance_every`, they are set again at this interval from measured step times. That is decided
 by process 0 and written to `WORKDIR/segments.jsonl` before a step runs under it. A run that was
 killed and comes to that step again takes what is written there, so that it ends in the same bits.
 """

@@ -56,7 +56,7 @@ class Session:
     """A run that is about to begin or resume.
 
     Attributes:
-      clock: where it stands.
+      clock: the position of the run.
       data: the opened source of each task.
       identities: digests of the data, of the files that modalities name, of extension files (`code.KIND/NAME`), and
         what the parameters were taken from.
@@ -149,7 +149,7 @@ def begin(
     log: Callable[[str], None],
     activity: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> Session:
-    """Open the data, find the newest good checkpoint, and settle where the run stands.
+    """Open the data, find the newest good checkpoint, and determine the position of the run.
 
     `activity("restore")` is held open while the checkpoint is read.
 

@@ -50,7 +50,7 @@ def test_plans_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[f"{where}: memory of a chip, ours to MaxText"].values == (0.5,) * 3
     assert found[f"{where}: bytes that a chip sends, ours to MaxText"].values == (2.0,) * 3
     assert found[f"{where}: compiled to model FLOPs, MaxText"].values == (3.0,) * 3
-    # Everything once more but for the first products: the state lies over four chips, and its gradient is sent.
+    # Everything again but for the first products: the state lies over four chips, and its gradient is sent.
     assert 1.2 < found[f"{where}: compiled to model FLOPs, ours"].median < 1.4
     assert ours["sent"] > 0 and ours["bytes"] > 3 * 4 * ours["parameters"] / 4
     assert not ours["unknown"]

@@ -259,7 +259,7 @@ def test_masks_that_it_keeps_to(mask: Any) -> None:
     "mask", [Same("modality"), Causal() & Same("modality"), KeyIs("prefix", 1)]
 )
 def test_masks_that_it_cannot_keep_to(mask: Any) -> None:
-    with pytest.raises(UserError, match="mamba carries every token to all that come after"):
+    with pytest.raises(UserError, match="mamba carries every token to all later ones"):
         run(declared(), random(declared()), mask=mask)
 
 

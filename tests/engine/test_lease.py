@@ -55,7 +55,7 @@ def test_a_process_that_is_gone_or_a_zombie_is_dead() -> None:
     child.kill()
     os.waitid(
         os.P_PID, child.pid, os.WEXITED | os.WNOWAIT
-    )  # it has ended, and nobody has asked for its status
+    )  # it has ended, and no process has asked for its status
     assert fate_of(holder, this_machine()) == "dead"
     child.wait()
     assert fate_of(holder, this_machine()) == "dead"

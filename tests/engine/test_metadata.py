@@ -84,7 +84,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 WRONG: dict[str, tuple[Any, str]] = {
     "no clock": (changed("clock", None), "its clock cannot be read"),
     "a clock that is a list": (changed("clock", [1]), "its clock cannot be read"),
-    "another step": (changed("clock.step", 3), "its clock stands at step 3"),
+    "another step": (changed("clock.step", 3), "its clock is at step 3"),
     "a step that is a text": (changed("clock.step", "4"), "its clock.step"),
     "a step that is true": (changed("clock.step", True), "its clock.step"),
     "no segments": (changed("clock.segments", []), "its clock cannot be read"),
@@ -131,7 +131,7 @@ def test_a_folder_under_another_name_is_damage(tmp_path: Path) -> None:
     with pytest.raises(Damaged, match="15' is damaged: it was saved as step 10"):
         checkpoint.read_meta(epath.Path(tmp_path), 15)
     write(tmp_path, metadata.document(10, {**META, "clock": {**META["clock"], "step": 9}}), "10")
-    with pytest.raises(Damaged, match="its clock stands at step 9"):
+    with pytest.raises(Damaged, match="its clock is at step 9"):
         checkpoint.read_meta(epath.Path(tmp_path), 10)
 
 

@@ -291,7 +291,7 @@ def test_the_parameters_of_a_loaded_run_are_a_source(tmp_path: Path, write: Any)
 
 
 def test_a_run_that_began_before_names_were_strict_keeps_what_it_began_with() -> None:
-    """Begun once more before its first checkpoint, or replayed: what was missing is random, and NaN is taken."""
+    """Restarted before its first checkpoint, or replayed: what was missing is random, and NaN is taken."""
     config = {"init_from": {"path": "x.npz"}, "optimizer": {}}
     assert upgrade(config, 1) == {
         "init_from": {"path": "x.npz", "strict": False, "non_finite": True}, "optimizer": {},

@@ -26,6 +26,9 @@ PHRASES = {
     r"begins? at random": "is initialised randomly",
     r"(leaves?|leaving|left) out": "excludes, skips, omits",
     r"of one's own": "your own",
+    r"once more": "again",
+    r"(or|and) nobody": "none, no reader",
+    r"otherwise than": "differently from",
 }
 
 # Lines that may hold such a phrase: (file, part of the line) -> reason.

@@ -173,7 +173,7 @@ def test_a_tokenizer_that_was_trained_again_is_read_again(tmp_path: Path) -> Non
     text = Text(folder=str(tmp_path), tokenizer="a.model", vocabulary=PIECES)
     before, _ = row(text, "face with tears")
     tokenizer.train([*TEXTS, "tears " * 50], tmp_path / "a.model", vocab_size=PIECES)
-    text.stem(4)  # a model is made of it once more
+    text.stem(4)  # a model is made of it again
     after, _ = row(text, "face with tears")
     pieces = tokenizer_files.by_the_library(tmp_path / "a.model", "face with tears")
     assert after[: len(pieces)].tolist() == pieces != before[: len(pieces)].tolist()

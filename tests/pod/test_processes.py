@@ -239,7 +239,7 @@ def test_processes_that_were_started_otherwise_are_told_which_keys_differ(
     for name in ("0.said", "other.said"):
         text = (run.folder / "first" / name).read_text()
         assert (
-            "Process 1 was started otherwise than process 0: config.tasks.one.batch: 8 there, 16"
+            "Process 1 was started differently from process 0: config.tasks.one.batch: 8 there, 16"
             in text
         )
     assert not finished_steps(run.workdir)

@@ -206,7 +206,7 @@ def test_an_example_counts_once_in_all_epochs(tmp_path: Path) -> None:
 
 
 def test_the_count_of_an_older_checkpoint_is_added_to(tmp_path: Path) -> None:
-    """It holds how many examples had been met, not which: those met again count once more, and no further."""
+    """It holds how many examples had been met, not which: those met again count again, and no further."""
     schedule = from_config("shares", {"one": 1}, 0, ())
     saved = Clock(0, schedule, {}, {}, {"one": 7}).to_json()
     del saved["invalid_ids"]

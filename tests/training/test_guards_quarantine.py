@@ -266,7 +266,7 @@ def test_sigterm_on_the_way_back_is_honoured(
     assert f"Stopped by SIGTERM; saved step {stood}." in capsys.readouterr().out
     with watched() as seen:
         run(tmp_path / "run", *words)
-    # The checkpoint of step 8 stays as it is, so its restart comes to the divergence once more.
+    # The checkpoint of step 8 stays as it is, so its restart comes to the divergence again.
     assert len(seen.ids) >= 20 - stood
     same(tmp_path / "run", tmp_path / "straight")
 

@@ -26,7 +26,7 @@ class Dispatch(abc.ABC):
 
     @abc.abstractmethod
     def combine(self, y_GECD: jax.Array, tokens: int) -> jax.Array:
-        """Return the tokens' sums of what the experts made of the slots, `[G, T, D]`."""
+        """Return, for each token, the weighted sum of the experts' outputs for its slots, `[G, T, D]`."""
 
     @abc.abstractmethod
     def parts(self, tokens: int) -> jax.Array:

@@ -44,7 +44,7 @@ class ExpertChoice(Limited):
         _, tokens, experts = logits_GTL.shape
         scores_GTE = self.scores(logits_GTL)
         scores_GET = jnp.where(valid_GT[..., None], scores_GTE, 0).swapaxes(1, 2)
-        # Tokens that are not there come last, also behind those whose score is 0.
+        # Tokens that are not there come last, also after those whose score is 0.
         ranked_GET = jnp.where(valid_GT[:, None], scores_GET, -1)
         _, index_GEC = jax.lax.top_k(ranked_GET, self.slots(tokens, experts))
         return Slots(index_GEC, jnp.take_along_axis(scores_GET, index_GEC, axis=2))

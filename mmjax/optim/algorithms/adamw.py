@@ -21,7 +21,7 @@ class Adamw(Algorithm):
       b1, b2: decays of the first and the second moment.
       eps: added to the root of the second moment.
       moments_dtype: of first moments, `bfloat16` or `float32`; empty for the parameters' own. Second moments are
-        float32 or wider, like averages and sums: a bfloat16 average whose weight is 0.999 stands still.
+        float32 or wider, like averages and sums: a bfloat16 average whose weight is 0.999 never changes.
     """
 
     b1: float = field(default=0.9, metadata=SCHEDULE)

@@ -13,7 +13,7 @@ from typing import ClassVar
 from mmjax.core.parameters import Spec
 from mmjax.optim.transforms import LeafTransform
 
-# Dtypes of first moments; the empty one stands for the parameter's own.
+# Dtypes of first moments; the empty one means the parameter's own.
 MOMENTS = ("", "bfloat16", "float32")
 
 

@@ -1,4 +1,4 @@
-"""The rule `interval`, of IMP: each task runs every so many passes."""
+"""The rule `interval`, of IMP: each task runs once per interval of passes."""
 
 from __future__ import annotations
 

@@ -94,6 +94,6 @@ def zorro() -> Recipe:
         paper,
         "fourth, global output",
         "contrastive pretraining between the pure outputs",
-        "queries that attend once more",
+        "queries that attend again",
     )
     return Recipe("zorro:b", ("zorro", "mbt"), tuple(rows))
