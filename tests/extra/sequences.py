@@ -109,4 +109,4 @@ def noised(objective: Transfusion, model: Any) -> dict[str, jax.Array]:
 
 def plan(objective: Transfusion, made: str) -> list[Span]:
     inputs = batch().inputs
-    return [Span(m, inputs[m], made=m == made) for m in objective.modalities]
+    return [Span(m, inputs[m], generated=m == made) for m in objective.modalities]

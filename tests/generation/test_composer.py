@@ -42,7 +42,7 @@ def spans(image: str, sound: str, mel: float = 0.0) -> list[Span]:
     arrays = {"image": inputs["image"], "sound": heard}
     how = {"image": image, "sound": sound}
     return [
-        Span(m, arrays[m], made=how[m] == "made", absent=how[m] == "absent")
+        Span(m, arrays[m], generated=how[m] == "made", absent=how[m] == "absent")
         for m in ("image", "sound")
     ]
 
