@@ -115,7 +115,7 @@ def test_without_cudnn_its_kernel_gives_way(said: Any, monkeypatch: pytest.Monke
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(module, "_said", set())
+    monkeypatch.setattr(module, "_logged", set())
     caplog.set_level(logging.WARNING)
     return caplog
 

@@ -66,7 +66,7 @@ def test_megablox_against_loops_and_its_gradient(sizes: list[int]) -> None:
 def test_megablox_gives_way_where_it_does_not_run(
     x64: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_kernels, "_said", set())
+    monkeypatch.setattr(attention_kernels, "_logged", set())
     caplog.set_level(logging.WARNING)
     x, w = problem(3, 2)
     for _ in range(2):
