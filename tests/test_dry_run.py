@@ -39,7 +39,7 @@ def files(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 def steps_of(text: str) -> dict[int, str]:
     """The strip: first step of a line -> its tasks, by name."""
-    text = text.partition("to a line\n")[2].partition("\n\n")[0] or text
+    text = text.partition("per line\n")[2].partition("\n\n")[0] or text
     names = dict(re.findall(r"^ {9}(\w)  (\w+)$", text, re.M))
     lines = re.findall(r"^ {1,9}(\d+)  ([\w ]+)$", text, re.M)
     return {int(n): " ".join(names[c] for c in line if c != " ") for n, line in lines}

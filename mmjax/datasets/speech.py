@@ -77,7 +77,7 @@ def prepare(root: epath.Path, limit: int | None = None) -> Made:
         "audio": {
             "rate": RATE,
             "synthetic": True,
-            "statement": "Synthetic speech of real captions: espeak-ng reads them.",
+            "statement": "Synthetic speech of real captions by espeak-ng; no person was recorded.",
             "voices": {"train": list(TRAIN_VOICES), "test": list(TEST_VOICES)},
         },
     }
