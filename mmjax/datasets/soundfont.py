@@ -259,7 +259,7 @@ def _envelope(settings: Mapping[int, int], first: int, times: Sound, pressed: fl
 
 
 def _gain(settings: Mapping[int, int], volume: Sound, times: Sound) -> Sound:
-    """Return the attack is straight in amplitude, what comes after it in decibels."""
+    """Convert an envelope to amplitudes: the attack is linear in amplitude, the stages after it in decibels."""
     rising = times < sum(2 ** (settings[VOLUME + step] / 1200) for step in (0, 1))
     decibels = -100 * (1 - volume) - settings.get(ATTENUATION, 0) / 10
     quiet = 10 ** (-settings.get(ATTENUATION, 0) / 200)

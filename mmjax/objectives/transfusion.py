@@ -573,7 +573,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
 
 
 def _mean(x_BS: jax.Array, there_BS: jax.Array) -> dict[str, jax.Array]:
-    """Return each row's mean over the tokens that it has: one term."""
+    """Return each row's mean over its existing tokens: one term."""
     count_B = jnp.maximum(there_BS.sum(axis=1), 1)
     mean_B = jnp.where(there_BS, x_BS, 0).sum(axis=1) / count_B
     return {"sum": mean_B, "count": jnp.ones_like(mean_B)}

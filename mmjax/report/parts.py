@@ -257,7 +257,7 @@ def _figure(name: Html, words: str, picture: Html) -> Html:
 
 
 def _span(count: int) -> float:
-    """Return visits over which a curve is smoothed: a thirtieth, but at least five."""
+    """Return the number of visits over which a curve is smoothed: a thirtieth, but at least five."""
     return max(5.0, count / 30)
 
 
