@@ -14,6 +14,7 @@ from mmjax.core.errors import UserError, nearest
 COMMANDS = {
     "train": "mmjax.train",
     "evaluate": "mmjax.evaluate",
+    "describe": "mmjax.describe",
     "show": "mmjax.show",
     "plan": "mmjax.plan.__main__",
     "replay": "mmjax.replay",

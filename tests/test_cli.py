@@ -15,7 +15,7 @@ from mains import run
 from mmjax import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["train", "evaluate", "show", "plan", "replay", "build", "convert", "report", "tokenizer"]
+NAMES = "train evaluate describe show plan replay build convert report tokenizer".split()
 
 
 def call(monkeypatch, *words: str):

@@ -35,7 +35,7 @@ class OutOfBounds(FieldError):
     """A number outside its bounds."""
 
     def __init__(self, owner: Any, key: str, value: Any, interval: str):
-        super().__init__(owner, key, f"is {value}; it must be {_words(interval)}.")
+        super().__init__(owner, key, f"is {value}; it must be {words(interval)}.")
 
 
 def check(config: Any, **intervals: str) -> None:
@@ -92,7 +92,7 @@ def _parsed(interval: str) -> tuple[str, float, float, str]:
     return opens, float(low), float(high), closes
 
 
-def _words(interval: str) -> str:
+def words(interval: str) -> str:
     opens, low, high, _ = _parsed(interval)
     if math.isinf(high) or high == 2**31 - 1:
         return f"{'at least' if opens == '[' else 'above'} {low:g}"

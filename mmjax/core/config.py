@@ -495,7 +495,7 @@ def _class_of(
     if "holds" in metadata and (hint is Any or arguments[1:] == (Any,)):
         kind = metadata["classes"].get(".".join(parts), kind)
         return _class_of(parts, _schema_of(metadata["holds"], blocks), {}, blocks, kind)
-    inner = [_entry(block, part) for block in blocks]
+    inner = [entry(block, part) for block in blocks]
     if hasattr(hint, "KIND"):
         hint = _schema_of(hint, blocks)
     if origin in (dict, tuple):
@@ -527,7 +527,7 @@ def _schema_of(schema: str | type, blocks: Iterable[Any]) -> Any:
     return None
 
 
-def _entry(block: Any, part: str) -> Any:
+def entry(block: Any, part: str) -> Any:
     """Return an entry of a dictionary or list; None if it has none, or is neither."""
     if isinstance(block, Mapping):
         return block.get(part)
