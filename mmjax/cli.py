@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import platform
 import sys
 from pathlib import Path
 
+from mmjax import __version__
 from mmjax.core import errors
 from mmjax.core.errors import UserError, nearest
 
@@ -34,6 +36,9 @@ def _run() -> int | None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(overview())
         return 0
+    if sys.argv[1] == "--version":
+        print(f"mmjax {__version__}, Python {platform.python_version()}, {platform.platform()}")
+        return 0
     command = sys.argv[1]
     if command not in COMMANDS:
         raise UserError(
@@ -48,7 +53,8 @@ def overview() -> str:
     """Return the usage, and a line for each command: the first of its module's docstring."""
     lines = [f"  {command:<11}{summary(module)}" for command, module in COMMANDS.items()]
     return "\n".join([
-        "usage: mmjax COMMAND ...", "", *lines, "", "`mmjax COMMAND --help` prints the arguments of one.",
+        "usage: mmjax COMMAND ...", "", *lines, "",
+        "`mmjax COMMAND --help` prints the arguments of one, `mmjax --version` the version.",
     ])  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from mains import run
 
+import mmjax
 from mmjax import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +39,14 @@ def test_the_overview_loads_no_jax():
     code = "import sys; from mmjax import cli; cli.overview(); print({'jax', 'numpy', 'flax'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+def test_the_version_is_printed_with_that_of_python(monkeypatch):
+    ended = call(monkeypatch, "--version")
+    version = ".".join(map(str, sys.version_info[:3]))
+    assert ended.status == 0 and ended.out.startswith(
+        f"mmjax {mmjax.__version__}, Python {version}, "
+    )
 
 
 def test_an_unknown_command_names_the_nearest(monkeypatch):
