@@ -1,8 +1,8 @@
-"""The README's table of speed, made from what the last runs found: `python -m benchmarks.readme [--check]`.
+"""Write the table of speed in `docs/results/speed.md` from the last runs: `python -m benchmarks.readme [--check]`.
 
-Between the two marks of the README stand, for each case of `benchmarks/results/`, the quantities of which the project
-claims something, the versions and the command. A case that was run on an accelerator stands in a table of its own. With
-`--check` nothing is written, and the exit status is 1 if the README differs.
+Between the two marks of the page are, for each case of `benchmarks/results/`, the quantities of which the project
+claims something, and the command. Cases run on an accelerator have a table of their own. With `--check` nothing is
+written, and the exit status is 1 if the page is not current.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from mmjax.core import errors
 from mmjax.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+PAGE, RESULTS = ROOT / "docs" / "results" / "speed.md", ROOT / "benchmarks" / "results"
 MARKS = "<!-- benchmarks: made by python -m benchmarks.readme -->", "<!-- end of benchmarks -->"
 
 
 def results(folder: Path) -> list[Mapping[str, Any]]:
-    """What the cases found, by name; other files of results are skipped."""
+    """What the cases found, by name; other files of results are left out."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return [each for each in found if "case" in each and each["quantities"]]
 
@@ -61,22 +61,24 @@ def _table(name: str, cases: Sequence[Mapping[str, Any]]) -> str:
 
 
 def replaced(text: str, made: str) -> str:
-    """A README with another section."""
+    """Return a page with another section."""
     between = re.compile(f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", re.DOTALL)
     if len(between.findall(text)) != 1:
-        raise UserError(f"README.md has no section between '{MARKS[0]}' and '{MARKS[1]}'.")
+        raise UserError(
+            f"docs/results/speed.md has no section between '{MARKS[0]}' and '{MARKS[1]}'."
+        )
     return between.sub(lambda _: f"{MARKS[0]}\n{made}\n{MARKS[1]}", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = argparse.ArgumentParser(description="Write the README's table of speed.")
+    made = argparse.ArgumentParser(description="Write the table of speed in docs/results/speed.md.")
     made.add_argument("--check", action="store_true", help="write nothing; is it up to date?")
     arguments = made.parse_args(argv)
-    before = README.read_text()
+    before = PAGE.read_text()
     after = replaced(before, section(results(RESULTS)))
     if arguments.check:
         return int(before != after)
-    README.write_text(after)
+    PAGE.write_text(after)
     return 0
 
 

@@ -231,6 +231,13 @@ ensure_environment() {
   log_line "environment: ready, Python $version in $dir ($(seconds_since "$start"))"
 }
 
+# build_docs DIR: the manual in site/, by the environment in DIR, which holds the extra `docs`. The generated pages import
+# mmjax, on the CPU. Warnings are errors.
+build_docs() {
+  (cd "$ROOT" && JAX_PLATFORMS=cpu NO_MKDOCS_2_WARNING=1 "$1/bin/python" -m mkdocs build --strict --quiet) ||
+    fail "the manual could not be built; the reason stands above."
+}
+
 # job_python: the interpreter that starts a job: of PYTHON, of the environment in the checkout (MMJAX_VENV), or any that will do.
 job_python() {
   local venv=${MMJAX_VENV:-$ROOT/.venv} line

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sets up what the tests need and runs everything: style, types, shell scripts, a smoke of the main
-# job on the newest supported Python of this machine, and the full suite. All stages run even when
-# one fails; the exit status is 1 if any did.
+# Sets up what the tests need and runs everything: style, types, shell scripts, the manual, a smoke of
+# the main job on the newest supported Python of this machine, and the full suite. All stages run even
+# when one fails; the exit status is 1 if any did.
 #
 #   bash launch/test.sh                         everything
 #   bash launch/test.sh tests/test_x.py -k y    only pytest, with these arguments
@@ -109,6 +109,7 @@ stage "ruff check" in_venv ruff check --output-format concise . || true
 stage "ruff format" in_venv ruff format --check --output-format concise . || true
 stage mypy in_venv mypy mmjax || true
 stage shellcheck "$venv/bin/shellcheck" launch/*.sh .ci/run || true
+stage docs build_docs "$venv" || true
 stage browser browser || true
 smoke_on_newest
 stage "pytest, all tests" suite || true

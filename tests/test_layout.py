@@ -19,13 +19,14 @@ FOLDERS = {
     "launch": "launch/",
     "notebooks": "notebooks/",
     "pod": "several processes and devices",
-    "smoke": "the commands of the README",
+    "smoke": "the main job on the newest Python",
 }
 # Tests of several packages at once, beside `tests/conftest.py`, by how their names begin.
 TOGETHER = {
     "accumulate": "accumulation is optimizer, schedule and loop",
     "bad": "bad data, configs and meshes, as every command refuses them",
     "budget": "tests/extra/budget.py",
+    "docs": "docs/ and README.md",
     "golden": "runs and configs of older versions",
     "import": "imports and layers of all modules",
     "instances": "instances pass from modality to objective",

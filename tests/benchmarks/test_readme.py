@@ -1,4 +1,4 @@
-"""The README's table is that of the results."""
+"""The table of docs/results/speed.md is that of the results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def case(name: str, kind: str = "cpu", wanted: str = "below 1") -> dict[str, obj
     }  # fmt: skip
 
 
-def test_the_readme_is_up_to_date() -> None:
+def test_the_page_is_up_to_date() -> None:
     assert readme.main(["--check"]) == 0, "run python -m benchmarks.readme"
 
 

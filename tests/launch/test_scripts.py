@@ -448,6 +448,7 @@ def test_everything_runs_on_the_right_pythons(two_pythons: Machine) -> None:
     assert [call.split()[-1] for call in installs] == [".[tests,aot]", ".[tests]"]
     for part in ("ruff check", "ruff format --check", "mypy mmjax", "shellcheck", "pytest -n 2"):
         assert any(call.startswith("3.11.7") and part in call for call in calls), part
+    assert "3.11.7 -m mkdocs build --strict --quiet" in calls
     assert "3.13.0 -m pytest tests/smoke" in calls
     assert result.stdout.splitlines()[-1] == "===== 3 passed in 0.10s ====="
 
@@ -457,6 +458,7 @@ def test_everything_runs_on_the_right_pythons(two_pythons: Machine) -> None:
     [
         ("ruff check", "ruff check"),
         ("mypy mmjax", "mypy"),
+        ("mkdocs build", "docs"),
         ("pytest tests/smoke", "smoke on Python 3.13.0"),
         ("pytest -n", "pytest, all tests"),
     ],
@@ -532,3 +534,45 @@ def test_second_run_of_the_tests_installs_nothing(two_pythons: Machine) -> None:
 
 def test_scripts_can_be_run() -> None:
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+# The manual and the release
+
+
+def test_the_manual_is_built_in_strict_mode_by_an_environment_of_its_extra(
+    machine: Machine,
+) -> None:
+    machine.add(machine.bin / "python3", "3.12.1")
+    result = machine.launch("docs.sh")
+    assert result.returncode == 0, result.stdout + result.stderr
+    install, build = machine.calls()[-2:]
+    assert install.endswith("--editable .[docs]")
+    assert build == "3.12.1 -m mkdocs build --strict --quiet"
+    machine.fail_on("mkdocs")
+    result = machine.launch("docs.sh")
+    assert result.returncode == 2 and "the manual could not be built" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("tag", "section", "message"),
+    [
+        ("v1.2.3", "## [1.2.3] - 2026-01-31", ""),
+        ("v1.2.4", "## [1.2.3] - 2026-01-31", "Tag v1.2.3."),
+        ("v1.2.3", "## [1.2.3] - Unreleased", "no dated section for 1.2.3"),
+    ],
+    ids=["all agree", "another tag", "no date"],
+)
+def test_a_release_needs_tag_version_and_changelog_to_agree(
+    machine: Machine, tag: str, section: str, message: str
+) -> None:
+    put(machine.bin / "grep", f'exec {shutil.which("grep")} "$@"')
+    machine.add(machine.bin / "python3", "3.12.1")
+    (machine.root / "mmjax").mkdir()
+    (machine.root / "mmjax" / "__init__.py").write_text('__version__ = "1.2.3"\n')
+    (machine.root / "CHANGELOG.md").write_text(f"# Changelog\n\n{section}\n")
+    (machine.root / "dist").mkdir()
+    (machine.root / "dist" / "mmjax-1.2.3-py3-none-any.whl").touch()
+    result = machine.launch("release.sh", tag)
+    assert result.returncode == (2 if message else 0), result.stderr
+    assert message in result.stderr
+    assert any("pip wheel" in call for call in machine.calls()) == (not message)

@@ -12,6 +12,7 @@ from mmjax.core.bounds import COUNT, check
 from mmjax.core.errors import UserError
 from mmjax.modalities.base import ArraySpec, Modality, Stem
 from mmjax.nn.dense import Dense
+from mmjax.nn.positions import Positions, grid, place
 from mmjax.nn.stream import Stream
 
 PATCH = 4  # samples of a token
@@ -36,26 +37,42 @@ class ToneInput:
 class ToneStem(Stem):
     """Arrays to tokens, on the device."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, max_positions: int):
         # The axes of the kernel have logical names; None is an axis that no mesh axis shards.
         self.embed = Dense(PATCH, width, (None, "embed"))
+        self.positions = Positions(width, {"t": max_positions}, scale=0.05)
 
     def __call__(self, arrays: dict[str, jax.Array]) -> Stream:
         samples_BN = arrays["samples"]
-        return Stream(self.embed(samples_BN.reshape(samples_BN.shape[0], -1, PATCH)))
+        x_BSD = self.embed(samples_BN.reshape(samples_BN.shape[0], -1, PATCH))
+        coordinates = grid(t=x_BSD.shape[1])  # of each token, in [0, 1)
+        return Stream(place(x_BSD, self.positions, coordinates), coordinates=coordinates)
 
 
 @dataclass(frozen=True)
 class Tone(Modality[ToneInput]):
-    """Tones; the fields of this class are the keys of `modalities.NAME`, and fix shapes of parameters."""
+    """Tones. The fields are the keys of `modalities.NAME`, which fix shapes of parameters.
+
+    Attributes:
+      max_positions: tokens of the longest tone of any task.
+    """
 
     Input = ToneInput
+    max_positions: int = 8
+
+    def __post_init__(self) -> None:
+        check(self, max_positions=COUNT)
 
     def stem(self, width: int) -> ToneStem:
-        return ToneStem(width)
+        return ToneStem(width, self.max_positions)
 
     def arrays(self, settings: ToneInput) -> ArraySpec:
         """Return shape and dtype of one example's arrays."""
+        if settings.length % PATCH or settings.length > PATCH * self.max_positions:
+            raise UserError(
+                f"length is {settings.length}; it must be a multiple of {PATCH}, at most "
+                f"{PATCH * self.max_positions}. Change it, or raise max_positions of the modality."
+            )
         return {"samples": jax.ShapeDtypeStruct((settings.length,), np.float32)}
 
     def preprocess(
