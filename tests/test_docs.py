@@ -1,8 +1,8 @@
 """The manual and the README are true: their code runs, their commands parse, and what they name exists.
 
-Python blocks of a page run in order, in a folder whose `runs/quickstart` is a finished run. In the guides
-`config` is the quickstart's; what a page makes of it must be a valid config. A block behind `<!-- not run: REASON -->`
-is not run.
+Python blocks of a page, and shell behind `<!-- run -->`, run in order in a folder of their own, whose `runs/quickstart`
+is a finished run. In the guides `config` is the quickstart's; what a page makes of it must be a valid config. A block
+behind `<!-- not run: REASON -->` is not run.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from mains import run
 from ml_collections import ConfigDict
 from pages import PAGES, ROOT, Block, blocks, command_lines, name_of
 
@@ -37,13 +38,9 @@ NOT_RUN = {
 INCLUDE = re.compile(r"^<!-- generated: include (.*) -->$", re.MULTILINE)
 
 
-def with_python() -> list[Path]:
-    """Return the pages with Python that is run."""
-    return [
-        page
-        for page in PAGES
-        if any(b.language == "python" and b.reason is None for b in blocks(page))
-    ]
+def run_of(page: Path) -> list[Block]:
+    """Return the blocks of a page that are run."""
+    return [b for b in blocks(page) if b.is_run or (b.language == "python" and b.reason is None)]
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +55,21 @@ def hooks() -> Any:
 # --- Python ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", with_python(), ids=name_of)
-def test_the_python_of_a_page_runs(
+@pytest.mark.parametrize("page", [p for p in PAGES if run_of(p)], ids=name_of)
+def test_the_code_of_a_page_runs(
     page: Path, request: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    code = [b for b in blocks(page) if b.language == "python" and b.reason is None]
-    if any("mmjax.load(" in b.code for b in code):
+    if any("mmjax.load(" in b.code for b in run_of(page)):
         (tmp_path / "runs").mkdir()
         (tmp_path / "runs" / "quickstart").symlink_to(str(request.getfixturevalue("tiny_run")))
     monkeypatch.chdir(tmp_path)
     before = configs.read_file("quickstart")
     names: dict[str, Any] = {"config": ConfigDict(before)}
-    for block in code:
-        exec(compile(block.code, block.place, "exec"), names)
+    for block in run_of(page):
+        if block.is_run:
+            execute(block)
+        else:
+            exec(compile(block.code, block.place, "exec"), names)
     changed = names["config"].to_dict()
     if changed != before:
         make_experiment(configs.plain(changed, "config"))
@@ -78,9 +77,22 @@ def test_the_python_of_a_page_runs(
         make_experiment(configs.plain(names["get_config"](), "config"))
 
 
+def execute(block: Block) -> None:
+    """Run the commands of a block, of `mmjax` alone, in this process."""
+    for line in command_lines(block):
+        words = shlex.split(line)
+        assert words[0] == "mmjax" and not any(w.startswith("--extra") for w in words), block.place
+        with mock.patch.object(sys, "argv", words):
+            ended = run(lambda _: cli._run())
+        assert (ended.status, ended.err) == (0, ""), block.place
+
+
 def test_blocks_that_are_not_run_are_counted() -> None:
     not_run = Counter(name_of(b.page) for page in PAGES for b in blocks(page) if b.reason)
     assert not_run == NOT_RUN
+    assert {
+        b.place for page in PAGES for b in blocks(page) if b.is_run and b.language != "bash"
+    } == set()
 
 
 def test_the_examples_are_shown_whole(hooks: Any) -> None:

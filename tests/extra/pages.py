@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(
-    r"^(?:<!-- not run: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$",
+    r"^(?:<!-- (?:not run: (?P<reason>[^\n]+)|(?P<run>run)) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -19,7 +19,8 @@ class Block:
     """A block of code of a page.
 
     Attributes:
-      reason: why it is not run; None for one that is.
+      reason: why Python is not run; None if it is.
+      is_run: whether shell is run, and not parsed alone.
     """
 
     page: Path
@@ -27,6 +28,7 @@ class Block:
     language: str
     code: str
     reason: str | None
+    is_run: bool
 
     @property
     def place(self) -> str:
@@ -42,8 +44,15 @@ def blocks(page: Path) -> list[Block]:
     """Return the blocks of a page in order; what a block includes stands in it."""
     text = page.read_text(encoding="utf-8")
     return [
-        Block(page, text[: m.start("code")].count("\n"), m["language"], m["code"], m["reason"])
-        for m in FENCE.finditer(text)
+        Block(
+            page,
+            text[: match.start("code")].count("\n"),
+            match["language"],
+            match["code"],
+            match["reason"],
+            match["run"] is not None,
+        )
+        for match in FENCE.finditer(text)
     ]
 
 
