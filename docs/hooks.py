@@ -14,8 +14,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -26,6 +30,7 @@ from mmjax.core import config as configs  # noqa: E402
 from mmjax.core import describe  # noqa: E402
 from mmjax.run_config import RunConfig  # noqa: E402
 
+MEASURES, FOLDER = ROOT / "benchmarks" / "results", "results/measures"
 MARK = re.compile(r"^<!-- generated: ([\w ./-]+?) -->$", re.MULTILINE)
 COLUMNS = ("key", "type", "default", "bounds", "change", "meaning")
 # The class of change of a component's keys where these state none: that of the place where it stands.
@@ -35,6 +40,21 @@ CHANGES = {"objectives": "schedule", "evaluators": "free"}
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Return a page with what is generated in the place of its marks."""
     return MARK.sub(lambda match: generated(*match[1].split()), markdown)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the files of `benchmarks/results/`, under `results/measures/`."""
+    from mkdocs.structure.files import File, InclusionLevel  # the tests of this file need no MkDocs
+
+    for path in sorted(MEASURES.glob("*.svg")):
+        files.append(File.generated(config, f"{FOLDER}/{path.name}", abs_src_path=str(path)))
+    for name, text in measures().items():
+        files.append(
+            File.generated(
+                config, f"{FOLDER}/{name}.md", content=text, inclusion=InclusionLevel.NOT_IN_NAV
+            )
+        )
+    return files
 
 
 def generated(name: str, *arguments: str) -> str:
@@ -156,6 +176,20 @@ def helps() -> str:
     return "\n\n".join(f"## mmjax {name}\n\n```text\n{help_of(name)}```" for name in cli.COMMANDS)
 
 
+# --- results -----------------------------------------------------------------------------------
+
+
+def measures() -> dict[str, str]:
+    """Return the pages of results by name, each with a title."""
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(MEASURES.glob("*.md"))}
+    return {n: t if t.startswith("# ") else f"# {n}\n\n{t}" for n, t in texts.items()}
+
+
+def measure_list() -> str:
+    """Return links to the pages of results, as a list in a sentence."""
+    return ", ".join(f"[{name}](measures/{name}.md)" for name in measures())
+
+
 # --- systems -----------------------------------------------------------------------------------
 
 
@@ -223,6 +257,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "rules": rules,
     "commands": commands,
     "helps": helps,
+    "measures": measure_list,
     "first": first,
     "header": header,
     "systems": systems,

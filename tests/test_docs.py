@@ -284,6 +284,15 @@ def test_a_systems_page_shows_its_header_and_plans(hooks: Any, name: str) -> Non
     assert f"| [`{name}`]({name}.md) |" in hooks.systems()
 
 
+def test_every_page_of_results_is_in_the_manual_under_a_title(hooks: Any) -> None:
+    pages = hooks.measures()
+    assert {"vit", "imp", "soak"} <= pages.keys() and len(pages) == len(
+        list((ROOT / "benchmarks" / "results").glob("*.md"))
+    )
+    assert all(text.startswith("# ") for text in pages.values())
+    assert "[vit](measures/vit.md)" in hooks.on_page_markdown("<!-- generated: measures -->")
+
+
 def test_a_pipe_and_brackets_in_a_docstring_stay_text(hooks: Any) -> None:
     assert hooks.table(("a",), iter([("x|y",)])) == "| a |\n| --- |\n| x\\|y |"
     assert hooks.prose("ids [B] of `[S]` <x>") == "ids \\[B\\] of `[S]` \\<x\\>"
