@@ -23,7 +23,7 @@ MARKS = "<!-- benchmarks: made by python -m benchmarks.readme -->", "<!-- end of
 
 
 def results(folder: Path) -> list[Mapping[str, Any]]:
-    """What the cases found, by name; other files of results are left out."""
+    """Return what the cases found, by name; other files of results are skipped."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return [each for each in found if "case" in each and each["quantities"]]
 

@@ -91,8 +91,8 @@ def blocks(path: str, cls: type, change: str) -> Iterator[tuple[str, type, str]]
     """Yield a block and those below it, each with its path and class of change."""
     yield path, cls, change
     for place, inner, inner_change in describe.nested(cls):
-        own = inner_change if inner_change != "structural" else change
-        yield from blocks(f"{path}.{place}".lstrip("."), inner, own)
+        below = inner_change if inner_change != "structural" else change
+        yield from blocks(f"{path}.{place}".lstrip("."), inner, below)
 
 
 def _block(path: str, cls: type, change: str) -> str:

@@ -25,7 +25,7 @@ def read(run: Path) -> list[dict]:
 
 
 def strip(axes: Axes, lines: list[dict], tasks: list[str]) -> None:
-    """A row for each task, a cell for each step."""
+    """Draw a row for each task, a cell for each step."""
     picture = np.ones((len(tasks), STEPS, 3))
     for line in lines[:STEPS]:
         row = tasks.index(line["task"])
@@ -37,7 +37,7 @@ def strip(axes: Axes, lines: list[dict], tasks: list[str]) -> None:
 
 
 def losses(axes: Axes, lines: list[dict], tasks: list[str]) -> None:
-    """The loss of each task, a mean over its last visits, as a share of its first one."""
+    """Draw the loss of each task, a mean over its last visits, as a share of its first one."""
     for row, task in enumerate(tasks):
         of_task = [line for line in lines if line["task"] == task]
         values = np.array([line["loss"] for line in of_task])

@@ -180,10 +180,10 @@ def nested(cls: type) -> Iterator[tuple[str, type, str]]:
     """
     for row in keys(cls):
         field = next(f for f in dataclasses.fields(cls) if f.name == row.name)
-        hint, held = _without_none(_hints(cls)[row.name]), _held(field)
+        hint, schema = _without_none(_hints(cls)[row.name]), _block_schema(field)
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
         place = {dict: f"{row.name}.NAME", tuple: f"{row.name}[i]"}.get(origin, row.name)
-        inner = held or (arguments[origin is dict] if origin in (dict, tuple) else hint)
+        inner = schema or (arguments[origin is dict] if origin in (dict, tuple) else hint)
         if (
             isinstance(inner, type)
             and dataclasses.is_dataclass(inner)
@@ -205,11 +205,11 @@ class _Walk:
         """Return the place `parts` below a value of type `hint`, which a field holds."""
         hint = _without_none(hint)
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-        held = _held(field)
-        if held == _INPUTS and arguments[1:] != (Any,):
+        schema = _block_schema(field)
+        if schema == _INPUTS and arguments[1:] != (Any,):
             return self._input(parts, change)
-        if held and (hint is Any or arguments[1:] == (Any,)):
-            return self._block(parts, held, field, change, value)
+        if schema and (hint is Any or arguments[1:] == (Any,)):
+            return self._block(parts, schema, field, change, value)
         if origin in (dict, tuple):
             inner = configs.entry(value, parts[0]) if parts else None
             return self.at(parts[1:], arguments[origin is dict], field, change, inner)
@@ -218,10 +218,10 @@ class _Walk:
         raise UserError(f"'{self.path}' is below a single value.")
 
     def _block(
-        self, parts: Sequence[str], held: Any, field: Any, change: str, value: Any
+        self, parts: Sequence[str], schema: Any, field: Any, change: str, value: Any
     ) -> Target:
-        kind: str = held if isinstance(held, str) else getattr(held, "KIND", "")
-        cls = self._component(kind, value) if kind else held
+        kind: str = schema if isinstance(schema, str) else getattr(schema, "KIND", "")
+        cls = self._component(kind, value) if kind else schema
         if cls is None:
             if parts:
                 raise UserError(
@@ -239,7 +239,7 @@ class _Walk:
         return self._key(parts, cls, rows, value)
 
     def _key(self, parts: Sequence[str], cls: type, rows: Sequence[Key], value: Any) -> Target:
-        (part, *rest), known = parts, {row.name: row for row in rows}
+        (part, *inner_parts), known = parts, {row.name: row for row in rows}
         if part not in known:
             raise UserError(f"'{self.path}': no key '{part}'.{nearest(part, known)}")
         field = next(f for f in dataclasses.fields(cls) if f.name == part)
@@ -248,10 +248,10 @@ class _Walk:
         self.classes = {key.removeprefix(f"{part}."): change for key, change in below.items()}
         is_plain = typing.get_origin(_without_none(hint)) in (dict, tuple)
         if not _is_block(hint, field) and (
-            is_plain or not rest
+            is_plain or not inner_parts
         ):  # an entry of plain data is described as a whole
             return Target(self.path, row.meaning, cls.__module__, [row], is_value=True)
-        return self.at(rest, hint, field, row.change, configs.entry(value, part))
+        return self.at(inner_parts, hint, field, row.change, configs.entry(value, part))
 
     def _input(self, parts: Sequence[str], change: str) -> Target:
         if not parts:
@@ -289,7 +289,7 @@ def _package(kind: str) -> str:
     return f"`{configs.KINDS[kind].replace('.', '/')}/`"
 
 
-def _held(field: Any) -> Any:
+def _block_schema(field: Any) -> Any:
     """Return what the plain blocks of a field are built as: a dataclass, a kind, `inputs`, or None."""
     if field is None or "dict[str, Any]" not in str(field.type):
         return None
@@ -302,7 +302,7 @@ def _is_block(hint: Any, field: Any) -> bool:
     inner = (
         arguments[-1] if typing.get_origin(hint) is dict else arguments[0] if arguments else hint
     )
-    return bool(_held(field)) or dataclasses.is_dataclass(inner) or hasattr(inner, "KIND")
+    return bool(_block_schema(field)) or dataclasses.is_dataclass(inner) or hasattr(inner, "KIND")
 
 
 def _without_none(hint: Any) -> Any:

@@ -102,8 +102,8 @@ def test_components_on_the_way_are_named_in_order() -> None:
 
 def test_the_inputs_of_a_task_are_those_of_the_modality() -> None:
     for path in ("tasks.T.inputs.image", "schedule.phases[0].tasks.T.inputs.image"):
-        found = rows(describe.find(path, RunConfig))
-        assert found["size"][:2] == ("int", "64") and found["instances"][1] == "0"
+        keys = rows(describe.find(path, RunConfig))
+        assert keys["size"][:2] == ("int", "64") and keys["instances"][1] == "0"
     config = {"modalities": {"drawing": {"name": "colours"}}}
     named = describe.find("tasks.T.inputs.drawing", RunConfig, config=config)
     assert named.module == "mmjax.modalities.colours"
@@ -141,7 +141,7 @@ def test_what_is_not_there_is_an_error_with_a_remedy(path: str, message: str) ->
 
 @pytest.mark.parametrize("name", ["quickstart", "moma:small"])
 def test_each_key_of_a_config_has_the_class_that_a_resumed_run_gives_it(name: str) -> None:
-    """`describe` and `key_class` walk the same metadata apart from each other."""
+    """Compare `describe` with `key_class`: two walks over the same metadata."""
     config = configs.read_file(name)
     count = 0
     for key, _ in configs.flat(config):
