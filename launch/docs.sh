@@ -19,4 +19,4 @@ esac
 venv=$(absolute "${MMJAX_DOCS_VENV:-$ROOT/.venv-docs}")
 ensure_environment "$venv" docs
 build_docs "$venv"
-say "manual: $ROOT/site/index.html"
+log_line "manual: $ROOT/site/index.html"

@@ -26,4 +26,4 @@ venv=$(absolute "${MMJAX_VENV:-$ROOT/.venv}")
 ensure_environment "$venv" data
 "$venv/bin/python" -m pip wheel -q --disable-pip-version-check --no-deps --wheel-dir "$ROOT/dist" "$ROOT" ||
   fail "the wheel could not be built; the reason stands above."
-say "release: $(ls "$ROOT"/dist/mmjax-"$version"-*.whl)"
+log_line "release: $(ls "$ROOT"/dist/mmjax-"$version"-*.whl)"

@@ -116,7 +116,7 @@ class RowSpec:
     def shapes(self) -> Batch:
         """Return the tree of `jax.ShapeDtypeStruct`s of one row."""
         return Batch(
-            inputs={name: i.arrays() for name, i in self.inputs.items()},
+            inputs={name: input_.arrays() for name, input_ in self.inputs.items()},
             fields={name: jax.ShapeDtypeStruct((), np.int32) for name in self.fields},
             valid=jax.ShapeDtypeStruct((), np.bool_),
         )
@@ -139,7 +139,7 @@ class RowSpec:
         except UserError as error:
             raise RecordError(str(error)) from error
         times = () if rng is None or not self._sharing else tuple(rng.random(self._sharing))
-        inputs = {name: _arrays(each, example, rng, times) for name, each in self.inputs.items()}
+        inputs = {n: _arrays(input_, example, rng, times) for n, input_ in self.inputs.items()}
         return Batch(inputs=inputs, fields=fields, valid=np.True_)
 
     @cached_property

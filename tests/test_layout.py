@@ -30,6 +30,7 @@ TOGETHER = {
     "golden": "runs and configs of older versions",
     "import": "imports and layers of all modules",
     "instances": "instances pass from modality to objective",
+    "language": "prose, docstrings and names of the whole repository",
     "layout": "this file",
     "plugin": "a user's modules, of every kind",
     "published": "settings of configs/ against the papers'",

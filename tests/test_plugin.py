@@ -58,7 +58,10 @@ def test_its_rule_of_the_schedule_is_used(extra, command, tmp_path):
     assert done.returncode == 0, done.stderr
     assert " block " in done.stdout
     done = command("train", *[w.replace("=block", "=blok") for w in words])
-    assert done.returncode == 2 and "no schedule rule 'blok'. Did you mean 'block'?" in done.stderr
+    assert (
+        done.returncode == 2
+        and "unknown schedule rule 'blok'. Did you mean 'block'?" in done.stderr
+    )
 
 
 def test_the_keys_of_its_algorithm_are_checked(extra, command):

@@ -116,10 +116,10 @@ class Evaluation:
         return {name: value[valid] for name, value in outputs.items()}
 
     def _batches(
-        self, task: Task, each: Pass, examples: Examples, size: int
+        self, task: Task, pass_: Pass, examples: Examples, size: int
     ) -> Iterable[tuple[Batch, int, Any]]:
         """Yield this process's rows of each batch, read ahead in threads; the last one padded with invalid rows."""
-        spec = row_spec(task, each)
+        spec = row_spec(task, pass_)
         first, last = process_rows(self._mesh, "evaluation.batch")(size)
 
         def make(index: int) -> tuple[Batch, int, Any]:

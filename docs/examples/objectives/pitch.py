@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mmjax.core.batch import Batch
 from mmjax.core.bounds import COUNT, check
 from mmjax.modalities.base import Input
-from mmjax.model import Batch, Model
+from mmjax.model import Model
 from mmjax.nn.dense import Dense
 from mmjax.nn.stream import Aux, mean_pool
 from mmjax.objectives.base import Embeds, Loss, Objective
@@ -49,10 +50,10 @@ class Pitch(Objective, Embeds):
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         """Return the mean over the valid rows; an unreadable example is a row that is not valid."""
-        pooled_BD, aux = self.pooled(model, batch["inputs"]["tone"], key)
+        pooled_BD, aux = self.pooled(model, batch.inputs["tone"], key)
         guess_B = model.heads[self.head]["out"](pooled_BD)[:, 0] * self.most
-        error_B = jnp.where(batch["valid"], jnp.square(guess_B - batch["fields"]["pitch"]), 0)
-        return Loss(error_B.sum() / jnp.maximum(batch["valid"].sum(), 1) + aux.loss)
+        error_B = jnp.where(batch.valid, jnp.square(guess_B - batch.fields["pitch"]), 0)
+        return Loss(error_B.sum() / jnp.maximum(batch.valid.sum(), 1) + aux.loss)
 
     def embeds(self) -> tuple[str, ...]:
         return ("tone",)
