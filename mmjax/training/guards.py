@@ -140,7 +140,7 @@ class HealthMonitor:
             task = clock.schedule.task(broken)
             raise Diverged(task, done.step, clock.quarantined, text, before=broken)
         raise UserError(
-            f"The parameters are not finite: {text}, and no earlier checkpoint exists. Lower optimizer.learning_rate, "
+            f"The parameters are not finite: {text}, and no checkpoint precedes it. Lower optimizer.learning_rate, "
             f"or look at examples {self._examples(done)}."
         )
 
