@@ -11,6 +11,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from compiled import text_of
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -32,7 +33,7 @@ def compiled(function, mesh, out, *specs) -> str:
         jax.ShapeDtypeStruct((N, N), jnp.float32, sharding=NamedSharding(mesh, s)) for s in specs
     ]
     jitted = jax.jit(function, out_shardings=NamedSharding(mesh, out))
-    return jitted.lower(*shapes).compile().as_text()
+    return text_of(jitted.lower(*shapes), mesh)
 
 
 def scanned(x, w):

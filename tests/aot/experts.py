@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from compiled import text_of
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -74,7 +75,8 @@ def main() -> None:
 
         function = jax.jit(jax.grad(total, argnums=(0, 1)) if backward else of)
         with jax.set_mesh(mesh):
-            text = function.lower(parameters, x).compile().as_text()
+            lowered = function.lower(parameters, x)
+            text = text_of(lowered, mesh)
         found = cost(parse(text), layout, 1.0, 1.0)
         wires: dict[str, float] = {}
         for (_, kind, axes), size in found.wires.items():

@@ -11,6 +11,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from compiled import text_of
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -32,7 +33,7 @@ def main() -> None:
     def text(function, *arguments, argnums=(0, 1)):
         with jax.set_mesh(mesh):
             gradient = jax.jit(jax.grad(function, argnums=argnums))
-            return gradient.lower(*arguments).compile().as_text()
+            return text_of(gradient.lower(*arguments), mesh)
 
     q = shape(P("data", None, "tensor"), jnp.bfloat16, 4, LENGTH, 4, 64)
     valid = shape(P("data"), jnp.bool_, 4, LENGTH)
