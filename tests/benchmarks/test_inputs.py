@@ -20,6 +20,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, emoji_dir: Any) -> None:
     for name, value in {"EXAMPLES": 32, "BATCH": 8, "BATCHES": 1, "SHARDS": 2}.items():
         monkeypatch.setattr(inputs, name, value)
     monkeypatch.setattr(inputs, "find_spec", lambda name: None)
+    monkeypatch.setattr(others, "WORKERS", 0)  # threads; `test_run.py` has a process
 
 
 @pytest.fixture

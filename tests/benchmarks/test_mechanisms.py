@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
+import subprocess
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,17 +15,30 @@ import toyrun
 from mains import refused
 from mains import run as run_main
 
-from benchmarks.experiments import mechanisms
+from benchmarks.experiments import mechanisms, mixture
 from benchmarks.experiments.comparisons import COMPARISONS, IMP, Comparison, Variant, chosen
 from benchmarks.experiments.mixture import Trial
+from mmjax import train
 
 ROOT = Path(__file__).parents[2]
 TOY = str(ROOT / "tests" / "configs" / "toy.py")
 EXTRA = f"--extra={ROOT / 'tests' / 'extra'}"
 
 
+FLOPS = mechanisms.flops
+
+
+@cache
+def flops_of(block: str) -> int:
+    return FLOPS(json.loads(block))
+
+
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_the_variants_of_a_comparison_end_at_the_same_compute(name: str) -> None:
+def test_the_variants_of_a_comparison_end_at_the_same_compute(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Comparisons of one folder have variants in common: they are counted once.
+    monkeypatch.setattr(mechanisms, "flops", lambda block: flops_of(json.dumps(block)))
     runs, cost = mechanisms.trials(COMPARISONS[name], [0, 1], ())
     assert len(runs) == 2 * len(cost)
     spent = [each["flops"] for each in cost.values()]
@@ -141,9 +157,18 @@ def test_how_soon_the_system_is_where_the_other_one_ends() -> None:
     np.testing.assert_allclose(mechanisms.smoothed(values), wanted)
 
 
+def in_this_process(words: list[str], *, stdout: Any, **_: Any) -> Any:
+    """`subprocess.run` for `mmjax train`."""
+    assert words[1:4] == ["-m", "mmjax", "train"]
+    ended = run_main(train.main, *words[4:])
+    stdout.write(ended.out + ended.err)
+    return subprocess.CompletedProcess(words, ended.status)
+
+
 def test_it_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real training of both sides, their table and picture; the second time nothing is trained again."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    here = SimpleNamespace(run=in_this_process, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(mixture, "subprocess", here)  # `test_mixture.py` has processes
     monkeypatch.setitem(COMPARISONS, "toys", TOYS)
     words = [f"--out={tmp_path}", "--only=toys", "--seeds=0", EXTRA, "--config.steps=4"]
     ended = run_main(mechanisms.main, *words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,49 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from toyrun import CONFIG, EXTRA
 
-from benchmarks import run
+from benchmarks import experts, inputs, run, scaling, starting, untied
 from benchmarks._pairs import interval, quantity
 
-# Of cases whose sizes are their own, smaller ones.
+
+def one_round(pairs: int, seed: int, compiling: Any = scaling._compiling) -> list[list[float]]:
+    """Return the seconds of one round of compilations as those of all rounds."""
+    return [pairs * each for each in compiling(1, seed)]
+
+
+def first_result(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that returns what the first call of `function` does."""
+    results: list[Any] = []
+
+    def call(*arguments: Any) -> Any:
+        if not results:
+            results.append(function(*arguments))
+        return results[0]
+
+    return call
+
+
+# Of cases whose sizes are their own, smaller ones; by module of `benchmarks`.
 SMALL: dict[str, dict[str, Any]] = {
     "checkpoints": {"SIZES": (0.001,)},
+    "checksums": {"SIZES": (0.001, 0.002)},
     "contrastive": {"BATCHES": (64,)},
-    "experts": {"ROWS": 4, "LENGTH": 16, "WIDTH": 16, "HIDDEN": 64, "COUNT": 4},
-    "inputs": {"EXAMPLES": 32, "BATCH": 8, "BATCHES": 1, "SHARDS": 2},
+    "experts": {
+        "ROWS": 4, "LENGTH": 16, "WIDTH": 16, "HIDDEN": 64, "COUNT": 4,
+        "ROUTERS": {**experts.ROUTERS, "soft": {"name": "soft", "slots_per_expert": 4}},
+    },
+    "inputs": {
+        "EXAMPLES": 32, "BATCH": 8, "BATCHES": 1, "SHARDS": 2, "KINDS": dict(list(inputs.KINDS.items())[:1]),
+    },
+    "_inputs_peers": {"WORKERS": 1},
     "scaling": {
         "BASE": {"tokens": 8, "batch": 8, "depth": 1, "experts": 0}, "WIDTH": 16, "HIDDEN": 32,
         "SERIES": {"tokens": (8, 16), "experts": (2, 4)}, "PROGRAMS": (1, 2), "TASKS": (2, 4), "LOOKUPS": 10,
+        "_compiling": one_round,
+    },
+    "starting": {"_round": first_result(starting._round)},  # a round is of three processes
+    "untied": {
+        "ROWS": 2, "LENGTH": 96, "WIDTH": 16, "LAYERS": 2, "INNER": 8, "STATE": 2,
+        "BLOCK": {**untied.BLOCK, "mlp_dim": 32},
     },
     "vit": {"SIZES": {"Ti": (32, 2, 2)}, "SHAPES": (("Ti", 32, 8),)},
 }  # fmt: skip
@@ -37,8 +69,9 @@ WORDS = (f"--extra={EXTRA}", f"--config={CONFIG}", "--config.mesh.data=8")
 def test_a_case_measures_and_writes(
     tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, emoji_dir: Any
 ) -> None:
-    for name, value in SMALL.get(case, {}).items():
-        monkeypatch.setattr(importlib.import_module(f"benchmarks.{case}"), name, value)
+    for module in (case, f"_{case}_peers"):
+        for name, value in SMALL.get(module, {}).items():
+            monkeypatch.setattr(importlib.import_module(f"benchmarks.{module}"), name, value)
     ended = mains.run(run.main, *WORDS, f"--only={case}", "--pairs=3", f"--out={tmp_path}")
     assert (ended.status, ended.err) == (0, "")
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{case}.json", f"{case}.md"]
