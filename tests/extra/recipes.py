@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ def block(name: str) -> configs.Block:
     return configs.read_file(f"{ROOT / 'configs' / file}.py{colon}{setting}")
 
 
+@cache
 def experiment(name: str) -> Experiment:
+    """Return the experiment of `SYSTEM:SETTING`, built once for all tests; do not change it."""
     return make_experiment(block(name))
 
 
