@@ -291,40 +291,6 @@ def test_a_run_is_queued_again_that_saved_or_that_its_watchdog_ended(
         assert (tmp_path / "queued").read_text() == "requeue 77\n"
 
 
-# --- the recorded command really runs ----------------------------------------------------------
-
-
-def slurm_command(cloud: Cloud, workdir: Path) -> str:
-    done = cloud.launch("slurm", *SLURM, f"--workdir={workdir}", TOY)
-    assert done.returncode == 0, done.stderr
-    line = next(x for x in cloud.calls()[-1][-1].splitlines() if x.startswith("srun"))
-    return shlex.split(line)[-1]
-
-
-def test_the_workers_command_runs_over_loopback(
-    cloud: Cloud, tmp_path: Path, environment_of: Callable[..., dict[str, str]]
-) -> None:
-    """What a node of a cluster is given, by two processes here."""
-    workdir = tmp_path / "run"
-    command = slurm_command(cloud, workdir)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    where = {"MMJAX_COORDINATOR": f"127.0.0.1:{port}", "MMJAX_PROCESSES": "2"}
-    started = [
-        subprocess.Popen(
-            ["bash", "-c", command], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-            env=environment_of(1, {**where, "MMJAX_PROCESS": str(index)}),
-        )
-        for index in range(2)
-    ]  # fmt: skip
-    said = [each.communicate(timeout=300)[1] for each in started]
-    assert [each.returncode for each in started] == [0, 0], said
-    assert finished_steps(workdir)[-1] == 12
-    toyrun.block()
-    assert toyrun.meta(workdir)["environment"]["processes"] == 2
-
-
 # --- a pod on this machine ---------------------------------------------------------------------
 
 
@@ -355,24 +321,14 @@ def machine(environment_of: Callable[..., dict[str, str]]) -> dict[str, str]:
     return {k: v for k, v in made.items() if k != "XLA_FLAGS"}
 
 
-def test_a_pod_is_told_to_stop_loses_a_process_and_comes_to_its_end(
-    tmp_path: Path, machine: dict[str, str]
+def test_a_pod_loses_a_process_is_told_to_stop_and_comes_to_its_end_on_a_cluster(
+    cloud: Cloud, tmp_path: Path, machine: dict[str, str]
 ) -> None:
-    """SIGTERM: all save one step, status 3. SIGKILL of one: the others end, and that is reported. Then the rest."""
+    """SIGKILL of one: the others are ended, and that is reported. SIGTERM: all save one step, status 3. Then the rest."""
     workdir = tmp_path / "run"
     long = ("--processes=2", "--devices=2", "--config.steps=100000", "--config.checkpoint.every=20")
     started = pod(workdir, *long, environment=machine)
     wait_for_checkpoint(workdir, started)
-    started.send_signal(signal.SIGTERM)
-    out, said = started.communicate(timeout=300)
-    assert started.returncode == 3, said
-    step = finished_steps(workdir)[-1]
-    assert f"saved step {step}" in out
-
-    started = pod(workdir, *long, environment=machine)
-    while finished_steps(workdir)[-1] == step:
-        assert started.poll() is None, started.communicate()
-        time.sleep(0.02)
     os.kill(children(started.pid)[-1], signal.SIGKILL)
     _, said = started.communicate(timeout=300)
     assert "process 1 was ended by SIGKILL; ending the others" in said
@@ -380,11 +336,55 @@ def test_a_pod_is_told_to_stop_loses_a_process_and_comes_to_its_end(
     assert started.returncode not in (0, 3)
 
     last = finished_steps(workdir)[-1]
-    end = ("--processes=2", "--devices=2", f"--config.steps={last + 2}")
-    started = pod(workdir, *end, environment=machine)
+    started = pod(workdir, *long, environment=machine)
+    while finished_steps(workdir)[-1] == last:
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.02)
+    started.send_signal(signal.SIGTERM)
     out, said = started.communicate(timeout=300)
-    assert started.returncode == 0, said
-    assert finished_steps(workdir)[-1] == last + 2 and f"Resuming from step {last}" in out
+    assert started.returncode == 3, said
+    step = finished_steps(workdir)[-1]
+    assert f"Resuming from step {last}" in out and f"saved step {step}" in out
+
+    statuses, out = by_workers(slurm_command(cloud, workdir, f"--config.steps={step + 2}"), machine)
+    assert statuses == [0, 0], out
+    assert finished_steps(workdir)[-1] == step + 2 and f"Resuming from step {step}" in out
+    toyrun.block()
+    assert toyrun.meta(workdir)["environment"]["processes"] == 2
+
+
+def slurm_command(cloud: Cloud, workdir: Path, *words: str) -> str:
+    """Return what the batch script gives each node of a cluster to run."""
+    done = cloud.launch("slurm", *SLURM, f"--workdir={workdir}", TOY, *words)
+    assert done.returncode == 0, done.stderr
+    line = next(x for x in cloud.calls()[-1][-1].splitlines() if x.startswith("srun"))
+    return shlex.split(line)[-1]
+
+
+def by_workers(command: str, machine: dict[str, str]) -> tuple[list[int], str]:
+    """Run a worker's command as two nodes, over loopback; return their statuses and all that they print."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"MMJAX_COORDINATOR": f"127.0.0.1:{port}", "MMJAX_PROCESSES": "2"}
+    started = [
+        subprocess.Popen(
+            ["bash", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**machine, **where, "MMJAX_PROCESS": str(index)},
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    printed = [each.communicate(timeout=300)[0] for each in started]
+    return [each.returncode for each in started], "".join(printed)
+
+
+@pytest.mark.parametrize(("job", "status"), [("exit 0", 0), ('exit "$WHICH"', 1)])
+def test_a_pod_ends_well_where_all_its_processes_do(job: str, status: int) -> None:
+    made = (
+        f"jobs.Pod([dict(os.environ, WHICH=str(i)) for i in range(2)]).run(['bash', '-c', {job!r}])"
+    )
+    code = f"import os, sys; sys.path.insert(0, 'launch'); import jobs; sys.exit({made})"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == status
 
 
 SLEEPER = "import os, sys, time; print(os.getpid(), flush=True); {more} time.sleep(600)"
