@@ -16,7 +16,9 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "xla-tests"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # most programs are small
+# Whatever takes long or short to compile, as `use_cache` has it in a run.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("MMJAX_DATA_DIR", str(_CACHE / "data"))
 # Modules that several tests share: `toyrun`, `harness`; and the hooks of `budget`.
 sys.path[:0] = [str(Path(__file__).resolve().parent / folder) for folder in ("extra", "pod")]
