@@ -105,8 +105,8 @@ def test_a_wrong_config_file_names_the_key_and_the_nearest(tmp_path, workdir, ol
     assert "\n" not in message
 
 
-def test_a_missing_config(command, workdir):
-    line = error_line(command("train", "--config=configs/qickstart.py", workdir))
+def test_a_missing_config(workdir):
+    line = trained(workdir, config="configs/qickstart.py")
     assert "No config file 'configs/qickstart.py'" in line and "get_config()" in line
 
 
@@ -115,17 +115,17 @@ def test_a_file_that_is_no_config(tmp_path, workdir):
     assert "x.py' has no function get_config()" in trained(workdir, config=tmp_path / "x.py")
 
 
-def test_an_unknown_argument(command, workdir):
-    line = error_line(command("train", f"--config={TINY}", workdir, "--step=3"))
+def test_an_unknown_argument(workdir):
+    line = trained(workdir, "--step=3")
     assert "Unknown argument --step=3. usage: " in line and "--workdir" in line
 
 
 # --- data --------------------------------------------------------------------------------------
 
 
-def test_missing_data_says_what_to_run(command, workdir, tmp_path):
-    env = {"MMJAX_DATA_DIR": str(tmp_path / "data")}
-    line = error_line(command("train", f"--config={TINY}", workdir, env=env))
+def test_missing_data_says_what_to_run(workdir, tmp_path, monkeypatch):
+    monkeypatch.setenv("MMJAX_DATA_DIR", str(tmp_path / "data"))
+    line = trained(workdir)
     assert "'emoji' is not there" in line
     assert f"mmjax build emoji --data_dir={tmp_path / 'data'}" in line
 
@@ -222,10 +222,9 @@ def test_a_tokenizer_that_is_not_there_says_what_to_run(emoji_dir, workdir):
     assert "build emoji" not in message
 
 
-def test_a_mesh_for_other_devices_says_how_many_there_are(command, tmp_path):
-    words = (*TOY, f"--workdir={tmp_path}", "--config.mesh.data=8")
-    line = error_line(command("train", *words, devices=2))
-    assert "does not make up the 2 devices here" in line and "--config.mesh.AXIS" in line
+def test_a_mesh_for_other_devices_says_how_many_there_are(tmp_path):
+    line = refused(train.main, *TOY, f"--workdir={tmp_path}", "--config.mesh.data=2")
+    assert "does not make up the 8 devices here" in line and "--config.mesh.AXIS" in line
 
 
 # --- a workdir that holds a run ----------------------------------------------------------------
@@ -266,9 +265,9 @@ def test_a_checkpoint_of_other_shapes(toy_copy):
     assert (toy_copy / "checkpoints" / "4").exists(), "a checkpoint that is whole is not set aside"
 
 
-def test_a_workdir_that_is_a_file(command, tmp_path):
+def test_a_workdir_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("mine")
-    line = error_line(command("train", *TOY, f"--workdir={tmp_path / 'file'}"))
+    line = refused(train.main, *TOY, f"--workdir={tmp_path / 'file'}")
     assert "is a file. Give a folder." in line
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from etils import epath
+from mains import Ended, apart
 
 from mmjax.engine import checkpoint
 
@@ -26,18 +27,61 @@ def extra() -> Path:
     return EXTRA
 
 
+SHIFT = {"name": "shift", "scal": 3}
+ROUTED = {
+    "name": "transformer",
+    "num_heads": 2,
+    "mlp_dim": 4,
+    "experts": {"count": 3, "router": {"name": "in_turn", "frst": 1}},
+}
+# Keys that are not there: what the command line sets, and what is said of it.
+WRONG = {
+    "rule": ("schedule.rule=blok", "unknown schedule rule 'blok'. Did you mean 'block'?"),
+    "algorithm": (
+        "optimizer.algorithm.momentun=0.9",
+        "Unknown config key 'config.optimizer.algorithm.momentun'. Did you mean 'momentum'?",
+    ),
+    "layer": (
+        f"model.layers={[{'repeat': 1, 'blocks': [SHIFT]}]}",
+        "blocks[0].scal'. Did you mean 'scale'?",
+    ),
+    "router": (
+        f"model.layers={[{'repeat': 1, 'blocks': [ROUTED]}]}",
+        "blocks[0].experts.router.frst'. Did you mean 'first'?",
+    ),
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def run(extra: Path, command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("tones") / "run"
-    done = command(
-        "train", f"--extra={extra}", f"--config={extra}/tones.py", f"--workdir={workdir}"
-    )
-    assert done.returncode == 0, done.stderr
-    assert "squared semitones" in done.stdout
-    return workdir
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of the run that `ended` makes."""
+    return tmp_path_factory.mktemp("tones") / "run"
 
 
-def test_it_trains(run):
+@pytest.fixture(scope="module")
+def ended(extra: Path, run: Path, environment_of: Any) -> dict[str, Ended]:
+    """How mains with the folder ended, all in one process."""
+    config = [f"--extra={extra}", f"--config={extra}/config.py"]
+    commands = {
+        "train": ["train", *config, f"--workdir={run}"],
+        "block": ["train", *config, f"--workdir={run}2", "--config.schedule.rule=block", "--dry_run"],
+        "evaluate": ["evaluate", f"--extra={extra}", f"--workdir={run}"],
+    }  # fmt: skip
+    for name, (override, _) in WRONG.items():
+        commands[name] = ["show", *config, f"--config.{override}"]
+    return apart(environment_of(1), commands)
+
+
+@pytest.fixture(scope="module")
+def without(ended: Any, run: Path, environment_of: Any) -> dict[str, Ended]:
+    """How mains ended in a process that was not given the folder."""
+    commands = {"evaluate": ["evaluate", f"--workdir={run}"], "show": ["show", str(run)]}
+    return apart(environment_of(1), commands)
+
+
+def test_it_trains(run, ended):
+    assert ended["train"].status == 0, ended["train"].err
+    assert "squared semitones" in ended["train"].out
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 30 and np.mean(losses[-5:]) < np.mean(losses[:5])
@@ -51,41 +95,29 @@ def test_it_trains(run):
     assert "code.algorithms/heavy_ball" in checkpoint.read_meta(folder, 30)["identities"]
 
 
-def test_its_rule_of_the_schedule_is_used(extra, command, tmp_path):
-    words = [f"--extra={extra}", f"--config={extra}/tones.py", f"--workdir={tmp_path}"]
-    words += ["--config.schedule.rule=block", "--dry_run"]
-    done = command("train", *words)
-    assert done.returncode == 0, done.stderr
-    assert " block " in done.stdout
-    done = command("train", *[w.replace("=block", "=blok") for w in words])
-    assert (
-        done.returncode == 2
-        and "unknown schedule rule 'blok'. Did you mean 'block'?" in done.stderr
-    )
+def test_its_rule_of_the_schedule_is_used(ended):
+    assert ended["block"].status == 0, ended["block"].err
+    assert " block " in ended["block"].out
 
 
-def test_the_keys_of_its_algorithm_are_checked(extra, command):
-    words = [f"--extra={extra}", f"--config={extra}/tones.py"]
-    done = command("show", *words, "--config.optimizer.algorithm.momentun=0.9")
-    said = "Unknown config key 'config.optimizer.algorithm.momentun'. Did you mean 'momentum'?"
-    assert done.returncode == 2 and said in done.stderr
+@pytest.mark.parametrize("name", WRONG)
+def test_its_names_and_the_keys_of_its_blocks_are_checked(ended, name):
+    assert ended[name].status == 2 and WRONG[name][1] in ended[name].err
 
 
-def test_it_is_evaluated_and_shown(run, extra, command):
-    own = (run / "results.json").read_text()
-    done = command("evaluate", f"--extra={extra}", f"--workdir={run}")
-    assert (done.returncode, done.stderr) == (0, "")
+def test_it_is_evaluated_and_shown(run, ended, without):
+    assert (ended["evaluate"].status, ended["evaluate"].err) == (0, "")
     [record] = map(json.loads, (run / "evaluations.jsonl").read_text().splitlines())
     del record["time"], record["command"]
-    assert [record] == json.loads(own) and (run / "results.json").read_text() == own
-    done = command("show", str(run))
-    assert (done.returncode, done.stderr) == (0, "")
-    trunk = next(line.split() for line in done.stdout.splitlines() if line.startswith("trunk"))
+    assert [record] == json.loads((run / "results.json").read_text())
+    assert (without["show"].status, without["show"].err) == (0, "")
+    shown = without["show"].out.splitlines()
+    trunk = next(line.split() for line in shown if line.startswith("trunk"))
     sparse = 4 * 8 * 8 + 2 * 8 + 3 * 8 + 3 * 2 * 4 * 8  # attention, norms, router, experts
     assert int(trunk[1]) == 2 * 8 * 8 + sparse + 2 * 8
 
 
-def test_it_embeds(run, extra, command):
+def test_it_embeds(run, extra, ended):
     code = f"""
 import numpy as np, mmjax
 from mmjax.core import config
@@ -103,29 +135,8 @@ except mmjax.core.errors.UserError as error:
     assert done.returncode == 0, done.stderr
 
 
-def test_without_the_folder_the_name_is_unknown(run, extra, command):
-    done = command("evaluate", f"--workdir={run}")
-    assert done.returncode == 2
-    assert "optimizer.algorithm.name: no 'heavy_ball' in mmjax/optim/algorithms" in done.stderr
-    assert "--extra" in done.stderr
-
-
-EXPERTS = {"count": 3, "router": {"name": "in_turn", "frst": 1}}
-
-
-@pytest.mark.parametrize(
-    ("block", "said"),
-    [
-        ({"name": "shift", "scal": 3}, "blocks[0].scal'. Did you mean 'scale'?"),
-        (
-            {"name": "transformer", "num_heads": 2, "mlp_dim": 4, "experts": EXPERTS},
-            "blocks[0].experts.router.frst'. Did you mean 'first'?",
-        ),
-    ],
-    ids=["layer", "router"],
-)
-def test_the_keys_of_a_layer_and_of_a_router_are_checked_too(extra, command, block, said):
-    groups = [{"repeat": 1, "blocks": [block]}]
-    words = [f"--extra={extra}", f"--config={extra}/tones.py", f"--config.model.layers={groups}"]
-    done = command("show", *words)
-    assert done.returncode == 2 and said in done.stderr
+def test_without_the_folder_the_name_is_unknown(without):
+    assert without["evaluate"].status == 2
+    said = without["evaluate"].err
+    assert "optimizer.algorithm.name: no 'heavy_ball' in mmjax/optim/algorithms" in said
+    assert "--extra" in said
