@@ -23,13 +23,16 @@ os.environ.setdefault("MMJAX_DATA_DIR", str(_CACHE / "data"))
 # Modules that several tests share: `toyrun`, `harness`; and the hooks of `budget`.
 sys.path[:0] = [str(Path(__file__).resolve().parent / folder) for folder in ("extra", "pod")]
 
+import decoy  # noqa: E402
 import jax  # noqa: E402
+import mains  # noqa: E402
 import pytest  # noqa: E402
 from budget import pytest_addoption, pytest_terminal_summary  # noqa: E402, F401
 from etils import epath  # noqa: E402
 from harness import Harness  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from mmjax import show  # noqa: E402
 from mmjax.data import data_dir  # noqa: E402
 from mmjax.datasets import build  # noqa: E402
 
@@ -100,9 +103,10 @@ def environment(devices: int = 1, more: Mapping[str, str] | None = None) -> dict
 
 @pytest.fixture(scope="session")
 def tiny_run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> epath.Path:
-    """A finished run of the tiny config; read it, do not change it."""
+    """A finished run of the tiny config, made with a decoy of TensorFlow on its path; read it, do not change it."""
     workdir = tmp_path_factory.mktemp("tiny") / "run"
-    done = command("train", f"--config={TINY}", f"--workdir={workdir}")
+    env = {"PYTHONPATH": f"{decoy.make(workdir.parent)}{os.pathsep}{ROOT}"}
+    done = command("train", f"--config={TINY}", f"--workdir={workdir}", env=env)
     assert done.returncode == 0, done.stderr
     return epath.Path(workdir)
 
@@ -148,12 +152,12 @@ def environment_of() -> Callable[..., dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def digest_of(command: Command) -> Callable[..., str]:
+def digest_of() -> Callable[..., str]:
     """`digest_of(workdir)`: the last line of `mmjax show WORKDIR --digest`."""
 
     def last_line(workdir: Path, *arguments: str) -> str:
-        done = command("show", str(workdir), "--digest", *arguments)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()[-1]
+        done = mains.run(show.main, str(workdir), "--digest", *arguments)
+        assert done.status == 0, done.err
+        return done.out.splitlines()[-1]
 
     return last_line

@@ -34,7 +34,7 @@ ROUTED = {
     "mlp_dim": 4,
     "experts": {"count": 3, "router": {"name": "in_turn", "frst": 1}},
 }
-# Keys that are not there: what the command line sets, and what is said of it.
+# Keys that are not there: what the command line sets, and what the error contains.
 WRONG = {
     "rule": ("schedule.rule=blok", "unknown schedule rule 'blok'. Did you mean 'block'?"),
     "algorithm": (

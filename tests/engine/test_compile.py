@@ -10,11 +10,14 @@ from typing import Any
 import jax
 import pytest
 from etils import epath
-from toyrun import Parts, host, parts, run, watched
+from jax.sharding import Mesh
+from toyrun import Parts, block, host, parts, run, watched
 
 from mmjax.core.errors import UserError
-from mmjax.engine.compile import LimitsConfig, Program, compile_all, use_cache
+from mmjax.core.sharding import make_mesh
+from mmjax.engine.compile import LimitsConfig, Program, Request, compile_all, use_cache
 from mmjax.engine.requests import eval_requests, train_requests
+from mmjax.experiment import make_experiment
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +112,12 @@ def test_a_run_of_another_length_has_the_same_programs(unit: str) -> None:
     phase = 'schedule.phases=[{"start": 8, "learning_rate": %s}]'
 
     def texts(*overrides: str) -> dict[str, str]:
-        toy = parts("optimizer.decay=cosine", f"optimizer.unit={unit}", *overrides)
-        requests, texts = train_requests(toy.experiment, toy.mesh), {}
+        words = ("optimizer.decay=cosine", f"optimizer.unit={unit}", *overrides)
+        mesh, requests = _train_requests(*words)
+        texts = {}
         for name, r in requests.items():
             jitted = jax.jit(r.function, donate_argnums=r.donate, out_shardings=r.out_shardings)
-            with jax.set_mesh(toy.mesh):
+            with jax.set_mesh(mesh):
                 texts[name] = jitted.lower(*r.arguments).as_text()
         return texts
 
@@ -134,20 +138,27 @@ def test_the_cache_has_the_programs_of_a_run_of_another_length(tmp_path: Path) -
 
 def _one_anew(*overrides: str) -> Program:
     """The program of a task, traced again."""
-    toy = parts("model.width=4", *overrides)
-    requests = {"one": train_requests(toy.experiment, toy.mesh)["one"]}
-    return compile_all(requests, toy.mesh, LimitsConfig())["one"]
+    mesh, requests = _train_requests("model.width=4", *overrides)
+    return compile_all({"one": requests["one"]}, mesh, LimitsConfig())["one"]
+
+
+def _train_requests(*overrides: str) -> tuple[Mesh, dict[str, Request]]:
+    """The training programs of a new experiment on one device; nothing is compiled for them."""
+    experiment = make_experiment(block(*overrides))
+    mesh = make_mesh(experiment.run.mesh, jax.devices()[:1])
+    return mesh, train_requests(experiment, mesh)
 
 
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 def test_a_cache_torn_by_a_kill_does_no_harm(tmp_path: Path) -> None:
     """Entries cut short are compiled again, to a program that gives the same bits."""
-    results = []
+    results, toy = [], parts("model.width=4")
+    batch, when, before = toy.batch("one", range(8)), toy.ticks("one", 3, 2), host(toy.state)
+    places = jax.tree.map(lambda x: x.sharding, toy.state)
     with _cache(tmp_path / "cache"):
         for _ in range(2):
-            call, toy = _one_anew().call, parts("model.width=4")
-            batch, when = toy.batch("one", range(8)), toy.ticks("one", 3, 2)
-            results.append(host(call(toy.state, batch, when)))
+            state = jax.device_put(before, places)
+            results.append(host(_one_anew().call(state, batch, when)))
             entries = [p for p in (tmp_path / "cache").rglob("*-cache") if p.is_file()]
             assert entries
             for entry in entries:

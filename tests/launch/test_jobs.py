@@ -324,7 +324,7 @@ def machine(environment_of: Callable[..., dict[str, str]]) -> dict[str, str]:
 def test_a_pod_loses_a_process_is_told_to_stop_and_comes_to_its_end_on_a_cluster(
     cloud: Cloud, tmp_path: Path, machine: dict[str, str]
 ) -> None:
-    """SIGKILL of one: the others are ended, and that is reported. SIGTERM: all save one step, status 3. Then the rest."""
+    """SIGKILL of one: the others end, and that is reported. SIGTERM: all save one step, status 3. Then the rest."""
     workdir = tmp_path / "run"
     long = ("--processes=2", "--devices=2", "--config.steps=100000", "--config.checkpoint.every=20")
     started = pod(workdir, *long, environment=machine)

@@ -79,7 +79,7 @@ LEAST = 1e-3  # arrays smaller than this are compared with this
 CLOSE = 1e-10  # the largest difference that rounding explains
 MARK = "compiles: "
 KEY = "key in the cache: "
-SAID = "said"  # a folder in the cache: what XLA said of a program, by the program's key
+SAID = "said"  # a folder in the cache: what XLA printed about a program, by the program's key
 CONTROL = "control"
 WARNING = "Involuntary full rematerialization"
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,9 +213,9 @@ def compiled(function: Any, arguments: Any, out_shardings: Any, mesh: Mesh, what
 
 
 def recalled(key: str, *more: Any) -> Any:
-    """Look a program up in JAX's cache and say on standard error whether it was there.
+    """Look a program up in JAX's cache and print on standard error whether it was there.
 
-    One of which nobody noted what XLA said is compiled again.
+    A program without a record of what XLA printed is compiled again.
     """
     is_noted = (cache_dir() / SAID / key).exists()
     result = from_cache(key, *more) if is_noted else (None, None)
@@ -439,7 +439,7 @@ def run_apart(*words: str, timeout: float) -> tuple[dict[str, Any], dict[str, st
 
 
 def noted(text: str) -> str:
-    """Return what XLA said when it compiled a program, from what came on standard error now; keep it for later runs."""
+    """Return what XLA printed when it compiled a program, from standard error now; keep it for later runs."""
     [(key, how)] = re.findall(rf"^{KEY}(\S+) (\w+)$", text, flags=re.MULTILINE)
     file = cache_dir() / SAID / key
     if how == "compiled":

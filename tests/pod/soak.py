@@ -152,7 +152,7 @@ def soak(
         words = (*small, *(UNWELL if rng.random() < 0.25 else PLAIN))
         if words not in expected:
             straight = folder / f"straight{len(expected)}"
-            harness(straight, words).finish()
+            toyrun.run(straight, *[word.removeprefix("--config.") for word in words])
             expected[words] = outcome(straight)
         workdir = folder / f"run{dealt.runs}"
         mine = one(workdir, words, min(PER_RUN, kills - dealt.kills), rng)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from etils import epath
+from mains import Ended, apart
 
 from mmjax.convert.convert import convert
 from mmjax.core.errors import UserError
@@ -285,6 +286,7 @@ def get_config():
 
 
 def arguments(path: Path, folder: Path, *more: str) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
     config = folder / "config.py"
     config.write_text(CONFIG.format(path=str(path), steps=COUNT // BATCH, batch=BATCH))
     return [f"--config={config}", f"--workdir={folder / 'run'}", *more]
@@ -296,49 +298,67 @@ def clock_of(workdir: Path) -> Clock:
     return Clock.from_json(meta["clock"])
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of `ended` lie."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def ended(data: Data, folder: Path, environment_of: Any) -> dict[str, Ended]:
+    """How mains ended, all in one process on one device: a run in two parts, and two that are refused."""
+    words = arguments(data.damaged, folder / "two")
+    shutil.copytree(data.whole, folder / "d")
+    file = folder / "d" / NAME.format(1)
+    file.write_bytes(file.read_bytes()[:-1])
+    limit = "--config.limits.max_invalid_examples=3"
+    return apart(
+        environment_of(1),
+        {
+            "first": ["train", *words, "--config.steps=2"],
+            "second": ["train", *words],
+            "show": ["show", str(folder / "two" / "run")],
+            "limit": ["train", *arguments(data.damaged, folder / "limit", limit)],
+            "cut": ["train", *arguments(folder / "d", folder / "cut")],
+        },
+    )
+
+
 def test_a_run_counts_and_names_them_across_a_restart(
-    command: Any, data: Data, tmp_path: Path
+    ended: dict[str, Ended], folder: Path
 ) -> None:
     """One epoch meets each damaged record once, whatever the restart in the middle."""
-    words = arguments(data.damaged, tmp_path)
-    first = command("train", *words, "--config.steps=2")
-    second = command("train", *words)
-    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    said = re.sub(r"\s+", " ", first.stdout + first.stderr + second.stdout + second.stderr)
+    first, second = ended["first"], ended["second"]
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    said = re.sub(r"\s+", " ", first.out + first.err + second.out + second.err)
     ids = list(example_ids(3, "labels", 0, COUNT, COUNT))
     for index in DAMAGED:
         file, record = PLACE[index]
         place = f"task labels, position {ids.index(index)}: "
         assert said.count(f"invalid example: {place}") == 1
         assert f"[{index}]: {file}, record {record}: " in said
-    assert clock_of(tmp_path / "run").invalid == {"labels": 4}
-    shown = command("show", str(tmp_path / "run"))
-    assert re.search(r"labels\s+5\s+40\s+0\s+4\b", shown.stdout), shown.stdout
-    assert "23]" in (tmp_path / "run" / "goodput.jsonl").read_text()
+    run = folder / "two" / "run"
+    assert clock_of(run).invalid == {"labels": 4}
+    shown = ended["show"].out
+    assert re.search(r"labels\s+5\s+40\s+0\s+4\b", shown), shown
+    assert "23]" in (run / "goodput.jsonl").read_text()
     # The held-out pass leaves them out as well.
-    assert re.search(r"top-1 accuracy .*\s36\b", second.stdout), second.stdout
+    assert re.search(r"top-1 accuracy .*\s36\b", second.out), second.out
 
 
-def test_a_run_past_its_limit_stops_and_says_which(
-    command: Any, data: Data, tmp_path: Path
-) -> None:
-    done = command(
-        "train", *arguments(data.damaged, tmp_path, "--config.limits.max_invalid_examples=3")
-    )
-    assert done.returncode == 2
+def test_a_run_past_its_limit_stops_and_says_which(ended: dict[str, Ended]) -> None:
+    done = ended["limit"]
+    assert done.status == 2
     ids = list(example_ids(3, "labels", 0, COUNT, COUNT))
     last = max(DAMAGED, key=ids.index)
-    said = re.sub(r"\s+", " ", done.stderr)
+    said = re.sub(r"\s+", " ", done.err)
     assert (
         "Task 'labels': 4 examples could not be read, over limits.max_invalid_examples = 3" in said
     )
     assert f"[{last}]: {PLACE[last][0]}, record {PLACE[last][1]}: " in said
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.err
 
 
-def test_a_run_on_a_file_cut_off_does_not_start(command: Any, data: Data, tmp_path: Path) -> None:
-    shutil.copytree(data.whole, tmp_path / "d")
-    file = tmp_path / "d" / NAME.format(1)
-    file.write_bytes(file.read_bytes()[:-1])
-    done = command("train", *arguments(tmp_path / "d", tmp_path))
-    assert done.returncode == 2 and NAME.format(1) in done.stderr and "Traceback" not in done.stderr
+def test_a_run_on_a_file_cut_off_does_not_start(ended: dict[str, Ended]) -> None:
+    done = ended["cut"]
+    assert done.status == 2 and NAME.format(1) in done.err and "Traceback" not in done.err

@@ -164,19 +164,16 @@ def test_the_end_of_a_shorter_run_is_a_boundary_of_the_longer_one(
     assert segments(tmp_path / "again") == segments(tmp_path / "straight")
 
 
-def test_a_kill_from_outside(
-    toy_command: Callable[..., Harness], environment_of: Callable[..., dict[str, str]], tmp_path: Path
-) -> None:  # fmt: skip
+def test_a_kill_from_outside(toy_command: Callable[..., Harness], tmp_path: Path) -> None:
     """Whatever times the runs measure, a killed one ends as a run that freezes the same shares."""
-    overrides = [f"--config.{word}" for word in (*RULE, "log.report=False")]
-    killed = toy_command(tmp_path / "killed", *overrides)
+    killed = toy_command(tmp_path / "killed", *[f"--config.{word}" for word in RULE])
     # In the save of step 6, or where that was too quick, of 9: the shares from 4 on are decided.
     kill = killed.kill(Aim("save", 2, delay=0.0), random.Random(0))
     assert [d["start"] for d in decisions(killed.workdir)] in ([4], [4, 8]) and kill.newest < 12
     killed.finish()
     (tmp_path / "straight").mkdir()
     shutil.copy(killed.workdir / SEGMENTS, tmp_path / "straight" / SEGMENTS)
-    toy_command(tmp_path / "straight", *overrides).finish()
+    run(tmp_path / "straight", *RULE)
     assert toyrun.bits(killed.workdir) == toyrun.bits(tmp_path / "straight")
     assert deterministic(killed.workdir) == deterministic(tmp_path / "straight")
 
