@@ -126,8 +126,16 @@ class Experiment:
         return {name: r.model_flops() for name, r in train_requests(self, mesh).items()}
 
     def abstract_state(self, mesh: Mesh) -> State:
-        """Return the shapes and shardings of the state on a mesh."""
-        return abstract_state(self.declaration, self.optimizers.whole, self.spec.dtype, mesh)
+        """Return the shapes and shardings of the state on a mesh; traced once for each mesh."""
+        if mesh not in self._states:
+            whole, dtype = self.optimizers.whole, self.spec.dtype
+            self._states[mesh] = abstract_state(self.declaration, whole, dtype, mesh)
+        return self._states[mesh]
+
+    @cached_property
+    def _states(self) -> dict[Mesh, State]:
+        """Abstract states by mesh."""
+        return {}
 
     def passes(self) -> list[tuple[Task, Pass]]:
         """Return all evaluation passes; those of one task, output and source are one, with the fields of all."""

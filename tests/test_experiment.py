@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import pytest
 
+from mmjax import experiment as experiments
 from mmjax.core import config as configs
 from mmjax.core.errors import UserError
 from mmjax.core.sharding import MeshConfig, make_mesh
@@ -155,3 +156,19 @@ def test_a_warm_up_longer_than_the_run_never_ends() -> None:
     made = experiment("optimizer.unit=examples", "optimizer.warmup=100000", "steps=2")
     rate = made.optimizers.whole.rate("image_text", {"part": jax.numpy.int32(PARTS // 2)})
     assert 0 < rate < made.run.optimizer.learning_rate
+
+
+def test_the_shapes_of_the_state_are_traced_once_for_each_mesh(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiny, meshes = experiment(), []
+    traced = experiments.abstract_state
+    monkeypatch.setattr(
+        experiments, "abstract_state", lambda *words: meshes.append(words[-1]) or traced(*words)
+    )
+    one = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    two = make_mesh(MeshConfig(data=1, fsdp=2), jax.devices()[:2])
+    states = [tiny.abstract_state(mesh) for mesh in (one, two, one, two)]
+    assert meshes == [one, two] and states[0] is states[2] and states[1] is states[3]
+    devices = [{x.sharding.mesh for x in jax.tree.leaves(state)} for state in states[:2]]
+    assert devices == [{one}, {two}]
