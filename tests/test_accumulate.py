@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,10 +38,20 @@ def spec(experiment: Experiment) -> ModelSpec:
 def step(
     parts: toyrun.Parts, state: State, number: int, batch: Any, last: bool = False
 ) -> tuple[State, Any]:
-    experiment = parts.experiment
-    task = experiment.tasks[ORDER[number]]
-    function = train_function(spec(experiment), task, experiment.optimizers.whole)
-    return jax.jit(function)(state, batch, ticks(number, last))
+    return program(parts, ORDER[number])(state, batch, ticks(number, last))
+
+
+_PROGRAMS: dict[tuple[int, str], tuple[toyrun.Parts, Any]] = {}
+
+
+def program(parts: toyrun.Parts, name: str) -> Any:
+    """The training program of a task, one for all tests that share the parts."""
+    if (id(parts), name) not in _PROGRAMS:
+        experiment = parts.experiment
+        task, optimizer = experiment.tasks[name], experiment.optimizers.whole
+        function = jax.jit(train_function(spec(experiment), task, optimizer))
+        _PROGRAMS[id(parts), name] = parts, function
+    return _PROGRAMS[id(parts), name][1]
 
 
 def batches(parts: toyrun.Parts) -> list[Any]:
@@ -54,17 +64,36 @@ def gradient(parts: toyrun.Parts, number: int, batch: Any) -> dict[str, np.ndarr
     experiment = parts.experiment
     loss_of = loss_function(spec(experiment), experiment.tasks[ORDER[number]])
     visit = ticks(number)["visit"]
-    found = jax.grad(lambda p: loss_of(p, {}, batch, visit).value)(parts.state.parameters)
-    return toyrun.host(found)
+    function = jax.jit(jax.grad(lambda p: loss_of(p, {}, batch, visit).value))
+    return toyrun.host(function(parts.state.parameters))
 
 
-def test_a_round_is_one_step_on_the_mean_of_its_gradients() -> None:
+@dataclass(frozen=True)
+class Round:
+    """Three steps that make a round, without a limit of the gradient's norm.
+
+    Attributes:
+      batches, gradients: by step.
+    """
+
+    parts: toyrun.Parts
+    batches: list[Any]
+    gradients: list[dict[str, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def unclipped() -> Round:
+    with jax.enable_x64(True):
+        parts = toyrun.parts(*WORDS, "optimizer.clip=0.0")
+        made = batches(parts)
+        return Round(parts, made, [gradient(parts, i, batch) for i, batch in enumerate(made)])
+
+
+def test_a_round_is_one_step_on_the_mean_of_its_gradients(unclipped: Round) -> None:
     """Against AdamW in NumPy, its first step: `m / (sqrt(v) + eps)` is `g / (|g| + eps)`."""
-    parts = toyrun.parts(*WORDS, "optimizer.clip=0.0")
+    parts, grads = unclipped.parts, unclipped.gradients
     before, state = toyrun.host(parts.state.parameters), parts.state
-    made = batches(parts)
-    grads = [gradient(parts, i, batch) for i, batch in enumerate(made)]
-    for number, batch in enumerate(made):
+    for number, batch in enumerate(unclipped.batches):
         for name in before:  # nothing moves within a round
             np.testing.assert_array_equal(state.parameters[name], before[name])
         state, told = step(parts, state, number, batch)
@@ -93,12 +122,10 @@ def expected_of(parts: toyrun.Parts, before: Any, mean: Any, number: int) -> np.
 
 @pytest.mark.parametrize("bad", [0, 2], ids=["within a round", "at its end"])
 @pytest.mark.parametrize("how", ["not finite", "no valid row"])
-def test_the_mean_is_over_the_steps_that_are_there(bad: int, how: str) -> None:
-    parts = toyrun.parts(*WORDS, "optimizer.clip=0.0")
-    made, state = batches(parts), parts.state
-    grads = [gradient(parts, i, batch) for i, batch in enumerate(made)]
+def test_the_mean_is_over_the_steps_that_are_there(unclipped: Round, bad: int, how: str) -> None:
+    parts, grads, state = unclipped.parts, unclipped.gradients, unclipped.parts.state
     before = toyrun.host(parts.state.parameters)
-    for number, batch in enumerate(made):
+    for number, batch in enumerate(unclipped.batches):
         if number == bad and how == "not finite":
             batch = jax.tree.map(lambda x: x * np.nan if x.dtype.kind == "f" else x, batch)
         elif number == bad:
@@ -120,13 +147,11 @@ def test_a_round_of_bad_steps_moves_nothing() -> None:
     jax.tree.map(np.testing.assert_array_equal, toyrun.host(state), before)
 
 
-def test_the_round_that_the_end_of_the_run_cuts_short_is_applied() -> None:
+def test_the_round_that_the_end_of_the_run_cuts_short_is_applied(unclipped: Round) -> None:
     """Of a run of two steps where three make a round: the mean of the two."""
-    parts = toyrun.parts(*WORDS, "optimizer.clip=0.0")
-    made, state = batches(parts)[:2], parts.state
-    grads = [gradient(parts, i, batch) for i, batch in enumerate(made)]
+    parts, grads, state = unclipped.parts, unclipped.gradients, unclipped.parts.state
     before = toyrun.host(parts.state.parameters)
-    for number, batch in enumerate(made):
+    for number, batch in enumerate(unclipped.batches[:2]):
         state, _ = step(parts, state, number, batch, last=number == 1)
     for name, old in before.items():
         expected = expected_of(parts, {name: old}, (grads[0][name] + grads[1][name]) / 2, 1)

@@ -107,7 +107,7 @@ def test_the_others_keep_their_place(broken: Path) -> None:
     assert mine == order.example_ids(toyrun.SEED, "two", 0, 9 * 16, 40).tolist()
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 9])
+@pytest.mark.parametrize("stop", [2, 3, 4, 5])
 def test_a_stop_anywhere_around_it_changes_nothing(
     broken: Path, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
