@@ -20,7 +20,8 @@ from typing import Any
 
 ASYNC_SAVE = "asynchronous save"
 POLL = 0.001  # seconds between two looks at the run
-SLICE = 0.001  # seconds that a run that is to be killed runs between two looks at it
+# Seconds that a run that is to be killed runs between two looks at it: once its programs are compiled, and before.
+SLICE, LONG_SLICE = 0.001, 0.01
 LIMIT = 900.0  # seconds after which a process is stuck
 
 # Seconds within an activity after which a kill falls, at most: an activity that comes once must last longer.
@@ -114,31 +115,37 @@ class Harness:
         """
         most = DELAYS[aim.activity] if aim.delay is None else aim.delay
         with tempfile.TemporaryFile("w+") as output:
+            tail = Tail(self.workdir)
             process = self._start(output)
             begun, delay = aim.number, rng.uniform(0, most)
             inside = 0.0  # seconds that the process ran since the activity began
-            while not (self._is_there(process.pid, aim.activity, begun) and inside >= delay):
-                is_in = self._is_there(process.pid, aim.activity, begun)
+            while True:
+                lines = tail.of(process.pid)
+                is_in = self._is_there(lines, aim.activity, begun)
+                if is_in and inside >= delay:
+                    break
                 since = time.monotonic()
                 if not is_in and inside:
-                    begun = _begun(log(self.workdir, process.pid), aim.activity) + 1
+                    begun = _begun(lines, aim.activity) + 1
                     delay, inside = delay / 2, 0.0
-                if not _go_on(process):
+                is_compiled = any(x["line"] == "end" and x["phase"] == "compile" for x in lines)
+                seconds = SLICE if is_compiled else LONG_SLICE
+                if not (_go_on(process, seconds) if lines else _let_begin(process)):
                     output.seek(0)
                     raise NotMetError(f"{aim} was not met; the run printed:\n{output.read()}")
                 inside += time.monotonic() - since if is_in else 0.0
             process.kill()
             process.wait(LIMIT)
-        return self._state(process.pid)
+        return self._state(log(self.workdir, process.pid))
 
-    def _is_there(self, pid: int, activity: str, number: int) -> bool:
-        """Whether the process is in such an activity, and it is the `number`-th or a later one."""
-        if activity not in self._state(pid).hits:
+    def _is_there(self, lines: Lines, activity: str, number: int) -> bool:
+        """Whether the process of these lines is in such an activity, and it is the `number`-th or a later one."""
+        if activity not in self._state(lines).hits:
             return False
-        return activity == ASYNC_SAVE or _begun(log(self.workdir, pid), activity) >= number
+        return activity == ASYNC_SAVE or _begun(lines, activity) >= number
 
-    def _state(self, pid: int) -> Kill:
-        lines = log(self.workdir, pid)
+    def _state(self, lines: Lines) -> Kill:
+        """Return what the process of these lines of the log is doing."""
         saved = {x["step"] for x in lines if x["line"] == "begin" and x["phase"] == "save"}
         writing = tuple(s for s in unfinished_steps(self.workdir) if s in saved)
         return Kill(phase_of(lines), writing, max(finished_steps(self.workdir), default=-1))
@@ -164,6 +171,28 @@ def survive(run: Harness, aims: Iterable[Aim], seed: int) -> list[Kill]:
     kills = [run.kill(aim, rng) for aim in aims]
     run.finish()
     return kills
+
+
+class Tail:
+    """Reads what `goodput.jsonl` gains from now on, each line once.
+
+    Args:
+      workdir: of the run.
+    """
+
+    def __init__(self, workdir: Path) -> None:
+        self._path, self._lines = workdir / "goodput.jsonl", list[dict[str, Any]]()
+        self._read = self._path.stat().st_size if self._path.exists() else 0
+
+    def of(self, pid: int) -> Lines:
+        """Return the whole lines of a process so far."""
+        if self._path.exists():
+            with self._path.open("rb") as file:
+                file.seek(self._read)
+                whole = file.read().rpartition(b"\n")[0]
+            self._lines += [json.loads(line) for line in whole.split(b"\n") if line]
+            self._read += len(whole) + 1 if whole else 0
+        return [line for line in self._lines if line["pid"] == pid]
 
 
 def log(workdir: Path, pid: int | None = None) -> Lines:
@@ -221,10 +250,16 @@ def _begun(lines: Lines, activity: str) -> int:
     return sum(line["line"] == "begin" and line["phase"] == activity for line in lines)
 
 
-def _go_on(process: subprocess.Popen[str]) -> bool:
+def _let_begin(process: subprocess.Popen[str]) -> bool:
+    """Let a process that has not begun its log run for a slice; False if it has ended."""
+    time.sleep(SLICE)
+    return process.poll() is None
+
+
+def _go_on(process: subprocess.Popen[str], seconds: float) -> bool:
     """Let a process run for a slice, and halt all its threads again; False if it has ended."""
     process.send_signal(signal.SIGCONT)
-    time.sleep(SLICE)
+    time.sleep(seconds)
     process.send_signal(signal.SIGSTOP)
     stat = Path(f"/proc/{process.pid}/stat")
     while process.poll() is None:

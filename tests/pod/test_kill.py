@@ -1,4 +1,7 @@
-"""Killed from outside at any moment and started again, a run ends in the same bits."""
+"""Killed from outside at any moment and started again, a run ends in the same bits.
+
+Of the toy config, whose processes start quickly; `tests/smoke` kills a run on real data.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from etils import epath
+import toyrun
 from harness import (
     ASYNC_SAVE,
     Aim,
@@ -21,19 +24,19 @@ from harness import (
     survive,
 )
 
-SEED = 20
+SEED, STEPS = 20, 40
 ACTIVITIES = ("init", "compile", "restore", "step", "save", "eval", ASYNC_SAVE)
 
 # In this order, so that the later kills find a checkpoint to resume from: the fourth stretch of steps
 # begins only when the first checkpoint is whole.
 AIMS = (
-    Aim("save"),
+    Aim("save", delay=0.05),
     Aim(ASYNC_SAVE),
     Aim("step", 4),
-    Aim("init"),
-    Aim("restore"),
+    Aim("init", delay=0.05),
+    Aim("restore", delay=0.02),
     Aim("save", delay=0.02),
-    Aim("eval"),
+    Aim("eval", delay=0.02),
 )
 
 
@@ -47,23 +50,31 @@ class Survivor:
 
 @pytest.fixture(scope="module")
 def survivor(
-    tiny_command: Callable[..., Harness], tmp_path_factory: pytest.TempPathFactory
+    toy_command: Callable[..., Harness], tmp_path_factory: pytest.TempPathFactory
 ) -> Survivor:
     # A kill that misses all of its activities leaves none for a later one: then all of it again.
     for attempt in range(6):
         workdir = tmp_path_factory.mktemp("survivor") / "run"
         cache = tmp_path_factory.mktemp("cache")
-        run: Harness = tiny_command(workdir)
+        run: Harness = toy_command(workdir, f"--config.steps={STEPS}")
         # Once where XLA really compiles: with a cache of its own, which is empty.
         cold = replace(
             run, environment={**run.environment, "JAX_COMPILATION_CACHE_DIR": str(cache)}
         )
         try:
-            first = cold.kill(Aim("compile", delay=4.0), random.Random(SEED + attempt))
+            first = cold.kill(Aim("compile", delay=1.0), random.Random(SEED + attempt))
             return Survivor(workdir, [first, *survive(run, AIMS, SEED + attempt)])
         except NotMetError as error:
             last = str(error).splitlines()[0]
     raise AssertionError(f"six times a kill did not fall where it was aimed; the last: {last}")
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, not killed."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    toyrun.run(workdir, f"steps={STEPS}")
+    return workdir
 
 
 def test_every_phase_was_hit(survivor: Survivor) -> None:
@@ -79,27 +90,25 @@ def test_every_phase_was_hit(survivor: Survivor) -> None:
 
 
 def test_the_bits_are_those_of_a_run_that_was_not_killed(
-    survivor: Survivor, tiny_run: epath.Path, digest_of: Callable[[Path], str]
+    survivor: Survivor, straight: Path, digest_of: Callable[[Path], str]
 ) -> None:
-    assert digest_of(survivor.workdir) == digest_of(Path(tiny_run))
-    assert finished_steps(survivor.workdir)[-1] == finished_steps(Path(tiny_run))[-1] == 14
+    assert digest_of(survivor.workdir) == digest_of(straight)
+    assert toyrun.bits(survivor.workdir) == toyrun.bits(straight)
+    assert finished_steps(survivor.workdir)[-1] == finished_steps(straight)[-1] == STEPS
 
 
-def test_the_metrics_have_no_gap_and_no_repeat(survivor: Survivor, tiny_run: epath.Path) -> None:
+def test_the_metrics_have_no_gap_and_no_repeat(survivor: Survivor, straight: Path) -> None:
     found = deterministic(survivor.workdir)
-    assert found == deterministic(Path(tiny_run))
-    assert [x["step"] for x in found if x["kind"] == "train"] == list(range(14))
+    assert found == deterministic(straight)
+    assert [x["step"] for x in found if x["kind"] == "train"] == list(range(STEPS))
 
 
-def test_the_results_are_the_same(survivor: Survivor, tiny_run: epath.Path) -> None:
-    assert (survivor.workdir / "results.json").read_bytes() == (
-        tiny_run / "results.json"
-    ).read_bytes()
+def test_the_results_are_the_same(survivor: Survivor, straight: Path) -> None:
+    results = (survivor.workdir / "results.json").read_bytes()
+    assert results == (straight / "results.json").read_bytes()
 
 
-def test_a_digest_is_one_of_the_parameters(
-    tiny_run: epath.Path, digest_of: Callable[..., str]
-) -> None:
+def test_a_digest_is_one_of_the_parameters(straight: Path, digest_of: Callable[..., str]) -> None:
     """The control: another checkpoint of the same run has another digest."""
-    digests = {digest_of(Path(tiny_run), f"--step={s}") for s in finished_steps(Path(tiny_run))}
-    assert len(digests) == 2 and all(len(d) == 64 for d in digests)
+    digests = {digest_of(straight, f"--step={s}") for s in finished_steps(straight)}
+    assert len(digests) == 3 and all(len(d) == 64 for d in digests)
