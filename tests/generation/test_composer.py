@@ -109,7 +109,7 @@ def test_a_guidance_without_an_effect_is_an_error(mutual: Any) -> None:
         with pytest.raises(UserError, match="guidance is 8, and nothing guides the generation of"):
             Composer(objective, mutual, plan).compose(keys())
     declaration, p = built(TEXT_FIRST)
-    picture = [Span("image", batch().inputs["image"], made=True)]
+    picture = [Span("image", batch().inputs["image"], generated=True)]
     with pytest.raises(UserError, match="does not begin with a discrete span.*Set guidance to 1"):
         Composer(replace(TEXT_FIRST, guidance=8.0), declaration.merge(p), picture).compose(keys())
     # Where no number is set, what can be guided is, and nothing else.
@@ -158,7 +158,7 @@ def test_a_padding_id_in_the_middle_of_a_written_text_is_read(
     text = {"ids": ids, "valid": jnp.arange(5)[None] < jnp.full((ROWS, 1), 4)}
     declaration, p = built(TEXT_FIRST)
     objective, model = replace(TEXT_FIRST, sampling_steps=2), declaration.merge(p)
-    picture = Span("image", batch().inputs["image"], made=True)
+    picture = Span("image", batch().inputs["image"], generated=True)
     monkeypatch.setattr(Composer, "write", lambda self, past, span, keys: ids)
 
     def after(made: bool) -> np.ndarray:
