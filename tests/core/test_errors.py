@@ -73,7 +73,7 @@ def failing(error: BaseException):
         ),
     ],
 )
-def test_what_a_person_can_mend_is_one_line_and_status_2(error, words):
+def test_what_a_user_can_fix_is_one_line_and_status_2(error, words):
     ended = run(failing(error))
     assert ended.status == 2 and ended.out == ""
     assert ended.err.startswith("mmjax: error: ") and ended.err.count("\n") == 1

@@ -279,7 +279,7 @@ def test_going_on_shows_the_last_evaluation(
     ]
     page = parse(write_report(killed, examples=0).read_text())
     assert "On held-out data, after 10 steps." in page.text
-    assert not page.all("img") and "held-out data\n" not in page.text
+    assert not page.all("img") and "Held-out examples\n" not in page.text
 
 
 def test_what_evaluate_finds_stands_on_the_page_with_step_time_and_command(
