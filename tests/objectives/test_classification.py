@@ -244,6 +244,7 @@ def test_gradient_of_the_head_by_finite_differences(x64: None) -> None:
     parameters = declaration.initialise(0, jnp.float64)
     name = "heads/head/classifier/logits/kernel"
 
+    @jax.jit
     def loss(kernel: Any) -> Any:
         model = declaration.merge({**parameters, name: jnp.asarray(kernel)})
         return made(model, rows, jax.random.key(0)).value
