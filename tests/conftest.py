@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -103,12 +104,8 @@ def environment(devices: int = 1, more: Mapping[str, str] | None = None) -> dict
 
 @pytest.fixture(scope="session")
 def tiny_run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> epath.Path:
-    """A finished run of the tiny config, made with a decoy of TensorFlow on its path; read it, do not change it."""
-    workdir = tmp_path_factory.mktemp("tiny") / "run"
-    env = {"PYTHONPATH": f"{decoy.make(workdir.parent)}{os.pathsep}{ROOT}"}
-    done = command("train", f"--config={TINY}", f"--workdir={workdir}", env=env)
-    assert done.returncode == 0, done.stderr
-    return epath.Path(workdir)
+    """A finished run of the tiny config, see `_shared_run`; read it, do not change it."""
+    return _shared_run(command, TINY, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
@@ -116,9 +113,25 @@ def quickstart_run(command: Command, tmp_path_factory: pytest.TempPathFactory) -
     """A finished run of the quickstart's six tasks, made tiny; read it, do not change it."""
     for name in build.BUNDLES["quickstart"]:
         build.build(name)
-    workdir = tmp_path_factory.mktemp("quickstart") / "run"
-    done = command("train", f"--config={QUICKSTART_TINY}", f"--workdir={workdir}")
-    assert done.returncode == 0, done.stderr
+    return _shared_run(command, QUICKSTART_TINY, tmp_path_factory)
+
+
+def _shared_run(command: Command, config: Path, factory: pytest.TempPathFactory) -> epath.Path:
+    """Return a finished run of a config: the first worker that asks trains it, the others wait for it.
+
+    It is trained with a decoy of TensorFlow on its path, which notes whether it is imported.
+    """
+    base = factory.getbasetemp()  # under pytest-xdist a worker's own, in that of all
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / config.stem
+    folder.mkdir(exist_ok=True)
+    workdir, finished = folder / "run", folder / "finished"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not finished.exists():
+            env = {"PYTHONPATH": f"{decoy.make(folder)}{os.pathsep}{ROOT}"}
+            done = command("train", f"--config={config}", f"--workdir={workdir}", env=env)
+            assert done.returncode == 0, done.stderr
+            finished.touch()
     return epath.Path(workdir)
 
 
