@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -78,8 +79,12 @@ class Cases:
         return lambda parameters, batch, key: loss_and_gradient(task, merge, parameters, batch, key)
 
     def arguments(self, name: str, valid: np.ndarray = VALID, key: int = 1) -> tuple[Any, ...]:
-        parameters = self.experiment.declaration.initialise(0, jnp.float64)
-        return parameters, batch_of(self.experiment.tasks[name], valid), jax.random.key(key)
+        return self.parameters, batch_of(self.experiment.tasks[name], valid), jax.random.key(key)
+
+    @cached_property
+    def parameters(self) -> dict[str, jax.Array]:
+        """Initial parameters, in float64 as in all tests here."""
+        return jax.jit(lambda: self.experiment.declaration.initialise(0, jnp.float64))()
 
 
 @pytest.fixture(scope="module")

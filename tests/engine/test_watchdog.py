@@ -72,7 +72,7 @@ def test_a_process_that_is_stuck_is_ended_with_words(how: str) -> None:
 
 LIVES = {
     # Twice the limit in all, and never an eighth of it at once.
-    "slow and moving": "with dog(4) as d:\n for i in range(16): d.at('a step', 'one', i); time.sleep(.5)",
+    "slow and moving": "with dog(2) as d:\n for i in range(16): d.at('a step', 'one', i); time.sleep(.25)",
     "no limit": "with dog(0) as d: time.sleep(2)",
     "the clock on the wall jumps": (
         "wall = time.time\ntime.time = lambda: wall() + 1e6\n"

@@ -1,4 +1,4 @@
-"""Accuracy: counted by hand, ties against us, and a trained task through the mains."""
+"""Accuracy: counted by hand, ties against us, and a trained task."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import toyrun
 from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmjax.core import config as configs
 from mmjax.core.errors import UserError
 from mmjax.evaluators.accuracy import Accuracy, rank
 from mmjax.evaluators.base import Predict, row_spec
@@ -151,11 +153,12 @@ def config(folder: Path, classes: int, steps: int) -> str:
     return str(path)
 
 
-def test_groups_of_drawings_are_learnt(command: Any, tmp_path: Path) -> None:
-    made = config(tmp_path, classes=9, steps=60)
-    done = command("train", f"--config={made}", f"--workdir={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stderr
-    assert "predict/image" in done.stdout
+def test_groups_of_drawings_are_learnt(
+    emoji_dir: epath.Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = configs.read_file(config(tmp_path, classes=9, steps=60))
+    toyrun.run(tmp_path / "run", config=made)
+    assert "predict/image" in capsys.readouterr().out
     records = json.loads((tmp_path / "run" / "results.json").read_text())
     (top,) = [r for r in records if r["name"] == "top-1 accuracy"]
     (loss,) = [r for r in records if r["name"] == "held-out loss"]

@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import toyrun
 from hypothesis import given
 from hypothesis import strategies as st
 
 import mmjax
+from mmjax.core import config as configs
 from mmjax.core.errors import UserError
 from mmjax.data.tokenizer import TokenIds
 from mmjax.evaluators.base import Write
@@ -168,11 +170,10 @@ def test_an_objective_that_writes_nothing() -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(emoji_dir: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of CoCa, made tiny."""
     workdir = tmp_path_factory.mktemp("coca") / "run"
-    done = command("train", f"--config={CONFIG}", f"--workdir={workdir}")
-    assert done.returncode == 0, done.stderr
+    toyrun.run(workdir, config=configs.read_file(str(CONFIG)))
     return workdir
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import toyrun
 
 import mmjax
+from mmjax.core import config as configs
 from mmjax.core.errors import UserError
 from mmjax.loading import TrainedModel
 from mmjax.modalities.base import Input
@@ -23,10 +25,9 @@ CONFIG = Path(__file__).parents[1] / "configs" / "transfusion_tiny.py"
 
 
 @pytest.fixture(scope="module")
-def trained(command: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(emoji_dir: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("transfusion") / "run"
-    done = command("train", f"--config={CONFIG}", f"--workdir={workdir}")
-    assert done.returncode == 0, done.stderr
+    toyrun.run(workdir, config=configs.read_file(str(CONFIG)))
     return workdir
 
 

@@ -49,7 +49,7 @@ def stuck_source() -> None:
 
 def slow_source() -> None:
     """Slow reads, of which a whole run takes longer than the limit."""
-    _after(0, lambda: time.sleep(0.1))
+    _after(0, lambda: time.sleep(0.05))
 
 
 def stuck_step() -> None:

@@ -76,7 +76,7 @@ def test_what_hangs_or_dies_ends_the_run_with_words_and_it_goes_on(
 def test_what_only_looks_wrong_changes_nothing(
     how: str, faulty: Faulty, straight: Path, tmp_path: Path
 ) -> None:
-    """A run of eight times the limit in all; and stamps that go back by years."""
+    """A run of several times the limit in all; and stamps that go back by years."""
     more = [
         "--config.limits.watchdog_seconds=2",
         "--config.loader.threads=1",
