@@ -82,7 +82,7 @@ def test_a_caption_of_colours_is_no_text() -> None:
     colours = Input("colours", Colours(), ImageInput(size=4))
     objective = Transfusion(modalities=("text", "colours"), discrete=("colours", "text"))
     task = SimpleNamespace(name="draw", inputs={"colours": colours}, objective=objective)
-    run: Any = SimpleNamespace(_given=lambda *_: (task, "text", []))
+    run: Any = SimpleNamespace(_inputs_of=lambda *_: (task, "text", []))
     with pytest.raises(UserError, match="Task 'draw' writes 'colours' of 'text', .* Use compose"):
         TrainedModel.caption(run, text=["red apple"])
 
