@@ -18,6 +18,7 @@ import numpy as np
 
 from mmjax.core import config as configs
 from mmjax.core.batch import Batch
+from mmjax.core.errors import UserError
 from mmjax.modalities.base import Input
 from mmjax.model import Model
 from mmjax.objectives.base import Classifies, Embeds, Loss, Writes, able, embedded, with_rows
@@ -121,7 +122,11 @@ class Write(Computation):
 
 @dataclass(frozen=True)
 class LossOf(Computation):
-    """The loss and its scalar metrics, the same for each row of a batch, and what the batch counts (`_shares`)."""
+    """The loss and its scalar metrics, the same for each row of a batch, and what the batch counts (`_shares`).
+
+    Raises:
+      UserError: the loss has no metric `baseline`; raised when the program is traced, before step 0.
+    """
 
     def __str__(self) -> str:
         return "loss"
@@ -133,6 +138,11 @@ class LossOf(Computation):
         self, task: Task, model: Model, batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array]:
         result, valid_B = task.loss(model, batch, key), batch.valid
+        if "baseline" not in result.metrics:
+            raise UserError(
+                f"tasks.{task.name}.evaluators: objective {type(task.objective).__name__} reports no 'baseline', "
+                "which held_out_loss sets beside the loss. Add it to the metrics of its Loss, or remove the evaluator."
+            )
         values = {"loss": result.value, **result.metrics, **_shares(result, valid_B)}
         values = {name: value for name, value in values.items() if not jnp.ndim(value)}
         return {name: jnp.broadcast_to(value, valid_B.shape) for name, value in values.items()}

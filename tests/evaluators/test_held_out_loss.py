@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from brightness import SOURCE, task
+from brightness import SOURCE, Brightness, task
 
 from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import MeshConfig, make_mesh
 from mmjax.engine.steps import ModelSpec, eval_request
-from mmjax.evaluators.base import LossOf, Record
+from mmjax.evaluators.base import LossOf, Record, function
 from mmjax.evaluators.held_out_loss import HeldOutLoss
 from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.text import Text, TextInput
 from mmjax.model import ModelConfig, declare_model
 from mmjax.nn.trunk import GroupConfig
+from mmjax.objectives.base import Loss
 from mmjax.objectives.transfusion import Transfusion
 from mmjax.task import Task, TaskConfig
 
@@ -182,8 +184,12 @@ def test_it_is_the_cost_of_all_tokens_over_their_number() -> None:
 
 
 def test_an_objective_that_reports_no_baseline() -> None:
-    with pytest.raises(UserError, match="tasks.bright: objective Brightness reports no 'baseline'"):
-        HeldOutLoss(source=SOURCE).score(task(), {"all": {"loss": np.ones(3)}})
+    """It is refused where the program is traced, which comes before the first step."""
+    batch = Batch({"image": {"pixels": np.ones((2, 4, 4, 3))}}, {}, jnp.ones(2, bool))
+    silent = mock.patch.object(Brightness, "__call__", lambda *_: Loss(jnp.float32(1)))
+    error = "tasks.bright.evaluators: objective Brightness reports no 'baseline'"
+    with silent, pytest.raises(UserError, match=error):
+        jax.eval_shape(lambda key: function(task(), LossOf())(2.0, batch, key), jax.random.key(0))
 
 
 def test_the_pass_it_needs() -> None:
