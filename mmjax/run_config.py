@@ -75,6 +75,8 @@ class RunConfig:
 
     Attributes:
       steps: length of the run.
+      modalities: what the tasks read, by a name of your choice: `{name: ..., ...}` each.
+      tasks: what is trained, by a name of your choice.
       seed: of parameters, order, augmentation and masks.
       init_from: parameters of another run or a file, to begin with.
     """

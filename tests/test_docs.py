@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import doctest
+import importlib
 import importlib.util
 import re
 import shlex
@@ -267,6 +269,23 @@ def test_the_reference_has_every_key_of_a_run(hooks: Any) -> None:
         assert f"\n{heading}\n" in page
     components = [name for kind in configs.KINDS for name in configs.names(kind)]
     assert all(f"`{name}`" in page for name in components)
+
+
+EXAMPLES = sorted(p for p in (ROOT / "mmjax").rglob("*.py") if ">>> " in p.read_text())
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_the_examples_of_docstrings_are_true(path: Path) -> None:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.attempted and not results.failed
+
+
+def test_every_key_of_the_reference_has_a_meaning(hooks: Any) -> None:
+    page = hooks.on_page_markdown((ROOT / "docs/reference/configuration.md").read_text())
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| `")]
+    assert len(rows) > 200
+    assert [row[0].strip() for row in rows if not row[-1].strip()] == []
 
 
 def test_the_command_line_reference_has_the_help_of_every_command(hooks: Any) -> None:

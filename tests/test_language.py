@@ -181,8 +181,8 @@ MODULES = sorted(p for p in (ROOT / "mmjax").rglob("*.py") if not p.stem.endswit
 
 def files() -> Iterator[Path]:
     """Yield the files that are read, in order."""
-    for folder in words.FOLDERS + (words.DOCUMENTS if words.CHECK_DOCUMENTS else ()):
-        path = ROOT / folder
+    for name in words.READ:
+        path = ROOT / name
         inside = [path] if path.is_file() else sorted(path.rglob("*"))
         yield from (p for p in inside if p.suffix in words.SUFFIXES and not skipped(p))
 

@@ -33,7 +33,25 @@ ORDERS = ("pre", "post")
 
 @dataclass(frozen=True)
 class SharedKeys:
-    """Keys of a transformer block, without those that give its parts copies; see `Transformer`."""
+    """Keys of a transformer block, without those that give its parts copies; see `Transformer`.
+
+    Attributes:
+      num_heads: attention heads.
+      mlp_dim: size of the MLP's hidden layer.
+      bias: biases in the MLP and layer norms (`rms` has none).
+      qk_norm: normalise queries and keys per head: true for the block's `norm` without bias, or `layer` (with bias) or
+        `rms`.
+      attention_impl: what computes the attention, see `mmjax.nn.attention_kernels`; the model does not depend on
+        it.
+      norm: `layer` or `rms`, of all its norms.
+      mlp: `gelu`, `swiglu` or `geglu`.
+      norm_position: `pre` or `post`, where the norms are.
+      rotary: the base of rotary embeddings of each token's `position`; 0 for none.
+      experts: in place of the MLP, several of which a router chooses, see `mmjax.nn.experts`. Untied, each modality
+        has experts of its own (MoMa, Lin et al. 2024).
+      attention_bias: biases of queries, keys, values and the attention's output. With `bias`, a ViT's block.
+      eps: of all its norms.
+    """
 
     num_heads: int
     mlp_dim: int
@@ -65,21 +83,6 @@ class Transformer(SharedKeys):
     `rms`, MLP `swiglu`, rotary 10000.
 
     Attributes:
-      num_heads: attention heads.
-      mlp_dim: size of the MLP's hidden layer.
-      bias: biases in the MLP and layer norms (`rms` has none).
-      qk_norm: normalise queries and keys per head: true for the block's `norm` without bias, or `layer` (with bias) or
-        `rms`.
-      attention_impl: what computes the attention, see `mmjax.nn.attention_kernels`; the model does not depend on
-        it.
-      norm: `layer` or `rms`, of all its norms.
-      mlp: `gelu`, `swiglu` or `geglu`.
-      norm_position: `pre` or `post`, where the norms are.
-      rotary: the base of rotary embeddings of each token's `position`; 0 for none.
-      experts: in place of the MLP, several of which a router chooses, see `mmjax.nn.experts`. Untied, each modality
-        has experts of its own (MoMa, Lin et al. 2024).
-      attention_bias: biases of queries, keys, values and the attention's output. With `bias`, a ViT's block.
-      eps: of all its norms.
       per_modality: which of `PARTS` have a copy for which modalities, see `mmjax.nn.by_modality`. All of them:
         Mixture-of-Transformers (Liang et al. 2024); the MLP (and norms): multiway blocks (VLMo, BEiT-3). Attention is
         over all tokens whatever has copies.

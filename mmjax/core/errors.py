@@ -33,7 +33,12 @@ class RecordError(UserError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` for the known name closest to `name`, else the known names."""
+    """Return ` Did you mean 'x'?` for the known name closest to `name`, else the known names.
+
+    Example:
+      >>> nearest("contrastiv", ["contrastive", "masked_image"])
+      " Did you mean 'contrastive'?"
+    """
     known = sorted(known)
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     if close:

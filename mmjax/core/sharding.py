@@ -44,6 +44,11 @@ class MeshConfig:
     """Sizes of the mesh axes; one may be -1 (what is left of the devices).
 
     Attributes:
+      data: devices that share the rows of a batch and hold the same parameters.
+      fsdp: devices that share the rows of a batch and the parameters.
+      expert: devices that share the experts.
+      tensor: devices that share heads and the units of MLPs.
+      sequence: devices that share the tokens of a row.
       slices: groups of devices that only a slower network joins; 0 for as many as TPUs report, else 1.
       dcn_axis: the axis that the slices divide, so that no other one crosses that network.
       rules: logical axis -> mesh axes that share it, in place of the entry in `RULES`.

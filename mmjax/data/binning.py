@@ -17,6 +17,12 @@ def even_groups(lengths: Sequence[int], size: int) -> list[int]:
 
     Returns:
       Every index of `lengths` once; those of a group ascend.
+
+    Example:
+      >>> even_groups([8, 1, 2, 7], 2)
+      [0, 1, 2, 3]
+      >>> even_groups([8, 7, 2, 1], 2)
+      [0, 3, 1, 2]
     """
     groups = [list[int]() for _ in range(len(lengths) // size)]
     sums = [(0, group) for group in range(len(groups))]

@@ -152,6 +152,12 @@ def example_ids(
 
     Raises:
       UserError: the task has no examples.
+
+    Example:
+      >>> sorted(example_ids(0, "pairs", position=0, count=5, n=5).tolist())
+      [0, 1, 2, 3, 4]
+      >>> example_ids(0, "pairs", position=3, count=4, n=5, shuffle=False).tolist()
+      [3, 4, 0, 1]
     """
     positions = _positions(position, count, n, task)
     if not shuffle:

@@ -23,7 +23,12 @@ _LAYERS = 4096  # of a trunk: each has names of its own in a checkpoint, and a c
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """`repeat` times the blocks of `blocks`; each is `{name: ..., ...}`, see `mmjax.blocks.base`."""
+    """A pattern of blocks, repeated.
+
+    Attributes:
+      repeat: how many times the pattern is repeated, under one scan.
+      blocks: the pattern, in order; each block is `{name: ..., ...}`, see `mmjax.blocks.base`.
+    """
 
     repeat: int
     blocks: tuple[dict[str, Any], ...] = field(

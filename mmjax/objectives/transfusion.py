@@ -106,11 +106,11 @@ class Transfusion(Coupled, Writes, Composes, Shows):
       weight: of the loss of each continuous modality (the paper: 5); 1 of each discrete one.
       weights: by modality, where it is another.
       prediction: what diffusion predicts, see `mmjax.generation.diffusion`.
-      max_time: the largest time of a continuous span that a discrete one comes after (the paper: 0.5, so that there is
-        something to express).
+      max_time: the largest time of a continuous span that comes before a discrete one (the paper: 0.5).
       condition_dropout: share of rows that lose a discrete span which comes first, for guidance.
       reverse_prob: share of rows that are read from the last span to the first.
-      pack: items of a sequence; with `attend_across_items` they are one document, else they do not see each other.
+      pack: items of a sequence.
+      attend_across_items: the items of a sequence are one document; else they do not see each other.
       capacity: by discrete modality, slots that the spans of a sequence share, each with the token of its beginning;
         a modality without an entry has slots for its longest span in each item.
       window: consecutive rows of a batch that are grouped by length into sequences, a multiple of `pack` that divides

@@ -35,6 +35,7 @@ class OptimizerConfig:
       learning_rate: the peak.
       warmup: units of linear warm-up from 0.
       decay: `cosine` or `linear`, to `end_lr_ratio` times the peak at the end of the run; or `constant`.
+      end_lr_ratio: the last learning rate, as a part of the peak.
       weight_decay: decoupled, times the learning rate; on matrices only, unless a rule sets it.
       clip: bound of the norm of the gradient of all that a step moves; 0 for none.
       unit: what `warmup` and the decay count: `steps` of the run, `examples` of all tasks, or `visits`

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-# What is read: folders and files of the repository. Those of DOCUMENTS are checked once CHECK_DOCUMENTS is True.
-FOLDERS = ("mmjax", "configs", "launch", "tests", "benchmarks", "notebooks")
-DOCUMENTS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs")
-CHECK_DOCUMENTS = False
+# What is read: folders and files of the repository.
+READ = (
+    "mmjax", "configs", "launch", "tests", "benchmarks", "notebooks", "docs",
+    "README.md", "CHANGELOG.md", "CONTRIBUTING.md",
+)  # fmt: skip
 SUFFIXES = {".py", ".sh", ".md", ".ipynb"}
 
 # Phrases that read as translated, each with what to write instead. Of Python, comments and strings are searched; code
