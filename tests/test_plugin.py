@@ -7,6 +7,7 @@ elsewhere in mmjax before they run, adding one touches more than its own file, a
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ended(extra: Path, run: Path, environment_of: Any) -> dict[str, Ended]:
     """How mains with the folder ended, all in one process."""
-    config = [f"--extra={extra}", f"--config={extra}/config.py"]
+    config = [f"--extra={extra}", f"--config={extra}/tones.py"]
     commands = {
         "train": ["train", *config, f"--workdir={run}"],
         "block": ["train", *config, f"--workdir={run}2", "--config.schedule.rule=block", "--dry_run"],
@@ -81,12 +82,18 @@ def without(ended: Any, run: Path, environment_of: Any) -> dict[str, Ended]:
 
 def test_it_trains(run, ended):
     assert ended["train"].status == 0, ended["train"].err
-    assert "squared semitones" in ended["train"].out
+    assert "semitones^2" in ended["train"].out
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 30 and np.mean(losses[-5:]) < np.mean(losses[:5])
     [record] = json.loads((run / "results.json").read_text())
-    assert record["name"] == "error" and record["task"] == "pitch"
+    assert record["name"] == "error" and record["task"] == "pitch" and record["better"] == "lower"
+    assert "error (lower" in ended["train"].out
+    chips = re.findall(
+        r'class="(chip[ good]*)">[^<]* % (lower|higher)', (run / "report.html").read_text()
+    )
+    is_lower = record["value"] < record["chance"]
+    assert set(chips) == {("chip good", "lower") if is_lower else ("chip", "higher")}
     assert record["split"] == "32 tones" and record["count"] == 32
     assert record["chance"] == np.var(np.arange(32) % 4)
     folder = epath.Path(run)

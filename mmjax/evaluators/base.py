@@ -122,11 +122,7 @@ class Write(Computation):
 
 @dataclass(frozen=True)
 class LossOf(Computation):
-    """The loss and its scalar metrics, the same for each row of a batch, and what the batch counts (`_shares`).
-
-    Raises:
-      UserError: the loss has no metric `baseline`; raised when the program is traced, before step 0.
-    """
+    """The loss and its scalar metrics, the same for each row of a batch, and what the batch counts (`_shares`)."""
 
     def __str__(self) -> str:
         return "loss"
@@ -138,11 +134,6 @@ class LossOf(Computation):
         self, task: Task, model: Model, batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array]:
         result, valid_B = task.loss(model, batch, key), batch.valid
-        if "baseline" not in result.metrics:
-            raise UserError(
-                f"tasks.{task.name}.evaluators: objective {type(task.objective).__name__} reports no 'baseline', "
-                "which held_out_loss sets beside the loss. Add it to the metrics of its Loss, or remove the evaluator."
-            )
         values = {"loss": result.value, **result.metrics, **_shares(result, valid_B)}
         values = {name: value for name, value in values.items() if not jnp.ndim(value)}
         return {name: jnp.broadcast_to(value, valid_B.shape) for name, value in values.items()}
@@ -189,7 +180,26 @@ class Evaluator(abc.ABC):
     def record(
         self, task: Task, name: str, value: float, chance: float, count: int, **extra: Any
     ) -> Record:
-        """Return one line of `results.json`."""
+        """Return one line of `results.json`.
+
+        Args:
+          task: the task that is measured.
+          name: of the measure.
+          value: what was measured.
+          chance: the value without any knowledge of the inputs.
+          count: how many examples it is of.
+          **extra: further fields. Tables and the report know `unit` (without it the value is a fraction, printed in
+            percent; `loss` is a loss), `better` (`higher` or `lower`; without it a loss is better lower and everything
+            else higher) and `majority` (the value of always choosing the largest class).
+
+        Raises:
+          UserError: `better` is neither.
+        """
+        if extra.get("better", "higher") not in ("higher", "lower"):
+            raise UserError(
+                f"tasks.{task.name}.evaluators: the record '{name}' has better='{extra['better']}'; "
+                "choose 'higher' or 'lower'."
+            )
         split = configs.component("sources", self.source, f"tasks.{task.name}.evaluators").label
         return {
             "name": name,

@@ -5,10 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
+from mmjax.core.batch import Batch
+from mmjax.core.errors import UserError
 from mmjax.evaluators.base import Evaluator, LossOf, Outputs, Pass, Record
+from mmjax.model import Model
 from mmjax.task import Task
+
+
+@dataclass(frozen=True)
+class LossAndBaseline(LossOf):
+    """The loss of an objective that reports a baseline.
+
+    Raises:
+      UserError: the loss has no metric `baseline`; raised when the program is traced, before step 0.
+    """
+
+    def outputs(
+        self, task: Task, model: Model, batch: Batch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        outputs = super().outputs(task, model, batch, key)
+        if "baseline" not in outputs:
+            raise UserError(
+                f"tasks.{task.name}.evaluators: objective {type(task.objective).__name__} reports no 'baseline', "
+                "which held_out_loss sets beside the loss. Add it to the metrics of its Loss, or remove the evaluator."
+            )
+        return outputs
 
 
 @dataclass(frozen=True)
@@ -28,7 +52,7 @@ class HeldOutLoss(Evaluator):
     """
 
     def passes(self, task: Task) -> dict[str, Pass]:
-        return {"all": Pass(LossOf(), self.source, ())}
+        return {"all": Pass(LossAndBaseline(), self.source, ())}
 
     def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
         rows = outputs["all"]

@@ -49,6 +49,7 @@ _WORDS = (
     "name",
     "split",
     "unit",
+    "better",
     "bucket",
     "evaluator",
     "time",

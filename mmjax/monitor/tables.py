@@ -124,7 +124,8 @@ def results_table(records: Sequence[Mapping[str, Any]], stream: TextIO | None = 
       records: name, task, split, value, chance, majority (optional), count, unit (optional), evaluator and
         step (optional; older runs have none).
         Fractions, the usual unit, are shown in percent; a loss as a number, of which the lower is
-        the better; other units beside their number.
+        the better; other units beside their number. With `better: lower` the lower value is the
+        better one, whatever the unit.
       stream: standard output if None.
     """
     heads = ["measure", "split", "value", "chance", "majority", "examples"]
@@ -136,7 +137,7 @@ def results_table(records: Sequence[Mapping[str, Any]], stream: TextIO | None = 
             group = name
             cells.append([group, *[None] * (len(heads) - 1)])
         unit = record.get("unit") or "fraction"
-        measure = f"  {record['name']}" + (" (lower is better)" if unit == "loss" else "")
+        measure = f"  {record['name']}" + (" (lower is better)" if is_better_lower(record) else "")
         against = [_amount(record.get(key), unit) for key in ("value", "chance", "majority")]
         cells.append([measure, record["split"], *against, record.get("count")])
     if not any(row[4] for row in cells):
@@ -145,6 +146,11 @@ def results_table(records: Sequence[Mapping[str, Any]], stream: TextIO | None = 
     steps = {record.get("step") for record in records} - {None}
     title = f"Results after {steps.pop():,} steps" if len(steps) == 1 else "Results"
     table(title, heads, cells, stream)
+
+
+def is_better_lower(record: Mapping[str, Any]) -> bool:
+    """Return whether a smaller value of a record is the better one: as it states, else for losses."""
+    return bool(record.get("better", "lower" if record.get("unit") == "loss" else "") == "lower")
 
 
 def parameter_table(rows: Sequence[Mapping[str, Any]], stream: TextIO | None = None) -> None:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mmjax.monitor.tables import loss_text, percent
+from mmjax.monitor.tables import is_better_lower, loss_text, percent
 from mmjax.report.data import Run, key_of
 from mmjax.report.html import Child, Html, bar, grouped_table, join, number, tag
 from mmjax.report.parts import colour_of, named
@@ -65,12 +65,14 @@ def _later(run: Run) -> Html:
 
 
 def is_good(record: Record) -> bool:
-    """Return whether a value beats chance and the largest class by more than luck, or a loss its baseline."""
+    """Return whether a value beats chance: a fraction by more than luck, and the largest class too."""
     value, chance = number_of(record, "value"), number_of(record, "chance")
     if value is None or chance is None:
         return False
-    if record.get("unit") == "loss":
+    if is_better_lower(record):
         return value < chance
+    if _unit(record) != "fraction":
+        return value > chance
     against = max(chance, number_of(record, "majority") or 0.0)
     count = number_of(record, "count") or 0.0
     error = math.sqrt(max(against * (1 - against), 0.0) / count) if count > 0 else math.inf
@@ -165,7 +167,7 @@ def _chip(record: Record, than: str = "") -> Html | None:
     if value is None or not chance or not math.isfinite(value):
         return None
     words = f"{value / chance:.1f} times{than}"
-    if _unit(record) == "loss":
+    if is_better_lower(record):
         words = f"{percent(abs(value / chance - 1))} {'lower' if value < chance else 'higher'}"
     return tag("span", words, class_="chip good" if is_good(record) else "chip")
 
@@ -176,7 +178,7 @@ def _unit(record: Record) -> str:
 
 def _measure(record: Record) -> str:
     name = str(record.get("name"))
-    return f"{name} (lower is better)" if _unit(record) == "loss" else name
+    return f"{name} (lower is better)" if is_better_lower(record) else name
 
 
 def _shown(value: float, unit: str) -> str:

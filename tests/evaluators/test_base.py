@@ -38,6 +38,13 @@ def test_functions_give_one_output_per_row() -> None:
     np.testing.assert_array_equal(outputs["vector"], np.full((2, 3), 2.0))
 
 
+def test_a_record_states_which_way_is_better() -> None:
+    evaluator = HeldOutLoss(source=SOURCE)
+    assert evaluator.record(task(), "error", 1.0, 2.0, 3, better="lower")["better"] == "lower"
+    with pytest.raises(UserError, match="'error' has better='smaller'; choose 'higher' or 'lower'"):
+        evaluator.record(task(), "error", 1.0, 2.0, 3, better="smaller")
+
+
 def test_evaluators_are_built_from_their_blocks() -> None:
     blocks = {
         "one": {"name": "held_out_loss", "source": SOURCE},

@@ -18,8 +18,8 @@ from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import MeshConfig, make_mesh
 from mmjax.engine.steps import ModelSpec, eval_request
-from mmjax.evaluators.base import LossOf, Record, function
-from mmjax.evaluators.held_out_loss import HeldOutLoss
+from mmjax.evaluators.base import Record, function
+from mmjax.evaluators.held_out_loss import HeldOutLoss, LossAndBaseline
 from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.text import Text, TextInput
@@ -136,7 +136,7 @@ def program(order: tuple[str, ...], size: int) -> tuple[Task, Any]:
     made, declaration, p = sequences(*order)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     request = eval_request(
-        ModelSpec(declaration, jnp.float64, jnp.float64, 0), made, LossOf(), size, p, mesh
+        ModelSpec(declaration, jnp.float64, jnp.float64, 0), made, LossAndBaseline(), size, p, mesh
     )
     return made, jax.jit(partial(request.function, p))
 
@@ -189,10 +189,12 @@ def test_an_objective_that_reports_no_baseline() -> None:
     silent = mock.patch.object(Brightness, "__call__", lambda *_: Loss(jnp.float32(1)))
     error = "tasks.bright.evaluators: objective Brightness reports no 'baseline'"
     with silent, pytest.raises(UserError, match=error):
-        jax.eval_shape(lambda key: function(task(), LossOf())(2.0, batch, key), jax.random.key(0))
+        jax.eval_shape(
+            lambda key: function(task(), LossAndBaseline())(2.0, batch, key), jax.random.key(0)
+        )
 
 
 def test_the_pass_it_needs() -> None:
     [each] = HeldOutLoss(source=SOURCE).passes(task()).values()
-    assert each.computation == LossOf() and each.block == SOURCE and each.fields == ()
+    assert each.computation == LossAndBaseline() and each.block == SOURCE and each.fields == ()
     assert each.source.label == "test_concept"

@@ -17,7 +17,7 @@ class MeanError(Evaluator):
       unit: unit of the error, for tables.
     """
 
-    unit: str = "squared semitones"
+    unit: str = "semitones^2"
 
     def passes(self, task: Task) -> dict[str, Pass]:
         """Return the passes over data that the devices make, each with what it computes."""
@@ -26,4 +26,5 @@ class MeanError(Evaluator):
     def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
         """Return records from the outputs of all passes, on the host."""
         loss, pitch = outputs["all"]["loss"], outputs["all"]["pitch"]
-        return [self.record(task, "error", loss.mean(), pitch.var(), len(pitch), unit=self.unit)]
+        extra = {"unit": self.unit, "better": "lower"}
+        return [self.record(task, "error", loss.mean(), pitch.var(), len(pitch), **extra)]
