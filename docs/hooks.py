@@ -29,6 +29,7 @@ from mmjax import cli  # noqa: E402
 from mmjax.core import config as configs  # noqa: E402
 from mmjax.core import describe  # noqa: E402
 from mmjax.run_config import RunConfig  # noqa: E402
+from mmjax.schedule.phase_specs import BUDGET  # noqa: E402
 
 MEASURES, FOLDER = ROOT / "benchmarks" / "results", "results/measures"
 MARK = re.compile(r"^<!-- generated: ([\w ./-]+?) -->$", re.MULTILINE)
@@ -121,7 +122,8 @@ def _section(title: str, cls: type, change: str) -> str:
 
 def rules() -> str:
     """Return the rules of the schedule."""
-    rows = ((f"`{name}`", prose(text)) for name, text in describe.summaries("rules").items())
+    summaries = {**describe.summaries("rules"), BUDGET: "As `shares`, of the time."}
+    rows = ((f"`{name}`", prose(text)) for name, text in sorted(summaries.items()))
     return table(("rule", "what it does"), rows)
 
 

@@ -41,8 +41,9 @@ class Mamba:
       expand: inner channels per channel.
       taps: tokens that the causal depthwise convolution sees.
       rank: inner size of the step's projection; by default width / 16, rounded up.
-      per_modality: which of `PARTS` have a copy for which modalities, see `mmjax.nn.by_modality`. `in`, `x`, `dt` and
-        `out`: Mixture-of-Mamba (Liang et al. 2025); it shares the convolution, A and D.
+      per_modality: which of `norm`, `in`, `conv`, `x`, `dt` and `out` have a copy for which modalities, see
+        `mmjax.nn.by_modality`. `in`, `x`, `dt` and `out`: Mixture-of-Mamba (Liang et al. 2025); it shares the
+        convolution, A and D.
       norm: `rms` (as all published models have it) or `layer`, without bias.
       eps: of the norm.
       depth: number of such blocks that add to one residual stream; `out` is initialised `1 / sqrt(depth)` times as

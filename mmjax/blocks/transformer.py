@@ -83,9 +83,9 @@ class Transformer(SharedKeys):
     `rms`, MLP `swiglu`, rotary 10000.
 
     Attributes:
-      per_modality: which of `PARTS` have a copy for which modalities, see `mmjax.nn.by_modality`. All of them:
-        Mixture-of-Transformers (Liang et al. 2024); the MLP (and norms): multiway blocks (VLMo, BEiT-3). Attention is
-        over all tokens whatever has copies.
+      per_modality: which of `query`, `key`, `value`, `out`, `qk_norm`, `attention_norm`, `mlp_norm` and `mlp` have a
+        copy for which modalities, see `mmjax.nn.by_modality`. All of them: Mixture-of-Transformers (Liang et al. 2024);
+        the MLP (and norms): multiway blocks (VLMo, BEiT-3). Attention is over all tokens whatever has copies.
     """
 
     per_modality: PerModality = SHARED
