@@ -11,6 +11,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import connection, parent_process, resource_tracker
@@ -145,6 +146,26 @@ def _arranged(objective: Objective, rows: Batch, window: int) -> np.ndarray:
     return np.array(windows, np.int64)
 
 
+@contextmanager
+def no_silent_end(made: str, task: str) -> Iterator[None]:
+    """Turn the end of a thread that makes rows into an error.
+
+    A library that calls `exit`, or a thread that is asked to end: passed on as it is, it would end the run in silence.
+
+    Raises:
+      UserError: what the thread made for which task, and what ended it.
+    """
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        raise UserError(
+            f"A thread of the loader died while it made {made} of task '{task}': {error!r}. "
+            "Run again to resume; if it dies there again, look at the task's source."
+        ) from error
+
+
 class _Steps:
     """The batches from `clock` on, by index; what Grain reads."""
 
@@ -174,17 +195,8 @@ class _Steps:
         step = self._clock.step + int(index)
         schedule = self._clock.schedule
         task = self._settings.variant(schedule.task(step), step, schedule.visit(step)).task
-        try:
+        with no_silent_end(f"step {step}", task.name):
             return self._batch(step, task)
-        except Exception:
-            raise
-        except BaseException as error:
-            # A library that calls `exit`, or a thread that is asked to end: passed on as it is, it would
-            # end the run in silence.
-            raise UserError(
-                f"A thread of the loader died while it made step {step} of task '{task.name}': {error!r}. "
-                "Run again to resume; if it dies there again, look at the task's source."
-            ) from error
 
     def _batch(self, step: int, task: Task) -> HostBatch:
         clock = self._clock

@@ -24,7 +24,7 @@ from mmjax.data.identity import is_same
 from mmjax.engine import processes
 from mmjax.engine.compile import Program
 from mmjax.engine.lease_store import object_store
-from mmjax.engine.loader import make_batch, place, process_rows
+from mmjax.engine.loader import make_batch, no_silent_end, place, process_rows
 from mmjax.engine.requests import pass_key, program_key
 from mmjax.engine.steps import ticks
 from mmjax.evaluators.base import Outputs, Pass, Record, device_spec, row_spec
@@ -125,7 +125,8 @@ class Evaluation:
         def make(index: int) -> tuple[Batch, int, Any]:
             begin = int(index) * size
             ids = range(min(begin + first, len(examples)), min(begin + last, len(examples)))
-            rows, failed = make_batch(spec, examples, ids, lambda _: None, last - first)
+            with no_silent_end(f"batch {index} of the evaluation", task.name):
+                rows, failed = make_batch(spec, examples, ids, lambda _: None, last - first)
             return rows, first, failed
 
         count = math.ceil(len(examples) / size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import tensorstore
 from etils import epath
 
+from mmjax.core.errors import UserError
 from mmjax.engine.lease_store import ObjectStore
 from mmjax.monitor import metrics, summary
 from mmjax.report import data
@@ -107,3 +109,22 @@ def test_fields_of_several_processes_are_put_together(monkeypatch: pytest.Monkey
     monkeypatch.setattr(evaluation.processes, "gather", gathered)
     kept = [{"label": np.array(part, np.int32)} for part in second]
     assert evaluation._whole(kept, 2, 4)["label"].tolist() == list(range(8))
+
+
+def test_a_thread_that_is_ended_while_it_reads_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a library that calls `exit`; the run would else end with status 0 and without a word."""
+
+    def leave(*_: Any) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(evaluation, "row_spec", lambda *_: None)
+    monkeypatch.setattr(evaluation, "process_rows", lambda *_: lambda size: (0, size))
+    monkeypatch.setattr(evaluation, "make_batch", leave)
+    loader = SimpleNamespace(threads=1)
+    run: Any = SimpleNamespace(
+        _mesh=None, _experiment=SimpleNamespace(run=SimpleNamespace(loader=loader))
+    )
+    task: Any = SimpleNamespace(name="bright")
+    examples: Any = range(8)
+    with pytest.raises(UserError, match="batch 0 of the evaluation of task 'bright': SystemExit"):
+        list(evaluation.Evaluation._batches(run, task, task, examples, 4))
