@@ -347,11 +347,31 @@ def _checks(method: Any) -> Iterator[tuple[str, str]]:
         if called not in ("check", "check_choices") or not isinstance(node, ast.Call):
             continue
         for argument in node.keywords:
-            code = compile(ast.Expression(argument.value), "<bounds>", "eval")
-            value = eval(code, method.__globals__)  # an expression of mmjax's own source
+            value = _value(argument.value, method.__globals__)
             pairs = {argument.arg: value} if argument.arg else value  # `**{...}`
             for key, limits in pairs.items():
                 yield key, words(limits) if called == "check" else ", ".join(map(_word, limits))
+
+
+def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
+    """Return the value of a constant, a name, an attribute, a tuple or a `dict.fromkeys` of these."""
+    match node:
+        case ast.Constant():
+            return node.value
+        case ast.Name():
+            return names[node.id]
+        case ast.Attribute():
+            return getattr(_value(node.value, names), node.attr)
+        case ast.Starred():
+            return _value(node.value, names)
+        case ast.Tuple():
+            parts = [(isinstance(e, ast.Starred), _value(e, names)) for e in node.elts]
+            return tuple(x for is_many, part in parts for x in (part if is_many else [part]))
+        case ast.Call(func=ast.Attribute(attr="fromkeys"), args=arguments):
+            return dict.fromkeys(*(_value(argument, names) for argument in arguments))
+    raise ValueError(
+        f"A bound is written as a constant, a name or a tuple, not as {ast.unparse(node)}"
+    )
 
 
 def _word(choice: str) -> str:
