@@ -147,7 +147,7 @@ def _arranged(objective: Objective, rows: Batch, window: int) -> np.ndarray:
 
 
 @contextmanager
-def no_silent_end(made: str, task: str) -> Iterator[None]:
+def no_silent_end(work: str, task: str) -> Iterator[None]:
     """Turn the end of a thread that makes rows into an error.
 
     A library that calls `exit`, or a thread that is asked to end: passed on as it is, it would end the run in silence.
@@ -161,7 +161,7 @@ def no_silent_end(made: str, task: str) -> Iterator[None]:
         raise
     except BaseException as error:
         raise UserError(
-            f"A thread of the loader died while it made {made} of task '{task}': {error!r}. "
+            f"A thread of the loader died while it made {work} of task '{task}': {error!r}. "
             "Run again to resume; if it dies there again, look at the task's source."
         ) from error
 
