@@ -4,8 +4,7 @@
 
 compares every task of each config, made small, on these meshes (by default all of `CASES`). `mechanisms.py` compares
 chosen tasks on chosen meshes, and `matrix.py` makes a table of all systems. Before each compilation the process names
-it on standard error, so that XLA's messages there can be attributed. Programs are read from JAX's cache if it has them,
-and with them what XLA printed when it compiled them.
+it on standard error, so that XLA's messages there can be attributed.
 """
 
 from __future__ import annotations
@@ -26,13 +25,11 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmjax.core import config as configs
 from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh, replicated
 from mmjax.engine import steps as program
-from mmjax.engine.compile import use_cache
 from mmjax.engine.gradient import loss_and_gradient
 from mmjax.engine.loader import place
 from mmjax.engine.requests import train_requests
@@ -78,8 +75,6 @@ EPS = 1e-6
 LEAST = 1e-3  # arrays smaller than this are compared with this
 CLOSE = 1e-10  # the largest difference that rounding explains
 MARK = "compiles: "
-KEY = "key in the cache: "
-SAID = "said"  # a folder in the cache: what XLA printed about a program, by the program's key
 CONTROL = "control"
 WARNING = "Involuntary full rematerialization"
 ROOT = Path(__file__).resolve().parents[2]
@@ -207,30 +202,7 @@ def begun(experiment: Experiment) -> State:
 def compiled(function: Any, arguments: Any, out_shardings: Any, mesh: Mesh, what: str) -> Any:
     print(f"{MARK}{what}", file=sys.stderr, flush=True)
     with jax.set_mesh(mesh):
-        lowered = jax.jit(function, out_shardings=out_shardings).lower(*arguments)
-        with mock.patch.object(compilation_cache, "get_executable_and_time", recalled):
-            return lowered.compile()
-
-
-def recalled(key: str, *more: Any) -> Any:
-    """Look a program up in JAX's cache and print on standard error whether it was there.
-
-    A program without a record of what XLA printed is compiled again.
-    """
-    is_noted = (cache_dir() / SAID / key).exists()
-    result = from_cache(key, *more) if is_noted else (None, None)
-    how = "compiled" if result[0] is None else "cached"
-    print(f"{KEY}{key} {how}", file=sys.stderr, flush=True)
-    return result
-
-
-from_cache = compilation_cache.get_executable_and_time
-
-
-def cache_dir() -> Path:
-    """Return the folder of JAX's cache of programs."""
-    use_cache()
-    return Path(jax.config.values["jax_compilation_cache_dir"])
+        return jax.jit(function, out_shardings=out_shardings).lower(*arguments).compile()
 
 
 class Steps:
@@ -388,6 +360,7 @@ def moved(before: dict[str, Any], after: dict[str, dict[str, Any]]) -> dict[str,
 
 def control() -> None:
     """A lookup in a table cut along its vectors, asked for cut along its rows: XLA makes it whole first."""
+    print(f"{MARK}{CONTROL}", file=sys.stderr, flush=True)
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
 
     def placed(*entries: Any) -> NamedSharding:
@@ -396,7 +369,7 @@ def control() -> None:
     table = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=placed(None, ("data", "tensor")))
     index = jax.ShapeDtypeStruct((16, 16), jnp.int32, sharding=placed("data", "tensor"))
     wanted = placed("data", "tensor", None)
-    compiled(lambda t, i: jnp.take(t, i, axis=0), (table, index), wanted, mesh, CONTROL)
+    jax.jit(lambda t, i: jnp.take(t, i, axis=0), out_shardings=wanted).lower(table, index).compile()
 
 
 # --- a process of its own ----------------------------------------------------------------------
@@ -412,16 +385,16 @@ def run_apart(*words: str, timeout: float) -> tuple[dict[str, Any], dict[str, st
     """Run `python SCRIPT OUT.json WORD ...` on eight devices in 64 bits.
 
     Returns:
-      The results, and what XLA printed to standard error during each compilation, now or when the program was compiled.
+      The results, and what XLA printed to standard error during each compilation.
 
     Raises:
       RuntimeError: the process failed.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    # A program that is kept on disk is not compiled, and nothing is printed of it.
     env = {
-        **os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache_dir()), "JAX_ENABLE_X64": "1",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu", "NPROC": "64",
-        "PYTHONPATH": path, "XLA_FLAGS": FLAGS,
+        **os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0", "JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu",
+        "NPROC": "64", "PYTHONPATH": path, "XLA_FLAGS": FLAGS,
     }  # fmt: skip
     script, *others = words
     with tempfile.TemporaryDirectory() as folder:
@@ -435,19 +408,7 @@ def run_apart(*words: str, timeout: float) -> tuple[dict[str, Any], dict[str, st
         parts = re.split(rf"^{MARK}(.*)\n", done.stderr, flags=re.MULTILINE)[1:]
         said = dict(zip(parts[::2], parts[1::2], strict=True))
         assert 2 * len(said) == len(parts), "each compilation has a name of its own"
-        return json.loads(out.read_text()), {name: noted(text) for name, text in said.items()}
-
-
-def noted(text: str) -> str:
-    """Return what XLA printed when it compiled a program, from standard error now; keep it for later runs."""
-    [(key, how)] = re.findall(rf"^{KEY}(\S+) (\w+)$", text, flags=re.MULTILINE)
-    file = cache_dir() / SAID / key
-    if how == "compiled":
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(text)
-        partial.replace(file)
-    return file.read_text()
+        return json.loads(out.read_text()), said
 
 
 def main() -> None:
