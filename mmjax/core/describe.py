@@ -276,7 +276,7 @@ class _Walk:
         return Target(self.path, row.meaning, cls.__module__, [row], is_value=True)
 
     def _component(self, kind: str, value: Any) -> Any:
-        """Return the class of a component: the config's, else the next of the names, else the kind's default."""
+        """Return the class of a component: the config's, else the next of the names, else None."""
         name = value.get("name") if isinstance(value, Mapping) else None
         if name is None and self.names:
             name = self.names.pop(0)
@@ -347,7 +347,12 @@ def _checks(method: Any) -> Iterator[tuple[str, str]]:
         if called not in ("check", "check_choices") or not isinstance(node, ast.Call):
             continue
         for argument in node.keywords:
-            value = _value(argument.value, method.__globals__)
+            try:
+                value = _value(argument.value, method.__globals__)
+            except (ValueError, KeyError, AttributeError):  # an expression, or a name of the method
+                if argument.arg:
+                    yield argument.arg, ast.unparse(argument.value)
+                continue
             pairs = {argument.arg: value} if argument.arg else value  # `**{...}`
             for key, limits in pairs.items():
                 yield key, words(limits) if called == "check" else ", ".join(map(_word, limits))
@@ -369,9 +374,7 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
             return tuple(x for is_many, part in parts for x in (part if is_many else [part]))
         case ast.Call(func=ast.Attribute(attr="fromkeys"), args=arguments):
             return dict.fromkeys(*(_value(argument, names) for argument in arguments))
-    raise ValueError(
-        f"A bound is written as a constant, a name or a tuple, not as {ast.unparse(node)}"
-    )
+    raise ValueError(f"no constant, name or tuple: {ast.unparse(node)}")
 
 
 def _word(choice: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,11 +28,7 @@ class LossAndBaseline(LossOf):
         self, task: Task, model: Model, batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array]:
         outputs = super().outputs(task, model, batch, key)
-        if "baseline" not in outputs:
-            raise UserError(
-                f"tasks.{task.name}.evaluators: objective {type(task.objective).__name__} reports no 'baseline', "
-                "which held_out_loss sets beside the loss. Add it to the metrics of its Loss, or remove the evaluator."
-            )
+        _check_baseline(task, outputs)
         return outputs
 
 
@@ -56,6 +53,7 @@ class HeldOutLoss(Evaluator):
 
     def score(self, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
         rows = outputs["all"]
+        _check_baseline(task, rows)  # the program may be that of another evaluator of this loss
         named = [n.removeprefix("baseline ") for n in rows if n.startswith("baseline ")]
         return [self._whole(task, rows), *(self._part(task, rows, part) for part in named)]
 
@@ -92,6 +90,14 @@ class HeldOutLoss(Evaluator):
         compared = max(int(_compared(rows, part).max(initial=0)) for part in parts)
         extra = {"compared": compared} if compared else {}
         return self.record(task, name, value, baseline, count, unit="loss", **extra)
+
+
+def _check_baseline(task: Task, outputs: Mapping[str, Any]) -> None:
+    if "baseline" not in outputs:
+        raise UserError(
+            f"tasks.{task.name}.evaluators: objective {type(task.objective).__name__} reports no 'baseline', "
+            "which held_out_loss sets beside the loss. Add it to the metrics of its Loss, or remove the evaluator."
+        )
 
 
 def _compared(rows: Outputs, part: str) -> np.ndarray:

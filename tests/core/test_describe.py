@@ -160,3 +160,22 @@ def test_every_key_of_every_block_is_described() -> None:
         for name in configs.names(kind):
             assert describe.keys(configs.resolve(kind, name, kind)) is not None
         assert all(describe.summaries(kind).values()), kind
+
+
+_LEAST = 2
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A block with a bound that is worked out."""
+
+    size: int = 5
+    count: int = 3
+
+    def __post_init__(self) -> None:
+        check(self, size=f"[{_LEAST}, 9]", count=COUNT)
+
+
+def test_a_bound_that_is_an_expression_is_shown_as_it_is_written() -> None:
+    assert describe.bounds(Computed)["size"] == "f'[{_LEAST}, 9]'"
+    assert describe.bounds(Computed)["count"] == "at least 1"

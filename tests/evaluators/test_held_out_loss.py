@@ -194,6 +194,12 @@ def test_an_objective_that_reports_no_baseline() -> None:
         )
 
 
+def test_outputs_without_a_baseline_are_refused_too() -> None:
+    """Another evaluator of the loss, which needs none, may share its program."""
+    with pytest.raises(UserError, match="objective Brightness reports no 'baseline'"):
+        HeldOutLoss(source=SOURCE).score(task(), {"all": {"loss": np.ones(3)}})
+
+
 def test_the_pass_it_needs() -> None:
     [each] = HeldOutLoss(source=SOURCE).passes(task()).values()
     assert each.computation == LossAndBaseline() and each.block == SOURCE and each.fields == ()
