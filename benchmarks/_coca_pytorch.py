@@ -18,7 +18,7 @@ from mmjax.task import Task
 
 @dataclass(frozen=True)
 class Peer:
-    """What is timed: a training step (forward, backward, AdamW), and captions token by token."""
+    """A training step to be timed (forward, backward, AdamW), and captions token by token."""
 
     step: Callable[[], Any]
     write: Callable[[], Any]

@@ -24,7 +24,7 @@ SHUFFLE = 256
 
 @dataclass(frozen=True)
 class View:
-    """What is made of a picture: `crop` is the least area of a box, as in `mmjax.modalities.image`."""
+    """Settings of a picture: `crop` is the least area of a box, as in `mmjax.modalities.image`."""
 
     size: int
     crop: float
@@ -54,7 +54,7 @@ def tokens_of(text: str) -> np.ndarray:
 
 
 def picture_of(encoded: bytes, view: View, rng: np.random.Generator) -> np.ndarray:
-    """By Pillow: decoded, cropped and scaled, mirrored."""
+    """Return a picture as Pillow makes it: decoded, cropped and scaled, mirrored."""
     image = Image.open(io.BytesIO(encoded)).convert("RGB")
     box = None
     if view.crop < 1:
@@ -92,7 +92,7 @@ def collate(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
 
 
 def as_is(batch: Batch) -> Batch:
-    """What PyTorch's loader would otherwise turn into tensors."""
+    """Return what PyTorch's loader would otherwise turn into tensors."""
     return batch
 
 

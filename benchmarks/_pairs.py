@@ -16,7 +16,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Effort:
-    """What to run and how often.
+    """The number of rounds and repeats of a measurement.
 
     Attributes:
       block: the config as plain data.
@@ -100,7 +100,7 @@ def rounds(
 def ratios(
     times: Mapping[str, Sequence[float]], one: str, other: str, wanted: str = "", name: str = ""
 ) -> Quantity:
-    """Of the seconds of one to those of the other, round by round."""
+    """Return the seconds of one by those of the other, round by round."""
     values = [a / b for a, b in zip(times[one], times[other], strict=True)]
     return quantity(name or f"{one} to {other}", values, wanted=wanted)
 

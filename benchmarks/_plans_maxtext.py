@@ -84,7 +84,7 @@ class Classifier(nnx.Module):
 def _step(
     graph: Any, config: Any, shardings: Any, of_parameters: Any, state: Any, batch: Any
 ) -> Any:
-    """In the form of MaxText's: a state and a batch give a state and metrics."""
+    """Take a step in the form of MaxText's: a state and a batch give a state and metrics."""
     from maxtext.utils import maxtext_utils
 
     held = nnx.merge(graph, state)
@@ -103,7 +103,7 @@ def _step(
 
 
 def _of_rows(lies: Any) -> jax.sharding.NamedSharding:
-    """As MaxText cuts a batch of sequences, for arrays that have no second axis to cut."""
+    """Return the sharding by which MaxText cuts a batch of sequences, for arrays that have no second axis to cut."""
     return jax.sharding.NamedSharding(lies.mesh, jax.sharding.PartitionSpec(lies.spec[0]))
 
 
@@ -174,7 +174,7 @@ def planned(what: str, sizes: Sizes, topology: str, chips: int, per_chip: float)
 
 
 def loss(what: str, sizes: Sizes, file: str) -> float:
-    """Of the arrays `pixels` and `labels`, or `ids`, in a file that holds our parameters by name too."""
+    """Return the loss of `pixels` and `labels`, or `ids`, of a file that also holds our parameters by name."""
     from maxtext.configs import pyconfig
     from maxtext.utils import maxtext_utils, model_creation_utils
 

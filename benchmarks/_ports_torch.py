@@ -29,7 +29,7 @@ class Layers(nn.Module):
 
 
 class ZorroLayer(nn.Module):
-    """As the port's `Zorro.forward` calls its layers."""
+    """A layer, called as the port's `Zorro.forward` calls its own."""
 
     def __init__(self, case: Any, mask: torch.Tensor):
         from zorro_pytorch.zorro_pytorch import Attention, FeedForward

@@ -61,7 +61,7 @@ class Steps:
 
     @property
     def parameters(self) -> Arrays:
-        """As they are now, by name."""
+        """Return them as they are now, by name."""
         result: Arrays = self._state.parameters
         return result
 

@@ -17,7 +17,7 @@ _MARKS = 4  # its own tokens beside the picture's shape in characters: begin of 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What both are built with.
+    """Sizes with which both are built.
 
     Attributes:
       tokens: of a row in the trunk, those of the port's own included.
@@ -37,7 +37,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Peer:
-    """What is timed, a training step (forward, backward, AdamW) that returns its loss, and what it is.
+    """A training step to be timed (forward, backward, AdamW) that returns its loss, and what it is.
 
     Attributes:
       tokens: of a row in its trunk, as it was seen there.

@@ -47,7 +47,7 @@ class Peer:
 
 
 def measure(effort: Effort) -> list[Quantity]:
-    """By size: throughputs, and ratios of times to those of the others."""
+    """Return, by size, throughputs, and ratios of times to those of the others."""
     result = []
     for size in SIZES:
         pairs = effort.pairs if size == SIZES[0] else max(3, effort.pairs // 10)

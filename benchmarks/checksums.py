@@ -31,7 +31,7 @@ NEW, OLD, CODEC = "format 2", "format 1", "crc32c"
 
 
 def measure(effort: Effort) -> list[Quantity]:
-    """By size: ratios of times to those without checksums, and throughputs."""
+    """Return, by size, ratios of times to those without checksums, and throughputs."""
     result = []
     for size in SIZES:
         values = arrays(size)

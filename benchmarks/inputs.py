@@ -76,7 +76,7 @@ def measure(effort: Effort) -> list[Quantity]:
 
 
 def _rates(path: Path, kind: Kind, pairs: int) -> dict[str, list[float]]:
-    """By loader, examples per second of each round; each reads on where it was."""
+    """Return, by loader, the examples per second of each round; each reads on where it was."""
     streams = {name: make(path, kind.view) for name, make in loaders().items()}
     rates: dict[str, list[float]] = {name: [] for name in streams}
     for pair in range(pairs):
@@ -196,7 +196,7 @@ def assert_equal(path: Path, kind: Kind) -> None:
 
 
 def _epoch(stream: Iterator[Batch]) -> dict[tuple[int, ...], list[np.ndarray]]:
-    """By tokens, the pictures of an epoch, thinned out."""
+    """Return, by tokens, the pictures of an epoch, thinned out."""
     result: dict[tuple[int, ...], list[np.ndarray]] = {}
     for batch in itertools.islice(stream, EXAMPLES // BATCH):
         for picture, ids in zip(batch.pictures, batch.tokens, strict=True):

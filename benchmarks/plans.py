@@ -81,7 +81,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def measure(effort: Effort) -> list[Quantity]:
-    """Of each step and machine: ratios, ours to MaxText's, and what they are of."""
+    """Return, for each step and machine, ratios, ours to MaxText's, and what they are of."""
     if find_spec("maxtext") is None:
         return []
     result = []
@@ -187,7 +187,7 @@ def _count(experiment: Experiment) -> int:
 
 
 def theirs(what: str, machine: Machine) -> dict[str, Any]:
-    """By a process of its own."""
+    """Return the measurement of a process of its own."""
     asked = {"what": what, "sizes": FULL[what], "topology": machine.theirs, "chips": machine.chips}
     result: dict[str, Any] = _ask({**asked, "per_chip": machine.rows[what]}, environment())
     return result

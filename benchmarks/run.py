@@ -41,7 +41,7 @@ def cases() -> list[str]:
 
 
 def run_case(name: str, effort: Effort, command: str) -> dict[str, Any]:
-    """What a case found, as plain data."""
+    """Return the results of a case, as plain data."""
     module = importlib.import_module(f"benchmarks.{name}")
     began, load = datetime.now(UTC), _load()
     quantities: list[Quantity] = module.measure(effort)

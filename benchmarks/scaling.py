@@ -57,7 +57,7 @@ def measure(effort: Effort) -> list[Quantity]:
 
 
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Of log value over log size, by least squares."""
+    """Return the slope of log value over log size, by least squares."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 

@@ -55,7 +55,7 @@ def measure(effort: Effort) -> list[Quantity]:
 
 
 def assert_equal(losses: Mapping[str, list[float]]) -> None:
-    """Of all, the loss with the same parameters, and after a step of training.
+    """Compare the loss of all with the same parameters, and after a step of training.
 
     That step moves our positions otherwise: they are sums of a row's and a column's, normalised, where the peers have
     a table.

@@ -129,7 +129,7 @@ def train_words(given: argparse.Namespace, rest: Sequence[str]) -> list[str]:
 
 
 def worker_command(given: argparse.Namespace, rest: Sequence[str], python: str) -> str:
-    """What each machine runs, for a shell: JAX finds the others, unless MMJAX_COORDINATOR names the address."""
+    """Return what each machine runs, for a shell: JAX finds the others, unless MMJAX_COORDINATOR names the address."""
     words = " ".join(shlex.quote(word) for word in train_words(given, rest))
     where = 'export MMJAX_COORDINATOR="${MMJAX_COORDINATOR:-auto}"'
     return f"{where} && exec {shlex.quote(python)} {words}"
@@ -235,7 +235,7 @@ class Pod:
             time.sleep(POLL)
 
     def _culprit(self) -> tuple[int, int]:
-        """Which has failed first, and how: one killed takes the others with it, who may be seen to end before it.
+        """Return which failed first, and how: one killed takes the others with it, which may end before it.
 
         One that has aborted is no such: JAX ends a process like that when another is gone.
         """
@@ -285,7 +285,7 @@ def end_with(launcher: int) -> Callable[[], None] | None:
 
 
 def how(status: int) -> str:
-    """How a process ended, in words."""
+    """Return how a process ended, in words."""
     return (
         f"was ended by {signal.Signals(-status).name}"
         if status < 0
@@ -520,7 +520,7 @@ def slurm(argv: Sequence[str]) -> int:
 
 
 def batch_script(given: argparse.Namespace, rest: Sequence[str]) -> str:
-    """What `sbatch` is given."""
+    """Return the script for `sbatch`."""
     options = {
         "job-name": given.name,
         "nodes": given.nodes,

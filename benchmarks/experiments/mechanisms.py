@@ -64,7 +64,7 @@ def trials(
 def summarise(
     comparison: Comparison, found: Mapping[Trial, Sequence[Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """For each measure its chance, and the values of each variant by seed."""
+    """Return, for each measure, its chance, and the values of each variant by seed."""
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for trial, records in found.items():
         for record in records:
@@ -98,7 +98,7 @@ def read_steps(workdir: Path) -> list[dict[str, Any]]:
 
 
 def in_use(steps: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, int]]:
-    """Of each layer and modality the experts in use at the end of a run, and how many there are.
+    """Return, for each layer and modality, the experts in use at the end of a run, and how many there are.
 
     The exponential of the entropy of their shares of tokens, these being means over the last fifth of the steps.
     """
@@ -175,7 +175,7 @@ def markdown(name: str, made: Mapping[str, Any]) -> str:
 
 
 def _matched(part: str, labels: Sequence[str], by_seed: Sequence[float | None]) -> str:
-    """When the first variant is where the second ends, over the seeds in which it is."""
+    """Return when the first variant is where the second ends, over the seeds in which it is."""
     shares = {seed: share for seed, share in enumerate(by_seed) if share is not None}
     said = f"The {part} loss of training: {labels[0]} is where {labels[1]} ends"
     if not shares:
@@ -185,7 +185,7 @@ def _matched(part: str, labels: Sequence[str], by_seed: Sequence[float | None]) 
 
 
 def _verdict(rows: Sequence[Mapping[str, Any]], one: str, other: str) -> str:
-    """In how many measures the first variant is ahead, or behind, in every seed."""
+    """Return in how many measures the first variant is ahead, or behind, in every seed."""
     signs = []
     for row in (r for r in rows if r["unit"] != "experts"):
         values, others = (row["values"].get(label, {}) for label in (one, other))
@@ -201,7 +201,7 @@ def _verdict(rows: Sequence[Mapping[str, Any]], one: str, other: str) -> str:
 
 
 def _difference(row: Mapping[str, Any], labels: Sequence[str], unit: str) -> str:
-    """Of the first two variants, seed by seed."""
+    """Return the differences of the first two variants, seed by seed."""
     one, other = (row["values"].get(label, {}) for label in labels[:2])
     return shown({seed: one[seed] - other[seed] for seed in one if seed in other}, unit)
 

@@ -55,7 +55,7 @@ def trials(block: Block, seeds: Sequence[int], alone: bool) -> Iterator[Trial]:
 
 
 def singles(block: Block, seed: int) -> dict[str, tuple[str, ...]]:
-    """For each task the overrides that leave it alone with the visits that it has in the mixture."""
+    """Return, for each task, the overrides that leave it alone with the visits that it has in the mixture."""
     experiment = make_experiment(block)
     steps, warmup = experiment.run.steps, experiment.run.optimizer.warmup
     key, result = key_of(experiment.run.schedule.rule), {}
@@ -89,7 +89,7 @@ def run(trial: Trial, arguments: Sequence[str], out: Path) -> list[dict[str, Any
 
 
 def summarise(found: Mapping[Trial, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """For each measure its chance, and the values of the mixture and of the task alone, by seed."""
+    """Return, for each measure, its chance, and the values of the mixture and of the task alone, by seed."""
     rows: dict[Key, dict[str, Any]] = {}
     for trial, records in found.items():
         for record in records:
@@ -137,7 +137,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], command: str) -> str:
 
 
 def seeds_of(words: str) -> list[int]:
-    """Of `--seeds`."""
+    """Return the seeds that `--seeds` names."""
     if not all(seed.strip().isdigit() for seed in words.split(",")):
         raise UserError(f"--seeds={words}: write integers such as 0,1,2.")
     return [int(seed) for seed in words.split(",")]

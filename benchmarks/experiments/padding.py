@@ -34,7 +34,7 @@ SPREAD = 0.4  # deviation of the logarithm of simulated lengths
 
 @dataclass(frozen=True)
 class Padding:
-    """Of a task's sequences.
+    """The padding of a task's sequences.
 
     Attributes:
       slots: the share of padding with a slot for the longest text in each item.
