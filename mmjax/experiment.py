@@ -102,7 +102,7 @@ class Experiment:
         for task, _ in self.phases.programs.values():
             if task is self.tasks[task.name]:
                 continue
-            heads = [(t.objective.head, self._heads(t)) for t in (self.tasks[task.name], task)]
+            heads = [h for t in (self.tasks[task.name], task) for h in self._heads(t)]
             declare_model(self.run.model, self.modalities, heads)
         for phase in self.phases.entries:
             for name, variants in phase.variants.items():
@@ -116,8 +116,8 @@ class Experiment:
                 }
                 check_tokens(sizes, f"tasks.{name}")
 
-    def _heads(self, task: Task) -> dict[str, Any]:
-        return task.objective.heads(self.run.model.trunk.width, task.inputs)
+    def _heads(self, task: Task) -> list[tuple[str, dict[str, Any]]]:
+        return task.objective.named_heads(self.run.model.trunk.width, task.inputs)
 
     @cached_property
     def flops(self) -> Mapping[str, int]:
@@ -172,8 +172,9 @@ def _build(block: Mapping[str, Any], folder: str, used: Iterable[tuple[str, str]
         modalities[name] = replace(modality, folder=folder) if folder else modality
     tasks = {name: make_task(name, inner, modalities) for name, inner in run.tasks.items()}
     heads = [
-        (t.objective.head, t.objective.heads(run.model.trunk.width, t.inputs))
+        head
         for t in tasks.values()
+        for head in t.objective.named_heads(run.model.trunk.width, t.inputs)
     ]
     declaration = declare_model(run.model, modalities, heads)
     evaluators = {name: make_evaluators(task) for name, task in tasks.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,8 @@ class Objective(abc.ABC):
         name where the config gives none.
     """
 
+    KIND: ClassVar[str] = "objectives"
+
     head: str = ""
 
     @abc.abstractmethod
@@ -117,6 +119,12 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
         """Return the objective's modules, by part name; they become `model.heads[self.head]`."""
+
+    def named_heads(
+        self, width: int, inputs: Mapping[str, Input]
+    ) -> list[tuple[str, dict[str, Any]]]:
+        """Return all heads that it owns, each with its name: here the one of `heads`."""
+        return [(self.head, self.heads(width, inputs))]
 
     @abc.abstractmethod
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
