@@ -14,7 +14,17 @@ from mmjax.core.errors import UserError
 from mmjax.core.parameters import Arrays
 from mmjax.core.sharding import joined_rows, split_rows
 from mmjax.model import Model
-from mmjax.objectives.base import Coupled, Loss, row_keys, with_rows
+from mmjax.objectives.base import (
+    Coupled,
+    Loss,
+    Repaired,
+    Summed,
+    fold_pairing,
+    repaired,
+    row_keys,
+    with_pairs,
+    with_rows,
+)
 from mmjax.optim.transforms import wide
 from mmjax.task import Task
 
@@ -52,11 +62,26 @@ def _separate(
 ) -> tuple[Loss, Arrays]:
     """Return a mean over rows or tokens: the weighted sum over parts, over the sum of weights."""
 
-    def weighted(parameters: Arrays, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+    def loss_of(parameters: Arrays, part: Batch, key: jax.Array) -> Loss:
         loss = task.loss(model_of(parameters), part, key)
         _refuse_buffers(loss.buffers, task)
         if loss.parts:
             raise ValueError(f"{type(task.objective).__name__}: a loss of several means is Coupled")
+        return loss
+
+    return _mean(loss_of, parameters, *_parts(task, batch, key))
+
+
+def _mean(
+    loss_of: Callable[[Arrays, Batch, jax.Array], Loss],
+    parameters: Arrays,
+    parts: Batch,
+    keys: jax.Array,
+) -> tuple[Loss, Arrays]:
+    """Return the mean of a loss over the terms of all parts, and its gradient."""
+
+    def weighted(parameters: Arrays, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        loss = loss_of(parameters, part, key)
         count = loss.terms(part.valid)
         metrics = {name: count * metric for name, metric in loss.metrics.items()}
         return count * loss.value, (count, metrics)
@@ -64,7 +89,7 @@ def _separate(
     def of_part(part: Batch, key: jax.Array) -> Any:
         return jax.value_and_grad(weighted, has_aux=True)(parameters, part, key)
 
-    (value, (count, metrics)), grads = _total(of_part, *_parts(task, batch, key))
+    (value, (count, metrics)), grads = _total(of_part, parts, keys)
     whole = jnp.where(count > 0, count, 1)
     value, metrics, grads = jax.tree.map(
         lambda x: x / whole.astype(x.dtype), (value, metrics, grads)
@@ -97,8 +122,8 @@ def _coupled(
         return loss.value, loss
 
     gradient = jax.value_and_grad(value_of, argnums=(0, 1), has_aux=True)
-    together = objective.rows_together()
-    whole = jax.tree.map(lambda x: joined_rows(x, together), rows)
+    together, adds = objective.rows_together(), isinstance(objective, Summed)
+    whole = jax.tree.map(lambda x: x.sum(axis=0) if adds else joined_rows(x, together), rows)
     (_, loss), (direct, back) = gradient(parameters, whole)
     share = parts.valid.sum(axis=1) / jnp.maximum(batch.valid.sum(), 1)
     share = share.astype(aux.dtype)
@@ -108,10 +133,41 @@ def _coupled(
         grads: Arrays = pull((back, share))[0]
         return grads
 
-    back = jax.tree.map(lambda x: split_rows(x, task.config.microbatches, together), back)
-    grads = _total(pulled, parts, keys, back, share)
-    value = loss.value + (share * aux).sum()
-    return replace(loss, value=value), jax.tree.map(jnp.add, direct, grads)
+    count = task.config.microbatches
+    back = jax.tree.map(
+        lambda x: jnp.stack([x] * count) if adds else split_rows(x, count, together), back
+    )
+    grads = jax.tree.map(jnp.add, direct, _total(pulled, parts, keys, back, share))
+    loss = replace(loss, value=loss.value + (share * aux).sum())
+    if isinstance(objective, Repaired):
+        paired, more = _paired(task, model_of, parameters, whole, batch, key)
+        loss = with_pairs(loss, paired, batch.valid)
+        grads = jax.tree.map(jnp.add, grads, more)
+    return loss, grads
+
+
+def _paired(
+    task: Task, model_of: ModelOf, parameters: Arrays, rows: Any, batch: Batch, key: jax.Array
+) -> tuple[Loss, Arrays]:
+    """Return the mean over the rows that a coupled objective pairs again, and its gradient, part by part."""
+    objective: Any = task.objective
+    batches = repaired(objective, model_of(parameters), rows, batch, key)
+    count, together = task.config.microbatches, objective.rows_together()
+    pairings = batches.valid.shape[0]
+
+    def divided(x: jax.Array) -> jax.Array:
+        return jnp.concatenate([split_rows(x[k], count, together) for k in range(pairings)])
+
+    keys = [
+        jax.random.fold_in(fold_pairing(key, k), i) for k in range(pairings) for i in range(count)
+    ]
+
+    def loss_of(parameters: Arrays, part: Batch, key: jax.Array) -> Loss:
+        loss: Loss = objective.row_loss(model_of(parameters), part, key)
+        _refuse_buffers(loss.buffers, task)
+        return loss
+
+    return _mean(loss_of, parameters, jax.tree.map(divided, batches), jnp.stack(keys))
 
 
 def _parts(task: Task, batch: Batch, key: jax.Array) -> tuple[Batch, jax.Array]:

@@ -24,6 +24,7 @@ from mmjax.nn.stream import Aux
 from mmjax.sources.base import Example
 
 C = TypeVar("C")
+_PAIRINGS = 2**31 - 2  # as `_ROWS`, for rows that are paired again
 _ROWS = 2**31 - 1  # keeps the keys of rows apart from what objectives fold into a key
 
 
@@ -321,12 +322,116 @@ class Coupled(Objective):
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         represented = self.represent(model, batch, key)
-        loss = self.compare(model, represented.rows, batch)
-        buffers = {**represented.aux.buffers, **loss.buffers}
-        metrics = {**loss.metrics, **represented.aux.metrics()}
-        return replace(
-            loss, value=loss.value + represented.aux.loss, metrics=metrics, buffers=buffers
-        )
+        return coupled_loss(represented, self.compare(model, represented.rows, batch))
+
+
+@dataclass(frozen=True)
+class Summed(Coupled):
+    """A coupled objective that compares sums over the rows, such as moments, instead of the rows themselves.
+
+    `represent` returns sums over the valid rows of a batch as its `rows`, arrays of any shape without a row axis. They
+    add up over micro-batches, and `compare` sees those of the whole batch.
+    """
+
+
+@dataclass(frozen=True)
+class Repaired(Coupled):
+    """A coupled objective with a second loss, row by row, of inputs that are paired again by what it compared.
+
+    Hard negatives for matching are an example: `pairings` finds for each row the most similar wrong partner of the
+    whole batch, and `row_loss` encodes these pairs. No gradient flows through the choice.
+    """
+
+    @abc.abstractmethod
+    def pairings(
+        self, model: Model, rows: Any, batch: Batch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Return which row each row takes a modality from: by modality, int `[K, B]` for K further batches.
+
+        A modality that is not named stays; -1 makes a row invalid. Of `batch` it reads `fields`, `valid` and `present`.
+        """
+
+    @abc.abstractmethod
+    def row_loss(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
+        """Return a mean over the rows of one of the batches that are paired again; `batch.fields[PAIRING]` is which."""
+
+    def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
+        represented = self.represent(model, batch, key)
+        compared = coupled_loss(represented, self.compare(model, represented.rows, batch))
+        batches = repaired(self, model, represented.rows, batch, key)
+        losses = [
+            self.row_loss(model, jax.tree.map(lambda x, k=k: x[k], batches), fold_pairing(key, k))
+            for k in range(batches.valid.shape[0])
+        ]
+        counts = [loss.terms(batches.valid[k]) for k, loss in enumerate(losses)]
+        total = sum(counts[1:], counts[0])
+        whole = jnp.where(total > 0, total, 1)
+
+        def mean(values: Sequence[jax.Array]) -> jax.Array:
+            weighted = [count * value for count, value in zip(counts, values, strict=True)]
+            return sum(weighted[1:], weighted[0]) / whole
+
+        metrics = {n: mean([loss.metrics[n] for loss in losses]) for n in losses[0].metrics}
+        pairs = Loss(mean([loss.value for loss in losses]), metrics, count=total)
+        return with_pairs(compared, pairs, batch.valid)
+
+
+PAIRING = "pairing"  # the field of a batch that is paired again, which of the K it is
+
+
+def fold_pairing(key: jax.Array, pairing: jax.Array | int) -> jax.Array:
+    """Return the key of one of the batches that are paired again."""
+    return jax.random.fold_in(jax.random.fold_in(key, _PAIRINGS), pairing)
+
+
+def repaired(objective: Repaired, model: Model, rows: Any, batch: Batch, key: jax.Array) -> Batch:
+    """Return the batches that `pairings` chooses, with a leading axis `[K]`, and a key for each of their rows."""
+    chosen = jax.lax.stop_gradient(objective.pairings(model, rows, batch, key))
+    count = next(iter(chosen.values())).shape[0]
+    inputs, valid = dict[str, Any](), jnp.broadcast_to(batch.valid, (count, *batch.valid.shape))
+    for modality, arrays in batch.inputs.items():
+        if modality in chosen:
+            index_KB = chosen[modality]
+            valid = valid & (index_KB >= 0) & batch.valid[index_KB]
+            inputs[modality] = jax.tree.map(lambda x, i=index_KB: x[i], arrays)
+        else:
+            inputs[modality] = jax.tree.map(lambda x: jnp.stack([x] * count), arrays)
+    keys = row_keys(batch, key)
+    numbers = jnp.arange(count)
+    drawn = jax.vmap(lambda k: jax.vmap(lambda row: fold_pairing(row, k))(keys))(numbers)
+    fields = {n: jnp.stack([x] * count) for n, x in batch.fields.items()}
+    fields[PAIRING] = jnp.broadcast_to(numbers[:, None], valid.shape).astype(jnp.int32)
+    return with_rows(replace(batch, inputs=inputs, fields=fields, valid=valid, keys=drawn))
+
+
+def coupled_loss(represented: Represented, loss: Loss) -> Loss:
+    """Return the loss of a comparison with the auxiliary outputs of what it compares."""
+    aux = represented.aux
+    return replace(
+        loss,
+        value=loss.value + aux.loss,
+        metrics={**loss.metrics, **aux.metrics()},
+        buffers={**aux.buffers, **loss.buffers},
+    )
+
+
+def with_pairs(compared: Loss, pairs: Loss, valid_B: jax.Array) -> Loss:
+    """Return the sum of a comparison, the part `compared`, and of the loss of rows paired again, the part `pairs`.
+
+    Metrics of the latter are `METRIC pairs`.
+    """
+    metrics = {**compared.metrics, **{f"{n} pairs": x for n, x in pairs.metrics.items()}}
+    parts = compared.means(valid_B)
+    if "" in parts:  # now one of several means, each by the name of its metric
+        parts = {**parts, "compared": parts[""]}
+        del parts[""]
+        metrics["compared"] = compared.value
+    if "baseline" in compared.metrics and "baseline" in pairs.metrics:
+        metrics["baseline compared"] = compared.metrics["baseline"]
+        metrics["baseline"] = compared.metrics["baseline"] + pairs.metrics["baseline"]
+    metrics["pairs"] = pairs.value
+    parts = {**parts, "pairs": Part(1.0, pairs.terms(valid_B))}
+    return replace(compared, value=compared.value + pairs.value, metrics=metrics, parts=parts)
 
 
 def refuse_drop(objective: Objective, inputs: Mapping[str, Input]) -> None:

@@ -191,7 +191,10 @@ class Sum(Coupled, Embeds, Classifies, Writes, Composes, Shows):
     # --- what the members offer ----------------------------------------------------------------
 
     def _able(
-        self, capability: type[C], offers: Callable[[Objective], tuple[str, ...]], modality: str = ""
+        self,
+        capability: type[C],
+        offers: Callable[[Objective], tuple[str, ...]],
+        modality: str = "",
     ) -> C:
         """Return the first member that offers something; with a modality, one that offers it for this."""
         for objective in self.objectives.values():
