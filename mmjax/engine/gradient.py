@@ -17,10 +17,8 @@ from mmjax.model import Model
 from mmjax.objectives.base import (
     Coupled,
     Loss,
-    Repaired,
+    Repair,
     Summed,
-    fold_pairing,
-    repaired,
     row_keys,
     with_pairs,
     with_rows,
@@ -139,31 +137,36 @@ def _coupled(
     )
     grads = jax.tree.map(jnp.add, direct, _total(pulled, parts, keys, back, share))
     loss = replace(loss, value=loss.value + (share * aux).sum())
-    if isinstance(objective, Repaired):
-        paired, more = _paired(task, model_of, parameters, whole, batch, key)
-        loss = with_pairs(loss, paired, batch.valid)
-        grads = jax.tree.map(jnp.add, grads, more)
+    for repair in objective.repairs():
+        paired, more = _paired(task, repair, model_of, parameters, whole, batch, key)
+        loss = with_pairs(loss, paired, repair, batch.valid)
+        grads = jax.tree.map(lambda a, b, w=repair.weight: a + w * b, grads, more)
     return loss, grads
 
 
 def _paired(
-    task: Task, model_of: ModelOf, parameters: Arrays, rows: Any, batch: Batch, key: jax.Array
+    task: Task,
+    repair: Repair,
+    model_of: ModelOf,
+    parameters: Arrays,
+    rows: Any,
+    batch: Batch,
+    key: jax.Array,
 ) -> tuple[Loss, Arrays]:
-    """Return the mean over the rows that a coupled objective pairs again, and its gradient, part by part."""
-    objective: Any = task.objective
-    batches = repaired(objective, model_of(parameters), rows, batch, key)
-    count, together = task.config.microbatches, objective.rows_together()
+    """Return the mean over the rows that an objective pairs again, and its gradient, part by part."""
+    batches = repair.batches(model_of(parameters), rows, batch, key)
+    count, together = task.config.microbatches, task.objective.rows_together()
     pairings = batches.valid.shape[0]
 
     def divided(x: jax.Array) -> jax.Array:
         return jnp.concatenate([split_rows(x[k], count, together) for k in range(pairings)])
 
     keys = [
-        jax.random.fold_in(fold_pairing(key, k), i) for k in range(pairings) for i in range(count)
+        jax.random.fold_in(repair.key(key, k), i) for k in range(pairings) for i in range(count)
     ]
 
     def loss_of(parameters: Arrays, part: Batch, key: jax.Array) -> Loss:
-        loss: Loss = objective.row_loss(model_of(parameters), part, key)
+        loss = repair.objective.row_loss(model_of(parameters), part, key)
         _refuse_buffers(loss.buffers, task)
         return loss
 

@@ -7,6 +7,7 @@ keys of its block in a config.
 from __future__ import annotations
 
 import abc
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
@@ -322,7 +323,15 @@ class Coupled(Objective):
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         represented = self.represent(model, batch, key)
-        return coupled_loss(represented, self.compare(model, represented.rows, batch))
+        loss = coupled_loss(represented, self.compare(model, represented.rows, batch))
+        for repair in self.repairs():
+            pairs = repair.loss(model, represented.rows, batch, key)
+            loss = with_pairs(loss, pairs, repair, batch.valid)
+        return loss
+
+    def repairs(self) -> list[Repair]:
+        """Return what adds a loss of rows that are paired again: itself, if it is `Repaired`."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -355,12 +364,46 @@ class Repaired(Coupled):
     def row_loss(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         """Return a mean over the rows of one of the batches that are paired again; `batch.fields[PAIRING]` is which."""
 
-    def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
-        represented = self.represent(model, batch, key)
-        compared = coupled_loss(represented, self.compare(model, represented.rows, batch))
-        batches = repaired(self, model, represented.rows, batch, key)
+    def repairs(self) -> list[Repair]:
+        return [Repair(self)]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """The loss of rows that an objective pairs again, in the loss of itself or of a sum that it is a member of.
+
+    Attributes:
+      objective: the objective.
+      member: its name in the sum, whose rows have its own by this name; empty where it stands alone.
+      weight: factor in the loss.
+    """
+
+    objective: Repaired
+    member: str = ""
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Its metric and part of the loss."""
+        return f"pairs {self.member}".strip()
+
+    def batches(self, model: Model, rows: Any, batch: Batch, key: jax.Array) -> Batch:
+        """Return the batches that `pairings` chooses, with a leading axis `[K]`, and a key for each of their rows."""
+        rows = rows[self.member] if self.member else rows
+        batch, key = of_member(batch, key, self.member)
+        return _repaired(self.objective, model, rows, batch, key)
+
+    def key(self, key: jax.Array, pairing: int) -> jax.Array:
+        """Return the key of one of the batches, from that of the whole."""
+        return _fold_pairing(folded(key, self.member), pairing)
+
+    def loss(self, model: Model, rows: Any, batch: Batch, key: jax.Array) -> Loss:
+        """Return the mean over the terms of all batches that are paired again, at once."""
+        batches = self.batches(model, rows, batch, key)
         losses = [
-            self.row_loss(model, jax.tree.map(lambda x, k=k: x[k], batches), fold_pairing(key, k))
+            self.objective.row_loss(
+                model, jax.tree.map(lambda x, k=k: x[k], batches), self.key(key, k)
+            )
             for k in range(batches.valid.shape[0])
         ]
         counts = [loss.terms(batches.valid[k]) for k, loss in enumerate(losses)]
@@ -372,20 +415,30 @@ class Repaired(Coupled):
             return sum(weighted[1:], weighted[0]) / whole
 
         metrics = {n: mean([loss.metrics[n] for loss in losses]) for n in losses[0].metrics}
-        pairs = Loss(mean([loss.value for loss in losses]), metrics, count=total)
-        return with_pairs(compared, pairs, batch.valid)
+        return Loss(mean([loss.value for loss in losses]), metrics, count=total)
+
+
+def folded(key: jax.Array, member: str) -> jax.Array:
+    """Return the key of a member of a sum: its name folded in."""
+    return jax.random.fold_in(key, zlib.crc32(member.encode())) if member else key
+
+
+def of_member(batch: Batch, key: jax.Array, member: str) -> tuple[Batch, jax.Array]:
+    """Return a batch and a key as a member of a sum has them, which draws the same whatever the others are."""
+    keys = row_keys(batch, key)
+    drawn = jax.vmap(lambda row: folded(row, member))(keys) if member else keys
+    return replace(batch, keys=drawn), folded(key, member)
 
 
 PAIRING = "pairing"  # the field of a batch that is paired again, which of the K it is
 
 
-def fold_pairing(key: jax.Array, pairing: jax.Array | int) -> jax.Array:
+def _fold_pairing(key: jax.Array, pairing: jax.Array | int) -> jax.Array:
     """Return the key of one of the batches that are paired again."""
     return jax.random.fold_in(jax.random.fold_in(key, _PAIRINGS), pairing)
 
 
-def repaired(objective: Repaired, model: Model, rows: Any, batch: Batch, key: jax.Array) -> Batch:
-    """Return the batches that `pairings` chooses, with a leading axis `[K]`, and a key for each of their rows."""
+def _repaired(objective: Repaired, model: Model, rows: Any, batch: Batch, key: jax.Array) -> Batch:
     chosen = jax.lax.stop_gradient(objective.pairings(model, rows, batch, key))
     count = next(iter(chosen.values())).shape[0]
     inputs, valid = dict[str, Any](), jnp.broadcast_to(batch.valid, (count, *batch.valid.shape))
@@ -398,7 +451,7 @@ def repaired(objective: Repaired, model: Model, rows: Any, batch: Batch, key: ja
             inputs[modality] = jax.tree.map(lambda x: jnp.stack([x] * count), arrays)
     keys = row_keys(batch, key)
     numbers = jnp.arange(count)
-    drawn = jax.vmap(lambda k: jax.vmap(lambda row: fold_pairing(row, k))(keys))(numbers)
+    drawn = jax.vmap(lambda k: jax.vmap(lambda row: _fold_pairing(row, k))(keys))(numbers)
     fields = {n: jnp.stack([x] * count) for n, x in batch.fields.items()}
     fields[PAIRING] = jnp.broadcast_to(numbers[:, None], valid.shape).astype(jnp.int32)
     return with_rows(replace(batch, inputs=inputs, fields=fields, valid=valid, keys=drawn))
@@ -415,23 +468,29 @@ def coupled_loss(represented: Represented, loss: Loss) -> Loss:
     )
 
 
-def with_pairs(compared: Loss, pairs: Loss, valid_B: jax.Array) -> Loss:
-    """Return the sum of a comparison, the part `compared`, and of the loss of rows paired again, the part `pairs`.
+def with_pairs(compared: Loss, pairs: Loss, repair: Repair, valid_B: jax.Array) -> Loss:
+    """Return the sum of a comparison and of the loss of rows paired again, each a part of it by its name.
 
-    Metrics of the latter are `METRIC pairs`.
+    Metrics of the latter are `METRIC NAME`.
     """
-    metrics = {**compared.metrics, **{f"{n} pairs": x for n, x in pairs.metrics.items()}}
+    name, weight = repair.name, repair.weight
+    metrics = {**compared.metrics, **{f"{n} {name}": x for n, x in pairs.metrics.items()}}
     parts = compared.means(valid_B)
     if "" in parts:  # now one of several means, each by the name of its metric
         parts = {**parts, "compared": parts[""]}
         del parts[""]
         metrics["compared"] = compared.value
-    if "baseline" in compared.metrics and "baseline" in pairs.metrics:
-        metrics["baseline compared"] = compared.metrics["baseline"]
-        metrics["baseline"] = compared.metrics["baseline"] + pairs.metrics["baseline"]
-    metrics["pairs"] = pairs.value
-    parts = {**parts, "pairs": Part(1.0, pairs.terms(valid_B))}
-    return replace(compared, value=compared.value + pairs.value, metrics=metrics, parts=parts)
+        if "baseline" in metrics:
+            metrics["baseline compared"] = metrics["baseline"]
+    if "baseline" in metrics and "baseline" in pairs.metrics:
+        metrics["baseline"] = metrics["baseline"] + weight * pairs.metrics["baseline"]
+    else:
+        metrics.pop("baseline", None)  # it would be that of a part
+    metrics[name] = pairs.value
+    parts = {**parts, name: Part(weight, pairs.terms(valid_B))}
+    return replace(
+        compared, value=compared.value + weight * pairs.value, metrics=metrics, parts=parts
+    )
 
 
 def refuse_drop(objective: Objective, inputs: Mapping[str, Input]) -> None:

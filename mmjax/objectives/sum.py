@@ -29,13 +29,15 @@ from mmjax.objectives.base import (
     Loss,
     Objective,
     Part,
+    Repair,
     Represented,
     Shows,
+    Summed,
     Writes,
     classified,
     composed,
     embedded,
-    row_keys,
+    of_member,
     written,
 )
 from mmjax.sources.base import Example
@@ -150,15 +152,14 @@ class Sum(Coupled, Embeds, Classifies, Writes, Composes, Shows):
 
     def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
         passes: Any = SharedPasses(model, key)
-        keys, rows = row_keys(batch, key), {}
-        auxes = []
+        rows, auxes = {}, []
         for name, objective in self.objectives.items():
-            number = zlib.crc32(name.encode())
-            drawn = jax.vmap(lambda k, n=number: jax.random.fold_in(k, n))(keys)
-            part, own = replace(batch, keys=drawn), jax.random.fold_in(key, number)
+            part, own = of_member(batch, key, name)
             if isinstance(objective, Coupled):
                 represented = objective.represent(passes, part, own)
                 rows[name] = represented.rows
+                if isinstance(objective, Summed):
+                    rows[name] = _in_first_row(represented.rows, batch.valid)
                 loss = self.members[name].weight * represented.aux.loss
                 auxes.append(replace(represented.aux, loss=loss))
             else:
@@ -169,7 +170,10 @@ class Sum(Coupled, Embeds, Classifies, Writes, Composes, Shows):
         losses = {}
         for name, objective in self.objectives.items():
             if isinstance(objective, Coupled):
-                losses[name] = objective.compare(model, rows[name], batch)
+                own = rows[name]
+                if isinstance(objective, Summed):
+                    own = jax.tree.map(lambda x: x.sum(axis=0), own)
+                losses[name] = objective.compare(model, own, batch)
             else:
                 losses[name] = _of_rows(rows[name])
         return self._added(losses, batch.valid)
@@ -187,6 +191,14 @@ class Sum(Coupled, Embeds, Classifies, Writes, Composes, Shows):
         if all("baseline" in loss.metrics for loss in losses.values()):
             metrics["baseline"] = _total((w, loss.metrics["baseline"]) for w, loss in weighted)
         return Loss(_total((w, loss.value) for w, loss in weighted), metrics, parts=parts)
+
+    def repairs(self) -> list[Repair]:
+        return [
+            Repair(repair.objective, name, self.members[name].weight * repair.weight)
+            for name, objective in self.objectives.items()
+            if isinstance(objective, Coupled)
+            for repair in objective.repairs()
+        ]
 
     # --- what the members offer ----------------------------------------------------------------
 
@@ -309,18 +321,24 @@ class SharedPasses:
 
 
 def _in_rows(loss: Loss, valid_B: jax.Array) -> dict[str, Any]:
-    """Return a mean as sums over its terms, in the first of some rows, so that sums over rows are exact."""
+    """Return a mean as sums over its terms, in the form of rows."""
     if loss.parts:
         raise UserError("a loss of several means is Coupled")
     count = loss.terms(valid_B)
+    sums = {"value": loss.value, **{f"of {n}": m for n, m in loss.metrics.items()}}
+    sums = {"count": count, **{n: count * x for n, x in sums.items()}}
+    result: dict[str, Any] = _in_first_row(sums, valid_B)
+    return result
+
+
+def _in_first_row(sums: Any, valid_B: jax.Array) -> Any:
+    """Return sums of a batch as rows, all zero but the first, so that they add up over batches as rows do."""
     is_first = jnp.arange(valid_B.shape[0]) == 0
 
     def spread(x: jax.Array) -> jax.Array:
-        at = is_first.reshape(-1, *(1 for _ in range(jnp.ndim(x))))
-        return jnp.where(at, x, 0)
+        return jnp.where(is_first.reshape(-1, *(1 for _ in range(jnp.ndim(x)))), x, 0)
 
-    sums = {"value": loss.value, **{f"of {n}": m for n, m in loss.metrics.items()}}
-    return {"count": spread(count), **{n: spread(count * x) for n, x in sums.items()}}
+    return jax.tree.map(spread, sums)
 
 
 def _of_rows(rows: Mapping[str, jax.Array]) -> Loss:

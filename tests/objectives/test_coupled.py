@@ -29,6 +29,7 @@ from mmjax.objectives.base import (
     Summed,
     row_keys,
 )
+from mmjax.objectives.sum import Member, Sum
 
 ROWS = 8
 VALID = np.array([1, 1, 1, 0, 1, 1, 0, 1], bool)  # uneven over the parts
@@ -155,9 +156,14 @@ def features(built: Experiment) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(a), np.asarray(b)
 
 
-@pytest.mark.parametrize("objective", [Variance(head="v"), Matched(head="m")])
-def test_micro_batches_keep_value_and_gradient(built: Experiment, objective: Objective) -> None:
-    (whole, gradient), (parts, summed) = (loss(built, objective, n) for n in (1, 4))
+BOTH = Sum(
+    head="s",
+    members={"spread": Member(Variance(head="v"), 0.5), "match": Member(Matched(head="m"), 2.0)},
+)
+
+
+def test_micro_batches_keep_value_and_gradient(built: Experiment) -> None:
+    (whole, gradient), (parts, summed) = (loss(built, BOTH, n) for n in (1, 4))
     np.testing.assert_allclose(parts.value, whole.value, rtol=1e-11)
     assert parts.metrics.keys() == whole.metrics.keys()
     for name, metric in whole.metrics.items():
@@ -165,6 +171,13 @@ def test_micro_batches_keep_value_and_gradient(built: Experiment, objective: Obj
     assert any(np.abs(g).max() > 1e-3 for g in gradient.values())
     for path, found in summed.items():
         np.testing.assert_allclose(found, gradient[path], rtol=1e-9, atol=1e-12, err_msg=path)
+
+    assert "baseline" not in whole.metrics  # `spread` has none
+    found = {name: float(whole.metrics[name]) for name in ("spread", "match", "pairs match")}
+    weights = {name: part.weight for name, part in whole.parts.items()}
+    assert weights == {"spread": 0.5, "match": 2.0, "pairs match": 2.0}
+    total = sum(weights[name] * value for name, value in found.items())
+    np.testing.assert_allclose(whole.value, total, rtol=1e-11)
 
 
 def test_rows_are_paired_on_eight_devices_as_on_one(built: Experiment) -> None:
