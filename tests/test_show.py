@@ -16,6 +16,7 @@ from etils import epath
 from mains import refused, run
 
 from mmjax import show
+from mmjax.core.errors import UserError
 from mmjax.core.parameters import digest
 from mmjax.engine import checkpoint
 from mmjax.engine.checkpoint import CheckpointConfig, Checkpoints
@@ -106,6 +107,21 @@ def test_the_digest_is_the_last_line_and_of_the_parameters(tiny_run):
     assert last_line(str(tiny_run)) == sha.hexdigest()
     assert last_line(str(tiny_run), "--step=12") != sha.hexdigest()
     assert sha.hexdigest() not in shown(str(tiny_run))
+
+
+def test_with_all_the_digest_is_of_the_whole_state(tiny_run):
+    shapes, sha = checkpoint.read_shapes(tiny_run, 14), hashlib.sha256()
+    abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), dict(shapes))
+    state = checkpoint.read_state(tiny_run, 14, abstract)
+    arrays = {f"parameters/{n}": x for n, x in state["parameters"].items()}
+    for name, fields in state["optimizer"].items():
+        arrays |= {f"optimizer/{name}/{field}": x for field, x in fields.items()}
+    assert set(state) == {"parameters", "optimizer"}
+    for name, x in sorted(arrays.items()):
+        sha.update(f"{name} {x.dtype} {x.shape}\n".encode() + np.asarray(x).tobytes("C"))
+    assert last_line(str(tiny_run), "--all") == sha.hexdigest() != last_line(str(tiny_run))
+    with pytest.raises(UserError, match="give --digest --all"):
+        shown(str(tiny_run), "--all")
 
 
 def test_the_digest_outlives_the_place_and_the_process(tiny_run, tmp_path, command):

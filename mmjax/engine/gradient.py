@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
-from mmjax.core.parameters import Arrays
+from mmjax.core.parameters import Arrays, Rows
 from mmjax.core.sharding import joined_rows, split_rows
 from mmjax.model import Model
+from mmjax.nn.stream import add_proposals
 from mmjax.objectives.base import (
     Coupled,
     Loss,
@@ -62,7 +63,7 @@ def _separate(
 
     def loss_of(parameters: Arrays, part: Batch, key: jax.Array) -> Loss:
         loss = task.loss(model_of(parameters), part, key)
-        _refuse_buffers(loss.buffers, task)
+        _refuse_rows(loss.proposals, task)
         if loss.parts:
             raise ValueError(f"{type(task.objective).__name__}: a loss of several means is Coupled")
         return loss
@@ -82,17 +83,17 @@ def _mean(
         loss = loss_of(parameters, part, key)
         count = loss.terms(part.valid)
         metrics = {name: count * metric for name, metric in loss.metrics.items()}
-        return count * loss.value, (count, metrics)
+        return count * loss.value, (count, metrics, loss.proposals)
 
     def of_part(part: Batch, key: jax.Array) -> Any:
         return jax.value_and_grad(weighted, has_aux=True)(parameters, part, key)
 
-    (value, (count, metrics)), grads = _total(of_part, parts, keys)
+    (value, (count, metrics, proposals)), grads = _total(of_part, parts, keys)
     whole = jnp.where(count > 0, count, 1)
     value, metrics, grads = jax.tree.map(
         lambda x: x / whole.astype(x.dtype), (value, metrics, grads)
     )
-    return Loss(value, metrics, count=count), grads
+    return Loss(value, metrics, proposals, count), grads
 
 
 def _coupled(
@@ -108,12 +109,13 @@ def _coupled(
 
     def represent(parameters: Arrays, part: Batch, key: jax.Array) -> Any:
         represented = objective.represent(model_of(parameters), part, key)
-        _refuse_buffers(represented.aux.buffers, task)
-        return represented.rows, represented.aux.loss
+        _refuse_rows(represented.aux.proposals, task)
+        return represented.rows, represented.aux.loss, represented.aux.proposals
 
-    rows, aux = jax.lax.map(
+    rows, aux, proposals = jax.lax.map(
         lambda part_and_key: represent(parameters, *part_and_key), (parts, keys)
     )
+    proposals = jax.tree.map(lambda x: x.sum(axis=0), proposals)
 
     def value_of(parameters: Arrays, rows: Any) -> tuple[jax.Array, Loss]:
         loss = objective.compare(model_of(parameters), rows, batch)
@@ -127,7 +129,8 @@ def _coupled(
     share = share.astype(aux.dtype)
 
     def pulled(part: Batch, key: jax.Array, back: Any, share: jax.Array) -> Arrays:
-        _, pull = jax.vjp(lambda p: represent(p, part, key), parameters)
+        # The statistics of buffers were taken in the first pass.
+        _, pull = jax.vjp(lambda p: represent(p, part, key)[:2], parameters)
         grads: Arrays = pull((back, share))[0]
         return grads
 
@@ -136,7 +139,8 @@ def _coupled(
         lambda x: jnp.stack([x] * count) if adds else split_rows(x, count, together), back
     )
     grads = jax.tree.map(jnp.add, direct, _total(pulled, parts, keys, back, share))
-    loss = replace(loss, value=loss.value + (share * aux).sum())
+    proposals = add_proposals([proposals, loss.proposals])
+    loss = replace(loss, value=loss.value + (share * aux).sum(), proposals=proposals)
     for repair in objective.repairs():
         paired, more = _paired(task, repair, model_of, parameters, whole, batch, key)
         loss = with_pairs(loss, paired, repair, batch.valid)
@@ -167,7 +171,7 @@ def _paired(
 
     def loss_of(parameters: Arrays, part: Batch, key: jax.Array) -> Loss:
         loss = repair.objective.row_loss(model_of(parameters), part, key)
-        _refuse_buffers(loss.buffers, task)
+        _refuse_rows(loss.proposals, task)
         return loss
 
     return _mean(loss_of, parameters, jax.tree.map(divided, batches), jnp.stack(keys))
@@ -192,9 +196,10 @@ def _total(fun: Callable[..., Any], *stacked: Any) -> Any:
     return jax.lax.scan(add, zeros, stacked)[0]
 
 
-def _refuse_buffers(buffers: Any, task: Task) -> None:
-    if buffers:
-        raise UserError(
-            f"tasks.{task.name}.microbatches: its loss changes buffers ({', '.join(buffers)}), which "
-            "need the whole batch. Remove microbatches."
-        )
+def _refuse_rows(proposals: Mapping[str, Any], task: Task) -> None:
+    for name, statistics in proposals.items():
+        if isinstance(statistics, Rows):
+            raise UserError(
+                f"tasks.{task.name}.microbatches: buffer '{name}' is replaced by rows of the whole batch, and a part "
+                "has not all of them. Remove microbatches, or propose in `compare` of a Coupled objective."
+            )

@@ -21,7 +21,7 @@ from mmjax.core.errors import UserError
 from mmjax.generation.spans import Span
 from mmjax.modalities.base import EXISTS, Input
 from mmjax.model import Model
-from mmjax.nn.stream import Aux
+from mmjax.nn.stream import Aux, add_proposals
 from mmjax.sources.base import Example
 
 C = TypeVar("C")
@@ -65,7 +65,7 @@ class Loss:
     Attributes:
       value: the loss, a float32 scalar (auxiliary losses added).
       metrics: further scalars to report, float32.
-      buffers: proposed new values of buffers.
+      proposals: statistics of buffers, those of its `Aux` among them (see `Buffer.propose`).
       count: how many terms `value` is a mean of, a scalar; None for the valid rows. It weights micro-batches and
         batches of an evaluation: a mean over valid tokens gives their number.
       parts: the means that `value` is a sum of, where it is no single mean over `count` terms: by the metric that holds
@@ -75,7 +75,7 @@ class Loss:
 
     value: jax.Array
     metrics: dict[str, jax.Array] = field(default_factory=dict)
-    buffers: dict[str, jax.Array] = field(default_factory=dict)
+    proposals: dict[str, Any] = field(default_factory=dict)
     count: jax.Array | None = None
     parts: dict[str, Part] = field(default_factory=dict)
 
@@ -415,7 +415,8 @@ class Repair:
             return sum(weighted[1:], weighted[0]) / whole
 
         metrics = {n: mean([loss.metrics[n] for loss in losses]) for n in losses[0].metrics}
-        return Loss(mean([loss.value for loss in losses]), metrics, count=total)
+        proposals = add_proposals([loss.proposals for loss in losses])
+        return Loss(mean([loss.value for loss in losses]), metrics, proposals, count=total)
 
 
 def folded(key: jax.Array, member: str) -> jax.Array:
@@ -464,7 +465,7 @@ def coupled_loss(represented: Represented, loss: Loss) -> Loss:
         loss,
         value=loss.value + aux.loss,
         metrics={**loss.metrics, **aux.metrics()},
-        buffers={**aux.buffers, **loss.buffers},
+        proposals=add_proposals([aux.proposals, loss.proposals]),
     )
 
 
@@ -488,9 +489,9 @@ def with_pairs(compared: Loss, pairs: Loss, repair: Repair, valid_B: jax.Array) 
         metrics.pop("baseline", None)  # it would be that of a part
     metrics[name] = pairs.value
     parts = {**parts, name: Part(weight, pairs.terms(valid_B))}
-    return replace(
-        compared, value=compared.value + weight * pairs.value, metrics=metrics, parts=parts
-    )
+    value = compared.value + weight * pairs.value
+    proposals = add_proposals([compared.proposals, pairs.proposals])
+    return replace(compared, value=value, metrics=metrics, proposals=proposals, parts=parts)
 
 
 def refuse_drop(objective: Objective, inputs: Mapping[str, Input]) -> None:

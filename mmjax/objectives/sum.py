@@ -20,7 +20,7 @@ from mmjax.generation.spans import Span
 from mmjax.modalities.base import Input
 from mmjax.model import Model
 from mmjax.nn.masks import FULL, Mask
-from mmjax.nn.stream import Aux, Stream, add_up, fold, no_aux
+from mmjax.nn.stream import Aux, Stream, add_proposals, add_up, fold, no_aux
 from mmjax.objectives.base import (
     Classifies,
     Composes,
@@ -160,11 +160,13 @@ class Sum(Coupled, Embeds, Classifies, Writes, Composes, Shows):
                 rows[name] = represented.rows
                 if isinstance(objective, Summed):
                     rows[name] = _in_first_row(represented.rows, batch.valid)
-                loss = self.members[name].weight * represented.aux.loss
-                auxes.append(replace(represented.aux, loss=loss))
+                weighted = self.members[name].weight * represented.aux.loss
+                auxes.append(replace(represented.aux, loss=weighted))
             else:
-                rows[name] = _in_rows(objective(passes, part, own), batch.valid)
-        return Represented(rows, add_up([*auxes, *passes.auxes]) if auxes else passes.aux())
+                loss = objective(passes, part, own)
+                rows[name] = _in_rows(loss, batch.valid)
+                auxes.append(replace(no_aux(), proposals=loss.proposals))
+        return Represented(rows, add_up([*auxes, *passes.auxes]))
 
     def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
         losses = {}
@@ -190,7 +192,9 @@ class Sum(Coupled, Embeds, Classifies, Writes, Composes, Shows):
                 parts[f"{of} {name}".strip()] = replace(part, weight=weight)
         if all("baseline" in loss.metrics for loss in losses.values()):
             metrics["baseline"] = _total((w, loss.metrics["baseline"]) for w, loss in weighted)
-        return Loss(_total((w, loss.value) for w, loss in weighted), metrics, parts=parts)
+        value = _total((w, loss.value) for w, loss in weighted)
+        proposals = add_proposals([loss.proposals for loss in losses.values()])
+        return Loss(value, metrics, proposals, parts=parts)
 
     def repairs(self) -> list[Repair]:
         return [
@@ -281,10 +285,6 @@ class SharedPasses:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
-
-    def aux(self) -> Aux:
-        """Return the auxiliary outputs of all passes."""
-        return add_up(self.auxes) if self.auxes else no_aux()
 
     def tokens(
         self, modality: str, arrays: Mapping[str, jax.Array], values: jax.Array | None = None
