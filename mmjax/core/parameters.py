@@ -52,7 +52,15 @@ def declare(
         decay=decay,
         stack=None,
         copies=1,
+        compute="",
     )
+
+
+def compute_in(module: nnx.Module, dtype: str) -> None:
+    """Let a module's declarations be cast to `dtype`, in place, whatever the model computes in."""
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Param):
+            node.set_metadata(compute=dtype)
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,8 @@ def mark_copies(part: nnx.Module | nnx.Param, of: float) -> None:
 class Spec:
     """A parameter's specification: shape and axes as held (stacked), and its canonical names.
 
-    `copies` is how many of its kind there are, of which a token meets one.
+    `copies` is how many of its kind there are, of which a token meets one; `compute` the dtype it is cast to, that of
+    the model if empty.
     """
 
     name: str
@@ -115,6 +124,7 @@ class Spec:
     decay: bool
     stack: LayerStack | None
     copies: float = 1
+    compute: str = ""
 
     @property
     def canonical(self) -> list[str]:
@@ -144,7 +154,7 @@ class Declaration:
         for name, (path, variable) in self._variables.items():
             value = jnp.asarray(parameters[name])  # of a file, perhaps
             if compute_dtype is not None and not self.specs[name].keep_dtype:
-                value = value.astype(compute_dtype)
+                value = value.astype(self.specs[name].compute or compute_dtype)
             pairs.append((path, variable.replace(value)))
         return nnx.merge(self._graph, nnx.from_flat_state(pairs))
 
@@ -166,7 +176,7 @@ def _spec(name: str, variable: Any) -> Spec:
         name=name,
         shape=variable.shape,
         stack=stack,
-        **{key: meta[key] for key in ("axes", "init", "keep_dtype", "decay", "copies")},
+        **{key: meta[key] for key in ("axes", "init", "keep_dtype", "decay", "copies", "compute")},
     )
 
 

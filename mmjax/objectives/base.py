@@ -21,6 +21,7 @@ from mmjax.generation.spans import Span
 from mmjax.modalities.base import EXISTS, Input
 from mmjax.model import Model
 from mmjax.nn.stream import Aux
+from mmjax.nn.towers import Widths
 from mmjax.sources.base import Example
 
 C = TypeVar("C")
@@ -115,8 +116,12 @@ class Objective(abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
-        """Return the objective's modules, by part name; they become `model.heads[self.head]`."""
+    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        """Return the objective's modules, by part name; they become `model.heads[self.head]`.
+
+        Args:
+          widths: the sizes of a token: `widths[MODALITY]`, or `widths.one(MODALITIES, NAME)` of a pass over several.
+        """
 
     @abc.abstractmethod
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:

@@ -23,6 +23,7 @@ from mmjax.model import Model
 from mmjax.nn.dense import Dense
 from mmjax.nn.masks import Same
 from mmjax.nn.stream import Stream, add_up, mean_pool, segments
+from mmjax.nn.towers import Widths
 from mmjax.objectives.base import Coupled, Embeds, Loss, Part, Represented
 
 MAX_SCALE = 100.0  # bound of CLIP's learned scale
@@ -124,9 +125,12 @@ class Contrastive(Coupled, Embeds):
     def embeds(self) -> tuple[str, ...]:
         return self.modalities
 
-    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
+    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        if self.joint_forward:
+            widths.one(self.modalities, "contrastive with joint_forward")
         projections = {
-            m: Dense(width, self.embed_dim, ("embed", "joint"), bias=False) for m in self.modalities
+            m: Dense(widths[m], self.embed_dim, ("embed", "joint"), bias=False)
+            for m in self.modalities
         }
         bias = {"bias": Bias(self.bias)} if self.loss == "sigmoid" else {}
         bound = MAX_SCALE if self.loss == "softmax" else None

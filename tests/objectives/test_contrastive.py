@@ -22,6 +22,7 @@ from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.text import Text, TextInput
 from mmjax.model import ModelConfig, declare_model
 from mmjax.nn.stream import Aux, Stream
+from mmjax.nn.towers import Widths
 from mmjax.nn.trunk import GroupConfig
 from mmjax.objectives.base import Loss
 from mmjax.objectives.contrastive import (
@@ -279,11 +280,11 @@ def test_descent_leads_back_below_the_bound(x64: None) -> None:
 def test_without_a_bound_the_scale_is_exp(x64: None) -> None:
     """A published SigLIP's, which `form: sigmoid` has."""
     made = Contrastive(modalities=("image", "text"), loss="sigmoid", init_temperature=0.005)
-    scale = made.heads(4, {})["scale"]
+    scale = made.heads(Widths.same(4), {})["scale"]
     value, slope = jax.value_and_grad(lambda x: Declaration(scale).merge({"log": x})())(4.7215)
     assert float(value) == pytest.approx(112.337, rel=1e-4)
     assert float(slope) == pytest.approx(float(value), rel=1e-9)
-    assert Contrastive(modalities=("image", "text")).heads(4, {})["scale"].bound == 100
+    assert Contrastive(modalities=("image", "text")).heads(Widths.same(4), {})["scale"].bound == 100
 
 
 def test_the_scale_begins_at_one_over_the_temperature_in_the_parameter_dtype() -> None:
@@ -382,7 +383,7 @@ def test_what_it_reads_and_makes() -> None:
     assert objective.reads() == objective.embeds() == ("image", "text")
     assert objective.fields() == ("concept",)
     assert Contrastive(modalities=("image", "text")).fields() == ()
-    assert set(objective.heads(4, {})) == {"image", "text", "scale"}
+    assert set(objective.heads(Widths.same(4), {})) == {"image", "text", "scale"}
 
 
 @pytest.mark.parametrize(
@@ -410,7 +411,7 @@ def real_model() -> tuple[Declaration, Contrastive, dict[str, Any]]:
         "text": Input("text", modalities["text"], TextInput(length=3)),
     }
     objective = Contrastive(modalities=("image", "text"), embed_dim=3, head="pair")
-    heads = [("pair", objective.heads(4, inputs))]
+    heads = [("pair", objective.heads(Widths.same(4), inputs))]
     config = ModelConfig(4, (GroupConfig(1, (block,)),))
     rng = np.random.default_rng(0)
     batch = Batch(

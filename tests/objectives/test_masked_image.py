@@ -20,6 +20,7 @@ from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput, patchify, unpatchify
 from mmjax.model import ModelConfig, declare_model
 from mmjax.nn.stream import Stream, no_aux
+from mmjax.nn.towers import Widths
 from mmjax.nn.trunk import GroupConfig
 from mmjax.objectives.base import Embeds, able
 from mmjax.objectives.masked_image import (
@@ -208,7 +209,9 @@ def declared(ratio: float = 0.75) -> Declaration:
     inputs = {"image": Input("image", image, ImageInput(size=SIZE))}
     block = {"name": "transformer", "num_heads": 1, "mlp_dim": 4}
     config = ModelConfig(WIDTH, (GroupConfig(1, (block,)),))
-    return declare_model(config, {"image": image}, [("mim", objective(ratio).heads(WIDTH, inputs))])
+    return declare_model(
+        config, {"image": image}, [("mim", objective(ratio).heads(Widths.same(WIDTH), inputs))]
+    )
 
 
 def parameters(declaration: Declaration) -> Any:
