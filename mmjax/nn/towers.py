@@ -61,7 +61,7 @@ class TowerConfig:
 
 @dataclass(frozen=True)
 class Tower:
-    """What a model knows of one of its towers beside the layers; see `TowerConfig`."""
+    """A tower without its layers; see `TowerConfig`. `below` holds its name and those of all that reach it."""
 
     width: int
     reads: tuple[str, ...] = ()
@@ -73,10 +73,10 @@ class Tower:
 
 @dataclass(frozen=True)
 class Towers:
-    """How the towers of a model are connected.
+    """The connections of a model's towers.
 
     Attributes:
-      towers: by name, in order; `below` of each holds its own name and those of all towers whose output reaches it.
+      towers: by name, in order.
       readers: the tower that reads each modality.
     """
 

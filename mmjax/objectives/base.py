@@ -327,8 +327,13 @@ class Coupled(Objective):
 
 
 def refuse_drop(objective: Objective, inputs: Mapping[str, Input]) -> None:
-    """Raise `UserError` if tokens of an input are dropped, for objectives that need all of them."""
+    """Raise `UserError` if tokens of an input are dropped, or one is no patch, for objectives that predict them all."""
     for input_ in inputs.values():
+        if getattr(input_.modality, "class_token", False):
+            raise UserError(
+                f"objective {type(objective).__name__} predicts every token of '{input_.name}', and a class token is "
+                f"no patch; remove 'class_token' of modalities.{input_.name}."
+            )
         if input_.drops:
             raise UserError(
                 f"objective {type(objective).__name__} needs all tokens of '{input_.name}'; remove 'token_drop'."

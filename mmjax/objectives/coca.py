@@ -136,6 +136,10 @@ class Coca(Contrastive, Writes, Shows):
         super().__post_init__()
         check(self, pooler_heads=COUNT, queries=COUNT, norm_eps=POSITIVE)
         check(self, contrastive_weight=AMOUNT, caption_weight=AMOUNT)
+        if self.poolers or self.projections:
+            raise UserError(
+                "coca: poolers and projections are those of contrastive; coca has its own. Remove them, see pooling."
+            )
         if self.pooling not in POOLING:
             raise UserError(f"coca: pooling is '{self.pooling}'.{nearest(self.pooling, POOLING)}")
         if not (self.contrastive_weight or self.caption_weight):

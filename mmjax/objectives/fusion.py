@@ -99,8 +99,8 @@ class Fusion(Classification):
         fused = model.heads[self.head].fused
         streams = [model.tokens(name, inputs[name]) for name in self.modalities if name in inputs]
         first = streams[0].x_BSD
-        own = fused.tokens[...].astype(first.dtype)
-        tokens = jnp.broadcast_to(own, (first.shape[0], *own.shape))
+        fusion_ND = fused.tokens[...].astype(first.dtype)
+        tokens = jnp.broadcast_to(fusion_ND, (first.shape[0], *fusion_ND.shape))
         streams.append(Stream(tokens, layout=((FUSION, self.tokens),)))
         out, aux = model.encode(
             [replace(s, coordinates={}) for s in streams], key, MASKS[self.mask]

@@ -343,10 +343,8 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         streams, contexts, regions = dict[str, Stream](), {}, dict[str, Region]()
         for name in self.modalities:
             if name not in self.discrete:
-                t_B = draws.times[name]
-                streams[name], contexts[name] = self.noisy(
-                    model, name, inputs[name], x_t[name], t_B
-                )
+                noisy = self.noisy(model, name, inputs[name], x_t[name], draws.times[name])
+                streams[name], contexts[name] = noisy
                 continue
             kept_B = self._keeps(name, draws.keep_B, draws.swapped_B)
             if name in self.capacity:

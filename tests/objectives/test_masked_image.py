@@ -410,3 +410,11 @@ def test_what_it_reads_and_makes() -> None:
     assert objective().fields() == ()
     with pytest.raises(UserError, match="MaskedImage is none that embeds"):
         able(objective(), Embeds)
+
+
+def test_a_class_token_is_refused() -> None:
+    image = Input("image", Image(patch=2, max_positions=4, class_token=True), ImageInput(size=4))
+    with pytest.raises(
+        UserError, match="a class token is no patch; remove 'class_token' of modalities.image"
+    ):
+        MaskedImage().check_inputs({"image": image})
