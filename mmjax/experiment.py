@@ -22,7 +22,8 @@ from mmjax.engine.state import State, abstract_state, compute_dtype
 from mmjax.engine.steps import ModelSpec, positions
 from mmjax.evaluators.base import Evaluator, Pass, make_evaluators
 from mmjax.modalities.base import Modality
-from mmjax.model import declare_model
+from mmjax.model import connect_towers, declare_model
+from mmjax.nn.towers import Widths
 from mmjax.run_config import RunConfig
 from mmjax.schedule.phases import Phases, make_phases
 from mmjax.schedule.planned import PlannedSchedule
@@ -117,7 +118,8 @@ class Experiment:
                 check_tokens(sizes, f"tasks.{name}")
 
     def _heads(self, task: Task) -> list[tuple[str, dict[str, Any]]]:
-        return task.objective.named_heads(self.run.model.trunk.width, task.inputs)
+        widths = Widths(connect_towers(self.run.model, self.modalities))
+        return task.objective.named_heads(widths, task.inputs)
 
     @cached_property
     def flops(self) -> Mapping[str, int]:
@@ -171,11 +173,8 @@ def _build(block: Mapping[str, Any], folder: str, used: Iterable[tuple[str, str]
         modality = configs.component("modalities", inner, f"modalities.{name}")
         modalities[name] = replace(modality, folder=folder) if folder else modality
     tasks = {name: make_task(name, inner, modalities) for name, inner in run.tasks.items()}
-    heads = [
-        head
-        for t in tasks.values()
-        for head in t.objective.named_heads(run.model.trunk.width, t.inputs)
-    ]
+    widths = Widths(connect_towers(run.model, modalities))
+    heads = [h for t in tasks.values() for h in t.objective.named_heads(widths, t.inputs)]
     declaration = declare_model(run.model, modalities, heads)
     evaluators = {name: make_evaluators(task) for name, task in tasks.items()}
     for name, by_name in evaluators.items():

@@ -1,7 +1,8 @@
-"""The model: stems, one trunk, heads. A pure function of parameters, batch and key."""
+"""The model: stems, towers, heads. A pure function of parameters, batch and key."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -10,43 +11,17 @@ import jax
 from flax import nnx
 
 from mmjax.core import config as configs
-from mmjax.core.bounds import COUNT, POSITIVE, FieldError, check
+from mmjax.core.bounds import FieldError
 from mmjax.core.errors import UserError
-from mmjax.core.parameters import Declaration
+from mmjax.core.parameters import Declaration, compute_in
 from mmjax.core.sharding import constrain
 from mmjax.modalities.base import PRESENT, Modality, as_rows
-from mmjax.nn.by_modality import SHARED, PerModality, check_parts
+from mmjax.nn.by_modality import SHARED, PerModality
 from mmjax.nn.experts import Experts
-from mmjax.nn.masks import FULL, Mask
-from mmjax.nn.stream import Aux, Stream, concatenate
+from mmjax.nn.masks import FULL, Causal, Mask
+from mmjax.nn.stream import Aux, Stream, add_up, concatenate, cut, fold
+from mmjax.nn.towers import TRUNK, TowerConfig, Towers, Widths, connect
 from mmjax.nn.trunk import GroupConfig, Trunk
-
-TRUNK = "trunk"  # the tower that every modality reads where a config names no other
-
-
-@dataclass(frozen=True)
-class TowerConfig:
-    """A stack of layers.
-
-    Attributes:
-      width: size of a token.
-      layers: groups of blocks, in order.
-      remat: what the backward pass computes again: `none`, `dots` or `full`.
-      norm: the last norm, `layer` or `rms`.
-      norm_eps: its eps.
-      per_modality: which modalities have a last norm each (`parts: ["norm"]`), see `mmjax.nn.by_modality`.
-    """
-
-    width: int
-    layers: tuple[GroupConfig, ...]
-    remat: str = field(default="none", metadata=configs.FREE)
-    norm: str = "layer"
-    norm_eps: float = 1e-6
-    per_modality: PerModality = SHARED
-
-    def __post_init__(self) -> None:
-        check(self, width=COUNT, norm_eps=POSITIVE)
-        check_parts(self, ("norm",))
 
 
 @dataclass(frozen=True)
@@ -55,7 +30,7 @@ class ModelConfig:
 
     Attributes:
       width, layers, remat, norm, norm_eps, per_modality: of the trunk, see `TowerConfig`.
-      towers: towers by name. One can be built today: `trunk`.
+      towers: towers by names of your choice; `modalities.NAME.tower` states which of them reads a modality.
     """
 
     width: int | None = None
@@ -73,59 +48,60 @@ class ModelConfig:
                     raise FieldError(self, key, "is missing.")
             _ = self.trunk  # checks the keys
             return
-        if list(self.towers) != [TRUNK]:
-            words = f"names {', '.join(self.towers)}; one tower can be built, and its name is '{TRUNK}'."
-            raise FieldError(self, "towers", words)
-        for name in (f.name for f in fields(TowerConfig)):
-            if getattr(self, name) != getattr(ModelConfig, name, None):
-                raise FieldError(self, name, f"is set beside towers; set towers.{TRUNK}.{name}.")
+        name = next(iter(self.towers))
+        for key in (f.name for f in fields(ModelConfig) if f.name != "towers"):
+            if getattr(self, key) != getattr(ModelConfig, key, None):
+                raise FieldError(self, key, f"is set beside towers; set towers.{name}.{key}.")
 
     @property
     def trunk(self) -> TowerConfig:
-        """The tower, whichever way it is written."""
+        """The tower `trunk`, whichever way it is written."""
         if self.towers:
             return self.towers[TRUNK]
-        keys = {f.name: getattr(self, f.name) for f in fields(TowerConfig)}
+        keys = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "towers"}
         try:
             return TowerConfig(**keys)
         except FieldError as error:  # the keys are the model's own in the short form
             raise FieldError(self, error.key, error.words) from error
 
     @property
-    def where(self) -> str:
-        """The path of the tower's block in a config."""
-        return f"model.towers.{TRUNK}" if self.towers else "model"
+    def stacks(self) -> Mapping[str, TowerConfig]:
+        """The towers by name, whichever way they are written."""
+        return self.towers or {TRUNK: self.trunk}
+
+    def where(self, name: str) -> str:
+        """Return the path of a tower's block in a config."""
+        return f"model.towers.{name}" if self.towers else "model"
 
 
-def tower_of(block: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the path and the block of the trunk in a config, whichever way it is written."""
+def towers_in(block: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the blocks of the towers in a config by their path there, whichever way they are written."""
     model = block["model"]
     if model.get("towers"):
-        return f"model.towers.{TRUNK}", model["towers"][TRUNK]
-    return "model", model
+        return {f"model.towers.{name}": tower for name, tower in model["towers"].items()}
+    return {"model": model}
 
 
 class Model(nnx.Module):
-    """Stems by modality, the trunk they share, and the heads that objectives declare."""
+    """Stems by modality, the towers that read them, each an attribute of its name, and heads of objectives."""
 
     def __init__(
         self, config: ModelConfig, modalities: Mapping[str, Modality], heads: Mapping[str, Any]
     ):
-        tower = config.trunk
-        self.stems = nnx.Dict({name: m.stem(tower.width) for name, m in modalities.items()})
-        self.trunk = Trunk(
-            tower.layers,
-            tower.width,
-            tower.remat,
-            f"{config.where}.layers",
-            per_modality=tower.per_modality,
-            norm=tower.norm,
-            norm_eps=tower.norm_eps,
-        )
+        self.towers = connect_towers(config, modalities)
+        widths = Widths(self.towers)
+        self.stems = nnx.Dict({name: m.stem(widths[name]) for name, m in modalities.items()})
+        for name, tower in config.stacks.items():
+            setattr(self, name, _stack(tower, config.where(name)))
         self.heads = nnx.Dict({name: nnx.Dict(parts) for name, parts in heads.items()})
         for _, part in nnx.iter_modules(self):
             if isinstance(part, Experts):
                 part.check(modalities)
+
+    def tower(self, name: str) -> Trunk:
+        """Return the layers of a tower."""
+        module: Trunk = getattr(self, name)
+        return module
 
     def tokens(
         self, modality: str, arrays: Mapping[str, jax.Array], values: jax.Array | None = None
@@ -144,10 +120,113 @@ class Model(nnx.Module):
         return replace(stream, valid_BS=stream.mask_BS()) if is_instance else stream
 
     def encode(
-        self, streams: Iterable[Stream], key: jax.Array | None, mask: Mask = FULL
+        self,
+        streams: Iterable[Stream],
+        key: jax.Array | None,
+        mask: Mask = FULL,
+        tower: str | None = None,
     ) -> tuple[Stream, Aux]:
-        """Run the trunk once over the tokens of all `streams`, under a mask; without a key nothing is drawn."""
-        return self.trunk(replace(concatenate(list(streams)), mask=mask), key)
+        """Run a tower once over the tokens of all `streams`, under a mask; without a key nothing is drawn.
+
+        Streams of modalities that other towers read pass these first, under the same mask. The tokens that a tower
+        reads by cross-attention, its context, are not among those that come out.
+
+        Args:
+          tower: its name; by default the one whose output holds all modalities of the streams, see `Towers.joint`.
+        """
+        streams = list(streams)
+        if tower is None:
+            tower = self.towers.joint(name for s in streams for name, _ in s.layout)
+        return self._run(tower, streams, key, mask)
+
+    def _run(
+        self, name: str, streams: list[Stream], key: jax.Array | None, mask: Mask
+    ) -> tuple[Stream, Aux]:
+        tower, auxes = self.towers[name], list[Aux]()
+        tokens: list[Stream | None] = list(streams)
+        for source in tower.reads:
+            at = self._below(source, streams)
+            if at:
+                out, aux = self._run(source, [streams[i] for i in at], key, mask)
+                pieces = cut(out.x_BSD, [streams[i].x_BSD.shape[1] for i in at])
+                for i, piece in zip(at, pieces, strict=True):
+                    tokens[i] = replace(streams[i], x_BSD=piece, coordinates={})
+                auxes.append(aux)
+        context = None
+        if tower.context:
+            at = self._below(tower.context, streams)
+            context, aux = self._context(name, [streams[i] for i in at], key)
+            auxes.append(aux)
+            tokens = [t for i, t in enumerate(tokens) if i not in at]
+        joined = concatenate([t for t in tokens if t is not None])
+        stream = replace(joined, mask=self.mask_in(name, mask), context=context)
+        out, aux = self._apply(name, stream, key)
+        return replace(out, context=None), add_up([*auxes, aux]) if auxes else aux
+
+    def _below(self, source: str, streams: list[Stream]) -> list[int]:
+        """Return the indices of the streams that reach a tower's source."""
+        reach = self.towers[source].below
+        return [i for i, s in enumerate(streams) if self._reader(s) in reach]
+
+    def _reader(self, stream: Stream) -> str:
+        """Return the tower that reads a stream; an empty name for tokens of no modality."""
+        readers = {self.towers.reader(name) for name, _ in stream.layout} - {""}
+        if len(readers) > 1:
+            raise UserError(
+                f"a stream holds tokens of modalities {[n for n, _ in stream.layout]}, which towers "
+                f"{', '.join(sorted(readers))} read. Give these modalities one tower in modalities.NAME.tower."
+            )
+        return readers.pop() if readers else ""
+
+    def _context(
+        self, name: str, streams: list[Stream], key: jax.Array | None
+    ) -> tuple[Stream, Aux]:
+        source = self.towers[name].context
+        if not streams:
+            raise UserError(
+                f"model.towers.{name}.context is '{source}', and the pass has no tokens that reach tower '{source}'. "
+                "Give the task a modality that it reads."
+            )
+        return self._run(source, streams, key, FULL)
+
+    def mask_in(self, name: str, mask: Mask) -> Mask:
+        """Return the mask under which a tower runs."""
+        return mask & Causal() if self.towers[name].causal else mask
+
+    def _apply(self, name: str, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
+        """Run a tower's layers in its dtype, with draws of its own."""
+        key = key if name == TRUNK else fold(key, zlib.crc32(name.encode()))
+        dtype, outside = self.towers[name].dtype, stream.x_BSD.dtype
+        if not dtype:
+            return self.tower(name)(stream, key)
+        context = stream.context
+        if context is not None:
+            context = replace(context, x_BSD=context.x_BSD.astype(dtype))
+        inner = replace(stream, x_BSD=stream.x_BSD.astype(dtype), context=context)
+        out, aux = self.tower(name)(inner, key)
+        return replace(out, x_BSD=out.x_BSD.astype(outside)), aux
+
+
+def _stack(tower: TowerConfig, where: str) -> Trunk:
+    """Return the layers of a tower."""
+    stack = Trunk(
+        tower.layers,
+        tower.width,
+        tower.remat,
+        f"{where}.layers",
+        per_modality=tower.per_modality,
+        norm=tower.norm,
+        norm_eps=tower.norm_eps,
+        first_norm=tower.first_norm,
+    )
+    if tower.dtype:
+        compute_in(stack, tower.dtype)
+    return stack
+
+
+def connect_towers(config: ModelConfig, modalities: Mapping[str, Modality]) -> Towers:
+    """Return how a model's towers are connected; see `mmjax.nn.towers.connect`."""
+    return connect(config.stacks, modalities, {"stems", "heads", "towers", *dir(Model)})
 
 
 def declare_model(

@@ -23,6 +23,7 @@ from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.text import Text, TextInput
 from mmjax.model import ModelConfig, declare_model
+from mmjax.nn.towers import Widths
 from mmjax.nn.trunk import GroupConfig
 from mmjax.objectives.base import Objective
 from mmjax.objectives.classification import Classification
@@ -115,7 +116,7 @@ def batch(seed: int, valid: np.ndarray = VALID) -> dict[str, Any]:
 @cache
 def built(name: str) -> tuple[Declaration, Any]:
     """The model's declaration, and `batch -> (loss, gradient)` with random parameters, compiled."""
-    heads = OBJECTIVES[name].heads(WIDTH, INPUTS)
+    heads = OBJECTIVES[name].heads(Widths.same(WIDTH), INPUTS)
     declaration = declare_model(ModelConfig(WIDTH, MIXED), MODALITIES, [("h", heads)])
     rng = np.random.default_rng(3)
     p = {

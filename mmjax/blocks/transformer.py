@@ -44,7 +44,8 @@ class SharedKeys:
       attention_impl: what computes the attention, see `mmjax.nn.attention_kernels`; the model does not depend on
         it.
       norm: `layer` or `rms`, of all its norms.
-      mlp: `gelu`, `swiglu` or `geglu`.
+      mlp: `gelu` (in its tanh form), `gelu_exact`, `quick_gelu` (`x sigmoid(1.702 x)`, OpenAI's CLIP), `swiglu` or
+        `geglu`.
       norm_position: `pre` or `post`, where the norms are.
       rotary: the base of rotary embeddings of each token's `position`; 0 for none.
       experts: in place of the MLP, several of which a router chooses, see `mmjax.nn.experts`. Untied, each modality

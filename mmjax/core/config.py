@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, Union
 
+from mmjax.core import parts as config_parts
 from mmjax.core import settings
 from mmjax.core.bounds import FieldError
 from mmjax.core.errors import UserError, nearest
@@ -553,20 +554,25 @@ class Difference:
 
 
 def compare(saved: Block, new: Block, schema: type) -> list[Difference]:
-    """Return the differences by key; a whole task that comes or goes is one, and counts as `schedule`.
+    """Return the differences by key.
 
-    `schema` is the dataclass of a whole config, whose fields state their class (see `key_class`).
+    A whole task, modality or tower that comes or goes is one difference, and counts as `schedule`. `schema` is the
+    dataclass of a whole config, whose fields state their class (see `key_class`).
     """
+    saved, new = config_parts.alike(saved, new)
     old_leaves, new_leaves = dict(flat(saved)), dict(flat(new))
-    old_tasks, new_tasks = saved.get("tasks", {}), new.get("tasks", {})
-    moved = set(old_tasks) ^ set(new_tasks)
     differences = [
-        Difference(f"tasks.{t}", "schedule", old_tasks.get(t), new_tasks.get(t)) for t in moved
+        Difference(f"{section}.{name}", "schedule", before.get(name), after.get(name))
+        for section in config_parts.SECTIONS
+        for before, after in [[config_parts.blocks(c, section) for c in (saved, new)]]
+        for name in before.keys() ^ after.keys()
     ]
+    moved = {difference.key for difference in differences}
     for key in old_leaves.keys() | new_leaves.keys():
         before, after = old_leaves.get(key), new_leaves.get(key)
-        whole_task = key.startswith("tasks.") and key.split(".")[1] in moved
-        if before != after and not whole_task:
+        names = key.split(".")
+        is_moved = ".".join(names[:2]) in moved or ".".join(names[:3]) in moved
+        if before != after and not is_moved:
             differences.append(Difference(key, key_class(key, schema, new, saved), before, after))
     return sorted(differences, key=lambda difference: difference.key)
 

@@ -62,7 +62,15 @@ def declare(
         decay=decay,
         stack=None,
         copies=1,
+        compute="",
     )
+
+
+def compute_in(module: nnx.Module, dtype: str) -> None:
+    """Let a module's declarations be cast to `dtype`, in place, whatever the model computes in."""
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Param):
+            node.set_metadata(compute=dtype)
 
 
 @struct.dataclass
@@ -196,7 +204,8 @@ def mark_copies(part: nnx.Module | nnx.Param, of: float) -> None:
 class Spec:
     """A parameter's specification: shape and axes as held (stacked), and its canonical names.
 
-    `copies` is how many of its kind there are, of which a token meets one.
+    `copies` is how many of its kind there are, of which a token meets one; `compute` the dtype it is cast to, that of
+    the model if empty.
     """
 
     name: str
@@ -207,6 +216,7 @@ class Spec:
     decay: bool
     stack: LayerStack | None
     copies: float = 1
+    compute: str = ""
 
     @property
     def canonical(self) -> list[str]:
@@ -275,7 +285,7 @@ class Declaration:
         for name, (path, variable) in self._variables.items():
             value = jnp.asarray(parameters[name])  # of a file, perhaps
             if compute_dtype is not None and not self.specs[name].keep_dtype:
-                value = value.astype(compute_dtype)
+                value = value.astype(self.specs[name].compute or compute_dtype)
             pairs.append((path, variable.replace(value)))
         for name, (path, variable) in self._buffers.items():
             value = jax.lax.stop_gradient(jnp.asarray(parameters[STAT + name]))
@@ -299,7 +309,7 @@ def _spec(name: str, variable: Any) -> Spec:
         name=name,
         shape=variable.shape,
         stack=_stack(name, meta["stack"]),
-        **{key: meta[key] for key in ("axes", "init", "keep_dtype", "decay", "copies")},
+        **{key: meta[key] for key in ("axes", "init", "keep_dtype", "decay", "copies", "compute")},
     )
 
 

@@ -94,6 +94,7 @@ class Composer:
         self._of, self._model = spans, model
         self._plan = [_all_there(span) if span.generated or span.absent else span for span in plan]
         self._stems: Any = model.stems
+        self._tower = model.towers.joint(span.name for span in plan)
         self._rows = jax.tree.leaves(dict(plan[0].arrays))[0].shape[0]
 
     def compose(self, keys_B: jax.Array) -> list[jax.Array]:
@@ -150,7 +151,7 @@ class Composer:
         slots = sum(span.x_BSD.shape[1] for span in spans)
         like = Stream(spans[0].x_BSD[:, :1], layout=((spans[0].layout[0][0], 1),))
         return Cache(
-            self._model.trunk.init_cache(like, slots),
+            self._model.tower(self._tower).init_cache(like, slots),
             jnp.int32(0),
             jnp.zeros((self._rows, slots), bool),
             jnp.zeros(self._rows, jnp.int32),
@@ -301,11 +302,12 @@ class Composer:
             layout=stream.layout,
             # As in training, where rows differ in their order: by tokens that there are, not by slots.
             attributes={"position": position_BS.astype(jnp.int32)} if self._of.compact else {},
-            mask=mask,
+            mask=self._model.mask_in(self._tower, mask),
             filled_BT=filled_BT,
         )
-        out, layers = self._model.trunk.decode(stream, cache.layers, cache.at)
-        x_BSD = apply_per_modality(self._model.trunk.norm, out.x_BSD, modality_of(out))
+        tower = self._model.tower(self._tower)
+        out, layers = tower.decode(stream, cache.layers, cache.at)
+        x_BSD = apply_per_modality(tower.norm, out.x_BSD, modality_of(out))
         count_B = cache.count_B + valid_BS.sum(axis=1)
         return x_BSD, Cache(
             layers, cache.at + valid_BS.shape[1], filled_BT, count_B.astype(jnp.int32)

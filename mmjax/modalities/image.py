@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.nn import initializers
 
 from mmjax.core.bounds import COUNT, check
 from mmjax.core.config import FREE
 from mmjax.core.errors import UserError, nearest
+from mmjax.core.parameters import declare
 from mmjax.data import pictures
 from mmjax.modalities.base import ArraySpec, Modality, by_axis, dropped, dropped_arrays
 from mmjax.nn.dense import Dense
@@ -61,6 +63,7 @@ class Image(Placed, Modality[ImageInput]):
       patch: side of a patch in pixels.
       max_positions: position buckets per axis.
       max_pixels: pixels of a picture as it is stored, beyond which it is not decoded.
+      class_token: a learned token before those of the patches, which pooling by `class` reads (a ViT's).
       positions, positions_scale: see `mmjax.nn.positions.Placed`; without positions, a picture has any size.
     """
 
@@ -68,6 +71,7 @@ class Image(Placed, Modality[ImageInput]):
     patch: int = 8
     max_positions: int = 64
     max_pixels: int = field(default=pictures.MAX_PIXELS, metadata=FREE)
+    class_token: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +79,8 @@ class Image(Placed, Modality[ImageInput]):
 
     def stem(self, width: int) -> nnx.Module:
         buckets = {"y": self.max_positions, "x": self.max_positions}
-        return ImageStem(self.patch, width, self.make_positions(width, buckets))
+        positions = self.make_positions(width, buckets)
+        return ImageStem(self.patch, width, positions, self.class_token)
 
     def arrays(self, settings: ImageInput) -> ArraySpec:
         check_view(settings)
@@ -255,7 +260,15 @@ class ImageStem(nnx.Module):
 
     bound = 1.0  # see `mmjax.modalities.base.Stem`
 
-    def __init__(self, patch: int, width: int, positions: Positions | Table | None):
+    def __init__(
+        self,
+        patch: int,
+        width: int,
+        positions: Positions | Table | None,
+        class_token: bool = False,
+    ):
+        init = initializers.normal(0.02)
+        self.class_token = declare((width,), ("embed",), init) if class_token else None
         self.patch = patch
         self.embed = Dense(patch * patch * 3, width, (None, "embed"))
         self.positions = positions
@@ -272,6 +285,11 @@ class ImageStem(nnx.Module):
             values_BSP = self.values(arrays, dtype)
         coordinates = self._coordinates(arrays)
         x_BSD = place(self.embed(values_BSP.astype(dtype)), self.positions, coordinates)
+        if self.class_token is not None:
+            first = self.class_token[...].astype(x_BSD.dtype)
+            first_B1D = jnp.broadcast_to(first, (x_BSD.shape[0], 1, first.shape[0]))
+            # The token is at no place of the grid, so the stream has no coordinates.
+            x_BSD, coordinates = jnp.concatenate([first_B1D, x_BSD], axis=1), {}
         return Stream(x_BSD, None, coordinates, (("image", x_BSD.shape[1]),))
 
     def _coordinates(self, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:

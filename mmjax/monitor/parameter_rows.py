@@ -11,9 +11,9 @@ from mmjax.core.parameters import Spec
 
 
 def part_of(name: str) -> str:
-    """Return the part of the model that a parameter belongs to: `trunk`, `stems/NAME` or `heads/NAME`."""
+    """Return the part of the model that a parameter belongs to: a tower, `stems/NAME` or `heads/NAME`."""
     parts = name.split("/")
-    return parts[0] if parts[0] == "trunk" else "/".join(parts[:2])
+    return "/".join(parts[:2]) if parts[0] in ("stems", "heads") else parts[0]
 
 
 def rows_of_config(specs: Mapping[str, Spec]) -> list[dict[str, Any]]:

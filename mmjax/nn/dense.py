@@ -152,6 +152,12 @@ def norm_of(kind: str, width: int, bias: bool = True, eps: float = 1e-6) -> Laye
 
 
 _gelu = partial(jax.nn.gelu, approximate=True)
+_gelu_exact = partial(jax.nn.gelu, approximate=False)
+
+
+def _quick_gelu(x: jax.Array) -> jax.Array:
+    """Return `x sigmoid(1.702 x)`, the GELU of OpenAI's CLIP."""
+    return x * jax.nn.sigmoid(1.702 * x)
 
 
 def _swish_times(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -164,14 +170,22 @@ def _gelu_times(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 # Only the products of the hidden layer are saved, where JAX would save every step on the way to the next product.
 class Mlp(nnx.Module):
-    """`gelu(x W1) W2`, GELU in its tanh form: `[..., width] -> [..., n_out or width]`."""
+    """`f(x W1) W2`, by default with f a GELU in its tanh form: `[..., width] -> [..., n_out or width]`."""
 
-    def __init__(self, width: int, hidden: int, bias: bool = True, n_out: int | None = None):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        bias: bool = True,
+        n_out: int | None = None,
+        activation: Callable[[jax.Array], jax.Array] = _gelu,
+    ):
+        self.activation = activation
         self.up = Dense(width, hidden, ("embed", "mlp"), bias)
         self.down = Dense(hidden, n_out or width, ("mlp", "embed"), bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down.of(_gelu, self.up(x))
+        return self.down.of(self.activation, self.up(x))
 
 
 class GatedMlp(nnx.Module):
@@ -189,13 +203,16 @@ class GatedMlp(nnx.Module):
 
 MLPS: Mapping[str, Callable[..., Mlp | GatedMlp]] = {
     "gelu": Mlp,
+    "gelu_exact": partial(Mlp, activation=_gelu_exact),
+    "quick_gelu": partial(Mlp, activation=_quick_gelu),
     "swiglu": partial(GatedMlp, _swish_times),
     "geglu": partial(GatedMlp, _gelu_times),
 }
 
 
 def mlp_of(kind: str, width: int, hidden: int, bias: bool) -> Mlp | GatedMlp:
-    """Return the MLP of that name: `gelu`, or gated by a swish (`swiglu`) or a GELU (`geglu`).
+    """Return the MLP of that name: `gelu` (tanh), `gelu_exact`, `quick_gelu`, or gated by a swish (`swiglu`) or a GELU
+    (`geglu`).
 
     Raises:
       UserError: no such MLP.

@@ -1,16 +1,17 @@
-"""Attentional pooling: learned queries read a stream."""
+"""Pooling: of a stream to one vector, or by learned queries that read it."""
 
 from __future__ import annotations
 
+import jax
 from flax import nnx
 from jax import numpy as jnp
 from jax.nn import initializers
 
 from mmjax.core.parameters import declare
 from mmjax.nn.attention import Attention
-from mmjax.nn.dense import norm_of
+from mmjax.nn.dense import Mlp, norm_of
 from mmjax.nn.masks import FULL, Pairs
-from mmjax.nn.stream import Stream
+from mmjax.nn.stream import Stream, mean_pool
 
 
 class Pooler(nnx.Module):
@@ -56,3 +57,45 @@ class Pooler(nnx.Module):
         x_BQD = self.norm(self.attention(x_BQD, pairs, read_BSD))
         layout = ((stream.layout[0][0], x_BQD.shape[1]),)
         return Stream(x_BQD, layout=layout, rows_B=stream.rows_B)
+
+
+class MapPooler(nnx.Module):
+    """Multi-head attention pooling with a MLP, `[B, S, D] -> [B, D]` (Zhai et al. 2022, "Scaling ViT"; SigLIP).
+
+    One learned query reads the stream: `y = attention(query, stream)`, then `y + mlp(norm(y))`.
+
+    Args:
+      width: size of a token.
+      heads: attention heads.
+      hidden: size of the MLP's hidden layer.
+      eps: of the norm.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, eps: float = 1e-6):
+        init = initializers.xavier_uniform()
+        self.query = declare((1, width), (None, "embed"), init, decay=False)
+        self.attention = Attention(width, heads, bias=True, eps=eps)
+        self.norm = norm_of("layer", width, eps=eps)
+        self.mlp = Mlp(width, hidden)
+
+    def __call__(self, stream: Stream) -> jax.Array:
+        query_1D = self.query[...].astype(stream.x_BSD.dtype)
+        x_B1D = jnp.broadcast_to(query_1D, (stream.x_BSD.shape[0], *query_1D.shape))
+        y_B1D = self.attention(x_B1D, Pairs(FULL, valid_BT=stream.valid_BS), stream.x_BSD)
+        return (y_B1D + self.mlp(self.norm(y_B1D)))[:, 0]
+
+
+def first(stream: Stream) -> jax.Array:
+    """Return the first token, `[B, D]`: a class token."""
+    return stream.x_BSD[:, 0]
+
+
+def last(stream: Stream) -> jax.Array:
+    """Return the last token that exists, `[B, D]`: of a text, its end token; the last slot where none does."""
+    if stream.valid_BS is None:
+        return stream.x_BSD[:, -1]
+    index_B = stream.valid_BS.shape[1] - 1 - jnp.argmax(stream.valid_BS[:, ::-1], axis=1)
+    return jnp.take_along_axis(stream.x_BSD, index_B[:, None, None], axis=1)[:, 0]
+
+
+POOLS = {"mean": mean_pool, "class": first, "last": last}

@@ -166,6 +166,12 @@ def segments(stream: Stream) -> list[Stream]:
     return result
 
 
+def cut(x_BSD: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
+    """Return consecutive pieces of tokens, `[B, n, D]` for each length n."""
+    ends = np.cumsum(lengths)
+    return [x_BSD[:, end - n : end] for n, end in zip(lengths, ends.tolist(), strict=True)]
+
+
 def fold(key: jax.Array | None, number: int | jax.Array) -> jax.Array | None:
     """Fold a number into a key by `jax.random.fold_in`; None (nothing is drawn) stays None."""
     return None if key is None else jax.random.fold_in(key, number)

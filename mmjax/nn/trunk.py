@@ -140,7 +140,8 @@ def _remat(body: Any, policy: str) -> Any:
 class Trunk(nnx.Module):
     """All groups in order, then a norm (`layer` or `rms`): one trunk for every modality and task.
 
-    With `per_modality` its modalities have a last norm each (see `mmjax.nn.by_modality`).
+    With `per_modality` its modalities have a last norm each (see `mmjax.nn.by_modality`); with `first_norm` there is
+    one before the first layer too.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class Trunk(nnx.Module):
         per_modality: PerModality = SHARED,
         norm: str = "layer",
         norm_eps: float = 1e-6,
+        first_norm: bool = False,
     ):
         if not groups:
             raise configs.UserError(f"{where} is empty; a trunk needs a group.")
@@ -166,6 +168,7 @@ class Trunk(nnx.Module):
             self.groups.append(Group(group, width, first, remat, f"{where}[{index}]"))
             first += group.repeat * len(group.blocks)
         self.norm: Any = per_modality("norm", lambda: norm_of(norm, width, eps=norm_eps))
+        self.first_norm: Any = norm_of(norm, width, eps=norm_eps) if first_norm else None
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         stream, aux = self.layers(stream, key)
@@ -175,10 +178,17 @@ class Trunk(nnx.Module):
     def layers(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         """Apply all layers but the norm. Where the key is None, nothing is drawn: evaluation has no noise."""
         auxes = []
+        stream = self._begun(stream)
         for group in self.groups:
             stream, aux = group(stream, key)
             auxes.append(aux)
         return stream, add_up(auxes)
+
+    def _begun(self, stream: Stream) -> Stream:
+        """Return the tokens as the first layer takes them."""
+        if self.first_norm is None:
+            return stream
+        return replace(stream, x_BSD=self.first_norm(stream.x_BSD))
 
     def init_cache(self, stream: Stream, slots: int) -> Any:
         """Return an empty cache for `decode` of a stream of up to `slots` tokens.
@@ -211,6 +221,7 @@ class Trunk(nnx.Module):
           The tokens, and the cache with them.
         """
         after = []
+        stream = self._begun(stream)
         for group, memory in zip(self.groups, cache, strict=True):
             stream, memory = group.decode(stream, memory, at)
             after.append(memory)

@@ -22,6 +22,7 @@ from mmjax.generation.spans import Span
 from mmjax.modalities.base import EXISTS, Input
 from mmjax.model import Model
 from mmjax.nn.stream import Aux, add_proposals
+from mmjax.nn.towers import Widths
 from mmjax.sources.base import Example
 
 C = TypeVar("C")
@@ -119,14 +120,18 @@ class Objective(abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
-        """Return the objective's modules, by part name; they become `model.heads[self.head]`."""
+    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        """Return the objective's modules, by part name; they become `model.heads[self.head]`.
+
+        Args:
+          widths: the sizes of a token: `widths[MODALITY]`, or `widths.one(MODALITIES, NAME)` of a pass over several.
+        """
 
     def named_heads(
-        self, width: int, inputs: Mapping[str, Input]
+        self, widths: Widths, inputs: Mapping[str, Input]
     ) -> list[tuple[str, dict[str, Any]]]:
         """Return all heads that it owns, each with its name: here the one of `heads`."""
-        return [(self.head, self.heads(width, inputs))]
+        return [(self.head, self.heads(widths, inputs))]
 
     @abc.abstractmethod
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
@@ -495,8 +500,13 @@ def with_pairs(compared: Loss, pairs: Loss, repair: Repair, valid_B: jax.Array) 
 
 
 def refuse_drop(objective: Objective, inputs: Mapping[str, Input]) -> None:
-    """Raise `UserError` if tokens of an input are dropped, for objectives that need all of them."""
+    """Raise `UserError` if tokens of an input are dropped, or one is no patch, for objectives that predict them all."""
     for input_ in inputs.values():
+        if getattr(input_.modality, "class_token", False):
+            raise UserError(
+                f"objective {type(objective).__name__} predicts every token of '{input_.name}', and a class token is "
+                f"no patch; remove 'class_token' of modalities.{input_.name}."
+            )
         if input_.drops:
             raise UserError(
                 f"objective {type(objective).__name__} needs all tokens of '{input_.name}'; remove 'token_drop'."

@@ -19,6 +19,7 @@ from mmjax.modalities.base import Input
 from mmjax.model import Model
 from mmjax.nn.dense import Dense, LayerNorm, lecun
 from mmjax.nn.stream import mean_pool
+from mmjax.nn.towers import Widths
 from mmjax.objectives.base import Classifies, Loss, Objective
 from mmjax.sources.base import Example
 
@@ -80,7 +81,8 @@ class Classification(Objective, Classifies):
     def check_example(self, example: Example) -> None:
         check_label(self.label, example[self.label], self.classes)
 
-    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
+    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        width = widths.one(self.modalities, "classification")
         return {"classifier": Classifier(width, self.classes, self.norm, self.init)}
 
     def predicts(self) -> tuple[str, ...]:

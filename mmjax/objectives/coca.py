@@ -25,6 +25,7 @@ from mmjax.nn.losses import next_token_losses
 from mmjax.nn.masks import Causal
 from mmjax.nn.pooler import Pooler
 from mmjax.nn.stream import Aux, Stream, add_up
+from mmjax.nn.towers import Widths
 from mmjax.nn.trunk import GroupConfig, Trunk
 from mmjax.objectives.base import Loss, Part, Represented, Shows, Writes, row_keys
 from mmjax.objectives.contrastive import Contrastive, unit
@@ -135,6 +136,10 @@ class Coca(Contrastive, Writes, Shows):
         super().__post_init__()
         check(self, pooler_heads=COUNT, queries=COUNT, norm_eps=POSITIVE)
         check(self, contrastive_weight=AMOUNT, caption_weight=AMOUNT)
+        if self.poolers or self.projections:
+            raise UserError(
+                "coca: poolers and projections are those of contrastive; coca has its own. Remove them, see pooling."
+            )
         if self.pooling not in POOLING:
             raise UserError(f"coca: pooling is '{self.pooling}'.{nearest(self.pooling, POOLING)}")
         if not (self.contrastive_weight or self.caption_weight):
@@ -146,7 +151,8 @@ class Coca(Contrastive, Writes, Shows):
     def _text(self) -> str:
         return self.modalities[1]
 
-    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
+    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        width = widths.one(self.modalities, "coca")
         text: Any = inputs[self._text].modality
         halves = (self.unimodal, self.multimodal)
 
@@ -157,7 +163,7 @@ class Coca(Contrastive, Writes, Shows):
             )
 
         return {
-            **super().heads(width, inputs),
+            **super().heads(widths, inputs),
             "generative": pooler(self.queries),
             "contrastive": pooler(1),
             "decoder": TextDecoder(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from flax import nnx
 from jax.nn import initializers
 
 from mmjax.core.batch import Batch
-from mmjax.core.bounds import COUNT, check
+from mmjax.core.bounds import COUNT, SIZE, FieldError, check
 from mmjax.core.errors import UserError, nearest
 from mmjax.core.parameters import declare
 from mmjax.core.sharding import constrain, split_rows
@@ -22,13 +22,17 @@ from mmjax.modalities.base import Input
 from mmjax.model import Model
 from mmjax.nn.dense import Dense
 from mmjax.nn.masks import Same
-from mmjax.nn.stream import Stream, add_up, mean_pool, segments
+from mmjax.nn.pooler import POOLS, MapPooler
+from mmjax.nn.stream import Stream, add_up, segments
+from mmjax.nn.towers import Widths
 from mmjax.objectives.base import Coupled, Embeds, Loss, Part, Represented
 
 MAX_SCALE = 100.0  # bound of CLIP's learned scale
 
 
 FORMS = ("softmax", "sigmoid")
+MAP = "map"
+PROJECTIONS = ("linear", "affine", "none")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -87,6 +91,13 @@ class Contrastive(Coupled, Embeds):
         (see `chunked_info_nce`); 0 for all at once.
       joint_forward: encode both in one pass, each attending to its own tokens alone, so that tokens of both compete for
         experts (LIMoE, Mustafa et al. 2022); without experts this changes nothing.
+      poolers: by modality, how its tokens become a vector: `mean` (also where nothing is named), `class` (the first
+        token, for pictures with `class_token`), `last` (the last token that exists, of a text its end) or `map`
+        (attention of a learned query, then an MLP, see `mmjax.nn.pooler.MapPooler`).
+      map_heads: attention heads of `map`.
+      map_mlp: size of its MLP's hidden layer; 0 for four times the width.
+      projections: by modality, the map to the joint space: `linear` (also where nothing is named), `affine` (with a
+        bias) or `none`, where `embed_dim` is the width.
     """
 
     modalities: tuple[str, ...]
@@ -97,9 +108,15 @@ class Contrastive(Coupled, Embeds):
     bias: float = -10.0
     chunk: int = 0
     joint_forward: bool = False
+    poolers: dict[str, str] = field(default_factory=dict)
+    map_heads: int = 8
+    map_mlp: int = 0
+    projections: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check(self, embed_dim=COUNT)
+        check(self, embed_dim=COUNT, map_heads=COUNT, map_mlp=SIZE)
+        for key, known in (("poolers", (*POOLS, MAP)), ("projections", PROJECTIONS)):
+            self._check_by_modality(key, known)
         if len(self.modalities) != 2 or self.init_temperature <= 0:
             raise UserError(
                 "contrastive needs two modalities in 'modalities' and a positive 'init_temperature'; "
@@ -115,6 +132,14 @@ class Contrastive(Coupled, Embeds):
         if self.chunk < 0:
             raise UserError(f"contrastive: chunk is {self.chunk}; it must be at least 0.")
 
+    def _check_by_modality(self, key: str, known: Sequence[str]) -> None:
+        for modality, value in getattr(self, key).items():
+            if modality not in self.modalities:
+                words = f"names modality '{modality}'.{nearest(modality, self.modalities)}"
+                raise FieldError(self, key, words)
+            if value not in known:
+                raise FieldError(self, f"{key}.{modality}", f"is '{value}'.{nearest(value, known)}")
+
     def reads(self) -> tuple[str, ...]:
         return self.modalities
 
@@ -124,13 +149,38 @@ class Contrastive(Coupled, Embeds):
     def embeds(self) -> tuple[str, ...]:
         return self.modalities
 
-    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
+    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        if self.joint_forward:
+            widths.one(self.modalities, "contrastive with joint_forward")
         projections = {
-            m: Dense(width, self.embed_dim, ("embed", "joint"), bias=False) for m in self.modalities
+            m: self._projection(m, widths[m])
+            for m in self.modalities
+            if self.projections.get(m) != "none" or widths[m] != self.embed_dim
+        }
+        for m, pooler in self.poolers.items():
+            if pooler == "class" and not getattr(inputs[m].modality, "class_token", False):
+                raise UserError(
+                    f"contrastive: poolers.{m} is 'class', and '{m}' has no class token. Set "
+                    f"modalities.{m}.class_token=True, or another pooler."
+                )
+        poolers = {
+            f"{m}_pooler": MapPooler(widths[m], self.map_heads, self.map_mlp or 4 * widths[m])
+            for m, pooler in self.poolers.items()
+            if pooler == MAP
         }
         bias = {"bias": Bias(self.bias)} if self.loss == "sigmoid" else {}
         bound = MAX_SCALE if self.loss == "softmax" else None
-        return {**projections, "scale": Scale(1 / self.init_temperature, bound), **bias}
+        return {**projections, **poolers, "scale": Scale(1 / self.init_temperature, bound), **bias}
+
+    def _projection(self, modality: str, width: int) -> Dense:
+        """Return the map of a modality's vector to the joint space."""
+        kind = self.projections.get(modality, "linear")
+        if kind == "none":
+            raise UserError(
+                f"contrastive: projections.{modality} is 'none', and the width of '{modality}' is {width} where "
+                f"embed_dim is {self.embed_dim}. Set embed_dim={width}, or another projection."
+            )
+        return Dense(width, self.embed_dim, ("embed", "joint"), bias=kind == "affine")
 
     def embed(
         self, model: Model, modality: str, arrays: Mapping[str, jax.Array], relative_to: str = ""
@@ -144,7 +194,10 @@ class Contrastive(Coupled, Embeds):
         return self._project(model, modality, stream), aux
 
     def _project(self, model: Model, modality: str, stream: Stream) -> jax.Array:
-        joint_BE = model.heads[self.head][modality](mean_pool(stream))
+        head, kind = model.heads[self.head], self.poolers.get(modality, "mean")
+        joint_BE = head[f"{modality}_pooler"](stream) if kind == MAP else POOLS[kind](stream)
+        if modality in head:
+            joint_BE = head[modality](joint_BE)
         return unit(joint_BE.astype(jnp.promote_types(joint_BE.dtype, jnp.float32)))
 
     def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:

@@ -20,6 +20,7 @@ from mmjax.modalities.base import PRESENT, Input
 from mmjax.model import Model
 from mmjax.nn.dense import Dense, LayerNorm
 from mmjax.nn.stream import add_up, mean_pool
+from mmjax.nn.towers import Widths
 from mmjax.objectives.base import Coupled, Embeds, Loss, Part, Represented
 from mmjax.objectives.contrastive import concepts, info_nce_of, unit
 
@@ -122,13 +123,14 @@ class CrossModal(Coupled, Embeds):
     def check_inputs(self, inputs: Mapping[str, Input]) -> None:
         del inputs  # several instances, and tokens dropped: any will do
 
-    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
-        def space() -> Any:
+    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        def space(modality: str) -> Any:
             if self.space == "disjoint":
-                return Space(width, self.embed_dim)
-            return Dense(width, self.embed_dim, ("embed", "joint"), bias=False)
+                return Space(widths[modality], self.embed_dim)
+            return Dense(widths[modality], self.embed_dim, ("embed", "joint"), bias=False)
 
-        spaces = {name: space() for name in dict.fromkeys(self._spaces().values())}
+        modality_of = {name: modality for (modality, _), name in self._spaces().items()}
+        spaces = {name: space(modality) for name, modality in modality_of.items()}
         return {
             **spaces,
             **{_temperature(p): Temperature(self.init_temperature) for p in self._pairs()},

@@ -19,6 +19,7 @@ from mmjax.modalities.base import Input
 from mmjax.model import Model
 from mmjax.nn.masks import FULL, Mask, QueryIs, Same
 from mmjax.nn.stream import Aux, Stream, mean_pool, segments
+from mmjax.nn.towers import Widths
 from mmjax.objectives.base import Loss
 from mmjax.objectives.classification import Classification, Classifier, cross_entropy
 
@@ -79,7 +80,8 @@ class Fusion(Classification):
                 value = getattr(self, key)
                 raise UserError(f"fusion: {key} is '{value}'.{nearest(value, known)}")
 
-    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
+    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        width = widths.one(self.modalities, "fusion")
         names = (SHARED,) if self.shared else self._read()
         classifiers = {
             name: Classifier(width, self.classes, self.norm, self.init) for name in names
@@ -97,9 +99,8 @@ class Fusion(Classification):
         fused = model.heads[self.head].fused
         streams = [model.tokens(name, inputs[name]) for name in self.modalities if name in inputs]
         first = streams[0].x_BSD
-        tokens = jnp.broadcast_to(
-            fused.tokens[...].astype(first.dtype), (first.shape[0], self.tokens, first.shape[2])
-        )
+        fusion_ND = fused.tokens[...].astype(first.dtype)
+        tokens = jnp.broadcast_to(fusion_ND, (first.shape[0], *fusion_ND.shape))
         streams.append(Stream(tokens, layout=((FUSION, self.tokens),)))
         out, aux = model.encode(
             [replace(s, coordinates={}) for s in streams], key, MASKS[self.mask]

@@ -21,6 +21,7 @@ from mmjax.model import Model
 from mmjax.nn.dense import Dense
 from mmjax.nn.positions import Positions
 from mmjax.nn.stream import Stream, add_up
+from mmjax.nn.towers import Widths
 from mmjax.nn.trunk import GroupConfig, Trunk
 from mmjax.objectives.base import Loss, Objective, Shows, refuse_drop, row_keys
 
@@ -91,12 +92,12 @@ class MaskedImage(Objective, Shows):
         super().check_inputs(inputs)
         refuse_drop(self, inputs)
 
-    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
+    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
         image: Any = inputs[self.modality].modality
         values = image.patch**2 * 3
         return {
             "decoder": Decoder(
-                width,
+                widths[self.modality],
                 self.decoder_width,
                 self.decoder_depth,
                 self.decoder_heads,

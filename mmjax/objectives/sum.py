@@ -21,6 +21,7 @@ from mmjax.modalities.base import Input
 from mmjax.model import Model
 from mmjax.nn.masks import FULL, Mask
 from mmjax.nn.stream import Aux, Stream, add_proposals, add_up, fold, no_aux
+from mmjax.nn.towers import Widths
 from mmjax.objectives.base import (
     Classifies,
     Composes,
@@ -109,14 +110,14 @@ class Sum(Coupled, Embeds, Classifies, Writes, Composes, Shows):
     def fields(self) -> tuple[str, ...]:
         return _union(o.fields() for o in self.objectives.values())
 
-    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
+    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
         """Return nothing: the heads are the members', see `named_heads`."""
         return {}
 
     def named_heads(
-        self, width: int, inputs: Mapping[str, Input]
+        self, widths: Widths, inputs: Mapping[str, Input]
     ) -> list[tuple[str, dict[str, Any]]]:
-        return [h for o in self.objectives.values() for h in o.named_heads(width, inputs)]
+        return [h for o in self.objectives.values() for h in o.named_heads(widths, inputs)]
 
     def check_inputs(self, inputs: Mapping[str, Input]) -> None:
         for objective in self.objectives.values():
@@ -298,26 +299,41 @@ class SharedPasses:
         return self._streams[place][1]
 
     def encode(
-        self, streams: Iterable[Stream], key: jax.Array | None, mask: Mask = FULL
+        self,
+        streams: Iterable[Stream],
+        key: jax.Array | None,
+        mask: Mask = FULL,
+        tower: str | None = None,
     ) -> tuple[Stream, Aux]:
         """Run a tower, see `Model.encode`; a pass over whole streams of `tokens` draws by a key of its own."""
-        streams = list(streams)
+        return _MODEL.encode(self, streams, key, mask, tower)
+
+    def _run(
+        self, name: str, streams: list[Stream], key: jax.Array | None, mask: Mask
+    ) -> tuple[Stream, Aux]:
+        """Return the output of a tower, which the towers below it and its context come to as well."""
         known = {id(stream) for _, stream in self._streams.values()}
         if not all(id(stream) in known for stream in streams):
-            return self._counted(streams, key, mask)
-        place = (*(id(stream) for stream in streams), mask)
+            return self._counted(name, streams, key, mask)
+        place = (name, *(id(stream) for stream in streams), mask)
         if place not in self._passes:
-            named = repr([s.layout for s in streams]).encode() + repr(mask).encode()
+            named = f"{name} {[s.layout for s in streams]} {mask}".encode()
             drawn = None if key is None else fold(self._key, zlib.crc32(named))
-            self._passes[place] = (streams, self._counted(streams, drawn, mask)[0])
+            self._passes[place] = (streams, self._counted(name, streams, drawn, mask)[0])
         return self._passes[place][1], no_aux()
 
+    def _context(self, *arguments: Any) -> Any:
+        return _MODEL._context(self, *arguments)
+
     def _counted(
-        self, streams: list[Stream], key: jax.Array | None, mask: Mask
+        self, name: str, streams: list[Stream], key: jax.Array | None, mask: Mask
     ) -> tuple[Stream, Aux]:
-        stream, aux = self._model.encode(streams, key, mask)
+        stream, aux = _MODEL._run(self, name, streams, key, mask)
         self.auxes.append(aux)
         return stream, no_aux()
+
+
+_MODEL: Any = Model  # its functions, which run on `SharedPasses` too
 
 
 def _in_rows(loss: Loss, valid_B: jax.Array) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from mmjax.nn.losses import next_token_losses, wide
 from mmjax.nn.masks import FULL, Causal, KeyIs, Mask, QueryIs, Same
 from mmjax.nn.packing import Region, lay, lift, pack, positions, share, unpack
 from mmjax.nn.stream import Aux, Stream, concatenate
+from mmjax.nn.towers import Widths
 from mmjax.objectives.base import (
     Composes,
     Coupled,
@@ -242,7 +243,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         super().check_inputs(inputs)
         refuse_drop(self, inputs)
 
-    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
+    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
         for name in self.modalities:
             if ("ids" in inputs[name].arrays()) != (name in self.discrete):
                 raise UserError(
@@ -261,6 +262,7 @@ class Transfusion(Coupled, Writes, Composes, Shows):
                     f"transfusion: unet_channels is {self.unet_channels}, but '{name}' holds no pictures, which U-Nets "
                     "are for. Set unet_channels to 0."
                 )
+        width = widths.one(self.modalities, "transfusion")
         vocabularies = {m: _vocabulary(inputs[m]) for m in self.modalities if m in self.discrete}
         sizes = {m: _size(inputs[m], width) for m in self.continuous}
         return {"adapter": Adapter(width, vocabularies, sizes, self.unet_channels)}
@@ -341,10 +343,8 @@ class Transfusion(Coupled, Writes, Composes, Shows):
         streams, contexts, regions = dict[str, Stream](), {}, dict[str, Region]()
         for name in self.modalities:
             if name not in self.discrete:
-                t_B = draws.times[name]
-                streams[name], contexts[name] = self.noisy(
-                    model, name, inputs[name], x_t[name], t_B
-                )
+                noisy = self.noisy(model, name, inputs[name], x_t[name], draws.times[name])
+                streams[name], contexts[name] = noisy
                 continue
             kept_B = self._keeps(name, draws.keep_B, draws.swapped_B)
             if name in self.capacity:

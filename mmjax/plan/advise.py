@@ -9,7 +9,7 @@ from typing import Any
 from mmjax.core.config import Block
 from mmjax.core.errors import UserError
 from mmjax.experiment import make_experiment
-from mmjax.model import tower_of
+from mmjax.model import towers_in
 
 REMATS = ("none", "dots", "full")
 _MOST = 32  # micro-batches
@@ -22,7 +22,7 @@ Plan = Callable[[Block, str], Mapping[str, Any]]
 def advise(block: Block, task: str, plan: Plan) -> dict[str, Any]:
     """Try choices for each task against the compiler.
 
-    `model.remat` holds for all tasks, `microbatches` for each. For each remat, a task gets the fewest
+    `remat` of every tower holds for all tasks, `microbatches` for each. For each remat, a task gets the fewest
     micro-batches with which its training fits; then the remat counts with which most tasks fit, and of those
     the one with the least time of the whole schedule.
 
@@ -94,7 +94,8 @@ def _parts(batch: int, start: int) -> list[int]:
 def changed(block: Block, task: str, remat: str, microbatches: int) -> Block:
     """Return a copy of the config with these choices."""
     result = copy.deepcopy(block)
-    tower_of(result)[1]["remat"] = remat
+    for tower in towers_in(result).values():
+        tower["remat"] = remat
     result["tasks"][task]["microbatches"] = microbatches
     return result
 
@@ -110,9 +111,9 @@ def _price(
 
 def _overrides(block: Block, remat: str, chosen: Mapping[str, Mapping[str, Any]]) -> Iterable[str]:
     """Yield the keys that differ from the config."""
-    where, tower = tower_of(block)
-    if tower.get("remat", "none") != remat:
-        yield f"{where}.remat={remat}"
+    for where, tower in towers_in(block).items():
+        if tower.get("remat", "none") != remat:
+            yield f"{where}.remat={remat}"
     for task, choice in chosen.items():
         if block["tasks"][task].get("microbatches", 1) != choice["microbatches"]:
             yield f"tasks.{task}.microbatches={choice['microbatches']}"

@@ -198,8 +198,12 @@ def advice(
         )
     if kind != "train":
         return [*lines, f"--config.evaluation.batch={experiment.run.evaluation.batch // 2} or less"]
-    if experiment.run.model.trunk.remat != "full":
-        lines.append(f"--config.{experiment.run.model.where}.remat=full")
+    model = experiment.run.model
+    lines += [
+        f"--config.{model.where(n)}.remat=full"
+        for n, t in model.stacks.items()
+        if t.remat != "full"
+    ]
     parts = 2 * config.microbatches
     if config.batch % parts == 0:
         lines.append(f"--config.tasks.{task}.microbatches={parts} or more")

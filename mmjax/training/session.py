@@ -37,6 +37,8 @@ from mmjax.engine.warm_start import check_files, grouped, pin, pinned, warm_star
 from mmjax.experiment import Experiment
 from mmjax.modalities.base import asset_name
 from mmjax.monitor import metrics
+from mmjax.nn.towers import TRUNK
+from mmjax.optim.views import split_name
 from mmjax.run_config import RunConfig
 from mmjax.schedule.schedule import Schedule
 from mmjax.sources.base import Cached, Examples
@@ -358,9 +360,9 @@ def count_examples(
 def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]:
     """Return a test of whether a name may be missing in a checkpoint.
 
-    It is of the head of a task that has been added since, or an average that the run did not keep, or
-    the config has changed in what tasks move, and so in what has optimizer state
-    (`_check_parameters` then looks for the parameters).
+    It is of the head of a task, the stem of a modality or a tower that has been added since, or an average that the run
+    did not keep, or the config has changed in what tasks move, and so in what has optimizer state (`_check_parameters`
+    then looks for the parameters).
     """
 
     def test(name: str, meta: dict[str, Any]) -> bool:
@@ -368,15 +370,21 @@ def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]
             return True  # of buffers, see `_check_buffers`
         changed = _movers(meta["config"]) != _movers(experiment.block)
         is_new_average = name.startswith(EMA) and not meta["config"].get("optimizer", {}).get("ema")
-        return changed or is_new_average or _is_new_head(name, meta)
+        return changed or is_new_average or _is_new(name, meta)
 
     return test
 
 
-def _is_new_head(name: str, meta: dict[str, Any]) -> bool:
-    old = {(t["objective"].get("head") or n) for n, t in meta["config"]["tasks"].items()}
-    parts = parameter_of(name).removeprefix(STAT).split("/")
-    return parts[0] == "heads" and parts[1] not in old
+def _is_new(name: str, meta: dict[str, Any]) -> bool:
+    """Return whether a parameter is of a head, stem or tower that a checkpoint's config does not have."""
+    config = meta["config"]
+    parameter = (split_name(name)[1] or parameter_of(name)).removeprefix(STAT)
+    part, inner = [*parameter.split("/"), ""][:2]
+    if part == "heads":
+        return inner not in {(t["objective"].get("head") or n) for n, t in config["tasks"].items()}
+    if part == "stems":
+        return inner not in config["modalities"]
+    return part not in (config["model"].get("towers") or {TRUNK: {}})
 
 
 def _movers(config: Mapping[str, Any]) -> Any:
@@ -398,7 +406,7 @@ def _check_parameters(experiment: Experiment, restored: Restored) -> None:
     parameters = restored.state["parameters"]
     for spec in experiment.declaration.specs.values():
         for name in spec.canonical:
-            if name not in parameters and not _is_new_head(name, restored.meta):
+            if name not in parameters and not _is_new(name, restored.meta):
                 raise UserError(f"Checkpoint {restored.step} holds no parameter '{name}'.")
 
 
@@ -414,10 +422,8 @@ def _check_buffers(
     before = {name for name in saved if name.startswith(STAT)}
     specs = here.experiment.declaration.read
     now = {c for n, s in specs.items() if n.startswith(STAT) for c in s.canonical}
-    new = [n for n in sorted(now - before) if not _is_new_head(n, restored.meta)]
-    gone = [
-        n for n in sorted(before - now) if not _is_new_head(n, {"config": here.experiment.block})
-    ]
+    new = [n for n in sorted(now - before) if not _is_new(n, restored.meta)]
+    gone = [n for n in sorted(before - now) if not _is_new(n, {"config": here.experiment.block})]
     changes = [f"has no {group}, which starts as its module declares it" for group in grouped(new)]
     changes += [
         f"holds {group}, which no module declares now; it is dropped" for group in grouped(gone)

@@ -274,12 +274,23 @@ def test_the_name_of_a_block_is_that_of_the_new_config_or_else_of_the_saved_one(
     new = {"modalities": {"a": {"name": "image"}, "b": {"name": "text", "max_pixels": 9}}}
     kinds = {d.key: d.kind for d in configs.compare(saved, new, RunConfig)}
     assert kinds == {"modalities.a.max_pixels": "free", "modalities.b.max_pixels": "structural"}
-    kinds = {d.key: d.kind for d in configs.compare({**saved, "steps": 1}, {"steps": 1}, RunConfig)}
-    assert kinds == {
-        "modalities.a.name": "structural",
-        "modalities.a.max_pixels": "free",
-        "modalities.b.name": "structural",
+    seen = {"model": {"towers": {"trunk": {}, "eye": {"width": 8, "remat": "full"}}}}
+    other = {"model": {"towers": {"trunk": {}, "eye": {"width": 4}}}}
+    kinds = {d.key: d.kind for d in configs.compare(seen, other, RunConfig)}
+    assert kinds == {"model.towers.eye.width": "structural", "model.towers.eye.remat": "free"}
+
+
+def test_a_modality_or_tower_that_comes_or_goes_is_one_change_of_the_schedule() -> None:
+    two = {"a": {"name": "image", "max_pixels": 9}, "b": {"name": "text"}}
+    one = {"width": 4, "norm": "rms"}
+    saved = {"modalities": two, "model": one}
+    new = {
+        "modalities": {"a": two["a"]},
+        "model": {"towers": {"trunk": one, "eye": {"width": 8}}},
     }
+    for before, after in ((saved, new), (new, saved)):
+        kinds = {d.key: d.kind for d in configs.compare(before, after, RunConfig)}
+        assert kinds == {"modalities.b": "schedule", "model.towers.eye": "schedule"}
 
 
 def saved() -> dict[str, Any]:

@@ -22,6 +22,7 @@ from mmjax.engine.gradient import loss_and_gradient
 from mmjax.engine.requests import train_requests
 from mmjax.experiment import Experiment, make_experiment
 from mmjax.model import Model
+from mmjax.nn.towers import Widths
 from mmjax.objectives.base import Coupled, Loss, Objective, row_keys
 from mmjax.task import Task
 
@@ -157,8 +158,8 @@ class Apart(Objective):
     def fields(self) -> tuple[str, ...]:
         return tuple(self.inner.fields())
 
-    def heads(self, width: int, inputs: Any) -> dict[str, Any]:
-        return dict(self.inner.heads(width, inputs))
+    def heads(self, widths: Widths, inputs: Any) -> dict[str, Any]:
+        return dict(self.inner.heads(widths, inputs))
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         loss: Loss = self.inner(model, batch, key)

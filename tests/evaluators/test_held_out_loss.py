@@ -24,6 +24,7 @@ from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.text import Text, TextInput
 from mmjax.model import ModelConfig, declare_model
+from mmjax.nn.towers import Widths
 from mmjax.nn.trunk import GroupConfig
 from mmjax.objectives.base import Loss
 from mmjax.objectives.transfusion import Transfusion
@@ -122,7 +123,7 @@ def sequences(*order: str) -> tuple[Task, Declaration, dict[str, jax.Array]]:
     block = {"name": "transformer", "num_heads": 2, "mlp_dim": 8}
     config = ModelConfig(8, (GroupConfig(1, (block,)),))
     chosen = {m: inputs[m] for m in order}
-    heads = [("h", objective.heads(8, chosen))]
+    heads = [("h", objective.heads(Widths.same(8), chosen))]
     declaration = declare_model(config, {m: MODALITIES[m] for m in order}, heads)
     rng = np.random.default_rng(0)
     p = {n: jnp.asarray(rng.normal(size=s.shape)) for n, s in declaration.specs.items()}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from mmjax.core.batch import Batch
 from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput
+from mmjax.nn.towers import Widths
 from mmjax.objectives.base import Embeds, Loss, Objective
 from mmjax.task import Task, TaskConfig
 
@@ -28,7 +29,7 @@ class Brightness(Objective, Embeds):
     def fields(self) -> tuple[str, ...]:
         return ("group",)
 
-    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
+    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
         return {}
 
     def embeds(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from mmjax.modalities.spectrogram import Spectrogram, SpectrogramInput
 from mmjax.modalities.text import Text, TextInput
 from mmjax.modalities.video import Video, VideoInput
 from mmjax.model import ModelConfig, declare_model
+from mmjax.nn.towers import Widths
 from mmjax.nn.trunk import GroupConfig
 from mmjax.objectives.transfusion import Draws, Transfusion
 
@@ -54,7 +55,7 @@ def built(objective: Transfusion, *blocks: Any) -> tuple[Declaration, dict[str, 
     """The model's declaration, and random parameters."""
     modalities = {m: MODALITIES[m] for m in objective.modalities}
     config = ModelConfig(WIDTH, (GroupConfig(2, blocks or (BLOCK,)),))
-    heads = objective.heads(WIDTH, {m: INPUTS[m] for m in objective.modalities})
+    heads = objective.heads(Widths.same(WIDTH), {m: INPUTS[m] for m in objective.modalities})
     declaration = declare_model(config, modalities, [("head", heads)])
     rng = np.random.default_rng(0)
     return declaration, {

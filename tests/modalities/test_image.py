@@ -463,3 +463,16 @@ def test_tokens_come_in_the_compute_dtype() -> None:
     exact, _ = run_stem(pixels()[None])
     assert stream.x_BSD.dtype == jnp.bfloat16
     np.testing.assert_allclose(stream.x_BSD.astype(jnp.float32), exact.x_BSD, atol=0.25)
+
+
+def test_a_class_token_comes_first_and_leaves_the_others_as_they_are() -> None:
+    with_token = Declaration(Image(patch=4, max_positions=8, class_token=True).stem(6))
+    without = Declaration(IMAGE.stem(6))
+    assert set(with_token.specs) - set(without.specs) == {"class_token"}
+    rng = np.random.default_rng(0)
+    p = {n: rng.normal(size=s.shape).astype("f") for n, s in with_token.specs.items()}
+    arrays = {"pixels": pixels()[None]}
+    own, plain = with_token.merge(p)(arrays), without.merge(p)(arrays)
+    np.testing.assert_array_equal(own.x_BSD[0, 0], p["class_token"])
+    np.testing.assert_array_equal(own.x_BSD[:, 1:], plain.x_BSD)
+    assert own.layout == (("image", 5),)

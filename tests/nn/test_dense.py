@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -179,3 +180,15 @@ def test_of_a_norm_only_what_goes_in_is_kept(kind: str) -> None:
     )[1]
     shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(back)]
     assert shapes.count((8, 4)) == 1 and (8, 1) not in shapes
+
+
+def test_the_exact_gelu_and_clips_quick_one() -> None:
+    """`x (1 + erf(x / sqrt 2)) / 2` and `x / (1 + exp(-1.702 x))`, by the standard library."""
+    x = [-3.0, -1.0, -0.2, 0.0, 0.7, 2.5]
+    expected = {
+        "gelu_exact": [v * (1 + math.erf(v / math.sqrt(2))) / 2 for v in x],
+        "quick_gelu": [v / (1 + math.exp(-1.702 * v)) for v in x],
+    }
+    for kind, values in expected.items():
+        mlp = mlp_of(kind, 1, 1, True)
+        np.testing.assert_allclose(mlp.activation(np.asarray(x, np.float32)), values, atol=1e-6)

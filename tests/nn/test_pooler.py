@@ -1,4 +1,4 @@
-"""Attentional pooling against loops."""
+"""Pooling against loops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmjax.core.parameters import Declaration
-from mmjax.nn.pooler import Pooler
+from mmjax.nn.pooler import POOLS, MapPooler, Pooler
 from mmjax.nn.stream import Stream
 
 WIDTH, HEADS = 6, 2
@@ -78,3 +78,39 @@ def test_biases_and_norms_against_numpy() -> None:
             weight = np.exp(q @ k.T / np.sqrt(WIDTH / HEADS))
             read = read + weight / weight.sum(axis=1, keepdims=True) @ v @ p["attention/out"][h]
         np.testing.assert_allclose(out[b], norm("norm", read), rtol=1e-10)
+
+
+def test_map_against_loops() -> None:
+    """One query, biases everywhere; `y + mlp(norm(y))` with a GELU in its tanh form."""
+    with jax.enable_x64(True):
+        declaration = Declaration(MapPooler(WIDTH, HEADS, 5, eps=1e-3))
+        rng = np.random.default_rng(0)
+        p = {n: rng.normal(size=s.shape) for n, s in declaration.specs.items()}
+        x = rng.normal(size=(2, 5, WIDTH))
+        stream = Stream(jnp.asarray(x), jnp.asarray(VALID), layout=(("image", 5),))
+        out = jax.jit(lambda p, s: declaration.merge(p)(s))(p, stream)
+    a = {n.removeprefix("attention/"): v for n, v in p.items() if n.startswith("attention/")}
+    size = WIDTH // HEADS
+    for b in range(2):
+        kept, read = x[b][VALID[b]], p["attention/out_bias"].copy()
+        for h in range(HEADS):
+            at = slice(h * size, (h + 1) * size)
+            asked = p["query"][0] @ a["query"][:, h] + a["query_bias"][at]
+            keys = kept @ a["key"][:, h] + a["key_bias"][at]
+            weight = np.exp(keys @ asked / np.sqrt(size))
+            value = weight / weight.sum() @ (kept @ a["value"][:, h] + a["value_bias"][at])
+            read += value @ a["out"][h]
+        normed = (read - read.mean()) / np.sqrt(read.var() + 1e-3) * p["norm/scale"]
+        hidden = (normed + p["norm/bias"]) @ p["mlp/up/kernel"] + p["mlp/up/bias"]
+        hidden *= 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)))
+        expected = read + hidden @ p["mlp/down/kernel"] + p["mlp/down/bias"]
+        np.testing.assert_allclose(out[b], expected, rtol=1e-10)
+
+
+def test_class_is_the_first_token_and_last_the_last_that_exists() -> None:
+    x = np.arange(30, dtype=np.float32).reshape(2, 5, 3)
+    valid = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], bool)
+    stream = Stream(jnp.asarray(x), jnp.asarray(valid))
+    np.testing.assert_array_equal(POOLS["class"](stream), x[:, 0])
+    np.testing.assert_array_equal(POOLS["last"](stream), [x[0, 2], x[1, 4]])
+    np.testing.assert_array_equal(POOLS["last"](Stream(jnp.asarray(x))), x[:, 4])

@@ -15,6 +15,7 @@ from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
 from mmjax.modalities.base import EXISTS, Input
 from mmjax.nn.stream import Stream
+from mmjax.nn.towers import Widths
 from mmjax.objectives.base import (
     Classifies,
     Composes,
@@ -44,7 +45,7 @@ class Plain(Objective):
     def reads(self) -> tuple[str, ...]:
         return ("image", "text")
 
-    def heads(self, width: int, inputs: Any) -> dict[str, Any]:
+    def heads(self, widths: Widths, inputs: Any) -> dict[str, Any]:
         return {}
 
     def __call__(self, model: Any, batch: Any, key: Any) -> Loss:

@@ -21,6 +21,7 @@ from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.model import ModelConfig, declare_model
 from mmjax.nn.stream import Aux
+from mmjax.nn.towers import Widths
 from mmjax.nn.trunk import GroupConfig
 from mmjax.objectives.classification import Classification, cross_entropy, is_right
 
@@ -127,7 +128,7 @@ def test_a_label_out_of_range_that_reaches_the_device_is_not_finite(label: int) 
 
 def declared(objective: Classification) -> Declaration:
     config = ModelConfig(WIDTH, (GroupConfig(1, (LAYER,)),))
-    heads = [("head", objective.heads(WIDTH, INPUTS))]
+    heads = [("head", objective.heads(Widths.same(WIDTH), INPUTS))]
     return declare_model(config, {"image": INPUTS["image"].modality}, heads)
 
 

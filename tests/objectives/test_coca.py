@@ -24,6 +24,7 @@ from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.text import Text, TextInput
 from mmjax.model import ModelConfig, declare_model
 from mmjax.nn.stream import Stream
+from mmjax.nn.towers import Widths
 from mmjax.nn.trunk import GroupConfig
 from mmjax.objectives.base import Loss
 from mmjax.objectives.coca import Coca
@@ -64,7 +65,7 @@ def declared(kernel: str = "auto") -> Declaration:
     made = objective(
         unimodal=group("transformer", 2, kernel), multimodal=group("cross_transformer", 2, kernel)
     )
-    return declare_model(config, modalities, [("coca", made.heads(WIDTH, INPUTS))])
+    return declare_model(config, modalities, [("coca", made.heads(Widths.same(WIDTH), INPUTS))])
 
 
 def parameters(seed: int = 0) -> Parameters:

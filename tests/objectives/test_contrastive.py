@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.text import Text, TextInput
 from mmjax.model import ModelConfig, declare_model
 from mmjax.nn.stream import Aux, Stream
+from mmjax.nn.towers import Widths
 from mmjax.nn.trunk import GroupConfig
 from mmjax.objectives.base import Loss
 from mmjax.objectives.contrastive import (
@@ -279,11 +281,11 @@ def test_descent_leads_back_below_the_bound(x64: None) -> None:
 def test_without_a_bound_the_scale_is_exp(x64: None) -> None:
     """A published SigLIP's, which `form: sigmoid` has."""
     made = Contrastive(modalities=("image", "text"), loss="sigmoid", init_temperature=0.005)
-    scale = made.heads(4, {})["scale"]
+    scale = made.heads(Widths.same(4), {})["scale"]
     value, slope = jax.value_and_grad(lambda x: Declaration(scale).merge({"log": x})())(4.7215)
     assert float(value) == pytest.approx(112.337, rel=1e-4)
     assert float(slope) == pytest.approx(float(value), rel=1e-9)
-    assert Contrastive(modalities=("image", "text")).heads(4, {})["scale"].bound == 100
+    assert Contrastive(modalities=("image", "text")).heads(Widths.same(4), {})["scale"].bound == 100
 
 
 def test_the_scale_begins_at_one_over_the_temperature_in_the_parameter_dtype() -> None:
@@ -382,7 +384,7 @@ def test_what_it_reads_and_makes() -> None:
     assert objective.reads() == objective.embeds() == ("image", "text")
     assert objective.fields() == ("concept",)
     assert Contrastive(modalities=("image", "text")).fields() == ()
-    assert set(objective.heads(4, {})) == {"image", "text", "scale"}
+    assert set(objective.heads(Widths.same(4), {})) == {"image", "text", "scale"}
 
 
 @pytest.mark.parametrize(
@@ -392,6 +394,10 @@ def test_what_it_reads_and_makes() -> None:
         ({"modalities": ("a", "b"), "init_temperature": 0.0}, "positive"),
         ({"modalities": ("a", "b"), "init_temperature": 0.005},
          "init_temperature is 0.005; under softmax it is at least 0.01"),
+        ({"modalities": ("a", "b"), "poolers": {"a": "mode"}}, "poolers.a is 'mode'"),
+        ({"modalities": ("a", "b"), "poolers": {"c": "mean"}}, "poolers names modality 'c'"),
+        ({"modalities": ("a", "b"), "projections": {"a": "bias"}}, "projections.a is 'bias'"),
+        ({"modalities": ("a", "b"), "map_heads": 0}, "map_heads is 0; it must be at least 1"),
     ],
 )  # fmt: skip
 def test_mistakes(settings: dict[str, Any], message: str) -> None:
@@ -410,7 +416,7 @@ def real_model() -> tuple[Declaration, Contrastive, dict[str, Any]]:
         "text": Input("text", modalities["text"], TextInput(length=3)),
     }
     objective = Contrastive(modalities=("image", "text"), embed_dim=3, head="pair")
-    heads = [("pair", objective.heads(4, inputs))]
+    heads = [("pair", objective.heads(Widths.same(4), inputs))]
     config = ModelConfig(4, (GroupConfig(1, (block,)),))
     rng = np.random.default_rng(0)
     batch = Batch(
@@ -467,3 +473,36 @@ def test_embeddings_of_a_real_model_are_unit_vectors_whatever_the_other_rows() -
     narrow = embed(p, texts, jnp.bfloat16)
     assert narrow.dtype == jnp.float32, "unit vectors are float32 in any compute dtype"
     np.testing.assert_allclose(np.linalg.norm(narrow, axis=1), np.ones(6), rtol=1e-5)
+
+
+def test_poolers_and_projections_are_by_modality() -> None:
+    """A vector of the first token as it is, and one of the last that exists with a bias."""
+    text = SimpleNamespace(modality=SimpleNamespace())
+    image = SimpleNamespace(modality=SimpleNamespace(class_token=True))
+    objective = Contrastive(
+        modalities=("image", "text"), embed_dim=4, head="pair",
+        poolers={"image": "class", "text": "last"}, projections={"image": "none", "text": "affine"},
+    )  # fmt: skip
+    inputs: Any = {"image": image, "text": text}
+    parts = objective.heads(Widths.same(4), inputs)
+    assert set(parts) == {"text", "scale"} and parts["text"].bias is not None
+    rng = np.random.default_rng(0)
+    x, kernel, bias = (rng.normal(size=s).astype("f") for s in ((2, 3, 4), (4, 4), 4))
+    valid = np.array([[1, 1, 0], [1, 1, 1]], bool)
+    head = {"text": lambda v: v @ kernel + bias}
+    model: Any = SimpleNamespace(
+        heads={"pair": head},
+        tokens=lambda m, arrays: Stream(jnp.asarray(x), jnp.asarray(valid), layout=((m, 3),)),
+        encode=lambda streams, key: (streams[0], None),
+    )
+    expected = {"image": x[:, 0], "text": np.stack([x[0, 1], x[1, 2]]) @ kernel + bias}
+    for modality, v in expected.items():
+        v = v / np.linalg.norm(v, axis=1, keepdims=True)
+        np.testing.assert_allclose(objective.embed(model, modality, {}), v, rtol=1e-4, atol=1e-6)
+    with pytest.raises(
+        UserError,
+        match="projections.image is 'none', and the width of 'image' is 6 where embed_dim is 4",
+    ):
+        objective.heads(Widths.same(6), inputs)
+    with pytest.raises(UserError, match="poolers.image is 'class', and 'image' has no class token"):
+        objective.heads(Widths.same(4), {**inputs, "image": text})

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mmjax.core.errors import UserError
 from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh
+from mmjax.nn.towers import Widths
 from mmjax.objectives.contrastive import Contrastive, sigmoid_loss
 
 ROWS = 12
@@ -123,6 +124,6 @@ def test_memory_of_chunks_grows_with_the_batch_alone() -> None:
 
 def test_the_head_has_a_bias() -> None:
     made = Contrastive(modalities=("image", "text"), loss="sigmoid", init_temperature=0.1)
-    assert set(made.heads(4, {})) == {"image", "text", "scale", "bias"}
+    assert set(made.heads(Widths.same(4), {})) == {"image", "text", "scale", "bias"}
     with pytest.raises(UserError, match="loss is 'sigmod'. Did you mean 'sigmoid'"):
         Contrastive(modalities=("image", "text"), loss="sigmod")

@@ -14,6 +14,7 @@ from mmjax.core.parameters import Declaration
 from mmjax.modalities.image import Image
 from mmjax.modalities.text import Text
 from mmjax.model import ModelConfig, declare_model
+from mmjax.nn.towers import Widths
 from mmjax.nn.trunk import GroupConfig
 from mmjax.objectives.contrastive import Contrastive
 
@@ -34,7 +35,7 @@ def pair(experts: dict[str, Any] | None) -> tuple[Declaration, dict[str, Any], d
     if experts:
         block["experts"] = experts
     config = ModelConfig(width=8, layers=(GroupConfig(repeat=1, blocks=(block,)),))
-    heads = Contrastive(modalities=("image", "text"), embed_dim=4).heads(8, {})
+    heads = Contrastive(modalities=("image", "text"), embed_dim=4).heads(Widths.same(8), {})
     declaration = declare_model(config, {"image": image, "text": text}, [("pair", heads)])
     rng = np.random.default_rng(1)
     parameters = {

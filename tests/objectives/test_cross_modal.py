@@ -21,6 +21,7 @@ from mmjax.core.parameters import Declaration
 from mmjax.engine.steps import positions
 from mmjax.modalities.base import PRESENT
 from mmjax.nn.stream import Aux, Stream, no_aux
+from mmjax.nn.towers import Widths
 from mmjax.objectives.contrastive import info_nce
 from mmjax.objectives.cross_modal import CrossModal, bag_logits
 
@@ -152,7 +153,8 @@ def test_one_instance_each_is_the_plain_loss() -> None:
 )
 def test_heads_are_of_the_pairs_that_count(space: str, parts: set[str]) -> None:
     objective = CrossModal(modalities=NAMES, weights={"sound text": 0.0}, space=space)
-    assert set(objective.heads(8, {})) == {*parts, "temperature_vision_sound", "temperature_vision_text"}  # fmt: skip
+    temperatures = {"temperature_vision_sound", "temperature_vision_text"}
+    assert set(objective.heads(Widths.same(8), {})) == {*parts, *temperatures}
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ RAW = {"vision_sound": 0.5, "vision_text": 0.7, "sound_text": -0.3}
 def test_from_pooled_vectors_to_the_loss_as_imp_has_it() -> None:
     """Spaces, temperatures `relu(t) + 1e-6` and MIL-NCE, in NumPy."""
     objective = CrossModal(modalities=NAMES, head="h", embed_dim=E)
-    declaration = Declaration(nnx.Dict(objective.heads(WIDTH, {})))
+    declaration = Declaration(nnx.Dict(objective.heads(Widths.same(WIDTH), {})))
     rng = np.random.default_rng(5)
     p = {n: rng.normal(size=s.shape) for n, s in declaration.specs.items()}
     p |= {f"temperature_{pair}/value": np.array(t) for pair, t in RAW.items()}

@@ -16,6 +16,7 @@ import pytest
 
 from mmjax.core.batch import Batch
 from mmjax.core.parameters import Declaration
+from mmjax.nn.towers import Widths
 from mmjax.objectives.cross_modal import CrossModal, Space, Temperature
 
 WIDTH, JOINT, ROWS = 6, 5, 4
@@ -31,7 +32,9 @@ class Heads:
     """A model that has this head alone."""
 
     def __init__(self, parameters: dict[str, np.ndarray]):
-        parts = {name: Declaration(part) for name, part in PAIR.heads(WIDTH, {}).items()}
+        parts = {
+            name: Declaration(part) for name, part in PAIR.heads(Widths.same(WIDTH), {}).items()
+        }
         own = {
             name: {n.removeprefix(f"{name}/"): v for n, v in parameters.items() if n.startswith(f"{name}/")}
             for name in parts
@@ -43,7 +46,7 @@ def parameters() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {
         f"{name}/{n}": rng.normal(size=spec.shape)
-        for name, part in PAIR.heads(WIDTH, {}).items()
+        for name, part in PAIR.heads(Widths.same(WIDTH), {}).items()
         for n, spec in Declaration(part).specs.items()
     }
 

@@ -17,6 +17,7 @@ from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput
 from mmjax.modalities.text import Text, TextInput
 from mmjax.model import ModelConfig, declare_model
+from mmjax.nn.towers import Widths
 from mmjax.nn.trunk import GroupConfig
 from mmjax.objectives.fusion import Fusion
 
@@ -44,7 +45,7 @@ def built(objective: Fusion, block: dict[str, Any]) -> Any:
     }
     config = ModelConfig(WIDTH, (GroupConfig(2, (block,)),))
     declaration: Declaration = declare_model(
-        config, modalities, [("head", objective.heads(WIDTH, inputs))]
+        config, modalities, [("head", objective.heads(Widths.same(WIDTH), inputs))]
     )
     rng = np.random.default_rng(0)
     p = {n: jnp.asarray(rng.normal(size=s.shape)) for n, s in declaration.specs.items()}
@@ -154,7 +155,7 @@ def test_settings_that_say_nothing(change: dict[str, Any], words: str) -> None:
 def test_a_shared_classifier_is_one() -> None:
     """It reads every modality; otherwise there is a classifier for each."""
     for objective, names in ((RELEASED, {"shared"}), (MBT, {"image", "text"})):
-        classifiers = objective.heads(WIDTH, {})["fused"].classifiers
+        classifiers = objective.heads(Widths.same(WIDTH), {})["fused"].classifiers
         assert set(classifiers) == names
     call, model = built(RELEASED, BOTTLENECK)
     logits = call(batch().inputs)

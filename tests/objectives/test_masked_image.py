@@ -20,6 +20,7 @@ from mmjax.modalities.base import Input
 from mmjax.modalities.image import Image, ImageInput, patchify, unpatchify
 from mmjax.model import ModelConfig, declare_model
 from mmjax.nn.stream import Stream, no_aux
+from mmjax.nn.towers import Widths
 from mmjax.nn.trunk import GroupConfig
 from mmjax.objectives.base import Embeds, able
 from mmjax.objectives.masked_image import (
@@ -208,7 +209,9 @@ def declared(ratio: float = 0.75) -> Declaration:
     inputs = {"image": Input("image", image, ImageInput(size=SIZE))}
     block = {"name": "transformer", "num_heads": 1, "mlp_dim": 4}
     config = ModelConfig(WIDTH, (GroupConfig(1, (block,)),))
-    return declare_model(config, {"image": image}, [("mim", objective(ratio).heads(WIDTH, inputs))])
+    return declare_model(
+        config, {"image": image}, [("mim", objective(ratio).heads(Widths.same(WIDTH), inputs))]
+    )
 
 
 def parameters(declaration: Declaration) -> Any:
@@ -407,3 +410,11 @@ def test_what_it_reads_and_makes() -> None:
     assert objective().fields() == ()
     with pytest.raises(UserError, match="MaskedImage is none that embeds"):
         able(objective(), Embeds)
+
+
+def test_a_class_token_is_refused() -> None:
+    image = Input("image", Image(patch=2, max_positions=4, class_token=True), ImageInput(size=4))
+    with pytest.raises(
+        UserError, match="a class token is no patch; remove 'class_token' of modalities.image"
+    ):
+        MaskedImage().check_inputs({"image": image})

@@ -119,6 +119,29 @@ def test_a_task_that_is_removed_and_comes_back_goes_on_where_it_stood(half: Path
     assert more == ids("one", before["positions"]["one"] + 48, 32)
 
 
+def test_a_tower_comes_and_goes_only_where_changes_are_allowed(
+    half: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a modality that it reads. A rate of zero leaves all other parameters as they came."""
+    held, config = toyrun.parameters(half), block("optimizer.learning_rate=0.0", "steps=10")
+    layers = config["model"]["layers"]
+    config["model"] = {"towers": {"trunk": config["model"], "ear": {"width": 4, "layers": layers}}}
+    config["modalities"]["other"] = {"name": "toy", "tower": "ear"}
+    before = contents(half)
+    with pytest.raises(UserError, match=r"model.towers.ear \(schedule\): saved None, now") as error:
+        run(half, config=config)
+    assert "modalities.other (schedule)" in str(error.value) and contents(half) == before
+    run(half, config=config, allow_change=True)
+    assert "Config changed: model.towers.ear" in capsys.readouterr().out
+    after = toyrun.parameters(half)
+    assert held and all(np.array_equal(after[n], held[n]) for n in held)
+    new = {n.rpartition("/")[0].split("/layers/")[0] for n in after.keys() - held.keys()}
+    assert {n.split("/")[0] for n in new} == {"ear", "stems"}
+    run(half, "optimizer.learning_rate=0.0", "steps=12", allow_change=True)
+    assert "Config changed: model.towers.ear" in capsys.readouterr().out
+    assert toyrun.parameters(half).keys() == held.keys()
+
+
 def test_a_saved_phase_plan_goes_on_and_a_new_one_takes_over(half: Path) -> None:
     config = block("steps=24")
     config["schedule"] = {"phases": [{"start": 16, "weights": {"one": 0, "two": 1}}]}

@@ -15,6 +15,7 @@ from mmjax.modalities.base import Input
 from mmjax.model import Model
 from mmjax.nn.dense import Dense
 from mmjax.nn.stream import Aux, mean_pool
+from mmjax.nn.towers import Widths
 from mmjax.objectives.base import Embeds, Loss, Objective
 from mmjax.objectives.contrastive import unit
 
@@ -40,9 +41,9 @@ class Pitch(Objective, Embeds):
         """Return the integer fields of an example that the loss reads."""
         return ("pitch",)
 
-    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
+    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
         """Return the parameters of the objective itself; they become `model.heads[self.head]`."""
-        return {"out": Dense(width, 1, ("embed", None))}
+        return {"out": Dense(widths["tone"], 1, ("embed", None))}
 
     def pooled(self, model: Model, arrays: Any, key: jax.Array) -> tuple[jax.Array, Aux]:
         stream, aux = model.encode([model.tokens("tone", arrays)], key)

@@ -14,6 +14,7 @@ from mmjax.modalities.base import Input
 from mmjax.model import Model
 from mmjax.nn.dense import Dense
 from mmjax.nn.stream import mean_pool
+from mmjax.nn.towers import Widths
 from mmjax.objectives.base import Loss, Objective
 
 
@@ -37,8 +38,8 @@ class Toy(Objective):
     def fields(self) -> tuple[str, ...]:
         return ("id", "label")
 
-    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
-        return {"out": Dense(width, 1, ("embed", None))}
+    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        return {"out": Dense(widths["toy"], 1, ("embed", None))}
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         rows = batch.inputs["toy"]["rows"]
