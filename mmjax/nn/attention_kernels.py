@@ -5,7 +5,8 @@ pass, so that memory grows with the length and not with its square; `splash` is 
 forbids, `cudnn` a GPU kernel. `auto` chooses by the platform that is compiled for and by the size. A kernel that cannot
 express a mask gives way to one that can, which is logged once.
 
-The rows of queries that are not valid hold no promise.
+A query without any allowed key gets zeros, and no gradient flows through it. The rows of queries that are not valid
+hold no promise.
 """
 
 from __future__ import annotations
@@ -111,10 +112,11 @@ def _rows(q_BSHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, allowed: Any)
     logits_BHST = jnp.einsum("BSHK,BTHK->BHST", q_BSHK, k_BTHK, preferred_element_type=wide)
     logits_BHST = logits_BHST * q_BSHK.shape[-1] ** -0.5
     if allowed is not None:
-        # Finite, so that a row without any allowed key gives no NaN.
+        # Finite, so that a query without any allowed key gives no NaN.
         logits_BHST = jnp.where(allowed[:, None], logits_BHST, jnp.finfo(wide).min)
     weight_BHST = _weights(logits_BHST, v_BTHK.dtype)
-    return jnp.einsum("BHST,BTHK->BSHK", weight_BHST, v_BTHK)
+    y_BSHK = jnp.einsum("BHST,BTHK->BSHK", weight_BHST, v_BTHK)
+    return kernels.zero_without_key(y_BSHK, allowed)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -13,10 +13,16 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash_kernel
 
 from mmjax.core.sharding import partition
-from mmjax.nn.masks import FULL, Causal, Mask, Pairs, Same, factors, is_static
+from mmjax.nn.masks import FULL, Causal, Mask, Pairs, Same, factors, has_key, is_static
 
 LANES = 128  # of a TPU's vector unit: blocks are multiples of it
 _BLOCK = 512  # of queries and of keys
+
+
+def zero_without_key(y_BSHK: jax.Array, allowed: Any) -> jax.Array:
+    """Return the attention's results with zeros, and no gradient, for the queries without an allowed key."""
+    has_key_BS = has_key(allowed)
+    return y_BSHK if has_key_BS is None else jnp.where(has_key_BS[..., None, None], y_BSHK, 0)
 
 
 # --- splash attention (TPU) --------------------------------------------------------------------
@@ -66,7 +72,7 @@ def splash(
         for x, size in ((q_BSHK * scale, sizes[0]), (k_BTHK, sizes[1]), (v_BTHK, sizes[1]))
     )
     y_BHSK = _per_device(of_device, q, k, v, segments)
-    return jnp.moveaxis(y_BHSK, 2, 1)[:, :s]
+    return zero_without_key(jnp.moveaxis(y_BHSK, 2, 1)[:, :s], pairs.allowed())
 
 
 def _per_device(function: Any, q_BHSK: jax.Array, k: jax.Array, v: jax.Array, ids: Any) -> Any:
@@ -102,7 +108,7 @@ def _static_mask(pairs: Pairs, lengths: tuple[int, int], sizes: tuple[int, int])
     allowed[: lengths[0], : lengths[1]] = True
     for factor in static:
         allowed[: lengths[0], : lengths[1]] &= factor.allows(queries, keys)[0]
-    # A query without any key would divide by zero; results of padded ones are unused.
+    # A query without any key would divide by zero; `zero_without_key` replaces what it reads here.
     allowed[~allowed.any(axis=1), 0] = True
     if allowed.all():
         return masks.FullMask(sizes)
@@ -171,7 +177,7 @@ def _is_causal(pairs: Pairs) -> bool:
 
 
 def cudnn(q_BSHK: jax.Array, k_BTHK: jax.Array, v_BTHK: jax.Array, pairs: Pairs) -> jax.Array:
-    """Compute attention by cuDNN's fused kernel."""
+    """Compute attention by cuDNN's fused kernel; each query has a key under every mask that it takes."""
     return jax.nn.dot_product_attention(
         q_BSHK, k_BTHK, v_BTHK, is_causal=pairs.mask != FULL, implementation="cudnn"
     )

@@ -194,6 +194,18 @@ class Pairs:
         return self.valid_BT is None and is_static(self.mask, self.queries or {}, self.keys or {})
 
 
+def has_key(allowed: Any) -> Any:
+    """Return which queries may attend to any key, bool `[B or 1, S or 1]`; None if it is known that all may.
+
+    Args:
+      allowed: the allowed pairs, as `Pairs.allowed` returns them.
+    """
+    if allowed is None:
+        return None
+    any_BS = allowed.any(axis=-1)
+    return None if isinstance(any_BS, np.ndarray) and any_BS.all() else any_BS
+
+
 def check(mask: Mask, *sides: Attributes) -> None:
     """Raise a `UserError` for an attribute that is read and not there."""
     for attributes in sides:

@@ -54,13 +54,15 @@ def projections(length: int, size: int, dtype: Any) -> tuple[jax.Array, ...]:
 
 
 def loops(q: Any, k: Any, v: Any, pairs: Pairs) -> np.ndarray:
-    """One query at a time, over the keys that it may read."""
+    """One query at a time, over the keys that it may read; zeros where there is none."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     whole = pairs.allowed()
     allowed = np.broadcast_to(True if whole is None else whole, (*q.shape[:2], k.shape[1]))
     out = np.zeros_like(q)
     for b, s, h in np.ndindex(*q.shape[:3]):
         keys = np.flatnonzero(allowed[b, s])
+        if not keys.size:
+            continue
         weight = np.exp(k[b, keys, h] @ q[b, s, h] / np.sqrt(q.shape[-1]))
         out[b, s, h] = weight @ v[b, keys, h] / weight.sum()
     return out

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attending import BATCH, HEADS, MASKS, loops, pairs_of, projections
+from attending import BATCH, HEADS, MASKS, attributes, loops, pairs_of, projections
 
 from mmjax.analysis.flops import model_flops
 from mmjax.core.errors import UserError
 from mmjax.nn import attention_kernels as module
 from mmjax.nn import kernels
 from mmjax.nn.attention_kernels import attend, choose
-from mmjax.nn.masks import FULL, Causal, Pairs, Same
+from mmjax.nn.masks import FULL, Causal, KeyIs, Pairs, Same, has_key
 
 
 @pytest.fixture
@@ -77,6 +77,69 @@ def test_nothing_flows_where_the_mask_forbids_it(
     ]
     np.testing.assert_array_equal(reached, pairs.allowed()[0])
     assert (np.abs(by_k[:, 0]).sum((2, 3)) > 0)[~pairs.allowed()[0]].sum() == 0
+
+
+def keyless(case: str, length: int) -> Pairs:
+    """Pairs of which some queries have no key: of the second item, or of the whole second row."""
+    mask = Same("item") & KeyIs("prefix", 1)  # the prefix is in the first item
+    if case == "absent row":
+        exists = jnp.asarray(np.repeat([[True], [False]], length, 1))
+        return Pairs(Causal(), *[pairs_of(Causal(), length).queries] * 2, exists)
+    pairs = pairs_of(mask, length, dynamic=case == "dynamic mask")
+    if case != "segment ids":
+        return pairs
+    of = {**attributes(length), "item": jnp.asarray(attributes(length)["item"])}
+    return Pairs(mask, of, of)
+
+
+CASES = ["static mask", "dynamic mask", "segment ids", "absent row"]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kernel", ["plain", "chunked", "splash"])
+def test_a_query_without_any_key_gets_zeros_and_passes_no_gradient(
+    small_chunks: None, kernel: str, case: str
+) -> None:
+    length = 18
+    pairs = keyless(case, length)
+    if kernel == "splash" and case == "dynamic mask":
+        q: Any = jax.ShapeDtypeStruct((BATCH, length, HEADS, 4), jnp.float32)
+        assert "cannot express" in kernels.refuse_splash("tpu", q, pairs)
+        return
+    run = (
+        partial(kernels.splash, interpret=True)
+        if kernel == "splash"
+        else partial(attend, kernel=kernel)
+    )
+    inputs = projections(length, 4, jnp.float32)
+    expected = loops(*inputs, pairs)
+    rows, at = (1, slice(None)) if case == "absent row" else (slice(None), slice(9, None))
+    alone = np.zeros((BATCH, length), bool)
+    alone[rows, at] = True
+    assert (expected[alone] == 0).all() and (np.abs(expected[~alone]).max((1, 2)) > 0).all()
+
+    def loss(x: Any, weight_BS: Any) -> tuple[jax.Array, jax.Array]:
+        out = run(*x, pairs)
+        return (out * jnp.cos(jnp.arange(4)) * weight_BS[..., None, None]).sum(), out
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    of_alone, out = gradient(inputs, jnp.asarray(alone, jnp.float32))
+    np.testing.assert_array_equal(out[alone], 0)
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+    assert all((g == 0).all() for g in of_alone)
+    of_all, _ = gradient(inputs, jnp.ones((BATCH, length)))
+    of_others, _ = gradient(inputs, jnp.asarray(~alone, jnp.float32))
+    for total, others in zip(of_all, of_others, strict=True):
+        np.testing.assert_array_equal(total, others)
+        assert np.isfinite(total).all() and np.abs(total).max() > 0
+
+
+def test_cudnn_takes_no_mask_that_leaves_a_query_without_a_key() -> None:
+    q: Any = jax.ShapeDtypeStruct((BATCH, 18, HEADS, 64), jnp.bfloat16)
+    assert all(kernels.refuse_cudnn("cuda", q, keyless(case, 18)) for case in CASES)
+    taken = [m for m in MASKS.values() if not kernels.refuse_cudnn("cuda", q, pairs_of(m, 18))]
+    assert taken == [FULL, Causal()]
+    assert all(has_key(pairs_of(mask, 18).allowed()) is None for mask in taken)
 
 
 def test_memory_of_the_chunked_form_grows_with_the_length_and_of_the_plain_one_with_its_square() -> (
