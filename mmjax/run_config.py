@@ -7,12 +7,13 @@ from typing import Any
 
 from mmjax.core.bounds import COUNT, SIZE, check
 from mmjax.core.config import FREE, SCHEDULE, holds
+from mmjax.core.low_rank import LowRankConfig
 from mmjax.core.sharding import MeshConfig
 from mmjax.engine.checkpoint import CheckpointConfig
 from mmjax.engine.compile import LimitsConfig
 from mmjax.engine.loader import LoaderConfig
 from mmjax.engine.profiling import ProfileConfig
-from mmjax.engine.warm_start import WarmStartConfig
+from mmjax.engine.warm_start import Sources, WarmStartConfig
 from mmjax.model import ModelConfig
 from mmjax.optim.config import OptimizerConfig
 from mmjax.schedule.config import ScheduleConfig
@@ -78,7 +79,8 @@ class RunConfig:
       modalities: what the tasks read, by a name of your choice: `{name: ..., ...}` each.
       tasks: what is trained, by a name of your choice.
       seed: of parameters, order, augmentation and masks.
-      init_from: parameters of another run or a file, to begin with.
+      lora: low-rank deltas of matrices; all else is then frozen unless `optimizer.rules` state otherwise.
+      init_from: parameters of another run or a file, to begin with; or a list of such, each with its own part.
     """
 
     steps: int = field(metadata=FREE)
@@ -89,7 +91,8 @@ class RunConfig:
     dtype: DtypeConfig = field(default_factory=DtypeConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig, metadata=SCHEDULE)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig, metadata=SCHEDULE)
-    init_from: WarmStartConfig = field(default_factory=WarmStartConfig)
+    lora: tuple[LowRankConfig, ...] = ()
+    init_from: Sources = field(default_factory=WarmStartConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig, metadata=FREE)
     loader: LoaderConfig = field(default_factory=LoaderConfig, metadata=FREE)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)

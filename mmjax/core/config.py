@@ -491,8 +491,10 @@ def _class_of(
     blocks, (part, *remaining) = list(blocks), parts
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        hint = next(a for a in arguments if a is not type(None))
-        return _class_of(parts, hint, metadata, blocks, kind)
+        options = [a for a in arguments if a is not type(None)]
+        is_list = parts[0].isdecimal()  # an entry of a list, where one may stand for a block
+        lists = [a for a in options if is_list and typing.get_origin(a) is tuple]
+        return _class_of(parts, (lists or options)[0], metadata, blocks, kind)
     if "holds" in metadata and (hint is Any or arguments[1:] == (Any,)):
         kind = metadata["classes"].get(".".join(parts), kind)
         return _class_of(parts, _schema_of(metadata["holds"], blocks), {}, blocks, kind)

@@ -69,6 +69,7 @@ def begins_from_another(config: Block, block: Block, path: tuple[str, ...]) -> b
 ROWS: tuple[Row, ...] = (
     Row(2, "*", "non_finite", True, begins_from_another),
     Row(2, "*", "strict", False, begins_from_another),
+    Row(3, "*", "ignore", [".*"], begins_from_another),
     Row(2, "modalities.*", "max_frames", 2**31 - 1, named("video")),
     Row(
         2, "modalities.*", "max_pixels", 178_956_970, named("colours", "image", "video")

@@ -33,6 +33,7 @@ Settle = Callable[[jax.Array, Arrays, jax.Array], jax.Array]
 Field = tuple[tuple[int, ...], tuple[str | None, ...]]  # shape and logical axes
 STAT = "stat/"  # begins the name of a buffer among the arrays of a model
 COUNT = "steps"  # beside the summed statistics of a buffer: how many steps proposed them
+Fold = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 def declare(
@@ -205,7 +206,7 @@ class Spec:
     """A parameter's specification: shape and axes as held (stacked), and its canonical names.
 
     `copies` is how many of its kind there are, of which a token meets one; `compute` the dtype it is cast to, that of
-    the model if empty.
+    the model if empty. A `frozen` one is trained only where a rule of the optimizer states so.
     """
 
     name: str
@@ -217,6 +218,7 @@ class Spec:
     stack: LayerStack | None
     copies: float = 1
     compute: str = ""
+    frozen: bool = False
 
     @property
     def canonical(self) -> list[str]:
@@ -262,9 +264,18 @@ class Declaration:
             name: _spec(name, variable) for name, (_, variable) in self._variables.items()
         }
         self.buffers = {name: _buffer_spec(name, v) for name, (_, v) in self._buffers.items()}
+        self._fold: Fold = dict
+        self._index()
+
+    def _index(self) -> None:
         self.read = {**self.specs, **{STAT + n: _under_stat(s) for n, s in self.buffers.items()}}
         self.stored = {**self.read, **_statistics_of(self.buffers)}
         _check_unique({**self.specs, **self.buffers})
+
+    def extend(self, specs: Mapping[str, Spec], fold: Fold) -> None:
+        """Add or replace specifications; `fold` makes the arrays of the model of all arrays, before each pass."""
+        self.specs, self._fold = {**self.specs, **specs}, fold
+        self._index()
 
     def shapes(self, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the shape of every parameter, by name."""
@@ -281,7 +292,7 @@ class Declaration:
         Args:
           parameters: by name, and the buffers by `stat/NAME`, which keep their dtype and have no gradient.
         """
-        pairs = []
+        parameters, pairs = self._fold(parameters), []
         for name, (path, variable) in self._variables.items():
             value = jnp.asarray(parameters[name])  # of a file, perhaps
             if compute_dtype is not None and not self.specs[name].keep_dtype:

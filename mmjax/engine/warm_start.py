@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -21,6 +22,7 @@ from mmjax.core.files import read_bytes, replace_file
 from mmjax.core.parameters import STAT, Spec
 from mmjax.core.workdir import PINNED
 from mmjax.engine import checkpoint, processes
+from mmjax.engine.grafts import TransformConfig, apply_all
 from mmjax.engine.state import EMA
 from mmjax.engine.tensor_files import Entry, open_tensors, printable
 from mmjax.optim.rules import matches
@@ -53,20 +55,44 @@ class WarmStartConfig:
     Attributes:
       path: a workdir of mmjax (its newest checkpoint when the run first begins), or a .npz or .safetensors
         file; empty for none.
+      only: patterns of names here that are this source's part; all of them if empty.
       names: the first that matches gives a parameter's name there; else the name is the same.
+      transforms: what is done with the arrays, in order, after `names` has transposed them.
       skip: patterns of names here that are still initialised randomly.
+      ignore: patterns of names there that no parameter here needs to have.
       average: take the moving averages of a workdir that has them.
-      strict: every parameter that `skip` does not name must be there, in a shape that fits; else what is missing, and
-        a head of another shape, is initialised randomly.
+      strict: every parameter of the part that `skip` does not name must be there, in a shape that fits, and every
+        array there that `ignore` does not name must be one of a parameter here; else what is missing, and a head of
+        another shape, is initialised randomly, and other arrays stay unused.
       non_finite: take values that are NaN or infinite too.
     """
 
     path: str = ""
+    only: tuple[str, ...] = ()
     names: tuple[NameConfig, ...] = ()
+    transforms: tuple[TransformConfig, ...] = ()
     skip: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = field(default=(), metadata=FREE)
     average: bool = False
     strict: bool = field(default=True, metadata=FREE)
     non_finite: bool = field(default=False, metadata=FREE)
+
+
+Sources = WarmStartConfig | tuple[WarmStartConfig, ...]
+
+
+def sources_of(config: Sources) -> tuple[WarmStartConfig, ...]:
+    """Return the sources that `init_from` names: one, several, or none.
+
+    Raises:
+      UserError: one of several has no path.
+    """
+    if isinstance(config, WarmStartConfig):
+        return (config,) if config.path else ()
+    for index, source in enumerate(config):
+        if not source.path:
+            raise UserError(f"init_from[{index}].path is missing; each source of a list has one.")
+    return config
 
 
 @dataclass
@@ -85,7 +111,17 @@ def pin(
     log: Callable[[str], None],
     allow_change: bool,
 ) -> int | None:
-    """Return the step of the run that `path` names, settled when this run first begins; None of a file.
+    """Return the step of `pin_all` for one source; None if `path` is empty."""
+    return pin_all((config,), workdir, log, allow_change)[0] if config.path else None
+
+
+def pin_all(
+    sources: Sequence[WarmStartConfig],
+    workdir: epath.Path,
+    log: Callable[[str], None],
+    allow_change: bool,
+) -> list[int | None]:
+    """Return the step of the run that each `path` names, settled when this run first begins; None of a file.
 
     It is kept in `WORKDIR/init_from.json`, with the digest of a file. A run that is restarted before its
     first checkpoint uses the same source step, even if the source run has advanced.
@@ -93,28 +129,43 @@ def pin(
     Raises:
       UserError: what is there now is not what it was, and `allow_change` is False; otherwise it is logged.
     """
-    if not config.path:
-        return None
-    now: dict[str, Any] | None = None
+    if not sources:
+        return []
+    records: list[dict[str, Any]] = []
     if processes.is_first():
-        record = pinned(workdir)
-        same = record if record.get("path") == config.path else {}
-        now = _source(config.path, same.get("step"))
-        if same and now != same:
-            words = f"init_from has changed since this run first began: it was {same}, it is {now}."
-            if not allow_change:
-                raise UserError(
-                    f"{words} Restore it, add --allow_change to begin with the present one, or use another "
-                    "--workdir."
+        known = _by_path(pinned(workdir))
+        for source in sources:
+            same = known.get(source.path, {})
+            now = _source(source.path, same.get("step"))
+            if same and now != same:
+                words = (
+                    f"init_from has changed since this run first began: it was {same}, it is {now}."
                 )
-            log(words)
-        replace_file(workdir / PINNED, json.dumps(now))
-    step: int | None = processes.gather(now)[0].get("step")
-    return step
+                if not allow_change:
+                    raise UserError(
+                        f"{words} Restore it, add --allow_change to begin with the present one, or use another "
+                        "--workdir."
+                    )
+                log(words)
+            records.append(now)
+        whole = records[0] if len(records) == 1 else {"sources": records}
+        replace_file(workdir / PINNED, json.dumps(whole))
+    return [record.get("step") for record in processes.gather(records)[0]]
+
+
+def _by_path(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the record of each source that `pin_all` has written, by its path."""
+    return {one.get("path", ""): one for one in record.get("sources", [dict(record)])}
+
+
+def pinned_steps(sources: Sequence[WarmStartConfig], workdir: epath.Path) -> list[int | None]:
+    """Return the step of each source that `pin_all` has recorded."""
+    known = _by_path(pinned(workdir))
+    return [known.get(source.path, {}).get("step") for source in sources]
 
 
 def pinned(workdir: epath.Path) -> dict[str, Any]:
-    """Return what `pin` has written; empty if it has not been called."""
+    """Return what `pin_all` has written; empty if it has not been called."""
     path = workdir / PINNED
     try:
         result = json.loads(read_bytes(path) or b"{}")
@@ -143,11 +194,44 @@ def _source(name: str, step: int | None) -> dict[str, Any]:
     return {"path": name, "sha256": digest.hexdigest()}
 
 
+def warm_starts(
+    sources: Sequence[WarmStartConfig],
+    specs: Mapping[str, Spec],
+    log: Callable[[str], None],
+    steps: Sequence[int | None],
+    seed: int = 0,
+) -> list[Values]:
+    """Return the parameters that each source gives, see `warm_start`; each has its own part.
+
+    Raises:
+      UserError: two sources claim one parameter.
+    """
+    target = [name for spec in specs.values() for name in spec.canonical]
+    claims = dict[str, str]()
+    for source in sources:
+        for name in _part(source, target):
+            if name in claims:
+                raise UserError(
+                    f"init_from: '{claims[name]}' and '{source.path}' both claim '{name}'. Name the part of each in "
+                    "only, or exclude what it must not take by skip."
+                )
+            claims[name] = source.path
+    parts = [
+        warm_start(source, specs, log, step, seed)
+        for source, step in zip(sources, steps, strict=True)
+    ]
+    if len(sources) > 1 and len(claims) < len(target):
+        free = [name for name in target if name not in claims]
+        log(f"No source has a part in ({len(free)}): {', '.join(grouped(free))}")
+    return parts
+
+
 def warm_start(
     config: WarmStartConfig,
     specs: Mapping[str, Spec],
     log: Callable[[str], None],
     step: int | None = None,
+    seed: int = 0,
 ) -> Values:
     """Return parameters and buffers to begin with, by canonical name, each in its shape here; log what matched.
 
@@ -155,16 +239,20 @@ def warm_start(
     place (sparse upcycling, Komatsuzaki et al. 2023); its router is in no dense run, so `skip` must name it. If the
     source is a run, its checkpoint of `step` is read, or the newest if None.
 
+    Args:
+      seed: of the run, for the initial values of new rows.
+
     Raises:
-      UserError: a parameter that the source lacks, or has in a shape that does not fit; a pattern without a match;
-        values that are not finite.
+      UserError: a parameter that the source lacks, or has in a shape that does not fit; an array there without a
+        parameter here; a pattern without a match; values that are not finite.
     """
     if not config.path:
         return {}
     target = {name: spec for spec in specs.values() for name in spec.canonical}
-    taken = _take(config, target, open_source(config, step))
+    taken = _take(config, target, open_source(config, step), seed)
     where = config.path if step is None else f"step {step} of {config.path}"
-    log(f"Initialised {len(taken.values)} of {len(target)} parameters from {where}.")
+    size = len(_only(config, target)) if config.only else len(target)
+    log(f"Initialised {len(taken.values)} of {size} parameters from {where}.")
     for words, names in (
         ("  adapted", taken.adapted),
         ("  initialised randomly", taken.random),
@@ -236,41 +324,117 @@ class _Way:
     adapt: Callable[[np.ndarray], np.ndarray]
 
 
-def _take(config: WarmStartConfig, target: Mapping[str, Spec], source: Source) -> WarmStart:
+def _take(
+    config: WarmStartConfig, target: Mapping[str, Spec], source: Source, seed: int
+) -> WarmStart:
     taken, ways = WarmStart(), dict[str, _Way]()
-    missing, wrong = list[str](), list[str]()
-    skipped = _skipped(config, target)
+    missing, wrong, known = list[str](), list[str](), set[str]()
+    part, whole = _only(config, target), _part(config, target)
+    transforms = _transforms(config, target)
     for name, spec in target.items():
         origin, transpose = _origin(name, config.names, source.entries)
-        if name in skipped:
+        known.add(origin)
+        if name not in part:
+            continue
+        if name not in whole:
             taken.random.append(name)
         elif origin not in source.entries:
             (missing if config.strict else taken.random).append(name)
         else:
-            source_shape, shape = (
-                source.entries[origin].shape,
-                spec.shape[1:] if spec.stack else spec.shape,
-            )
+            source_shape, shape = source.entries[origin].shape, _shape(spec)
             size = source_shape[::-1] if transpose else source_shape
             adapt = _adapter(size, spec, shape)
+            if name in transforms:
+                adapt = _transformed(transforms[name], name, spec, seed, taken.adapted)
+            elif adapt is not None and size != shape:
+                taken.adapted.append(f"{name} {list(size)} -> {list(shape)}")
             if adapt is not None:
                 ways[name] = _Way(origin, _transposed(adapt) if transpose else adapt)
-                taken.adapted += [f"{name} {list(size)} -> {list(shape)}"] * (size != shape)
             elif name.startswith("heads/") and not config.strict:
                 taken.random.append(f"{name} (there {list(size)})")
             else:
                 wrong.append(f"{name}: expected {list(shape)}, found {list(size)} ({origin})")
     origins = dict.fromkeys(way.source for way in ways.values())
     taken.unused = sorted(source.entries.keys() - origins.keys())
-    _check(config, len(target), taken.unused, missing, wrong, is_empty=not ways)
+    surplus = _surplus(config, source.entries, known)
+    _check(config, len(part), taken.unused, missing, wrong, surplus, is_empty=not ways)
     values = source.read(origins)
     _check_values(config, values)
     taken.values = {name: way.adapt(values[way.source]) for name, way in ways.items()}
     return taken
 
 
-def _skipped(config: WarmStartConfig, target: Mapping[str, Spec]) -> frozenset[str]:
+def _surplus(config: WarmStartConfig, entries: Iterable[str], known: set[str]) -> list[str]:
+    """Return the arrays there that no parameter here has and no pattern of `ignore` matches; none without `strict`."""
+    entries = list(entries)
+    patterns = [
+        matches(pattern, entries, f"init_from.ignore[{index}]")
+        for index, pattern in enumerate(config.ignore)
+    ]
+    ignored = frozenset[str]().union(*patterns)
+    return sorted(set(entries) - known - ignored) if config.strict else []
+
+
+def _shape(spec: Spec) -> tuple[int, ...]:
+    return spec.shape[1:] if spec.stack else spec.shape
+
+
+def _only(config: WarmStartConfig, target: Iterable[str]) -> frozenset[str]:
+    """Return the parameters of a source's part, `skip` or not."""
+    names = list(target)
+    patterns = (matches(p, names, f"init_from.only[{i}]") for i, p in enumerate(config.only))
+    return frozenset[str]().union(*patterns) if config.only else frozenset(names)
+
+
+def _part(config: WarmStartConfig, target: Iterable[str]) -> frozenset[str]:
+    """Return the parameters that a source claims."""
+    names = list(target)
+    return _only(config, names) - _skipped(config, names)
+
+
+def _transforms(
+    config: WarmStartConfig, target: Mapping[str, Spec]
+) -> dict[str, list[TransformConfig]]:
+    """Return the transforms of each parameter that has any, in order."""
+    result: dict[str, list[TransformConfig]] = {}
+    for index, transform in enumerate(config.transforms):
+        for name in matches(transform.match, target, f"init_from.transforms[{index}].match"):
+            result.setdefault(name, []).append(transform)
+    return result
+
+
+def _transformed(
+    transforms: Sequence[TransformConfig], name: str, spec: Spec, seed: int, adapted: list[str]
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that applies the transforms, and then what is done for the shape without them."""
+
+    def adapt(value: np.ndarray) -> np.ndarray:
+        try:
+            result = apply_all(transforms, value, lambda: initial_value(name, spec, seed))
+        except UserError as error:
+            raise UserError(f"init_from.transforms of '{name}': {error}") from error
+        shape = _shape(spec)
+        fit = _adapter(result.shape, spec, shape)
+        if fit is None:
+            raise UserError(
+                f"init_from.transforms of '{name}': {list(value.shape)} became {list(result.shape)}; expected "
+                f"{list(shape)}."
+            )
+        adapted.append(f"{name} {list(value.shape)} -> {list(shape)}")
+        return fit(result)
+
+    return adapt
+
+
+def initial_value(name: str, spec: Spec, seed: int) -> np.ndarray:
+    """Return the initial value of a parameter by its canonical name, float32, as a run of this seed has it."""
+    key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(name.encode())))
+    return np.asarray(spec.init(key, _shape(spec), jnp.float32))
+
+
+def _skipped(config: WarmStartConfig, target: Iterable[str]) -> frozenset[str]:
     """Return the parameters that `skip` matches; every pattern must match one, those of `names` too."""
+    target = list(target)
     for index, rule in enumerate(config.names):
         matches(rule.match, target, f"init_from.names[{index}].match")
     patterns = (matches(p, target, f"init_from.skip[{i}]") for i, p in enumerate(config.skip))
@@ -287,6 +451,7 @@ def _check(
     unused: list[str],
     missing: list[str],
     wrong: list[str],
+    surplus: list[str],
     is_empty: bool,
 ) -> None:
     """Refuse a source that has nothing of this model, or not all that it must have."""
@@ -301,6 +466,17 @@ def _check(
     if missing:
         lines.append(f"{len(missing)} of the {count} parameters are not there:")
         lines += [f"  {group}{_nearest(group, unused)}" for group in grouped(missing)]
+    if surplus:
+        lines.append(f"{len(surplus)} of the arrays there have no parameter here:")
+        lines += [f"  {group}" for group in grouped(surplus)]
+    if surplus and not missing and not wrong:
+        lines = [*lines[: _LISTED + 1], *["  and more"] * (len(lines) > _LISTED + 1)]
+        raise UserError(
+            f"init_from '{config.path}' holds more than this config has:\n  "
+            + "\n  ".join(lines)
+            + "\nGive their names here in init_from.names, or list them in init_from.ignore if they are not to be "
+            "used ('.*' matches all)."
+        )
     if lines:
         raise UserError(
             f"init_from '{config.path}' does not fit this config:\n  "

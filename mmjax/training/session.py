@@ -33,7 +33,14 @@ from mmjax.engine.state import (
     shardings,
     state_to_canonical,
 )
-from mmjax.engine.warm_start import check_files, grouped, pin, pinned, warm_start
+from mmjax.engine.warm_start import (
+    check_files,
+    grouped,
+    pin_all,
+    pinned_steps,
+    sources_of,
+    warm_starts,
+)
 from mmjax.experiment import Experiment
 from mmjax.modalities.base import asset_name
 from mmjax.monitor import metrics
@@ -201,11 +208,13 @@ def _candidate(
 
 def _fresh(here: Here, allow_change: bool, log: Callable[[str], None]) -> Fresh:
     """Return the beginning at step 0, with the parameters that `init_from` names."""
-    config, specs = here.experiment.run.init_from, here.experiment.declaration.read
-    step = pin(config, here.workdir, log, allow_change)
-    parameters = warm_start(config, specs, log, step)
-    check_files(config, step, specs, parameters, here.identities)
-    return Fresh(parameters)
+    run, specs = here.experiment.run, here.experiment.declaration.read
+    sources = sources_of(run.init_from)
+    steps = pin_all(sources, here.workdir, log, allow_change)
+    parts = warm_starts(sources, specs, log, steps, run.seed)
+    for source, step, values in zip(sources, steps, parts, strict=True):
+        check_files(source, step, specs, values, here.identities)
+    return Fresh({name: value for values in parts for name, value in values.items()})
 
 
 def _announce(workdir: epath.Path, restored: Restored, log: Callable[[str], None]) -> None:
@@ -255,8 +264,10 @@ def reopen(
 
     if step is None:
         clock = replace(fresh_clock(experiment), schedule=schedule)
-        config, specs = experiment.run.init_from, experiment.declaration.read
-        start = Fresh(warm_start(config, specs, lambda _: None, pinned(workdir).get("step")))
+        sources, specs = sources_of(experiment.run.init_from), experiment.declaration.read
+        steps = pinned_steps(sources, workdir)
+        parts = warm_starts(sources, specs, lambda _: None, steps, experiment.run.seed)
+        start = Fresh({name: value for values in parts for name, value in values.items()})
         return Session(experiment, workdir, mesh, clock, data, now, start)
     abstract, may_be_new = canonical_shapes(experiment, mesh), _may_be_new(experiment)
     restored = checkpoint.restore(workdir, step, abstract, accept, may_be_new)

@@ -36,11 +36,17 @@ NEEDED: dict[str, dict[str, Any]] = {
     "ExpertsConfig": {"count": 2},
     "Fusion": {"classes": 2, "modalities": ["a", "b"], "label": "l"},
     "GroupConfig": {"repeat": 1, "blocks": []},
+    "MeanHeads": {"times": 1},
     "ModelConfig": {"width": 8, "layers": []},
     "MovingEmoji": {"split": "train"},
+    "NewRows": {"count": 1},
     "PhaseConfig": {"start": 1},
+    "RepeatHeads": {"times": 1},
+    "ResizeGrid": {"old": [1], "new": [1]},
     "RuleConfig": {"match": ".*"},
     "RunConfig": {"steps": 1, "modalities": {}, "model": {"width": 8, "layers": []}, "tasks": {}},
+    "Split": {"sizes": [1], "index": 0},
+    "SplitHeads": {"count": 1},
     "TaskConfig": {"source": {}, "inputs": {}, "objective": {}, "batch": 1},
     "TowerConfig": {"width": 8, "layers": []},
     "Transformer": {"num_heads": 2, "mlp_dim": 4},
@@ -50,6 +56,8 @@ NEEDED: dict[str, dict[str, Any]] = {
 NAMES = {("CrossModal", "weights"): "a b", ("ExpertsConfig", "losses"): "z"}
 # Numbers that may be below 0, and why.
 SIGNED = {
+    **{(name, "axis"): "axes count from the end too"
+       for name in ("JoinHeads", "MeanHeads", "NewRows", "RepeatHeads", "Rotary", "Split", "SplitHeads")},
     ("Coca", "bias"): "added to logits",
     ("Contrastive", "bias"): "added to logits",
     **{("MeshConfig", axis): "-1 is what is left; sizes are checked with the devices"

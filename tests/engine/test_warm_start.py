@@ -20,7 +20,7 @@ from jax.nn import initializers
 from toyrun import parts, run
 
 import mmjax
-from mmjax.core.config import check_compatible
+from mmjax.core.config import build, check_compatible, key_class
 from mmjax.core.errors import UserError
 from mmjax.core.migrations import upgrade
 from mmjax.core.parameters import LayerStack, Spec
@@ -31,8 +31,11 @@ from mmjax.engine.warm_start import (
     WarmStartConfig,
     check_files,
     pin,
+    pin_all,
     resample,
+    sources_of,
     warm_start,
+    warm_starts,
 )
 from mmjax.run_config import RunConfig
 from mmjax.training.initial_state import initial_state
@@ -116,18 +119,31 @@ def test_what_is_missing_is_an_error_that_names_the_nearest(tmp_path: Path) -> N
         "  2 of the 5 parameters are not there:\n"
         "    trunk/layers/*/query (2) (the nearest there: trunk/groups/0/query)\n"
     ) in str(raised.value)
+    assert "  1 of the arrays there have no parameter here:\n    trunk/groups/0/query" in str(
+        raised.value
+    )
     found, said = start(path, strict=False)
     assert found.keys() == set(NAMES[2:])
     assert "initialised randomly (2): trunk/layers/*/query (2)\n" in said
     assert said.endswith("unused (1): trunk/groups/0/query")
-    found, _ = start(path, skip=("trunk/.*",))
+    found, _ = start(path, skip=("trunk/.*",), ignore=("trunk/groups/.*",))
     assert found.keys() == set(NAMES[2:])
 
 
 def test_every_array_that_is_not_used_is_named(tmp_path: Path) -> None:
     more = {f"decoder/{i}/kernel": np.zeros(1) for i in range(40)}
     more |= {f"part_{c}": np.zeros(1) for c in "abcdefghijklmnopqrst"}
-    _, said = start(npz(tmp_path, {**whole(), **more}))
+    path = npz(tmp_path, {**whole(), **more})
+    with pytest.raises(UserError) as raised:
+        start(path)
+    words = str(raised.value)
+    assert "holds more than this config has:\n  60 of the arrays there" in words
+    assert "decoder/*/kernel (40)" in words and "init_from.ignore" in words
+    with pytest.raises(UserError, match="20 of the arrays there have no parameter here"):
+        start(path, ignore=("decoder/.*",))
+    with pytest.raises(UserError, match=r"init_from.ignore\[0\] = 'encoder/.\*' matches"):
+        start(path, ignore=("encoder/.*",))
+    _, said = start(path, ignore=("decoder/.*", "part_."))
     assert "unused (60): decoder/*/kernel (40), part_a, part_b" in said
     assert all(f"part_{c}" in said for c in "abcdefghijklmnopqrst")
 
@@ -148,8 +164,8 @@ def test_what_is_no_number_with_a_point_is_refused_only_where_it_is_needed(tmp_p
     values = {**whole(), "heads/one/out": np.ones((4, 3), np.int64), "step": np.array(3)}
     path = npz(tmp_path, values)
     with pytest.raises(UserError, match="'heads/one/out' is int64"):
-        start(path)
-    found, said = start(path, skip=("heads/.*",))
+        start(path, ignore=("step",))
+    found, said = start(path, skip=("heads/.*",), ignore=("step",))
     assert len(found) == 4 and "unused (2): heads/one/out, step" in said
 
 
@@ -178,7 +194,10 @@ def test_names_by_pattern_and_matrices_the_other_way_round(tmp_path: Path) -> No
         UserError, match=r"2 of the 5 parameters are not there:\n    stems/image/table"
     ):
         start(path, names=names)
-    found, said = start(path, names=names, skip=("stems/image/table", "heads/.*"))
+    skip = ("stems/image/table", "heads/.*")
+    with pytest.raises(UserError, match=r"1 of the arrays there .*:\n    classifier\nGive"):
+        start(path, names=names, skip=skip)
+    found, said = start(path, names=names, skip=skip, ignore=("classifier",))
     assert found.keys() == {NAMES[0], NAMES[1], "stems/image/kernel"}
     assert all(np.array_equal(found[n], values[n]) for n in found)
     assert "adapted (2): trunk/layers/*/query [4, 6] -> [4, 2, 3] (2)" in said
@@ -294,9 +313,12 @@ def test_a_run_that_began_before_names_were_strict_keeps_what_it_began_with() ->
     """Restarted before its first checkpoint, or replayed: what was missing is random, and NaN is taken."""
     config = {"init_from": {"path": "x.npz"}, "optimizer": {}}
     assert upgrade(config, 1) == {
-        "init_from": {"path": "x.npz", "strict": False, "non_finite": True}, "optimizer": {},
+        "init_from": {"path": "x.npz", "strict": False, "non_finite": True, "ignore": [".*"]},
+        "optimizer": {},
+    }
+    assert upgrade(config, 2) == {
+        "init_from": {"path": "x.npz", "ignore": [".*"]}, "optimizer": {},
     }  # fmt: skip
-    assert upgrade(config, 2) == config
     for plain in ({}, {"init_from": {"path": ""}}):
         assert upgrade(plain, 1) == plain
     old = upgrade(config, 1)
@@ -417,3 +439,81 @@ def test_a_table_of_another_tokenizers_pieces_is_refused(
     words = r"1{12}.*2{12}.*skip=\['stems/text/embedding'\]"
     with pytest.raises(UserError, match=words) if refused else nullcontext():
         check_files(config, 4, specs, values, here)
+
+
+def test_several_sources_give_each_its_own_part(tmp_path: Path) -> None:
+    values, other = whole(), {n: -v for n, v in whole().items()}
+    one = npz(_folder(tmp_path / "one"), values)
+    two = npz(_folder(tmp_path / "two"), {n: other[n] for n in NAMES[:3]})
+    layers = WarmStartConfig(two, only=("trunk/.*",))
+    stems = WarmStartConfig(one, only=("stems/.*",), skip=("stems/image/kernel",))
+    said: list[str] = []
+    parts = warm_starts([layers, stems], SPECS, said.append, [None, None])
+    assert [sorted(part) for part in parts] == [NAMES[:2], ["stems/image/table"]]
+    assert np.array_equal(parts[0][NAMES[0]], other[NAMES[0]])
+    assert np.array_equal(parts[1]["stems/image/table"], values["stems/image/table"])
+    assert said[0].startswith("Initialised 2 of 2 parameters from ")
+    assert "No source has a part in (2): stems/image/kernel, heads/one/out" in said
+    # What one excludes, another may have.
+    rest = WarmStartConfig(one, skip=("trunk/.*", "stems/image/table"))
+    table = WarmStartConfig(two, only=("stems/image/table",))
+    parts = warm_starts([layers, rest, table], SPECS, said.append, [None] * 3)
+    assert set().union(*parts) == set(NAMES)
+
+
+def test_two_sources_of_one_parameter_are_refused_by_name(tmp_path: Path) -> None:
+    one = npz(_folder(tmp_path / "one"), whole())
+    two = npz(_folder(tmp_path / "two"), whole())
+    sources = [WarmStartConfig(one, only=("stems/.*",)), WarmStartConfig(two)]
+    words = f"'{one}' and '{two}' both claim 'stems/image/table'"
+    with pytest.raises(UserError, match=words):
+        warm_starts(sources, SPECS, print, [None, None])
+
+
+def test_every_parameter_of_a_part_must_be_there(tmp_path: Path) -> None:
+    values = whole()
+    del values[NAMES[1]]
+    path = npz(tmp_path, values)
+    assert start(path, only=("stems/.*",))[0].keys() == set(NAMES[2:4])
+    words = "1 of the 2 parameters are not there:\n    trunk/layers/001/query"
+    with pytest.raises(UserError, match=words):
+        start(path, only=("trunk/.*",))
+    with pytest.raises(UserError, match=r"init_from.only\[0\] = 'tronk/.\*' matches"):
+        start(path, only=("tronk/.*",))
+
+
+def test_a_list_of_sources_is_checked_like_one() -> None:
+    def read(value: Any) -> Any:
+        return build(RunConfig, {**toyrun.block(), "init_from": value}, "config").init_from
+
+    two = read([{"path": "a", "only": ["stems/.*"]}, {"path": "b"}])
+    assert [source.path for source in sources_of(two)] == ["a", "b"]
+    assert sources_of(read({})) == () and len(sources_of(read({"path": "a"}))) == 1
+    with pytest.raises(UserError, match=r"'config.init_from\[1\].pth'.*path"):
+        read([{"path": "a"}, {"pth": "b"}])
+    with pytest.raises(UserError, match=r"init_from\[1\].path is missing"):
+        sources_of(read([{"path": "a"}, {}]))
+    listed = {"init_from": [{"path": "a", "strict": False}]}
+    assert key_class("init_from.0.strict", RunConfig, listed) == "free"
+    assert key_class("init_from.0.path", RunConfig, listed) == "structural"
+
+
+def test_the_step_of_each_source_is_settled_once(tmp_path: Path) -> None:
+    """A file's digest and a run's step are recorded together."""
+    path = npz(tmp_path, whole())
+    source, workdir = tmp_path / "first", epath.Path(_folder(tmp_path / "run"))
+    for step in (2, 3):
+        _folder_all(source / "checkpoints" / str(step))
+    sources = [WarmStartConfig(str(source)), WarmStartConfig(path)]
+    assert pin_all(sources, workdir, print, False) == [3, None]
+    _folder_all(source / "checkpoints" / "4")
+    assert pin_all(sources, workdir, print, False) == [3, None]
+    record = json.loads((workdir / "init_from.json").read_text())
+    assert [one["path"] for one in record["sources"]] == [str(source), path]
+    npz(tmp_path, {**whole(), "more": np.zeros(1)})
+    with pytest.raises(UserError, match="init_from has changed since"):
+        pin_all(sources, workdir, print, False)
+
+
+def _folder_all(path: Path) -> None:
+    path.mkdir(parents=True)
