@@ -59,17 +59,17 @@ def _separate(
             raise ValueError(f"{type(task.objective).__name__}: a loss of several means is Coupled")
         count = loss.terms(part.valid)
         metrics = {name: count * metric for name, metric in loss.metrics.items()}
-        return count * loss.value, (count, metrics)
+        return count * loss.value, (count, count * loss.auxiliary, metrics)
 
     def of_part(part: Batch, key: jax.Array) -> Any:
         return jax.value_and_grad(weighted, has_aux=True)(parameters, part, key)
 
-    (value, (count, metrics)), grads = _total(of_part, *_parts(task, batch, key))
+    (value, (count, *others)), grads = _total(of_part, *_parts(task, batch, key))
     whole = jnp.where(count > 0, count, 1)
-    value, metrics, grads = jax.tree.map(
-        lambda x: x / whole.astype(x.dtype), (value, metrics, grads)
+    value, (auxiliary, metrics), grads = jax.tree.map(
+        lambda x: x / whole.astype(x.dtype), (value, others, grads)
     )
-    return Loss(value, metrics, count=count), grads
+    return Loss(value, metrics, count=count, auxiliary=auxiliary), grads
 
 
 def _coupled(
@@ -110,8 +110,9 @@ def _coupled(
 
     back = jax.tree.map(lambda x: split_rows(x, task.config.microbatches, together), back)
     grads = _total(pulled, parts, keys, back, share)
-    value = loss.value + (share * aux).sum()
-    return replace(loss, value=value), jax.tree.map(jnp.add, direct, grads)
+    total = (share * aux).sum()
+    loss = replace(loss, value=loss.value + total, auxiliary=loss.auxiliary + total)
+    return loss, jax.tree.map(jnp.add, direct, grads)
 
 
 def _parts(task: Task, batch: Batch, key: jax.Array) -> tuple[Batch, jax.Array]:

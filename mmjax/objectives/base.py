@@ -61,7 +61,7 @@ class Loss:
     """The result of a loss.
 
     Attributes:
-      value: the loss, a float32 scalar (auxiliary losses added).
+      value: the loss, a float32 scalar (auxiliary losses added, see `with_aux`).
       metrics: further scalars to report, float32.
       buffers: proposed new values of buffers.
       count: how many terms `value` is a mean of, a scalar; None for the valid rows. It weights micro-batches and
@@ -69,6 +69,8 @@ class Loss:
       parts: the means that `value` is a sum of, where it is no single mean over `count` terms: by the metric that holds
         it, or by "" for `value` itself. What is in none of them (auxiliary losses) counts by row. For losses that
         derive from `Coupled`; another keeps to `count`.
+      auxiliary: the auxiliary losses that are in `value`, a scalar. A baseline has none, so it is compared with
+        `value - auxiliary`.
     """
 
     value: jax.Array
@@ -76,6 +78,17 @@ class Loss:
     buffers: dict[str, jax.Array] = field(default_factory=dict)
     count: jax.Array | None = None
     parts: dict[str, Part] = field(default_factory=dict)
+    auxiliary: jax.Array | float = 0.0
+
+    def with_aux(self, aux: Aux) -> Loss:
+        """Return the loss with the auxiliary losses, metrics and buffers that `Model.encode` returned."""
+        return replace(
+            self,
+            value=self.value + aux.loss,
+            metrics={**self.metrics, **aux.metrics()},
+            buffers={**aux.buffers, **self.buffers},
+            auxiliary=self.auxiliary + aux.loss,
+        )
 
     def means(self, valid_B: jax.Array) -> dict[str, Part]:
         """Return `parts`, made explicit."""
@@ -313,12 +326,7 @@ class Coupled(Objective):
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         represented = self.represent(model, batch, key)
-        loss = self.compare(model, represented.rows, batch)
-        buffers = {**represented.aux.buffers, **loss.buffers}
-        metrics = {**loss.metrics, **represented.aux.metrics()}
-        return replace(
-            loss, value=loss.value + represented.aux.loss, metrics=metrics, buffers=buffers
-        )
+        return self.compare(model, represented.rows, batch).with_aux(represented.aux)
 
 
 def refuse_drop(objective: Objective, inputs: Mapping[str, Input]) -> None:
