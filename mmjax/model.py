@@ -15,7 +15,7 @@ from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import constrain
 from mmjax.modalities.base import PRESENT, Modality, as_rows
-from mmjax.nn.by_modality import SHARED, PerModality, check_parts
+from mmjax.nn.by_modality import SHARED, ByModality, PerModality, check_parts
 from mmjax.nn.experts import Experts
 from mmjax.nn.masks import FULL, Mask
 from mmjax.nn.stream import Aux, Stream, concatenate
@@ -123,9 +123,10 @@ class Model(nnx.Module):
             norm_eps=tower.norm_eps,
         )
         self.heads = nnx.Dict({name: nnx.Dict(parts) for name, parts in heads.items()})
-        for _, part in nnx.iter_modules(self):
-            if isinstance(part, Experts):
-                part.check(modalities)
+        for kind in (Trunk, Experts, ByModality):  # a trunk adds the path of the layer
+            for _, part in nnx.iter_modules(self):
+                if isinstance(part, kind):
+                    part.check(modalities)
 
     def tokens(
         self, modality: str, arrays: Mapping[str, jax.Array], values: jax.Array | None = None
