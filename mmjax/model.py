@@ -16,7 +16,7 @@ from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration, compute_in
 from mmjax.core.sharding import constrain
 from mmjax.modalities.base import PRESENT, Modality, as_rows
-from mmjax.nn.by_modality import SHARED, PerModality
+from mmjax.nn.by_modality import SHARED, ByModality, PerModality
 from mmjax.nn.experts import Experts
 from mmjax.nn.masks import FULL, Causal, Mask
 from mmjax.nn.stream import Aux, Stream, add_up, concatenate, cut, fold
@@ -94,9 +94,10 @@ class Model(nnx.Module):
         for name, tower in config.stacks.items():
             setattr(self, name, _stack(tower, config.where(name)))
         self.heads = nnx.Dict({name: nnx.Dict(parts) for name, parts in heads.items()})
-        for _, part in nnx.iter_modules(self):
-            if isinstance(part, Experts):
-                part.check(modalities)
+        for kind in (Trunk, Experts, ByModality):  # a trunk adds the path of the layer
+            for _, part in nnx.iter_modules(self):
+                if isinstance(part, kind):
+                    part.check(modalities)
 
     def tower(self, name: str) -> Trunk:
         """Return the layers of a tower."""

@@ -28,6 +28,10 @@ MODALITIES: dict[str, Any] = {
     "image": Image(patch=2, max_positions=4),
     "text": Text(vocabulary=16, max_positions=8),
 }
+MISTYPED = {"parts": ["mlp"], "modalities": ["text", "imgae"]}
+_MISTYPED_BLOCK = {**BLOCK, "per_modality": MISTYPED}
+_OTHER = {**BLOCK, "per_modality": {"parts": ["mlp"], "modalities": ["text", "latent"]}}
+CONFIG_OF_OTHERS = ModelConfig(WIDTH, (GroupConfig(1, (_OTHER,)),))
 
 
 def head(n_out: int = 3) -> dict[str, Dense]:
@@ -97,6 +101,37 @@ def test_heads_of_one_name_are_one() -> None:
 def test_heads_of_one_name_that_do_not_agree() -> None:
     with pytest.raises(UserError, match=r"head 'shared', part 'out', .*\(4, 3\).*\(4, 5\)"):
         declared(("shared", head(3)), ("shared", head(5)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "where"),
+    [
+        ({"layers": (GroupConfig(1, (BLOCK, _MISTYPED_BLOCK)),)}, r"model\.layers\[0\]\.blocks\[1\]"),
+        ({"per_modality": {**MISTYPED, "parts": ["norm"]}}, "model"),
+    ],
+)  # fmt: skip
+def test_a_copy_of_a_mistyped_modality_is_refused_where_the_model_is_built(
+    keys: dict[str, Any], where: str
+) -> None:
+    config = configs.build(ModelConfig, {"width": WIDTH, "layers": CONFIG.layers, **keys}, "model")
+    words = r"per_modality\.modalities names 'imgae', which is no modality\. Did you mean 'image'\?"
+    with pytest.raises(UserError, match=f"^{where}: {words}"):
+        declare_model(config, MODALITIES, [])
+    # A name like none may be that of tokens that an objective adds, and a modality may pass no trunk.
+    declare_model(CONFIG_OF_OTHERS, MODALITIES, [])
+
+
+@pytest.mark.parametrize("part", ["mlp", "norm"])
+def test_a_modality_without_a_copy_is_named_with_the_layer(part: str) -> None:
+    copies = {"parts": [part], "modalities": ["text", "other"]}
+    block = {**BLOCK, "per_modality": copies} if part == "mlp" else BLOCK
+    of_model = {"per_modality": copies} if part == "norm" else {}
+    keys = {"width": WIDTH, "layers": (GroupConfig(2, (block,)),), **of_model}
+    declaration = declare_model(configs.build(ModelConfig, keys, "model"), MODALITIES, [])
+    where = "model" if part == "norm" else r"model\.layers\[0\]\.blocks\[0\]"
+    words = "tokens of modality 'image', for which there is no copy. Known: other, text."
+    with pytest.raises(UserError, match=f"^{where}: .*{words}"):
+        jax.eval_shape(encode(declaration), parameters(declaration), arrays())
 
 
 def test_one_modality_after_another_in_one_pass(x64: None) -> None:

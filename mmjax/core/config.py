@@ -29,6 +29,7 @@ from mmjax.core import parts as config_parts
 from mmjax.core import settings
 from mmjax.core.bounds import FieldError
 from mmjax.core.errors import UserError, nearest
+from mmjax.core.extensions import check_class, imported
 from mmjax.core.renamed_keys import new_name
 
 T = TypeVar("T")
@@ -302,7 +303,8 @@ def resolve(kind: str, name: Any, where: str) -> Any:
             f"{where}.name: no '{name}' in {_folder(kind)}.{nearest(str(name), names(kind))} "
             "(Modules of your own: --extra=DIR.)"
         )
-    module = importlib.import_module(f"{KINDS[kind]}.{name}")
+    load = imported if _extension(kind, name) else importlib.import_module
+    module = load(f"{KINDS[kind]}.{name}")
     for used in _noting:
         used.add((kind, name))
     expected = "".join(part.capitalize() for part in name.split("_"))
@@ -316,11 +318,7 @@ def component(kind: str, block: Mapping[str, Any], where: str) -> Any:
     if "name" not in block:
         raise UserError(f"{where}: 'name' is missing.{nearest('', names(kind))}")
     cls = resolve(kind, block["name"], where)
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise UserError(
-            f"{where}.name: '{block['name']}' in {_folder(kind)} is no dataclass. Its fields are the keys of the "
-            "config: decorate it with @dataclass(frozen=True)."
-        )
+    check_class(cls, kind, KINDS[kind], f"{where}.name: '{block['name']}'")
     return build(cls, {k: v for k, v in block.items() if k != "name"}, where)
 
 

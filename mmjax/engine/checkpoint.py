@@ -154,6 +154,7 @@ class Restored:
       meta: its meta data.
       widened: arrays that are stored in a narrower dtype (see `check_shapes`).
       differences: between its config and that of the run that continues from it, as `accept` returned them.
+      unused: its parameters that the run has not, by canonical name.
     """
 
     step: int
@@ -161,6 +162,7 @@ class Restored:
     meta: dict[str, Any]
     widened: tuple[str, ...] = ()
     differences: tuple[Difference, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def take(self) -> dict[str, Any]:
         """Return the arrays, and keep no reference to them, which would double the memory of the state.
@@ -555,7 +557,8 @@ def restore(
     target = _without_new(abstract, saved, meta, may_be_new)
     widened = check_shapes(saved, target, str(workdir / FOLDER / str(step)))
     state = read_state(workdir, step, target)
-    return Restored(step, state, meta, tuple(widened), differences)
+    unused = sorted(saved.get("parameters", {}).keys() - abstract.get("parameters", {}).keys())
+    return Restored(step, state, meta, tuple(widened), differences, tuple(unused))
 
 
 def _without_new(

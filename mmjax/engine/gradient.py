@@ -83,17 +83,17 @@ def _mean(
         loss = loss_of(parameters, part, key)
         count = loss.terms(part.valid)
         metrics = {name: count * metric for name, metric in loss.metrics.items()}
-        return count * loss.value, (count, metrics, loss.proposals)
+        return count * loss.value, (count, loss.proposals, count * loss.auxiliary, metrics)
 
     def of_part(part: Batch, key: jax.Array) -> Any:
         return jax.value_and_grad(weighted, has_aux=True)(parameters, part, key)
 
-    (value, (count, metrics, proposals)), grads = _total(of_part, parts, keys)
+    (value, (count, proposals, *others)), grads = _total(of_part, parts, keys)
     whole = jnp.where(count > 0, count, 1)
-    value, metrics, grads = jax.tree.map(
-        lambda x: x / whole.astype(x.dtype), (value, metrics, grads)
+    value, (auxiliary, metrics), grads = jax.tree.map(
+        lambda x: x / whole.astype(x.dtype), (value, others, grads)
     )
-    return Loss(value, metrics, proposals, count), grads
+    return Loss(value, metrics, proposals, count, auxiliary=auxiliary), grads
 
 
 def _coupled(
@@ -140,7 +140,9 @@ def _coupled(
     )
     grads = jax.tree.map(jnp.add, direct, _total(pulled, parts, keys, back, share))
     proposals = add_proposals([proposals, loss.proposals])
-    loss = replace(loss, value=loss.value + (share * aux).sum(), proposals=proposals)
+    total = (share * aux).sum()
+    auxiliary = loss.auxiliary + total
+    loss = replace(loss, value=loss.value + total, proposals=proposals, auxiliary=auxiliary)
     for repair in objective.repairs():
         paired, more = _paired(task, repair, model_of, parameters, whole, batch, key)
         loss = with_pairs(loss, paired, repair, batch.valid)

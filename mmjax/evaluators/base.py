@@ -122,7 +122,10 @@ class Write(Computation):
 
 @dataclass(frozen=True)
 class LossOf(Computation):
-    """The loss and its scalar metrics, the same for each row of a batch, and what the batch counts (`_shares`)."""
+    """The loss and its scalar metrics, the same for each row of a batch, and what the batch counts (`_shares`).
+
+    The output `loss` holds the auxiliary losses, which are also an output of their own, `auxiliary`.
+    """
 
     def __str__(self) -> str:
         return "loss"
@@ -135,6 +138,7 @@ class LossOf(Computation):
     ) -> dict[str, jax.Array]:
         result, valid_B = task.loss(model, batch, key), batch.valid
         values = {"loss": result.value, **result.metrics, **_shares(result, valid_B)}
+        values["auxiliary"] = jnp.asarray(result.auxiliary, jnp.float32)
         values = {name: value for name, value in values.items() if not jnp.ndim(value)}
         return {name: jnp.broadcast_to(value, valid_B.shape) for name, value in values.items()}
 

@@ -36,6 +36,9 @@ class LossAndBaseline(LossOf):
 class HeldOutLoss(Evaluator):
     """The loss of a split, beside the objective's `baseline` (a prediction independent of the input).
 
+    Neither holds the auxiliary losses of layers, such as a router's, which training adds. Where a loss has some, their
+    mean is `auxiliary` in the record.
+
     Also scores each part NAME of the loss that has a metric `baseline NAME`. A loss that is a mean over tokens is the
     mean over those of the whole split, and so on: it does not depend on `evaluation.batch`, unless the rows of a batch
     compete for experts.
@@ -55,7 +58,10 @@ class HeldOutLoss(Evaluator):
         rows = outputs["all"]
         _check_baseline(task, rows)  # the program may be that of another evaluator of this loss
         named = [n.removeprefix("baseline ") for n in rows if n.startswith("baseline ")]
-        return [self._whole(task, rows), *(self._part(task, rows, part) for part in named)]
+        whole = self._whole(task, _without_auxiliary(rows))
+        if rows.get("auxiliary", np.zeros(1)).any():
+            whole["auxiliary"] = mean(rows, "auxiliary", "")
+        return [whole, *(self._part(task, rows, part) for part in named)]
 
     def _part(self, task: Task, rows: Outputs, part: str) -> Record:
         value, baseline = (mean(rows, name, part) for name in (part, f"baseline {part}"))
@@ -72,7 +78,7 @@ class HeldOutLoss(Evaluator):
             sum(w * mean(rows, prefix + part, part) for part, w in with_terms.items())
             for prefix in ("", "baseline ")
         )
-        # Auxiliary losses, which are in no part.
+        # Terms that are in no part.
         rest_N = rows["loss"] - sum(w * rows[part] for part, w in weights.items())
         value += float(rest_N.mean(dtype=np.float64))
         return self._record(task, rows, "held-out loss", value, baseline, parts)
@@ -98,6 +104,12 @@ def _check_baseline(task: Task, outputs: Mapping[str, Any]) -> None:
             f"tasks.{task.name}.evaluators: objective {type(task.objective).__name__} reports no 'baseline', "
             "which held_out_loss sets beside the loss. Add it to the metrics of its Loss, or remove the evaluator."
         )
+
+
+def _without_auxiliary(rows: Outputs) -> Outputs:
+    """Return the outputs with the loss as a baseline is compared with it."""
+    auxiliary_N = rows.get("auxiliary", np.zeros(1)).astype(np.float64)
+    return {**rows, "loss": rows["loss"].astype(np.float64) - auxiliary_N}
 
 
 def _compared(rows: Outputs, part: str) -> np.ndarray:

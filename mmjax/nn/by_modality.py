@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -69,6 +70,20 @@ class ByModality(nnx.Module):
                 raise UserError(f"modalities: no copy can have the name '{name}'. Use another.")
             setattr(self, name, make())
             mark_copies(getattr(self, name), len(names))
+
+    def check(self, modalities: Iterable[str]) -> None:
+        """Raise `UserError` for a copy whose modality is not among these but looks like one that has no copy.
+
+        Other names may be those of tokens that an objective adds to a stream.
+        """
+        known = list(modalities)
+        missing = [name for name in known if name not in self.experts]
+        for name in self.experts.keys() - {*known}:
+            if get_close_matches(name, missing, n=1, cutoff=0.5):
+                raise UserError(
+                    f"per_modality.modalities names '{name}', which is no modality.{nearest(name, missing)} "
+                    f"(config.modalities: {', '.join(known)}.)"
+                )
 
     def expert(self, modality: str) -> str:
         """Return the name of a modality's copy."""

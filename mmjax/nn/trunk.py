@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +15,15 @@ from mmjax.core import config as configs
 from mmjax.core.bounds import COUNT, check
 from mmjax.core.parameters import stack_layers
 from mmjax.core.sharding import constrain
-from mmjax.nn.by_modality import SHARED, PerModality, apply_per_modality, modality_of
+from mmjax.nn.by_modality import (
+    SHARED,
+    ByModality,
+    PerModality,
+    apply_per_modality,
+    modality_of,
+)
 from mmjax.nn.dense import norm_of
+from mmjax.nn.experts import Experts
 from mmjax.nn.stream import Aux, Stream, add_up, fold
 
 _LAYERS = 4096  # of a trunk: each has names of its own in a checkpoint, and a config may come from anybody
@@ -50,7 +58,7 @@ class Group(nnx.Module):
         self.blocks = nnx.List(
             [_build(b, width, f"{where}.blocks[{i}]") for i, b in enumerate(group.blocks)]
         )
-        self.first, self.repeat, self.remat = first, group.repeat, remat
+        self.first, self.repeat, self.remat, self.where = first, group.repeat, remat, where
         for offset, block in enumerate(self.blocks):
             stack_layers(block, first + offset, len(group.blocks), group.repeat)
 
@@ -66,7 +74,8 @@ class Group(nnx.Module):
             for offset, block in enumerate(blocks):
                 # By the layer's own index, so that another grouping draws the same numbers.
                 layer = self.first + index * len(blocks) + offset
-                stream, aux = block(stream, fold(key, layer))
+                with _named(f"{self.where}.blocks[{offset}]"):
+                    stream, aux = block(stream, fold(key, layer))
                 auxes.append(aux)
             x_BSD = constrain(stream.x_BSD, ("batch", "tokens", None))
             return replace(stream, x_BSD=x_BSD, layout=layout, context=None), auxes
@@ -119,9 +128,16 @@ class Group(nnx.Module):
 
 def _build(block: dict[str, Any], width: int, where: str) -> Any:
     config = configs.component("blocks", block, where)
-    try:
+    with _named(where):  # what the keys alone do not show
         return config.build(width)
-    except configs.UserError as error:  # what the keys alone do not show
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Add the path of a block to its errors."""
+    try:
+        yield
+    except configs.UserError as error:
         raise configs.UserError(f"{where}: {error}") from error
 
 
@@ -169,10 +185,24 @@ class Trunk(nnx.Module):
             first += group.repeat * len(group.blocks)
         self.norm: Any = per_modality("norm", lambda: norm_of(norm, width, eps=norm_eps))
         self.first_norm: Any = norm_of(norm, width, eps=norm_eps) if first_norm else None
+        self.where = where.removesuffix(".layers")
+
+    def check(self, modalities: Iterable[str]) -> None:
+        """Raise `UserError`, with the path of the layer, for a layer that names a modality which is not among these."""
+        known = list(modalities)
+        layers = [
+            (f"{g.where}.blocks[{i}]", b) for g in self.groups for i, b in enumerate(g.blocks)
+        ]
+        for where, layer in (*layers, (self.where, self.norm)):
+            for _, part in nnx.iter_modules(layer):
+                if isinstance(part, Experts | ByModality):
+                    with _named(where):
+                        part.check(known)
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
         stream, aux = self.layers(stream, key)
-        x_BSD = apply_per_modality(self.norm, stream.x_BSD, modality_of(stream))
+        with _named(self.where):
+            x_BSD = apply_per_modality(self.norm, stream.x_BSD, modality_of(stream))
         return replace(stream, x_BSD=x_BSD), aux
 
     def layers(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:

@@ -64,7 +64,7 @@ class Loss:
     """The result of a loss.
 
     Attributes:
-      value: the loss, a float32 scalar (auxiliary losses added).
+      value: the loss, a float32 scalar (auxiliary losses added, see `with_aux`).
       metrics: further scalars to report, float32.
       proposals: statistics of buffers, those of its `Aux` among them (see `Buffer.propose`).
       count: how many terms `value` is a mean of, a scalar; None for the valid rows. It weights micro-batches and
@@ -72,6 +72,8 @@ class Loss:
       parts: the means that `value` is a sum of, where it is no single mean over `count` terms: by the metric that holds
         it, or by "" for `value` itself. What is in none of them (auxiliary losses) counts by row. For losses that
         derive from `Coupled`; another keeps to `count`.
+      auxiliary: the auxiliary losses that are in `value`, a scalar. A baseline has none, so it is compared with
+        `value - auxiliary`.
     """
 
     value: jax.Array
@@ -79,6 +81,17 @@ class Loss:
     proposals: dict[str, Any] = field(default_factory=dict)
     count: jax.Array | None = None
     parts: dict[str, Part] = field(default_factory=dict)
+    auxiliary: jax.Array | float = 0.0
+
+    def with_aux(self, aux: Aux) -> Loss:
+        """Return the loss with the auxiliary losses, metrics and proposals that `Model.encode` returned."""
+        return replace(
+            self,
+            value=self.value + aux.loss,
+            metrics={**self.metrics, **aux.metrics()},
+            proposals=add_proposals([aux.proposals, self.proposals]),
+            auxiliary=self.auxiliary + aux.loss,
+        )
 
     def means(self, valid_B: jax.Array) -> dict[str, Part]:
         """Return `parts`, made explicit."""
@@ -328,7 +341,7 @@ class Coupled(Objective):
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         represented = self.represent(model, batch, key)
-        loss = coupled_loss(represented, self.compare(model, represented.rows, batch))
+        loss = self.compare(model, represented.rows, batch).with_aux(represented.aux)
         for repair in self.repairs():
             pairs = repair.loss(model, represented.rows, batch, key)
             loss = with_pairs(loss, pairs, repair, batch.valid)
@@ -421,7 +434,10 @@ class Repair:
 
         metrics = {n: mean([loss.metrics[n] for loss in losses]) for n in losses[0].metrics}
         proposals = add_proposals([loss.proposals for loss in losses])
-        return Loss(mean([loss.value for loss in losses]), metrics, proposals, count=total)
+        value, auxiliary = (
+            mean([getattr(loss, name) for loss in losses]) for name in ("value", "auxiliary")
+        )
+        return Loss(value, metrics, proposals, total, auxiliary=auxiliary)
 
 
 def folded(key: jax.Array, member: str) -> jax.Array:
@@ -463,17 +479,6 @@ def _repaired(objective: Repaired, model: Model, rows: Any, batch: Batch, key: j
     return with_rows(replace(batch, inputs=inputs, fields=fields, valid=valid, keys=drawn))
 
 
-def coupled_loss(represented: Represented, loss: Loss) -> Loss:
-    """Return the loss of a comparison with the auxiliary outputs of what it compares."""
-    aux = represented.aux
-    return replace(
-        loss,
-        value=loss.value + aux.loss,
-        metrics={**loss.metrics, **aux.metrics()},
-        proposals=add_proposals([aux.proposals, loss.proposals]),
-    )
-
-
 def with_pairs(compared: Loss, pairs: Loss, repair: Repair, valid_B: jax.Array) -> Loss:
     """Return the sum of a comparison and of the loss of rows paired again, each a part of it by its name.
 
@@ -485,18 +490,19 @@ def with_pairs(compared: Loss, pairs: Loss, repair: Repair, valid_B: jax.Array) 
     if "" in parts:  # now one of several means, each by the name of its metric
         parts = {**parts, "compared": parts[""]}
         del parts[""]
-        metrics["compared"] = compared.value
+        metrics["compared"] = compared.value - compared.auxiliary
         if "baseline" in metrics:
             metrics["baseline compared"] = metrics["baseline"]
     if "baseline" in metrics and "baseline" in pairs.metrics:
         metrics["baseline"] = metrics["baseline"] + weight * pairs.metrics["baseline"]
     else:
         metrics.pop("baseline", None)  # it would be that of a part
-    metrics[name] = pairs.value
+    metrics[name] = pairs.value - pairs.auxiliary
     parts = {**parts, name: Part(weight, pairs.terms(valid_B))}
     value = compared.value + weight * pairs.value
     proposals = add_proposals([compared.proposals, pairs.proposals])
-    return replace(compared, value=value, metrics=metrics, proposals=proposals, parts=parts)
+    auxiliary = compared.auxiliary + weight * pairs.auxiliary
+    return Loss(value, metrics, proposals, compared.count, parts, auxiliary)
 
 
 def refuse_drop(objective: Objective, inputs: Mapping[str, Input]) -> None:

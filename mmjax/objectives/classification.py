@@ -106,7 +106,7 @@ class Classification(Objective, Classifies):
             # What equal logits cost, with any smoothing.
             "baseline": jnp.asarray(math.log(self.classes), value.dtype),
         }
-        return Loss(value + aux.loss, {**metrics, **aux.metrics()}, aux.proposals)
+        return Loss(value, metrics).with_aux(aux)
 
 
 def is_right(logits_BC: jax.Array, label_B: jax.Array) -> jax.Array:

@@ -126,12 +126,8 @@ class Fusion(Classification):
         losses = {
             name: cross_entropy(x, label_B, valid_B, self.smoothing) for name, x in logits.items()
         }
-        value = sum(losses.values()) / len(losses)
-        return Loss(
-            value + aux.loss,
-            {f"loss_{name}": x for name, x in losses.items()} | aux.metrics(),
-            aux.proposals,
-        )
+        value = jnp.asarray(sum(losses.values()) / len(losses))
+        return Loss(value, {f"loss_{name}": x for name, x in losses.items()}).with_aux(aux)
 
 
 def mean(logits: Mapping[str, jax.Array]) -> jax.Array:

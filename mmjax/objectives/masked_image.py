@@ -128,8 +128,7 @@ class MaskedImage(Objective, Shows):
         value = masked_error(predicted_BSP, target_BSP, hidden_BS)
         # What predicting each patch's mean would cost: below 1 where patches are blank.
         metrics = {"baseline": masked_error(jnp.zeros_like(target_BSP), target_BSP, hidden_BS)}
-        total = add_up([aux, aux_decoder])
-        return Loss(value + total.loss, {**metrics, **total.metrics()}, total.proposals)
+        return Loss(value, metrics).with_aux(add_up([aux, aux_decoder]))
 
     def shows(self) -> tuple[str, ...]:
         return (

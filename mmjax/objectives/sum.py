@@ -187,7 +187,7 @@ class Sum(Coupled, Embeds, Classifies, Writes, Composes, Shows):
         metrics, parts = dict[str, jax.Array](), dict[str, Part]()
         for name, loss in losses.items():
             metrics |= {f"{metric} {name}": value for metric, value in loss.metrics.items()}
-            metrics[name] = loss.value
+            metrics[name] = loss.value - loss.auxiliary
             for of, part in loss.means(valid_B).items():
                 weight = self.members[name].weight * part.weight
                 parts[f"{of} {name}".strip()] = replace(part, weight=weight)
@@ -195,7 +195,8 @@ class Sum(Coupled, Embeds, Classifies, Writes, Composes, Shows):
             metrics["baseline"] = _total((w, loss.metrics["baseline"]) for w, loss in weighted)
         value = _total((w, loss.value) for w, loss in weighted)
         proposals = add_proposals([loss.proposals for loss in losses.values()])
-        return Loss(value, metrics, proposals, parts=parts)
+        auxiliary = _total((w, jnp.asarray(loss.auxiliary)) for w, loss in weighted)
+        return Loss(value, metrics, proposals, parts=parts, auxiliary=auxiliary)
 
     def repairs(self) -> list[Repair]:
         return [
@@ -341,7 +342,11 @@ def _in_rows(loss: Loss, valid_B: jax.Array) -> dict[str, Any]:
     if loss.parts:
         raise UserError("a loss of several means is Coupled")
     count = loss.terms(valid_B)
-    sums = {"value": loss.value, **{f"of {n}": m for n, m in loss.metrics.items()}}
+    sums = {
+        "value": loss.value,
+        "auxiliary": loss.auxiliary,
+        **{f"of {n}": m for n, m in loss.metrics.items()},
+    }
     sums = {"count": count, **{n: count * x for n, x in sums.items()}}
     result: dict[str, Any] = _in_first_row(sums, valid_B)
     return result
@@ -362,8 +367,9 @@ def _of_rows(rows: Mapping[str, jax.Array]) -> Loss:
     count = rows["count"].sum()
     whole = jnp.where(count > 0, count, 1)
     means = {n: x.sum(axis=0) / whole.astype(x.dtype) for n, x in rows.items() if n != "count"}
-    value = means.pop("value")
-    return Loss(value, {n.removeprefix("of "): m for n, m in means.items()}, count=count)
+    value, auxiliary = means.pop("value"), means.pop("auxiliary")
+    metrics = {n.removeprefix("of "): m for n, m in means.items()}
+    return Loss(value, metrics, count=count, auxiliary=auxiliary)
 
 
 def _total(weighted: Iterable[tuple[float, jax.Array]]) -> jax.Array:

@@ -173,9 +173,11 @@ def begin(
         clock = fresh_clock(experiment)
     else:
         clock = _clock(experiment, restored)
-        _check_parameters(experiment, restored)
+        changes = _parameter_changes(experiment, restored, allow_change)
         _check_buffers(here, restored, allow_change, log)
         _announce(workdir, restored, log)
+        for line in changes:
+            log(line)
     start = restored or _fresh(here, allow_change, log)
     if processes.is_first():
         _write_config(workdir, experiment)
@@ -372,7 +374,7 @@ def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]
     """Return a test of whether a name may be missing in a checkpoint.
 
     It is of the head of a task, the stem of a modality or a tower that has been added since, or an average that the run
-    did not keep, or the config has changed in what tasks move, and so in what has optimizer state (`_check_parameters`
+    did not keep, or the config has changed in what tasks move, and so in what has optimizer state (`_parameter_changes`
     then looks for the parameters).
     """
 
@@ -413,12 +415,34 @@ def _movers(config: Mapping[str, Any]) -> Any:
     return optimizer.get("rules"), [phase.get("rules") for phase in phases], tasks
 
 
-def _check_parameters(experiment: Experiment, restored: Restored) -> None:
-    parameters = restored.state["parameters"]
-    for spec in experiment.declaration.specs.values():
-        for name in spec.canonical:
-            if name not in parameters and not _is_new(name, restored.meta):
-                raise UserError(f"Checkpoint {restored.step} holds no parameter '{name}'.")
+def _parameter_changes(experiment: Experiment, restored: Restored, allow_change: bool) -> list[str]:
+    """Return a line for the parameters that a checkpoint lacks, and one for those that only it holds.
+
+    Raises:
+      UserError: it has such parameters and `allow_change` is False; or it lacks one that is in no new head.
+    """
+    parameters, step = restored.state["parameters"], restored.step
+    specs = experiment.declaration.specs.values()
+    new = [name for spec in specs for name in spec.canonical if name not in parameters]
+    for name in new:
+        if not _is_new(name, restored.meta):
+            raise UserError(
+                f"Checkpoint {step} holds no parameter '{name}'. Only a head, stem or tower can be added to a run: give the "
+                "objective another 'head', restore the config, or use another --workdir."
+            )
+    lines = [
+        f"Checkpoint {step} {words} ({len(names)}): {', '.join(grouped(names))}."
+        for words, names in (
+            ("lacks parameters, which are initialised randomly", new),
+            ("holds parameters that the config has no longer; later checkpoints lack them", restored.unused),
+        )
+        if names
+    ]  # fmt: skip
+    if lines and not allow_change:
+        raise UserError(
+            f"{' '.join(lines)} Restore the config, add --allow_change to continue so, or use another --workdir."
+        )
+    return lines
 
 
 def _check_buffers(

@@ -185,16 +185,17 @@ class Means(Apart):
         error_B = jnp.square(stream.x_BSD).sum(axis=(1, 2))
         count = weight_B.sum()
         value = (weight_B * error_B).sum() / jnp.maximum(count, 1)
-        return Loss(
-            value + aux.loss, {"count": count / count}, count=count if self.counts else None
-        )
+        loss = Loss(value, {"count": count / count}, count=count if self.counts else None)
+        return loss.with_aux(replace(aux, loss=aux.loss + 3))
 
 
 def test_a_mean_over_other_things_than_rows_says_how_many(cases: Cases) -> None:
     inner = cases.experiment.tasks["concepts"].objective
     told, untold = (Means(head="concepts", inner=inner, counts=c) for c in (True, False))
     whole = cases("concepts", 1, objective=told)
-    assert distance(whole, cases("concepts", 4, objective=told)) < 1e-10
+    parts = cases("concepts", 4, objective=told)
+    assert distance(whole, parts) < 1e-10
+    assert (float(whole[0].auxiliary), float(parts[0].auxiliary)) == pytest.approx((3, 3))
     assert distance(whole, cases("concepts", 4, objective=untold)) > 1e-3
 
 

@@ -30,7 +30,7 @@ def test_functions_give_one_output_per_row() -> None:
     )
     model: Any = 2.0
     outputs = function(task(), LossOf())(model, batch, jax.random.key(0))
-    assert set(outputs) == {"loss", "baseline", "terms", "weight", "compared"}
+    assert set(outputs) == {"loss", "auxiliary", "baseline", "terms", "weight", "compared"}
     np.testing.assert_array_equal(outputs["terms"], [1.0, 1.0])
     np.testing.assert_array_equal(outputs["loss"], [6.0, 6.0])
     np.testing.assert_array_equal(outputs["baseline"], [5.0, 5.0])

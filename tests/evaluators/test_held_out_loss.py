@@ -26,7 +26,8 @@ from mmjax.modalities.text import Text, TextInput
 from mmjax.model import ModelConfig, declare_model
 from mmjax.nn.towers import Widths
 from mmjax.nn.trunk import GroupConfig
-from mmjax.objectives.base import Loss
+from mmjax.objectives.base import Loss, with_rows
+from mmjax.objectives.classification import Classification
 from mmjax.objectives.transfusion import Transfusion
 from mmjax.task import Task, TaskConfig
 
@@ -205,3 +206,31 @@ def test_the_pass_it_needs() -> None:
     [each] = HeldOutLoss(source=SOURCE).passes(task()).values()
     assert each.computation == LossAndBaseline() and each.block == SOURCE and each.fields == ()
     assert each.source.label == "test_concept"
+
+
+def test_it_compares_the_loss_without_auxiliary_losses_with_the_baseline() -> None:
+    """The value is the cross-entropy of the predicted classes by NumPy, whatever the balance of experts costs."""
+    experts = {"count": 3, "router": {"name": "token_choice"}, "losses": {"balance": 7.0}}
+    block = {"name": "transformer", "num_heads": 1, "mlp_dim": 4, "experts": experts}
+    objective = Classification(head="h", label="label", classes=5, modalities=("image",))
+    inputs = {"image": Input("image", MODALITIES["image"], ImageInput(size=4))}
+    config = ModelConfig(8, (GroupConfig(1, (block,)),))
+    declaration = declare_model(config, MODALITIES, [("h", objective.heads(8, inputs))])
+    rng = np.random.default_rng(0)
+    source: Any = None
+    p = {n: jnp.asarray(rng.normal(size=s.shape)) for n, s in declaration.specs.items()}
+    pixels = {"pixels": rng.integers(0, 256, (3, 4, 4, 3)).astype(np.uint8)}
+    label = np.array([1, 4, 0])
+    batch = Batch({"image": pixels}, {"label": label}, np.ones(3, bool))
+    made = Task("t", TaskConfig({}, {}, {}, 3), inputs, objective, source)
+    with jax.enable_x64(True):
+        model = declaration.merge(p)
+        key = jax.random.key(0)
+        outputs = jax.device_get(function(made, LossAndBaseline())(model, batch, key))
+        x = np.asarray(objective.predict(model, with_rows(batch).inputs))
+    cost = np.log(np.exp(x).sum(axis=1)) - x[np.arange(3), label]
+    [record] = HeldOutLoss(source=SOURCE).score(made, {"all": outputs})
+    assert record["value"] == pytest.approx(cost.mean(), rel=1e-6)
+    assert record["chance"] == pytest.approx(np.log(5), rel=1e-6)
+    assert record["auxiliary"] > 6  # 7 where experts are used evenly, at most 21
+    assert outputs["loss"][0] == pytest.approx(cost.mean() + record["auxiliary"], rel=1e-6)

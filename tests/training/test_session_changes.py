@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import toyrun
@@ -16,10 +17,12 @@ from resumed import BATCH, ids
 from toyrun import block, run, watched
 
 from mmjax.core.errors import UserError
+from mmjax.core.sharding import make_mesh
 from mmjax.engine import checkpoint
 from mmjax.experiment import make_experiment
 from mmjax.modalities.text import Text
 from mmjax.schedule.schedule import Schedule
+from mmjax.training.session import begin
 
 
 def test_another_share_is_refused_with_words(half: Path) -> None:
@@ -149,6 +152,36 @@ def test_a_saved_phase_plan_goes_on_and_a_new_one_takes_over(half: Path) -> None
     schedule = Schedule.from_json(toyrun.meta(half)["clock"]["segments"])
     assert schedule.sequence(16, 24) == ["two"] * 8
     assert schedule.between(0, 16)["one"] > 8
+
+
+def begun(workdir: Path, allow_change: bool = False) -> list[str]:
+    """The lines that a run of the config with another head of task one logs as it begins in `workdir`."""
+    lines: list[str] = []
+    experiment = make_experiment(block("tasks.one.objective.head=other"))
+    mesh = make_mesh(experiment.run.mesh, jax.devices()[:1])
+    begin(experiment, epath.Path(workdir), mesh, allow_change, lines.append)
+    return lines
+
+
+def test_a_head_that_vanishes_and_one_that_is_new_are_named(half: Path) -> None:
+    with pytest.raises(UserError, match=r"tasks\.one\.objective\.head.*now 'other'"):
+        begun(half)
+    assert begun(half, allow_change=True)[-2:] == [
+        "Checkpoint 8 lacks parameters, which are initialised randomly (2): heads/other/out/bias, "
+        "heads/other/out/kernel.",
+        "Checkpoint 8 holds parameters that the config has no longer; later checkpoints lack them (2): "
+        "heads/one/out/bias, heads/one/out/kernel.",
+    ]
+
+
+def test_a_parameter_that_vanishes_under_the_same_config_is_refused(half: Path) -> None:
+    """As after a change of the code: here what was saved is of a head more than its config names."""
+    with edited(half, 8) as meta:
+        meta["config"]["tasks"]["one"]["objective"]["head"] = "two"
+    before = contents(half)
+    with pytest.raises(UserError, match=r"holds parameters .*heads/one/out/bias.*--allow_change"):
+        run(half, "tasks.one.objective.head=two")
+    assert contents(half) == before
 
 
 def test_a_structural_change_is_refused_and_shown(half: Path) -> None:

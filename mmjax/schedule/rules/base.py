@@ -62,7 +62,7 @@ def rule_of(name: str) -> Rule:
     """
     if not is_known(name):
         raise UserError(f"Unknown schedule rule '{name}'.{nearest(str(name), names())}")
-    rule: Rule = configs.resolve("rules", name, "schedule.rule")()
+    rule: Rule = configs.component("rules", {"name": name}, "schedule.rule")
     return rule
 
 
