@@ -21,7 +21,7 @@ from mmjax.monitor.goodput import ActivityLog
 from mmjax.monitor.metrics import MetricWriter
 from mmjax.monitor.tables import human_seconds, loss_text, percent, summary_tables
 from mmjax.report.data import read_run
-from mmjax.report.page import write_report
+from mmjax.report.page import main, write_report
 
 Parse = Callable[[str], Any]
 EVIL = "<script>alert(1)</script>"
@@ -335,6 +335,24 @@ def test_data_that_is_not_there_is_said_on_the_page(
     page = parse(write_report(copy).read_text())
     assert "Not shown: " in page.text and str(tmp_path / "nothing") in page.text
     assert "Loss" in page.text and not page.all("img")
+
+
+def test_without_the_folder_of_its_modules_the_report_of_before_stays(
+    parse: Parse, tiny_run: epath.Path, tmp_path: Any
+) -> None:
+    run = _unfinished(tiny_run, tmp_path)
+    config = json.loads((run / "config.json").read_text())
+    config["modalities"]["image"]["name"] = "of_the_user"
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "report.html").write_bytes(b"the report of before")
+    words = (
+        r"no 'of_the_user' .*report\.html' is not written\. Give each --extra=DIR .*--examples=0"
+    )
+    with pytest.raises(UserError, match=words):
+        main([f"--workdir={run}"])
+    assert (run / "report.html").read_bytes() == b"the report of before"
+    assert main([f"--workdir={run}", "--examples=0"]) == 0
+    assert parse((run / "report.html").read_text()).all("title")
 
 
 def test_no_run(tmp_path: Any) -> None:
