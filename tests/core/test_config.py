@@ -171,6 +171,35 @@ def test_the_last_assignment_wins_and_the_original_stays():
     assert block == {"a": {"b": [1]}}
 
 
+@pytest.mark.parametrize("key", ["layers.1.blocks.0.heads", "layers[1].blocks[0].heads"])
+def test_a_key_inside_a_list_is_set_by_the_number_of_its_entry(key):
+    block = {"layers": [{"repeat": 1}, {"blocks": [{"heads": 2}], "repeat": 3}]}
+    new = configs.override(block, [f"{key}=8", "layers.0.repeat=5"])
+    assert new == {"layers": [{"repeat": 5}, {"blocks": [{"heads": 8}], "repeat": 3}]}
+
+
+def test_an_entry_of_a_list_is_set_whole():
+    assert configs.override({"kernel": [3, 5]}, ["kernel[1]=7"]) == {"kernel": [3, 7]}
+
+
+def test_every_leaf_of_a_config_can_be_set_by_its_path():
+    config = configs.read_file("quickstart")
+    for key, value in configs.flat(config):
+        assert configs.override(config, [f"{key}={value!r}"]) == config
+
+
+@pytest.mark.parametrize("name", ["2", "-1", "x", ""])
+def test_an_entry_that_a_list_lacks_is_an_error_with_the_length(name):
+    for assignment in (f"m.layers.{name}=1", f"m.layers.{name}.repeat=1"):
+        with pytest.raises(
+            UserError,
+            match=f"'m.layers' has no entry '{name}'; its length is 2, numbered from 0 to 1",
+        ):
+            configs.override({"m": {"layers": [{}, {}]}}, [assignment])
+    with pytest.raises(UserError, match="'a' has no entry '0'; its length is 0"):
+        configs.override({"a": []}, ["a.0=1"])
+
+
 @pytest.mark.parametrize(
     ("assignment", "words"),
     [
