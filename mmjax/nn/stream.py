@@ -201,6 +201,7 @@ class Aux:
 
 
 def no_aux() -> Aux:
+    """Return an `Aux` of loss 0 and nothing else."""
     return Aux(loss=jnp.zeros((), jnp.float32))
 
 
