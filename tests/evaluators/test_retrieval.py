@@ -155,7 +155,8 @@ def test_records_of_both_directions() -> None:
     ]  # fmt: skip
     for record in records:
         assert record["task"] == "pairs" and record["split"] == "held_out"
-        assert set(record) == {"name", "task", "split", "value", "chance", "count"}
+        assert set(record) == {"name", "task", "split", "value", "chance", "count", "unit"}
+        assert record["unit"] == "fraction"
         assert type(record["value"]) is float and type(record["count"]) is int
     # Four images look among three texts, one for each concept; three texts among four images.
     assert [r["count"] for r in records] == [4, 4, 3, 3]
