@@ -529,4 +529,4 @@ def load(path: str, step: int | None = None, *, allow_change: bool = False) -> T
     Raises:
       UserError: no such checkpoint, or another tokenizer than the run's.
     """
-    return TrainedModel(flags.folder(path), step, allow_change)
+    return TrainedModel(flags.run_folder(path), step, allow_change)

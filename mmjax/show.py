@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif arguments.names:
         show_names(names_in(arguments.workdir, arguments.step))
     else:
-        show_run(flags.folder(arguments.workdir), arguments.step, arguments.digest)
+        show_run(flags.run_folder(arguments.workdir), arguments.step, arguments.digest)
     return 0
 
 

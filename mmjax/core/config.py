@@ -126,14 +126,17 @@ def _arguments(get_config: Callable[..., Any], argument: str, file: str) -> list
 
 
 def _check_call(get_config: Callable[..., Any], arguments: list[str], file: str) -> None:
+    signature = inspect.signature(get_config)
     try:
-        inspect.signature(get_config).bind(*arguments)
+        signature.bind(*arguments)
     except TypeError as error:
-        received = f"'{arguments[0]}' was given" if arguments else "none was given"
-        raise UserError(
-            f"Config file '{file}': get_config{inspect.signature(get_config)}, but as its argument "
-            f"{received}. Write --config={file} or --config={file}:ARGUMENT."
-        ) from error
+        if not signature.parameters:
+            words = f"has no settings, and '{arguments[0]}' was given. Write --config={file}."
+        elif not arguments:
+            words = f"needs a setting: get_config{signature}. Write --config={file}:SETTING."
+        else:
+            words = f"takes no single setting: get_config{signature}. Give it one parameter."
+        raise UserError(f"Config file '{file}' {words}") from error
 
 
 def plain(value: Any, where: str) -> Any:

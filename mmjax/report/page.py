@@ -60,7 +60,7 @@ def write_report(workdir: epath.Path, examples: int = EXAMPLES) -> epath.Path:
     Raises:
       UserError: the folder holds no run, or a file of it is broken in the middle.
     """
-    workdir = flags.folder(str(workdir))
+    workdir = flags.run_folder(str(workdir))
     run = read_run(workdir)
     content = page(run, _gallery(run, examples) if examples else Html(""))
     replace_file(workdir / REPORT, content)
@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("A report shows a run as it is; remove --config.KEY=VALUE.")
     use_cache()
     if arguments.examples:
-        _check_config(flags.folder(arguments.workdir))
+        _check_config(flags.run_folder(arguments.workdir))
     path = write_report(epath.Path(arguments.workdir), arguments.examples)
     print(f"Wrote {path} ({human_bytes(path.stat().length)}).")
     return 0

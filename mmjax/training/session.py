@@ -487,3 +487,10 @@ def _keep_files(workdir: epath.Path, experiment: Experiment) -> None:
             if not copy.exists() or digest(copy.read_bytes()) != digest(content):
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 replace_file(copy, content)
+
+
+def beyond(workdir: epath.Path, step: int, steps: int) -> str:
+    """Return a clause about a run that has no step left to do."""
+    if step == steps:
+        return f"{workdir} holds all {steps} steps"
+    return f"{workdir} is at step {step}, beyond steps = {steps}"
