@@ -64,13 +64,13 @@ def model(tiny_run: epath.Path) -> TrainedModel:
 
 @pytest.fixture(scope="module")
 def pictures() -> np.ndarray:
-    """`[5, 24, 20, 3]` uint8."""
+    """Return `[5, 24, 20, 3]` uint8."""
     return np.random.default_rng(0).integers(0, 256, (5, 24, 20, 3), np.uint8)
 
 
 @pytest.fixture
 def copy(tiny_run: epath.Path, tmp_path: Path) -> Path:
-    """A copy of the run to change."""
+    """Return a copy of the run to change."""
     shutil.copytree(tiny_run, tmp_path / "run")
     return tmp_path / "run"
 
@@ -350,7 +350,7 @@ def test_a_task_that_classifies_names_the_tasks_that_embed():
 
 @pytest.fixture(scope="module")
 def classifier() -> TrainedModel:
-    """A model that classifies pictures, or two views of a sound together, with random parameters."""
+    """Return a model that classifies pictures, or two views of a sound together, with random parameters."""
     config = configs.read_file(str(ROOT / "tests" / "configs" / "quickstart_tiny.py"))
     config["tasks"] = {name: config["tasks"][name] for name in ("image_classes", "instruments")}
     experiment = make_experiment(config)

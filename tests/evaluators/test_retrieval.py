@@ -137,7 +137,7 @@ def test_chance_is_the_recall_of_random_scores() -> None:
 
 
 def outputs() -> dict[str, dict[str, np.ndarray]]:
-    """Three concepts, the first drawn twice; concept 7's text lies where 9's image does."""
+    """Return three concepts, the first drawn twice; concept 7's text lies where 9's image does."""
     image = np.array([[1, 0, 0], [0.9, 0.1, 0], [0, 1, 0], [0, 0.1, 0.8]])
     text = np.array([[1, 0, 0], [1, 0, 0], [0, 0.2, 1], [0, 0, 1]])
     concept = np.array([3, 3, 7, 9])

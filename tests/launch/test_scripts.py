@@ -412,7 +412,7 @@ def test_git_is_missed_aloud_but_not_needed(machine: Machine) -> None:
 
 @pytest.mark.parametrize("script", ["docs.sh", "release.sh", "test.sh"])
 def test_scripts_share_the_code_of_the_help(script: str) -> None:
-    text = (LAUNCH / script).read_text()
+    text = (ROOT / "launch" / script).read_text()
     assert 'help_if_asked "$@"' in text and "--help" not in text
 
 

@@ -30,7 +30,7 @@ QUOTES = "\"'><img src=x onerror=alert(2)>&amp;\x00\x1b[2J\ud800"
 
 @pytest.fixture(scope="module")
 def run_copy(tiny_run: epath.Path, tmp_path_factory: pytest.TempPathFactory) -> epath.Path:
-    """The finished tiny run, to be written into."""
+    """Return the finished tiny run, to be written into."""
     copy = tmp_path_factory.mktemp("report") / "tiny run"
     shutil.copytree(tiny_run, copy)
     return epath.Path(copy)
@@ -228,7 +228,7 @@ def test_every_table_names_its_columns_and_rows(page: Any) -> None:
 
 
 def _unfinished(source: epath.Path, path: Any) -> epath.Path:
-    """What is in the folder of a run killed in its first steps."""
+    """Return what is in the folder of a run killed in its first steps."""
     copy = epath.Path(path) / "killed"
     copy.mkdir()
     for name in ("config.json", "goodput.jsonl", "metrics.jsonl"):
@@ -377,7 +377,7 @@ def test_a_failed_write_leaves_the_report_of_before(
 
 @pytest.fixture
 def hostile_run(tmp_path: Any) -> epath.Path:
-    """A run whose names are all code, with numbers that are none, of thousands of steps."""
+    """Return a run whose names are all code, with numbers that are none, of thousands of steps."""
     workdir = epath.Path(tmp_path) / "run <b>&amp;"
     tasks = [EVIL, QUOTES.replace("\ud800", ""), "never"]
     with MetricWriter(workdir, 0) as writer, ActivityLog(workdir) as activities:

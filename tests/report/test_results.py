@@ -1,4 +1,4 @@
-"""What the report calls good, and how it shows that."""
+"""Check what the report calls good, and how it shows that."""
 
 from typing import Any
 

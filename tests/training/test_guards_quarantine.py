@@ -179,7 +179,7 @@ def test_a_rate_that_breaks_the_parameters_at_once_ends_the_run_with_one_error(
 
 
 def broken_after(call: int) -> Callable[..., Any]:
-    """`flight.dispatch`, whose call of this number (from 0) leaves parameters that are NaN."""
+    """Return a `flight.dispatch` whose call of this number (from 0) leaves parameters that are NaN."""
     dispatch, calls = flight.dispatch, [0]
 
     def dispatched(*arguments: Any) -> Any:
