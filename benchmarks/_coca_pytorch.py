@@ -25,7 +25,7 @@ class Peer:
 
 
 def peer(experiment: Experiment, task: Task, rows: Batch) -> Peer | None:
-    """The port on a batch of the task; None where it is not installed.
+    """Return the port on a batch of the task; None where it is not installed.
 
     Its encoder is PyTorch's own pre-norm transformer over linear patches, since the port brings none.
     """
@@ -88,7 +88,7 @@ def _model(experiment: Experiment, task: Task, patch_values: int) -> Any:
 
 
 def _only(groups: tuple[GroupConfig, ...]) -> dict[str, Any]:
-    """The settings of the one kind of layer that groups hold, and how often it comes."""
+    """Return the settings of the one kind of layer that groups hold, and how often it comes."""
     [group] = groups
     [block] = group.blocks
     return {**block, "repeat": group.repeat}

@@ -44,7 +44,7 @@ def _text() -> Text:
 
 
 def text_of(example: Mapping[str, Any]) -> str:
-    """The caption of an example of the emoji data set."""
+    """Return the caption of an example of the emoji data set."""
     return _text().raw(example["caption"])
 
 

@@ -53,13 +53,13 @@ class Quantity:
 
 
 def quantity(name: str, values: Sequence[float], unit: str = "", wanted: str = "") -> Quantity:
-    """The median of values with its 95 % interval."""
+    """Return the median of values with its 95 % interval."""
     low, high = interval(values)
     return Quantity(name, unit, wanted, statistics.median(values), low, high, tuple(values))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """An interval that holds the median of independent values with 95 % at least, whatever their law.
+    """Return an interval that holds the median of independent values with 95 % at least, whatever their law.
 
     Between the k-th smallest and the k-th largest, by the binomial law of how many lie below the
     median; all values where there are fewer than six, which is less than 95 %.
@@ -76,7 +76,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 def rounds(
     calls: Mapping[str, Callable[[], Any]], pairs: int, repeats: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of a call of each, in every round: all of them in turn, beginning with another one each time.
+    """Return seconds of a call of each, in every round: all of them in turn, beginning with another one each time.
 
     Each waits for what it calls. The first call of each, which takes longer, is not counted.
 
@@ -106,7 +106,7 @@ def ratios(
 
 
 def millis(times: Mapping[str, Sequence[float]], prefix: str = "") -> list[Quantity]:
-    """The milliseconds themselves."""
+    """Return the milliseconds themselves."""
     return [
         quantity(f"{prefix}{name}", [1000 * t for t in each], "ms") for name, each in times.items()
     ]

@@ -33,7 +33,7 @@ Sizes = Mapping[str, int]
 
 
 def arguments(what: str, sizes: Sizes, per_chip: float) -> list[str]:
-    """MaxText's command line: Llama's decoder, or Gemma's ViT with as small a decoder as nobody sees."""
+    """Return MaxText's command line: Llama's decoder, or Gemma's ViT with as small a decoder as nobody sees."""
     import maxtext
 
     given: dict[str, Any] = {
@@ -75,7 +75,7 @@ class Classifier(nnx.Module):
         self.classes = nnx.Linear(config.hidden_size_for_vit, classes, rngs=rngs)
 
     def loss(self, pixels: jax.Array, labels: jax.Array, dtype: Any) -> jax.Array:
-        """Mean cross-entropy of pixels (uint8 `[B, H, W, 3]`)."""
+        """Return mean cross-entropy of pixels (uint8 `[B, H, W, 3]`)."""
         tokens = self.encoder(pixels.astype(dtype) / 127.5 - 1, deterministic=True)
         logits = self.classes(tokens[:, 0].mean(axis=1).astype(jnp.float32))
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1).mean()
@@ -108,7 +108,7 @@ def _of_rows(lies: Any) -> jax.sharding.NamedSharding:
 
 
 def _with_vit(compiler: Any, sizes: Sizes) -> None:
-    """`train_compile` with our model, batch and step in the places of MaxText's."""
+    """Run `train_compile` with our model, batch and step in the places of MaxText's."""
 
     def create(config: Any, mesh: Any) -> Any:
         def made() -> Classifier:
@@ -141,7 +141,7 @@ def _with_vit(compiler: Any, sizes: Sizes) -> None:
 
 
 def planned(what: str, sizes: Sizes, topology: str, chips: int, per_chip: float) -> dict[str, Any]:
-    """Bytes of a chip, FLOPs of all, bytes that a chip sends, counted as `mmjax plan` counts its own."""
+    """Return bytes of a chip, FLOPs of all, bytes that a chip sends, counted as `mmjax plan` counts its own."""
     from maxtext.trainers.pre_train import train_compile
 
     compile_, held = train_compile.jit_and_compile, {}
@@ -218,7 +218,7 @@ def _put(model: Any, values: Mapping[str, Any]) -> None:
 
 
 def _decoder(p: Mapping[str, Any]) -> dict[str, Any]:
-    """Ours by MaxText's names; it has layers as a second axis."""
+    """Return our parameters by MaxText's names; it has layers as a second axis."""
     trunk = "trunk/groups/0/blocks/0"
     table = p["stems/text/embedding"].copy()
     table[0] = p[f"heads/{TASK}/adapter/begin/text"]  # which no text has, here
@@ -243,7 +243,7 @@ def _decoder(p: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _vit(p: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
-    """Ours, layers apart (see `vit.by_layer`), by MaxText's names; biases that ours lacks are 0."""
+    """Return our parameters, layers apart (see `vit.by_layer`), by MaxText's names; biases that ours lacks are 0."""
     width, patch = sizes["width"], sizes["patch"]
     heads = (sizes["num_heads"], width // sizes["num_heads"])
     result = {

@@ -122,7 +122,7 @@ def _mamba_names(p: Arrays, case: Any) -> dict[str, np.ndarray]:
 def _port(
     make: Callable[[Any], nn.Module], case: Any, given: Arrays, x: np.ndarray, weights: np.ndarray
 ) -> Any:
-    """A call that gives the loss and gradients of a port with the parameters `given`."""
+    """Return a call that gives the loss and gradients of a port with the parameters `given`."""
     model = make(case)
     parameters = dict(model.named_parameters())
     assert parameters.keys() == given.keys(), parameters.keys() ^ given.keys()

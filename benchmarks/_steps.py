@@ -67,7 +67,7 @@ class Steps:
 
     @contextmanager
     def loader(self, start: int, stop: int) -> Iterator[Loader]:
-        """The real loader of steps [start, stop), as it stands when a run resumes from `start`."""
+        """Yield the real loader of steps [start, stop), as it stands when a run resumes from `start`."""
 
         run, phases, schedule = (
             self.experiment.run,
@@ -85,7 +85,7 @@ class Steps:
             made.close()
 
     def batches(self, start: int, stop: int) -> list[HostBatch]:
-        """The batches of steps [start, stop), held in memory."""
+        """Return the batches of steps [start, stop), held in memory."""
         with self.loader(start, stop) as loader:
             return list(loader)
 
@@ -115,7 +115,7 @@ class Steps:
         return metrics
 
     def order(self, start: int, stop: int) -> Sequence[str]:
-        """The tasks of steps [start, stop)."""
+        """Return the tasks of steps [start, stop)."""
         return self.session.clock.schedule.sequence(start, stop)
 
     @property
@@ -126,7 +126,7 @@ class Steps:
 
 
 def random_batch(experiment: Experiment, task: str, seed: int) -> HostBatch:
-    """Random numbers below 256 in the form of a task's batch; every row and token is valid."""
+    """Return random numbers below 256 in the form of a task's batch; every row and token is valid."""
     rng, rows = np.random.default_rng(seed), experiment.tasks[task].batch
 
     def draw(spec: jax.ShapeDtypeStruct) -> Any:

@@ -55,7 +55,7 @@ def is_installed() -> bool:
 
 
 def peer(sizes: Sizes, rows: Batch) -> Peer:
-    """The port on a batch: of each row as many text tokens as fit beside its own, and the picture's patches."""
+    """Return the port on a batch: of each row as many text tokens as fit beside its own, and the picture's patches."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -79,7 +79,7 @@ def peer(sizes: Sizes, rows: Batch) -> Peer:
 
 
 def _samples(sizes: Sizes, rows: Batch) -> list[list[Any]]:
-    """Text ids, and a picture's patches `[side, side, values]` in [-1, 1]."""
+    """Return text ids, and a picture's patches `[side, side, values]` in [-1, 1]."""
     import torch
 
     pixels = np.asarray(rows.inputs["image"]["pixels"], np.float32) / 127.5 - 1
@@ -95,7 +95,7 @@ def _samples(sizes: Sizes, rows: Batch) -> list[list[Any]]:
 
 
 def _model(sizes: Sizes, rows: Batch) -> Any:
-    """Its logits are over our vocabulary, of which its own marks are a part; its losses weigh what ours do."""
+    """Return the port's model: its logits are over our vocabulary with its own marks, its losses weigh what ours do."""
     from transfusion_pytorch import Transfusion
 
     values = 3 * sizes.patch**2
@@ -122,5 +122,5 @@ def _shape(side: int) -> str:
 
 
 def _marks() -> int:
-    """Rows of its vocabulary that are no text: 3 of rows, 2 of a picture, 1 and 128 characters of a shape."""
+    """Return rows of its vocabulary that are no text: 3 of rows, 2 of a picture, 1 and 128 characters of a shape."""
     return 3 + 2 + 1 + 128

@@ -54,7 +54,7 @@ class ViT(nn.Module):
 def training(
     model: ViT, parameters: Parameters, rate: float
 ) -> Callable[[np.ndarray, np.ndarray], float]:
-    """A step on pixels (uint8 `[B, H, W, 3]`) and labels by AdamW, whose state it keeps; it gives the loss."""
+    """Return a step on pixels (uint8 `[B, H, W, 3]`) and labels by AdamW, whose state it keeps; it gives the loss."""
     optimizer = optax.adamw(rate, weight_decay=0.0)
 
     def step(parameters: Parameters, state: Any, pixels: jax.Array, labels: jax.Array) -> Any:
@@ -77,7 +77,7 @@ def training(
 
 
 def parameters(ours: Mapping[str, Any], sizes: Mapping[str, int], side: int) -> Parameters:
-    """Those of mmjax's model (names as in a checkpoint, layers apart), in this one's names and shapes.
+    """Return the parameters of mmjax's model (names as in a checkpoint, layers apart), in this one's names and shapes.
 
     Args:
       side: patches on a side of the picture.

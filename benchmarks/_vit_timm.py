@@ -15,7 +15,7 @@ from torch import nn
 def training(
     ours: Mapping[str, Any], sizes: Mapping[str, int], pixels: int, classes: int, rate: float
 ) -> Callable[[np.ndarray, np.ndarray], float]:
-    """A step on pixels (uint8 `[B, H, W, 3]`) and labels by AdamW, from our parameters on; it gives the loss."""
+    """Return a step on pixels (uint8 `[B, H, W, 3]`) and labels by AdamW, from our parameters on; it gives the loss."""
     norm = partial(nn.LayerNorm, eps=1e-6, bias=False)
     model = VisionTransformer(
         img_size=pixels, patch_size=sizes["patch"], embed_dim=sizes["width"], depth=sizes["layers"],
@@ -41,7 +41,7 @@ def training(
 
 @torch.no_grad()
 def _load(model: Any, ours: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
-    """mmjax's parameters in the port's shapes; every parameter is set."""
+    """Copy mmjax's parameters into the port, in the port's shapes; every parameter is set."""
     width, patch = sizes["width"], sizes["patch"]
     values = {
         "pos_embed": ours["positions"][None],

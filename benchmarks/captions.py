@@ -28,7 +28,7 @@ Call = Callable[[], Any]
 
 
 def measure(effort: Effort) -> list[Quantity]:
-    """The ratios, for each task whose objective is `coca`; nothing for a config without such."""
+    """Return the ratios, for each task whose objective is `coca`; nothing for a config without such."""
     experiment = make_experiment(effort.block)
     result: list[Quantity] = []
     for task in experiment.tasks.values():
@@ -43,7 +43,7 @@ def _of_task(experiment: Experiment, task: Task, effort: Effort) -> list[Quantit
     )
     calls: dict[str, Call] = {
         "cached": _compiled(experiment, task, batch, cached),
-        "anew": _compiled(experiment, task, batch, anew),
+        "uncached": _compiled(experiment, task, batch, uncached),
     }
     peer = _coca_pytorch.peer(experiment, task, batch)
     if peer is not None:
@@ -54,11 +54,11 @@ def _of_task(experiment: Experiment, task: Task, effort: Effort) -> list[Quantit
         calls |= {
             "step": lambda: steps.run(rows, untimed=0),
             "peer's step": peer.step,
-            "peer anew": peer.write,
+            "peer uncached": peer.write,
         }
     times = rounds(calls, effort.pairs)
 
-    pairs = [("cached", "anew"), ("cached", "peer anew"), ("step", "peer's step")]
+    pairs = [("cached", "uncached"), ("cached", "peer uncached"), ("step", "peer's step")]
     found = [
         ratios(times, other, one, "above 1", f"{task.name}: {other} to {one}")
         for one, other in pairs
@@ -70,7 +70,7 @@ def _of_task(experiment: Experiment, task: Task, effort: Effort) -> list[Quantit
 def _compiled(
     experiment: Experiment, task: Task, rows: Batch, write: Callable[..., jax.Array]
 ) -> Call:
-    """Captions of the batch by the model as it begins, on the default device."""
+    """Return captions of the batch by the model as it begins, on the default device."""
     declaration = experiment.declaration
     parameters = jax.jit(lambda: declaration.initialise(experiment.run.seed))()
     inputs = jax.device_put(dict(rows.inputs))
@@ -79,15 +79,15 @@ def _compiled(
 
 
 def cached(objective: Coca, model: Model, inputs: Any) -> jax.Array:
-    """The library's way."""
+    """Return the captions, each token from a cache of those before."""
     shown, text = objective.modalities
     rows, length = inputs[text]["ids"].shape
     keys = jax.random.split(jax.random.key(0), rows)
     return objective.captions(model, inputs[shown], length, keys)
 
 
-def anew(objective: Coca, model: Model, inputs: Any) -> jax.Array:
-    """The same captions, each token from the whole text: what is held is the picture alone."""
+def uncached(objective: Coca, model: Model, inputs: Any) -> jax.Array:
+    """Return the same captions, each token from the whole text: the cache holds the picture alone."""
     shown, text = objective.modalities
     rows, length = inputs[text]["ids"].shape
     keys = jax.random.split(jax.random.key(0), rows)

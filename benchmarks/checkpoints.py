@@ -102,14 +102,14 @@ def _once(peer: Peer, folder: Path, expected: Arrays) -> dict[str, float]:
 
 
 def arrays(size: float) -> dict[str, np.ndarray]:
-    """`PARTS` arrays of random numbers, of so many gigabytes."""
+    """Return `PARTS` arrays of random numbers, of so many gigabytes."""
     rng = np.random.default_rng(0)
     rows = max(1, round(size * 1e9 / 4 / PARTS / 1024))
     return {f"part_{i}": rng.random((rows, 1024), np.float32) for i in range(PARTS)}
 
 
 def _peers(values: Arrays) -> dict[str, Peer]:
-    """Ours and those whose packages are there; at 4 GB there is no room for the arrays more often than must be."""
+    """Return our writer and those whose packages are there; at 4 GB there is no room for many copies of the arrays."""
     on_device = _on_device(values)
     result = {OURS: _mmjax(*on_device), "Orbax": _orbax(*on_device)}
     if find_spec("torch") is not None:
@@ -118,7 +118,7 @@ def _peers(values: Arrays) -> dict[str, Peer]:
 
 
 def _on_device(values: Arrays) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arrays on a device, and what they are to be restored as."""
+    """Return the arrays on a device, and what they are to be restored as."""
     device = jax.local_devices()[0]
     held = jax.device_put(dict(values), device)
     shape = jax.sharding.SingleDeviceSharding(device)

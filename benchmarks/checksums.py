@@ -57,7 +57,7 @@ def measure(effort: Effort) -> list[Quantity]:
 
 
 def _orbax(held: Arrays, abstract: Arrays, options: dict[str, Any]) -> Peer:
-    """`Checkpoints` with Orbax's own handler of trees."""
+    """Return `Checkpoints` with Orbax's own handler of trees."""
 
     def handler() -> Any:
         return ocp.PyTreeCheckpointHandler(use_compression=False, **options)
@@ -89,7 +89,7 @@ def _orbax(held: Arrays, abstract: Arrays, options: dict[str, Any]) -> Peer:
 
 @contextmanager
 def _crc32c() -> Iterator[None]:
-    """Arrays in Zarr 3 have a CRC-32C of each chunk."""
+    """Give arrays in Zarr 3 a CRC-32C of each chunk."""
 
     def metadata(shape: Any, chunk: Any, compressed: bool) -> dict[str, Any]:
         assert not compressed

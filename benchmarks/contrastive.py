@@ -35,7 +35,7 @@ Loss = Callable[[], Any]  # -> the value, and gradients of a, b and the scale
 
 
 def measure(effort: Effort) -> list[Quantity]:
-    """Ratios to the peer's, by form and batch."""
+    """Return ratios to the peer's, by form and batch."""
     if find_spec("open_clip") is None:
         return []
     result = []
@@ -68,7 +68,7 @@ def _compared(form: str, batch: int, effort: Effort) -> list[Quantity]:
 
 
 def make(name: str, form: str, batch: int) -> Loss:
-    """A call that gives the loss and its gradients, as NumPy arrays or what they are made of."""
+    """Return a call that gives the loss and its gradients, as NumPy arrays or what they are made of."""
     rng = np.random.RandomState(0)
     a, b = (rng.randn(batch, SIZE).astype(np.float32) for _ in range(2))
     a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
@@ -122,7 +122,7 @@ def _open_clip(form: str, a: Any, b: Any, scale: float, bias: float) -> Loss:
 
 
 def memory(name: str, form: str, batch: int) -> float:
-    """Megabytes, in a process of its own."""
+    """Return the megabytes of a call, in a process of its own."""
     words = [sys.executable, "-m", "benchmarks.contrastive", name, form, str(batch)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])

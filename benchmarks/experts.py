@@ -79,7 +79,7 @@ class ByProducts:
 
 
 def measure(effort: Effort) -> list[Quantity]:
-    """Ratios to the dense layer, and of gathers to products."""
+    """Return ratios to the dense layer, and of gathers to products."""
     seed = effort.block.get("seed", 0)
     x = np.random.default_rng(seed).normal(size=(ROWS, LENGTH, WIDTH)).astype(np.float32)
     dense, dense_flops = _dense(x, seed)
@@ -122,7 +122,7 @@ def _dense(x: np.ndarray, seed: int) -> tuple[Call, int]:
 def _call(
     layer: nnx.Module, apply: Callable[[Any, jax.Array], jax.Array], x: np.ndarray, seed: int
 ) -> tuple[Call, int]:
-    """Loss and gradients of parameters and tokens; and its FLOPs."""
+    """Return loss and gradients of parameters and tokens; and its FLOPs."""
     declaration = Declaration(layer)
     parameters = jax.jit(declaration.initialise, static_argnums=0)(seed)
     weight = np.random.default_rng(seed + 1).normal(size=x.shape).astype(np.float32)

@@ -59,7 +59,7 @@ KINDS: Mapping[str, Kind] = {
 
 
 def measure(effort: Effort) -> list[Quantity]:
-    """Rates, and ratios of ours to each peer."""
+    """Return rates, and ratios of ours to each peer."""
     result = []
     for name, kind in KINDS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +95,7 @@ def _rates(path: Path, kind: Kind, pairs: int) -> dict[str, list[float]]:
 
 
 def loaders() -> dict[str, Callable[[Path, View], Iterator[Batch]]]:
-    """Those whose packages are there; each gives batches without end."""
+    """Return the loaders whose packages are there; each gives batches without end."""
     result: dict[str, Callable[[Path, View], Any]] = {OURS: mmjax_loader}
     for package, name, loader in (
         ("tensorflow", "tf.data", others.tf_data),
@@ -111,7 +111,7 @@ def loaders() -> dict[str, Callable[[Path, View], Iterator[Batch]]]:
 
 
 def make_data(path: Path, kind: Kind) -> None:
-    """`tars`, `records` (ArrayRecord), `tfrecords` where TensorFlow is there, `files`."""
+    """Write `tars`, `records` (ArrayRecord), `tfrecords` where TensorFlow is there, `files`."""
     for name in ("tars", "files"):
         (path / name).mkdir()
     rows = list(examples(kind))
@@ -131,7 +131,7 @@ def make_data(path: Path, kind: Kind) -> None:
 
 
 def examples(kind: Kind) -> Iterator[tuple[str, bytes, str]]:
-    """Key, encoded picture and text; of the emoji data set, from its beginning again where it ends."""
+    """Yield key, encoded picture and text; of the emoji data set, from its beginning again where it ends."""
     source = Tfds(dataset="emoji", split="train").open()
     for index in range(EXAMPLES):
         example = source[index % len(source)]
@@ -147,7 +147,7 @@ def examples(kind: Kind) -> Iterator[tuple[str, bytes, str]]:
 
 
 def mmjax_loader(path: Path, view: View) -> Iterator[Batch]:
-    """The real loader, of a model that is never trained."""
+    """Yield the real loader, of a model that is never trained."""
     steps = Steps(block(path, view))
     with steps.loader(0, 1_000_000) as loader:
         for batch in loader:
@@ -183,7 +183,7 @@ def block(path: Path, view: View) -> Block:
 
 
 def assert_equal(path: Path, kind: Kind) -> None:
-    """All see every example in an epoch; without crops, as the same picture and tokens."""
+    """Check that all see every example in an epoch; without crops, as the same picture and tokens."""
     view = View(kind.view.size, 1.0, False)
     seen = {name: _epoch(make(path, view)) for name, make in loaders().items()}
     for name, rows in seen.items():

@@ -14,7 +14,7 @@ from mmjax.engine.loader import HostBatch
 
 
 def measure(effort: Effort) -> list[Quantity]:
-    """The ratio, and the examples per second of both."""
+    """Return the ratio, and the examples per second of both."""
     steps = Steps(effort.block)
     ahead = steps.experiment.run.loader.prefetch
     untimed = ahead + 2  # what was read ahead before the first step is used up

@@ -94,7 +94,7 @@ def measure(effort: Effort) -> list[Quantity]:
 
 
 def compared(what: str, plans: Mapping[str, Mapping[str, Any]], pairs: int) -> list[Quantity]:
-    """The numbers of two plans of one step; as nothing varies, each number stands for all pairs."""
+    """Return the numbers of two plans of one step; as nothing varies, each number stands for all pairs."""
     counts = [plans[name]["parameters"] for name in (OURS, PEER)]
     np.testing.assert_allclose(*counts, rtol=CLOSE, err_msg=f"parameters of {what}")
     result = []
@@ -120,7 +120,7 @@ def compared(what: str, plans: Mapping[str, Mapping[str, Any]], pairs: int) -> l
 
 
 def block(what: str, sizes: Mapping[str, Any], batch: int) -> Block:
-    """The config of a step."""
+    """Return the config of a step."""
     layer = {"name": "transformer", "num_heads": sizes["num_heads"], "mlp_dim": sizes["mlp_dim"]}
     if what == "decoder":
         layer |= {"norm": "rms", "mlp": "swiglu", "rotary": 10_000.0}
@@ -161,7 +161,7 @@ def block(what: str, sizes: Mapping[str, Any], batch: int) -> Block:
 
 
 def ours(what: str, machine: Machine) -> dict[str, Any]:
-    """The plan of a config, made by a separate process."""
+    """Return the plan of a config, made by a separate process."""
     given = block(what, FULL[what], machine.rows[what] * machine.chips)
     asked = Specification(given, (), machine.kind, machine.shape, 1, [TASK], False, "")
     told = compile_cases(asked, LIMIT).cases[TASK]
@@ -206,7 +206,7 @@ def _ask(request: Mapping[str, Any], env: Mapping[str, str]) -> Any:
 
 
 def losses(what: str) -> tuple[float, float]:
-    """Ours and MaxText's with the same parameters and numbers, small, in float32 on the CPU."""
+    """Return our loss and MaxText's with the same parameters and numbers, small, in float32 on the CPU."""
     given = {**block(what, SMALL[what], 4), "dtype": {"compute": "float32"}}
     experiment = make_experiment(given)
     batch = random_batch(experiment, TASK, 0)
@@ -230,7 +230,7 @@ def losses(what: str) -> tuple[float, float]:
 
 
 def our_loss(experiment: Experiment, batch: HostBatch) -> tuple[float, dict[str, Any]]:
-    """The loss of a fresh state, and its parameters by name; texts without their table of positions, none row 0."""
+    """Return the loss of a fresh state, and its parameters by name; texts have no table of positions, only row 0."""
     state = init_state(experiment.declaration, experiment.optimizers.whole, 0, np.float32)
     positions = "stems/text/positions/norm/"
     parameters = {
@@ -247,7 +247,7 @@ def our_loss(experiment: Experiment, batch: HostBatch) -> tuple[float, dict[str,
 def _vit_arrays(
     parameters: dict[str, Any], layers: int, sizes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Layers apart, each named by its number, positions as one table."""
+    """Return layers apart, each named by its number, positions as one table."""
     named = by_layer(parameters, layers, sizes["pixels"] // sizes["patch"], TASK)
     result = {name: value for name, value in named.items() if name != "layers"}
     biases = {

@@ -71,7 +71,7 @@ CASES: Mapping[str, Case] = {
 
 
 def measure(effort: Effort) -> list[Quantity]:
-    """Ratios of times, for each port that is there."""
+    """Return ratios of times, for each port that is there."""
     result = []
     for name, case in CASES.items():
         if find_spec(case.package) is None:
@@ -87,7 +87,7 @@ def measure(effort: Effort) -> list[Quantity]:
 
 
 def assert_equal(told: Mapping[str, tuple[float, Arrays]], case: Case) -> None:
-    """One loss, and one gradient of every parameter."""
+    """Check that there is one loss, and one gradient of every parameter."""
     (one, ours), (other, theirs) = told[OURS], told[case.package]
     np.testing.assert_allclose(one, other, rtol=case.close, atol=case.close)
     assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
@@ -97,7 +97,7 @@ def assert_equal(told: Mapping[str, tuple[float, Arrays]], case: Case) -> None:
 
 
 def both(name: str, case: Case, seed: int) -> dict[str, Call]:
-    """Loss and gradients, ours and the port's, of the same parameters and tokens."""
+    """Return loss and gradients, ours and the port's, of the same parameters and tokens."""
     from benchmarks import _ports_torch
 
     declaration, parameters = declared(case, seed)
@@ -111,7 +111,7 @@ def both(name: str, case: Case, seed: int) -> dict[str, Call]:
 
 
 def declared(case: Case, seed: int) -> tuple[Declaration, dict[str, np.ndarray]]:
-    """The layers with a norm behind them, and parameters, none of them at a value that hides what it does."""
+    """Return the layers with a norm behind them, and parameters, none of them at a value that hides what it does."""
     trunk = Trunk([GroupConfig(case.layers, (dict(case.block),))], case.width)
     declaration = Declaration(nnx.Dict({"trunk": trunk}))
     made = jax.jit(declaration.initialise, static_argnums=0)(seed)

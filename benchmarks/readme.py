@@ -29,7 +29,7 @@ def results(folder: Path) -> list[Mapping[str, Any]]:
 
 
 def section(found: Iterable[Mapping[str, Any]]) -> str:
-    """Tables by device, the central processor's first."""
+    """Return tables by device, the central processor's first."""
     devices: dict[str, list[Mapping[str, Any]]] = {}
     for each in found:
         devices.setdefault(device(each), []).append(each)

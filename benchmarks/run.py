@@ -35,7 +35,7 @@ COMMANDS = ("run", "readme")
 
 
 def cases() -> list[str]:
-    """The names of the cases: modules of this folder, but those with an underscore and commands."""
+    """Return the names of the cases: modules of this folder, but those with an underscore and commands."""
     found = [m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.ispkg]
     return sorted(name for name in found if not name.startswith("_") and name not in COMMANDS)
 
@@ -58,7 +58,7 @@ def run_case(name: str, effort: Effort, command: str) -> dict[str, Any]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """A page about what a case found."""
+    """Return a page about what a case found."""
     known = found["environment"]
     rows = [
         f"| {q['name']} | {q['median']:.4g}{' ' + q['unit'] if q['unit'] else ''} "
@@ -84,7 +84,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def _load() -> float:
-    """Processes that wanted a core over the last minute; -1 if the system does not report it."""
+    """Return the number of processes that wanted a core over the last minute; -1 if the system does not report it."""
     try:
         return os.getloadavg()[0]
     except OSError:

@@ -1,4 +1,4 @@
-"""How time grows: of a step with tokens, batch, depth and experts; of compiling with programs; of a choice with tasks.
+"""Growth of time: of a step with tokens, batch, depth and experts; of compiling with programs; of a choice with tasks.
 
 Each series doubles one size and leaves the others; the exponent is the slope of log time over log size, by least
 squares, in each round. `theory` is the same slope of the model FLOPs of the steps (attention's share of them grows with
@@ -42,7 +42,7 @@ Call = Callable[[], Any]
 
 
 def measure(effort: Effort) -> list[Quantity]:
-    """Exponents, with those of theory."""
+    """Return exponents, with those of theory."""
     seed, result = effort.block.get("seed", 0), []
     for name, sizes in SERIES.items():
         calls, flops = {}, []
@@ -64,7 +64,7 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
 def _exponents(
     name: str, sizes: Sequence[int], times: Sequence[Sequence[float]], theory: float
 ) -> list[Quantity]:
-    """The exponent in each round, and the milliseconds of each size."""
+    """Return the exponent in each round, and the milliseconds of each size."""
     values = [slope(sizes, each) for each in zip(*times, strict=True)]
     wanted = f"{theory:.2f} by theory"
     shown = [
@@ -75,7 +75,7 @@ def _exponents(
 
 
 def step(sizes: Mapping[str, int], seed: int) -> tuple[Call, int]:
-    """Loss and gradient of a trunk; and their FLOPs."""
+    """Return loss and gradient of a trunk; and their FLOPs."""
     declaration, both = _program(sizes)
     call, held = jax.jit(both), list[Any]()
 
@@ -90,7 +90,7 @@ def step(sizes: Mapping[str, int], seed: int) -> tuple[Call, int]:
 
 
 def _program(sizes: Mapping[str, int], salt: float = 1.0) -> tuple[Declaration, Call]:
-    """A trunk, and the gradient of a loss of it, times `salt`."""
+    """Return a trunk, and the gradient of a loss of it, times `salt`."""
     block: dict[str, Any] = {"name": "transformer", "num_heads": HEADS, "mlp_dim": HIDDEN}
     if sizes["experts"]:
         block["experts"] = {"count": sizes["experts"]}
@@ -115,7 +115,7 @@ def _abstract(declaration: Declaration, sizes: Mapping[str, int]) -> tuple[Any, 
 
 
 def _compiling(pairs: int, seed: int) -> list[list[float]]:
-    """Seconds to trace and compile so many programs that differ in their batch, none of them compiled before."""
+    """Return seconds to trace and compile so many programs that differ in their batch, none of them compiled before."""
     rng = np.random.default_rng(seed)
     result: list[list[float]] = [[] for _ in PROGRAMS]
     for _ in range(pairs if pairs < 10 else max(3, pairs // 10)):
@@ -131,7 +131,7 @@ def _compiling(pairs: int, seed: int) -> list[list[float]]:
 
 
 def _choosing(pairs: int) -> list[list[float]]:
-    """Seconds to look up which task comes at a step, far from the beginning."""
+    """Return seconds to look up which task comes at a step, far from the beginning."""
     result: list[list[float]] = [[] for _ in TASKS]
     schedules = [
         from_config("shares", {f"task_{i}": 1 + i % 7 for i in range(count)}, 0) for count in TASKS

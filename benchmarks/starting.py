@@ -1,4 +1,4 @@
-"""From the start of a run to its first step, with compilations kept and without; and from a kill to the next step.
+"""Time from the start of a run to its first step, with compilations kept and without; and from a kill to the next step.
 
 Each start is a process of `mmjax train`. `cold` has an empty folder of compiled programs, `warm` the one that the start
 before filled; both begin from nothing. `killed` is a run that has saved, killed by SIGKILL a few steps later, and
@@ -28,7 +28,7 @@ PATIENCE = 1800.0  # seconds
 
 
 def measure(effort: Effort) -> list[Quantity]:
-    """Seconds, and ratios to a cold start."""
+    """Return seconds, and ratios to a cold start."""
     rounds = max(3, effort.pairs // 10)
     times: dict[str, list[float]] = {"cold": [], "warm": [], "killed": []}
     for _ in range(rounds):
@@ -73,7 +73,7 @@ def _round(folder: Path, effort: Effort) -> dict[str, float]:
 def _running(
     config: Path, workdir: Path, compiled: Path, extra: Sequence[str]
 ) -> Iterator[subprocess.Popen[str]]:
-    """A run, killed at the end."""
+    """Yield a run, killed at the end."""
     words = [sys.executable, "-m", "mmjax", "train", f"--config={config}", f"--workdir={workdir}"]
     words += [f"--extra={each}" for each in extra]
     env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(compiled)}
@@ -102,7 +102,7 @@ def _until(run: subprocess.Popen[str], workdir: Path, there: Callable[[int], boo
 
 
 def _last(workdir: Path) -> int:
-    """The last step of a run whose line stands; -1 for none."""
+    """Return the last step of a run whose line stands; -1 for none."""
     file = workdir / "metrics.jsonl"
     if not file.exists():
         return -1

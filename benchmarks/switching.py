@@ -15,7 +15,7 @@ from benchmarks._steps import Steps
 
 
 def measure(effort: Effort) -> list[Quantity]:
-    """The ratio, and milliseconds of the host per step."""
+    """Return the ratio, and milliseconds of the host per step."""
     steps = Steps(effort.block)
     length = effort.steps * steps.period
     order = steps.order(0, length)

@@ -35,7 +35,7 @@ TASK = "captions"
 
 
 def measure(effort: Effort) -> list[Quantity]:
-    """Ratios, peer to ours, and what both do."""
+    """Return ratios, peer to ours, and what both do."""
     if not _transfusion_pytorch.is_installed():
         return []
     seed = effort.block.get("seed", 0)
@@ -67,7 +67,7 @@ def measure(effort: Effort) -> list[Quantity]:
 
 
 def block(seed: int) -> Block:
-    """The config of our half."""
+    """Return the config of our half."""
     layer = {
         "name": "transformer", "num_heads": HEADS, "mlp_dim": HIDDEN, "norm": "rms", "mlp": "swiglu",
         "rotary": 10_000.0, "qk_norm": True,
@@ -99,7 +99,7 @@ def block(seed: int) -> Block:
 
 
 def row_tokens(experiment: Experiment) -> int:
-    """Tokens of a row in our trunk: those of both stems, and the text's begin token."""
+    """Return tokens of a row in our trunk: those of both stems, and the text's begin token."""
     shapes = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct((1, *s.shape), s.dtype),
         experiment.tasks[TASK].rows().shapes().inputs,

@@ -36,7 +36,7 @@ Step = Callable[[], Any]
 
 
 def measure(effort: Effort) -> list[Quantity]:
-    """Ratios of seconds."""
+    """Return ratios of seconds."""
     seed = effort.block.get("seed", 0)
     result = []
     for count in (2, 3):
@@ -66,7 +66,7 @@ def _wait(step: Step) -> None:
 
 
 def _trunk_step(layout: Layout, is_untied: bool, seed: int) -> Step:
-    """Loss and gradient of a trunk."""
+    """Return loss and gradient of a trunk."""
     names = list(dict.fromkeys(name for name, _ in layout))
     block = (
         {**BLOCK, "per_modality": {"parts": list(PARTS), "modalities": names}}
@@ -89,7 +89,7 @@ def _trunk_step(layout: Layout, is_untied: bool, seed: int) -> Step:
 
 
 def _scan_step(scan: Callable[[jax.Array, Tokens], jax.Array], seed: int) -> Step:
-    """Loss and gradient of the selective recurrence alone."""
+    """Return loss and gradient of the selective recurrence alone."""
     keys = jax.random.split(jax.random.key(seed), 4)
     sizes = (INNER, INNER, STATE, STATE)
     x, step, b, c = (
@@ -102,7 +102,7 @@ def _scan_step(scan: Callable[[jax.Array, Tokens], jax.Array], seed: int) -> Ste
 
 
 def _recurrence(a_EN: jax.Array, tokens: Tokens) -> jax.Array:
-    """Token by token."""
+    """Return the recurrence, token by token."""
 
     def body(h_BEN: jax.Array, token: Tokens) -> tuple[jax.Array, jax.Array]:
         write_BEN = (token.step_BSE * token.x_BSE)[..., None] * token.in_BSN[:, None]

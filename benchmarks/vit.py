@@ -34,7 +34,7 @@ OURS, FLAX, TORCH = "ours", "Flax", "PyTorch"
 
 
 def measure(effort: Effort) -> list[Quantity]:
-    """Ratios, ours to each peer."""
+    """Return ratios, ours to each peer."""
     seed = effort.block.get("seed", 0)
     result = []
     for size, pixels, batch in SHAPES:
@@ -99,7 +99,7 @@ def _ours(steps: Steps, batch: HostBatch) -> Callable[[], float]:
 
 
 def peers(steps: Steps, size: str, pixels: int, batch: HostBatch) -> dict[str, Callable[[], float]]:
-    """Steps of the others, which begin with our parameters."""
+    """Return steps of the others, which begin with our parameters."""
     width, layers, heads = SIZES[size]
     sizes = {
         "width": width,
@@ -122,7 +122,7 @@ def peers(steps: Steps, size: str, pixels: int, batch: HostBatch) -> dict[str, C
 
 
 def by_layer(parameters: Arrays, layers: int, side: int, task: str = TASK) -> dict[str, Any]:
-    """Our parameters in the words of the peers: layers apart, positions as one table."""
+    """Return our parameters in the words of the peers: layers apart, positions as one table."""
     p = {name: np.asarray(value) for name, value in parameters.items()}
     position = "stems/image/positions"
     places = grid(y=side, x=side)

@@ -168,7 +168,7 @@ def classified(modality: str, classes: int) -> dict[str, Any]:
 
 
 def tasks(initial: float) -> dict[str, Any]:
-    """The six tasks; `interval` is the passes from one visit to the next."""
+    """Return the six tasks; `interval` is the passes from one visit to the next."""
     image = {"field": "image", "frames": 1, "size": 256, "crop": 0.5, "flip": True}
     clip = {"frames": 4, "stride": 2, "size": 256, "crop": 0.5, "flip": True}
     # Captions may read what is written in the picture: it is not mirrored.
@@ -276,7 +276,7 @@ def clips(split: str) -> dict[str, Any]:
 
 
 def spoken(split: str, voices: str) -> dict[str, Any]:
-    """Clips with the names of what they show, spoken."""
+    """Return clips with the names of what they show, spoken."""
     right = built("speech", voices)
     return {"name": "joined", "left": clips(split), "right": right, "by": "concept", "take": ["audio"]}  # fmt: skip
 

@@ -63,7 +63,7 @@ def data(split: str) -> dict[str, Any]:
 
 
 def evaluators(source: dict[str, Any], modalities: Sequence[str]) -> dict[str, Any]:
-    """Accuracy given both modalities, and given each of them alone."""
+    """Return accuracy given both modalities, and given each of them alone."""
     given = {"both": [], **{name: [name] for name in modalities}}
     return {
         name: {"name": "accuracy", "source": source, "modalities": only}
@@ -74,7 +74,7 @@ def evaluators(source: dict[str, Any], modalities: Sequence[str]) -> dict[str, A
 def layers(
     apart: int, fused: int, heads: int, hidden: int, modalities: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Layers in which modalities keep apart, then those in which fusion tokens pass between them."""
+    """Return layers in which modalities keep apart, then those in which fusion tokens pass between them."""
     block = {
         "name": "bottleneck", "modalities": list(modalities), "num_heads": heads, "mlp_dim": hidden,
         "bias": True, "attention_bias": True,

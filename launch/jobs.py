@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
 def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str]]:
-    """The flags, and the words for `mmjax train` among them.
+    """Return the flags, and the words for `mmjax train` among them.
 
     Raises:
       JobError: an unknown flag; a config that is not there; a control character in a value.
@@ -90,7 +90,7 @@ def parse(
 
 
 def shared(flags: argparse.ArgumentParser) -> None:
-    """The flags of every kind of job."""
+    """Add the flags of every kind of job."""
     flags.add_argument(
         "--config",
         required=True,
@@ -107,7 +107,7 @@ def positive(text: str) -> int:
 
 
 def name(text: str) -> str:
-    """A name as Cloud and Kubernetes take it."""
+    """Return a name as Cloud and Kubernetes take it."""
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", text):
         raise argparse.ArgumentTypeError(
             f"'{text}': small letters, digits and dashes, a letter first, at most 40"
@@ -116,7 +116,7 @@ def name(text: str) -> str:
 
 
 def option(text: str) -> str:
-    """A value that Slurm takes on an #SBATCH line, which it splits at spaces, quotes and number signs."""
+    """Return a value that Slurm takes on an #SBATCH line, which it splits at spaces, quotes and number signs."""
     if not re.fullmatch(r"[^\s'\"\\#]*", text):
         raise argparse.ArgumentTypeError(
             f"{text!r}: no spaces, quotes, backslashes or number signs"
@@ -146,7 +146,7 @@ def need_bucket(given: argparse.Namespace) -> None:
 
 
 def local_pod(argv: Sequence[str]) -> int:
-    """Several processes over loopback, each with its own devices."""
+    """Run several processes over loopback, each with its own devices."""
     flags = Parser(prog="local_pod.sh", description="A pod of processes on this machine.")
     shared(flags)
     flags.add_argument("--processes", type=positive, default=2, help="how many")
@@ -166,7 +166,7 @@ def local_pod(argv: Sequence[str]) -> int:
 
 
 def member(given: argparse.Namespace, index: int, where: str) -> dict[str, str]:
-    """The environment variables that make a process one of the pod."""
+    """Return the environment variables that make a process one of the pod."""
     before = os.environ.get("XLA_FLAGS", "")
     devices = f"--xla_force_host_platform_device_count={given.devices}"
     alone = given.processes == 1
@@ -197,7 +197,7 @@ class Pod:
         self._lifeline = os.pipe()  # closed by the system when this process ends, however it ends
 
     def run(self, words: Sequence[str]) -> int:
-        """Until all have ended: 0, or how the first that failed ended."""
+        """Wait until all have ended: return 0, or how the first that failed ended."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._tell)
         for index, environment in enumerate(self._environments):
@@ -252,7 +252,7 @@ class Pod:
             time.sleep(POLL)
 
     def _end(self, index: int, status: int) -> int:
-        """One has failed: the others cannot continue without it."""
+        """Stop the others, which cannot continue without the one that failed."""
         print(
             f"pod: process {index} {how(status)}; ending the others.", file=sys.stderr, flush=True
         )
@@ -294,7 +294,7 @@ def how(status: int) -> str:
 
 
 def marked(index: int, lines: IO[str]) -> None:
-    """Standard error of a process, each line with its number before it."""
+    """Copy standard error of a process, each line with its number before it."""
     for line in lines:
         print(f"[{index}] {line}", end="", file=sys.stderr, flush=True)
 
@@ -303,7 +303,7 @@ def marked(index: int, lines: IO[str]) -> None:
 
 
 def tpu(argv: Sequence[str]) -> int:
-    """A queued resource; the job on all its workers; again after each preemption."""
+    """Request a queued resource, and run the job on all its workers; again after each preemption."""
     flags = Parser(prog="tpu.sh", description="A job on a Cloud TPU slice.")
     shared(flags)
     flags.add_argument("--name", type=name, required=True, help="of the slice")
@@ -350,7 +350,7 @@ class Slice:
         return ["gcloud", "compute", "tpus", *words, f"--zone={self._given.zone}", *project]
 
     def _state(self) -> str:
-        """ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED and so on; nothing where there is no such slice."""
+        """Return ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED and so on; nothing where there is no such slice."""
         words = self._gcloud(
             "queued-resources", "describe", self._given.name, "--format=value(state.state)"
         )
@@ -363,7 +363,7 @@ class Slice:
         return done.stdout.strip()
 
     def _acquire(self) -> None:
-        """Have the slice, asking for it where it is not there."""
+        """Ensure that there is the slice, asking for it where it is not there."""
         given, state = self._given, self._state()
         if state in ("SUSPENDED", "SUSPENDING", "FAILED"):
             must(
@@ -387,7 +387,7 @@ class Slice:
             time.sleep(given.poll)
 
     def _work(self) -> int:
-        """The checkout to all workers, and the job on them."""
+        """Copy the checkout to all workers, and run the job on them."""
         given, archive = self._given, ROOT / ".mmjax-job.tar.gz"
         pack = ["git", "-C", str(ROOT), "archive", "--format=tar.gz", f"--output={archive}", "HEAD"]
         copy = self._gcloud(
@@ -416,7 +416,7 @@ class Slice:
 
 
 def gke(argv: Sequence[str]) -> int:
-    """A JobSet: a job for each slice, a pod for each of its hosts."""
+    """Start a JobSet: a job for each slice, a pod for each of its hosts."""
     flags = Parser(prog="gke.sh", description="A job on TPU slices of a GKE cluster.")
     shared(flags)
     flags.add_argument("--name", type=name, required=True, help="of the job")
@@ -449,7 +449,7 @@ def for_kubernetes(text: str) -> str:
 
 
 def jobset(given: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
-    """The manifest (jobset.x-k8s.io/v1alpha2)."""
+    """Return the manifest (jobset.x-k8s.io/v1alpha2)."""
     generation, _, grid = given.topology.partition(":")
     if generation not in TPU_HOSTS or not re.fullmatch(r"\d+x\d+(x\d+)?", grid):
         kinds = ", ".join(TPU_HOSTS)
@@ -494,7 +494,7 @@ def jobset(given: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
 
 
 def slurm(argv: Sequence[str]) -> int:
-    """A batch job: a process for each GPU, queued again when it is preempted or runs out of time."""
+    """Start a batch job: a process for each GPU, queued again when it is preempted or runs out of time."""
     flags = Parser(prog="slurm.sh", description="A job on GPU nodes of a Slurm cluster.")
     shared(flags)
     flags.add_argument("--name", type=name, required=True, help="of the job")

@@ -10,6 +10,16 @@ NEWEST_MINOR=13
 
 log_line() { printf '%s\n' "$*"; }
 
+# help_if_asked [ARGUMENT...]: if the first is -h or --help, prints the comment at the head of the script that calls it, and ends.
+help_if_asked() {
+  case ${1:-} in
+    -h | --help)
+      sed -n '2,/^set -/{s/^# \{0,1\}//p;}' "${BASH_SOURCE[1]}"
+      exit
+      ;;
+  esac
+}
+
 fail() {
   printf 'error: %s\n' "$*" >&2
   exit 2

@@ -9,12 +9,7 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-case ${1:-} in
-  -h | --help)
-    sed -n '2,/^set -/{s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
-    exit
-    ;;
-esac
+help_if_asked "$@"
 
 tag=${1:-${GITHUB_REF_NAME:-}}
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$ROOT/mmjax/__init__.py")

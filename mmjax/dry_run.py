@@ -23,10 +23,10 @@ from mmjax.monitor import metrics
 from mmjax.monitor.tables import human_flops, human_seconds, percent, table
 from mmjax.report.data import newest_meta
 from mmjax.schedule.phase_specs import BUDGET, phase_spec_at
-from mmjax.schedule.schedule import Schedule
+from mmjax.schedule.schedule import Schedule, numbers_of
 from mmjax.schedule.step_times import Pace, assumed_rate, measured, pace
 from mmjax.training.evaluation import open_held_out
-from mmjax.training.session import clock_after, count_examples, fresh_clock
+from mmjax.training.session import beyond, clock_after, count_examples, fresh_clock
 
 _ROW = 60  # steps of a line of the strip
 _ROWS = 5  # lines of it from the first step on
@@ -53,7 +53,7 @@ def dry_run(block: Block, workdir: epath.Path, allow_change: bool) -> None:
     print(f"Dry run: nothing is compiled or written. A run would {verb} step {clock.step} of {steps}.\n")  # fmt: skip
     _segments_table(experiment, clock.schedule)
     if clock.step >= steps:
-        print(f"{workdir} holds all {steps} steps.")
+        print(f"{beyond(workdir, clock.step, steps)}.")
         return
     print(f"Next steps, {_ROW} per line")
     print("\n".join(strip_lines(clock.schedule, clock.step, steps)) + "\n")
@@ -68,7 +68,7 @@ def _segments_table(experiment: Experiment, schedule: Schedule) -> None:
         rule = f"{segment.rule} ({BUDGET})" if spec.rule == BUDGET else segment.rule
         weights = ", ".join(f"{task} {weight}" for task, weight in segment.weights.items())
         rows.append((segment.start, end, planned.index(spec), rule, weights))
-    table("Segments", ("from step", "to", "phase", "rule", "weights"), rows)
+    table("Segments", ("from step", "to", "phase", "rule", numbers_of(schedule)), rows)
 
 
 def strip_lines(schedule: Schedule, start: int, stop: int) -> Iterator[str]:

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = flags.parse(parser, argv)
     processes.join(arguments)
     use_cache()
-    workdir = flags.folder(arguments.workdir)
+    workdir = flags.run_folder(arguments.workdir)
     records = evaluate(workdir, arguments.step, overrides)
     if processes.is_first():
         words = ["mmjax", "evaluate", *(sys.argv[1:] if argv is None else argv)]

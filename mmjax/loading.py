@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +34,7 @@ from mmjax.modalities.base import EXISTS, asset_name
 from mmjax.model import Model
 from mmjax.nn.experts import Experts
 from mmjax.objectives.base import (
+    Classifies,
     Embeds,
     Objective,
     Writes,
@@ -111,6 +112,24 @@ def check_files(workdir: epath.Path, meta: Mapping[str, Any], experiment: Experi
                     f"Put the run's own file at {workdir / 'assets' / asset_name(file)}; or, if this one is meant, "
                     "mmjax.load(path, allow_change=True)."
                 )
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The probabilities of the classes of some examples.
+
+    Attributes:
+      probabilities: float32 `[N, C]`, rows of sum 1.
+      names: of the classes, `C`; `class 7` where the task's data names none, or is not on this machine.
+    """
+
+    probabilities: np.ndarray
+    names: tuple[str, ...]
+
+    @property
+    def likeliest(self) -> list[str]:
+        """The name of each example's likeliest class."""
+        return [self.names[i] for i in self.probabilities.argmax(axis=1)]
 
 
 class TrainedModel:
@@ -218,9 +237,44 @@ class TrainedModel:
         chosen, modality, rows = self._inputs_of("embed", embedded, task, values)
 
         def of(model: Model, arguments: Any) -> jax.Array:
-            return able(chosen.objective, Embeds).embed(model, modality, arguments["arrays"])
+            inputs = arguments["inputs"]
+            return able(chosen.objective, Embeds).embed(model, modality, inputs[modality])
 
-        return np.asarray(self._over(chosen, modality, rows, "embed", of), np.float32)
+        return np.asarray(self._over(chosen, {modality: rows}, "embed", of), np.float32)
+
+    def predict(self, *, task: str | None = None, **values: Sequence[Any]) -> Predictions:
+        """Return the probabilities of the classes that a task such as `classification` predicts.
+
+        Args:
+          task: by default the first that predicts from exactly these modalities, else the first that takes them.
+          **values: one or several modalities, see `embed`; lists of one length, an example at each place.
+
+        Raises:
+          UserError: no such task or modality, a value that the modality cannot take, lists of different lengths, or a
+            modality is missing that the task needs too.
+        """
+        chosen = self._predicting(values, task)
+        rows = {
+            name: [self._row(chosen, name, index, item) for index, item in enumerate(items)]
+            for name, items in values.items()
+        }
+        if len({len(of_modality) for of_modality in rows.values()}) > 1:
+            lengths = ", ".join(f"{name} {len(of_modality)}" for name, of_modality in rows.items())
+            raise UserError(f"predict takes lists of one length; given: {lengths}.")
+
+        def of(model: Model, arguments: Any) -> jax.Array:
+            return able(chosen.objective, Classifies).predict(model, arguments["inputs"])
+
+        try:
+            logits_NC = self._over(chosen, rows, "predict", of).astype(np.float64)
+        except KeyError as error:
+            if error.args[0] not in set(classified(chosen.objective)) - set(values):
+                raise
+            needed = ", ".join(classified(chosen.objective))
+            raise UserError(f"Task '{chosen.name}' predicts from {needed} together.") from error
+        shares_NC = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
+        probabilities = (shares_NC / shares_NC.sum(axis=1, keepdims=True)).astype(np.float32)
+        return Predictions(probabilities, _class_names(chosen, logits_NC.shape[1]))
 
     def caption(
         self, *, task: str | None = None, seed: int = 0, **values: Sequence[Any]
@@ -244,14 +298,14 @@ class TrainedModel:
             )
 
         def of(model: Model, arguments: Any) -> jax.Array:
-            size = jax.tree.leaves(arguments["arrays"])[0].shape[0]
+            size = jax.tree.leaves(arguments["inputs"])[0].shape[0]
             key = jax.random.fold_in(jax.random.key(arguments["seed"]), arguments["chunk"])
             length = text.settings.length
             return able(chosen.objective, Writes).captions(
-                model, arguments["arrays"], length, jax.random.split(key, size)
+                model, arguments["inputs"][modality], length, jax.random.split(key, size)
             )
 
-        ids = self._over(chosen, modality, rows, "caption", of, seed=np.uint32(seed))
+        ids = self._over(chosen, {modality: rows}, "caption", of, seed=np.uint32(seed))
         return [text.modality.words(row) for row in ids]
 
     def compose(
@@ -325,6 +379,24 @@ class TrainedModel:
         tasks = "; ".join(f"{n} {_outputs(t)}" for n, t in self.tasks.items() if name in (None, n))
         raise UserError(f"{who} composes no sequence of: {what}. What there is: {tasks}.")
 
+    def _predicting(self, values: Mapping[str, Sequence[Any]], name: str | None) -> Task:
+        """Return the task that predicts from these modalities; raise unless each has a list of values."""
+        if not values:
+            raise UserError("predict takes one modality at least: model.predict(NAME=[...]).")
+        for modality, items in values.items():
+            _check_list("predict", modality, items)
+        takers = {
+            n: t
+            for n, t in self.tasks.items()
+            if values.keys() <= set(classified(t.objective)) and name in (None, n)
+        }
+        exact = [t for t in takers.values() if values.keys() == set(classified(t.objective))]
+        if takers:
+            return (exact or [*takers.values()])[0]
+        alone = [self._task("predict", classified, name, modality) for modality in values]
+        tasks = "; ".join(f"{t.name} {_outputs(t)}" for t in alone)
+        raise UserError(f"No task predicts from {', '.join(values)} together: {tasks}.")
+
     def _inputs_of(
         self,
         verb: str,
@@ -340,8 +412,7 @@ class TrainedModel:
                 f"The run has: {', '.join(known)}."
             )
         [(modality, items)] = values.items()
-        if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
-            raise UserError(f"{verb} takes a list: {modality}=[...].")
+        _check_list(verb, modality, items)
         chosen = self._task(verb, able, task, modality)
         rows = [self._row(chosen, modality, i, item) for i, item in enumerate(items)]
         return chosen, modality, rows
@@ -391,29 +462,30 @@ class TrainedModel:
     def _over(
         self,
         task: Task,
-        modality: str,
-        rows: list[dict[str, np.ndarray]],
+        rows: Mapping[str, list[dict[str, np.ndarray]]],
         verb: str,
         of: Callable[[Model, Any], jax.Array],
         **extra: Any,
     ) -> np.ndarray:
-        """Return the results of `of` for the rows, in chunks; compiled once for each verb, task, modality and size.
+        """Return the results of `of` for the rows of one or several modalities, in chunks.
 
-        Blank rows fill a chunk up to a power of two, so that few programs serve lists of any length. Where rows
-        compete for experts there are none, since an expert's slots grow with the rows: each size has a program.
+        It is compiled once for each verb, task, modalities and size. Blank rows fill a chunk up to a power of two, so
+        that few programs serve lists of any length. Where rows compete for experts there are none, since an expert's
+        slots grow with the rows: each size has a program.
         """
-        call = self._calls.setdefault((verb, task.name, modality), self.compiled(of))
-        blank = _blank(task, modality)
+        call = self._calls.setdefault((verb, task.name, *sorted(rows)), self.compiled(of))
+        count = len(next(iter(rows.values())))
         outputs = []
-        for chunk, start in enumerate(range(0, max(len(rows), 1), _LARGEST)):
-            part = rows[start : start + _LARGEST]
-            size = max(len(part), 1)
+        for chunk, start in enumerate(range(0, max(count, 1), _LARGEST)):
+            filled = min(count - start, _LARGEST)
+            size = max(filled, 1)
             size = size if self._competes else 1 << (size - 1).bit_length()
-            padded = part + [blank] * (size - len(part))
-            arrays = {name: np.stack([row[name] for row in padded]) for name in blank}
-            arrays[EXISTS] = np.arange(size) < len(part)
-            arguments = {"arrays": arrays, "chunk": np.uint32(chunk), **extra}
-            outputs.append(np.asarray(call(arguments))[: len(part)])
+            inputs = {
+                name: _stacked(of_modality[start : start + _LARGEST], _blank(task, name), size)
+                for name, of_modality in rows.items()
+            }
+            arguments = {"inputs": inputs, "chunk": np.uint32(chunk), **extra}
+            outputs.append(np.asarray(call(arguments))[:filled])
         return np.concatenate(outputs)
 
     def compiled(self, function: Callable[[Model, Any], Any]) -> Callable[[Any], Any]:
@@ -443,6 +515,31 @@ def _blank(task: Task, modality: str) -> dict[str, np.ndarray]:
     return {n: np.zeros(s.shape, s.dtype) for n, s in task.inputs[modality].arrays().items()}
 
 
+def _stacked(
+    rows: list[dict[str, np.ndarray]], blank: Mapping[str, np.ndarray], size: int
+) -> dict[str, np.ndarray]:
+    """Return the arrays of `size` rows, those that are missing blank, and which of them exist."""
+    padded = rows + [blank] * (size - len(rows))
+    arrays = {name: np.stack([row[name] for row in padded]) for name in blank}
+    return {**arrays, EXISTS: np.arange(size) < len(rows)}
+
+
+def _check_list(verb: str, modality: str, items: Any) -> None:
+    if isinstance(items, (str, bytes)) or not isinstance(items, Iterable):
+        raise UserError(f"{verb} takes a list: {modality}=[...].")
+
+
+def _class_names(task: Task, classes: int) -> tuple[str, ...]:
+    """Return the names of a task's classes, as its training data has them for its one integer field."""
+    fields, names = task.objective.fields(), list[str]()
+    if len(fields) == 1:
+        try:
+            names = list(task.source.open().labels.get(fields[0], ()))
+        except UserError as error:
+            logging.getLogger(__name__).warning("Classes have no names here: %s", error)
+    return tuple(names[i] if i < len(names) else f"class {i}" for i in range(classes))
+
+
 def _captioned(objective: Objective) -> tuple[str, ...]:
     """Return the modalities that the objective describes in text."""
     return written(objective)[:1]
@@ -464,4 +561,4 @@ def load(
     Raises:
       UserError: no such checkpoint, or another tokenizer than the run's.
     """
-    return TrainedModel(flags.folder(path), step, allow_change, merge)
+    return TrainedModel(flags.run_folder(path), step, allow_change, merge)

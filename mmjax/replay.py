@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if overrides:
         raise UserError(f"--config.{overrides[0]}: a replay takes the config of the run.")
     use_cache()
-    workdir = flags.folder(arguments.workdir)
+    workdir = flags.run_folder(arguments.workdir)
     outcome = replay(workdir, arguments.task, arguments.visit)
     print(
         f"Visit {arguments.visit} of task '{arguments.task}' is step {outcome.step}; "

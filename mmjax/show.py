@@ -178,7 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif arguments.names:
         show_names(names_in(arguments.workdir, arguments.step))
     else:
-        show_run(flags.folder(arguments.workdir), arguments.step, arguments.digest, arguments.all)
+        workdir = flags.run_folder(arguments.workdir)
+        show_run(workdir, arguments.step, arguments.digest, arguments.all)
     return 0
 
 

@@ -44,7 +44,7 @@ from mmjax.training.evaluation import Evaluation, announce_changed, read_results
 from mmjax.training.initial_state import initial_state
 from mmjax.training.loop import Loop
 from mmjax.training.origin import started_with
-from mmjax.training.session import Session, begin, roll_back
+from mmjax.training.session import Session, begin, beyond, roll_back
 from mmjax.training.signals import Signals
 
 STOPPED = 3
@@ -107,7 +107,9 @@ def _train(
         if session.is_done and not missing:
             records = read_results(workdir) or []
             _report_if_missing(session, activities)
-            print(f"Done: {workdir} holds all {experiment.run.steps} steps and their results.")
+            print(
+                f"Done: {beyond(workdir, session.clock.step, experiment.run.steps)}, with its results."
+            )
             return records
         if session.is_done:
             print(f"All {experiment.run.steps} steps are done; evaluating {', '.join(missing)}.")
@@ -269,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = flags.parse(parser, argv)
     block = flags.read_config(arguments.config, overrides)
     if arguments.dry_run:
-        dry_run(block, flags.folder(arguments.workdir), arguments.allow_change)
+        dry_run(block, flags.run_folder(arguments.workdir), arguments.allow_change)
         return 0
     processes.join(arguments)
     workdir = flags.make_workdir(arguments.workdir)

@@ -63,7 +63,7 @@ def x64() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def emoji_dir() -> epath.Path:
-    """The data folder with the emoji data set built in it."""
+    """Return the data folder with the emoji data set built in it."""
     build.build("emoji")
     return data_dir()
 
@@ -73,7 +73,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def command(emoji_dir: epath.Path) -> Command:
-    """`command("train", "--workdir=...", devices=1)`: a main of mmjax in a process of its own."""
+    """Return `command("train", "--workdir=...", devices=1)`: a main of mmjax in a process of its own."""
 
     def run(
         name: str,
@@ -91,12 +91,12 @@ def command(emoji_dir: epath.Path) -> Command:
 
 
 def command_line(name: str, *arguments: str) -> list[str]:
-    """The words of `python -m mmjax.NAME ARGUMENTS`."""
+    """Return the words of `python -m mmjax.NAME ARGUMENTS`."""
     return [sys.executable, "-m", f"mmjax.{name}", *arguments]
 
 
 def environment(devices: int = 1, more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of a process with `devices` forced CPU devices."""
+    """Return the environment of a process with `devices` forced CPU devices."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path, "COLUMNS": "80", **(more or {})}
@@ -104,13 +104,13 @@ def environment(devices: int = 1, more: Mapping[str, str] | None = None) -> dict
 
 @pytest.fixture(scope="session")
 def tiny_run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> epath.Path:
-    """A finished run of the tiny config, see `_shared_run`; read it, do not change it."""
+    """Return a finished run of the tiny config, see `_shared_run`; read it, do not change it."""
     return _shared_run(command, TINY, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def quickstart_run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> epath.Path:
-    """A finished run of the quickstart's six tasks, made tiny; read it, do not change it."""
+    """Return a finished run of the quickstart's six tasks, made tiny; read it, do not change it."""
     for name in build.BUNDLES["quickstart"]:
         build.build(name)
     return _shared_run(command, QUICKSTART_TINY, tmp_path_factory)
@@ -137,7 +137,7 @@ def _shared_run(command: Command, config: Path, factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def toy_command() -> Callable[..., Harness]:
-    """`toy_command(workdir)`: starts, watches and kills runs of the toy config, in processes of their own."""
+    """Return `toy_command(workdir)`: starts, watches and kills runs of the toy config, in processes of their own."""
 
     def make(workdir: Path, *overrides: str, env: Mapping[str, str] | None = None) -> Harness:
         folder, config = ROOT / "tests" / "extra", ROOT / "tests" / "configs" / "toy.py"
@@ -149,7 +149,7 @@ def toy_command() -> Callable[..., Harness]:
 
 @pytest.fixture(scope="session")
 def tiny_command(emoji_dir: epath.Path) -> Callable[..., Harness]:
-    """As `toy_command`, of the tiny config."""
+    """Return the same as `toy_command`, of the tiny config."""
 
     def make(workdir: Path, *overrides: str, env: Mapping[str, str] | None = None) -> Harness:
         words = [f"--config={TINY}", f"--workdir={workdir}", *overrides]
@@ -160,13 +160,13 @@ def tiny_command(emoji_dir: epath.Path) -> Callable[..., Harness]:
 
 @pytest.fixture(scope="session")
 def environment_of() -> Callable[..., dict[str, str]]:
-    """`environment_of(devices, more)`: for processes that are no main of mmjax."""
+    """Return `environment_of(devices, more)`: for processes that are no main of mmjax."""
     return environment
 
 
 @pytest.fixture(scope="session")
 def digest_of() -> Callable[..., str]:
-    """`digest_of(workdir)`: the last line of `mmjax show WORKDIR --digest`."""
+    """Return `digest_of(workdir)`: the last line of `mmjax show WORKDIR --digest`."""
 
     def last_line(workdir: Path, *arguments: str) -> str:
         done = mains.run(show.main, str(workdir), "--digest", *arguments)

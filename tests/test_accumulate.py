@@ -45,7 +45,7 @@ _PROGRAMS: dict[tuple[int, str], tuple[toyrun.Parts, Any]] = {}
 
 
 def program(parts: toyrun.Parts, name: str) -> Any:
-    """The training program of a task, one for all tests that share the parts."""
+    """Return the training program of a task, one for all tests that share the parts."""
     if (id(parts), name) not in _PROGRAMS:
         experiment = parts.experiment
         task, optimizer = experiment.tasks[name], experiment.optimizers.whole
@@ -113,7 +113,7 @@ def test_a_round_is_one_step_on_the_mean_of_its_gradients(unclipped: Round) -> N
 
 
 def expected_of(parts: toyrun.Parts, before: Any, mean: Any, number: int) -> np.ndarray:
-    """AdamW's first step in NumPy, from the mean gradient of a parameter."""
+    """Return AdamW's first step in NumPy, from the mean gradient of a parameter."""
     config, [(name, old)] = parts.experiment.run.optimizer, before.items()
     rate = float(parts.experiment.optimizers.whole.rate("one", ticks(number)))
     decay = config.weight_decay * parts.experiment.declaration.specs[name].decay

@@ -1,4 +1,4 @@
-"""What bad input gets: one line that states what, where and what to do, and a non-zero exit.
+"""Check what bad input gets: one line that states what, where and what to do, and a non-zero exit.
 
 Through the real command where the surroundings matter (a full disk, a file mode, a missing package of
 data); otherwise through the same mains in this process.
@@ -28,14 +28,14 @@ TOY = (f"--extra={toyrun.EXTRA}", f"--config={toyrun.CONFIG}")
 
 
 def error_line(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line on standard error of a command that failed."""
+    """Return the one line on standard error of a command that failed."""
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("mmjax: error: "), done.stderr
     return done.stderr.removeprefix("mmjax: error: ")
 
 
 def trained(*words: str, config: Any = TINY) -> str:
-    """The message of `mmjax train`, which is refused."""
+    """Return the message of `mmjax train`, which is refused."""
     return refused(train.main, f"--config={config}", *words)
 
 
@@ -46,7 +46,7 @@ def workdir(tmp_path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps of the toy config; copy it to change it."""
+    """Return four steps of the toy config; copy it to change it."""
     folder = tmp_path_factory.mktemp("toy") / "run"
     toyrun.run(folder, "steps=4")
     return folder
@@ -131,7 +131,7 @@ def test_missing_data_says_what_to_run(workdir, tmp_path, monkeypatch):
 
 
 def broken_data(emoji_dir: epath.Path, folder: Path, fault: str) -> None:
-    """A copy of the data set that a killed build or a bad copy could have left."""
+    """Return a copy of the data set that a killed build or a bad copy could have left."""
     shutil.copytree(emoji_dir / "emoji", folder / "emoji")
     home = folder / "emoji" / "1.0.0"
     shard = next(home.glob("emoji-train*"))
@@ -339,7 +339,7 @@ ls run/checkpoints > left
 
 
 def may_mount() -> list[str] | None:
-    """The words in front of a command that may mount, if this user has such."""
+    """Return the words in front of a command that may mount, if this user has such."""
     for words in (["unshare", "-m"], ["unshare", "-rm"]):
         test = [*words, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
         if shutil.which("unshare") and subprocess.run(test, capture_output=True).returncode == 0:

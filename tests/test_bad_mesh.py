@@ -1,4 +1,4 @@
-"""What a mesh or a batch that does not fit gets: one line that states what to change, before anything compiles."""
+"""Check what a mesh or a batch that does not fit gets: a line that states what to change, before anything compiles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOY = (f"--extra={toyrun.EXTRA}", f"--config={toyrun.CONFIG}")
 
 
 def trained(folder: Path, *overrides: str) -> str:
-    """The message of a training that is refused, and compiles no program of a task."""
+    """Return the message of a training that is refused, and compiles no program of a task."""
     words = [f"--config.{each}" for each in overrides]
     with mock.patch.object(compilation, "_compile", side_effect=AssertionError("it compiled")):
         return refused(train.main, *TOY, f"--workdir={folder / 'run'}", *words)

@@ -8,6 +8,7 @@ behind `<!-- not run: REASON -->` is not run.
 from __future__ import annotations
 
 import argparse
+import ast
 import configparser
 import doctest
 import importlib
@@ -246,6 +247,50 @@ def test_every_page_is_in_the_navigation_and_every_system_has_one() -> None:
 def test_version_and_changelog_and_citation_agree() -> None:
     assert f"\n## [{mmjax.__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
     assert f"\nversion: {mmjax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def imports(source: str) -> set[str]:
+    """Return the dotted names that Python imports from mmjax; of a module, what is used of it."""
+    tree, names = ast.parse(source), set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("mmjax"):
+            continue
+        for alias in node.names:
+            name = f"{node.module}.{alias.name}"
+            used = {
+                f"{name}.{n.attr}"
+                for n in ast.walk(tree)
+                if isinstance(n, ast.Attribute)
+                and isinstance(n.value, ast.Name)
+                and n.value.id == (alias.asname or alias.name)
+            }
+            names |= used if is_module(name) else {name}
+    return names
+
+
+def is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # what lies above it is no package
+        return False
+
+
+def test_imports_of_modules_and_of_names_are_collected() -> None:
+    source = "import numpy\nfrom mmjax.task import Task\nfrom mmjax.core import config as c\nc.flat({})\n"
+    assert imports(source) == {"mmjax.task.Task", "mmjax.core.config.flat"}
+
+
+def test_what_the_manual_imports_or_names_is_on_the_page_of_the_python_interface() -> None:
+    page = (ROOT / "docs" / "reference" / "python.md").read_text()
+    documented = set(re.findall(r"^::: (\S+)$", page, re.MULTILINE))
+    examples = [p.read_text() for p in (ROOT / "docs" / "examples").rglob("*.py")]
+    code = [b.code for p in PAGES for b in blocks(p) if b.language == "python"]
+    needed = set().union(*map(imports, examples + code))
+    for manual in PAGES:
+        named = re.findall(r"`(mmjax(?:\.\w+)+)(?:\(\))?`", manual.read_text())
+        needed |= {name for name in named if not is_module(name)} - {"mmjax.load"}
+    assert {"mmjax.task.Task", "mmjax.objectives.base.row_keys"} < needed
+    assert sorted(needed - documented) == []
 
 
 # --- what is generated -------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def files(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def steps_of(text: str) -> dict[int, str]:
-    """The strip: first step of a line -> its tasks, by name."""
+    """Return the strip: first step of a line -> its tasks, by name."""
     text = text.partition("per line\n")[2].partition("\n\n")[0] or text
     names = dict(re.findall(r"^ {9}(\w)  (\w+)$", text, re.M))
     lines = re.findall(r"^ {1,9}(\d+)  ([\w ]+)$", text, re.M)
@@ -92,6 +92,7 @@ def test_a_run_under_way_is_read_and_left_alone(tmp_path: Path) -> None:
     tasks = [x["task"] for x in deterministic(tmp_path / "run") if x["kind"] == "train"]
     assert steps_of(text) == {8: " ".join(tasks[8:])}
     assert "holds all 12 steps" in dry(tmp_path / "run")
+    assert "is at step 12, beyond steps = 10." in dry(tmp_path / "run", "steps=10")
 
 
 def test_step_times_of_a_run_whose_checkpoints_are_gone(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ DRAWINGS = 242  # held-out drawings
 
 @pytest.fixture(scope="module")
 def copy(tiny_run: epath.Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the run, whose results may change."""
+    """Return a copy of the run, whose results may change."""
     folder = tmp_path_factory.mktemp("evaluate") / "run"
     shutil.copytree(tiny_run, folder)
     return folder
@@ -41,7 +41,7 @@ def appended(workdir: Any) -> list[dict[str, Any]]:
 
 
 def evaluated(workdir: Path, *words: str) -> list[dict[str, Any]]:
-    """The records that an evaluation appends; the run's own results stay."""
+    """Return the records that an evaluation appends; the run's own results stay."""
     before, own = appended(workdir), (workdir / "results.json").read_bytes()
     ended = run(evaluate.main, f"--workdir={workdir}", *words)
     assert (ended.status, ended.err) == (0, ""), ended.err

@@ -51,7 +51,7 @@ def golden(
 
 
 def assert_sums(workdir: Path, expected: Mapping[str, Sequence[float]], tolerance: float) -> None:
-    """Sums of squares differ by rounding alone; a sum may cancel, so it is held to the parameter's norm."""
+    """Check sums: squares differ by rounding alone; a sum may cancel, so it is held to the parameter's norm."""
     found = runs.sums(workdir)
     assert found.keys() == expected.keys()
     for name, (total, squares) in expected.items():

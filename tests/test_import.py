@@ -17,7 +17,7 @@ FLAGS = {"absl", "argparse", "ml_collections"}
 
 
 def loaded_by(code: str) -> set[str]:
-    """Top-level modules that are loaded after `code` in a fresh process."""
+    """Return top-level modules that are loaded after `code` in a fresh process."""
     code += "\nimport sys, json; print(json.dumps(sorted({n.split('.')[0] for n in sys.modules})))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT

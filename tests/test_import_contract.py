@@ -32,7 +32,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The top packages or modules of mmjax that a file imports, `if TYPE_CHECKING` included."""
+    """Yield the top packages or modules of mmjax that a file imports, `if TYPE_CHECKING` included."""
     for node in ast.walk(ast.parse(path.read_text())):
         if (
             isinstance(node, ast.ImportFrom)

@@ -179,6 +179,14 @@ class held: pass
 MODULES = sorted(p for p in (ROOT / "mmjax").rglob("*.py") if not p.stem.endswith("_pb2"))
 
 
+def python_files() -> Iterator[Path]:
+    """Yield the Python files whose docstrings follow the rule."""
+    for folder in words.DOCUMENTED:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if not skipped(path):
+                yield path
+
+
 def files() -> Iterator[Path]:
     """Yield the files that are read, in order."""
     for name in words.READ:
@@ -217,12 +225,30 @@ def test_every_exception_is_needed() -> None:
     assert all((ROOT / name).exists() for name in words.ALLOWED_FILES)
 
 
+def documented(path: Path, source: str) -> Iterator[Documented]:
+    """Yield what has a docstring that follows the rule: all but tests, whose names are sentences themselves."""
+    for node in ast.walk(ast.parse(source)):
+        is_test = isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        if isinstance(node, Documented) and not (is_test and "tests" in path.parts):
+            yield node
+
+
+def test_helpers_are_documented_and_tests_are_not() -> None:
+    source = "def helper(): pass\ndef test_it(): pass\n"
+    for path, expected in (
+        (Path("tests/test_x.py"), ["helper"]),
+        (Path("x.py"), ["helper", "test_it"]),
+    ):
+        names = [n.name for n in documented(path, source) if isinstance(n, ast.FunctionDef)]
+        assert names == expected
+
+
 def test_docstrings_begin_with_a_sentence() -> None:
     hits = [
         f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}: {fault}"
-        for path in MODULES
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, Documented) and (fault := fault_of(node))
+        for path in python_files()
+        for node in documented(path.relative_to(ROOT), path.read_text())
+        if (fault := fault_of(node))
     ]
     assert hits == []
 

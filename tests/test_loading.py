@@ -10,8 +10,11 @@ import pickletools
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -61,13 +64,13 @@ def model(tiny_run: epath.Path) -> TrainedModel:
 
 @pytest.fixture(scope="module")
 def pictures() -> np.ndarray:
-    """`[5, 24, 20, 3]` uint8."""
+    """Return `[5, 24, 20, 3]` uint8."""
     return np.random.default_rng(0).integers(0, 256, (5, 24, 20, 3), np.uint8)
 
 
 @pytest.fixture
 def copy(tiny_run: epath.Path, tmp_path: Path) -> Path:
-    """A copy of the run to change."""
+    """Return a copy of the run to change."""
     shutil.copytree(tiny_run, tmp_path / "run")
     return tmp_path / "run"
 
@@ -343,6 +346,84 @@ def test_a_task_that_classifies_names_the_tasks_that_embed():
         UserError, match="The run does not embed 'sound'. Known: image, spectrogram, text, video"
     ):
         model.embed(sound=[])
+
+
+@pytest.fixture(scope="module")
+def classifier() -> TrainedModel:
+    """Return a model that classifies pictures, or two views of a sound together, with random parameters."""
+    config = configs.read_file(str(ROOT / "tests" / "configs" / "quickstart_tiny.py"))
+    config["tasks"] = {name: config["tasks"][name] for name in ("image_classes", "instruments")}
+    experiment = make_experiment(config)
+    model = object.__new__(TrainedModel)
+    model._experiment, model._calls = experiment, {}
+    model._stacked = jax.jit(lambda: experiment.declaration.initialise(0, np.float32))()
+    draw = np.random.default_rng(0)
+    model.parameters = {
+        name: draw.normal(size=value.shape).astype(np.float32) if "classifier" in name else value
+        for name, value in model.parameters.items()
+    }
+    model.tasks = {n: t.for_evaluation() for n, t in experiment.tasks.items()}
+    return model
+
+
+class Named(Tfds):
+    """A source whose data name two classes."""
+
+    def open(self) -> Any:
+        return SimpleNamespace(labels={"subgroup": ["cat", "dog"]})
+
+
+class Absent(Tfds):
+    """A source whose data are not on this machine."""
+
+    def open(self) -> Any:
+        raise UserError("No data here.")
+
+
+def test_predictions_are_the_softmax_of_the_logits_with_the_names_of_the_data(classifier, pictures):
+    task = replace(classifier.tasks["image_classes"], source=Named("emoji", "train"))
+    with mock.patch.dict(classifier.tasks, image_classes=task):
+        predictions = classifier.predict(image=list(pictures[:3]))
+    input_ = task.inputs["image"]
+    rows = [input_.preprocess({"image": input_.modality.raw(x)}, None) for x in pictures[:3]]
+    arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    logits = np.asarray(task.objective.predict(classifier.module, {"image": arrays}), np.float64)
+    expected = np.exp(logits) / np.exp(logits).sum(axis=1)[:, None]
+    assert predictions.probabilities.shape == (3, 99)
+    assert predictions.probabilities.dtype == np.float32
+    np.testing.assert_allclose(predictions.probabilities, expected, rtol=1e-4)
+    assert predictions.names[:3] == ("cat", "dog", "class 2") and len(predictions.names) == 99
+    assert predictions.likeliest == [predictions.names[i] for i in logits.argmax(axis=1)]
+
+
+def test_classes_are_numbered_where_the_data_is_not_here(classifier, pictures, caplog):
+    task = replace(classifier.tasks["image_classes"], source=Absent("emoji", "train"))
+    with mock.patch.dict(classifier.tasks, image_classes=task):
+        predictions = classifier.predict(image=list(pictures[:3]))
+    assert predictions.names[:2] == ("class 0", "class 1")
+    assert "Classes have no names here: No data here." in caplog.text
+
+
+def test_a_prediction_from_several_modalities_takes_a_list_of_each(classifier):
+    sounds = [np.sin(np.arange(5376) / n).astype(np.float32) for n in (3, 9)]
+    with mock.patch.object(Tfds, "open", Absent.open):
+        both = classifier.predict(spectrogram=sounds, waveform=sounds)
+    assert both.probabilities.shape == (2, 128)
+    np.testing.assert_allclose(both.probabilities.sum(axis=1), 1, rtol=1e-5)
+    assert np.abs(both.probabilities[0] - both.probabilities[1]).max() > 1e-3
+    for values, words in (
+        ({"waveform": sounds}, "Task 'instruments' predicts from spectrogram, waveform together."),
+        ({"waveform": sounds, "spectrogram": sounds[:1]}, "given: waveform 2, spectrogram 1"),
+        ({"waveform": sounds, "image": []}, "No task predicts from waveform, image together: "),
+        ({"waveform": "beep"}, r"predict takes a list: waveform=\[\.\.\.\]"),
+        ({}, "predict takes one modality at least"),
+        (
+            {"task": "image_classes", "waveform": sounds},
+            "'image_classes' does not predict 'waveform'",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            classifier.predict(**values)
 
 
 def test_a_run_that_is_not_there(tmp_path, tiny_run):

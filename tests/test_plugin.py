@@ -55,13 +55,13 @@ WRONG = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workdir of the run that `ended` makes."""
+    """Return the workdir of the run that `ended` makes."""
     return tmp_path_factory.mktemp("tones") / "run"
 
 
 @pytest.fixture(scope="module")
 def ended(extra: Path, run: Path, environment_of: Any) -> dict[str, Ended]:
-    """How mains with the folder ended, all in one process."""
+    """Return how mains with the folder ended, all in one process."""
     config = [f"--extra={extra}", f"--config={extra}/tones.py"]
     commands = {
         "train": ["train", *config, f"--workdir={run}"],
@@ -75,7 +75,7 @@ def ended(extra: Path, run: Path, environment_of: Any) -> dict[str, Ended]:
 
 @pytest.fixture(scope="module")
 def without(ended: Any, run: Path, environment_of: Any) -> dict[str, Ended]:
-    """How mains ended in a process that was not given the folder."""
+    """Return how mains ended in a process that was not given the folder."""
     commands = {"evaluate": ["evaluate", f"--workdir={run}"], "show": ["show", str(run)]}
     return apart(environment_of(1), commands)
 

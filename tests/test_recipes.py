@@ -133,7 +133,7 @@ def test_the_largest_coca_is_traced_whole() -> None:
 
 
 def coca_parameters(size: str) -> dict[str, float]:
-    """Millions of parameters: of the image encoder, the text decoder (its `logits` among them), and the rest."""
+    """Return millions of parameters: of the image encoder, the text decoder (its `logits` among them), and the rest."""
     result = {"image": 0.0, "text": 0.0, "logits": 0.0, "other": 0.0}
     for name, spec in experiment(f"coca:{size}").declaration.specs.items():
         count = math.prod(spec.shape) / 1e6
@@ -224,7 +224,7 @@ def test_a_small_fusion_differs_in_sizes_and_data_only(system: str) -> None:
 
 
 def names_of_layers(config: Any) -> list[Any]:
-    """By group: what its blocks are, without their sizes and modalities."""
+    """Return by group what its blocks are, without their sizes and modalities."""
     kept = ("name", "fuse")
     return [
         [{k: b[k] for k in kept if k in b} for b in group["blocks"]]

@@ -30,7 +30,7 @@ def total(name: str, *prefixes: str) -> int:
 
 
 def met(name: str, part: str = "trunk") -> int:
-    """Parameters of a part that a token meets."""
+    """Return parameters of a part that a token meets."""
     rows = rows_of_config(experiment(name).declaration.specs)
     active: int = next(row["active_per_token"] for row in rows if row["part"] == part)
     return active

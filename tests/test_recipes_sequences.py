@@ -23,7 +23,7 @@ ALL = [(system, setting) for system, (_, settings) in SETTINGS.items() for setti
 
 
 def trunk(name: str) -> int:
-    """Parameters of the trunk."""
+    """Return parameters of the trunk."""
     specs = experiment(name).declaration.specs
     return sum(math.prod(s.shape) for n, s in specs.items() if n.startswith("trunk/"))
 

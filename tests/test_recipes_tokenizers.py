@@ -1,4 +1,4 @@
-"""Which tokenizer a recipe reads its texts by: small ones name theirs, large ones are given one."""
+"""Check which tokenizer a recipe reads its texts by: small ones name theirs, large ones are given one."""
 
 from __future__ import annotations
 

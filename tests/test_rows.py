@@ -90,7 +90,7 @@ def task(name: str) -> Task:
 
 
 def batch(seed: int, valid: np.ndarray = VALID) -> dict[str, Any]:
-    """A batch whose valid rows are always the same; the content of the others depends on the seed."""
+    """Return a batch whose valid rows are always the same; the content of the others depends on the seed."""
     fixed, other = np.random.default_rng(0), np.random.default_rng(seed)
 
     def rows(make: Any) -> jax.Array:
@@ -115,7 +115,7 @@ def batch(seed: int, valid: np.ndarray = VALID) -> dict[str, Any]:
 
 @cache
 def built(name: str) -> tuple[Declaration, Any]:
-    """The model's declaration, and `batch -> (loss, gradient)` with random parameters, compiled."""
+    """Return the model's declaration, and `batch -> (loss, gradient)` with random parameters, compiled."""
     heads = OBJECTIVES[name].heads(Widths.same(WIDTH), INPUTS)
     declaration = declare_model(ModelConfig(WIDTH, MIXED), MODALITIES, [("h", heads)])
     rng = np.random.default_rng(3)

@@ -47,7 +47,7 @@ def spec(shared: bool = True, **inputs: Mapping[str, Any]) -> RowSpec:
 
 
 def starts(rows: RowSpec, seed: int | None) -> dict[str, np.ndarray]:
-    """Where each instance of each input begins: frames, and samples."""
+    """Return where each instance of each input begins: frames, and samples."""
     rng = None if seed is None else np.random.default_rng(seed)
     arrays = rows.make(EXAMPLE, rng).inputs
     result = {}

@@ -1,4 +1,4 @@
-"""What a checkpoint or a config holds, in tables; and a digest that depends on the parameters alone."""
+"""Check what a checkpoint or a config holds, in tables; and a digest that depends on the parameters alone."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def cells(text: str) -> list[list[str]]:
 
 
 def totals(text: str) -> dict[str, int]:
-    """Part -> total of the table of parameters."""
+    """Return part -> total of the table of parameters."""
     parts = {*PARTS, "all"}
     return {row[0]: int(row[1]) for row in cells(text) if row and row[0] in parts}
 
@@ -142,7 +142,7 @@ def test_the_digest_tells_a_bit_a_name_and_a_shape():
 
 
 def initial(folder: Path, *overrides: str) -> str:
-    """The digest of a checkpoint of the toy config's initial state."""
+    """Return the digest of a checkpoint of the toy config's initial state."""
     experiment = make_experiment(toyrun.block(*overrides))
     zeros = dict.fromkeys(experiment.tasks, 0)
     clock = Clock(0, experiment.planned.schedule(), zeros, zeros, zeros)

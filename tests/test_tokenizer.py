@@ -26,7 +26,7 @@ def call(*words: Any) -> Ended:
 
 
 def records(folder: Path, examples: Sequence[Mapping[str, list[bytes]]]) -> Path:
-    """A folder of two ArrayRecord files that hold the examples in order."""
+    """Return a folder of two ArrayRecord files that hold the examples in order."""
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2 as pb
 
@@ -44,7 +44,7 @@ def records(folder: Path, examples: Sequence[Mapping[str, list[bytes]]]) -> Path
 
 
 def source(kind: str, folder: Path) -> Path:
-    """The texts in a source of this kind, in the field `caption`."""
+    """Return the texts in a source of this kind, in the field `caption`."""
     path = folder / f"texts.{kind}"
     if kind == "txt":
         path.write_text("\n".join([*TEXTS[:3], "", *TEXTS[3:]]))

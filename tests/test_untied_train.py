@@ -35,7 +35,7 @@ BOTH = {
 
 
 def overrides(*pattern: Any, norms: Any = ()) -> list[str]:
-    """The toy config with a second modality, and a task that reads both as one sequence."""
+    """Return the toy config with a second modality, and a task that reads both as one sequence."""
     one = {**toyrun.block()["tasks"]["one"], "weight": 1, "evaluators": {}}
     return [
         "modalities.other={'name': 'toy'}",
@@ -48,7 +48,7 @@ def overrides(*pattern: Any, norms: Any = ()) -> list[str]:
 
 
 def after(tasks: list[str], *more: str) -> list[Any]:
-    """The states after steps of `tasks`."""
+    """Return the states after steps of `tasks`."""
     toy = parts(*more)
     programs = compile_all(train_requests(toy.experiment, toy.mesh), toy.mesh, LimitsConfig())
     state, states = toy.state, []
@@ -62,7 +62,7 @@ def after(tasks: list[str], *more: str) -> list[Any]:
 
 
 def unchanged(states: list[Any]) -> set[str]:
-    """The parameters that the last step leaves alone with their optimizer state, to the bit."""
+    """Return the parameters that the last step leaves alone with their optimizer state, to the bit."""
     result = set()
     for name in states[-1].parameters:
         one, two = ((s.parameters[name], s.optimizer[name]) for s in states[-2:])
@@ -97,7 +97,7 @@ FREEZE = [r"(trunk/layers/\d+/.*|trunk/norm)/toy(/.*)?", "stems/toy/.*", "heads/
 
 
 def text_model(path: Path) -> Mapping[str, np.ndarray]:
-    """A dense model's parameters, in a file."""
+    """Return a dense model's parameters, in a file."""
     toy = parts(*overrides(DENSE))
     dense = host(to_canonical(toy.experiment.declaration.specs, toy.state.parameters))
     np.savez(path, **{n: a + 0.1 for n, a in dense.items() if "other" not in n})
@@ -105,7 +105,7 @@ def text_model(path: Path) -> Mapping[str, np.ndarray]:
 
 
 def outputs(parameters: Mapping[str, Any], *config: str) -> np.ndarray:
-    """The model's output for texts alone."""
+    """Return the model's output for texts alone."""
     declaration = parts(*config).experiment.declaration
     rows = jnp.asarray(np.random.default_rng(5).normal(size=(4, 2, 6)), jnp.float32)
 

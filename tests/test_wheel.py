@@ -48,7 +48,7 @@ def pip(*words: str, cwd: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built without the network from a copy of the sources, so that the checkout stays clean."""
+    """Return the wheel, built without the network from a copy of the sources, so that the checkout stays clean."""
     root = tmp_path_factory.mktemp("wheel")
     (root / "source").mkdir()
     for name in SOURCES:
@@ -69,14 +69,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path) -> Path:
-    """A folder that holds mmjax from the wheel, and nothing else."""
+    """Return a folder that holds mmjax from the wheel, and nothing else."""
     target = wheel.parent.parent / "installed"
     pip("install", "--no-deps", "--no-index", f"--target={target}", str(wheel), cwd=wheel.parent)
     return target
 
 
 def call(installed: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Python outside the checkout, whose only mmjax on the path is that of the wheel."""
+    """Run Python outside the checkout, whose only mmjax on the path is that of the wheel."""
     others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     path = os.pathsep.join([str(installed), *(p for p in others if Path(p).resolve() != ROOT)])
     elsewhere = installed.parent / "elsewhere"

@@ -1,4 +1,4 @@
-"""What `mechanisms.py` compares: systems with their mechanism and without it, and the claims of IMP and LIMoE."""
+"""Comparisons of `mechanisms.py`: systems with their mechanism and without it, and the claims of IMP and LIMoE."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _two(config: str, label: str, plain: str) -> dict[str, Variant]:
 
 
 def _coca(*overrides: str) -> Variant:
-    """A fifth of the recipe's steps."""
+    """Return a fifth of the recipe's steps."""
     return Variant("configs/coca.py:small", ("steps=250", "checkpoint.every=250", *overrides))
 
 
@@ -110,7 +110,7 @@ def _short(steps: int) -> tuple[str, ...]:
 
 
 def _against_imp(asks: str, routed: bool = False, **others: Variant) -> Comparison:
-    """Labels are the names of the arguments, with spaces."""
+    """Return a comparison. Labels are the names of the arguments, with spaces."""
     labelled = {label.replace("_", " "): variant for label, variant in others.items()}
     return Comparison(
         asks,
@@ -172,7 +172,7 @@ COMPARISONS = {**SYSTEMS, **IMP}
 
 
 def chosen(only: Sequence[str]) -> list[str]:
-    """Names of comparisons, by their own or their suite's; all if there is none.
+    """Return names of comparisons, by their own or their suite's; all if there is none.
 
     Raises:
       KeyError: a name that is neither.

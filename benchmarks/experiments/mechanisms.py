@@ -34,7 +34,7 @@ SPAN = 20  # steps over which a training loss is smoothed
 
 
 def flops(block: Block) -> int:
-    """Model FLOPs of a whole run."""
+    """Return model FLOPs of a whole run."""
     experiment = make_experiment(block)
     steps = experiment.run.steps
     visits = experiment.phases.visits(experiment.planned.schedule(), 0, steps)
@@ -44,7 +44,7 @@ def flops(block: Block) -> int:
 def trials(
     comparison: Comparison, seeds: Sequence[int], more: Sequence[str]
 ) -> tuple[dict[Trial, Variant], dict[str, dict[str, int]]]:
-    """The runs, seed by seed, and of each variant its steps and the FLOPs of a run."""
+    """Return the runs, seed by seed, and of each variant its steps and the FLOPs of a run."""
     cost: dict[str, dict[str, int]] = {}
     wanted = 0
     for label, variant in comparison.variants.items():
@@ -83,7 +83,7 @@ def summarise(
 
 
 def smoothed(values: Sequence[float]) -> np.ndarray:
-    """The mean over the last `SPAN` steps, or over all so far."""
+    """Return the mean over the last `SPAN` steps, or over all so far."""
     sums = np.cumsum([0.0, *values])
     ends = np.arange(1, len(sums))
     begins = np.maximum(ends - SPAN, 0)
@@ -92,7 +92,7 @@ def smoothed(values: Sequence[float]) -> np.ndarray:
 
 
 def read_steps(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's training steps."""
+    """Return the lines of a run's training steps."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "train"]
 
@@ -117,7 +117,7 @@ def in_use(steps: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, int]]:
 
 
 def routing(found: Mapping[Trial, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """A row for each layer and modality, as those of `summarise`; by chance, all experts are used alike."""
+    """Return a row for each layer and modality, as those of `summarise`; by chance, all experts are used alike."""
     rows: dict[str, dict[str, Any]] = {}
     for trial, steps in found.items():
         for name, (value, count) in in_use(steps).items():
@@ -130,18 +130,18 @@ def routing(found: Mapping[Trial, Sequence[Mapping[str, Any]]]) -> list[dict[str
 
 
 def course(steps: Sequence[Mapping[str, Any]], parts: Sequence[str]) -> dict[str, list[float]]:
-    """Each part of the training loss at every step of a run, smoothed."""
+    """Return each part of the training loss at every step of a run, smoothed."""
     return {part: smoothed([line[part] for line in steps]).tolist() for part in parts}
 
 
 def share_to_match(system: Sequence[float], other: Sequence[float]) -> float | None:
-    """The share of its steps after which the system is where the other one ends; None if it never is."""
+    """Return the share of its steps after which the system is where the other one ends; None if it never is."""
     there = np.flatnonzero(np.asarray(system) <= other[-1])
     return float((there[0] + 1) / len(system)) if len(there) else None
 
 
 def markdown(name: str, made: Mapping[str, Any]) -> str:
-    """A table of a comparison: percentages, but for losses."""
+    """Return a table of a comparison: percentages, but for losses."""
     labels = list(made["cost"])
     costs = "; ".join(
         f"{label}: {cost['steps']} steps, {cost['flops'] / 1e12:.3g} TFLOP"
@@ -217,7 +217,7 @@ def _pyplot() -> Any:
 
 
 def plot(made: Mapping[str, Any], path: Path) -> None:
-    """A panel for each measure: every seed a point, the mean a line."""
+    """Draw a panel for each measure: every seed a point, the mean a line."""
     pyplot = _pyplot()
     rows, labels = made["rows"], list(made["cost"])
     across = min(4, len(rows))
@@ -244,7 +244,7 @@ def plot(made: Mapping[str, Any], path: Path) -> None:
 
 
 def plot_courses(courses: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """A panel for each part: a line for each run, in the colour of its variant."""
+    """Draw a panel for each part: a line for each run, in the colour of its variant."""
     pyplot = _pyplot()
     parts = list(next(iter(courses.values()))[0])
     figure, panels = pyplot.subplots(

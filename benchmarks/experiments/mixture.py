@@ -1,4 +1,4 @@
-"""What a mixture of tasks reaches over several seeds, and what each task reaches alone.
+"""Results of a mixture of tasks over several seeds, and of each task alone.
 
     python -m benchmarks.experiments.mixture --config=FILE --out=DIR [--seeds=0,1,2] [--alone] [--config.KEY=VALUE ...]
 
@@ -47,7 +47,7 @@ class Trial:
 
 
 def trials(block: Block, seeds: Sequence[int], alone: bool) -> Iterator[Trial]:
-    """The runs, the mixtures first."""
+    """Yield the runs, the mixtures first."""
     for seed in seeds:
         yield Trial(seed, MIXTURE, (f"seed={seed}",))
     for seed in seeds if alone else ():
@@ -106,7 +106,7 @@ def summarise(found: Mapping[Trial, Sequence[Mapping[str, Any]]]) -> list[dict[s
 
 
 def shown(values: Mapping[int, float], unit: str) -> str:
-    """Mean and standard deviation over seeds; nothing where there is no run."""
+    """Return mean and standard deviation over seeds; nothing where there is no run."""
     if not values:
         return "-"
     factor, digits = UNITS[unit]
@@ -116,7 +116,7 @@ def shown(values: Mapping[int, float], unit: str) -> str:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], command: str) -> str:
-    """The table, percentages but for losses."""
+    """Return the table, percentages but for losses."""
     tasks: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         tasks[row["task"]].append(row)

@@ -90,7 +90,7 @@ class _Nothing:
 
 
 def measure(block: configs.Block, tokens: int = 0, rows: int = 4096) -> dict[str, Padding]:
-    """The padding of each task with a Transfusion objective, over about so many rows."""
+    """Return the padding of each task with a Transfusion objective, over about so many rows."""
     experiment = make_experiment(_narrow(block))
     model = experiment.declaration.merge(experiment.declaration.initialise(0))
     return {
@@ -101,7 +101,7 @@ def measure(block: configs.Block, tokens: int = 0, rows: int = 4096) -> dict[str
 
 
 def _narrow(block: configs.Block) -> configs.Block:
-    """The config with a model of no size: which tokens there are does not depend on it."""
+    """Return the config with a model of no size: which tokens there are does not depend on it."""
     layer = {"name": "transformer", "num_heads": 1, "mlp_dim": 8}
     model = {"width": 16, "layers": [{"repeat": 1, "blocks": [layer]}]}
     tasks = {}

@@ -128,14 +128,17 @@ def _arguments(get_config: Callable[..., Any], argument: str, file: str) -> list
 
 
 def _check_call(get_config: Callable[..., Any], arguments: list[str], file: str) -> None:
+    signature = inspect.signature(get_config)
     try:
-        inspect.signature(get_config).bind(*arguments)
+        signature.bind(*arguments)
     except TypeError as error:
-        received = f"'{arguments[0]}' was given" if arguments else "none was given"
-        raise UserError(
-            f"Config file '{file}': get_config{inspect.signature(get_config)}, but as its argument "
-            f"{received}. Write --config={file} or --config={file}:ARGUMENT."
-        ) from error
+        if not signature.parameters:
+            words = f"has no settings, and '{arguments[0]}' was given. Write --config={file}."
+        elif not arguments:
+            words = f"needs a setting: get_config{signature}. Write --config={file}:SETTING."
+        else:
+            words = f"takes no single setting: get_config{signature}. Give it one parameter."
+        raise UserError(f"Config file '{file}' {words}") from error
 
 
 def plain(value: Any, where: str) -> Any:
@@ -158,23 +161,39 @@ def plain(value: Any, where: str) -> Any:
 def override(config: Block, assignments: Sequence[str]) -> Block:
     """Return `config` with `a.b=value` assignments applied; values are Python literals, else strings.
 
-    A key may be new to the file (a default); unknown ones are found later, by the schema.
+    A key may be new to the file (a default); unknown ones are found later, by the schema. Entries of a list are
+    numbered from 0: `model.layers.0.repeat=2`, or `model.layers[0].repeat=2`.
+
+    Raises:
+      UserError: an assignment without `=`, a key below a plain value, or a list without that entry.
     """
     config = json.loads(json.dumps(config))
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"--config.{assignment}: write --config.KEY=VALUE.")
-        *parents, last = key.split(".")
-        block = config
+        *parents, last = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
+        block: Any = config
         for depth, name in enumerate(parents):
-            block = block.setdefault(name, {})
-            if not isinstance(block, dict):
-                raise UserError(
-                    f"--config.{key}: '{'.'.join(parents[: depth + 1])}' is a value, not a block."
-                )
-        block[last] = plain(_literal(text), key)
+            where = ".".join(parents[: depth + 1])
+            index = _index(block, name, key, ".".join(parents[:depth]))
+            block = block.setdefault(index, {}) if isinstance(block, dict) else block[index]
+            if not isinstance(block, dict | list):
+                raise UserError(f"--config.{key}: '{where}' is a value, not a block.")
+        block[_index(block, last, key, ".".join(parents))] = plain(_literal(text), key)
     return config
+
+
+def _index(block: Block | list[Any], name: str, key: str, where: str) -> Any:
+    """Return the index of a part of an assignment's key into the dictionary or list `where`."""
+    if isinstance(block, dict):
+        return name
+    if not name.isdecimal() or int(name) >= len(block):
+        numbers = f", numbered from 0 to {len(block) - 1}" if block else ""
+        raise UserError(
+            f"--config.{key}: the list '{where}' has no entry '{name}'; its length is {len(block)}{numbers}."
+        )
+    return int(name)
 
 
 def _literal(text: str) -> Any:

@@ -109,6 +109,14 @@ def folder(path: str) -> epath.Path:
     return epath.Path(os.path.abspath(os.path.expanduser(path)))
 
 
+def run_folder(path: str) -> epath.Path:
+    """Return the folder of a run that is read, see `folder`; an error if it is a file."""
+    workdir = folder(path)
+    if "://" not in path and workdir.is_file():
+        raise UserError(f"'{path}' is a file. Give a folder.")
+    return workdir
+
+
 def make_workdir(path: str) -> epath.Path:
     """Return the workdir, made if it is not there; an error if it is a file, or lies where no folder can be."""
     if not path:

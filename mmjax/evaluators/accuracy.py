@@ -76,7 +76,7 @@ class Accuracy(Evaluator):
         return [
             self.record(
                 task, f"top-{k} accuracy{self._of_modalities()}", (rank(logits_NC, label_N) < k).mean(), k / classes,
-                count, majority=float(largest[:k].sum() / count),
+                count, unit="fraction", majority=float(largest[:k].sum() / count),
             )
             for k in ((1, 5) if classes > MANY else (1,))
         ]  # fmt: skip

@@ -192,9 +192,10 @@ class Evaluator(abc.ABC):
           value: what was measured.
           chance: the value without any knowledge of the inputs.
           count: how many examples it is of.
-          **extra: further fields. Tables and the report know `unit` (without it the value is a fraction, printed in
-            percent; `loss` is a loss), `better` (`higher` or `lower`; without it a loss is better lower and everything
-            else higher) and `majority` (the value of always choosing the largest class).
+          **extra: further fields. Tables and the report know `unit` (`fraction`: printed in percent; `loss`: a loss;
+            another stands beside the number; a plain number without it), `better` (`higher` or `lower`; without it a
+            loss is better lower and everything else higher) and `majority` (the value of always choosing the largest
+            class).
 
         Raises:
           UserError: `better` is neither.
@@ -212,6 +213,7 @@ class Evaluator(abc.ABC):
             "value": float(value),
             "chance": float(chance),
             "count": int(count),
+            "unit": "",
             **extra,
         }
 

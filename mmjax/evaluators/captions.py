@@ -47,8 +47,14 @@ class Captions(Evaluator):
                 task, "caption loss", rows["cost"].sum() / max(tokens, 1),
                 entropy(np.concatenate(references_ids)), tokens, unit="loss",
             ),
-            self.record(task, "caption match", match(captions, references), match(others, references), len(references)),
-            self.record(task, "caption F1", f1(captions, references), f1(others, references), len(references)),
+            self.record(
+                task, "caption match", match(captions, references), match(others, references),
+                len(references), unit="fraction",
+            ),
+            self.record(
+                task, "caption F1", f1(captions, references), f1(others, references),
+                len(references), unit="fraction",
+            ),
         ]  # fmt: skip
 
 

@@ -84,7 +84,14 @@ class Retrieval(Evaluator):
         recalls = [float((np.concatenate(places) < k).mean()) for k in self.at]
         by_chance = chance(np.concatenate(positives), len(concepts), self.at)
         return [
-            self.record(task, f"{query} to {candidate} R@{k}", value, luck, len(query_concepts))
+            self.record(
+                task,
+                f"{query} to {candidate} R@{k}",
+                value,
+                luck,
+                len(query_concepts),
+                unit="fraction",
+            )
             for k, value, luck in zip(self.at, recalls, by_chance, strict=True)
         ]
 

@@ -54,6 +54,7 @@ class ZeroShot(Evaluator):
                 right.mean(),
                 1 / len(classes),
                 len(truth),
+                unit="fraction",
                 majority=float(majority),
             )
         ]

@@ -123,9 +123,9 @@ def results_table(records: Sequence[Mapping[str, Any]], stream: TextIO | None = 
     Args:
       records: name, task, split, value, chance, majority (optional), count, unit (optional), evaluator and
         step (optional; older runs have none).
-        Fractions, the usual unit, are shown in percent; a loss as a number, of which the lower is
-        the better; other units beside their number. With `better: lower` the lower value is the
-        better one, whatever the unit.
+        Fractions are shown in percent, and so are records without the key `unit`, which older runs have; a loss is
+        a number, of which the lower is the better; other units stand beside their number. With `better: lower` the
+        lower value is the better one, whatever the unit.
       stream: standard output if None.
     """
     heads = ["measure", "split", "value", "chance", "majority", "examples"]
@@ -136,7 +136,7 @@ def results_table(records: Sequence[Mapping[str, Any]], stream: TextIO | None = 
         if name != group:
             group = name
             cells.append([group, *[None] * (len(heads) - 1)])
-        unit = record.get("unit") or "fraction"
+        unit = record.get("unit", "fraction")
         measure = f"  {record['name']}" + (" (lower is better)" if is_better_lower(record) else "")
         against = [_amount(record.get(key), unit) for key in ("value", "chance", "majority")]
         cells.append([measure, record["split"], *against, record.get("count")])
@@ -301,7 +301,7 @@ def _amount(value: float | None, unit: str) -> str:
         return ""
     if unit == "fraction":
         return percent(value)
-    return loss_text(value) if unit == "loss" else f"{loss_text(value)} {unit}"
+    return loss_text(value) if unit in ("", "loss") else f"{loss_text(value)} {unit}"
 
 
 def _cell(value: Any) -> str:

@@ -210,6 +210,7 @@ class Aux:
 
 
 def no_aux() -> Aux:
+    """Return an `Aux` of loss 0 and nothing else."""
     return Aux(loss=jnp.zeros((), jnp.float32))
 
 

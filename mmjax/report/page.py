@@ -3,7 +3,8 @@
     mmjax report --workdir=DIR [--examples=N]
 
 Everything comes from the files of the folder, so it can be written at any time: during the run,
-after it was killed, on another machine. The panels of held-out examples need a checkpoint and the data.
+after it was killed, on another machine. The panels of held-out examples need a checkpoint, the data and,
+where the run has modules of its own, the run's --extra=DIR.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def write_report(workdir: epath.Path, examples: int = EXAMPLES) -> epath.Path:
     Raises:
       UserError: the folder holds no run, or a file of it is broken in the middle.
     """
-    workdir = flags.folder(str(workdir))
+    workdir = flags.run_folder(str(workdir))
     run = read_run(workdir)
     content = page(run, _gallery(run, examples) if examples else Html(""))
     replace_file(workdir / REPORT, content)
@@ -199,6 +200,19 @@ def _warn(words: str, error: Exception) -> None:
     logging.getLogger(__name__).warning("%s: %s", words, _words(error), exc_info=trace)
 
 
+def _check_config(workdir: epath.Path) -> None:
+    """Raise `UserError` if the run's config cannot be built here: its report would lack the held-out examples."""
+    config = read_run(workdir).config
+    try:
+        if config:
+            make_experiment(config, str(workdir / "assets"))
+    except UserError as error:
+        raise UserError(
+            f"{error} '{workdir / REPORT}' is not written. Give each --extra=DIR that the run had; "
+            "--examples=0 writes the report without held-out examples."
+        ) from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = flags.command("report", __doc__)
     flags.add_workdir(parser)
@@ -210,6 +224,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if overrides:
         raise UserError("A report shows a run as it is; remove --config.KEY=VALUE.")
     use_cache()
+    if arguments.examples:
+        _check_config(flags.run_folder(arguments.workdir))
     path = write_report(epath.Path(arguments.workdir), arguments.examples)
     print(f"Wrote {path} ({human_bytes(path.stat().length)}).")
     return 0

@@ -14,6 +14,7 @@ from mmjax.monitor.tables import human_count, human_seconds, loss_text, percent
 from mmjax.report.data import Run, Visits, wanted_shares
 from mmjax.report.html import Child, Html, bar, table, tag
 from mmjax.report.svg import Line, chart, colour, smoothed, strip
+from mmjax.schedule.schedule import numbers_of
 
 LANE = 200  # steps of the strip
 _MOST_EVENTS = 50
@@ -86,7 +87,7 @@ def schedule(run: Run) -> Iterator[Html]:
             (f"{s.start:,}", s.rule, ", ".join(f"{t} {w}" for t, w in s.weights.items()))
             for s in planned.segments
         ]
-        yield table("Segments of the schedule", ("from step", "rule", "weights"), rows)
+        yield table("Segments of the schedule", ("from step", "rule", numbers_of(planned)), rows)
 
 
 def optimisation(run: Run) -> Iterator[Html]:

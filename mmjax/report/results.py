@@ -173,7 +173,8 @@ def _chip(record: Record, than: str = "") -> Html | None:
 
 
 def _unit(record: Record) -> str:
-    return record.get("unit") or "fraction"
+    """Return the unit of a record; older runs have fractions without one."""
+    return str(record.get("unit", "fraction"))
 
 
 def _measure(record: Record) -> str:
@@ -183,7 +184,7 @@ def _measure(record: Record) -> str:
 
 def _shown(value: float, unit: str) -> str:
     shown = percent(value) if unit == "fraction" else loss_text(value)
-    return shown if unit in ("fraction", "loss") else f"{shown} {unit}"
+    return shown if unit in ("", "fraction", "loss") else f"{shown} {unit}"
 
 
 def _amount(value: float | None, unit: str) -> Html | None:

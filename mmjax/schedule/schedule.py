@@ -17,6 +17,7 @@ from typing import Any
 from mmjax.core.errors import UserError
 from mmjax.schedule.rules.base import (
     Cycle,
+    Rule,
     check_weights,
     exact_integer,
     is_known,
@@ -289,3 +290,10 @@ class Schedule:
 
 
 # From a config.
+
+
+def numbers_of(schedule: Schedule) -> str:
+    """Return what the numbers of a schedule's segments are, for the head of a table: `weights`, `intervals` or both."""
+    rules = [segment.rule for segment in schedule.segments]
+    keys = [rule_of(rule).key if is_known(rule) else Rule.key for rule in rules]
+    return " or ".join(dict.fromkeys(f"{key}s" for key in keys))

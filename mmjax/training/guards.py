@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from mmjax.core.errors import UserError
 from mmjax.data import order
 from mmjax.engine import processes
 from mmjax.engine.checkpoint import Checkpoints
 from mmjax.engine.health import Diverged, Health, broken_at, quarantine
+from mmjax.engine.loader import make_batch, process_rows
 from mmjax.engine.state import Clock
 from mmjax.training.flight import IN_FLIGHT, Completed
 from mmjax.training.run_log import RunLog
@@ -121,7 +124,9 @@ class HealthMonitor:
     def _skipped(self, clock: Clock, done: Completed) -> Clock:
         skipped = Counter(clock.skipped)
         skipped[done.task] += 1
-        text = f"step {done.step}, task {done.task}: no update; examples {self._examples(done)}"
+        text = (
+            f"step {done.step}, task {done.task}: no update; examples {self._examples(clock, done)}"
+        )
         self._log.event("non-finite", text)
         return replace(clock, skipped=dict(skipped))
 
@@ -141,7 +146,7 @@ class HealthMonitor:
             raise Diverged(task, done.step, clock.quarantined, text, before=broken)
         raise UserError(
             f"The parameters are not finite: {text}, and no checkpoint precedes it. Lower optimizer.learning_rate, "
-            f"or look at examples {self._examples(done)}."
+            f"or look at examples {self._examples(clock, done)}."
         )
 
     def _quarantined(self, clock: Clock, done: Completed, bad: int) -> Clock:
@@ -156,12 +161,42 @@ class HealthMonitor:
         if schedule is None:
             raise UserError(
                 f"Task '{done.task}': {text}, and no other task is left to continue with. "
-                f"Lower optimizer.learning_rate, or look at examples {self._examples(done)}."
+                f"Lower optimizer.learning_rate, or look at examples {self._examples(clock, done)}."
             )
         self._log.event("quarantine", f"task {done.task} is excluded from step {start} on: {text}")
         quarantined = {**clock.quarantined, done.task: start}
         return replace(clock, schedule=schedule, quarantined=quarantined)
 
-    def _examples(self, done: Completed) -> str:
-        ids = self._session.example_ids(done.task, done.step)
-        return f"{', '.join(map(str, ids[:16]))}{', ...' if len(ids) > 16 else ''}"
+    def _examples(self, clock: Clock, done: Completed) -> str:
+        """Return the examples of a step, and which inputs of theirs are not finite."""
+        position, ids = self._session.example_ids(clock.schedule, done.task, done.step)
+        inputs = "".join(f"; {text}" for text in self._non_finite(clock, done, position, ids))
+        return f"{', '.join(map(str, ids[:16]))}{', ...' if len(ids) > 16 else ''}{inputs}"
+
+    def _non_finite(
+        self, clock: Clock, done: Completed, position: int, ids: Sequence[int]
+    ) -> Iterator[str]:
+        """Read this process's rows of a step again; yield the arrays that are not finite, with an example of each."""
+        session, schedule = self._session, clock.schedule
+        phases, visit = session.experiment.phases, schedule.visit(done.step)
+        task = phases.variant(done.task, done.step, visit).task
+        first, last = process_rows(session.mesh)(task.batch)
+
+        def rng(row: int) -> np.random.Generator:
+            return order.rng(session.experiment.run.seed, task.name, position + first + row)
+
+        local_ids = ids[first:last]
+        rows, _ = make_batch(task.rows(), session.data[task.name], local_ids, rng, len(local_ids))
+        for modality, arrays in rows.inputs.items():
+            for name, array in arrays.items():
+                if jnp.issubdtype(array.dtype, jnp.floating):
+                    yield from _fault(f"inputs.{modality}.{name}", array, local_ids)
+
+
+def _fault(name: str, array: np.ndarray, ids: Sequence[int]) -> Iterator[str]:
+    """Yield a line for an array `[B, ...]` that is not finite: the first such row's example, and what it holds."""
+    flat = array.reshape(len(array), -1).astype(np.float32)
+    bad = np.flatnonzero(~np.isfinite(flat).all(axis=1))
+    if len(bad):
+        what = "NaN" if np.isnan(flat[bad[0]]).any() else "an infinite number"
+        yield f"{name} of example {ids[bad[0]]} holds {what}"

@@ -139,15 +139,18 @@ class Session:
             "environment": environment(self.mesh),
         }
 
-    def example_ids(self, task: str, step: int) -> list[int]:
-        """Return the examples that a task reads at a step of this session, under the clock's schedule."""
+    def example_ids(self, schedule: Schedule, task: str, step: int) -> tuple[int, list[int]]:
+        """Return the examples that a task reads at a step of this session, and the position of the first.
+
+        Args:
+          schedule: the one of the step, which the session's own has become since it began.
+        """
         phases, clock = self.experiment.phases, self.clock
-        read = phases.consumed(clock.schedule, task, clock.step, step)
+        read = phases.consumed(schedule, task, clock.step, step)
         position = clock.positions.get(task, 0) + read
         batch, seed = phases.at(step).tasks[task].batch, self.experiment.run.seed
-        return [
-            int(i) for i in order.example_ids(seed, task, position, batch, len(self.data[task]))
-        ]
+        ids = order.example_ids(seed, task, position, batch, len(self.data[task]))
+        return position, [int(i) for i in ids]
 
 
 def begin(
@@ -553,3 +556,10 @@ def _keep_files(workdir: epath.Path, experiment: Experiment) -> None:
             if not copy.exists() or digest(copy.read_bytes()) != digest(content):
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 replace_file(copy, content)
+
+
+def beyond(workdir: epath.Path, step: int, steps: int) -> str:
+    """Return a clause about a run that has no step left to do."""
+    if step == steps:
+        return f"{workdir} holds all {steps} steps"
+    return f"{workdir} is at step {step}, beyond steps = {steps}"

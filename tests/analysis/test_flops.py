@@ -26,7 +26,7 @@ X = sd(TOKENS, D)
 
 
 def of_real_gradient(loss: Callable[..., Any], params: Any, *args: Any) -> int:
-    """The independent count: dot products in the jaxpr of the actual backward pass."""
+    """Return the independent count: dot products in the jaxpr of the actual backward pass."""
     return model_flops(jax.value_and_grad(loss), params, *args)
 
 

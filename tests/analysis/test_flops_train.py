@@ -29,7 +29,7 @@ X = sd(TOKENS, D)
 
 
 def of_real_gradient(loss: Callable[..., Any], params: Any, *args: Any) -> int:
-    """The independent count: dot products in the jaxpr of the actual backward pass."""
+    """Return the independent count: dot products in the jaxpr of the actual backward pass."""
     return model_flops(jax.value_and_grad(loss), params, *args)
 
 
@@ -200,7 +200,7 @@ def test_mixture_of_experts() -> None:
 
 @jax.custom_vjp
 def chunked(x: jax.Array, w: jax.Array) -> jax.Array:
-    """sum(tanh(x @ w)) whose rule saves the inputs and repeats the product."""
+    """Return sum(tanh(x @ w)), whose rule saves the inputs and repeats the product."""
     return jnp.sum(jnp.tanh(x @ w))
 
 

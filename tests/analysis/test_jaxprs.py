@@ -14,7 +14,7 @@ from mmjax.analysis.jaxprs import Liveness, opened, scan_split
 
 
 def needed(fun: Callable[..., Any], inputs: int, *wanted: bool) -> tuple[bool, ...]:
-    """Which of `inputs` scalars the wanted outputs of `fun` need."""
+    """Return which of `inputs` scalars the wanted outputs of `fun` need."""
     jaxpr = opened(jax.make_jaxpr(fun)(*[jax.ShapeDtypeStruct((), jnp.float32)] * inputs))
     return Liveness().inputs(jaxpr, wanted)
 

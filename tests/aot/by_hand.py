@@ -21,7 +21,7 @@ N, LAYERS = 512, 5
 
 
 def mesh_of(slices: int) -> Mesh:
-    """Two by four devices: as two slices, or one."""
+    """Return two by four devices: as two slices, or one."""
     devices = describe(Topology("v5e", (2, 2) if slices == 2 else (2, 4), slices))
     return Mesh(
         np.asarray(devices).reshape(2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2

@@ -35,7 +35,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
 
 
 def wanted(router: str, count: int) -> tuple[int, int]:
-    """FLOPs of the slots' experts, and of the router's own products, forward, of all devices."""
+    """Return FLOPs of the slots' experts, and of the router's own products, forward, of all devices."""
     tokens = ROWS * LENGTH
     products = 2 * tokens * WIDTH * count
     if (

@@ -22,7 +22,7 @@ N, BYTES = 512, 4 * 512 * 512  # of each matrix; eight devices, two by four
 def costs(
     tmp_path_factory: pytest.TempPathFactory, environment_of: Callable[..., dict[str, str]]
 ) -> dict[str, Cost]:
-    """The costs of the programs of `by_hand.py`."""
+    """Return the costs of the programs of `by_hand.py`."""
     file = tmp_path_factory.mktemp("hlo") / "texts.json"
     words = [sys.executable, str(Path(__file__).with_name("by_hand.py")), str(file)]
     env = {**environment_of(1), **environment(), "PYTHONPATH": environment_of(1)["PYTHONPATH"]}

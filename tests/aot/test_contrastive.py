@@ -1,4 +1,4 @@
-"""What the devices of a pod send each other for a contrastive loss, by the TPU's compiler. Nothing runs."""
+"""Check what the devices of a pod send each other for a contrastive loss, by the TPU's compiler. Nothing runs."""
 
 from __future__ import annotations
 

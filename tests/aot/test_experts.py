@@ -1,4 +1,4 @@
-"""What a layer of experts costs by the TPU's compiler, and how it moves tokens. Nothing runs."""
+"""Check what a layer of experts costs by the TPU's compiler, and how it moves tokens. Nothing runs."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan(cache: Path) -> Iterator[Plan]:
-    """The main in fast mode, in this process, with a cache of these tests' own; what compiles is a process as ever."""
+    """Yield the main in fast mode, in this process, with these tests' cache; what compiles is a process as ever."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -39,7 +39,7 @@ def plan(cache: Path) -> Iterator[Plan]:
 
 @pytest.fixture(scope="module")
 def plan_apart(command: Any, cache: Path) -> Plan:
-    """As `plan`, the main in a process of its own."""
+    """Return what `plan` does, with the main in a process of its own."""
 
     def run(*words: str) -> Ended:
         done = command("plan", "--fast", *words, env={"XDG_CACHE_HOME": str(cache)})
@@ -61,7 +61,7 @@ TINY_WORDS = (f"--config={TINY}", "--topology=v5e:2x2", "--config.mesh.fsdp=2")
 
 @pytest.fixture(scope="module")
 def tiny(plan_apart: Plan, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    """What the plan of the tiny config printed, and its JSON."""
+    """Return what the plan of the tiny config printed, and its JSON."""
     file = tmp_path_factory.mktemp("tiny") / "plan.json"
     done = plan_apart(*TINY_WORDS, f"--json={file}")
     assert done.status == 0, done.err

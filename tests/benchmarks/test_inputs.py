@@ -29,7 +29,7 @@ def kind() -> inputs.Kind:
 
 
 def by_files(path: Path, view: View) -> Iterator[Batch]:
-    """What a peer does, in this process."""
+    """Return what a peer does, in this process."""
     files = others.Files(path / "files", view)
     rng = np.random.default_rng(0)
     while True:

@@ -158,7 +158,7 @@ def test_how_soon_the_system_is_where_the_other_one_ends() -> None:
 
 
 def in_this_process(words: list[str], *, stdout: Any, **_: Any) -> Any:
-    """`subprocess.run` for `mmjax train`."""
+    """Stand for `subprocess.run` of `mmjax train`."""
     assert words[1:4] == ["-m", "mmjax", "train"]
     ended = run_main(train.main, *words[4:])
     stdout.write(ended.out + ended.err)

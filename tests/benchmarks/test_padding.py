@@ -1,4 +1,4 @@
-"""How many positions of the recipes of sequences hold no token."""
+"""Check how many positions of the recipes of sequences hold no token."""
 
 from __future__ import annotations
 

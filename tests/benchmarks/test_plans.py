@@ -23,7 +23,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _as_ours(request: Any, env: Any) -> Any:
-    """MaxText's place taken by numbers that differ from ours by what is asked in `planned`."""
+    """Let numbers take MaxText's place that differ from ours by what is asked in `planned`."""
     if "parameters" in request:
         found = dict(np.load(request["parameters"]))
         assert {"ids"} <= found.keys() or {"pixels", "labels", "1/up_bias"} <= found.keys()

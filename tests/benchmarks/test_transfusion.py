@@ -31,7 +31,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, emoji_dir: Any) -> None:
 
 
 def with_peer(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[int]:
-    """A port whose trunk has seen `tokens`; its rows' tokens when a step is taken."""
+    """Return a port whose trunk has seen `tokens`; its rows' tokens when a step is taken."""
     steps: list[int] = []
 
     def peer(sizes: Sizes, rows: Any) -> Peer:

@@ -45,7 +45,7 @@ def run(fuse: bool, x: jax.Array, valid: np.ndarray = VALID) -> np.ndarray:
 
 
 def block(p: dict[str, Any], modality: str, x: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """The modality's own block on some tokens of one row."""
+    """Return the modality's own block on some tokens of one row."""
     prefix = f"blocks/{modality}/"
     own = {n.removeprefix(prefix): a for n, a in p.items() if n.startswith(prefix)}
     layer = Declaration(Transformer(**BLOCK).build(WIDTH))

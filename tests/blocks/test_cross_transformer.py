@@ -126,7 +126,7 @@ def normed(p: dict[str, np.ndarray], name: str, x: np.ndarray, eps: float) -> np
 def read(
     p: dict[str, np.ndarray], at: str, x: np.ndarray, source: np.ndarray, sees: np.ndarray
 ) -> np.ndarray:
-    """Attention of one example: queries of `x`, keys and values of `source`, where `sees[s, t]`."""
+    """Return attention of one example: queries of `x`, keys and values of `source`, where `sees[s, t]`."""
     out = np.tile(p[f"{at}/out_bias"], (len(x), 1))
     heads = p[f"{at}/query"].shape[1]
     biases = {n: p[f"{at}/{n}_bias"].reshape(heads, -1) for n in ("query", "key", "value")}

@@ -67,7 +67,7 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 
 def rms(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
-    """The norm of mamba-1.4b (`rms_norm` in its config; Zhang and Sennrich 2019)."""
+    """Return the norm of mamba-1.4b (`rms_norm` in its config; Zhang and Sennrich 2019)."""
     return x / np.sqrt(np.square(x).mean() + eps) * scale
 
 
@@ -78,7 +78,7 @@ def layer(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
 def mixer(
     p: Arrays, x: np.ndarray, kinds: list[str], norm: Any = rms, eps: float = 1e-6
 ) -> np.ndarray:
-    """One sequence `[S, D]` without packing or padding."""
+    """Run one sequence `[S, D]` without packing or padding."""
     inputs = [
         norm(each, own(p, "norm", "/scale", k), eps) for each, k in zip(x, kinds, strict=True)
     ]

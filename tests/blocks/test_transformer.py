@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def built(**settings: Any) -> tuple[Any, dict[str, np.ndarray]]:
-    """The block as a function of a stream, and its (random) parameters."""
+    """Return the block as a function of a stream, and its (random) parameters."""
     declaration = Declaration(
         layers.block("transformer", WIDTH, num_heads=HEADS, mlp_dim=HIDDEN, **settings)
     )
@@ -67,7 +67,7 @@ def attention(
 def block(
     p: dict[str, np.ndarray], x: np.ndarray, valid: np.ndarray, eps: float = 1e-6
 ) -> np.ndarray:
-    """x += attention(norm(x)); x += W2 gelu(W1 norm(x))."""
+    """Apply x += attention(norm(x)); x += W2 gelu(W1 norm(x))."""
 
     def bias(name: str) -> Any:
         return p.get(f"{name}/bias", 0.0)

@@ -10,7 +10,7 @@ QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.py"
 
 
 def sources(block: Any) -> Iterator[dict[str, Any]]:
-    """The blocks within `block` that name a split."""
+    """Yield the blocks within `block` that name a split."""
     if isinstance(block, dict):
         if "split" in block:
             yield block

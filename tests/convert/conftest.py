@@ -15,6 +15,6 @@ from mmjax.sources.array_record import ArrayRecord
 
 @pytest.fixture(scope="module")
 def drawings(emoji_dir: epath.Path) -> list[dict[str, Any]]:
-    """Real drawings (PNG) with their captions and groups."""
+    """Return real drawings (PNG) with their captions and groups."""
     source = ArrayRecord(str(emoji_dir / "emoji" / "1.0.0"), "emoji-train*").open()
     return [dict(source[i * 40]) for i in range(COUNT)]

@@ -27,7 +27,7 @@ from mmjax.sources.base import Example
 
 
 def write_folder(folder: Path, examples: Sequence[Example], captions: str) -> Path:
-    """Images in two folders, with captions beside them or in one table; each third is a JPEG."""
+    """Return images in two folders, with captions beside them or in one table; each third is a JPEG."""
     folder.mkdir()
     names = []
     for i, example in enumerate(examples):

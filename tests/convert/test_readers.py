@@ -1,4 +1,4 @@
-"""Which reader reads which source."""
+"""Check which reader reads which source."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def test_links_and_devices_are_not_followed(tmp_path: Path, kind: bytes) -> None
 
 
 def big_tar(path: Path) -> tuple[Path, bytes]:
-    """Six members of 2,000 bytes; each takes 512 + 2,048."""
+    """Return six members of 2,000 bytes; each takes 512 + 2,048."""
     whole = write_tar(path, [(f"{i}.bin", bytes([i + 1]) * 2000) for i in range(6)]).read_bytes()
     return path, whole
 

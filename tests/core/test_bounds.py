@@ -70,7 +70,7 @@ ELSEWHERE = {"ImageInput", "VideoInput"}
 
 
 def classes_in(hint: Any) -> Iterator[type]:
-    """The dataclasses of a type and of their fields, each class before its fields'."""
+    """Yield the dataclasses of a type and of their fields, each class before its fields'."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         yield hint
         for each in typing.get_type_hints(hint).values():
@@ -80,7 +80,7 @@ def classes_in(hint: Any) -> Iterator[type]:
 
 
 def config_classes() -> list[type]:
-    """All dataclasses that a config's blocks are built as."""
+    """Return all dataclasses that a config's blocks are built as."""
     roots: list[Any] = [
         RunConfig,
         TaskConfig,
@@ -96,7 +96,7 @@ def config_classes() -> list[type]:
 
 
 def number(hint: Any) -> type | None:
-    """int or float, if a field of this type holds such: itself, or None, a list or a dictionary of them."""
+    """Return int or float, if a field of this type holds such: itself, or None, a list or a dictionary of them."""
     if hint in (int, float):
         return typing.cast(type, hint)
     arguments = [a for a in typing.get_args(hint) if a not in (type(None), str, ...)]

@@ -44,7 +44,10 @@ def test_a_file_may_take_an_argument(tmp_path):
         ("def get_config():\n    return None\n", ["NoneType", "ConfigDict"]),
         ("def get_config():\n    return [1]\n", ["list", "ConfigDict"]),
         ("def get_config():\n    return {'a': {'b': [1, len]}}\n", ["config.a.b[1]", "JSON"]),
-        ("def get_config(size):\n    return {}\n", ["none was given", ":ARGUMENT"]),
+        (
+            "def get_config(size):\n    return {}\n",
+            ["needs a setting: get_config(size)", ":SETTING"],
+        ),
         ("import numpy\ndef get_config():\n    return {'a': numpy.zeros(2)}\n", ["config.a"]),
     ],
 )
@@ -56,8 +59,9 @@ def test_what_is_no_config_is_refused(tmp_path, text, words):
 
 
 def test_an_argument_that_the_config_does_not_take_is_refused():
-    with pytest.raises(UserError, match="'small' was given"):
+    with pytest.raises(UserError, match="has no settings, and 'small' was given") as raised:
         configs.read_file(f"{TINY}:small")
+    assert str(raised.value).endswith(f" Write --config={TINY}.")
 
 
 def test_a_missing_file_is_named():
@@ -67,7 +71,7 @@ def test_a_missing_file_is_named():
 
 @pytest.fixture
 def shipped_here(tmp_path, monkeypatch):
-    """Configs `one`, which takes a setting, and `two`; `_part` is none."""
+    """Return configs `one`, which takes a setting, and `two`; `_part` is none."""
     (tmp_path / "one.py").write_text("def get_config(size='s'):\n    return {'size': size}\n")
     (tmp_path / "two.py").write_text(
         "from pathlib import Path\nfrom mmjax.core.config import load_module\n"
@@ -89,7 +93,7 @@ def test_a_config_that_ships_is_found_by_name_from_anywhere(shipped_here, tmp_pa
 
 
 def test_a_setting_that_a_named_config_does_not_take_is_refused(shipped_here):
-    with pytest.raises(UserError, match="Write --config=two or --config=two:ARGUMENT"):
+    with pytest.raises(UserError, match="'l' was given. Write --config=two."):
         configs.read_file("two:l")
 
 
@@ -169,6 +173,35 @@ def test_the_last_assignment_wins_and_the_original_stays():
     block = {"a": {"b": [1]}}
     assert configs.override(block, ["a.b=2", "a.b=3"]) == {"a": {"b": 3}}
     assert block == {"a": {"b": [1]}}
+
+
+@pytest.mark.parametrize("key", ["layers.1.blocks.0.heads", "layers[1].blocks[0].heads"])
+def test_a_key_inside_a_list_is_set_by_the_number_of_its_entry(key):
+    block = {"layers": [{"repeat": 1}, {"blocks": [{"heads": 2}], "repeat": 3}]}
+    new = configs.override(block, [f"{key}=8", "layers.0.repeat=5"])
+    assert new == {"layers": [{"repeat": 5}, {"blocks": [{"heads": 8}], "repeat": 3}]}
+
+
+def test_an_entry_of_a_list_is_set_whole():
+    assert configs.override({"kernel": [3, 5]}, ["kernel[1]=7"]) == {"kernel": [3, 7]}
+
+
+def test_every_leaf_of_a_config_can_be_set_by_its_path():
+    config = configs.read_file("quickstart")
+    for key, value in configs.flat(config):
+        assert configs.override(config, [f"{key}={value!r}"]) == config
+
+
+@pytest.mark.parametrize("name", ["2", "-1", "x", ""])
+def test_an_entry_that_a_list_lacks_is_an_error_with_the_length(name):
+    for assignment in (f"m.layers.{name}=1", f"m.layers.{name}.repeat=1"):
+        with pytest.raises(
+            UserError,
+            match=f"'m.layers' has no entry '{name}'; its length is 2, numbered from 0 to 1",
+        ):
+            configs.override({"m": {"layers": [{}, {}]}}, [assignment])
+    with pytest.raises(UserError, match="'a' has no entry '0'; its length is 0"):
+        configs.override({"a": []}, ["a.0=1"])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a change of a key means for a run that exists."""
+"""Check what a change of a key means for a run that exists."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ MADE_OF_STATE = (
 
 
 def expected_class(key: str) -> str:
-    """The rules of `design.md`, by the words of the key."""
+    """Return the rules of `design.md`, by the words of the key."""
     first, *rest = key.split(".")
     if first in ("steps", "log", "checkpoint", "mesh", "loader", "limits", "evaluation"):
         return "free"

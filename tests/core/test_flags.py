@@ -13,8 +13,10 @@ import toyrun
 from etils import epath
 from jax._src import hardware_utils, xla_bridge
 
+from mmjax import evaluate
 from mmjax.core import flags
 from mmjax.core.errors import UserError
+from mmjax.report import page
 
 
 def parse(*argv: str):
@@ -108,7 +110,7 @@ def test_a_config_is_read_with_its_overrides(tmp_path):
 
 @pytest.fixture
 def factories(monkeypatch):
-    """JAX's kinds of devices, of which one can be taken out; the environment does not name them."""
+    """Return JAX's kinds of devices, of which one can be taken out; the environment does not name them."""
     result = {"tpu": 1, "cpu": 2}
     monkeypatch.setattr(xla_bridge, "_backend_factories", result)
     for name in list(os.environ):
@@ -150,3 +152,19 @@ def test_no_command_prints_what_libtpu_misses():
         env={**here, "PYTHONPATH": str(root)}, capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "") and done.stdout
+
+
+def test_a_file_is_no_folder_of_a_run(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(UserError, match="file' is a file. Give a folder."):
+        flags.run_folder(str(file))
+    assert flags.run_folder(str(tmp_path)) == epath.Path(tmp_path)
+    assert flags.run_folder("gs://bucket/run") == epath.Path("gs://bucket/run")
+
+
+def test_commands_that_read_a_run_refuse_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for main in (evaluate.main, page.main):
+        with pytest.raises(UserError, match="is a file"):
+            main([f"--workdir={tmp_path}/file"])

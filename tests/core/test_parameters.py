@@ -40,7 +40,7 @@ class Leaf(nnx.Module):
 
 
 def stacked(first: int = 0, repeat: int = 3, stride: int = 1) -> nnx.Module:
-    """A module named as a trunk names its own, with one stacked block per place in the pattern."""
+    """Return a module named as a trunk names its own, with one stacked block per place in the pattern."""
     blocks = [Leaf() for _ in range(stride)]
     for offset, block in enumerate(blocks):
         stack_layers(block, first + offset, stride, repeat)

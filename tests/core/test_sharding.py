@@ -192,7 +192,7 @@ def test_rules_of_what_there_is_not(settings, message):
 
 
 def of_slices(*sizes: int, **settings):
-    """The ids of the devices in the mesh; of two simulated slices, 0 to 3 and 4 to 7."""
+    """Return the ids of the devices in the mesh; of two simulated slices, 0 to 3 and 4 to 7."""
     mesh = make_mesh(MeshConfig(*sizes, slices=2, **settings))
     return np.vectorize(lambda d: d.id)(mesh.devices)
 
@@ -227,7 +227,7 @@ class Tpu:
 
 
 def tpus(slices: int) -> list[Tpu]:
-    """Slices of 4 x 4, their chips in an order that is no one's."""
+    """Return slices of 4 x 4, their chips in an order that is no one's."""
     made = [Tpu(16 * s + n, (n % 4, n // 4, 0), s) for s in range(slices) for n in range(16)]
     return [made[i] for i in np.random.default_rng(1).permutation(len(made))]
 

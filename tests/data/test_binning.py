@@ -1,4 +1,4 @@
-"""Which rows of a window share a sequence, and that every process finds the same."""
+"""Check which rows of a window share a sequence, and that every process finds the same."""
 
 from __future__ import annotations
 

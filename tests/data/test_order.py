@@ -15,14 +15,14 @@ NAMES = st.text(max_size=8)
 
 
 def surprise(counts: np.ndarray) -> float:
-    """How many standard deviations the chi-square of `counts` against uniform is off."""
+    """Return how many standard deviations the chi-square of `counts` against uniform is off."""
     expected, cells = counts.mean(), counts.size
     chi_square = ((counts - expected) ** 2 / expected).sum()
     return (chi_square - (cells - 1)) / np.sqrt(2 * (cells - 1))
 
 
 def epochs_of(n: int, epochs: int, seed: int = 1, task: str = "a") -> np.ndarray:
-    """[epochs, n]: the permutation of each epoch."""
+    """Return [epochs, n]: the permutation of each epoch."""
     index, epoch = np.tile(np.arange(n), (epochs, 1)), np.arange(epochs)[:, None]
     return order.permutation(index, n, seed, task, epoch)
 
@@ -93,7 +93,7 @@ def test_golden_key():
 
 
 def plain_permutation(index: int, n: int, key: int) -> int:
-    """The network in plain integers, one index at a time, with the halves never swapped."""
+    """Return the network in plain integers, one index at a time, with the halves never swapped."""
     bits = (n - 1).bit_length()
     narrow, wide = bits // 2, bits - bits // 2
     while True:

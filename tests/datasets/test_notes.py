@@ -144,7 +144,7 @@ def test_the_measure_hears_a_semitone(font):
 
 
 def _pitch(sound, near):
-    """The frequency (Hz) of the highest autocorrelation within two semitones of `near`."""
+    """Return the frequency (Hz) of the highest autocorrelation within two semitones of `near`."""
     middle = sound[1200:7000].astype(float)
     middle -= middle.mean()
     size = 1 << 14

@@ -16,7 +16,7 @@ PYTEST = PackageSource("pytest", "pytest", "the tests", "MIT", "its authors", ex
 
 @pytest.fixture
 def drawings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PackageSource:
-    """A package whose import would fail, with one file."""
+    """Return a package whose import would fail, with one file."""
     folder = tmp_path / "some_drawings"
     folder.mkdir()
     (folder / "__init__.py").write_text("raise AssertionError('imported')")

@@ -30,7 +30,7 @@ def _list(name, **chunks):
 
 
 def _settings(zones, lasting):
-    """Bags and generators of all zones; `lasting` closes each that has it."""
+    """Return bags and generators of all zones; `lasting` closes each that has it."""
     bags, generators = b"", b""
     for zone in zones:
         bags += struct.pack("<HH", len(generators) // 4, 0)
@@ -43,7 +43,7 @@ def _settings(zones, lasting):
 
 
 def _soundfont(presets, instruments, samples):
-    """A file of presets `{(bank, program): zones}`, instruments `[zones]`, samples `[(array, header)]`."""
+    """Return a file of presets `{(bank, program): zones}`, instruments `[zones]`, samples `[(array, header)]`."""
     data, headers = b"", b""
     for index, (array, header) in enumerate(samples):
         fields = {"rate": RATE, "key": 60, "cents": 0, "loop": 500, "loop_end": 1500, **header}
@@ -77,7 +77,7 @@ def _soundfont(presets, instruments, samples):
 
 @pytest.fixture
 def font(tmp_path):
-    """`font(zone, preset_zone, **header)`: a font of one preset, one instrument, one sine."""
+    """Return `font(zone, preset_zone, **header)`: a font of one preset, one instrument, one sine."""
 
     def make(zone=None, added=None, array=SINE, **header):
         path = epath.Path(tmp_path) / "font.sf2"
@@ -94,7 +94,7 @@ def _note(font, key=60, velocity=100, seconds=0.5, held=1.0):
 
 
 def _hertz(sound):
-    """The frequency and the amplitude of a sine."""
+    """Return the frequency and the amplitude of a sine."""
     window = np.hanning(len(sound))
     spectrum = np.abs(np.fft.rfft(sound * window, 1 << 17))
     hertz = np.fft.rfftfreq(1 << 17, 1 / OUT)[spectrum.argmax()]

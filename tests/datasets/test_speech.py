@@ -126,7 +126,7 @@ def test_a_peak_that_the_filter_raises_is_not_wrapped():
 
 
 def _picture(audio):
-    """[24, 32]: log energies over time stretched to 24 steps, 32 bands."""
+    """Return [24, 32]: log energies over time stretched to 24 steps, 32 bands."""
     frames = np.lib.stride_tricks.sliding_window_view(np.pad(audio, 128) / 2**15, 256)[::64]
     power = np.abs(np.fft.rfft(frames * np.hanning(256)))[:, 1:] ** 2
     bands = np.log(power.reshape(len(power), 32, 4).mean(-1) + 1e-4)

@@ -35,7 +35,7 @@ Tree = dict[str, Any]
 
 
 def meta(step: int) -> Tree:
-    """Meta data of a run of one task."""
+    """Return meta data of a run of one task."""
     count = {"one": 0}
     clock = Clock(step, from_config("shares", {"one": 1}, 0), {"one": 8 * step}, count, count)
     return {"clock": clock.to_json(), "config": CONFIG, "identities": {}, "environment": {}}
@@ -129,7 +129,7 @@ def test_the_newest_is_restored_and_the_oldest_go(tmp_path: Path) -> None:
 
 
 def kept(workdir: Path, config: CheckpointConfig, steps: int, **more: Any) -> list[int]:
-    """What is left after saves at steps 1 to `steps`; `values` and `well` by step, `seconds` between saves."""
+    """Return what is left after saves at steps 1 to `steps`; `values` and `well` by step, `seconds` between saves."""
     values, well = more.get("values", {}), more.get("well", {})
 
     def is_healthy(meta: dict[str, Any]) -> bool:

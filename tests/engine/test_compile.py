@@ -137,13 +137,13 @@ def test_the_cache_has_the_programs_of_a_run_of_another_length(tmp_path: Path) -
 
 
 def _one_anew(*overrides: str) -> Program:
-    """The program of a task, traced again."""
+    """Return the program of a task, traced again."""
     mesh, requests = _train_requests("model.width=4", *overrides)
     return compile_all({"one": requests["one"]}, mesh, LimitsConfig())["one"]
 
 
 def _train_requests(*overrides: str) -> tuple[Mesh, dict[str, Request]]:
-    """The training programs of a new experiment on one device; nothing is compiled for them."""
+    """Return the training programs of a new experiment on one device; nothing is compiled for them."""
     experiment = make_experiment(block(*overrides))
     mesh = make_mesh(experiment.run.mesh, jax.devices()[:1])
     return mesh, train_requests(experiment, mesh)
@@ -168,7 +168,7 @@ def test_a_cache_torn_by_a_kill_does_no_harm(tmp_path: Path) -> None:
 
 @contextmanager
 def _cache(folder: Path) -> Iterator[None]:
-    """Another folder for compiled programs, empty at first; nothing is taken from memory."""
+    """Yield another folder for compiled programs, empty at first; nothing is taken from memory."""
     from jax.experimental.compilation_cache import compilation_cache
 
     before = jax.config.values["jax_compilation_cache_dir"]
@@ -196,6 +196,6 @@ def test_the_cache_folder_is_the_one_jax_is_told_or_the_users(
 
 
 def _equal(one: Any, two: Any) -> bool:
-    """Whether two trees of arrays hold the same bits (NaN equals NaN)."""
+    """Return whether two trees of arrays hold the same bits (NaN equals NaN)."""
     same = jax.tree.map(lambda a, b: a.dtype == b.dtype and a.tobytes() == b.tobytes(), one, two)
     return all(jax.tree.leaves(same))

@@ -117,7 +117,7 @@ def batch_of(chosen: Task, valid: np.ndarray) -> Any:
 
 
 def distance(one: Result, two: Result) -> float:
-    """The largest difference of value, metrics and gradients."""
+    """Return the largest difference of value, metrics and gradients."""
     trees = ((r[0].value, r[0].metrics, r[1]) for r in (one, two))
     differences = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *trees)
     return max(jax.tree.leaves(differences))

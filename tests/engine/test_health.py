@@ -1,4 +1,4 @@
-"""When a task is not well, by a statement of its own; and schedules without it."""
+"""Check when a task is not well, by a statement of its own; and schedules without it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BOUNDS = st.builds(
 
 
 def seen(losses: list[float | None], bounds: HealthLimits) -> Health:
-    """None is a step whose loss or gradient was not finite."""
+    """Return the health after losses; None is a step whose loss or gradient was not finite."""
     health = Health()
     for loss in losses:
         health = health.after(float("nan") if loss is None else loss, loss is not None, bounds)

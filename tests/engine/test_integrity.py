@@ -1,4 +1,4 @@
-"""What is damage and what is not; checksums by another way of counting; documents that cannot be changed."""
+"""Check what is damage and what is not; checksums by another way of counting; documents that cannot be changed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FOLDER = epath.Path("run/checkpoints/4")
 
 
 def store(text: str) -> ValueError:
-    """What TensorStore raises: the number of the system's error stands before or behind its spec."""
+    """Raise what TensorStore raises: the number of the system's error stands before or behind its spec."""
     before, bracket, code = text.partition(" [")
     spec = ' [tensorstore_spec=\'{"path":["x"]}\']'
     return ValueError(f"{before}{spec}{bracket}{code}")
@@ -123,7 +123,7 @@ def test_the_words_are_those_of_the_innermost_cause_in_one_line() -> None:
 
 
 def by_hand(content: bytes) -> str:
-    """Sums of Python's integers, which have no end."""
+    """Return sums of Python's integers, which have no end."""
     sha, row = hashlib.sha256(), 8 * 1021
     whole = len(content) // row * row
     for block in range(0, whole, 256 * row):

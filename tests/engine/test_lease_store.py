@@ -103,7 +103,7 @@ class Simulation:
     errors: list[Exception] = field(default_factory=list)
 
     def operation(self) -> None:
-        """To be called before each file operation."""
+        """Act before each file operation."""
         name = threading.current_thread().name
         if name not in self._turn:
             return
@@ -143,7 +143,7 @@ class Simulation:
 
 @pytest.fixture
 def stepwise(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Simulation]]:
-    """Lets the newest simulation decide before each file operation of `FileStore`."""
+    """Let the newest simulation decide before each file operation of `FileStore`."""
     current: list[Simulation] = []
 
     def before(owner: Any, name: str) -> None:

@@ -203,13 +203,13 @@ def test_processes_end_with_the_run(
 
 
 def _children(pid: int) -> list[int]:
-    """Children of all threads of a process."""
+    """Return children of all threads of a process."""
     threads = Path(f"/proc/{pid}/task").iterdir()
     return [int(p) for thread in threads for p in (thread / "children").read_text().split()]
 
 
 def _shared(pid: int) -> list[Path]:
-    """The shared memory that a process sees."""
+    """Return the shared memory that a process sees."""
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     return [Path(line.split()[5]) for line in lines if "/dev/shm/" in line]
 

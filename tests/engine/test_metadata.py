@@ -155,7 +155,7 @@ def test_every_changed_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Experiment]]:
-    """A run of format 1, whose arrays are read once."""
+    """Yield a run of format 1, whose arrays are read once."""
     folder = tmp_path_factory.mktemp("golden")
     with zipfile.ZipFile(GOLDEN) as file:
         file.extractall(folder)

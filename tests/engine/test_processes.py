@@ -1,4 +1,4 @@
-"""What one process asks of the others, and how it joins them."""
+"""Check what one process asks of the others, and how it joins them."""
 
 from __future__ import annotations
 

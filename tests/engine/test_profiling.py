@@ -30,7 +30,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def traced_steps(workdir: Path) -> list[int]:
-    """The steps that the traces hold, by their annotations."""
+    """Return the steps that the traces hold, by their annotations."""
     found = []
     for path in sorted(workdir.glob("profile/plugins/profile/*/*.trace.json.gz")):
         events: list[dict[str, Any]] = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]

@@ -1,4 +1,4 @@
-"""What a step does and leaves undone."""
+"""Check what a step does and leaves undone."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from harness import deterministic, log
 from toyrun import Parts, host, parts, run, watched
 
 from mmjax.core.errors import UserError
+from mmjax.data import order
 from mmjax.engine.compile import LimitsConfig, compile_all
 from mmjax.engine.requests import train_requests
 
@@ -25,7 +26,7 @@ def _equal(one: Any, two: Any) -> bool:
 
 
 def _stepped(toy: Parts, task: str, ids: Any, step: int = 3) -> tuple[Any, Any]:
-    """State and metrics after one step of a task on a copy of the initial state."""
+    """Return state and metrics after one step of a task on a copy of the initial state."""
     request = train_requests(toy.experiment, toy.mesh)[task]
     call = compile_all({task: request}, toy.mesh, LimitsConfig())[task].call
     copied = jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), toy.state)
@@ -114,6 +115,21 @@ def test_a_non_finite_step_is_counted_and_names_its_examples(
     assert all(f"non-finite: {event}" in printed for event in events)
     lines = {x["step"]: x for x in deterministic(workdir) if x["kind"] == "train"}
     assert {s for s, x in lines.items() if x["loss"] == "nan"} == set(bad)
+
+
+@pytest.mark.parametrize(("number", "word"), [(np.nan, "NaN"), (-np.inf, "an infinite number")])
+def test_a_non_finite_input_is_named_with_its_array_and_example(
+    tmp_path: Path, number: float, word: str
+) -> None:
+    ids = [int(i) for i in order.example_ids(toyrun.SEED, "one", 0, 8, 40)]
+    values = np.ones((40, 4, 6), np.float32)
+    values[ids[3], 1, 2] = number
+    np.save(tmp_path / "values.npy", values)
+    run(tmp_path / "run", f"tasks.one.source.file='{tmp_path}/values.npy'", "steps=2")
+    assert _events(tmp_path / "run", "non-finite") == [
+        f"step 0, task one: no update; examples {', '.join(map(str, ids))}; "
+        f"inputs.toy.rows of example {ids[3]} holds {word}"
+    ]
 
 
 def test_non_finite_steps_of_the_only_task_end_the_run(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ DTYPES = {"float32": "F32", "float64": "F64", "float16": "F16", "bfloat16": "BF1
 
 
 def raw(header: bytes | dict[str, Any], body: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file by its parts."""
+    """Return a safetensors file by its parts."""
     text = json.dumps(header).encode() if isinstance(header, dict) else header
     return struct.pack("<Q", len(text) if length is None else length) + text + body
 
@@ -194,7 +194,7 @@ HOSTILE_ZIPS = {
 
 
 def bomb() -> bytes:
-    """A directory that promises more bytes than any deflate of so few can become."""
+    """Return a directory that promises more bytes than any deflate of so few can become."""
     content = bytearray(
         zipped([("a.npy", npy(HEADER % f"({2**29},)", EIGHT))], zipfile.ZIP_DEFLATED)
     )
@@ -265,7 +265,7 @@ def test_a_name_cannot_command_a_terminal() -> None:
 
 
 def damaged(data: st.DataObject, content: bytes) -> bytes:
-    """A stretch of the file replaced by other bytes, or by none."""
+    """Replace a stretch of the file by other bytes, or by none."""
     start = data.draw(st.integers(0, len(content)))
     length = data.draw(st.integers(0, 12))
     return content[:start] + data.draw(st.binary(max_size=12)) + content[start + length :]
@@ -296,7 +296,7 @@ ENTRY = st.fixed_dictionaries(
 
 
 def by_hand(content: bytes) -> dict[str, tuple[str, list[int], bytes]]:
-    """A file has what the format's words name."""
+    """Return a file with what the format's words name."""
     (length,) = struct.unpack("<Q", content[:8])
     header, body = json.loads(content[8 : 8 + length]), content[8 + length :]
     return {

@@ -73,7 +73,7 @@ def npz(folder: Path, values: Values) -> str:
 
 
 def safetensors(folder: Path, values: Values) -> str:
-    """Written by the format's own words: length, header, bytes."""
+    """Write a file by the format's own words: length, header, bytes."""
     names = {"float32": "F32", "bfloat16": "BF16", "float64": "F64"}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     body = b""

@@ -55,6 +55,7 @@ def test_by_hand() -> None:
         "chance": 1 / 3,
         "majority": 0.5,
         "count": 4,
+        "unit": "fraction",
     }
 
 

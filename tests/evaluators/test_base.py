@@ -38,6 +38,12 @@ def test_functions_give_one_output_per_row() -> None:
     np.testing.assert_array_equal(outputs["vector"], np.full((2, 3), 2.0))
 
 
+def test_a_record_without_a_unit_is_a_plain_number() -> None:
+    evaluator = HeldOutLoss(source=SOURCE)
+    assert evaluator.record(task(), "error", 1.0, 2.0, 3)["unit"] == ""
+    assert evaluator.record(task(), "error", 1.0, 2.0, 3, unit="dB")["unit"] == "dB"
+
+
 def test_a_record_states_which_way_is_better() -> None:
     evaluator = HeldOutLoss(source=SOURCE)
     assert evaluator.record(task(), "error", 1.0, 2.0, 3, better="lower")["better"] == "lower"

@@ -171,7 +171,7 @@ def test_an_objective_that_writes_nothing() -> None:
 
 @pytest.fixture(scope="module")
 def trained(emoji_dir: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of CoCa, made tiny."""
+    """Return a finished run of CoCa, made tiny."""
     workdir = tmp_path_factory.mktemp("coca") / "run"
     toyrun.run(workdir, config=configs.read_file(str(CONFIG)))
     return workdir

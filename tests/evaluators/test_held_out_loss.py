@@ -55,7 +55,7 @@ def test_a_part_of_the_loss_with_a_baseline_has_a_record_of_its_own() -> None:
 
 
 def columns(**given: Any) -> dict[str, np.ndarray]:
-    """Columns of five rows, of batches of 2, 2 and 1: a value for each batch, or for all."""
+    """Return columns of five rows, of batches of 2, 2 and 1: a value for each batch, or for all."""
     return {
         name.replace("_", " "): np.repeat(np.broadcast_to(np.asarray(x, np.float64), 3), [2, 2, 1])
         for name, x in given.items()
@@ -144,7 +144,7 @@ def program(order: tuple[str, ...], size: int) -> tuple[Task, Any]:
 
 
 def evaluated(order: Sequence[str], size: int, rows: Sequence[int]) -> list[Record]:
-    """The records of a split of these rows, by the program of an evaluation with batches of a size."""
+    """Return the records of a split of these rows, by the program of an evaluation with batches of a size."""
     made, call = program(tuple(order), size)
     rng, columns = np.random.default_rng(1), []
     ids = rng.integers(4, 11, (len(LENGTHS), 15)).astype(np.int32)

@@ -137,7 +137,7 @@ def test_chance_is_the_recall_of_random_scores() -> None:
 
 
 def outputs() -> dict[str, dict[str, np.ndarray]]:
-    """Three concepts, the first drawn twice; concept 7's text lies where 9's image does."""
+    """Return three concepts, the first drawn twice; concept 7's text lies where 9's image does."""
     image = np.array([[1, 0, 0], [0.9, 0.1, 0], [0, 1, 0], [0, 0.1, 0.8]])
     text = np.array([[1, 0, 0], [1, 0, 0], [0, 0.2, 1], [0, 0, 1]])
     concept = np.array([3, 3, 7, 9])
@@ -155,7 +155,8 @@ def test_records_of_both_directions() -> None:
     ]  # fmt: skip
     for record in records:
         assert record["task"] == "pairs" and record["split"] == "held_out"
-        assert set(record) == {"name", "task", "split", "value", "chance", "count"}
+        assert set(record) == {"name", "task", "split", "value", "chance", "count", "unit"}
+        assert record["unit"] == "fraction"
         assert type(record["value"]) is float and type(record["count"]) is int
     # Four images look among three texts, one for each concept; three texts among four images.
     assert [r["count"] for r in records] == [4, 4, 3, 3]

@@ -58,6 +58,7 @@ def test_the_record() -> None:
         "value": pytest.approx(4 / 5),  # the third lies near the mean of group 4
         "chance": pytest.approx(1 / 3),
         "majority": pytest.approx(3 / 5),
+        "unit": "fraction",
         "count": 5,
     }
     assert type(record["value"]) is float and type(record["majority"]) is float

@@ -23,7 +23,7 @@ MASKS: dict[str, Mask] = {
 
 
 def attributes(length: int) -> dict[str, np.ndarray]:
-    """Attributes of one stream: two packed items, two pictures, a prefix, three streams in turn."""
+    """Return attributes of one stream: two packed items, two pictures, a prefix, three streams in turn."""
     at = np.arange(length)
     return {
         "position": at[None],
@@ -54,7 +54,7 @@ def projections(length: int, size: int, dtype: Any) -> tuple[jax.Array, ...]:
 
 
 def loops(q: Any, k: Any, v: Any, pairs: Pairs) -> np.ndarray:
-    """One query at a time, over the keys that it may read; zeros where there is none."""
+    """Attend by one query at a time, over the keys that it may read; zeros where there is none."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     whole = pairs.allowed()
     allowed = np.broadcast_to(True if whole is None else whole, (*q.shape[:2], k.shape[1]))

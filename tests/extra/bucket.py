@@ -34,6 +34,6 @@ class Store(MemoryFileSystem):
 
 
 def bucket() -> epath.Path:
-    """A new, empty bucket."""
+    """Return a new, empty bucket."""
     fsspec.register_implementation("az", Store, clobber=True)
     return epath.Path(f"az://bucket{next(_NUMBERS)}")

@@ -74,7 +74,7 @@ def steps_of(algorithm: Algorithm) -> tuple[Values, dict[str, Any]]:
 
 
 def expected(directions: Callable[[str], Direction]) -> Values:
-    """`p -= rate (direction + decay p)`; `directions(name)` is a fresh `(gradient, parameter) -> direction`."""
+    """Return `p -= rate (direction + decay p)`; `directions(name)` is a fresh `(gradient, parameter) -> direction`."""
     parameters = draws(0)
     for name, s in SPECS.items():
         direction, decay = directions(name), DECAY if s.decay else 0.0

@@ -1,4 +1,4 @@
-"""What tests of experts share: tokens, settings, and an MLP in NumPy."""
+"""Parts that the tests of experts share: tokens, settings, and an MLP in NumPy."""
 
 from __future__ import annotations
 

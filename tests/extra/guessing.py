@@ -61,7 +61,7 @@ class Guesser(Classifies, Shows):
 
 
 def guessing_task() -> Any:
-    """A task that reads one field by two modalities."""
+    """Return a task that reads one field by two modalities."""
     spec = {"x": SimpleNamespace(shape=(8, 8), dtype=np.uint8)}
     modality = SimpleNamespace(
         raw=lambda v: v, arrays=lambda s: spec, preprocess=lambda s, v, r: {"x": v}

@@ -23,7 +23,7 @@ ID = "0" * 31
 
 
 def lease_text(number: int, **more: Any) -> bytes:
-    """A lease with the id 00...`number`, of a process that has ended here unless `more` sets another."""
+    """Return a lease with the id 00...`number`, of a process that has ended here unless `more` sets another."""
     return replace(dead(), id=f"{ID}{number:x}", **more).text()
 
 

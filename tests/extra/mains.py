@@ -18,7 +18,7 @@ Main = Callable[[Sequence[str]], int | None]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a main ended: exit status, standard output and standard error."""
+    """The end of a main: exit status, standard output and standard error."""
 
     status: int
     out: str
@@ -37,7 +37,7 @@ def run(main: Main, *arguments: str) -> Ended:
 
 
 def refused(main: Main, *arguments: str) -> str:
-    """The message of a main that ends with status 2 and an error, and prints nothing else there."""
+    """Return the message of a main that ends with status 2 and an error, and prints nothing else there."""
     ended = run(main, *arguments)
     assert ended.status == 2, (ended, arguments)
     assert ended.err.startswith("mmjax: error: ") and ended.err.endswith("\n"), ended.err

@@ -42,7 +42,7 @@ def experiment(name: str) -> Experiment:
 
 
 def without_sizes(block: Any) -> Any:
-    """The config without its numbers, its tokenizer, and what the hardware decides."""
+    """Return the config without its numbers, its tokenizer, and what the hardware decides."""
     if isinstance(block, dict):
         left_out = ("remat", "compute", "tokenizer")
         return {k: without_sizes(v) for k, v in block.items() if k not in left_out}
@@ -52,7 +52,7 @@ def without_sizes(block: Any) -> Any:
 
 
 def abstract(made: Experiment, task: str) -> tuple[dict[str, Any], Any]:
-    """Shapes of all parameters, and of a batch of the task."""
+    """Return shapes of all parameters, and of a batch of the task."""
     parameters = {
         n: jax.ShapeDtypeStruct(s.shape, "float32") for n, s in made.declaration.specs.items()
     }

@@ -14,12 +14,12 @@ COUNT = 40
 
 
 def same(workdir: Path, other: Path) -> None:
-    """Both ended in the same bits, and their metrics are the same."""
+    """Check that both ended in the same bits, and their metrics are the same."""
     assert toyrun.bits(workdir) == toyrun.bits(other)
     assert deterministic(workdir) == deterministic(other)
     assert (workdir / "results.json").read_bytes() == (other / "results.json").read_bytes()
 
 
 def ids(task: str, first: int, count: int) -> list[int]:
-    """The examples at positions `first` to `first + count` of a task."""
+    """Return the examples at positions `first` to `first + count` of a task."""
     return [int(i) for i in order.example_ids(toyrun.SEED, task, first, count, COUNT)]

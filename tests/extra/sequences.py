@@ -1,4 +1,4 @@
-"""What tests of interleaved sequences share: modalities, a batch, and a small model of an objective."""
+"""Parts that the tests of interleaved sequences share: modalities, a batch, and a small model of an objective."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ UNIDIFFUSER = replace(
 
 
 def built(objective: Transfusion, *blocks: Any) -> tuple[Declaration, dict[str, Any]]:
-    """The model's declaration, and random parameters."""
+    """Return the model's declaration, and random parameters."""
     modalities = {m: MODALITIES[m] for m in objective.modalities}
     config = ModelConfig(WIDTH, (GroupConfig(2, blocks or (BLOCK,)),))
     heads = objective.heads(Widths.same(WIDTH), {m: INPUTS[m] for m in objective.modalities})

@@ -36,13 +36,13 @@ def sentence_pieces(file: Path, size: int, **settings: Any) -> Path:
 
 
 def t5(file: Path) -> Path:
-    """T5: unigram; padding 0, end 1, unknown 2, no begin."""
+    """Write T5's tokenizer: unigram; padding 0, end 1, unknown 2, no begin."""
     ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
     return sentence_pieces(file, 80, model_type="unigram", hard_vocab_limit=False, **ids)
 
 
 def llama2(file: Path) -> Path:
-    """Llama: BPE over bytes; unknown 0, begin 1, end 2, no padding; case and spaces stay."""
+    """Write Llama's tokenizer: BPE over bytes; unknown 0, begin 1, end 2, no padding; case and spaces stay."""
     rule = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     ids = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
     more = {"byte_fallback": True, "split_digits": True, **rule, **ids}
@@ -65,17 +65,17 @@ def _byte_level(file: Path, regex: str, special: list[str]) -> Path:
 
 
 def llama3(file: Path) -> Path:
-    """Llama 3: BPE of bytes; begin and end after the 320 pieces, no padding."""
+    """Write Llama 3's tokenizer: BPE of bytes; begin and end after the 320 pieces, no padding."""
     return _byte_level(file, LLAMA3, ["<|begin_of_text|>", "<|end_of_text|>"])
 
 
 def qwen(file: Path) -> Path:
-    """Qwen: BPE of bytes; an end, which also begins and pads."""
+    """Write Qwen's tokenizer: BPE of bytes; an end, which also begins and pads."""
     return _byte_level(file, QWEN, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
 
 
 def clip(file: Path) -> Path:
-    """CLIP: lower case, words closed by `</w>`; begin and end are the last two pieces."""
+    """Write CLIP's tokenizer: lower case, words closed by `</w>`; begin and end are the last two pieces."""
     made = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     space = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
     made.normalizer = normalizers.Sequence([normalizers.NFC(), space, normalizers.Lowercase()])
@@ -110,7 +110,7 @@ def clip(file: Path) -> Path:
 
 
 def unigram_json(file: Path) -> Path:
-    """T5 as a `tokenizer.json`: unigram with `▁` for spaces; padding 0, end 1, unknown 2."""
+    """Write T5's tokenizer as a `tokenizer.json`: unigram with `▁` for spaces; padding 0, end 1, unknown 2."""
     made = tokenizers.Tokenizer(models.Unigram())
     made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
@@ -135,7 +135,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
 
 
 def by_the_library(file: Path, text: str) -> list[int]:
-    """The ids of a text without special tokens, by the library that the file is of."""
+    """Return the ids of a text without special tokens, by the library that the file is of."""
     if file.suffix == ".model":
         return list(sentencepiece.SentencePieceProcessor(model_file=str(file)).encode(text))
     made = tokenizers.Tokenizer.from_file(str(file))

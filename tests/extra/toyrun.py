@@ -35,7 +35,7 @@ SEED = 0
 
 
 def block(*overrides: str) -> Block:
-    """The config as data, with `KEY=VALUE` overrides."""
+    """Return the config as data, with `KEY=VALUE` overrides."""
     if "toy" not in configs.names("objectives"):
         configs.add_folder(str(EXTRA))
     use_cache()
@@ -53,7 +53,7 @@ class Seen:
 
 @contextmanager
 def watched() -> Iterator[Seen]:
-    """Notes what training places on the devices."""
+    """Note what training places on the devices."""
     seen, place = Seen(), flight.place
 
     def noted(rows: Any, *arguments: Any) -> Any:
@@ -81,18 +81,18 @@ def run(
 
 
 def meta(workdir: epath.PathLike) -> dict[str, Any]:
-    """The meta data of the newest checkpoint."""
+    """Return the meta data of the newest checkpoint."""
     folder = epath.Path(workdir)
     return meta_of(folder, checkpoint.steps(folder)[0])
 
 
 def meta_of(workdir: epath.PathLike, step: int) -> dict[str, Any]:
-    """The meta data of the checkpoint of a step."""
+    """Return the meta data of the checkpoint of a step."""
     return checkpoint.read_meta(epath.Path(workdir), step)
 
 
 def bits(workdir: epath.PathLike) -> str:
-    """A digest of everything that the newest checkpoint holds: arrays, clock and config."""
+    """Return a digest of everything that the newest checkpoint holds: arrays, clock and config."""
     folder = epath.Path(workdir)
     step = checkpoint.steps(folder)[0]
     shapes = checkpoint.read_shapes(folder, step)
@@ -105,12 +105,12 @@ def bits(workdir: epath.PathLike) -> str:
 
 
 def parameters(workdir: epath.PathLike) -> dict[str, np.ndarray[Any, Any]]:
-    """The parameters of the newest checkpoint by canonical name."""
+    """Return the parameters of the newest checkpoint by canonical name."""
     return parameters_of(workdir, checkpoint.steps(epath.Path(workdir))[0])
 
 
 def parameters_of(workdir: epath.PathLike, step: int) -> dict[str, np.ndarray[Any, Any]]:
-    """The parameters of the checkpoint of a step."""
+    """Return the parameters of the checkpoint of a step."""
     folder = epath.Path(workdir)
     return show.read_arrays(folder, step, checkpoint.read_shapes(folder, step)["parameters"])
 
@@ -128,7 +128,7 @@ class Parts:
     state: State
 
     def batch(self, task: str, ids: Sequence[int]) -> Any:
-        """A batch of these examples, without augmentation; blank rows up to the task's batch."""
+        """Return a batch of these examples, without augmentation; blank rows up to the task's batch."""
         chosen = self.experiment.tasks[task]
         rows, failed = make_batch(
             chosen.rows(), chosen.source.open(), ids, lambda _: None, chosen.batch
@@ -137,7 +137,7 @@ class Parts:
         return place(rows, 0, chosen.batch, batch_sharding(self.mesh, chosen.batch, task))
 
     def ticks(self, task: str, step: int, visit: int) -> Any:
-        """What a training program of a task takes beside state and batch."""
+        """Return what a training program of a task takes beside state and batch."""
         progress = self.experiment.optimizers.progress(task, step, {})
         return ticks(self.mesh, step=step, visit=visit, **progress)
 
@@ -157,12 +157,12 @@ def parts(*overrides: str, devices: int = 1) -> Parts:
 
 
 def host(tree: Any) -> Any:
-    """A tree of arrays as NumPy arrays of their own, which a later donation does not touch."""
+    """Return a tree of arrays as NumPy arrays of their own, which a later donation does not touch."""
     return jax.tree.map(lambda x: np.array(x, copy=True), tree)
 
 
 def wrap_calls(monkeypatch: pytest.MonkeyPatch, wrap: Callable[[Any], Any]) -> None:
-    """Training programs whose call is wrapped."""
+    """Wrap the call of training programs."""
 
     def compiled(requests: Mapping[str, Any], *arguments: Any) -> dict[str, Program]:
         programs = compile_all(requests, *arguments)

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def wav(samples: np.ndarray, width: int, rate: int = 8000) -> bytes:
-    """A WAV file of integer samples `[N, channels]`."""
+    """Return a WAV file of integer samples `[N, channels]`."""
     out = io.BytesIO()
     with wave.open(out, "wb") as file:
         file.setnchannels(samples.shape[1])

@@ -36,7 +36,7 @@ def keys() -> jax.Array:
 
 
 def spans(image: str, sound: str, mel: float = 0.0) -> list[Span]:
-    """A picture and a sound, each `given`, `made` or `absent`."""
+    """Return a picture and a sound, each `given`, `made` or `absent`."""
     inputs = batch().inputs
     heard = {"mel": inputs["sound"]["mel"] + mel, "valid": jnp.ones((ROWS, 2), bool)}
     arrays = {"image": inputs["image"], "sound": heard}

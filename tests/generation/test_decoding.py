@@ -1,4 +1,4 @@
-"""What is chosen from logits, and when texts end."""
+"""Check what is chosen from logits, and when texts end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LENGTH = 6
 
 @jax.jit
 def follow(script_BL: jax.Array) -> Any:
-    """Texts of a model that follows a script of tokens, whatever was before; and how often it was asked."""
+    """Return texts of a model that follows a script of tokens, whatever was before; and how often it was asked."""
 
     def step(ids_BS: jax.Array, at: jax.Array, asked: Any) -> Any:
         return jax.nn.one_hot(script_BL[:, at], 9), asked.at[at].set(ids_BS[:, at])

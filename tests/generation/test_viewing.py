@@ -21,7 +21,7 @@ def model(**stems: Any) -> Any:
 
 
 def values(arrays: Any, dtype: Any) -> Any:
-    """Patches of two by two, in [-1, 1]."""
+    """Return patches of two by two, in [-1, 1]."""
     return jnp.asarray(patchify(np.asarray(arrays["pixels"], np.float32) / 127.5 - 1, 2), dtype)
 
 

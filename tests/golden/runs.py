@@ -79,20 +79,20 @@ RUNS = {
 
 
 def block(name: str) -> Block:
-    """The config of a golden run, as today's code would read it."""
+    """Return the config of a golden run, as today's code would read it."""
     toyrun.block()
     golden = RUNS[name]
     return configs.override(configs.read_file(str(CONFIGS / golden.config)), golden.overrides)
 
 
 def sums(workdir: Path) -> dict[str, list[float]]:
-    """Of each parameter in the newest checkpoint: the sum, and the sum of squares."""
+    """Return the sum, and the sum of squares, of each parameter in the newest checkpoint."""
     held = {n: x.astype("float64") for n, x in toyrun.parameters(workdir).items()}
     return {n: [float(x.sum()), float((x * x).sum())] for n, x in held.items()}
 
 
 def vectors(workdir: Path) -> list[list[float]]:
-    """What the loaded run embeds; nothing for the toys, which embed nothing."""
+    """Return what the loaded run embeds; nothing for the toys, which embed nothing."""
     model = mmjax.load(str(workdir))
     if not any("text" in embedded(task.objective) for task in model.tasks.values()):
         return []
@@ -101,7 +101,7 @@ def vectors(workdir: Path) -> list[list[float]]:
 
 
 def write(commit: str, name: str) -> None:
-    """One golden run."""
+    """Write one golden run."""
     golden = RUNS[name]
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder) / "run"

@@ -1,4 +1,4 @@
-"""Writes a golden checkpoint: PYTHONPATH=. python tests/golden/write.py tests/golden/formatN.zip
+"""Write a golden checkpoint: PYTHONPATH=. python tests/golden/write.py tests/golden/formatN.zip
 
 Run once for each format, by the code that writes that format first; its file is never written again.
 `format1.zip` is of commit 6b61e79.

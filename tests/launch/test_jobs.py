@@ -196,7 +196,7 @@ def test_a_manifest_with_a_wrong_key_is_not_valid(cloud: Cloud) -> None:
 
 
 def expanded(text: str, variables: dict[str, str]) -> str:
-    """What Kubernetes makes of a word of a command (k8s.io/kubernetes/third_party/forked/golang/expansion).
+    """Return what Kubernetes makes of a word of a command (k8s.io/kubernetes/third_party/forked/golang/expansion).
 
     `$$` is `$`; `$(NAME)` the variable, or itself where there is none; any other `$` is itself.
     """

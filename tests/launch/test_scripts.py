@@ -94,13 +94,13 @@ class Machine:
         return self.run(str(self.root / "launch" / script), *arguments, **variables)
 
     def sourced(self, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Runs `code` with launch/lib.sh sourced."""
+        """Run `code` with launch/lib.sh sourced."""
         lib = self.root / "launch" / "lib.sh"
         return self.run("-c", f'set -euo pipefail; source "$0"; {code}', str(lib), **variables)
 
 
 def put(path: Path, lines: str) -> None:
-    """An executable of these lines of shell."""
+    """Put an executable of these lines of shell."""
     path.write_text(f"#!{shutil.which('bash')}\n{lines}\n")
     path.chmod(0o755)
 
@@ -410,7 +410,13 @@ def test_git_is_missed_aloud_but_not_needed(machine: Machine) -> None:
     assert "note:" not in machine.launch("quickstart.sh", "--setup_only").stdout
 
 
-@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+@pytest.mark.parametrize("script", ["docs.sh", "release.sh", "test.sh"])
+def test_scripts_share_the_code_of_the_help(script: str) -> None:
+    text = (ROOT / "launch" / script).read_text()
+    assert 'help_if_asked "$@"' in text and "--help" not in text
+
+
+@pytest.mark.parametrize("script", ["docs.sh", "quickstart.sh", "release.sh", "test.sh"])
 def test_help(machine: Machine, script: str) -> None:
     result = machine.launch(script, "--help")
     assert result.returncode == 0
@@ -422,7 +428,7 @@ def test_help(machine: Machine, script: str) -> None:
 
 
 def stages(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
-    """Stage name to verdict, from the closing summary."""
+    """Return stage name to verdict, from the closing summary."""
     summary = result.stdout.split("--- summary\n")[1].splitlines()[:-1]
     pattern = re.compile(r"(ok|FAILED|not run|-) +(.*?)(?: \(\d+ s\))?$")
     found = [pattern.match(line) for line in summary]

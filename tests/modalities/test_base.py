@@ -1,4 +1,4 @@
-"""What every modality has from its base: inputs, instances, and which tokens stay."""
+"""Check what every modality has from its base: inputs, instances, and which tokens stay."""
 
 from __future__ import annotations
 

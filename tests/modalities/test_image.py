@@ -34,7 +34,7 @@ def pixels(height: int = 8, width: int = 8, channels: int = 3, seed: int = 0) ->
 
 
 def made(value: Any, seed: int | None = None, **settings: Any) -> np.ndarray:
-    """The preprocessed image; deterministic without a seed."""
+    """Return the preprocessed image; deterministic without a seed."""
     rng = None if seed is None else np.random.default_rng(seed)
     given = ImageInput(**{"size": 8, **settings})
     arrays = Input("image", IMAGE, given).preprocess({"image": value}, rng)
@@ -227,7 +227,7 @@ def test_crops_keep_the_stated_area_and_the_shape_and_lie_anywhere(least: float)
 
 
 def smooth(height: int, width: int) -> np.ndarray:
-    """Red grows downwards, green to the right, blue in waves."""
+    """Return a picture: red grows downwards, green to the right, blue in waves."""
     y, x = np.mgrid[:height, :width]
     waves = 127 + 120 * np.sin(x / 9) * np.cos(y / 7)
     channels = (y * 250 / height, x * 250 / width, waves)
@@ -297,7 +297,7 @@ def test_padding_shows_the_whole_on_the_background(height: int, width: int, chan
 
 
 def boxes_of(value: Any, count: int, **settings: Any) -> np.ndarray:
-    """Left, top, right and bottom of what is cut out of a picture, `[count, 4]`."""
+    """Return left, top, right and bottom of what is cut out of a picture, `[count, 4]`."""
     found, resize = [], Pil.Image.resize
 
     def noted(self: Any, size: Any, resample: Any = None, box: Any = None) -> Any:
@@ -311,7 +311,7 @@ def boxes_of(value: Any, count: int, **settings: Any) -> np.ndarray:
 
 
 def inception(size: tuple[int, int], least: float, aspect: tuple[float, float], count: int) -> Any:
-    """Areas and aspects by rejection, as Szegedy et al. 2015 and torchvision's `RandomResizedCrop` state them."""
+    """Return areas and aspects by rejection, as in Szegedy et al. 2015 and torchvision's `RandomResizedCrop`."""
     rng = np.random.default_rng(99)
     width, height = size
     area = rng.uniform(least, 1, (count, 10)) * width * height

@@ -23,7 +23,7 @@ SMALL = Spectrogram(
 
 
 def reference(samples: np.ndarray, m: Spectrogram) -> np.ndarray:
-    """The class's documented formula, by SciPy's transform and loops over bands, in float64."""
+    """Return the class's documented formula, by SciPy's transform and loops over bands, in float64."""
     size = 2 ** math.ceil(math.log2(m.window))
     _, _, z = scipy.signal.stft(
         samples.astype(np.float64),
@@ -44,7 +44,7 @@ def reference(samples: np.ndarray, m: Spectrogram) -> np.ndarray:
 
 
 def sound(length: int, seed: int = 0) -> np.ndarray:
-    """Noise with a tone that sweeps, at most about 0.8."""
+    """Return noise with a tone that sweeps, at most about 0.8."""
     rng = np.random.default_rng(seed)
     time = np.arange(length) / 8000
     tone = 0.5 * np.sin(2 * np.pi * (200 + 1500 * time) * time)
@@ -208,7 +208,7 @@ def test_lengths_that_do_not_fit(frames, message):
 
 
 def built(modality: Any, width: int = 6) -> tuple[Any, dict[str, np.ndarray]]:
-    """A modality's stem as a function of arrays, and its (random) parameters."""
+    """Return a modality's stem as a function of arrays, and its (random) parameters."""
     declaration = Declaration(modality.stem(width))
     rng = np.random.default_rng(0)
     p = {name: rng.normal(size=s.shape).astype(np.float32) for name, s in declaration.specs.items()}
@@ -217,7 +217,7 @@ def built(modality: Any, width: int = 6) -> tuple[Any, dict[str, np.ndarray]]:
 
 
 def normed(p: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
-    """`Positions`' layer norm of summed table rows, in NumPy."""
+    """Return `Positions`' layer norm of summed table rows, in NumPy."""
     centred = rows - rows.mean(axis=-1, keepdims=True)
     scaled = centred / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + 1e-6)
     return scaled * p["positions/norm/scale"] + p["positions/norm/bias"]

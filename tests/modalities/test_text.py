@@ -27,7 +27,7 @@ PIECES = 300
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small tokenizer of a few texts."""
+    """Return a folder with a small tokenizer of a few texts."""
     path = tmp_path_factory.mktemp("tokenizer")
     tokenizer.train(TEXTS, path / "small.model", vocab_size=PIECES)
     return path

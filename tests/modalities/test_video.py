@@ -26,7 +26,7 @@ def clip(frames: int, height: int = 8, width: int = 8, seed: int = 0) -> np.ndar
 
 
 def numbered(frames: int) -> np.ndarray:
-    """Frame i is grey i everywhere."""
+    """Return a clip whose frame i is grey i everywhere."""
     return np.broadcast_to(
         np.arange(frames, dtype=np.uint8)[:, None, None, None], (frames, 8, 8, 3)
     )
@@ -203,7 +203,7 @@ def test_clips_drop_tokens_of_their_own():
 
 
 def built(modality: Any, width: int = 6) -> tuple[Any, dict[str, np.ndarray]]:
-    """A modality's stem as a function of arrays, and its (random) parameters."""
+    """Return a modality's stem as a function of arrays, and its (random) parameters."""
     declaration = Declaration(modality.stem(width))
     rng = np.random.default_rng(0)
     p = {name: rng.normal(size=s.shape).astype(np.float32) for name, s in declaration.specs.items()}
@@ -212,7 +212,7 @@ def built(modality: Any, width: int = 6) -> tuple[Any, dict[str, np.ndarray]]:
 
 
 def normed(p: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
-    """`Positions`' layer norm of summed table rows, in NumPy."""
+    """Return `Positions`' layer norm of summed table rows, in NumPy."""
     centred = rows - rows.mean(axis=-1, keepdims=True)
     scaled = centred / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + 1e-6)
     return scaled * p["positions/norm/scale"] + p["positions/norm/bias"]

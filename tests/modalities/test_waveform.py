@@ -29,7 +29,7 @@ def sine(hertz: float, seconds: float, rate: int = RATE, amplitude: float = 0.5)
 
 
 def built(modality: Any, width: int = 6) -> tuple[Any, dict[str, np.ndarray]]:
-    """A modality's stem as a function of arrays, and its (random) parameters."""
+    """Return a modality's stem as a function of arrays, and its (random) parameters."""
     declaration = Declaration(modality.stem(width))
     rng = np.random.default_rng(0)
     p = {name: rng.normal(size=s.shape).astype(np.float32) for name, s in declaration.specs.items()}
@@ -240,7 +240,7 @@ def test_settings_that_do_not_fit(settings, message):
 
 
 def normed(p: dict[str, np.ndarray], rows: np.ndarray) -> np.ndarray:
-    """`Positions`' layer norm of summed table rows, in NumPy."""
+    """Return `Positions`' layer norm of summed table rows, in NumPy."""
     centred = rows - rows.mean(axis=-1, keepdims=True)
     scaled = centred / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + 1e-6)
     return scaled * p["positions/norm/scale"] + p["positions/norm/bias"]

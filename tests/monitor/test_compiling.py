@@ -1,4 +1,4 @@
-"""What is shown while programs compile: on a terminal, in a log file, and nothing where others show it."""
+"""Check what is shown while programs compile: on a terminal, in a log file, and nothing where others show it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where time goes: each second once, over kills and restarts."""
+"""Check where time goes: each second once, over kills and restarts."""
 
 import json
 import os
@@ -157,7 +157,7 @@ def test_a_killed_attempt_counts_until_its_last_line(tmp_path: Path) -> None:
 
 
 def _attempt(workdir: Path, clock: _Clock, stretches: list[tuple[int, float]]) -> None:
-    """An attempt with a step phase of so many seconds from each of these steps on."""
+    """Write an attempt with a step phase of so many seconds from each of these steps on."""
     with ActivityLog(epath.Path(workdir), clock) as log:
         for step, seconds in stretches:
             with log.activity("step", step=step):

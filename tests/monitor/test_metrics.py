@@ -26,7 +26,7 @@ EVERY = 4  # an evaluation before each fourth step
 
 
 def _run(workdir: str | Path, resume: int, stop: int, writer: MetricWriter | None = None) -> None:
-    """Trains steps `resume` to `stop` - 1, evaluating before the step, as a training loop does."""
+    """Train steps `resume` to `stop` - 1, evaluating before the step, as a training loop does."""
     writer = writer or MetricWriter(epath.Path(workdir), resume)
     for step in range(resume, stop):
         if step % EVERY == 0:
@@ -38,13 +38,13 @@ def _run(workdir: str | Path, resume: int, stop: int, writer: MetricWriter | Non
 
 
 def _exact(workdir: str | Path) -> list[str]:
-    """The lines, without what may differ from run to run."""
+    """Return the lines, without what may differ from run to run."""
     lines = (epath.Path(workdir) / METRICS).read_text().splitlines()
     return [json.dumps({k: v for k, v in json.loads(x).items() if k != "timing"}) for x in lines]
 
 
 def _events(workdir: str | Path) -> list[list[Event]]:
-    """The events of each file, files in the order of their names."""
+    """Return the events of each file, files in the order of their names."""
     return [_parse(path.read_bytes()) for path in sorted(Path(workdir).glob("tensorboard/*"))]
 
 
@@ -114,7 +114,7 @@ def test_integers_stay_integers(tmp_path: Path, value: Any) -> None:
 
 @st.composite
 def _histories(draw: st.DrawFn) -> list[tuple[int, int, int]]:
-    """Attempts as (checkpoint it starts from, step it is killed before, bytes torn off)."""
+    """Return attempts as (checkpoint it starts from, step it is killed before, bytes torn off)."""
     attempts, checkpoint = [], 0
     for _ in range(draw(st.integers(0, 4))):
         stop = draw(st.integers(checkpoint, 24))
@@ -171,7 +171,7 @@ def test_the_evaluation_at_the_checkpoint_is_taken_again(tmp_path: Path) -> None
 
 
 def _replaced(workdir: Path) -> list[bytes]:
-    """The files of replaced lines, oldest first."""
+    """Return the files of replaced lines, oldest first."""
     paths = workdir.glob(f"{METRICS}.replaced-*")
     return [p.read_bytes() for p in sorted(paths, key=lambda p: int(p.name.rsplit("-", 1)[1]))]
 

@@ -1,4 +1,4 @@
-"""What processes that write no files use: the same calls as the real ones, and nothing comes of them."""
+"""Check what processes that write no files use: the same calls as the real ones, and nothing comes of them."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_more_tasks_than_columns_are_listed() -> None:
 
 
 def _steps(text: str) -> list[int]:
-    """The step of each plain line."""
+    """Return the step of each plain line."""
     return [int(found) for found in re.findall(r"^ *(\d+) ", text, re.MULTILINE)]
 
 

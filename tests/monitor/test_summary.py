@@ -1,4 +1,4 @@
-"""What a run did and cost: by hand from lines, and of a real run that was interrupted."""
+"""Check what a run did and cost: by hand from lines, and of a real run that was interrupted."""
 
 from __future__ import annotations
 

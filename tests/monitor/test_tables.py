@@ -174,6 +174,18 @@ def test_results() -> None:
     assert "majority" not in _print(records[::2], table=progress.results_table)[1]
 
 
+def test_only_fractions_are_percentages() -> None:
+    common = {"task": "t", "split": "s", "name": "n", "count": 3, "value": 0.25, "chance": 2.5}
+    units: list[dict[str, Any]] = [{"unit": ""}, {"unit": "fraction"}, {}, {"unit": "dB"}]
+    lines = _print([common | unit for unit in units], table=progress.results_table)[4:-1]
+    assert [line.split()[2:-1] for line in lines] == [
+        ["0.25", "2.50"],
+        ["25.0", "%", "250.0", "%"],
+        ["25.0", "%", "250.0", "%"],  # of a run that wrote no unit of fractions
+        ["0.25", "dB", "2.50", "dB"],
+    ]
+
+
 def test_parameters() -> None:
     rows = [
         {"part": "stems", "total": 100_000, "active_per_token": 50_000},

@@ -34,7 +34,7 @@ class FakeRun:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
-    """The runs that the stand-in began."""
+    """Return the runs that the stand-in began."""
     result: list[FakeRun] = []
     module = ModuleType("wandb")
 

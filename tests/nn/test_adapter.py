@@ -1,4 +1,4 @@
-"""What stands between trunk and outputs: the token of a beginning, times, and heads by modality."""
+"""Check what stands between trunk and outputs: the token of a beginning, times, and heads by modality."""
 
 from __future__ import annotations
 

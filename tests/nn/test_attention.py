@@ -19,7 +19,7 @@ VALID = np.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 1]], bool)
 
 
 def built(qk_norm: bool = False) -> tuple[Any, dict[str, np.ndarray]]:
-    """The layer as a function of tokens and mask, and its (random) parameters."""
+    """Return the layer as a function of tokens and mask, and its (random) parameters."""
     declaration = Declaration(Attention(WIDTH, HEADS, qk_norm))
     rng = np.random.default_rng(0)
     p = {name: rng.normal(size=spec.shape) for name, spec in declaration.specs.items()}
@@ -36,7 +36,7 @@ def normalised(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def attend(p: dict[str, np.ndarray], x: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """One query at a time, over the keys that exist."""
+    """Attend by one query at a time, over the keys that exist."""
     out = np.zeros_like(x)
     for b, s, h in np.ndindex(*x.shape[:2], HEADS):
         q = x[b, s] @ p["query"][:, h]

@@ -87,7 +87,7 @@ def heads(p: Arrays, name: str, x: np.ndarray, e: str) -> np.ndarray:
 
 
 def block(p: Arrays, x: np.ndarray, experts: list[str]) -> np.ndarray:
-    """One sequence `[S, D]`, causal."""
+    """Run one sequence `[S, D]`, causal."""
     q, k, v = (
         np.stack([heads(p, name, each, e) for each, e in zip(x, experts, strict=True)])
         for name in ("query", "key", "value")
@@ -176,7 +176,7 @@ def test_one_product_per_expert_however_often_it_comes() -> None:
 
 
 def copied(dense: Arrays, declaration: Declaration) -> dict[str, np.ndarray]:
-    """Every copy as the dense block's own."""
+    """Set every copy to the dense block's own."""
     result = {}
     for name in declaration.specs:
         plain = "/".join(word for word in name.split("/") if word not in NAMES)

@@ -15,7 +15,7 @@ from mmjax.nn.dense import Dense, LayerNorm, Mlp, matmul, mlp_of, norm_of
 
 
 def built(module: Any) -> tuple[Any, dict[str, np.ndarray]]:
-    """The layer as a compiled function, and its parameters: random, so that biases count too."""
+    """Return the layer as a compiled function, and its parameters: random, so that biases count too."""
     declaration, rng = Declaration(module), np.random.default_rng(0)
     p = {name: rng.normal(size=spec.shape) for name, spec in declaration.specs.items()}
     call = jax.jit(lambda p, x: declaration.merge(p)(x))
@@ -27,7 +27,7 @@ def inputs(*shape: int) -> np.ndarray:
 
 
 def layer_norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray | float = 0.0) -> np.ndarray:
-    """Per vector: less its mean, over the root of variance plus 1e-6."""
+    """Compute for each vector: less its mean, over the root of variance plus 1e-6."""
     out = np.empty_like(x)
     for index in np.ndindex(x.shape[:-1]):
         mean = sum(x[index]) / x.shape[-1]

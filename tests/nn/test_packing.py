@@ -18,7 +18,7 @@ BEGIN = -1
 
 
 def laid(texts: list[list[int]], capacity: int) -> tuple[list[int], list[int], int]:
-    """The tokens of one sequence in order, their items, and how many were cut."""
+    """Return the tokens of one sequence in order, their items, and how many were cut."""
     limit, room = max(map(len, texts)), capacity - len(texts)
     while sum(min(len(text), limit) for text in texts) > room:
         limit -= 1

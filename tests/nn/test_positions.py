@@ -38,7 +38,7 @@ TABLE = 512
 
 
 def used(count: int, coordinates: Any) -> list[int]:
-    """Which of `count` buckets the coordinates read."""
+    """Return which of `count` buckets the coordinates read."""
     numbers = jnp.arange(TABLE, dtype=jnp.float32)[:, None]
     norm = {"norm/scale": jnp.ones(1), "norm/bias": jnp.zeros(1)}
     layer = Declaration(Positions(1, {"x": TABLE})).merge({"tables/x": numbers, **norm})

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def recurrence(a_EN: Any, t: Tokens) -> jax.Array:
-    """The recurrence as it is written."""
+    """Return the recurrence as it is written."""
     begins = jnp.zeros(t.x_BSE.shape[:2], bool) if t.begins_BS is None else t.begins_BS
     state, out = jnp.zeros((t.x_BSE.shape[0], *a_EN.shape)), []
     for s in range(t.x_BSE.shape[1]):

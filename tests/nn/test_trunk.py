@@ -61,7 +61,7 @@ class NoisyLayer(nnx.Module):
 
 @pytest.fixture
 def noisy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """The config of a block that stands in a file of its own."""
+    """Yield the config of a block that stands in a file of its own."""
     (tmp_path / "noisy.py").write_text(NOISY)
     monkeypatch.setattr(mmjax.blocks, "__path__", [*mmjax.blocks.__path__, str(tmp_path)])
     yield {"name": "noisy", "size": 0.5}

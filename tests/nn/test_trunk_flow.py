@@ -1,4 +1,4 @@
-"""What reaches what through trunks of several layers, by every kernel: the gradient of each token by each token."""
+"""Check what reaches what through trunks of several layers, by every kernel: the gradient of each token by each."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SYSTEMS: dict[str, tuple[str, list[tuple[int, dict[str, Any]]], list[str]]] = {
 
 @lru_cache
 def compiled(system: str, kernel: str) -> Any:
-    """Of tokens [S, D] and which exist [S]: the size of the gradient of each token by each, [S, S]."""
+    """Return, of tokens [S, D] and which exist [S]: the size of the gradient of each token by each, [S, S]."""
     mask, layers, _ = SYSTEMS[system]
     groups = [GroupConfig(n, ({**block, "attention_impl": kernel},)) for n, block in layers]
     declaration = Declaration(nnx.Dict(trunk=Trunk(groups, WIDTH)))
@@ -71,7 +71,7 @@ def compiled(system: str, kernel: str) -> Any:
 
 
 def reads(rule: str, valid: np.ndarray) -> np.ndarray:
-    """Which tokens one layer brings to each token, [S, S], by the words of its paper; every token keeps itself."""
+    """Return which tokens one layer brings to each token, [S, S], by its paper's words; every token keeps itself."""
     found = np.zeros((7, 7), bool)
     for own in (IMAGE, SOUND):
         found[own, own] = True

@@ -41,7 +41,7 @@ def norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
 
 
 def turned(x_bshk: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """As multiplication of complex numbers."""
+    """Compute by multiplication of complex numbers."""
     half = x_bshk.shape[-1] // 2
     rates = 100.0 ** (-2 * np.arange(half) / x_bshk.shape[-1])
     whole = (x_bshk[..., :half] + 1j * x_bshk[..., half:]) * np.exp(

@@ -38,12 +38,12 @@ Environment = Callable[..., dict[str, str]]
 
 @pytest.fixture(scope="module")
 def run(quickstart_run: epath.Path) -> Path:
-    """A finished run of all six tasks, which other tests read too."""
+    """Return a finished run of all six tasks, which other tests read too."""
     return Path(quickstart_run)
 
 
 def execute(notebook: NotebookNode, environment: Mapping[str, str]) -> NotebookNode:
-    """Every cell in turn, where the notebook lies; the first that raises raises here."""
+    """Execute every cell in turn, where the notebook lies; the first that raises raises here."""
     resources = {"metadata": {"path": str(PATH.parent)}}
     # Its own limits for a kernel to start and to answer are those of an idle machine.
     client = NotebookClient(
@@ -55,7 +55,7 @@ def execute(notebook: NotebookNode, environment: Mapping[str, str]) -> NotebookN
 
 @pytest.fixture(scope="module")
 def before(run: Path) -> dict[str, bytes]:
-    """The files of the run as training left them."""
+    """Return the files of the run as training left them."""
     return contents(run)
 
 
@@ -91,7 +91,7 @@ def cell_with(notebook: NotebookNode, words: str) -> NotebookNode:
 
 
 def data(cell: NotebookNode, kind: str) -> list[str]:
-    """The outputs of a cell that have a representation of this MIME type."""
+    """Return the outputs of a cell that have a representation of this MIME type."""
     return [o.data[kind] for o in cell.outputs if "data" in o and kind in o.data]
 
 
@@ -100,7 +100,7 @@ def said(cell: NotebookNode) -> str:
 
 
 def table(cell: NotebookNode) -> list[list[str]]:
-    """The rows of its Markdown table, without the head."""
+    """Return the rows of its Markdown table, without the head."""
     [markdown] = data(cell, "text/markdown")
     rows = [line.strip("| ").split(" | ") for line in markdown.strip().splitlines()]
     assert set(rows[1][0]) <= set(":-|"), markdown
@@ -108,19 +108,19 @@ def table(cell: NotebookNode) -> list[list[str]]:
 
 
 def unpacked(html: str) -> str:
-    """What treescope shows: the page holds it compressed, and a browser unpacks it."""
+    """Return what treescope shows: the page holds it compressed, and a browser unpacks it."""
     packed = re.findall(r'<script type="application/octet-stream"\s*>([\w+/=\s]+)</script>', html)
     return "".join(zlib.decompress(base64.b64decode(each)).decode() for each in packed)
 
 
 def colours(picture: str) -> int:
-    """How many colours a PNG has."""
+    """Return how many colours a PNG has."""
     image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
     return len(np.unique(np.asarray(image).reshape(-1, 3), axis=0))
 
 
 def faults(notebook: NotebookNode) -> list[str]:
-    """What an executed notebook lacks, or shows and should not."""
+    """Return what an executed notebook lacks, or shows and should not."""
     found = []
     for cell in cells(notebook):
         first = cell.source.splitlines()[0]
@@ -184,7 +184,7 @@ def test_a_fault_would_be_seen(executed):
 
 
 def assert_nearest(shown: list[list[str]], query: np.ndarray, model: TrainedModel) -> None:
-    """The rows shown are the captions nearest to the query, in order."""
+    """Check that the rows shown are the captions nearest to the query, in order."""
     captions = [example["caption"] for example in Tfds("emoji", "test_drawing").open()]
     similarity = dict(zip(captions, model.embed(text=captions) @ query, strict=True))
     numbers = [float(number) for _, number in shown]

@@ -1,4 +1,4 @@
-"""What every objective has from its base: defaults, losses of several means, and keys of rows."""
+"""Check what every objective has from its base: defaults, losses of several means, and keys of rows."""
 
 from __future__ import annotations
 

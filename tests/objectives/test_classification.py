@@ -35,7 +35,7 @@ def logits(rows: int, classes: int = CLASSES, seed: int = 0) -> np.ndarray:
 
 
 def reference(x: Any, label: Any, valid: Any, smoothing: float = 0.0) -> float:
-    """Row by row: the cross-entropy to the smoothed target."""
+    """Return the cross-entropy to the smoothed target, row by row."""
     losses = []
     for row, c in zip(x[valid], label[valid], strict=True):
         probability = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
@@ -46,7 +46,7 @@ def reference(x: Any, label: Any, valid: Any, smoothing: float = 0.0) -> float:
 
 
 def numeric(f: Any, x: np.ndarray, step: float = 1e-6) -> np.ndarray:
-    """Central differences."""
+    """Return central differences."""
     slope = np.zeros_like(x)
     for index in np.ndindex(*x.shape):
         up, down = x.copy(), x.copy()

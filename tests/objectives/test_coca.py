@@ -99,7 +99,7 @@ def norm(x: np.ndarray, scale: np.ndarray, bias: Any = 0.0) -> np.ndarray:
 
 
 def read(p: Parameters, at: str, x: np.ndarray, source: np.ndarray, sees: np.ndarray) -> np.ndarray:
-    """Attention of one example: queries of `x`, keys and values of `source`, where `sees[s, t]`."""
+    """Return attention of one example: queries of `x`, keys and values of `source`, where `sees[s, t]`."""
     out = np.zeros_like(x)
     for h in range(HEADS):
         q, k, v = (
@@ -114,7 +114,7 @@ def read(p: Parameters, at: str, x: np.ndarray, source: np.ndarray, sees: np.nda
 def layers(
     p: Parameters, at: str, x: np.ndarray, sees: np.ndarray, context: np.ndarray | None = None
 ) -> np.ndarray:
-    """The blocks of a trunk, without its last norm."""
+    """Return the blocks of a trunk, without its last norm."""
     inner = f"{at}/groups/0/blocks/0/"
     stacked = {n.removeprefix(inner): v for n, v in p.items() if n.startswith(inner)}
     for layer in range(len(stacked["mlp/up/kernel"])):
@@ -145,7 +145,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def stems(p: Any, inputs: Any) -> Any:
-    """Tokens of the pictures, and of the texts begun: their stems have tests of their own."""
+    """Return tokens of the pictures, and of the texts begun: their stems have tests of their own."""
     model = declared().merge(p)
     ids = inputs["text"]["ids"]
     before = jnp.concatenate([jnp.full((len(ids), 1), BOS_ID), ids[:, :-1]], axis=1)
@@ -154,7 +154,7 @@ def stems(p: Any, inputs: Any) -> Any:
 
 
 def of_rows(p: Parameters, given: Any, pooling: str) -> Iterator[tuple[Any, Any, np.ndarray]]:
-    """Of each row: the vectors of image and text, and the cross-entropy of the text's tokens."""
+    """Return of each row the vectors of image and text, and the cross-entropy of the text's tokens."""
     h, d = "heads/coca", "heads/coca/decoder"
     patches, tokens = (np.asarray(x) for x in stems(p, given.inputs))
     text = given.inputs["text"]
@@ -205,7 +205,7 @@ def loss_of(chosen: Coca, p: Any, given: Any) -> Loss:
 
 @cache
 def compiled() -> Any:
-    """`(parameters, batch) -> ((value, loss), gradient)`."""
+    """Return `(parameters, batch) -> ((value, loss), gradient)`."""
 
     def value(p: Any, given: Any) -> Any:
         loss = loss_of(objective(), p, given)
@@ -296,7 +296,7 @@ def test_each_loss_alone(weights: tuple[float, float], gone: str) -> None:
 
 @cache
 def influences(kernel: str) -> Any:
-    """Gradients of everything the decoder makes by everything it is given, of one row: norms over the width."""
+    """Return gradients of everything the decoder makes by everything it is given, of one row: norms over the width."""
 
     def made(tokens_SD: Any, context_QD: Any, close_D: Any, valid_S: Any, p: Any) -> Any:
         p = {**p, "heads/coca/decoder/close": close_D}
@@ -389,7 +389,7 @@ def test_on_a_mesh_as_on_one_device(sizes: dict[str, int]) -> None:
 
 @jax.jit
 def logits_of(p: Any, pixels: Any, ids: Any) -> Any:
-    """Logits of the token after each of `ids`, which begin with the begin token: the whole text every time."""
+    """Return logits of the token after each of `ids`, which begin with the begin token: the whole text every time."""
     model, chosen, key = declared().merge(p), objective(), jax.random.key(0)
     seen, _ = chosen.see(model, {"pixels": pixels}, key)
     text = model.tokens("text", {"ids": ids, "valid": jnp.ones_like(ids, bool)})
@@ -400,7 +400,7 @@ def logits_of(p: Any, pixels: Any, ids: Any) -> Any:
 
 @jax.jit
 def cached_logits(p: Any, pixels: Any, ids: Any) -> Any:
-    """As `logits_of`, token by token from what is held."""
+    """Return the same as `logits_of`, token by token from what is held."""
     model, chosen = declared().merge(p), objective()
     seen, _ = chosen.see(model, {"pixels": pixels}, jax.random.key(0))
     decoder = model.heads["coca"].decoder
@@ -421,7 +421,7 @@ def test_cached_decoding_is_the_whole_text_anew() -> None:
 
 
 def telling_apart() -> Parameters:
-    """Parameters under which pictures matter: some texts end before their length is full, and some do not."""
+    """Return parameters under which pictures matter: some texts end before their length is full, and some do not."""
     p, layers = parameters(5), "heads/coca/decoder/multimodal"
     value = f"{layers}/groups/0/blocks/0/cross/value"
     p[value] = 5 * p[value]

@@ -43,7 +43,7 @@ nce_gradient = jax.jit(
 
 
 def vectors(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Two sets of unit vectors."""
+    """Return two sets of unit vectors."""
     x = np.random.default_rng(seed).normal(size=(2, rows, 4))
     a, b = x / np.linalg.norm(x, axis=-1, keepdims=True)
     return a, b
@@ -52,7 +52,7 @@ def vectors(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def reference(
     a: np.ndarray, b: np.ndarray, scale: float, concept: np.ndarray, valid: np.ndarray
 ) -> float:
-    """Row by row, in both directions: -mean over the positives of log softmax, over valid rows."""
+    """Return row by row, in both directions: -mean over the positives of log softmax, over valid rows."""
     rows = np.flatnonzero(valid)
     total = 0.0
     for one, two in ((a, b), (b, a)):
@@ -65,7 +65,7 @@ def reference(
 
 
 def numeric(function: Any, x: np.ndarray, step: float = 1e-5) -> np.ndarray:
-    """The gradient of a NumPy function by central differences."""
+    """Return the gradient of a NumPy function by central differences."""
     out = np.empty_like(x)
     for index in np.ndindex(x.shape):
         ends = []
@@ -246,7 +246,7 @@ def test_the_scale_is_exp_up_to_100(x64: None, log: float, scale: float, slope: 
 
 
 def at_log_scale(a: np.ndarray, b: np.ndarray, log: float) -> tuple[float, float]:
-    """Loss of the pairs and its slope by the parameter, six rows each a pair of its own."""
+    """Return loss of the pairs and its slope by the parameter, six rows each a pair of its own."""
 
     def loss(log: Any) -> Any:
         return info_nce(a, b, scale_of(log), jnp.arange(6), jnp.ones(6, bool)).loss
@@ -332,7 +332,7 @@ def pair_batch(rows: int = 5) -> dict[str, Any]:
 
 
 def run(model: Table, batch: Any, concept: str) -> tuple[Loss, jax.Array]:
-    """The objective's loss, and its embeddings of `b`."""
+    """Return the objective's loss, and its embeddings of `b`."""
     objective = Contrastive(modalities=("a", "b"), positive_key=concept, embed_dim=3, head="pair")
     given: Any = model
 

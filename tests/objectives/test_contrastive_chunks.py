@@ -21,7 +21,7 @@ ROWS = 12
 
 
 def with_gradient(loss: Any) -> Any:
-    """`(a, b, scale, concept, valid) -> ((value, recall), gradients of the first three)`."""
+    """Return `(a, b, scale, concept, valid) -> ((value, recall), gradients of the first three)`."""
 
     def parted(*arguments: Any) -> Any:
         comparison = loss(*arguments)
@@ -35,7 +35,7 @@ chunked = {n: with_gradient(partial(chunked_info_nce, chunk=n)) for n in (1, 3, 
 
 
 def rows(count: int, seed: int = 0, size: int = 4) -> tuple[Any, ...]:
-    """`a`, `b`, a scale, concepts of several rows, and which rows are valid."""
+    """Return `a`, `b`, a scale, concepts of several rows, and which rows are valid."""
     rng = np.random.default_rng(seed)
     a, b = rng.normal(size=(2, count, size))
     concept = rng.integers(0, max(count // 2, 1), count)
@@ -81,7 +81,7 @@ def test_on_eight_devices_as_on_one(x64: None, sizes: dict[str, int]) -> None:
 
 
 def temporaries(function: Any, count: int) -> int:
-    """Bytes that loss and gradient of `count` rows need beside arguments and results."""
+    """Return bytes that loss and gradient of `count` rows need beside arguments and results."""
     shapes = [jax.ShapeDtypeStruct(s, np.float32) for s in [(count, 64), (count, 64), ()]]
     shapes += [jax.ShapeDtypeStruct((count,), t) for t in (np.int32, np.bool_)]
     size: int = function.lower(*shapes).compile().memory_analysis().temp_size_in_bytes

@@ -30,7 +30,7 @@ losses = {chunk: with_gradient(chunk) for chunk in (0, 1, 3, 4, 12, 64)}
 
 
 def rows(count: int, seed: int = 0) -> tuple[Any, ...]:
-    """`a`, `b`, scale, bias, concepts of several rows, and which rows are valid."""
+    """Return `a`, `b`, scale, bias, concepts of several rows, and which rows are valid."""
     rng = np.random.default_rng(seed)
     a, b = rng.normal(size=(2, count, 4))
     concept = rng.integers(0, max(count // 2, 1), count)
@@ -46,7 +46,7 @@ def same(got: Any, expected: Any) -> None:
 def reference(
     a: Any, b: Any, scale: float, bias: float, concept: Any, valid: Any
 ) -> tuple[float, float]:
-    """Pair by pair; and the cost of the best constant, found by search."""
+    """Return the loss, pair by pair, and the cost of the best constant, found by search."""
     there = np.flatnonzero(valid)
     total, signs = 0.0, []
     for i in there:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def pair(experts: dict[str, Any] | None) -> tuple[Declaration, dict[str, Any], dict[str, Any]]:
-    """A model of one layer, parameters, and a batch."""
+    """Return a model of one layer, parameters, and a batch."""
     image, text = Image(patch=4, max_positions=2), Text(vocabulary=32, max_positions=4)
     block: dict[str, Any] = {"name": "transformer", "num_heads": 2, "mlp_dim": 16}
     if experts:

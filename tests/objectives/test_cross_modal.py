@@ -67,7 +67,7 @@ def by_loops(
     concept: np.ndarray,
     temperatures: dict[str, float] = TEMPERATURES,
 ) -> float:
-    """Miech et al. (2020), equation 1, for each pair in both directions; the mean over pairs, by weight."""
+    """Compute as Miech et al. (2020), equation 1, for each pair in both directions; the mean over pairs, by weight."""
     total = part = 0.0
     for one, two in combinations(NAMES, 2):
         weight = weights.get(f"{one} {two}", 1.0)
@@ -192,7 +192,7 @@ class Given:
 
 
 def in_space(p: dict[str, np.ndarray], part: str, x: np.ndarray) -> np.ndarray:
-    """IMP's disjoint space (heads.py): two layers with a tanh GELU between them, a LayerNorm; then of length one."""
+    """Return IMP's disjoint space (heads.py): two layers with a tanh GELU between, a LayerNorm; then of length one."""
     up = x @ p[f"{part}/up/kernel"] + p[f"{part}/up/bias"]
     up = 0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)))
     out = up @ p[f"{part}/out/kernel"] + p[f"{part}/out/bias"]

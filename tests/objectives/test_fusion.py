@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def built(objective: Fusion, block: dict[str, Any]) -> Any:
-    """A function of inputs to logits by output, jitted, and the model."""
+    """Return a function of inputs to logits by output, jitted, and the model."""
     modalities = {
         "image": Image(patch=2, max_positions=2),
         "text": Text(vocabulary=9, max_positions=8),

@@ -44,7 +44,7 @@ def images(rows: int = ROWS, height: int = SIZE, width: int = SIZE) -> np.ndarra
 
 
 def patches(pixels: np.ndarray, patch: int = PATCH) -> np.ndarray:
-    """`[B, S, p p 3]` cut out one by one."""
+    """Return `[B, S, p p 3]` cut out one by one."""
     rows = []
     for image in pixels:
         cut = []
@@ -56,7 +56,7 @@ def patches(pixels: np.ndarray, patch: int = PATCH) -> np.ndarray:
 
 
 def targets(pixels: np.ndarray) -> np.ndarray:
-    """Each patch in [0, 1], less its mean, over the root of variance plus 1e-6."""
+    """Return each patch in [0, 1], less its mean, over the root of variance plus 1e-6."""
     x = patches(pixels / 255.0)
     out = np.empty_like(x)
     for index in np.ndindex(x.shape[:2]):
@@ -65,7 +65,7 @@ def targets(pixels: np.ndarray) -> np.ndarray:
 
 
 def numeric(function: Any, x: np.ndarray, step: float) -> np.ndarray:
-    """The gradient of a NumPy function by central differences."""
+    """Return the gradient of a NumPy function by central differences."""
     out = np.empty_like(x)
     for index in np.ndindex(x.shape):
         up, down = x.copy(), x.copy()
@@ -106,7 +106,7 @@ def test_targets_are_float32_at_least(dtype: Any) -> None:
 
 
 def error(predicted: np.ndarray, target: np.ndarray, hidden: np.ndarray) -> float:
-    """Mean over hidden patches of the mean squared difference."""
+    """Return mean over hidden patches of the mean squared difference."""
     costs = [
         ((predicted[i] - target[i]) ** 2).mean() for i in zip(*np.nonzero(hidden), strict=True)
     ]
@@ -254,7 +254,7 @@ def watch(p: Any, pixels: Any, valid: Any, plant: Any, seed: Any, ratio: float) 
 def run(
     pixels: Any, ratio: float = 0.75, plant: Any = None, seed: int = 0, valid: Any = VALID
 ) -> Any:
-    """The loss and what passed."""
+    """Return the loss and what passed."""
     loss, kept = watch(parameters(declared(ratio)), pixels, valid, plant, seed, ratio)
     return loss, SimpleNamespace(**kept)
 

@@ -47,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def reach(objective: Transfusion, drawn: Draws, *blocks: Any) -> np.ndarray:
-    """Whether the trunk's output of token s of row b depends on token t of row c: bool `[B, S, B, S]`."""
+    """Return whether the trunk's output of token s of row b depends on token t of row c: bool `[B, S, B, S]`."""
     declaration, p = built(objective, *blocks)
     model, inputs = declaration.merge(p), batch().inputs
     lengths = [TOKENS[m] for m in objective.modalities]
@@ -71,7 +71,7 @@ def reach(objective: Transfusion, drawn: Draws, *blocks: Any) -> np.ndarray:
 
 
 def allowed(objective: Transfusion, swapped: np.ndarray) -> np.ndarray:
-    """The same by the paper's words, in plain loops over items and spans."""
+    """Return the same by the paper's words, in plain loops over items and spans."""
     lengths = {m: TOKENS[m] for m in objective.modalities}
     tokens = [
         (b, m, i) for b in range(ROWS) for m in objective.modalities for i in range(lengths[m])
@@ -391,7 +391,7 @@ def test_text_and_pictures_in_turn() -> None:
 
 
 def renumbered(p: dict[str, Any], number: np.ndarray) -> dict[str, Any]:
-    """The parameters of a model whose vocabulary has other numbers: `number[i]` is the old id of the new id i."""
+    """Return the parameters of a model whose vocabulary has other numbers: `number[i]` is the old id of new i."""
     table, logits = "stems/text/embedding", "heads/head/adapter/logits/text/kernel"
     return {**p, table: p[table][number], logits: p[logits][:, number]}
 

@@ -58,7 +58,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 def alone(
     objective: Transfusion, model: Any, b: Any, key: jax.Array, valid: np.ndarray = VALID
 ) -> Any:
-    """The rows, each represented by itself in slots for no more than its own text."""
+    """Return the rows, each represented by itself in slots for no more than its own text."""
     keys, rows = row_keys(b, key), []
     single = replace(objective, pack=1, capacity={}, window=0)
     for row in range(ROWS):

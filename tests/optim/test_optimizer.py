@@ -55,21 +55,21 @@ def draws(seed: int, scale: float = 1.0) -> Values:
 
 
 def gradients(step: int) -> Values:
-    """Of norms on both sides of the bound of clipping."""
+    """Return gradients of norms on both sides of the bound of clipping."""
     grads = draws(100 + step)
     norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
     return {n: g * (3.0 if step % 3 else 0.5) / norm for n, g in grads.items()}
 
 
 def made(config: OptimizerConfig, specs: Mapping[str, Spec] = SPECS) -> Optimizer:
-    """An optimizer for one task that moves everything."""
+    """Return an optimizer for one task that moves everything."""
     return Optimizer(
         config, specs, lambda _: STEPS, {"task": UpdateScope("shared", frozenset(specs))}
     )
 
 
 def stepper(optimizer: Optimizer) -> Any:
-    """`(grads, state, parameters, step) -> Updated`, compiled."""
+    """Return `(grads, state, parameters, step) -> Updated`, compiled."""
 
     def update(grads: Any, state: Any, parameters: Any, step: Any) -> Any:
         return optimizer.update(grads, state, parameters, optimizer.rate("task", {"step": step}))
@@ -81,7 +81,7 @@ def run(
     config: OptimizerConfig, steps: int = STEPS, specs: Mapping[str, Spec] = SPECS,
     grads: Any = gradients, start: Values | None = None,
 ) -> tuple[list[Values], dict[str, Any], list[dict[str, float]]]:  # fmt: skip
-    """Parameters after each step, the last state, and the metrics of each step."""
+    """Return parameters after each step, the last state, and the metrics of each step."""
     optimizer = made(config, specs)
     parameters = {n: jnp.asarray(p) for n, p in (draws(0) if start is None else start).items()}
     state, update = optimizer.init(parameters), stepper(optimizer)
@@ -96,7 +96,7 @@ def run(
 
 
 def rate(config: OptimizerConfig, step: int) -> float:
-    """Linear warm-up from 1/warmup of the peak, then half a cosine to `final` of it."""
+    """Return linear warm-up from 1/warmup of the peak, then half a cosine to `final` of it."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
     if config.decay == "constant":
@@ -109,7 +109,7 @@ def rate(config: OptimizerConfig, step: int) -> float:
 
 
 def adamw(config: OptimizerConfig, rates: Sequence[float]) -> list[Values]:
-    """Loshchilov and Hutter (2019), algorithm 2, with the gradient's norm bounded first."""
+    """Compute as Loshchilov and Hutter (2019), algorithm 2, with the gradient's norm bounded first."""
     parameters, path = draws(0), []
     b1, b2, eps = 0.8, 0.95, 1e-3
     m = {n: np.zeros(s.shape) for n, s in SPECS.items()}

@@ -30,7 +30,7 @@ X = jax.ShapeDtypeStruct((3, WIDTH), jnp.float32)
 
 @jax.custom_vjp
 def kept(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x @ w whose rule gives `w` no gradient: reach cannot know that."""
+    """Return x @ w, whose rule gives `w` no gradient: reach cannot know that."""
     return x @ w
 
 

@@ -84,7 +84,7 @@ STEM, KERNEL, HEAD = (
 
 
 def stepped(*overrides: str) -> tuple[Any, Any, dict[str, Any]]:
-    """Parameters before and after a step of task one, and its program's report."""
+    """Return parameters before and after a step of task one, and its program's report."""
     toy = parts("optimizer.warmup=0", "optimizer.clip=0.0", *overrides)
     program = compile_all(
         {"one": train_requests(toy.experiment, toy.mesh)["one"]}, toy.mesh, LimitsConfig()

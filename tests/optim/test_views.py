@@ -1,4 +1,4 @@
-"""How a task's steps see the optimizer: what they leave alone to the last bit, and what `shared` costs."""
+"""Check how a task's steps see the optimizer: what they leave alone to the last bit, and what `shared` costs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def compiled(*overrides: str) -> tuple[Parts, dict[str, Program]]:
 
 
 def after(tasks: Sequence[str], *overrides: str) -> tuple[list[Any], list[Any]]:
-    """States (the initial one first) and metrics of steps of `tasks` in turn."""
+    """Return states (the initial one first) and metrics of steps of `tasks` in turn."""
     toy, programs = compiled(*SHORT, *overrides)
     state = jax.tree.map(lambda x: jnp.array(x, copy=True), toy.state)
     states, metrics = [host(state)], []
@@ -62,7 +62,7 @@ def same(one: Any, two: Any) -> bool:
 
 
 def belongings(state: Any, name: str) -> Any:
-    """A parameter and all that goes with it."""
+    """Return a parameter and all that goes with it."""
     return state.parameters[name], state.optimizer[name], state.buffers[EMA + name]
 
 
@@ -280,7 +280,7 @@ def test_the_rate_counts_examples() -> None:
 
 
 def rates(unit: str, warmup: int, tasks: Sequence[str]) -> list[float]:
-    """The learning rate at steps of `tasks` in turn, of a peak of 1."""
+    """Return the learning rate at steps of `tasks` in turn, of a peak of 1."""
     experiment = make_experiment(
         toyrun.block(
             f"optimizer.unit={unit}", f"optimizer.warmup={warmup}",

@@ -1,4 +1,4 @@
-"""Which choices are tried, and which is proposed, against a compiler whose answers are known."""
+"""Check which choices are tried, and which is proposed, against a compiler whose answers are known."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAVED = {"none": 1.0, "dots": 0.5, "full": 0.2}
 
 
 def plans(limit: float, calls: list[Any] | None = None) -> Any:
-    """A step needs its batch / micro-batches, less by remat, and takes longer by either."""
+    """Let a step need its batch / micro-batches, less by remat, and take longer by either."""
 
     def plan(block: Block, task: str) -> Mapping[str, Any]:
         config, remat = block["tasks"][task], block["model"]["remat"]

@@ -1,4 +1,4 @@
-"""What the process that compiles is given, and what it makes of a compiler that refuses."""
+"""Check what the process that compiles is given, and what it makes of a compiler that refuses."""
 
 from __future__ import annotations
 

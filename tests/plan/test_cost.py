@@ -1,4 +1,4 @@
-"""What a program costs, read from HLO that is small enough to count by hand."""
+"""Check what a program costs, read from HLO that is small enough to count by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SLICES = Layout({"data": 2, "fsdp": 4}, [0] * 4 + [1] * 4)
 
 
 def read(body: str, more: str = "", layout: Layout = ONE, partitions: int = 1) -> Cost:
-    """The cost of an entry with these lines, at 1 FLOP/s and 1 byte/s."""
+    """Return the cost of an entry with these lines, at 1 FLOP/s and 1 byte/s."""
     head = f"HloModule jit_f, is_scheduled=true, num_partitions={partitions}"
     text = f"{head}\n\n{more}\nENTRY %main.1 (p0: f32[8]) -> f32[8] {{\n{body}\n}}\n"
     return cost(hlo.parse(text), layout, 1.0, 1.0)

@@ -32,7 +32,7 @@ for name in names:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`started(action)` puts a process in place of the one that compiles."""
+    """Return `started(action)`, which puts a process in place of the one that compiles."""
 
     def put(action: str, ready: str = '"ready": {"names": names}') -> None:
         code = PROCESS.replace("ACTION", action).replace("READY", ready)

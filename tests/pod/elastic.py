@@ -30,7 +30,7 @@ from mmjax.training import flight
 
 
 class Notes:
-    """What one run did: its batches as they lie on the devices, and what it saved at its end."""
+    """The record of one run: its batches as they lie on the devices, and what it saved at its end."""
 
     def __init__(self) -> None:
         self.batches: list[str] = []

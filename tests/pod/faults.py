@@ -86,7 +86,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What became of an injection, and the words that came with it."""
+    """The outcome of an injection, and the words that came with it."""
 
     outcome: str
     words: str
@@ -214,7 +214,7 @@ CHANGES: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
 
 
 def damages(run: Run, flips: int) -> Iterator[Injection]:
-    """Every change to every file of the newest checkpoint; flips come several times."""
+    """Yield every change to every file of the newest checkpoint; flips come several times."""
     folder = run.workdir / "checkpoints" / str(NEWEST)
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size):
         relative = str(path.relative_to(folder))
@@ -224,13 +224,13 @@ def damages(run: Run, flips: int) -> Iterator[Injection]:
 
 
 def _kind(relative: str) -> str:
-    """A file of a checkpoint, without the names that Orbax draws."""
+    """Return a file of a checkpoint, without the names that Orbax draws."""
     parts = relative.split("/")
     return "/".join([*parts[:-1], "*"] if "d" in parts else parts)
 
 
 def _renamed(workdir: Path, rng: random.Random) -> AbstractContextManager[Any]:
-    """A later step's name on a copy of an older step's folder."""
+    """Put a later step's name on a copy of an older step's folder."""
     folder = workdir / "checkpoints"
     shutil.rmtree(folder / str(NEWEST))
     shutil.copytree(folder / str(BEFORE), folder / str(NEWEST))
@@ -238,7 +238,7 @@ def _renamed(workdir: Path, rng: random.Random) -> AbstractContextManager[Any]:
 
 
 def _swapped(*names: str) -> Apply:
-    """Parts of the step before in the place of the newest's."""
+    """Put parts of the step before in the place of the newest's."""
 
     def apply(workdir: Path, rng: random.Random) -> AbstractContextManager[Any]:
         for name in names:
@@ -251,7 +251,7 @@ def _swapped(*names: str) -> Apply:
 
 
 def _other_clock(workdir: Path, rng: random.Random) -> AbstractContextManager[Any]:
-    """A clock of another step, under a seal that is right."""
+    """Write a clock of another step, under a seal that is right."""
     path = workdir / "checkpoints" / str(NEWEST) / "meta" / "metadata"
     content = {k: v for k, v in json.loads(path.read_text()).items() if k != "sha256"}
     content["clock"]["step"] -= 1
@@ -263,7 +263,7 @@ def _other_clock(workdir: Path, rng: random.Random) -> AbstractContextManager[An
 def _failing(
     owner: Any, name: str, error: Callable[[], BaseException], after: int
 ) -> Iterator[None]:
-    """A function that fails once it has been called so many times."""
+    """Yield a function that fails once it has been called so many times."""
     function, calls = getattr(owner, name), iter(range(10**9))
 
     def failing(*arguments: Any, **more: Any) -> Any:
@@ -280,7 +280,7 @@ def _system(number: int) -> Callable[[], BaseException]:
 
 
 def _store(status: str, number: int | None = None) -> Callable[[], BaseException]:
-    """What TensorStore raises."""
+    """Raise what TensorStore raises."""
     code = f" [os_error_code='{number}']" if number else ""
     return lambda: ValueError(f"{status}: Error reading \"a/file\"{code} [tensorstore_spec='...']")
 
@@ -301,7 +301,7 @@ STORE_ERRORS: dict[str, Callable[[], BaseException]] = {
 
 
 def failures() -> Iterator[Injection]:
-    """Errors of reading, which are no damage."""
+    """Yield errors of reading, which are no damage."""
     calls: Sequence[tuple[str, Any, str, Mapping[str, Callable[[], BaseException]]]] = (
         ("list of checkpoints", checkpoint, "_names", ERRORS),
         ("meta data", metadata, "_load", ERRORS),
@@ -325,7 +325,7 @@ def failures() -> Iterator[Injection]:
 
 @contextmanager
 def limit(kind: int, value: int) -> Iterator[None]:
-    """A limit of the system for this process."""
+    """Yield a limit of the system for this process."""
     soft, hard = resource.getrlimit(kind)
     resource.setrlimit(kind, (value, hard))
     try:
@@ -335,7 +335,7 @@ def limit(kind: int, value: int) -> Iterator[None]:
 
 
 def _few_files(left: int) -> Apply:
-    """So many files that can still be opened, for real."""
+    """Leave so many files that can still be opened, for real."""
 
     def apply(workdir: Path, rng: random.Random) -> AbstractContextManager[Any]:
         used = {int(number) for number in os.listdir("/proc/self/fd")}
@@ -362,7 +362,7 @@ OTHERS: tuple[Injection, ...] = (
 
 
 def injections(run: Run, flips: int) -> Iterator[Injection]:
-    """All that is done to a run. Add a kind of fault here."""
+    """Yield all that is done to a run. Add a kind of fault here."""
     yield from damages(run, flips)
     yield from failures()
     yield from OTHERS
@@ -436,7 +436,7 @@ def starve(run: Run, megabytes: int) -> Attempt:
 
 
 def begin_starved(name: str, workdir: Path, megabytes: int) -> int:
-    """What `starve` starts."""
+    """Run what `starve` starts."""
     experiment = make_experiment(toyrun.block("evaluation.every=0", *smallruns.RUNS[name]))
     status = Path("/proc/self/status").read_text().splitlines()
     used = next(int(line.split()[1]) for line in status if line.startswith("VmSize"))
@@ -493,7 +493,7 @@ def _intruded(run: Run, workdir: Path, holder: int) -> Attempt:
 
 
 def _files(workdir: Path) -> dict[str, bytes]:
-    """What a workdir holds, but for the lease, whose heartbeat moves."""
+    """Return what a workdir holds, but for the lease, whose heartbeat moves."""
     files = [p for p in workdir.rglob("*") if p.is_file() and not p.name.startswith(LEASE)]
     return {str(p.relative_to(workdir)): p.read_bytes() for p in files}
 
@@ -546,7 +546,7 @@ class Table:
 
 
 def inject(names: Sequence[str], folder: Path, seed: int, flips: int) -> Table:
-    """Every injection on every run."""
+    """Return every injection on every run."""
     table = Table()
     for name in names:
         rng = random.Random(f"{seed} {name}")

@@ -32,7 +32,7 @@ def _forever() -> None:
 
 
 def _after(reads: int, then: Callable[[], Any]) -> None:
-    """`then` is called by the loader's thread in each read after so many."""
+    """Call `then` by the loader's thread in each read after so many."""
     counted, read = iter(range(10**9)), Cached.__getitem__
 
     def reading(self: Cached, index: int) -> Any:
@@ -48,12 +48,12 @@ def stuck_source() -> None:
 
 
 def slow_source() -> None:
-    """Slow reads, of which a whole run takes longer than the limit."""
+    """Make reads slow, so that a whole run takes longer than the limit."""
     _after(0, lambda: time.sleep(0.05))
 
 
 def stuck_step() -> None:
-    """The devices wait for a callback that does not return, in the fifth visit of a task."""
+    """Make the devices wait for a callback that does not return, in the fifth visit of a task."""
     loss, visits = Task.loss, iter(range(10**9))
 
     def wait(value: Any) -> Any:
@@ -75,12 +75,12 @@ def stuck_save() -> None:
 
 
 def exiting_source() -> None:
-    """A library that ends the thread it runs in."""
+    """Act as a library that ends the thread it runs in."""
     _after(READS, lambda: sys.exit(0))
 
 
 def killed_threads() -> None:
-    """All threads of the loader are killed from outside while they read."""
+    """Kill all threads of the loader from outside while they read."""
 
     def kill() -> None:
         for thread in threading.enumerate():
@@ -94,7 +94,7 @@ def killed_threads() -> None:
 
 
 def jumping_clock() -> None:
-    """Each look at the clock on the wall finds another year."""
+    """Make each look at the clock on the wall find another year."""
     jumps, wall = iter(range(10**9)), time.time
     time.time = lambda: wall() + (-1) ** next(jumps) * 3e7  # type: ignore[assignment]
 

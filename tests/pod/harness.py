@@ -40,7 +40,7 @@ Lines = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Aim:
-    """Where a kill is to fall: in the `number`-th such activity of the process, or a later one."""
+    """The place where a kill is to fall: in the `number`-th such activity of the process, or a later one."""
 
     activity: str
     number: int = 1
@@ -67,7 +67,7 @@ class Kill:
 
     @property
     def hits(self) -> frozenset[str]:
-        """What the kill interrupted."""
+        """Return what the kill interrupted."""
         behind = {ASYNC_SAVE} if self.writing and self.activity != "save" else set()
         return frozenset(behind | ({self.activity} if self.activity else set()))
 
@@ -139,7 +139,7 @@ class Harness:
         return self._state(log(self.workdir, process.pid))
 
     def _is_there(self, lines: Lines, activity: str, number: int) -> bool:
-        """Whether the process of these lines is in such an activity, and it is the `number`-th or a later one."""
+        """Return whether the process of these lines is in such an activity, the `number`-th or a later one."""
         if activity not in self._state(lines).hits:
             return False
         return activity == ASYNC_SAVE or _begun(lines, activity) >= number
@@ -156,7 +156,7 @@ class Harness:
         )
 
     def _wait(self, process: subprocess.Popen[str], is_there: Callable[[Lines], bool]) -> None:
-        """Until `is_there` of this process's lines of the log, or its end."""
+        """Wait until `is_there` of this process's lines of the log, or its end."""
         limit = time.monotonic() + LIMIT
         while process.poll() is None and not is_there(log(self.workdir, process.pid)):
             if time.monotonic() > limit:
@@ -196,7 +196,7 @@ class Tail:
 
 
 def log(workdir: Path, pid: int | None = None) -> Lines:
-    """The whole lines of `goodput.jsonl`, of all processes or of one."""
+    """Return the whole lines of `goodput.jsonl`, of all processes or of one."""
     path = workdir / "goodput.jsonl"
     whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     lines = [json.loads(line) for line in whole if line]
@@ -204,7 +204,7 @@ def log(workdir: Path, pid: int | None = None) -> Lines:
 
 
 def phase_of(lines: Lines) -> str | None:
-    """The innermost activity that these lines of one process begin and do not end."""
+    """Return the innermost activity that these lines of one process begin and do not end."""
     open_activities: list[str] = []
     for line in lines:
         if line["line"] == "begin":
@@ -215,24 +215,24 @@ def phase_of(lines: Lines) -> str | None:
 
 
 def finished_steps(workdir: Path) -> tuple[int, ...]:
-    """Steps of the checkpoints that have their final name."""
+    """Return steps of the checkpoints that have their final name."""
     return tuple(sorted(int(name) for name in _checkpoints(workdir) if name.isdigit()))
 
 
 def unfinished_steps(workdir: Path) -> tuple[int, ...]:
-    """Steps of the checkpoints that are being written, or were when a process died."""
+    """Return steps of the checkpoints that are being written, or were when a process died."""
     first = [name.split(".")[0] for name in _checkpoints(workdir) if not name.isdigit()]
     return tuple(sorted(int(name) for name in first if name.isdigit()))
 
 
 def deterministic(workdir: Path) -> Lines:
-    """The lines of `metrics.jsonl` without the fields that are times."""
+    """Return the lines of `metrics.jsonl` without the fields that are times."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "timing"} for line in lines]
 
 
 def contents(workdir: Path) -> dict[str, bytes]:
-    """Every file but the log of attempts, which grows with each start, and TensorBoard's."""
+    """Return every file but the log of attempts, which grows with each start, and TensorBoard's."""
     files = [p for p in workdir.rglob("*") if p.is_file()]
     return {
         str(p.relative_to(workdir)): p.read_bytes()

@@ -90,7 +90,7 @@ FLAGS = (
 
 
 def small(block: configs.Block) -> configs.Block:
-    """The same modalities, layers, tasks and optimizer; of each, only sizes that the code reads are smaller."""
+    """Return the same modalities, layers, tasks and optimizer; of each, only sizes that the code reads are smaller."""
     model = {"width": 32, "layers": [_group(g) for g in block["model"]["layers"]]}
     modalities = {
         name: _capped(_without_file(m), vocabulary=512, **MODALITIES.get(m["name"], {}))
@@ -115,12 +115,12 @@ def _optimizer(block: configs.Block) -> configs.Block:
 
 
 def _without_file(modality: configs.Block) -> configs.Block:
-    """Texts are numbers here, and need no tokenizer."""
+    """Return the modality without a tokenizer: texts are numbers here."""
     return {**modality, "tokenizer": ""} if "tokenizer" in modality else modality
 
 
 def _group(group: configs.Block) -> configs.Block:
-    """Two repeats, under one scan; every size divides over eight devices."""
+    """Return two repeats, under one scan; every size divides over eight devices."""
     sizes = {"num_heads": 8, "mlp_dim": 64, "state": 8}
     pattern = [
         {
@@ -133,14 +133,14 @@ def _group(group: configs.Block) -> configs.Block:
 
 
 def _routed(layer: configs.Block) -> configs.Block:
-    """Groups of tokens that compete do not reach over devices, as in a batch of the full size."""
+    """Keep groups of tokens that compete within devices, as in a batch of the full size."""
     if not layer.get("experts"):
         return layer
     return {**layer, "experts": _capped(layer["experts"], count=16, group_size=8, min_groups=8)}
 
 
 def _task(task: configs.Block, modalities: configs.Block) -> configs.Block:
-    """Pictures of at most eight patches a side, and not much longer."""
+    """Return pictures of at most eight patches a side, and not much longer."""
     inputs = {name: _view(view, modalities[name]) for name, view in task["inputs"].items()}
     objective = _capped(task["objective"], queries=8, pooler_heads=8, embed_dim=32, chunk=4)
     if objective["name"] in ("classification", "fusion"):
@@ -168,7 +168,7 @@ def _capped(block: configs.Block, **most: int) -> configs.Block:
 
 
 def numbers(shapes: Any, rows: int) -> Any:
-    """A batch of numbers that any task can take: integers from 0 to 3, the last row invalid."""
+    """Return a batch of numbers that any task can take: integers from 0 to 3, the last row invalid."""
     rng = np.random.default_rng(3)
 
     def draw(spec: Any) -> np.ndarray[Any, Any]:
@@ -190,7 +190,7 @@ def flat(tree: Any) -> dict[str, Any]:
 
 
 def begun(experiment: Experiment) -> State:
-    """The state at step 0, on the host."""
+    """Return the state at step 0, on the host."""
 
     def fresh() -> State:
         return init_state(experiment.declaration, experiment.optimizers.whole, 0, np.float64)
@@ -220,7 +220,7 @@ class Steps:
         return self.whole(name) if depth == WHOLE else self.parted(name, depth == PARTED)
 
     def whole(self, name: str) -> dict[str, Any]:
-        """By the program of training itself, which reports its gradient too."""
+        """Return the gradient by the program of training itself, which reports its gradient too."""
         updated = program._updated
 
         def telling(state: State, grads: Any, *rest: Any) -> Any:
@@ -239,7 +239,7 @@ class Steps:
         return flat(jax.device_get({"loss": told["loss"], "gradient": grads, "state": after}))
 
     def parted(self, name: str, is_updated: bool = True) -> dict[str, Any]:
-        """By two programs, of the gradient and of the update; tasks that move alike share the second, which
+        """Return the results of two programs, of gradient and update; tasks that move alike share the second, which
         takes most of the time that a step takes to compile. Without it there is no state in the results."""
         task, view = self.experiment.tasks[name], self.experiment.optimizers.views[name]
         declaration, compute = self.experiment.declaration, compute_dtype("float64")
@@ -265,7 +265,7 @@ class Steps:
         return flat(jax.device_get({"loss": loss, "gradient": grads, "state": after}))
 
     def _update(self, name: str, grads: Any) -> Any:
-        """The program of a task's update, from its abstract gradient."""
+        """Return the program of a task's update, from its abstract gradient."""
         optimizer = self.experiment.optimizers.whole
         alike = optimizer.views[name].kind == SHARED and optimizer.config.unit == "steps"
         key = "" if alike else name
@@ -290,7 +290,7 @@ class Steps:
 
 
 def lies(state: State) -> dict[str, list[Any]]:
-    """Of each leaf: its shape, and its shape and bytes on one device."""
+    """Return of each leaf its shape, and its shape and bytes on one device."""
     return {
         name: [list(x.shape), list(x.addressable_shards[0].data.shape), x.addressable_shards[0].data.nbytes]
         for name, x in flat(state).items()
@@ -350,7 +350,7 @@ def compare(
 
 
 def moved(before: dict[str, Any], after: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """By how much each task's step moved the parameters, at most."""
+    """Return by how much each task's step moved the parameters, at most."""
     names = [n for n in before if n.startswith("['state'].parameters")]
     return {
         task: max(float(np.max(np.abs(found[n] - before[n]))) for n in names)
@@ -359,7 +359,7 @@ def moved(before: dict[str, Any], after: dict[str, dict[str, Any]]) -> dict[str,
 
 
 def control() -> None:
-    """A lookup in a table cut along its vectors, asked for cut along its rows: XLA makes it whole first."""
+    """Check a lookup in a table cut along its vectors, asked for cut along its rows: XLA makes it whole first."""
     print(f"{MARK}{CONTROL}", file=sys.stderr, flush=True)
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
 

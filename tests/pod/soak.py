@@ -46,7 +46,7 @@ UNWELL = (
 
 @dataclass
 class Tally:
-    """What became of the kills so far."""
+    """The outcomes of the kills so far."""
 
     hits: Counter[str] = field(default_factory=Counter)
     survived: int = 0
@@ -71,7 +71,7 @@ class Tally:
 
 
 def together(tallies: Iterable[Tally]) -> Tally:
-    """The sum of some tallies."""
+    """Return the sum of some tallies."""
     total = Tally()
     for each in tallies:
         total.hits.update(each.hits)
@@ -81,7 +81,7 @@ def together(tallies: Iterable[Tally]) -> Tally:
 
 
 def markdown(tallies: Mapping[str, Tally], command: str) -> str:
-    """A page with a row for each config."""
+    """Return a page with a row for each config."""
     rows = [
         f"| {name} | {t.runs} | {t.kills} | {' | '.join(str(t.hits[p]) for p in ACTIVITIES)} | {t.differ} |"
         for name, t in {**tallies, "all": together(tallies.values())}.items()
@@ -118,13 +118,13 @@ def harness(workdir: Path, words: Sequence[str]) -> Harness:
 
 
 def outcome(workdir: Path) -> tuple[str, object, bytes]:
-    """All that must not differ."""
+    """Return all that must not differ."""
     results = (workdir / "results.json").read_bytes()
     return toyrun.bits(workdir), deterministic(workdir), results
 
 
 def one(workdir: Path, words: Sequence[str], count: int, rng: random.Random) -> list[Kill]:
-    """A run that is killed up to `count` times and then finishes."""
+    """Return a run that is killed up to `count` times and then finishes."""
     run, kills = harness(workdir, words), []
     for _ in range(count):
         activity = rng.choice(ACTIVITIES)
@@ -142,7 +142,7 @@ def one(workdir: Path, words: Sequence[str], count: int, rng: random.Random) -> 
 def soak(
     folder: Path, kills: int, seed: int, names: Sequence[str] = tuple(smallruns.RUNS)
 ) -> dict[str, Tally]:
-    """Runs of each config in turn, until so many kills have been dealt in all."""
+    """Run each config in turn, until so many kills have been dealt in all."""
     toyrun.block()
     rng, tallies = random.Random(seed), {name: Tally() for name in names}
     expected: dict[tuple[str, ...], object] = {}

@@ -26,7 +26,7 @@ CUTS = {"data": (8, 1), "data fsdp tensor": (4, 4)}
 
 @pytest.fixture(scope="module")
 def out(emoji_dir: Any, environment_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `elastic.py` wrote, once on one device and once on eight."""
+    """Return what `elastic.py` wrote, once on one device and once on eight."""
     folder = tmp_path_factory.mktemp("elastic")
     overrides = [f"steps={STEPS}", "evaluation.every=0", "checkpoint.every=0"]
     overrides += [f"tasks.{task}.evaluators={{}}" for task in ("image_text", "masked_image")]
@@ -52,7 +52,7 @@ def arrays(out: Path, name: str) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def difference(out: Path, one: str, other: str) -> dict[str, float]:
-    """The largest difference in each array of what a checkpoint holds, relative to 1 or its size."""
+    """Return the largest difference in each array of what a checkpoint holds, relative to 1 or its size."""
     a, b = arrays(out, one), arrays(out, other)
     assert a.keys() == b.keys()
     return {n: float(np.max(np.abs(a[n] - b[n]) / np.maximum(1, np.abs(a[n])))) for n in a}

@@ -49,7 +49,7 @@ def test_a_workdir_that_another_process_holds_is_refused_while_it_lives(
 
 
 def changed(workdir: Path, rng: random.Random) -> Any:
-    """Values that differ, with no checksum to show it."""
+    """Change values, with no checksum to show it."""
     mine = arrays.read
 
     def read(*arguments: Any) -> Any:

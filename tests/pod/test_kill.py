@@ -71,7 +71,7 @@ def survivor(
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, not killed."""
+    """Return the same run, not killed."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
     toyrun.run(workdir, f"steps={STEPS}")
     return workdir

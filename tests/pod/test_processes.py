@@ -34,7 +34,7 @@ DOUBLE = ("--config.dtype.parameters=float64", "--config.dtype.compute=float64")
 
 @dataclass(frozen=True)
 class Ended:
-    """How the processes of one attempt ended, and what they printed (standard output and error)."""
+    """The end of the processes of one attempt, and what they printed (standard output and error)."""
 
     statuses: list[int]
     said: list[str]
@@ -100,7 +100,7 @@ class Team:
         return Ended(statuses, said)
 
     def wait_for_step(self, step: int, pid: int) -> None:
-        """Until process 0 is in the stretch of steps that begins at `step`."""
+        """Wait until process 0 is in the stretch of steps that begins at `step`."""
         limit = time.monotonic() + LIMIT
         while not any(
             x["line"] == "begin" and x["phase"] == "step" and x["step"] == step
@@ -110,7 +110,7 @@ class Team:
             time.sleep(0.01)
 
     def ids(self, attempt: str) -> list[list[int]]:
-        """The examples of each step in the order of the global batch, from what each process noted."""
+        """Return the examples of each step in the order of the global batch, from what each process noted."""
         parts = [p.read_text().splitlines() for p in (self.folder / attempt).glob("*.jsonl")]
         steps = []
         for lines in zip(*parts, strict=False):  # one that was killed may be a step behind
@@ -139,7 +139,7 @@ def team(
 
 @pytest.fixture(scope="module")
 def alone(team: Callable[[str], Team]) -> Team:
-    """A run of one process on one device that nothing disturbed."""
+    """Return a run of one process on one device that nothing disturbed."""
     result = team("alone")
     ended = result.run(1, 1, "whole")
     assert ended.statuses == [0], ended.said
@@ -147,7 +147,7 @@ def alone(team: Callable[[str], Team]) -> Team:
 
 
 def same(one: Team, other: Team) -> None:
-    """The same course in the metrics, and the same parameters up to the order of sums."""
+    """Check for the same course in the metrics, and the same parameters up to the order of sums."""
     a, b = one.arrays(), other.arrays()
     assert a.keys() == b.keys() and all(x.dtype == np.float64 for x in a.values())
     for name in a:

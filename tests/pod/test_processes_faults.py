@@ -26,7 +26,7 @@ WORDS = (f"--config.tasks.one.source.corrupt={BAD}", "--config.model.width=32")
 def teams(
     tmp_path_factory: pytest.TempPathFactory, environment_of: Callable[..., dict[str, str]]
 ) -> tuple[Team, Team]:
-    """A run of one process and one of two, with records that cannot be read."""
+    """Return a run of one process and one of two, with records that cannot be read."""
     toyrun.block()
     made = []
     for count in (1, 2):

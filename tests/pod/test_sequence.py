@@ -16,7 +16,7 @@ TOKENS = 1024
 
 @pytest.fixture(scope="module")
 def experiment() -> Experiment:
-    """A clip of 32 frames and 65 thousand samples of sound, each 1,024 tokens, one at a time."""
+    """Return a clip of 32 frames and 65 thousand samples of sound, each 1,024 tokens, one at a time."""
     inputs = {
         "video": {"frames": 32, "size": 64},
         "waveform": {"samples": TOKENS * 64},
@@ -51,7 +51,7 @@ def experiment() -> Experiment:
 
 
 def temporaries(experiment: Experiment, task: str, parts: int, **settings: Any) -> int:
-    """Bytes of one device for a step's temporaries, where `parts` devices share each stream."""
+    """Return bytes of one device for a step's temporaries, where `parts` devices share each stream."""
     config = MeshConfig(data=1, sequence=parts, **settings)
     mesh = make_mesh(config, jax.devices()[:parts])
     request = train_requests(experiment, mesh)[task]

@@ -35,19 +35,19 @@ MIXED = MeshConfig(data=1, fsdp=2, tensor=2, sequence=2)
 
 
 def sizes_of(case: str) -> dict[str, int]:
-    """A case's axes, by its name."""
+    """Return a case's axes, by its name."""
     return {axis: int(size) for axis, size in re.findall(r"(\w+) (\d)", case)}
 
 
 @pytest.fixture(scope="module")
 def ran() -> tuple[dict[str, Any], dict[str, str]]:
-    """The results of `mechanisms.py`, and what XLA printed during each compilation."""
+    """Return the results of `mechanisms.py`, and what XLA printed during each compilation."""
     return run_apart("mechanisms.py", timeout=1800)
 
 
 @pytest.fixture(scope="module")
 def results(ran: Any) -> dict[str, Any]:
-    """The results by trial."""
+    """Return the results by trial."""
     return ran[0]
 
 
@@ -106,7 +106,7 @@ def test_every_mechanism_that_a_config_can_name_is_there(kind: str) -> None:
 
 
 def named(block: Any) -> Iterator[str]:
-    """The values of all keys `name` within a block."""
+    """Yield the values of all keys `name` within a block."""
     if isinstance(block, Mapping):
         if isinstance(block.get("name"), str):
             yield block["name"]

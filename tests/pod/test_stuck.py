@@ -30,7 +30,7 @@ Faulty = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def faulty(environment_of: Callable[..., dict[str, str]]) -> Faulty:
-    """`faulty(fault, workdir, *overrides)`: a run of the toy config in which something goes wrong."""
+    """Return `faulty(fault, workdir, *overrides)`: a run of the toy config in which something goes wrong."""
 
     def start(fault: str, workdir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
         extra, config = HERE.parent / "extra", HERE.parent / "configs" / "toy.py"

@@ -76,7 +76,7 @@ class Page(HTMLParser):
         return "\n".join(text for element, text in self.texts if element != "style")
 
     def points(self, label: str, style: str) -> np.ndarray:
-        """The points of the line of a class, in the chart with a label."""
+        """Return the points of the line of a class, in the chart with a label."""
         inside = False
         for element, attributes in self.elements:
             if element == "svg":
@@ -87,7 +87,7 @@ class Page(HTMLParser):
         raise AssertionError(f"no line {style} in a chart {label}")
 
     def assert_is_harmless(self) -> None:
-        """No code, and nothing that a browser would fetch."""
+        """Check that there is no code, and nothing that a browser would fetch."""
         assert not {"script", "iframe", "object", "embed", "link", "base", "form"} & {
             element for element, _ in self.elements
         }
@@ -133,7 +133,7 @@ class Browser:
 
     @classmethod
     def find(cls) -> str:
-        """The browser's path."""
+        """Return the browser's path."""
         result = os.environ.get("MMJAX_BROWSER") or next(
             filter(None, map(shutil.which, cls._NAMES)), None
         )
@@ -145,7 +145,7 @@ class Browser:
         return result
 
     def __call__(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """The result of a command; events that come before it are kept."""
+        """Return the result of a command; events that come before it are kept."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters, **self._session}
         os.write(self._out, json.dumps(message).encode() + b"\0")
@@ -168,20 +168,20 @@ class Browser:
             self.events.append(self._next())
 
     def ask(self, script: str) -> Any:
-        """The value of an expression of JavaScript on the page."""
+        """Return the value of an expression of JavaScript on the page."""
         result = self("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
     def picture(self) -> np.ndarray:
-        """The page from top to bottom, `[H, W, 3]`."""
+        """Return the page from top to bottom, `[H, W, 3]`."""
         size = self("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": min(size["height"], 16_000)}
         shot = self("Page.captureScreenshot", captureBeyondViewport=True, clip={**clip, "scale": 1})
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB"))
 
     def assert_looks_right(self, path: os.PathLike[str], width: int, scheme: str) -> None:
-        """Quiet, no wider than the window, every picture there, text to be read, no stretch blank."""
+        """Check that the page is quiet and no wider than the window, every picture there, text legible."""
         self.open(path, width, scheme)
         self.assert_is_quiet()
         broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).length"
@@ -211,7 +211,7 @@ class Browser:
         return dict(json.loads(message))
 
     def assert_is_quiet(self) -> None:
-        """No message, error or dialog, and nothing fetched but the file itself."""
+        """Check that there is no message, error or dialog, and nothing fetched but the file itself."""
         loud = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded",
                 "Page.javascriptDialogOpening")  # fmt: skip
         assert not [event for event in self.events if event["method"] in loud]
@@ -222,7 +222,7 @@ class Browser:
 
 @pytest.fixture(scope="session")
 def parse() -> type[Page]:
-    """`parse(content)`: a page taken apart."""
+    """Return `parse(content)`: a page taken apart."""
     return Page
 
 

@@ -12,7 +12,7 @@ from mmjax.report.panel import EXAMPLES
 
 
 def _model() -> Any:
-    """Finds the class after the right one likeliest, then the right one."""
+    """Return a model that finds the class after the right one likeliest, then the right one."""
 
     def predict(inputs: Any) -> np.ndarray:
         label = np.asarray(inputs["one"]["x"])[:, 0, 0] // 10 % CLASSES

@@ -1,4 +1,4 @@
-"""What the report reads from a run's folder."""
+"""Check what the report reads from a run's folder."""
 
 import pytest
 

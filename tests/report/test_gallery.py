@@ -49,7 +49,7 @@ class _Objective(Embeds):
 
 
 def _task(pair: tuple[str, str]) -> Any:
-    """A task that embeds two modalities, of which nothing but their values is known."""
+    """Return a task that embeds two modalities, of which nothing but their values is known."""
     inputs = {
         m: Input(m, SimpleNamespace(raw=lambda v: v, preprocess=lambda s, v, r: {}, sample_rate=8000,
                                     arrays=lambda s: {}), SimpleNamespace(field=m))
@@ -59,7 +59,7 @@ def _task(pair: tuple[str, str]) -> Any:
 
 
 def _one_hot_model(pair: tuple[str, str], size: int) -> Any:
-    """Every value gets the vector of its place; so each finds itself first."""
+    """Give every value the vector of its place; so each finds itself first."""
 
     def embed(task: str, **values: list[Any]) -> np.ndarray:
         ((_, items),) = values.items()

@@ -21,7 +21,7 @@ from mmjax.monitor.goodput import ActivityLog
 from mmjax.monitor.metrics import MetricWriter
 from mmjax.monitor.tables import human_seconds, loss_text, percent, summary_tables
 from mmjax.report.data import read_run
-from mmjax.report.page import write_report
+from mmjax.report.page import main, write_report
 
 Parse = Callable[[str], Any]
 EVIL = "<script>alert(1)</script>"
@@ -30,7 +30,7 @@ QUOTES = "\"'><img src=x onerror=alert(2)>&amp;\x00\x1b[2J\ud800"
 
 @pytest.fixture(scope="module")
 def run_copy(tiny_run: epath.Path, tmp_path_factory: pytest.TempPathFactory) -> epath.Path:
-    """The finished tiny run, to be written into."""
+    """Return the finished tiny run, to be written into."""
     copy = tmp_path_factory.mktemp("report") / "tiny run"
     shutil.copytree(tiny_run, copy)
     return epath.Path(copy)
@@ -228,7 +228,7 @@ def test_every_table_names_its_columns_and_rows(page: Any) -> None:
 
 
 def _unfinished(source: epath.Path, path: Any) -> epath.Path:
-    """What is in the folder of a run killed in its first steps."""
+    """Return what is in the folder of a run killed in its first steps."""
     copy = epath.Path(path) / "killed"
     copy.mkdir()
     for name in ("config.json", "goodput.jsonl", "metrics.jsonl"):
@@ -337,6 +337,24 @@ def test_data_that_is_not_there_is_said_on_the_page(
     assert "Loss" in page.text and not page.all("img")
 
 
+def test_without_the_folder_of_its_modules_the_report_of_before_stays(
+    parse: Parse, tiny_run: epath.Path, tmp_path: Any
+) -> None:
+    run = _unfinished(tiny_run, tmp_path)
+    config = json.loads((run / "config.json").read_text())
+    config["modalities"]["image"]["name"] = "of_the_user"
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "report.html").write_bytes(b"the report of before")
+    words = (
+        r"no 'of_the_user' .*report\.html' is not written\. Give each --extra=DIR .*--examples=0"
+    )
+    with pytest.raises(UserError, match=words):
+        main([f"--workdir={run}"])
+    assert (run / "report.html").read_bytes() == b"the report of before"
+    assert main([f"--workdir={run}", "--examples=0"]) == 0
+    assert parse((run / "report.html").read_text()).all("title")
+
+
 def test_no_run(tmp_path: Any) -> None:
     with pytest.raises(UserError, match="No run in"):
         write_report(epath.Path(tmp_path))
@@ -359,7 +377,7 @@ def test_a_failed_write_leaves_the_report_of_before(
 
 @pytest.fixture
 def hostile_run(tmp_path: Any) -> epath.Path:
-    """A run whose names are all code, with numbers that are none, of thousands of steps."""
+    """Return a run whose names are all code, with numbers that are none, of thousands of steps."""
     workdir = epath.Path(tmp_path) / "run <b>&amp;"
     tasks = [EVIL, QUOTES.replace("\ud800", ""), "never"]
     with MetricWriter(workdir, 0) as writer, ActivityLog(workdir) as activities:

@@ -36,7 +36,7 @@ def page(parse: Parse, written: epath.Path) -> Any:
 
 @pytest.fixture(scope="module")
 def panels(parse: Parse, written: epath.Path) -> dict[str, Any]:
-    """The part of the page with each task's held-out examples."""
+    """Return the part of the page with each task's held-out examples."""
     parts = written.read_text().split('<div class="gallery">')[1:]
     result = {}
     for part in parts:

@@ -1,4 +1,4 @@
-"""What the panels of held-out examples have in common."""
+"""Check what the panels of held-out examples have in common."""
 
 import numpy as np
 from hypothesis import given

@@ -23,7 +23,7 @@ def visits(steps: list[int], **values: list[float]) -> Visits:
 
 
 def run(**changes: Any) -> Run:
-    """A run of 8 steps: two of three by the first task; the third task never ran."""
+    """Return a run of 8 steps: two of three by the first task; the third task never ran."""
     tasks = {
         EVIL: visits([0, 2, 4, 6], loss=[4, 3, 2, 1], seconds=[2] * 4, learning_rate=[0.1] * 4),
         "two": visits([1, 3, 5, 7], loss=[1, 1, 1, 1], seconds=[4] * 4, learning_rate=[0.1] * 4),

@@ -1,4 +1,4 @@
-"""What an objective itself shows of held-out examples."""
+"""Check what an objective itself shows of held-out examples."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,11 +1,11 @@
-"""What the report calls good, and how it shows that."""
+"""Check what the report calls good, and how it shows that."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mmjax.report.results import is_good
+from mmjax.report.results import _shown, _unit, is_good
 
 
 def _record(**more: Any) -> dict[str, Any]:
@@ -45,6 +45,19 @@ def _record(**more: Any) -> dict[str, Any]:
 )
 def test_good_is_better_than_chance_and_the_largest_class(more: dict[str, Any], good: bool) -> None:
     assert is_good(_record(**more)) == good
+
+
+@pytest.mark.parametrize(
+    ("unit", "shown"),
+    [
+        ({"unit": ""}, "0.25"),
+        ({"unit": "fraction"}, "25.0 %"),
+        ({}, "25.0 %"),
+        ({"unit": "dB"}, "0.25 dB"),
+    ],
+)
+def test_only_fractions_are_percentages(unit: dict[str, str], shown: str) -> None:
+    assert _shown(0.25, _unit(_record(**unit))) == shown
 
 
 def test_luck_is_rarely_called_good() -> None:

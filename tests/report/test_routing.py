@@ -1,4 +1,4 @@
-"""How the report shows which experts take which tokens."""
+"""Check how the report shows which experts take which tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which task runs at which step: counts, access and segments."""
+"""Check which task runs at which step: counts, access and segments."""
 
 import json
 import subprocess
@@ -15,14 +15,14 @@ from mmjax.core.errors import UserError
 from mmjax.schedule.config import PhaseConfig
 from mmjax.schedule.phase_specs import from_config
 from mmjax.schedule.rules.base import names
-from mmjax.schedule.schedule import Schedule, Segment
+from mmjax.schedule.schedule import Schedule, Segment, numbers_of
 
 RULES = names()
 
 
 @st.composite
 def schedules(draw):
-    """One to four segments of any rule, at most 300 steps apart."""
+    """Return one to four segments of any rule, at most 300 steps apart."""
     rule = draw(st.sampled_from(RULES))
     schedule, start = from_config(rule, draw(weights(rule)), draw(SEEDS)), 0
     for _ in range(draw(st.integers(0, 3))):
@@ -167,6 +167,9 @@ def test_phases_keep_the_rule_unless_they_say_otherwise():
     assert [segment.seed for segment in schedule.segments] == [7, 7, 7]
     assert "".join(schedule.sequence(0, 12)) == "abaabababbab"
     assert schedule.segments[2].base == {"a": 6, "b": 6}
+    assert numbers_of(schedule) == "intervals or weights"
+    assert numbers_of(from_config("interval", {"a": 1, "b": 2}, 7)) == "intervals"
+    assert numbers_of(from_config("random", {"a": 1, "b": 2}, 7)) == "weights"
 
 
 @settings(deadline=None, max_examples=50)

@@ -300,13 +300,13 @@ def clock_of(workdir: Path) -> Clock:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the runs of `ended` lie."""
+    """Return where the runs of `ended` lie."""
     return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="module")
 def ended(data: Data, folder: Path, environment_of: Any) -> dict[str, Ended]:
-    """How mains ended, all in one process on one device: a run in two parts, and two that are refused."""
+    """Return how mains ended, all in one process on one device: a run in two parts, and two that are refused."""
     words = arguments(data.damaged, folder / "two")
     shutil.copytree(data.whole, folder / "d")
     file = folder / "d" / NAME.format(1)

@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def broken(folder: Path, tmp_path: Path) -> Path:
-    """A copy to break."""
+    """Return a copy to break."""
     shutil.copytree(folder, tmp_path / "data")
     return tmp_path / "data"
 
@@ -215,7 +215,7 @@ HOSTILE = (
 
 
 def _deep(features: Any, key: str, value: str) -> Any:
-    """The first feature of a dict of features under another class."""
+    """Return the first feature of a dict of features under another class."""
     first = next(iter(features["featuresDict"]["features"].values()))
     first[key] = value
     return features

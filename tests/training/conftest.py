@@ -12,7 +12,7 @@ from toyrun import run
 
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of 12 steps that nothing disturbed, with checkpoints 4, 8 and 12; copy it, do not change it."""
+    """Return a finished run of 12 steps, undisturbed, with checkpoints 4, 8 and 12; copy it, do not change it."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
     run(workdir)
     assert finished_steps(workdir) == (4, 8, 12)
@@ -26,7 +26,7 @@ def copy(straight: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def half(copy: Path) -> Path:
-    """The run as it stood after 8 of its 12 steps."""
+    """Return the run as it stood after 8 of its 12 steps."""
     shutil.rmtree(copy / "checkpoints" / "12")
     (copy / "results.json").unlink()
     return copy

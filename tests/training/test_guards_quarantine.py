@@ -107,6 +107,19 @@ def test_the_others_keep_their_place(broken: Path) -> None:
     assert mine == order.example_ids(toyrun.SEED, "two", 0, 9 * 16, 40).tolist()
 
 
+def test_the_examples_named_once_a_task_is_excluded_are_those_that_are_read(tmp_path: Path) -> None:
+    ids = order.example_ids(toyrun.SEED, "two", 0, 9 * 16, 40).reshape(9, 16)
+    visits = {i: np.flatnonzero((ids == i).any(axis=1)) for i in range(40)}
+    bad = next(i for i, v in visits.items() if np.diff(v).min() > 1 and v[0] > 0)
+    run(tmp_path / "run", *BROKEN, f"tasks.two.objective.bad_loss=({bad},)")
+    steps = [step for step, task in enumerate(tasks(tmp_path / "run")) if task == "two"]
+    named = [text for text in events(tmp_path / "run", "non-finite") if "task two" in text]
+    assert named == [
+        f"step {steps[v]}, task two: no update; examples {', '.join(map(str, ids[v]))}"
+        for v in visits[bad]
+    ]
+
+
 @pytest.mark.parametrize("stop", [2, 3, 4, 5])
 def test_a_stop_anywhere_around_it_changes_nothing(
     broken: Path, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -179,7 +192,7 @@ def test_a_rate_that_breaks_the_parameters_at_once_ends_the_run_with_one_error(
 
 
 def broken_after(call: int) -> Callable[..., Any]:
-    """`flight.dispatch`, whose call of this number (from 0) leaves parameters that are NaN."""
+    """Return a `flight.dispatch` whose call of this number (from 0) leaves parameters that are NaN."""
     dispatch, calls = flight.dispatch, [0]
 
     def dispatched(*arguments: Any) -> Any:

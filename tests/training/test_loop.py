@@ -23,7 +23,7 @@ TRACED = "/jax/core/compile/jaxpr_trace_duration"
 
 @pytest.fixture
 def compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[tuple[str, str]]]:
-    """Counts JAX's own events by the phase of the run: (phase, event). The first save has a name of its own."""
+    """Count JAX's own events by the phase of the run: (phase, event). The first save has a name of its own."""
     counts: Counter[tuple[str, str]] = Counter()
     phases, seen = ["outside"], list[str]()
     phase = ActivityLog.activity

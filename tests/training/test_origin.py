@@ -1,4 +1,4 @@
-"""What a run began with: the code of extension files, the version of mmjax, and what its parameters came from."""
+"""Check what a run began with: the code of extension files, the version of mmjax, and what its parameters came from."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def decisions(workdir: Path) -> list[dict]:
 
 @pytest.fixture
 def slow_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if a step of `two` took seven times as long as one of `one`, whatever the machine does."""
+    """Let a step of `two` take seven times as long as one of `one`, whatever the machine does."""
     seconds = {"one": 1.0, "two": 7.0}
     monkeypatch.setattr(rebalance, "measured", lambda lines: seconds if list(lines) else {})
 

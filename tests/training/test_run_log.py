@@ -1,4 +1,4 @@
-"""What the log of a run writes of each step."""
+"""Check what the log of a run writes of each step."""
 
 from __future__ import annotations
 

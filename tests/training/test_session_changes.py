@@ -251,7 +251,7 @@ def test_shapes_that_do_not_fit_are_named(copy: Path) -> None:
 
 
 def _of(task: str, tasks: list[str], batches: list[list[int]]) -> list[int]:
-    """The examples of one task, in order."""
+    """Return the examples of one task, in order."""
     return [i for t, batch in zip(tasks, batches, strict=True) if t == task for i in batch]
 
 

@@ -23,7 +23,7 @@ from mmjax.training.evaluation import Evaluation
 
 @pytest.fixture
 def raised(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[int]]]:
-    """`raised(owner, name, number)`: SIGTERM comes when `owner.name` is called for the `number`-th time."""
+    """Return `raised(owner, name, number)`: SIGTERM comes when `owner.name` is called for the `number`-th time."""
     # Handlers are for the main thread; elsewhere the signal would end the whole test run.
     assert threading.current_thread() is threading.main_thread()
 

@@ -54,5 +54,5 @@ class ToyExamples(Examples):
 
 
 def values(count: int) -> np.ndarray[Any, Any]:
-    """`[count, ROWS, SIZE]` float32."""
+    """Return `[count, ROWS, SIZE]` float32."""
     return np.random.default_rng(7).normal(size=(count, ROWS, SIZE)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What all routers share: slots, gates, and the gradient through them."""
+"""Check what all routers share: slots, gates, and the gradient through them."""
 
 from __future__ import annotations
 

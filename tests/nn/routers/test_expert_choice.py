@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def expert_choice(router: ExpertChoice, logits: np.ndarray, valid: np.ndarray) -> Weights:
-    """Zhou et al. (2022), one group: each expert ranks the tokens and takes the first of them."""
+    """Compute as Zhou et al. (2022), one group: each expert ranks the tokens and takes the first of them."""
     tokens, experts = logits.shape
     scores = softmax(logits) if router.score == "softmax" else 1 / (1 + np.exp(-logits))
     count = min(tokens, max(1, round(router.capacity * tokens / experts)))

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def token_choice(router: TokenChoice, logits: np.ndarray, valid: np.ndarray) -> Weights:
-    """Riquelme et al. (2021), algorithms 1 and 2, one group: k-th choices of all tokens before those after."""
+    """Compute as Riquelme et al. (2021), algorithms 1 and 2, one group: k-th choices of all before those after."""
     tokens, experts = logits.shape
     scores = softmax(logits)
     count = min(tokens, math.ceil(router.capacity * router.top_k * tokens / experts))

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def adafactor(name: str, least: int) -> Direction:
-    """Algorithms 4 (matrices) and 5 (all else) layer by layer: `beta2_t = 1 - t^-0.8`, d = 1, eps = (1e-30, 1e-3)."""
+    """Return algorithms 4 (matrices) and 5 (all else) by layer: `beta2_t = 1 - t^-0.8`, d = 1, eps = (1e-30, 1e-3)."""
     shape = {**{n: s.shape[1:] for n, s in SPECS.items() if s.stack}, "table": (7, 4)}
     inner = {"mlp": (4, 6), "query": (4, 6), "out": (6, 4)}.get(name, shape.get(name, (4,)))
     repeat = 2 if SPECS[name].stack else 1

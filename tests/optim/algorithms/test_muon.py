@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 
 def orthogonal(x: np.ndarray) -> np.ndarray:
-    """Five steps of Jordan's quintic iteration from `X / |X|_F`, on the wide side."""
+    """Return five steps of Jordan's quintic iteration from `X / |X|_F`, on the wide side."""
     if x.shape[0] > x.shape[1]:
         return orthogonal(x.T).T
     a, b, c = np.float32([3.4445, -4.7750, 2.0315]).astype(np.float64)
@@ -40,7 +40,7 @@ def orthogonal(x: np.ndarray) -> np.ndarray:
 
 
 def muon(name: str, beta: float) -> Direction:
-    """Jordan (2024) with Nesterov's momentum, unbiased as in NAdam; the size of Liu et al. (2025), eq. 4."""
+    """Compute as Jordan (2024) with Nesterov's momentum, unbiased as in NAdam; the size of Liu et al. (2025), eq. 4."""
     held: dict[str, Any] = {"m": 0.0, "t": 0}
     shape = MATRICES[name]
 

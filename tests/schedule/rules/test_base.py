@@ -1,4 +1,4 @@
-"""What all rules of a schedule share: names, weights, periods."""
+"""Check what all rules of a schedule share: names, weights, periods."""
 
 import pytest
 

@@ -20,7 +20,7 @@ IMP = {
 
 
 def published_loop(intervals, steps, counter_of=lambda task: task, first=1):
-    """IMP's loop: a counter per key goes up at each turn; the interval that divides it fires."""
+    """Return IMP's loop: a counter per key goes up at each turn; the interval that divides it fires."""
     counters, order = {counter_of(task): first - 1 for task in intervals}, []
     while len(order) < steps:
         for task, interval in intervals.items():

@@ -11,7 +11,7 @@ from mmjax.schedule.phase_specs import from_config
 
 
 def drift(order, shares):
-    """The largest |n * share / total - visits| over all tasks and all n, exactly."""
+    """Return the largest |n * share / total - visits| over all tasks and all n, exactly."""
     total, visits, worst = sum(shares), [0] * len(shares), Fraction(0)
     for n, task in enumerate(order, 1):
         visits[task] += 1
@@ -21,14 +21,14 @@ def drift(order, shares):
 
 
 def one_period(rule, values, seed=0):
-    """The first sum(values) steps, tasks by number."""
+    """Return the first sum(values) steps, tasks by number."""
     names = [str(i) for i in range(len(values))]
     schedule = from_config(rule, dict(zip(names, values, strict=True)), seed)
     return [int(task) for task in schedule.sequence(0, sum(values))]
 
 
 def smooth_weighted_round_robin(shares):
-    """What load balancers do: all gain their share, the richest runs and pays the total."""
+    """Return what load balancers do: all gain their share, the richest runs and pays the total."""
     wealth, order = [0] * len(shares), []
     for _ in range(sum(shares)):
         wealth = [w + s for w, s in zip(wealth, shares, strict=True)]
