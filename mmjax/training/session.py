@@ -430,8 +430,8 @@ def _parameter_changes(experiment: Experiment, restored: Restored, allow_change:
     for name in new:
         if not _is_new(name, restored.meta):
             raise UserError(
-                f"Checkpoint {step} holds no parameter '{name}'. Only a head, stem or tower can be added to a run: give the "
-                "objective another 'head', restore the config, or use another --workdir."
+                f"Checkpoint {step} holds no parameter '{name}'. Only a new head, stem or tower can be added to a "
+                "run: give the objective another 'head', restore the config, or use another --workdir."
             )
     lines = [
         f"Checkpoint {step} {words} ({len(names)}): {', '.join(grouped(names))}."
