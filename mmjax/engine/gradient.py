@@ -144,9 +144,9 @@ def _coupled(
     auxiliary = loss.auxiliary + total
     loss = replace(loss, value=loss.value + total, proposals=proposals, auxiliary=auxiliary)
     for repair in objective.repairs():
-        paired, more = _paired(task, repair, model_of, parameters, whole, batch, key)
+        paired, paired_grads = _paired(task, repair, model_of, parameters, whole, batch, key)
         loss = with_pairs(loss, paired, repair, batch.valid)
-        grads = jax.tree.map(lambda a, b, w=repair.weight: a + w * b, grads, more)
+        grads = jax.tree.map(lambda a, b, w=repair.weight: a + w * b, grads, paired_grads)
     return loss, grads
 
 

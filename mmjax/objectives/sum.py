@@ -155,16 +155,16 @@ class Sum(Coupled, Embeds, Classifies, Writes, Composes, Shows):
         passes: Any = SharedPasses(model, key)
         rows, auxes = {}, []
         for name, objective in self.objectives.items():
-            part, own = of_member(batch, key, name)
+            part, member_key = of_member(batch, key, name)
             if isinstance(objective, Coupled):
-                represented = objective.represent(passes, part, own)
+                represented = objective.represent(passes, part, member_key)
                 rows[name] = represented.rows
                 if isinstance(objective, Summed):
                     rows[name] = _in_first_row(represented.rows, batch.valid)
                 weighted = self.members[name].weight * represented.aux.loss
                 auxes.append(replace(represented.aux, loss=weighted))
             else:
-                loss = objective(passes, part, own)
+                loss = objective(passes, part, member_key)
                 rows[name] = _in_rows(loss, batch.valid)
                 auxes.append(replace(no_aux(), proposals=loss.proposals))
         return Represented(rows, add_up([*auxes, *passes.auxes]))
@@ -173,10 +173,10 @@ class Sum(Coupled, Embeds, Classifies, Writes, Composes, Shows):
         losses = {}
         for name, objective in self.objectives.items():
             if isinstance(objective, Coupled):
-                own = rows[name]
+                part = rows[name]
                 if isinstance(objective, Summed):
-                    own = jax.tree.map(lambda x: x.sum(axis=0), own)
-                losses[name] = objective.compare(model, own, batch)
+                    part = jax.tree.map(lambda x: x.sum(axis=0), part)
+                losses[name] = objective.compare(model, part, batch)
             else:
                 losses[name] = _of_rows(rows[name])
         return self._added(losses, batch.valid)

@@ -63,7 +63,7 @@ class Drawn(Objective):
 
 
 def experiment(mlp: Any = None, **members: Mapping[str, Any]) -> Experiment:
-    """An experiment of three tasks: a sum, and its members alone, which share heads with it."""
+    """Return an experiment of three tasks: a sum, and its members alone, which share heads with it."""
     block = toyrun.block()
     layer = {"name": "transformer", "num_heads": 2, "mlp_dim": 8, **(mlp or {})}
     block["model"] = {"width": 8, "layers": [{"repeat": 1, "blocks": [layer]}]}
