@@ -20,9 +20,10 @@ from mmjax.engine.optimizers import Optimizers
 from mmjax.engine.requests import pass_key, train_requests
 from mmjax.engine.state import State, abstract_state, compute_dtype
 from mmjax.engine.steps import ModelSpec, positions
-from mmjax.evaluators.base import Evaluator, Pass, make_evaluators
+from mmjax.evaluators.base import Evaluator, Pass, make_evaluators, passes_of
 from mmjax.modalities.base import Modality
 from mmjax.model import declare_model
+from mmjax.objectives.base import heads_of
 from mmjax.run_config import RunConfig
 from mmjax.schedule.phases import Phases, make_phases
 from mmjax.schedule.planned import PlannedSchedule
@@ -117,7 +118,7 @@ class Experiment:
                 check_tokens(sizes, f"tasks.{name}")
 
     def _heads(self, task: Task) -> dict[str, Any]:
-        return task.objective.heads(self.run.model.trunk.width, task.inputs)
+        return heads_of(task.objective, self.run.model.trunk.width, task.inputs)
 
     @cached_property
     def flops(self) -> Mapping[str, int]:
@@ -143,7 +144,7 @@ class Experiment:
         for name, evaluators in self.evaluators.items():
             task = self.tasks[name]
             for evaluator in evaluators.values():
-                for pass_ in evaluator.passes(task).values():
+                for pass_ in passes_of(evaluator, task).values():
                     _, before = passes_by_program.get(pass_key(task, pass_), (task, pass_))
                     fields = tuple(sorted({*before.fields, *pass_.fields}))
                     passes_by_program[pass_key(task, pass_)] = (task, replace(pass_, fields=fields))
@@ -172,7 +173,7 @@ def _build(block: Mapping[str, Any], folder: str, used: Iterable[tuple[str, str]
         modalities[name] = replace(modality, folder=folder) if folder else modality
     tasks = {name: make_task(name, inner, modalities) for name, inner in run.tasks.items()}
     heads = [
-        (t.objective.head, t.objective.heads(run.model.trunk.width, t.inputs))
+        (t.objective.head, heads_of(t.objective, run.model.trunk.width, t.inputs))
         for t in tasks.values()
     ]
     declaration = declare_model(run.model, modalities, heads)

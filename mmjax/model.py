@@ -12,9 +12,10 @@ from flax import nnx
 from mmjax.core import config as configs
 from mmjax.core.bounds import COUNT, POSITIVE, FieldError, check
 from mmjax.core.errors import UserError
+from mmjax.core.extensions import check_type
 from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import constrain
-from mmjax.modalities.base import PRESENT, Modality, as_rows
+from mmjax.modalities.base import PRESENT, Modality, as_rows, stem_of
 from mmjax.nn.by_modality import SHARED, ByModality, PerModality, check_parts
 from mmjax.nn.experts import Experts
 from mmjax.nn.masks import FULL, Mask
@@ -112,7 +113,7 @@ class Model(nnx.Module):
         self, config: ModelConfig, modalities: Mapping[str, Modality], heads: Mapping[str, Any]
     ):
         tower = config.trunk
-        self.stems = nnx.Dict({name: m.stem(tower.width) for name, m in modalities.items()})
+        self.stems = nnx.Dict({name: stem_of(m, tower.width) for name, m in modalities.items()})
         self.trunk = Trunk(
             tower.layers,
             tower.width,
@@ -139,6 +140,7 @@ class Model(nnx.Module):
         stem, is_instance = self.stems[modality], PRESENT in arrays
         arrays, exists_B = as_rows(arrays)
         stream: Stream = stem(arrays) if values is None else stem(arrays, values)
+        check_type(stream, Stream, "__call__", stem)
         x_BSD = constrain(stream.x_BSD, ("batch", "tokens", None))
         layout = ((modality, x_BSD.shape[1]),)
         stream = replace(stream, x_BSD=x_BSD, layout=layout, rows_B=exists_B)

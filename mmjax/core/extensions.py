@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from mmjax.core.errors import UserError
+from mmjax.core.errors import CodeError, UserError
 
 # An error of one of these types is rarely one of the data.
 MISTAKES = (TypeError, AttributeError, NameError, KeyError, ImportError)
@@ -26,7 +26,7 @@ _BASES = {  # a block is any dataclass that can be built
     "rules": "Rule",
     "sources": "Source",
 }
-_PACKAGE = str(Path(__file__).resolve().parents[1])
+_PACKAGE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
 
@@ -63,6 +63,14 @@ def _shown(file: str) -> str:
         if file.startswith(folder + os.sep):
             return os.path.relpath(file, folder)
     return file
+
+
+def check_type(value: Any, expected: type, method: str, owner: Any) -> None:
+    """Raise `CodeError` unless what a method of a component returned is of the expected type."""
+    if not isinstance(value, expected):
+        raise CodeError(
+            f"{method} of {defined_in(owner)} returns {type(value).__name__}; it must return {expected.__name__}."
+        )
 
 
 def imported(module: str) -> types.ModuleType:

@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+from flax import nnx, struct
 
 from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
+from mmjax.core.extensions import check_type
 from mmjax.generation.spans import Span
 from mmjax.modalities.base import EXISTS, Input
 from mmjax.model import Model
@@ -299,6 +300,16 @@ def able(objective: Objective, capability: type[C]) -> C:
             f"objective {type(objective).__name__} is none that {capability.__name__.lower()}."
         )
     return objective
+
+
+def heads_of(objective: Objective, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
+    """Return an objective's modules by part name; raise `CodeError` if they are none."""
+    parts = objective.heads(width, inputs)
+    check_type(parts, Mapping, "heads", objective)
+    for name, part in parts.items():
+        if not isinstance(part, nnx.Module | nnx.Variable):
+            check_type(part, nnx.Module, f"heads['{name}']", objective)
+    return parts
 
 
 @struct.dataclass
