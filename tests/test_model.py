@@ -136,7 +136,7 @@ def test_a_modality_without_a_copy_is_named_with_the_layer(part: str) -> None:
 
 
 class _Stemless(Image):
-    """A modality whose stem is what its name says."""
+    """A modality whose `folder` selects a wrong stem."""
 
     def stem(self, width: int) -> Any:
         return {"no module": None, "no stream": _NoStream()}[self.folder]

@@ -42,8 +42,8 @@ def _line_of(error: BaseException) -> str:
         return f"{_shown(error.filename)}:{error.lineno}"
     frames = list(traceback.extract_tb(error.__traceback__))[::-1]
     users = [f for f in frames if not f.filename.startswith((_PACKAGE, "<", *_INSTALLED))]
-    own = [f for f in frames if f.filename.startswith(_PACKAGE)]
-    chosen = [*users, *own, *frames][:1]
+    ours = [f for f in frames if f.filename.startswith(_PACKAGE)]
+    chosen = [*users, *ours, *frames][:1]
     return f"{_shown(chosen[0].filename)}:{chosen[0].lineno}" if chosen else "no line known"
 
 
