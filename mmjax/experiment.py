@@ -21,7 +21,7 @@ from mmjax.engine.optimizers import Optimizers
 from mmjax.engine.requests import pass_key, train_requests
 from mmjax.engine.state import State, abstract_state, compute_dtype
 from mmjax.engine.steps import ModelSpec, positions
-from mmjax.evaluators.base import Evaluator, Pass, make_evaluators
+from mmjax.evaluators.base import Evaluator, Pass, make_evaluators, passes_of
 from mmjax.modalities.base import Modality
 from mmjax.model import connect_towers, declare_model
 from mmjax.nn.towers import Widths
@@ -146,7 +146,7 @@ class Experiment:
         for name, evaluators in self.evaluators.items():
             task = self.tasks[name]
             for evaluator in evaluators.values():
-                for pass_ in evaluator.passes(task).values():
+                for pass_ in passes_of(evaluator, task).values():
                     _, before = passes_by_program.get(pass_key(task, pass_), (task, pass_))
                     fields = tuple(sorted({*before.fields, *pass_.fields}))
                     passes_by_program[pass_key(task, pass_)] = (task, replace(pass_, fields=fields))

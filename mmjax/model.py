@@ -13,9 +13,10 @@ from flax import nnx
 from mmjax.core import config as configs
 from mmjax.core.bounds import FieldError
 from mmjax.core.errors import UserError
+from mmjax.core.extensions import check_type
 from mmjax.core.parameters import Declaration, compute_in
 from mmjax.core.sharding import constrain
-from mmjax.modalities.base import PRESENT, Modality, as_rows
+from mmjax.modalities.base import PRESENT, Modality, as_rows, stem_of
 from mmjax.nn.by_modality import SHARED, ByModality, PerModality
 from mmjax.nn.experts import Experts
 from mmjax.nn.masks import FULL, Causal, Mask
@@ -90,7 +91,7 @@ class Model(nnx.Module):
     ):
         self.towers = connect_towers(config, modalities)
         widths = Widths(self.towers)
-        self.stems = nnx.Dict({name: m.stem(widths[name]) for name, m in modalities.items()})
+        self.stems = nnx.Dict({name: stem_of(m, widths[name]) for name, m in modalities.items()})
         for name, tower in config.stacks.items():
             setattr(self, name, _stack(tower, config.where(name)))
         self.heads = nnx.Dict({name: nnx.Dict(parts) for name, parts in heads.items()})
@@ -115,6 +116,7 @@ class Model(nnx.Module):
         stem, is_instance = self.stems[modality], PRESENT in arrays
         arrays, exists_B = as_rows(arrays)
         stream: Stream = stem(arrays) if values is None else stem(arrays, values)
+        check_type(stream, Stream, "__call__", stem)
         x_BSD = constrain(stream.x_BSD, ("batch", "tokens", None))
         layout = ((modality, x_BSD.shape[1]),)
         stream = replace(stream, x_BSD=x_BSD, layout=layout, rows_B=exists_B)

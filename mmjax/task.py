@@ -3,26 +3,64 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mmjax.core import config as configs
 from mmjax.core.batch import Batch
 from mmjax.core.bounds import COUNT, SIZE, check
 from mmjax.core.config import FREE, SCHEDULE, holds
-from mmjax.core.errors import RecordError, UserError, nearest
-from mmjax.modalities.base import Input, Modality
+from mmjax.core.errors import CodeError, RecordError, UserError, nearest
+from mmjax.core.extensions import MISTAKES, check_type, defined_in, described
+from mmjax.modalities.base import Input, Modality, check_arrays
 from mmjax.model import Model
 from mmjax.objectives.base import Loss, Objective, with_rows
 from mmjax.sources.base import Example, Examples, Source, int32
 
 INSTANCES = "instances"  # a key that an input of any modality has
 _PROBED = 16  # examples looked at before data are refused; the first good one ends it
+
+
+class UnreadableValue(ValueError):
+    """The error for a value at which a decoder failed, with the name of its field; its cause is the decoder's error."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The reason why an example makes no row.
+
+    Attributes:
+      text: a line.
+      mistake: the type of the error if it is one of `MISTAKES`, which are rarely the data's; else None.
+    """
+
+    text: str
+    mistake: type[Exception] | None
+
+
+def failure_of(error: Exception) -> Failure:
+    """Return an error of `RowSpec.make`, or of a source, as a failure."""
+    if isinstance(error, UserError):
+        return Failure(str(error), None)
+    text = str(error) if isinstance(error, UnreadableValue) else described(error)
+    origin = error.__cause__ if isinstance(error, UnreadableValue) else error
+    return Failure(text, next((kind for kind in MISTAKES if isinstance(origin, kind)), None))
+
+
+def refuse_mistake(failures: Sequence[Failure], where: str) -> None:
+    """Raise `CodeError` if all failures have one type of error that is rarely the data's."""
+    kinds = {failure.mistake for failure in failures}
+    if len(kinds) == 1 and None not in kinds:
+        raise CodeError(
+            f"{where}: none of {len(failures)} examples makes a row, always for an error that is rarely the data's: "
+            f"{failures[0].text}. Fix the code of the source or modality, or name another field."
+        )
 
 
 def _accept(example: Example) -> None:
@@ -88,7 +126,14 @@ class Task:
 
     def loss(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         """Return the loss of a batch; rows that are not valid reach none of it."""
-        return self.objective(model, with_rows(batch), key)
+        loss = self.objective(model, with_rows(batch), key)
+        check_type(loss, Loss, "__call__", self.objective)
+        if jnp.ndim(loss.value):
+            raise CodeError(
+                f"the loss of {defined_in(self.objective)} has the shape {list(jnp.shape(loss.value))}; it must be a "
+                "scalar, the mean over the valid rows."
+            )
+        return loss
 
     def for_evaluation(self) -> Task:
         """Return the task with the settings of evaluation: with all tokens of one instance of each input."""
@@ -166,17 +211,22 @@ class RowSpec:
                     f"It has: {', '.join(examples.fields)}.{nearest(name, examples.fields)}"
                 )
         odd: list[tuple[int, UserError]] = []
+        failures: list[Failure] = []
         for index in _probes(len(examples)):
             try:
                 self.make(examples[index], None)
                 return
+            except CodeError as error:
+                raise CodeError(f"{where}: {error}") from error
             except UserError as error:
                 odd.append((index, error))
-            except Exception:
-                continue  # damaged
+            except Exception as error:  # damaged, or a mistake in the code
+                text = f"{examples.description}[{index}]: "
+                failures.append(replace(failure_of(error), text=text + failure_of(error).text))
         if odd:
             index, first = odd[0]
             raise UserError(f"{where}: {examples.description}[{index}]: {first}") from first
+        refuse_mistake(failures, where)
 
 
 def _probes(count: int) -> Iterator[int]:
@@ -195,12 +245,15 @@ def _arrays(
 ) -> dict[str, np.ndarray]:
     """Return the arrays of one input; any error of a decoder becomes one that names the field."""
     _value(example, input_.field)
+    where = f"field '{input_.field}' as modality '{input_.name}'"
     try:
         return input_.preprocess(example, rng, times)
+    except CodeError:
+        raise
     except UserError as error:
-        raise RecordError(f"field '{input_.field}' as modality '{input_.name}': {error}") from error
+        raise RecordError(f"{where}: {error}") from error
     except Exception as error:
-        raise ValueError(f"field '{input_.field}' as modality '{input_.name}': {error}") from error
+        raise UnreadableValue(f"{where}: {described(error)}") from error
 
 
 def make_task(
@@ -265,8 +318,12 @@ def make_input(
     if not isinstance(instances, int) or instances < 0:
         raise UserError(f"{where}.{INSTANCES} is {instances!r}; expected a number.")
     settings = {key: value for key, value in block.items() if key != INSTANCES}
-    result = Input(name, modality, configs.build(type(modality).Input, settings, where), instances)
+    schema = getattr(type(modality), "Input", None)
+    if not (isinstance(schema, type) and is_dataclass(schema)):
+        raise CodeError(f"{defined_in(modality)} lacks Input, the dataclass of a task's settings.")
+    result = Input(name, modality, configs.build(schema, settings, where), instances)
     try:
+        check_arrays(modality, result.settings)
         shapes = {array: spec.shape for array, spec in result.arrays().items()}
     except UserError as error:
         raise UserError(f"{where}: {error}") from error

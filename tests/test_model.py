@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mmjax.core import config as configs
-from mmjax.core.errors import UserError
+from mmjax.core.errors import CodeError, UserError
 from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh
 from mmjax.modalities.image import Image
@@ -132,6 +133,28 @@ def test_a_modality_without_a_copy_is_named_with_the_layer(part: str) -> None:
     words = "tokens of modality 'image', for which there is no copy. Known: other, text."
     with pytest.raises(UserError, match=f"^{where}: .*{words}"):
         jax.eval_shape(encode(declaration), parameters(declaration), arrays())
+
+
+class _Stemless(Image):
+    """A modality whose `folder` selects a wrong stem."""
+
+    def stem(self, width: int) -> Any:
+        return {"no module": None, "no stream": _NoStream()}[self.folder]
+
+
+class _NoStream(nnx.Module):
+    def __call__(self, arrays: Any) -> Any:
+        return arrays["pixels"]
+
+
+def test_a_stem_that_is_no_module_and_one_that_returns_no_stream_are_named() -> None:
+    where = r"_Stemless in .*test_model\.py returns NoneType; it must return Module"
+    with pytest.raises(CodeError, match=f"^stem of {where}"):
+        declare_model(CONFIG, {"image": _Stemless(folder="no module")}, [])
+    declaration = declare_model(CONFIG, {"image": _Stemless(folder="no stream")}, [])
+    words = r"^__call__ of _NoStream in .*test_model\.py returns .*; it must return Stream"
+    with pytest.raises(CodeError, match=words):
+        jax.eval_shape(encode(declaration, ("image",)), parameters(declaration), arrays())
 
 
 def test_one_modality_after_another_in_one_pass(x64: None) -> None:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mmjax.core import config as configs
-from mmjax.core.errors import UserError
+from mmjax.core.batch import Batch
+from mmjax.core.errors import CodeError, UserError
+from mmjax.engine.loader import make_batch
 from mmjax.modalities.image import Image
 from mmjax.modalities.text import Text
+from mmjax.objectives.base import Loss, heads_of
+from mmjax.objectives.classification import Classification
 from mmjax.sources.base import Cached, Example, Examples
 from mmjax.task import RowSpec, Task, make_input, make_task
 
@@ -128,6 +134,108 @@ def test_a_field_of_another_modality_names_task_field_and_what_was_found(emoji_d
     rows = RowSpec({"text": make_input("text", {"field": "image"}, MODALITIES, "here")}, ())
     with pytest.raises(UserError, match="field 'image' as modality 'text': a text is a string"):
         rows.check(Listed(example()), "tasks.a")
+
+
+@dataclass(frozen=True)
+class Buggy(Image):
+    """A modality whose code fails: always, or for a value that is no picture."""
+
+    fault: str = "name"
+
+    def preprocess(self, settings, value, rng, **time):
+        if self.fault == "keys":
+            return {"pixel": np.zeros((16, 16, 3), np.uint8)}
+        if self.fault == "name":
+            return valu  # noqa: F821
+        return super().preprocess(settings, value.no_such, rng)
+
+
+LINE = Buggy.preprocess.__code__.co_firstlineno + 4
+
+
+def buggy(fault: str) -> RowSpec:
+    image = make_input("image", {"size": 16}, {"image": Buggy(fault=fault)}, "here")
+    return RowSpec({"image": image}, ())
+
+
+def test_arrays_that_the_modality_does_not_declare_are_refused_at_the_start():
+    words = r"tasks\.a: modality 'image': preprocess of Buggy in .*test_task\.py .*lacks pixels and it adds pixel"
+    with pytest.raises(CodeError, match=words):
+        buggy("keys").check(Listed(example(), example()), "tasks.a")
+    with pytest.raises(CodeError, match="lacks pixels"):
+        make_batch(buggy("keys"), Listed(example()), [0], lambda _: None, 1)
+
+
+@dataclass(frozen=True)
+class Wrong(Classification):
+    """An objective that returns what a test gives."""
+
+    returned: Any = None
+
+    def heads(self, width, inputs):
+        return self.returned
+
+    def __call__(self, model, batch, key):
+        return self.returned
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (np.float32(1), "returns float32; it must return Loss"),
+        (Loss(jnp.ones(3)), r"has the shape \[3\]; it must be a scalar"),
+    ],
+)
+def test_what_is_no_loss_is_named_with_its_objective(returned, words):
+    wrong = replace(task(), objective=Wrong(classes=2, returned=returned))
+    with pytest.raises(CodeError, match=rf"Wrong in .*test_task\.py {words}"):
+        wrong.loss(None, Batch({}, {}, np.ones(2, bool)), jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (None, "^heads of Wrong in .* returns NoneType; it must return Mapping"),
+        ({"out": 3}, r"^heads\['out'\] of Wrong in .* returns int; it must return Module"),
+    ],
+)
+def test_heads_that_are_no_modules_are_named_with_their_objective(returned, words):
+    with pytest.raises(CodeError, match=words):
+        heads_of(Wrong(classes=2, returned=returned), 4, {})
+
+
+@dataclass(frozen=True)
+class Undeclared(Image):
+    """A modality that declares what a test gives."""
+
+    declared: Any = None
+
+    def arrays(self, settings):
+        return self.declared
+
+
+@pytest.mark.parametrize(
+    ("declared", "words"),
+    [
+        (None, "arrays of Undeclared in .* returns NoneType; it must return Mapping"),
+        ({"x": (3,)}, r"arrays\['x'\] of .* returns tuple; it must return ShapeDtypeStruct"),
+    ],
+)
+def test_arrays_that_are_no_shapes_are_named_with_their_modality(declared, words):
+    with pytest.raises(UserError, match=f"^here: {words}"):
+        make_input("image", {"size": 16}, {"image": Undeclared(declared=declared)}, "here")
+
+
+def test_code_that_fails_for_every_example_is_refused_at_the_start():
+    where = rf"listed\[0\]: field 'image' as modality 'image': NameError: .*'valu'.*:{LINE}\)"
+    with pytest.raises(CodeError, match=where):
+        buggy("name").check(Listed(*[example()] * 20), "tasks.a")
+    with pytest.raises(CodeError, match="none of 2 examples.*AttributeError: .*'no_such'"):
+        buggy("attribute").check(Listed(example(), example()), "tasks.a")
+    # Errors of several types, or of one that the data cause, are left to the loader.
+    mixed = Listed(example(), KeyError("a"), ValueError("b"))
+    buggy("name").check(mixed, "tasks.a")
+    spec().check(Listed(example(), ValueError("a")), "tasks.a")
 
 
 def test_a_corrupt_first_example_is_left_to_the_loader():

@@ -32,6 +32,10 @@ class RecordError(UserError):
     """The error for one invalid example: a loader makes it an invalid slot, which it counts and names."""
 
 
+class CodeError(UserError):
+    """The error for a mistake in the code of a component, which no other example avoids: it ends the run."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the known name closest to `name`, else the known names.
 

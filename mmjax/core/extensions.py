@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from mmjax.core.errors import UserError
+from mmjax.core.errors import CodeError, UserError
 
 # An error of one of these types is rarely one of the data.
 MISTAKES = (TypeError, AttributeError, NameError, KeyError, ImportError)
@@ -26,7 +26,7 @@ _BASES = {  # a block is any dataclass that can be built
     "rules": "Rule",
     "sources": "Source",
 }
-_PACKAGE = str(Path(__file__).resolve().parents[1])
+_PACKAGE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
 
@@ -42,8 +42,8 @@ def _line_of(error: BaseException) -> str:
         return f"{_shown(error.filename)}:{error.lineno}"
     frames = list(traceback.extract_tb(error.__traceback__))[::-1]
     users = [f for f in frames if not f.filename.startswith((_PACKAGE, "<", *_INSTALLED))]
-    own = [f for f in frames if f.filename.startswith(_PACKAGE)]
-    chosen = [*users, *own, *frames][:1]
+    ours = [f for f in frames if f.filename.startswith(_PACKAGE)]
+    chosen = [*users, *ours, *frames][:1]
     return f"{_shown(chosen[0].filename)}:{chosen[0].lineno}" if chosen else "no line known"
 
 
@@ -63,6 +63,14 @@ def _shown(file: str) -> str:
         if file.startswith(folder + os.sep):
             return os.path.relpath(file, folder)
     return file
+
+
+def check_type(value: Any, expected: type, method: str, owner: Any) -> None:
+    """Raise `CodeError` unless what a method of a component returned is of the expected type."""
+    if not isinstance(value, expected):
+        raise CodeError(
+            f"{method} of {defined_in(owner)} returns {type(value).__name__}; it must return {expected.__name__}."
+        )
 
 
 def imported(module: str) -> types.ModuleType:

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import connection, parent_process, resource_tracker
 
@@ -32,7 +32,7 @@ from mmjax.engine.state import Clock
 from mmjax.objectives.base import Objective
 from mmjax.schedule.phases import Phases
 from mmjax.sources.base import Examples
-from mmjax.task import RowSpec, Task
+from mmjax.task import Failure, RowSpec, Task, failure_of, refuse_mistake
 
 Rows = tuple[slice, ...]
 _ENDED = re.compile(r"terminated unexpectedly with exit code (-?\d+)")  # Grain's words
@@ -100,6 +100,18 @@ def make_batch(
     size: int,
 ) -> tuple[Batch, tuple[tuple[int, str], ...]]:
     """Return rows for `ids`, blank ones up to `size`; and the rows that failed, by index."""
+    rows, failed = _make_rows(spec, examples, ids, rng, size)
+    return rows, tuple((index, failure.text) for index, failure in failed)
+
+
+def _make_rows(
+    spec: RowSpec,
+    examples: Examples,
+    ids: Sequence[int],
+    rng: Callable[[int], np.random.Generator | None],
+    size: int,
+) -> tuple[Batch, list[tuple[int, Failure]]]:
+    """Return the rows of `make_batch`, and the failures by index."""
     rows, failed = [], []
     for index, example_id in enumerate(ids):
         try:
@@ -108,10 +120,12 @@ def make_batch(
             # Whatever a corrupt or odd record makes a reader or decoder raise: the slot becomes invalid.
             if isinstance(error, UserError) and not isinstance(error, RecordError):
                 raise
-            failed.append((index, f"{examples.description}[{int(example_id)}]: {error}"))
+            failure = failure_of(error)
+            text = f"{examples.description}[{int(example_id)}]: {failure.text}"
+            failed.append((index, replace(failure, text=text)))
             rows.append(spec.blank())
     rows += [spec.blank()] * (size - len(rows))
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows), tuple(failed)
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows), failed
 
 
 def arranged_rows(
@@ -121,6 +135,9 @@ def arranged_rows(
 
     The rows of a window of the objective lie in its order, which depends on all of them: where the share ends within
     a window, the whole window is read, so that every process comes to the same order.
+
+    Raises:
+      CodeError: no row of the task's first batch can be made, for one reason that is rarely the data's.
     """
     (first, last), window = share, task.objective.window_rows(task.batch)
     begin, end = first // window * window, -(-last // window) * window
@@ -129,11 +146,13 @@ def arranged_rows(
     def rng(row: int) -> np.random.Generator:
         return order.rng(seed, task.name, position + begin + row)
 
-    rows, failed = make_batch(task.rows(), examples, list(ids), rng, end - begin)
+    rows, failed = _make_rows(task.rows(), examples, list(ids), rng, end - begin)
+    if position == 0 and len(failed) == end - begin > 1:
+        refuse_mistake([failure for _, failure in failed], f"tasks.{task.name}")
     if window > 1:
         index = _arranged(task.objective, rows, window)[first - begin : last - begin]
         rows = jax.tree.map(lambda x: x[index], rows)
-    return rows, tuple((position + begin + i, error) for i, error in failed)
+    return rows, tuple((position + begin + i, failure.text) for i, failure in failed)
 
 
 def _arranged(objective: Objective, rows: Batch, window: int) -> np.ndarray:

@@ -8,7 +8,7 @@ and one reading of the data. A new kind of output is a new `Computation`, here o
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,8 @@ import numpy as np
 
 from mmjax.core import config as configs
 from mmjax.core.batch import Batch
-from mmjax.core.errors import UserError
+from mmjax.core.errors import CodeError, UserError
+from mmjax.core.extensions import check_type, defined_in
 from mmjax.modalities.base import Input
 from mmjax.model import Model
 from mmjax.objectives.base import Classifies, Embeds, Loss, Writes, able, embedded, with_rows
@@ -241,12 +242,49 @@ def row_spec(task: Task, pass_: Pass) -> RowSpec:
     return replace(spec, fields=fields)
 
 
+def passes_of(evaluator: Evaluator, task: Task) -> dict[str, Pass]:
+    """Return the passes that an evaluator needs; raise `CodeError` if they are none."""
+    passes = evaluator.passes(task)
+    check_type(passes, Mapping, "passes", evaluator)
+    for name, pass_ in passes.items():
+        check_type(pass_, Pass, f"passes['{name}']", evaluator)
+        check_type(pass_.computation, Computation, f"computation of passes['{name}']", evaluator)
+    return passes
+
+
+def records_of(evaluator: Evaluator, task: Task, outputs: Mapping[str, Outputs]) -> list[Record]:
+    """Return an evaluator's records; raise `CodeError` if they are none."""
+    records = evaluator.score(task, outputs)
+    check_type(records, Sequence, "score", evaluator)
+    for record in records:
+        check_type(record, Mapping, "an entry of the list of score", evaluator)
+        missing = {"name", "task", "split", "value", "chance", "count"} - record.keys()
+        if missing:
+            raise CodeError(
+                f"score of {defined_in(evaluator)} returns a record without {', '.join(sorted(missing))}; make it by "
+                "self.record."
+            )
+    return records
+
+
 def function(
     task: Task, computation: Computation
 ) -> Callable[[Model, Batch, jax.Array], dict[str, jax.Array]]:
     """Return the function on the devices: outputs with a leading row axis, of batches whose rows may be invalid."""
     whole = task.for_evaluation()
-    return lambda model, batch, key: computation.outputs(whole, model, with_rows(batch), key)
+
+    def outputs_of(model: Model, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
+        outputs = computation.outputs(whole, model, with_rows(batch), key)
+        check_type(outputs, Mapping, "outputs", computation)
+        for name, value in outputs.items():
+            if jnp.shape(value)[:1] != batch.valid.shape:
+                raise CodeError(
+                    f"outputs of {defined_in(computation)} returns '{name}' with the shape {list(jnp.shape(value))}; "
+                    f"its first axis must be the {batch.valid.size} rows of the batch."
+                )
+        return outputs
+
+    return outputs_of
 
 
 def _shares(result: Loss, valid_B: jax.Array) -> dict[str, jax.Array]:

@@ -23,7 +23,8 @@ from flax import nnx
 
 from mmjax.core.bounds import SIZE, check
 from mmjax.core.config import FREE
-from mmjax.core.errors import UserError
+from mmjax.core.errors import CodeError, UserError
+from mmjax.core.extensions import check_type, defined_in
 
 I = TypeVar("I")  # noqa: E741
 ArraySpec = dict[str, jax.ShapeDtypeStruct]
@@ -92,6 +93,21 @@ class Modality(abc.ABC, Generic[I]):
         return {}
 
 
+def stem_of(modality: Modality[Any], width: int) -> nnx.Module:
+    """Return a modality's stem; raise `CodeError` if that is no module."""
+    stem = modality.stem(width)
+    check_type(stem, nnx.Module, "stem", modality)
+    return stem
+
+
+def check_arrays(modality: Modality[Any], settings: Any) -> None:
+    """Raise `CodeError` unless a modality declares its arrays as `{name: jax.ShapeDtypeStruct}`."""
+    arrays: Any = modality.arrays(settings)
+    check_type(arrays, Mapping, "arrays", modality)
+    for name, spec in arrays.items():
+        check_type(spec, jax.ShapeDtypeStruct, f"arrays['{name}']", modality)
+
+
 @dataclass(frozen=True)
 class Input:
     """A modality as one task sees it: the modality, its settings there, and its name in the config.
@@ -136,6 +152,11 @@ class Input:
     def _specs(self) -> ArraySpec:  # asked of every example
         return self.arrays()
 
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        """The names of the arrays of one value."""
+        return frozenset(self.modality.arrays(self.settings))
+
     def preprocess(
         self,
         example: Mapping[str, Any],
@@ -145,13 +166,19 @@ class Input:
         """Return the arrays of this modality for one example, checked against `arrays()`.
 
         `times` are where the instances of a temporal modality begin; each draws its own where there are none.
+
+        Raises:
+          CodeError: the modality returns other arrays than those of `arrays()`.
+          UserError: one of them has another shape or dtype.
         """
         arrays = self._preprocessed(example[self.field], rng, times)
         for name, spec in self._specs.items():
-            if arrays[name].shape != spec.shape or arrays[name].dtype != spec.dtype:
+            array = arrays[name]
+            if array.shape != spec.shape or array.dtype != spec.dtype:
                 raise UserError(
                     f"modality '{self.name}', array '{name}': expected {spec.dtype}{list(spec.shape)}, "
-                    f"made {arrays[name].dtype}{list(arrays[name].shape)} from field '{self.field}'."
+                    f"made {array.dtype}{list(array.shape)} from field '{self.field}' "
+                    f"({defined_in(self.modality)})."
                 )
         return arrays
 
@@ -173,7 +200,30 @@ class Input:
         modality: Any = self.modality
         time = {"time": times[instance]} if len(times) and modality.temporal else {}
         result: dict[str, np.ndarray] = modality.preprocess(self.settings, value, rng, **time)
+        problem = self._problem(result)
+        if problem:
+            where = f"modality '{self.name}': preprocess of {defined_in(modality)}"
+            raise CodeError(f"{where} {problem}")
         return result
+
+    def _problem(self, arrays: Any) -> str:
+        """Return what is wrong with a result of `preprocess`: it must be NumPy arrays, those of `arrays()`."""
+        if not isinstance(arrays, Mapping):
+            return f"returns {type(arrays).__name__}; it must return a dict of NumPy arrays."
+        if arrays.keys() != self._names:
+            missing, surplus = (
+                sorted(self._names - arrays.keys()),
+                sorted(arrays.keys() - self._names),
+            )
+            lacks = [f"it lacks {', '.join(missing)}"] * bool(missing)
+            adds = [f"it adds {', '.join(surplus)}"] * bool(surplus)
+            known = f"arrays() declares {', '.join(sorted(self._names))}"
+            return f"returns other arrays ({known}): {' and '.join(lacks + adds)}."
+        others = [n for n, x in arrays.items() if not isinstance(x, np.ndarray | np.generic)]
+        if others:
+            kind = type(arrays[others[0]]).__name__
+            return f"returns a {kind} as '{others[0]}'; it must be a NumPy array."
+        return ""
 
 
 def start_of(over: int, rng: np.random.Generator | None, time: float | None = None) -> int:

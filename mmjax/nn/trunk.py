@@ -13,6 +13,7 @@ from flax import nnx
 
 from mmjax.core import config as configs
 from mmjax.core.bounds import COUNT, check
+from mmjax.core.extensions import check_type, defined_in
 from mmjax.core.parameters import stack_layers
 from mmjax.core.sharding import constrain
 from mmjax.nn.by_modality import (
@@ -75,7 +76,7 @@ class Group(nnx.Module):
                 # By the layer's own index, so that another grouping draws the same numbers.
                 layer = self.first + index * len(blocks) + offset
                 with _named(f"{self.where}.blocks[{offset}]"):
-                    stream, aux = block(stream, fold(key, layer))
+                    stream, aux = _applied(block, stream, fold(key, layer))
                 auxes.append(aux)
             x_BSD = constrain(stream.x_BSD, ("batch", "tokens", None))
             return replace(stream, x_BSD=x_BSD, layout=layout, context=None), auxes
@@ -129,7 +130,9 @@ class Group(nnx.Module):
 def _build(block: dict[str, Any], width: int, where: str) -> Any:
     config = configs.component("blocks", block, where)
     with _named(where):  # what the keys alone do not show
-        return config.build(width)
+        layer = config.build(width)
+        check_type(layer, nnx.Module, "build", config)
+        return layer
 
 
 @contextmanager
@@ -139,6 +142,17 @@ def _named(where: str) -> Iterator[None]:
         yield
     except configs.UserError as error:
         raise configs.UserError(f"{where}: {error}") from error
+
+
+def _applied(block: Any, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
+    result = block(stream, key)
+    check_type(result, tuple, "__call__", block)
+    if [type(part) for part in result] != [Stream, Aux]:
+        types = ", ".join(type(part).__name__ for part in result)
+        raise configs.UserError(
+            f"__call__ of {defined_in(block)} returns ({types}); it must return (Stream, Aux)."
+        )
+    return result[0], result[1]
 
 
 def _remat(body: Any, policy: str) -> Any:

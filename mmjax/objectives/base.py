@@ -14,10 +14,11 @@ from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+from flax import nnx, struct
 
 from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
+from mmjax.core.extensions import check_type
 from mmjax.generation.spans import Span
 from mmjax.modalities.base import EXISTS, Input
 from mmjax.model import Model
@@ -144,7 +145,7 @@ class Objective(abc.ABC):
         self, widths: Widths, inputs: Mapping[str, Input]
     ) -> list[tuple[str, dict[str, Any]]]:
         """Return all heads that it owns, each with its name: here the one of `heads`."""
-        return [(self.head, self.heads(widths, inputs))]
+        return [(self.head, heads_of(self, widths, inputs))]
 
     @abc.abstractmethod
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
@@ -314,6 +315,16 @@ def able(objective: Objective, capability: type[C]) -> C:
             f"objective {type(objective).__name__} is none that {capability.__name__.lower()}."
         )
     return objective
+
+
+def heads_of(objective: Objective, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
+    """Return an objective's modules by part name; raise `CodeError` if they are none."""
+    parts = objective.heads(widths, inputs)
+    check_type(parts, Mapping, "heads", objective)
+    for name, part in parts.items():
+        if not isinstance(part, nnx.Module | nnx.Variable):
+            check_type(part, nnx.Module, f"heads['{name}']", objective)
+    return parts
 
 
 @struct.dataclass

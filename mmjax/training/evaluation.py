@@ -27,7 +27,7 @@ from mmjax.engine.lease_store import object_store
 from mmjax.engine.loader import make_batch, no_silent_end, place, process_rows
 from mmjax.engine.requests import pass_key, program_key
 from mmjax.engine.steps import ticks
-from mmjax.evaluators.base import Outputs, Pass, Record, device_spec, row_spec
+from mmjax.evaluators.base import Outputs, Pass, Record, device_spec, records_of, row_spec
 from mmjax.experiment import Experiment
 from mmjax.monitor import metrics
 from mmjax.monitor.line_file import LineFile
@@ -74,9 +74,8 @@ class Evaluation:
             task = self._experiment.tasks[name]
             for key, evaluator in evaluators.items():
                 passes = evaluator.passes(task)
-                scores = evaluator.score(
-                    task, {n: outputs[pass_key(task, p)] for n, p in passes.items()}
-                )
+                by_pass = {n: outputs[pass_key(task, p)] for n, p in passes.items()}
+                scores = records_of(evaluator, task, by_pass)
                 records += [{"evaluator": key, **record} for record in scores]
         return records
 

@@ -14,7 +14,7 @@ from mmjax.core.extensions import defined_in, described
 
 HEAD = "from dataclasses import dataclass\nfrom mmjax.{kind}.base import {base}\n"
 SOURCE = HEAD.format(kind="sources", base="Source")
-# File, its text, and what the error says of it.
+# Kind, text of the file, and the error that it gets.
 WRONG = {
     "syntax": (
         "sources",

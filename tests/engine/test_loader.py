@@ -24,10 +24,18 @@ from jax.sharding import NamedSharding
 from toyrun import block, run, watched
 
 from mmjax import train
-from mmjax.core.errors import UserError
+from mmjax.core.errors import CodeError, UserError
 from mmjax.core.sharding import MeshConfig, batch_sharding, make_mesh
 from mmjax.data import order
-from mmjax.engine.loader import HostBatch, Loader, LoaderConfig, local_rows, make_batch, place
+from mmjax.engine.loader import (
+    HostBatch,
+    Loader,
+    LoaderConfig,
+    arranged_rows,
+    local_rows,
+    make_batch,
+    place,
+)
 from mmjax.engine.state import Clock
 from mmjax.experiment import make_experiment
 from mmjax.schedule.phases import Phases
@@ -35,6 +43,10 @@ from mmjax.schedule.schedule import Schedule
 from mmjax.sources.base import Examples
 
 STEPS = 14
+# The line of the toy source that raises for a corrupt record.
+_SOURCE = toyrun.EXTRA / "sources" / "toy.py"
+_NUMBERS = [i for i, line in enumerate(_SOURCE.read_text().splitlines(), 1) if "is garbage" in line]
+LINE = f"{os.path.relpath(_SOURCE)}:{_NUMBERS[0]}"
 WHOLE: Callable[[int], tuple[int, int]] = lambda size: (0, size)  # noqa: E731
 
 
@@ -368,12 +380,29 @@ def test_a_corrupt_record_is_an_invalid_slot_and_never_the_next_one(whole: list[
             blank = jax.tree.map(np.zeros_like, other)
             assert equal(one, blank if row in bad else other), i
         names = [
-            f"toy 40[{ids(expected)[row]}]: record {ids(expected)[row]} is garbage" for row in bad
+            f"toy 40[{i}]: ValueError: record {i} is garbage ({LINE})"
+            for i in (ids(expected)[row] for row in bad)
         ]
         assert batch.failed == tuple(zip([position + row for row in bad], names, strict=True))
         position += 8
         met += len(bad)
     assert met >= 3
+
+
+def test_a_mistake_in_the_code_ends_the_run_at_the_first_batch_of_a_task(toy: World) -> None:
+    """As in code that only training runs, which the check at the start does not."""
+
+    class Broken(type(toy.data["one"])):  # type: ignore[misc]
+        def __getitem__(self, index: int) -> Any:
+            return {}["vlaues"]
+
+    task = toy.tasks["one"]
+    broken = Broken(task.source)
+    words = r"tasks\.one: none of 8 examples .*toy 40\[\d+\]: KeyError: 'vlaues' \(.*test_loader\.py:\d+\)"
+    with pytest.raises(CodeError, match=words):
+        arranged_rows(task, broken, 0, 0, (0, 8))
+    rows, failed = arranged_rows(task, broken, 0, 8, (0, 8))
+    assert [position for position, _ in failed] == list(range(8, 16)) and not rows.valid.any()
 
 
 def test_a_mistake_of_the_persons_is_no_corrupt_record(toy: World) -> None:
@@ -412,7 +441,10 @@ def test_a_run_counts_and_names_what_it_could_not_read(
     clock = toyrun.meta(tmp_path / "run")["clock"]
     assert clock["invalid"] == {"one": 2, "two": 0} and clock["invalid_ids"] == {"one": [3, 17]}
     assert clock["positions"]["one"] == 64  # a slot is consumed, whatever it held
-    words = [f"task one, position {p}: toy 40[{i}]: record {i} is garbage" for p, i in bad]
+    words = [
+        f"task one, position {p}: toy 40[{i}]: ValueError: record {i} is garbage ({LINE})"
+        for p, i in bad
+    ]
     lines = log(tmp_path / "run")
     assert [x["text"] for x in lines if x["line"] == "event"] == words
     printed = " ".join(capsys.readouterr().out.split())

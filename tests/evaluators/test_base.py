@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,8 +12,17 @@ import pytest
 from brightness import SOURCE, task
 
 from mmjax.core.batch import Batch
-from mmjax.core.errors import UserError
-from mmjax.evaluators.base import Embed, LossOf, Pass, function, make_evaluators, row_spec
+from mmjax.core.errors import CodeError, UserError
+from mmjax.evaluators.base import (
+    Embed,
+    LossOf,
+    Pass,
+    function,
+    make_evaluators,
+    passes_of,
+    records_of,
+    row_spec,
+)
 from mmjax.evaluators.held_out_loss import HeldOutLoss
 from mmjax.evaluators.retrieval import Retrieval
 
@@ -42,6 +52,42 @@ def test_a_record_without_a_unit_is_a_plain_number() -> None:
     evaluator = HeldOutLoss(source=SOURCE)
     assert evaluator.record(task(), "error", 1.0, 2.0, 3)["unit"] == ""
     assert evaluator.record(task(), "error", 1.0, 2.0, 3, unit="dB")["unit"] == "dB"
+
+
+@dataclass(frozen=True)
+class Odd(HeldOutLoss):
+    """An evaluator that returns what a test gives."""
+
+    returned: Any = None
+
+    def passes(self, task: Any) -> Any:
+        return self.returned
+
+    def score(self, task: Any, outputs: Any) -> Any:
+        return self.returned
+
+
+@dataclass(frozen=True)
+class Scalar(Embed):
+    def outputs(self, task: Any, model: Any, batch: Any, key: Any) -> Any:
+        return {"vector": jnp.zeros(5)}
+
+
+def test_what_an_evaluator_returns_is_checked() -> None:
+    where = r"Odd in .*test_base\.py returns"
+    with pytest.raises(CodeError, match=f"^passes of {where} list; it must return Mapping"):
+        passes_of(Odd(returned=[]), task())
+    with pytest.raises(CodeError, match=rf"passes\['a'\] of {where} int; it must return Pass"):
+        passes_of(Odd(returned={"a": 3}), task())
+    with pytest.raises(CodeError, match=f"^score of {where} int"):
+        records_of(Odd(returned=3), task(), {})
+    with pytest.raises(CodeError, match=f"{where} a record without chance, count; make it by"):
+        row = {"name": "a", "task": "b", "split": "c", "value": 1.0}
+        records_of(Odd(returned=[row]), task(), {})
+    batch = Batch(inputs={}, valid=jnp.ones(2, bool), fields={})
+    words = r"^outputs of Scalar in .* returns 'vector' with the shape \[5\]; .* the 2 rows"
+    with pytest.raises(CodeError, match=words):
+        function(task(), Scalar("image"))(None, batch, jax.random.key(0))  # type: ignore[arg-type]
 
 
 def test_a_record_states_which_way_is_better() -> None:

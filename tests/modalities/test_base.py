@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmjax.core.errors import UserError
+from mmjax.core.errors import CodeError, UserError
 from mmjax.modalities.base import (
     EXISTS,
     PRESENT,
@@ -82,6 +82,42 @@ def test_arrays_other_than_the_declared_ones_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=f"modality 'numbers', array 'x': {words}"):
         input_of(modality=modality).preprocess({"numbers": value}, None)
+
+
+@dataclass(frozen=True)
+class Returning(Numbers):
+    """Returns what a test gives."""
+
+    result: Any = None
+
+    def preprocess(
+        self, settings: Settings, value: Any, rng: Any, time: float = 0.0
+    ) -> dict[str, np.ndarray]:
+        returned: dict[str, np.ndarray] = self.result
+        return returned
+
+
+X = np.zeros(3, np.float32)
+
+
+@pytest.mark.parametrize("instances", [0, 2])
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        ({}, r"returns other arrays \(arrays\(\) declares x\): it lacks x\."),
+        ({"x": X, "y": X, "b": X}, r"declares x\): it adds b, y\."),
+        ({"z": X}, r"declares x\): it lacks x and it adds z\."),
+        (None, "returns NoneType; it must return a dict of NumPy arrays"),
+        ({"x": [0.0, 0.0, 0.0]}, "returns a list as 'x'; it must be a NumPy array"),
+    ],
+)
+def test_other_arrays_than_the_declared_ones_are_a_mistake_in_the_code(
+    result: Any, words: str, instances: int
+) -> None:
+    given = input_of(instances, Returning(result=result))
+    where = r"^modality 'numbers': preprocess of Returning in .*test_base\.py"
+    with pytest.raises(CodeError, match=f"{where} .*{words}"):
+        given.preprocess(EXAMPLE, None)
 
 
 def test_instances_have_an_axis_of_their_own_and_say_which_are_there() -> None:

@@ -68,6 +68,24 @@ def noisy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
     sys.modules.pop("mmjax.blocks.noisy", None)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("return NoisyLayer(width, self.size)", "return 3", "build of Noisy in .* returns int; it must return Module"),
+        (", aux\n", "\n", "__call__ of NoisyLayer in .* returns Stream; it must return tuple"),
+        (", aux\n", ", 3\n", r"__call__ of NoisyLayer in .* returns \(Stream, int\); it must return \(Stream, Aux\)"),
+    ],
+)  # fmt: skip
+def test_what_a_block_returns_is_checked(
+    noisy: dict[str, Any], tmp_path: Path, old: str, new: str, words: str
+) -> None:
+    assert NOISY.count(old) == 1
+    (tmp_path / "noisy.py").write_text(NOISY.replace(old, new))
+    with pytest.raises(UserError, match=rf"^model\.layers\[0\]\.blocks\[0\]: {words}"):
+        declaration = declared([GroupConfig(1, (noisy,))])
+        run(declaration, random_canonical(declaration))
+
+
 def declared(groups: Groups, remat: str = "none") -> Declaration:
     return Declaration(nnx.Dict({"trunk": Trunk(groups, WIDTH, remat)}))
 
