@@ -12,7 +12,6 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import inspect
 import json
 import math
 import pkgutil
@@ -123,22 +122,8 @@ def _arguments(get_config: Callable[..., Any], argument: str, file: str) -> list
     if setting is not None:
         return [settings.parse(setting, argument, file)]
     arguments = [argument] if argument else []
-    _check_call(get_config, arguments, file)
+    settings.check_call(get_config, arguments, file)
     return arguments
-
-
-def _check_call(get_config: Callable[..., Any], arguments: list[str], file: str) -> None:
-    signature = inspect.signature(get_config)
-    try:
-        signature.bind(*arguments)
-    except TypeError as error:
-        if not signature.parameters:
-            words = f"has no settings, and '{arguments[0]}' was given. Write --config={file}."
-        elif not arguments:
-            words = f"needs a setting: get_config{signature}. Write --config={file}:SETTING."
-        else:
-            words = f"takes no single setting: get_config{signature}. Give it one parameter."
-        raise UserError(f"Config file '{file}' {words}") from error
 
 
 def plain(value: Any, where: str) -> Any:

@@ -115,3 +115,18 @@ def _choices(
             f"'{field.name}' of {file} is no setting. Annotate it as a Literal of words, or as bool with the default "
             "False."
         )
+
+
+def check_call(get_config: Callable[..., Any], arguments: list[str], file: str) -> None:
+    """Raise `UserError` if `get_config` does not take these arguments."""
+    signature = inspect.signature(get_config)
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        if not signature.parameters:
+            words = f"has no settings, and '{arguments[0]}' was given. Write --config={file}."
+        elif not arguments:
+            words = f"needs a setting: get_config{signature}. Write --config={file}:SETTING."
+        else:
+            words = f"takes no single setting: get_config{signature}. Give it one parameter."
+        raise UserError(f"Config file '{file}' {words}") from error

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ import grain
 import jax
 import numpy as np
 from absl import flags
+from grain.multiprocessing import SharedMemoryArray
 from jax.sharding import Mesh, NamedSharding
 
 from mmjax.core import config as configs
@@ -249,13 +251,14 @@ class Loader:
             batches = grain.MapDataset.source(steps).to_iter_dataset(options)
         self._batches = iter(batches)
         self._begins = bool(config.processes)
+        self._shared: list[weakref.ref[SharedMemoryArray]] = []  # of other processes
 
     def __iter__(self) -> Iterator[HostBatch]:
         return self
 
     def __next__(self) -> HostBatch:
         try:
-            return self._next()
+            batch = self._next()
         except RuntimeError as error:
             ended = _ENDED.search(str(error))
             if not ended:
@@ -265,6 +268,10 @@ class Loader:
                 "because memory ran out). Run again to resume from the newest checkpoint; if it happens again, lower "
                 "loader.processes, loader.prefetch or loader.cache_mib."
             ) from None
+        shared = [x for x in jax.tree.leaves(batch.rows) if isinstance(x, SharedMemoryArray)]
+        alive = [reference for reference in self._shared if reference() is not None]
+        self._shared = [*alive, *map(weakref.ref, shared)]
+        return batch
 
     def _next(self) -> HostBatch:
         if not self._begins:
@@ -284,6 +291,13 @@ class Loader:
         close = getattr(self._batches, "close", None)
         if close is not None:
             close()
+        for reference in self._shared:
+            array = reference()
+            if array is not None and array._unlink_on_del:
+                # The array keeps the memory, and may outlive Grain's threads that would remove its name.
+                array.shm.unlink()
+                array._unlink_on_del = False
+        self._shared = []
 
 
 def _by_processes(steps: _Steps, config: LoaderConfig) -> grain.IterDataset[HostBatch]:

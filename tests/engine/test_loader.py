@@ -158,6 +158,19 @@ def test_processes_change_nothing(toy: World, whole: list[HostBatch], count: int
         assert batch.step == expected.step and equal(batch.rows, expected.rows)
 
 
+def test_a_closed_loader_leaves_no_name_of_shared_memory(toy: World) -> None:
+    """As in a run that an error ends, whose last batch is never deleted."""
+    loader = Loader(LoaderConfig(processes=1), toy.phases, toy.data, toy.clock(0), 9, 0, WHOLE)
+    batch = next(loader)
+    arrays = [x for x in jax.tree.leaves(batch.rows) if getattr(x, "shm", None) is not None]
+    names = [Path("/dev/shm") / x.shm.name for x in arrays]
+    copies = [np.array(x) for x in arrays]
+    assert names and all(name.exists() for name in names)
+    loader.close()
+    assert not any(name.exists() for name in names)
+    assert all((x == copy).all() for x, copy in zip(arrays, copies, strict=True))
+
+
 def test_an_error_in_a_process_is_told(toy: World) -> None:
     wrong = {**toy.data, "one": []}
     loader = Loader(LoaderConfig(processes=2), toy.phases, wrong, toy.clock(0), 9, 0, WHOLE)  # type: ignore[arg-type]
