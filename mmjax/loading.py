@@ -206,8 +206,8 @@ class TrainedModel:
         """The buffers of modules by canonical name, `stat/NAME`; empty where none declares one."""
         return to_canonical(self._experiment.declaration.read, self._of(STAT, True))
 
-    def _of(self, prefix: str, wanted: bool) -> Arrays:
-        return {n: x for n, x in self._stacked.items() if n.startswith(prefix) is wanted}
+    def _of(self, prefix: str, is_under: bool) -> Arrays:
+        return {n: x for n, x in self._stacked.items() if n.startswith(prefix) is is_under}
 
     @property
     def module(self) -> Model:

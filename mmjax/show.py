@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (arguments.workdir is None) == (arguments.config is None):
         raise UserError(f"Give a run's folder, or --config=CONFIG. {flags.usage(parser)}")
     if arguments.all and not arguments.digest:
-        raise UserError("--all says what --digest is of: give --digest --all.")
+        raise UserError("--all is an option of --digest: give --digest --all.")
     if arguments.config is not None:
         show_config(arguments.config, overrides, arguments.names)
     elif arguments.names:

@@ -73,9 +73,9 @@ def settled(
     after = {}
     for name in proposed(statistics, specs):
         spec, old = specs[name], buffers[STAT + name]
-        own = {s: statistics[f"{STAT}{name}/{s}"] for s in spec.statistics}
+        fields = {s: statistics[f"{STAT}{name}/{s}"] for s in spec.statistics}
         settle = jax.vmap(spec.settle) if spec.stack else spec.settle
-        new = settle(old, own, _keys(spec, seed, step))
+        new = settle(old, fields, _keys(spec, seed, step))
         if new.shape != old.shape:
             raise UserError(
                 f"buffer '{name}': its settle returns the shape {list(new.shape)}, expected {list(old.shape)}."

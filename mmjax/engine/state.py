@@ -134,7 +134,8 @@ def init_state(
 ) -> State:
     """Return the state at step 0. Meant to be jitted, with the `shardings` of `abstract_state` as its output's.
 
-    `initial` are parameters and buffers to begin with, by canonical name; the others are as their module says.
+    `initial` are parameters and buffers to begin with, by canonical name; the others are as their module
+    declares them.
     """
     parameters, stats = (
         declaration.initialise(seed, dtype),

@@ -170,8 +170,8 @@ def _accumulated(
     stats = buffers.added(_summed_statistics(state), pending.statistics, counts)
 
     def holding(after: State, sums: Arrays, steps: jax.Array) -> State:
-        held = {**after.buffers, **{SUM + n: s for n, s in sums.items()}, SUMMED: steps}
-        return replace(after, buffers=held)
+        buffers_after = {**after.buffers, **{SUM + n: s for n, s in sums.items()}, SUMMED: steps}
+        return replace(after, buffers=buffers_after)
 
     def update() -> State:
         some = jnp.maximum(steps, 1)
@@ -204,15 +204,17 @@ def _settled_round(
     live = {n for n in names if n.removeprefix(STAT) not in frozen}
     chosen = {n: x for n, x in sums.items() if n.rpartition("/")[0] in live}
     after = settle(state, chosen, ticks)
-    held = dict(after.buffers)
-    for name in live:
+    buffers_after = dict(after.buffers)
+    for name in sorted(live):
         steps = sums[f"{name}/{COUNT}"]
         for full in (name, EMA + name):
-            if full in held:
-                ones = (1,) * (held[full].ndim - steps.ndim)
-                kept = (steps > 0).reshape(steps.shape + ones)
-                held[full] = jnp.where(kept, held[full], state.buffers[full])
-    return replace(after, buffers=held)
+            if full in buffers_after:
+                ones = (1,) * (buffers_after[full].ndim - steps.ndim)
+                is_settled = (steps > 0).reshape(steps.shape + ones)
+                buffers_after[full] = jnp.where(
+                    is_settled, buffers_after[full], state.buffers[full]
+                )
+    return replace(after, buffers=buffers_after)
 
 
 def _norm(grads: Arrays) -> jax.Array:
@@ -286,9 +288,9 @@ def reach_of(spec: ModelSpec, task: Task) -> Reach:
     """Return what the gradient of a task's loss reaches."""
     loss_of = loss_function(spec, task)
     parameters, batch = spec.declaration.shapes(spec.dtype), task.rows().batch(task.batch)
-    others = spec.declaration.buffer_shapes(spec.dtype)
+    beside = spec.declaration.buffer_shapes(spec.dtype)
     visit = jax.ShapeDtypeStruct((), np.int32)
-    return reach(lambda p, *rest: loss_of(p, *rest).value, parameters, others, batch, visit)
+    return reach(lambda p, *others: loss_of(p, *others).value, parameters, beside, batch, visit)
 
 
 def eval_request(

@@ -226,14 +226,14 @@ def add_up(auxes: Sequence[Aux]) -> Aux:
     return replace(total, proposals=add_proposals([aux.proposals for aux in auxes]))
 
 
-def add_proposals(each: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def add_proposals(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Add the statistics of each buffer.
 
     Raises:
       UserError: a second proposal to a buffer that takes the rows of one.
     """
     total: dict[str, Any] = {}
-    for proposals in each:
+    for proposals in parts:
         for name, statistics in proposals.items():
             if name not in total:
                 total[name] = statistics

@@ -83,7 +83,7 @@ def apply_rules(rules: Sequence[RuleConfig], specs: Mapping[str, Spec]) -> dict[
 
 
 def _matchable(rule: RuleConfig, specs: Mapping[str, Spec]) -> list[str]:
-    """Return the canonical names that a rule may match: those of buffers only where it says what is frozen."""
+    """Return the canonical names that a rule may match: those of buffers only where it freezes."""
     chosen = [s for s in specs.values() if rule.freeze is not None or not isinstance(s, BufferSpec)]
     return [name for spec in chosen for name in spec.canonical]
 

@@ -464,7 +464,8 @@ def _check_buffers(
     gone = [n for n in sorted(before - now) if not _is_new(n, {"config": here.experiment.block})]
     changes = [f"has no {group}, which starts as its module declares it" for group in grouped(new)]
     changes += [
-        f"holds {group}, which no module declares now; it is dropped" for group in grouped(gone)
+        f"holds {group}, which nothing in the config declares now; it is dropped"
+        for group in grouped(gone)
     ]
     for change in changes:
         text = f"Checkpoint {restored.step} {change}."

@@ -68,7 +68,9 @@ def test_loading_and_evaluation_use_both_averages_and_write_nothing(run: Path) -
     module = model.module.trunk.groups[0].blocks[0]
     np.testing.assert_array_equal(module.codes[...][0], arrays[EMA + codes])
     records, results = evaluate.evaluate(epath.Path(run), None, ()), read_results(epath.Path(run))
-    assert results and [r["value"] for r in records] == [r["value"] for r in results]
+    assert results  # of one device, and these of all
+    wanted = [r["value"] for r in results]
+    np.testing.assert_allclose([r["value"] for r in records], wanted, rtol=1e-5)
     assert toyrun.bits(run) == before
 
 
@@ -107,7 +109,7 @@ def test_a_buffer_that_is_new_or_gone_is_announced_under_allow_change(
     session = begin(experiment, epath.Path(copy), mesh, True, said.append)
     lines = "\n".join(said)
     assert "has no stat/heads/one/labels/others, which starts as its module declares it" in lines
-    assert f"holds {ROWS}, which no module declares now; it is dropped" in lines
+    assert f"holds {ROWS}, which nothing in the config declares now; it is dropped" in lines
     state = initial_state(experiment, mesh, session.start)
     np.testing.assert_array_equal(state.buffers["stat/heads/one/labels/others"], np.zeros(3))
     labels = "stat/heads/one/labels/mean"
