@@ -27,11 +27,11 @@ from mmjax.core.errors import UserError
 from mmjax.core.files import replace_file
 from mmjax.engine import checkpoint
 from mmjax.engine.checkpoint import CheckpointConfig, Checkpoints
+from mmjax.engine.metadata import AVERAGE_OF
 from mmjax.engine.state import SUM, SUMMED
 from mmjax.loading import find_step
 from mmjax.run_config import RunConfig
 
-AVERAGE_OF = "average_of"  # in the meta data of a checkpoint: what it is the average of
 PARTS = ("parameters", "buffers")
 
 Arrays = dict[tuple[str, str], np.ndarray]

@@ -20,6 +20,7 @@ from mmjax.modalities.base import PRESENT, Modality, as_rows, stem_of
 from mmjax.nn.by_modality import SHARED, ByModality, PerModality
 from mmjax.nn.experts import Experts
 from mmjax.nn.masks import FULL, Causal, Mask
+from mmjax.nn.modality_token import add_modality_token, with_modality_token
 from mmjax.nn.stream import Aux, Stream, add_up, concatenate, cut, fold
 from mmjax.nn.towers import TRUNK, TowerConfig, Towers, Widths, connect
 from mmjax.nn.trunk import GroupConfig, Trunk
@@ -92,6 +93,9 @@ class Model(nnx.Module):
         self.towers = connect_towers(config, modalities)
         widths = Widths(self.towers)
         self.stems = nnx.Dict({name: stem_of(m, widths[name]) for name, m in modalities.items()})
+        for name, modality in modalities.items():
+            if modality.modality_token:
+                add_modality_token(self.stems[name], widths[name])
         for name, tower in config.stacks.items():
             setattr(self, name, _stack(tower, config.where(name)))
         self.heads = nnx.Dict({name: nnx.Dict(parts) for name, parts in heads.items()})
@@ -117,6 +121,7 @@ class Model(nnx.Module):
         arrays, exists_B = as_rows(arrays)
         stream: Stream = stem(arrays) if values is None else stem(arrays, values)
         check_type(stream, Stream, "__call__", stem)
+        stream = with_modality_token(stem, stream)
         x_BSD = constrain(stream.x_BSD, ("batch", "tokens", None))
         layout = ((modality, x_BSD.shape[1]),)
         stream = replace(stream, x_BSD=x_BSD, layout=layout, rows_B=exists_B)

@@ -24,6 +24,7 @@ from mmjax.core import errors, flags
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import digest, to_canonical
 from mmjax.engine import checkpoint
+from mmjax.engine.metadata import AVERAGE_OF
 from mmjax.engine.state import Clock, compute_dtype
 from mmjax.engine.tensor_files import SUFFIXES, open_tensors, printable
 from mmjax.experiment import make_experiment
@@ -92,7 +93,7 @@ def show_run(
         )
         for name, position in clock.positions.items()
     ]
-    for part in meta.get("average_of", ()):
+    for part in meta.get(AVERAGE_OF, ()):
         print(f"Average of {part['path']}@{part['step']}, weight {part['weight']:g}.")
     table("Tasks", ("task", "visits", "position", "skipped", "invalid"), counts)
     for task, start in clock.quarantined.items():
@@ -110,11 +111,11 @@ def show_run(
     }
     if moving:  # an average of runs has no state of an optimizer
         show_trained(sizes, moving)
-    held = [
+    byte_rows = [
         (part, len(jax.tree.leaves(leaves)), human_bytes(_bytes(leaves)))
         for part, leaves in shapes.items()
     ]
-    table("Bytes", ("held", "arrays", "bytes"), held)
+    table("Bytes", ("held", "arrays", "bytes"), byte_rows)
     if with_digest:
         arrays = (
             read_whole(workdir, step, shapes)

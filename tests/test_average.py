@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import toyrun
@@ -104,21 +106,28 @@ def test_what_reads_a_run_reads_the_average(runs: Path, tmp_path: Path) -> None:
 
 def test_a_run_is_not_resumed_from_an_average(runs: Path, tmp_path: Path) -> None:
     averaged(tmp_path / "soup", runs / "a", runs / "b")
-    with pytest.raises(UserError, match="optimizer/.* found nothing"):
+    with pytest.raises(UserError, match="is an average of runs .* init_from.path="):
         toyrun.run(tmp_path / "soup", *COMMON, "steps=4")
 
 
 def test_what_is_no_run_of_the_same_config_is_refused(runs: Path, tmp_path: Path) -> None:
-    wide, out = tmp_path / "wide", f"--out={tmp_path / 'soup'}"
-    toyrun.run(wide, *COMMON, "model.width=4")
-    message = refused(average.main, str(runs / "a"), str(wide), out, EXTRA)
-    assert "buffers/ema/heads/one/out/bias" in message or "[4" in message
-    assert str(wide) in message and "These are no runs of one config" in message
-    short = [*COMMON[:2], "optimizer.accumulate=2"]
-    toyrun.run(tmp_path / "plain", *short)
-    message = refused(average.main, str(runs / "a"), str(tmp_path / "plain"), out, EXTRA)
-    assert "buffers/ema/" in message and "and missing in" in message
-    assert not checkpoint.steps(epath.Path(tmp_path / "soup"))
+    """A parameter of another shape or dtype, and one that is there once: each by name, with both runs."""
+    a, b = (average.ingredient(str(runs / name)) for name in "ab")
+    name = ("parameters", "heads/one/out/bias")
+    other = jax.ShapeDtypeStruct((2,), np.float32)
+    narrow = jax.ShapeDtypeStruct((1,), np.float16)
+    less = {key: leaf for key, leaf in b.shapes.items() if key != name}
+    for shapes, words in (
+        ({**b.shapes, name: other}, "is float32[1] in '{a}' and float32[2] in '{b}'"),
+        ({**b.shapes, name: narrow}, "is float32[1] in '{a}' and float16[1] in '{b}'"),
+        (less, "is float32[1] in '{a}' and missing in '{b}'"),
+        ({**b.shapes, ("buffers", "stat/new"): other}, "stat/new is missing in '{a}'"),
+    ):
+        with pytest.raises(UserError) as raised:
+            average.average([a, replace(b, shapes=shapes)], [1, 1], epath.Path(tmp_path))
+        assert words.format(a=f"{runs / 'a'}@2", b=f"{runs / 'b'}@2") in str(raised.value)
+        assert "These are no runs of one config" in str(raised.value)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

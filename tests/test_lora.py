@@ -56,7 +56,7 @@ def test_at_step_0_the_model_is_its_base_and_b_has_a_gradient() -> None:
 def test_the_base_stays_to_the_bit_and_has_no_state(tmp_path: Path) -> None:
     toyrun.run(tmp_path / "first", "steps=1", "evaluation.every=0")
     first = toyrun.parameters(tmp_path / "first")
-    source = f"init_from={{'path': '{tmp_path / 'first'}', 'skip': ['.*_lora_.']}}"
+    source = f"init_from.path={tmp_path / 'first'}"
     toyrun.run(tmp_path / "lora", *COMMON, source, HEADS, "steps=5", "seed=3")
     last = toyrun.parameters(tmp_path / "lora")
     factors = {f"trunk/layers/00{i}/inner/kernel_lora_{x}" for i in (0, 1) for x in "ab"}
@@ -124,7 +124,7 @@ def test_on_a_mesh_that_divides_its_factors_the_parameters_are_the_same(tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["lora=[{'match': ['trunk/.*/outer']}]"], r"lora\[0\].match: .*nearest: trunk/layers"),
+        (["lora=[{'match': ['trunk/layers/00./inner/kernal']}]"], r"lora\[0\].match: .*nearest: trunk/layers"),
         (["lora=[{'match': ['trunk/.*/inner/kernel'], 'rank': 0}]"], r"lora\[0\].rank is 0"),
         ([LORA, "optimizer.rules=[{'match': '.*', 'freeze': True}]"], "tasks.one: every parameter"),
         (["optimizer.rules=[{'match': '.*(trunk|stems|heads/one).*', 'freeze': True}]"],

@@ -24,6 +24,7 @@ from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration, Spec
 
 A, B = "_lora_a", "_lora_b"  # end the names of a matrix's delta
+FACTORS = (A, B)
 _MAPPED = ("layers", "experts")  # axes that index separate matrices
 
 
@@ -126,18 +127,18 @@ def _matched(config: LowRankConfig, specs: Mapping[str, Spec], where: str) -> li
     names = set[str]()
     for pattern in config.match:
         try:
-            found = {name for name in canonical if re.fullmatch(pattern, name)}
+            hits = {name for name in canonical if re.fullmatch(pattern, name)}
         except re.error as error:
             raise UserError(
                 f"{where}.match: '{pattern}' is no regular expression: {error}."
             ) from error
-        if not found:
+        if not hits:
             close = get_close_matches(pattern, canonical, n=3, cutoff=0.0)
             raise UserError(
                 f"{where}.match: '{pattern}' matches the whole of no parameter's name. "
                 f"The nearest: {', '.join(close)}."
             )
-        names |= found
+        names |= hits
     chosen = []
     for name, spec in specs.items():
         inside = [c for c in spec.canonical if c in names]

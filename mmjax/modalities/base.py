@@ -55,12 +55,14 @@ class Modality(abc.ABC, Generic[I]):
         stretch begins, see `start_of`.
       folder: where files that the modality names lie (a tokenizer); empty for the data folder.
       tower: the tower that reads it; empty for the only one, or `trunk`.
+      modality_token: whether a learned vector is added to every token of the modality.
     """
 
     Input: ClassVar[type]
     temporal: ClassVar[bool] = False
     folder: str = field(default="", metadata=FREE)
     tower: str = ""
+    modality_token: bool = False
 
     def __post_init__(self) -> None:
         """Check the settings; a subclass raises `UserError` for those out of bounds."""
