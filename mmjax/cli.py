@@ -16,6 +16,7 @@ from mmjax.core.errors import UserError, nearest
 COMMANDS = {
     "train": "mmjax.train",
     "evaluate": "mmjax.evaluate",
+    "average": "mmjax.average",
     "describe": "mmjax.describe",
     "show": "mmjax.show",
     "plan": "mmjax.plan.__main__",

@@ -24,6 +24,7 @@ from mmjax.core import errors, flags
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import digest, to_canonical
 from mmjax.engine import checkpoint
+from mmjax.engine.metadata import AVERAGE_OF
 from mmjax.engine.state import Clock, compute_dtype
 from mmjax.engine.tensor_files import SUFFIXES, open_tensors, printable
 from mmjax.experiment import make_experiment
@@ -37,9 +38,19 @@ def show_config(path: str, overrides: Sequence[str], with_names: bool = False) -
     specs = experiment.declaration.specs
     if not with_names:
         parameter_table(rows_of_config(specs))
+        views = experiment.optimizers.views.values()
+        trained = frozenset[str]().union(*(view.trains for view in views))
+        show_trained({n: math.prod(s.shape) for n, s in specs.items()}, trained)
         return
     shapes = experiment.declaration.shapes(compute_dtype(experiment.run.dtype.parameters))
     show_names(jax.eval_shape(lambda p: to_canonical(specs, p), shapes))
+
+
+def show_trained(sizes: Mapping[str, int], trained: Iterable[str]) -> None:
+    """Print how many numbers are trained, where some are frozen; `sizes` are those of all parameters."""
+    count, total = sum(sizes[name] for name in trained), sum(sizes.values())
+    if count < total:
+        print(f"Trained: {count:,} of {total:,} numbers; the others are frozen.\n")
 
 
 def show_names(shapes: Mapping[str, Any]) -> None:
@@ -80,6 +91,8 @@ def show_run(workdir: epath.Path, step: int | None, with_digest: bool) -> None:
         )
         for name, position in clock.positions.items()
     ]
+    for part in meta.get(AVERAGE_OF, ()):
+        print(f"Average of {part['path']}@{part['step']}, weight {part['weight']:g}.")
     table("Tasks", ("task", "visits", "position", "skipped", "invalid"), counts)
     for task, start in clock.quarantined.items():
         print(f"Quarantined from step {start} on: {task}.\n")
@@ -89,11 +102,18 @@ def show_run(workdir: epath.Path, step: int | None, with_digest: bool) -> None:
     ]
     table("Schedule", ("from step", "rule", "weights"), segments)
     parameter_table(rows_of_checkpoint(shapes["parameters"]))
-    sizes = [
+    sizes = {name: math.prod(leaf.shape) for name, leaf in shapes["parameters"].items()}
+    moving = {
+        *shapes.get("optimizer", {}),
+        *(n.split(":", 1)[1] for n in shapes.get("moments", {})),
+    }
+    if moving:  # an average of runs has no state of an optimizer
+        show_trained(sizes, moving)
+    byte_rows = [
         (part, len(jax.tree.leaves(leaves)), human_bytes(_bytes(leaves)))
         for part, leaves in shapes.items()
     ]
-    table("Bytes", ("held", "arrays", "bytes"), sizes)
+    table("Bytes", ("held", "arrays", "bytes"), byte_rows)
     if with_digest:
         print(digest(read_arrays(workdir, step, shapes["parameters"])))
 

@@ -16,7 +16,7 @@ import mmjax
 from mmjax import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = "train evaluate describe show plan replay build convert report tokenizer".split()
+NAMES = "train evaluate average describe show plan replay build convert report tokenizer".split()
 
 
 def call(monkeypatch, *words: str):

@@ -25,7 +25,7 @@ LAYERS = (
     ("loading", "plan", "training"),
     ("report",),
     ("dry_run",),
-    ("cli", "describe", "evaluate", "replay", "show", "tokenizer", "train"),
+    ("average", "cli", "describe", "evaluate", "replay", "show", "tokenizer", "train"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -20,6 +20,7 @@ from mmjax.engine.integrity import DECODING, SEAL, Mismatch, seal, unseal, words
 from mmjax.engine.state import Clock
 
 FORMAT = 2
+AVERAGE_OF = "average_of"  # the checkpoints of which one is the average, see `mmjax.average`
 _FILE = ("meta", "metadata")
 
 

@@ -23,6 +23,7 @@ from mmjax.engine.checkpoint import Restored
 from mmjax.engine.compile import compile_silently
 from mmjax.engine.health import Diverged, HealthLimits, quarantine
 from mmjax.engine.integrity import Damaged
+from mmjax.engine.metadata import AVERAGE_OF
 from mmjax.engine.state import (
     EMA,
     SUMMED,
@@ -182,7 +183,12 @@ def _candidate(
 ) -> Restored | None:
     """Return the newest whole checkpoint, if any, with how its config differs; one of another run is refused."""
 
-    def accept(_: int, meta: dict[str, Any]) -> Sequence[configs.Difference]:
+    def accept(step: int, meta: dict[str, Any]) -> Sequence[configs.Difference]:
+        if AVERAGE_OF in meta:
+            raise UserError(
+                f"Checkpoint {step} in '{here.workdir}' is an average of runs and holds no optimizer state. Begin a "
+                f"run with it in another --workdir, by init_from.path={here.workdir}."
+            )
         saved, new = meta["config"], here.experiment.block
         differences = configs.check_compatible(saved, new, allow_change, RunConfig)
         here.check(meta, allow_change, log)
