@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from mmjax.core import config as configs
 from mmjax.core.errors import UserError
+from mmjax.core.low_rank import adapt
 from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import MeshConfig, make_mesh
 from mmjax.engine.optimizers import Optimizers
@@ -176,6 +177,7 @@ def _build(block: Mapping[str, Any], folder: str, used: Iterable[tuple[str, str]
         for t in tasks.values()
     ]
     declaration = declare_model(run.model, modalities, heads)
+    adapt(declaration, run.lora, "lora")
     evaluators = {name: make_evaluators(task) for name, task in tasks.items()}
     for name, by_name in evaluators.items():
         for source in (e.source for e in by_name.values() if "name" in e.source):

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from mmjax.core import flags
 from mmjax.core.errors import UserError, nearest
+from mmjax.core.low_rank import adapters_of, merged
 from mmjax.core.parameters import Arrays, from_canonical, to_canonical
 from mmjax.core.sharding import MeshConfig, make_mesh
 from mmjax.engine import checkpoint
@@ -119,7 +120,13 @@ class TrainedModel:
       tasks: the run's tasks by name.
     """
 
-    def __init__(self, workdir: epath.Path, step: int | None, allow_change: bool = False):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        step: int | None,
+        allow_change: bool = False,
+        merge: bool = False,
+    ):
         self.step, meta = find_step(workdir, step)
         self.config: dict[str, Any] = meta["config"]
         self.positions: dict[str, int] = meta["clock"]["positions"]
@@ -128,10 +135,20 @@ class TrainedModel:
             check_files(workdir, meta, self._experiment)
         mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
         self._stacked = read_parameters(workdir, self.step, self._experiment, mesh)
+        if merge and self._experiment.run.lora:
+            self._merge(workdir)
         self.tasks: Mapping[str, Task] = {
             n: t.for_evaluation() for n, t in self._experiment.tasks.items()
         }
         self._calls: dict[tuple[Any, ...], Any] = {}
+
+    def _merge(self, workdir: epath.Path) -> None:
+        """Add the low-rank deltas to their matrices for good: the model is the base's, with other values."""
+        adapted = self._experiment
+        self.config = {key: block for key, block in self.config.items() if key != "lora"}
+        self._experiment = make_experiment(self.config, str(workdir / "assets"))
+        specs = self._experiment.declaration.specs
+        self._stacked = merged(adapters_of(specs, adapted.run.lora, "lora"), self._stacked)
 
     @cached_property
     def _competes(self) -> bool:
@@ -419,7 +436,9 @@ def _captioned(objective: Objective) -> tuple[str, ...]:
     return written(objective)[:1]
 
 
-def load(path: str, step: int | None = None, *, allow_change: bool = False) -> TrainedModel:
+def load(
+    path: str, step: int | None = None, *, allow_change: bool = False, merge: bool = False
+) -> TrainedModel:
     """Load the run in `path`: its newest checkpoint, or that of `step`.
 
     Nothing from the checkpoint is executed: its config is data, and names only modules of mmjax.
@@ -428,8 +447,9 @@ def load(path: str, step: int | None = None, *, allow_change: bool = False) -> T
       path: the run's folder.
       step: of a checkpoint; the newest if None.
       allow_change: accept a tokenizer other than the one that the run was trained with.
+      merge: add low-rank deltas (`lora`) to their matrices, so that `parameters` has the base's names.
 
     Raises:
       UserError: no such checkpoint, or another tokenizer than the run's.
     """
-    return TrainedModel(flags.folder(path), step, allow_change)
+    return TrainedModel(flags.folder(path), step, allow_change, merge)

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmjax.core.bounds import COUNT, SIZE, check
 from mmjax.core.config import FREE, SCHEDULE, holds
+from mmjax.core.low_rank import LowRankConfig
 from mmjax.core.sharding import MeshConfig
 from mmjax.engine.checkpoint import CheckpointConfig
 from mmjax.engine.compile import LimitsConfig
@@ -78,6 +79,7 @@ class RunConfig:
       modalities: what the tasks read, by a name of your choice: `{name: ..., ...}` each.
       tasks: what is trained, by a name of your choice.
       seed: of parameters, order, augmentation and masks.
+      lora: low-rank deltas of matrices; all else is then frozen unless `optimizer.rules` state otherwise.
       init_from: parameters of another run or a file, to begin with; or a list of such, each with its own part.
     """
 
@@ -89,6 +91,7 @@ class RunConfig:
     dtype: DtypeConfig = field(default_factory=DtypeConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig, metadata=SCHEDULE)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig, metadata=SCHEDULE)
+    lora: tuple[LowRankConfig, ...] = ()
     init_from: Sources = field(default_factory=WarmStartConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig, metadata=FREE)
     loader: LoaderConfig = field(default_factory=LoaderConfig, metadata=FREE)

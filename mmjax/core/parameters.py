@@ -23,6 +23,7 @@ from flax import nnx
 
 Arrays = dict[str, jax.Array]
 Initializer = Callable[..., jax.Array]
+Fold = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 def declare(
@@ -104,7 +105,8 @@ def mark_copies(part: nnx.Module | nnx.Param, of: float) -> None:
 class Spec:
     """A parameter's specification: shape and axes as held (stacked), and its canonical names.
 
-    `copies` is how many of its kind there are, of which a token meets one.
+    `copies` is how many of its kind there are, of which a token meets one. A `frozen` one is trained only where a rule
+    of the optimizer states so.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Spec:
     decay: bool
     stack: LayerStack | None
     copies: float = 1
+    frozen: bool = False
 
     @property
     def canonical(self) -> list[str]:
@@ -133,6 +136,13 @@ class Declaration:
             name: _spec(name, variable) for name, (_, variable) in self._variables.items()
         }
         _check_unique(self.specs)
+        self._fold: Fold = dict
+
+    def extend(self, specs: Mapping[str, Spec], fold: Fold) -> None:
+        """Add or replace specifications; `fold` makes the arrays of the model of all arrays, before each pass."""
+        self.specs = {**self.specs, **specs}
+        _check_unique(self.specs)
+        self._fold = fold
 
     def shapes(self, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the shape of every parameter, by name."""
@@ -140,7 +150,7 @@ class Declaration:
 
     def merge(self, parameters: Mapping[str, jax.Array], compute_dtype: Any = None) -> Any:
         """Return the model with these arrays; floating ones cast to `compute_dtype` unless declared `keep_dtype`."""
-        pairs = []
+        parameters, pairs = self._fold(parameters), []
         for name, (path, variable) in self._variables.items():
             value = jnp.asarray(parameters[name])  # of a file, perhaps
             if compute_dtype is not None and not self.specs[name].keep_dtype:

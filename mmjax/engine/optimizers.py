@@ -94,6 +94,22 @@ class Optimizers:
             )
         for phase in self.phases.entries:
             apply_rules(phase.rules, self.spec.declaration.specs)
+        self._check_trained()
+
+    def _check_trained(self) -> None:
+        """Raise if all parameters that a task's loss reaches are frozen in every phase."""
+        specs = self.spec.declaration.specs
+        for name, view in self.views.items():
+            if view.kind == SHARED and view.trains == specs.keys():
+                continue  # nothing is frozen: nothing is traced
+            trained = view.trains
+            if view.kind == SHARED and trained:
+                trained = trained & reach_of(self.spec, self.tasks[name]).names
+            if not trained:
+                raise UserError(
+                    f"tasks.{name}: every parameter that its loss reaches is frozen, so that it trains nothing. Change "
+                    "optimizer.rules (a rule with freeze = False trains what it matches), or remove the task."
+                )
 
     def _length(self, task: str) -> int:
         """Return the run's length for a task in `optimizer.unit`: as its schedule has it from step 0."""

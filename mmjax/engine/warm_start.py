@@ -19,6 +19,7 @@ from etils import epath
 from mmjax.core.config import FREE
 from mmjax.core.errors import UserError
 from mmjax.core.files import read_bytes, replace_file
+from mmjax.core.low_rank import FACTORS
 from mmjax.core.parameters import Spec
 from mmjax.core.workdir import PINNED
 from mmjax.engine import checkpoint, processes
@@ -236,8 +237,9 @@ def warm_start(
     """Return the parameters to begin with, by canonical name, each in its shape here; log what matched.
 
     A table of positions with other buckets is resampled. A dense layer's MLP initialises every expert that takes its
-    place (sparse upcycling, Komatsuzaki et al. 2023); its router is in no dense run, so `skip` must name it. If the
-    source is a run, its checkpoint of `step` is read, or the newest if None.
+    place (sparse upcycling, Komatsuzaki et al. 2023); its router is in no dense run, so `skip` must name it. Low-rank
+    factors that the source lacks are initialised. If the source is a run, its checkpoint of `step` is read, or the
+    newest if None.
 
     Args:
       seed: of the run, for the initial values of new rows.
@@ -339,7 +341,8 @@ def _take(
         if name not in whole:
             taken.random.append(name)
         elif origin not in source.entries:
-            (missing if config.strict else taken.random).append(name)
+            is_needed = config.strict and not name.endswith(FACTORS)
+            (missing if is_needed else taken.random).append(name)
         else:
             source_shape, shape = source.entries[origin].shape, _shape(spec)
             size = source_shape[::-1] if transpose else source_shape

@@ -23,7 +23,8 @@ class RuleConfig:
         `stems/text/.*`, `trunk/layers/00[0-5]/.*`, `.*/bias`.
       learning_rate: a factor of the rate.
       weight_decay: whether it applies; by default to matrices.
-      freeze: no update, no optimizer state, no gradient. All layers of a group freeze or none.
+      freeze: no update, no optimizer state, no gradient. All layers of a group freeze or none. Beside low-rank deltas
+        (`lora`), all other parameters are frozen unless a rule has false here.
     """
 
     match: str
@@ -61,7 +62,7 @@ def apply_rules(rules: Sequence[RuleConfig], specs: Mapping[str, Spec]) -> dict[
     result = {}
     for name, spec in specs.items():
         per_layer = [
-            _last(c, spec.decay, [r for r, m in zip(rules, matched, strict=True) if c in m])
+            _last(c, spec, [r for r, m in zip(rules, matched, strict=True) if c in m])
             for c in spec.canonical
         ]
         scale, decays, frozen = (np.array(x) for x in zip(*per_layer, strict=True))
@@ -99,8 +100,8 @@ def matches(pattern: str, names: Iterable[str], where: str) -> frozenset[str]:
     return result
 
 
-def _last(name: str, decay: bool, rules: Sequence[RuleConfig]) -> tuple[float, bool, bool]:
-    scale, decays, frozen = 1.0, decay, False
+def _last(name: str, spec: Spec, rules: Sequence[RuleConfig]) -> tuple[float, bool, bool]:
+    scale, decays, frozen = 1.0, spec.decay, spec.frozen
     for rule in rules:
         scale = scale if rule.learning_rate is None else rule.learning_rate
         decays = decays if rule.weight_decay is None else rule.weight_decay

@@ -36,6 +36,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "ExpertsConfig": {"count": 2},
     "Fusion": {"classes": 2, "modalities": ["a", "b"], "label": "l"},
     "GroupConfig": {"repeat": 1, "blocks": []},
+    "LowRankConfig": {"match": [".*"]},
     "MeanHeads": {"times": 1},
     "ModelConfig": {"width": 8, "layers": []},
     "MovingEmoji": {"split": "train"},
