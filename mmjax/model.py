@@ -18,6 +18,7 @@ from mmjax.modalities.base import PRESENT, Modality, as_rows
 from mmjax.nn.by_modality import SHARED, PerModality, check_parts
 from mmjax.nn.experts import Experts
 from mmjax.nn.masks import FULL, Mask
+from mmjax.nn.modality_token import add_modality_token, with_modality_token
 from mmjax.nn.stream import Aux, Stream, concatenate
 from mmjax.nn.trunk import GroupConfig, Trunk
 
@@ -122,6 +123,9 @@ class Model(nnx.Module):
             norm=tower.norm,
             norm_eps=tower.norm_eps,
         )
+        for name, modality in modalities.items():
+            if modality.modality_token:
+                add_modality_token(self.stems[name], tower.width)
         self.heads = nnx.Dict({name: nnx.Dict(parts) for name, parts in heads.items()})
         for _, part in nnx.iter_modules(self):
             if isinstance(part, Experts):
@@ -138,6 +142,7 @@ class Model(nnx.Module):
         stem, is_instance = self.stems[modality], PRESENT in arrays
         arrays, exists_B = as_rows(arrays)
         stream: Stream = stem(arrays) if values is None else stem(arrays, values)
+        stream = with_modality_token(stem, stream)
         x_BSD = constrain(stream.x_BSD, ("batch", "tokens", None))
         layout = ((modality, x_BSD.shape[1]),)
         stream = replace(stream, x_BSD=x_BSD, layout=layout, rows_B=exists_B)

@@ -53,11 +53,13 @@ class Modality(abc.ABC, Generic[I]):
       temporal: whether a stretch of time is cut out of a longer value; `preprocess` then also takes `time`, where the
         stretch begins, see `start_of`.
       folder: where files that the modality names lie (a tokenizer); empty for the data folder.
+      modality_token: whether a learned vector is added to every token of the modality.
     """
 
     Input: ClassVar[type]
     temporal: ClassVar[bool] = False
     folder: str = field(default="", metadata=FREE)
+    modality_token: bool = False
 
     def __post_init__(self) -> None:
         """Check the settings; a subclass raises `UserError` for those out of bounds."""

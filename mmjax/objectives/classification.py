@@ -14,10 +14,12 @@ from flax import nnx
 from jax.nn import initializers
 
 from mmjax.core.batch import Batch
+from mmjax.core.bounds import SIZE, check
 from mmjax.core.errors import UserError, nearest
 from mmjax.modalities.base import Input
 from mmjax.model import Model
 from mmjax.nn.dense import Dense, LayerNorm, lecun
+from mmjax.nn.soft_prompt import SoftPrompt
 from mmjax.nn.stream import mean_pool
 from mmjax.objectives.base import Classifies, Loss, Objective
 from mmjax.sources.base import Example
@@ -48,6 +50,7 @@ class Classification(Objective, Classifies):
       smoothing: fraction of the target spread evenly over all classes in [0, 1).
       norm: `layer` for a LayerNorm between pooling and the linear map, or `none` (the trunk ends with one).
       init: of the linear map: `zeros`, where the loss starts at log(classes) whatever the input, or `lecun`.
+      prompt: learned tokens before those of the first modality (a soft prompt); they are not pooled.
     """
 
     classes: int
@@ -56,8 +59,10 @@ class Classification(Objective, Classifies):
     smoothing: float = 0.0
     norm: str = "none"
     init: str = "zeros"
+    prompt: int = 0
 
     def __post_init__(self) -> None:
+        check(self, prompt=SIZE)
         if self.classes < 2:
             raise UserError(f"classification: classes is {self.classes}; it must be at least 2.")
         if not self.modalities:
@@ -81,7 +86,10 @@ class Classification(Objective, Classifies):
         check_label(self.label, example[self.label], self.classes)
 
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
-        return {"classifier": Classifier(width, self.classes, self.norm, self.init)}
+        parts: dict[str, Any] = {
+            "classifier": Classifier(width, self.classes, self.norm, self.init)
+        }
+        return {**parts, "prompt": SoftPrompt(self.prompt, width)} if self.prompt else parts
 
     def predicts(self) -> tuple[str, ...]:
         return self.reads()
@@ -90,8 +98,16 @@ class Classification(Objective, Classifies):
         return self._predict(model, inputs, None)[0]
 
     def _predict(self, model: Model, inputs: Mapping[str, Any], key: jax.Array | None) -> Any:
-        stream, aux = model.encode([model.tokens(m, inputs[m]) for m in self.modalities], key)
-        logits_BC = model.heads[self.head].classifier(mean_pool(stream))
+        head, streams = (
+            model.heads[self.head],
+            [model.tokens(m, inputs[m]) for m in self.modalities],
+        )
+        if self.prompt:
+            streams[0] = head.prompt.before(streams[0])
+        stream, aux = model.encode(streams, key)
+        if self.prompt:
+            stream = head.prompt.after(stream)
+        logits_BC = head.classifier(mean_pool(stream))
         return logits_BC.astype(jnp.promote_types(logits_BC.dtype, jnp.float32)), aux
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
