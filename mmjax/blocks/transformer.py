@@ -32,8 +32,8 @@ ORDERS = ("pre", "post")
 
 
 @dataclass(frozen=True)
-class SharedKeys:
-    """Keys of a transformer block, without those that give its parts copies; see `Transformer`.
+class LayerKeys:
+    """Keys of every block with attention and an MLP.
 
     Attributes:
       num_heads: attention heads.
@@ -46,10 +46,6 @@ class SharedKeys:
       norm: `layer` or `rms`, of all its norms.
       mlp: `gelu` (in its tanh form), `gelu_exact`, `quick_gelu` (`x sigmoid(1.702 x)`, OpenAI's CLIP), `swiglu` or
         `geglu`.
-      norm_position: `pre` or `post`, where the norms are.
-      rotary: the base of rotary embeddings of each token's `position`; 0 for none.
-      experts: in place of the MLP, several of which a router chooses, see `mmjax.nn.experts`. Untied, each modality
-        has experts of its own (MoMa, Lin et al. 2024).
       attention_bias: biases of queries, keys, values and the attention's output. With `bias`, a ViT's block.
       eps: of all its norms.
     """
@@ -61,19 +57,61 @@ class SharedKeys:
     attention_impl: str = "auto"
     norm: str = "layer"
     mlp: str = "gelu"
-    norm_position: str = "pre"
-    rotary: float = 0.0
-    experts: ExpertsConfig | None = None
     attention_bias: bool = False
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        check(self, num_heads=COUNT, mlp_dim=COUNT, rotary=AMOUNT, eps=POSITIVE)
-        check_choices(
-            self, attention_impl=("auto", *KERNELS), norm=NORMS, mlp=MLPS, norm_position=ORDERS
-        )
+        check(self, num_heads=COUNT, mlp_dim=COUNT, eps=POSITIVE)
+        check_choices(self, attention_impl=("auto", *KERNELS), norm=NORMS, mlp=MLPS)
         if isinstance(self.qk_norm, str):
             check_choices(self, qk_norm=NORMS)
+
+    def make_norm(self, width: int) -> Any:
+        return norm_of(self.norm, width, self.bias, self.eps)
+
+    def make_mlp(self, width: int) -> Any:
+        return mlp_of(self.mlp, width, self.mlp_dim, self.bias)
+
+    def make_attention(
+        self, width: int, per_modality: PerModality = SHARED, rotary: float = 0.0
+    ) -> Attention:
+        return Attention(
+            width,
+            self.num_heads,
+            self.qk_norm,
+            self.attention_impl,
+            per_modality,
+            self.norm,
+            rotary,
+            self.attention_bias,
+            self.eps,
+        )
+
+
+@dataclass(frozen=True)
+class SharedKeys(LayerKeys):
+    """Keys of a transformer block, without those that give its parts copies; see `Transformer`.
+
+    Attributes:
+      norm_position: `pre` or `post`, where the norms are.
+      rotary: the base of rotary embeddings of each token's `position`; 0 for none.
+      experts: in place of the MLP, several of which a router chooses, see `mmjax.nn.experts`. Untied, each modality
+        has experts of its own (MoMa, Lin et al. 2024).
+    """
+
+    norm_position: str = "pre"
+    rotary: float = 0.0
+    experts: ExpertsConfig | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, rotary=AMOUNT)
+        check_choices(self, norm_position=ORDERS)
+
+    def make_mlp(self, width: int) -> Any:
+        if self.experts is not None:
+            return Experts(width, self.mlp_dim, self.experts, self.mlp, self.bias)
+        return super().make_mlp(width)
 
 
 @dataclass(frozen=True)
@@ -93,49 +131,58 @@ class Transformer(SharedKeys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_parts(self, PARTS)
-        if "qk_norm" in self.per_modality.parts and not self.qk_norm:
-            words = "names 'qk_norm', which the block does not have: set qk_norm."
-            raise FieldError(self, "per_modality.parts", words)
+        check_copies(self, PARTS, qk_norm="qk_norm")
 
     def build(self, width: int) -> TransformerBlock:
         """Return the block for tokens of a width."""
         return TransformerBlock(width, self)
 
 
+def check_copies(config: Any, parts: tuple[str, ...], **optional: str) -> None:
+    """Raise a `FieldError` unless `per_modality` names parts that the block has.
+
+    Args:
+      parts: all parts that a block may have.
+      optional: part -> the key without which the block does not have it.
+    """
+    check_parts(config, parts)
+    for part, key in optional.items():
+        if part in config.per_modality.parts and not getattr(config, key):
+            words = f"names '{part}', which the block does not have: set {key}."
+            raise FieldError(config, "per_modality.parts", words)
+
+
+def add_sublayer(
+    order: str,
+    x: jax.Array,
+    norm: Any,
+    part: Callable[[jax.Array], jax.Array],
+    token_modalities: TokenModalities,
+) -> jax.Array:
+    """Return `x + part(norm(x))`, or `x + norm(part(x))` with order `post`."""
+    if order == "pre":
+        return x + part(apply_per_modality(norm, x, token_modalities))
+    return x + apply_per_modality(norm, part(x), token_modalities)
+
+
 class TransformerBlock(nnx.Module):
     """The block that `Transformer` describes."""
 
-    def __init__(self, width: int, config: Transformer):
-        copies, experts = config.per_modality, config.experts
+    def __init__(self, width: int, config: Any):
+        copies = config.per_modality
         self.order = config.norm_position
-
-        def norm() -> Any:
-            return norm_of(config.norm, width, config.bias, config.eps)
-
-        def mlp() -> Any:
-            if experts is not None:
-                return Experts(width, config.mlp_dim, experts, config.mlp, config.bias)
-            return mlp_of(config.mlp, width, config.mlp_dim, config.bias)
-
-        self.attention_norm = copies("attention_norm", norm)
-        self.attention = Attention(
-            width,
-            config.num_heads,
-            config.qk_norm,
-            config.attention_impl,
-            copies,
-            config.norm,
-            config.rotary,
-            config.attention_bias,
-            config.eps,
-        )
-        self.mlp_norm = copies("mlp_norm", norm)
-        self.mlp = copies("mlp", mlp)
-        self.has_experts = experts is not None
+        self.attention_norm = copies("attention_norm", lambda: config.make_norm(width))
+        self.attention = config.make_attention(width, copies, config.rotary)
+        self.mlp_norm = copies("mlp_norm", lambda: config.make_norm(width))
+        self.mlp = copies("mlp", lambda: config.make_mlp(width))
+        self.has_experts = config.experts is not None
 
     def __call__(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
-        x, token_modalities = stream.x_BSD, modality_of(stream)
+        return self._feed_forward(self._attend(stream), key)
+
+    def _attend(self, stream: Stream) -> Stream:
+        """Apply self-attention."""
+        token_modalities = modality_of(stream)
 
         def attention(x: jax.Array) -> jax.Array:
             return self.attention(
@@ -145,17 +192,23 @@ class TransformerBlock(nnx.Module):
                 positions_BS=stream.positions(),
             )
 
-        x = self._add(x, self.attention_norm, attention, token_modalities)
-        stream, auxes = replace(stream, x_BSD=x), [no_aux()]
+        return replace(
+            stream,
+            x_BSD=self._add(stream.x_BSD, self.attention_norm, attention, token_modalities),
+        )
+
+    def _feed_forward(self, stream: Stream, key: jax.Array | None) -> tuple[Stream, Aux]:
+        """Apply the MLP or the experts."""
+        if not self.has_experts:
+            return self._after_attention(stream, call_part), no_aux()
+        auxes = []
 
         def experts(x: jax.Array) -> jax.Array:
             y, aux = route(self.mlp, replace(stream, x_BSD=x), key)
             auxes.append(aux)
             return y
 
-        if not self.has_experts:
-            return self._after_attention(stream, call_part), auxes[-1]
-        x = self._add(x, self.mlp_norm, experts, token_modalities)
+        x = self._add(stream.x_BSD, self.mlp_norm, experts, modality_of(stream))
         return replace(stream, x_BSD=x), auxes[-1]
 
     def _add(
@@ -165,9 +218,7 @@ class TransformerBlock(nnx.Module):
         part: Callable[[jax.Array], jax.Array],
         token_modalities: TokenModalities,
     ) -> jax.Array:
-        if self.order == "pre":
-            return x + part(apply_per_modality(norm, x, token_modalities))
-        return x + apply_per_modality(norm, part(x), token_modalities)
+        return add_sublayer(self.order, x, norm, part, token_modalities)
 
     def _after_attention(self, stream: Stream, call: Call) -> Stream:
         """Apply the sublayers after attention; `call(mlp, x)` applies the MLP."""
@@ -178,7 +229,7 @@ class TransformerBlock(nnx.Module):
 
         return replace(stream, x_BSD=self._add(stream.x_BSD, self.mlp_norm, mlp, token_modalities))
 
-    def init_cache(self, stream: Stream, slots: int) -> KeyValues:
+    def init_cache(self, stream: Stream, slots: int) -> Any:
         """Return empty slots for the tokens of a stream that comes part by part, see `Trunk.init_cache`."""
         if self.has_experts:  # the block names what it can continue from when it is traced
             jax.eval_shape(
@@ -187,10 +238,15 @@ class TransformerBlock(nnx.Module):
             )
         return empty(self.attention, stream, slots)
 
-    def decode(
+    def decode(self, stream: Stream, cache: Any, at: jax.Array | int) -> tuple[Stream, Any]:
+        """Apply the block to the tokens from `at` on, given those before, see `Trunk.decode`."""
+        stream, cache = self._attend_from(stream, cache, at)
+        return self._feed_forward_from(stream), cache
+
+    def _attend_from(
         self, stream: Stream, cache: KeyValues, at: jax.Array | int
     ) -> tuple[Stream, KeyValues]:
-        """Apply the block to the tokens from `at` on, given those before, see `Trunk.decode`."""
+        """Apply self-attention to the tokens from `at` on; return the cache with them."""
         x, token_modalities = stream.x_BSD, modality_of(stream)
         positions_BS = stream.positions(at)
 
@@ -201,8 +257,11 @@ class TransformerBlock(nnx.Module):
             return self.attention.read(x, cache, pairs, token_modalities, positions_BS)
 
         x = self._add(x, self.attention_norm, attention, token_modalities)
-        call = _causal_call if self.has_experts else call_part
-        return self._after_attention(replace(stream, x_BSD=x), call), cache
+        return replace(stream, x_BSD=x), cache
+
+    def _feed_forward_from(self, stream: Stream) -> Stream:
+        """Apply the MLP or the experts to tokens that come after others."""
+        return self._after_attention(stream, _causal_call if self.has_experts else call_part)
 
 
 def _causal_call(experts: Any, x: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ SIZES = {"num_heads": 2, "mlp_dim": 8}
 BLOCKS: dict[str, dict[str, Any]] = {
     "bottleneck": {**SIZES, "modalities": ["text", "image"]},
     "cross_transformer": SIZES,
+    "gated_cross_attention": SIZES,
     "mamba": {},
     "transformer": SIZES,
 }
@@ -107,7 +108,9 @@ def test_the_keys_of_experts_are_checked_at_every_depth(
     assert error(name, experts={**EXPERTS, **more}) == said
 
 
-@pytest.mark.parametrize("name", ["bottleneck", "cross_transformer", "transformer"])
+@pytest.mark.parametrize(
+    "name", ["bottleneck", "cross_transformer", "gated_cross_attention", "transformer"]
+)
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
@@ -127,7 +130,9 @@ def test_a_wrong_value_is_refused_by_its_key(name: str, keys: dict[str, Any], sa
     assert error(name, **keys) == said
 
 
-@pytest.mark.parametrize("name", ["bottleneck", "cross_transformer", "transformer"])
+@pytest.mark.parametrize(
+    "name", ["bottleneck", "cross_transformer", "gated_cross_attention", "transformer"]
+)
 def test_what_the_keys_alone_do_not_show_is_refused_by_the_blocks_place(name: str) -> None:
     with pytest.raises(UserError) as raised:
         built(name, num_heads=3)

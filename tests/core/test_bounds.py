@@ -35,6 +35,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "CrossTransformer": {"num_heads": 2, "mlp_dim": 4},
     "ExpertsConfig": {"count": 2},
     "Fusion": {"classes": 2, "modalities": ["a", "b"], "label": "l"},
+    "GatedCrossAttention": {"num_heads": 2, "mlp_dim": 4},
     "GroupConfig": {"repeat": 1, "blocks": []},
     "LowRankConfig": {"match": [".*"]},
     "MeanHeads": {"times": 1},

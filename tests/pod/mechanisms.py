@@ -203,7 +203,10 @@ TRIALS: dict[str, Trial] = {
         {
             "captions": task(
                 "image text", "coca", **PAIR, unimodal=[{"repeat": 2, "blocks": [layer()]}],
-                multimodal=[{"repeat": 2, "blocks": [layer("cross_transformer", context_norm=True)]}],
+                multimodal=[
+                    {"repeat": 2, "blocks": [layer("cross_transformer", context_norm=True)]},
+                    {"repeat": 1, "blocks": [layer("gated_cross_attention")]},
+                ],
                 pooler_heads=8, queries=8, pooling="cascade", pooler_bias=True, pooler_norms=True,
                 remat="full", chunk=4,
             ),
