@@ -98,6 +98,9 @@ class Model(nnx.Module):
                 add_modality_token(self.stems[name], widths[name])
         for name, tower in config.stacks.items():
             setattr(self, name, _stack(tower, config.where(name)))
+        self.connectors = nnx.Dict(
+            {n: nnx.Dict(_connectors(n, config)) for n, t in config.stacks.items() if t.connectors}
+        )
         self.heads = nnx.Dict({name: nnx.Dict(parts) for name, parts in heads.items()})
         for kind in (Trunk, Experts, ByModality):  # a trunk adds the path of the layer
             for _, part in nnx.iter_modules(self):
@@ -155,11 +158,22 @@ class Model(nnx.Module):
         for source in tower.reads:
             at = self._below(source, streams)
             if at:
-                out, aux = self._run(source, [streams[i] for i in at], key, mask)
-                pieces = cut(out.x_BSD, [streams[i].x_BSD.shape[1] for i in at])
-                for i, piece in zip(at, pieces, strict=True):
-                    tokens[i] = replace(streams[i], x_BSD=piece, coordinates={})
+                below = [streams[i] for i in at]
+                out, aux = self._run(source, below, key, mask)
                 auxes.append(aux)
+                if source in self._connectors(name):
+                    out, aux = self._connected(name, source, out, key)
+                    auxes.append(aux)
+                    outputs: list[Stream | None] = [replace(out, coordinates={})]
+                    outputs += [None] * (len(at) - 1)  # the connector made one stream of all
+                else:
+                    pieces = cut(out.x_BSD, [s.x_BSD.shape[1] for s in below])
+                    outputs = [
+                        replace(s, x_BSD=piece, coordinates={})
+                        for s, piece in zip(below, pieces, strict=True)
+                    ]
+                for i, output in zip(at, outputs, strict=True):
+                    tokens[i] = output
         context = None
         if tower.context:
             at = self._below(tower.context, streams)
@@ -195,7 +209,24 @@ class Model(nnx.Module):
                 f"model.towers.{name}.context is '{source}', and the pass has no tokens that reach tower '{source}'. "
                 "Give the task a modality that it reads."
             )
-        return self._run(source, streams, key, FULL)
+        out, aux = self._run(source, streams, key, FULL)
+        if source not in self._connectors(name):
+            return out, aux
+        out, added = self._connected(name, source, out, key)
+        return out, add_up([aux, added])
+
+    def _connectors(self, name: str) -> Mapping[str, Any]:
+        """Return the connectors of a tower, by the tower that each reads."""
+        modules: Mapping[str, Any] = self.connectors.get(name, {})
+        return modules
+
+    def _connected(
+        self, name: str, source: str, stream: Stream, key: jax.Array | None
+    ) -> tuple[Stream, Aux]:
+        """Return a tower's output as another reads it, through their connector."""
+        number = zlib.crc32(f"{source} {name}".encode())
+        out, aux = self._connectors(name)[source](stream, fold(key, number))
+        return out, aux
 
     def mask_in(self, name: str, mask: Mask) -> Mask:
         """Return the mask under which a tower runs."""
@@ -213,6 +244,19 @@ class Model(nnx.Module):
         inner = replace(stream, x_BSD=stream.x_BSD.astype(dtype), context=context)
         out, aux = self.tower(name)(inner, key)
         return replace(out, x_BSD=out.x_BSD.astype(outside)), aux
+
+
+def _connectors(name: str, config: ModelConfig) -> dict[str, Any]:
+    """Return the connectors of a tower, by the tower that each reads."""
+    tower, modules = config.stacks[name], dict[str, Any]()
+    for source, block in tower.connectors.items():
+        where = f"{config.where(name)}.connectors.{source}"
+        connector = configs.component("connectors", block, where)
+        try:
+            modules[source] = connector.build(config.stacks[source].width, tower.width)
+        except UserError as error:  # what the keys alone do not show
+            raise UserError(f"{where}: {error}") from error
+    return modules
 
 
 def _stack(tower: TowerConfig, where: str) -> Trunk:
@@ -234,7 +278,7 @@ def _stack(tower: TowerConfig, where: str) -> Trunk:
 
 def connect_towers(config: ModelConfig, modalities: Mapping[str, Modality]) -> Towers:
     """Return how a model's towers are connected; see `mmjax.nn.towers.connect`."""
-    return connect(config.stacks, modalities, {"stems", "heads", "towers", *dir(Model)})
+    return connect(config.stacks, modalities, {"stems", "heads", "towers", "connectors", *dir(Model)})
 
 
 def declare_model(

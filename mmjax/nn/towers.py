@@ -34,6 +34,8 @@ class TowerConfig:
       reads: towers whose output tokens are tokens of this one, beside those of its modalities.
       context: the tower whose output the cross-attention of this one reads; none if empty.
       causal: whether a token sees only those before it, whatever else the objective's mask hides.
+      connectors: what stands between it and a tower of `reads` or `context`, by that tower's name: `{name: ..., ...}`,
+        see `mmjax.connectors.base`. Without one, both have the same width.
     """
 
     width: int
@@ -47,6 +49,9 @@ class TowerConfig:
     reads: tuple[str, ...] = ()
     context: str = ""
     causal: bool = False
+    connectors: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata=configs.holds("connectors")
+    )
 
     def __post_init__(self) -> None:
         check(self, width=COUNT, norm_eps=POSITIVE)
@@ -201,7 +206,7 @@ def _reader(modality: str, tower: str, towers: Mapping[str, TowerConfig]) -> str
 
 
 def _check_sources(name: str, config: TowerConfig, towers: Mapping[str, TowerConfig]) -> None:
-    """Raise unless the towers that a tower reads exist and have its width."""
+    """Raise unless the towers that a tower reads exist, and have its width or a connector."""
     for key, sources in (
         ("reads", config.reads),
         ("context", [config.context] if config.context else []),
@@ -212,11 +217,17 @@ def _check_sources(name: str, config: TowerConfig, towers: Mapping[str, TowerCon
                     f"model.towers.{name}.{key} names tower '{source}', which model.towers does not "
                     f"have.{nearest(source, towers)}"
                 )
-            if towers[source].width != config.width:
+            if towers[source].width != config.width and source not in config.connectors:
                 raise UserError(
                     f"model.towers.{name}.{key} names tower '{source}' of width {towers[source].width}, and its own "
-                    f"width is {config.width}. Give both one width."
+                    f"width is {config.width}. Give both one width, or set model.towers.{name}.connectors.{source}."
                 )
+    for source in config.connectors:
+        if source not in config.sources:
+            raise UserError(
+                f"model.towers.{name}.connectors has '{source}', which the tower does not read: its reads and context "
+                f"are {list(config.sources)}.{nearest(source, config.sources)}"
+            )
 
 
 def _below(name: str, towers: Mapping[str, TowerConfig], path: tuple[str, ...]) -> frozenset[str]:
