@@ -278,7 +278,9 @@ def _stack(tower: TowerConfig, where: str) -> Trunk:
 
 def connect_towers(config: ModelConfig, modalities: Mapping[str, Modality]) -> Towers:
     """Return how a model's towers are connected; see `mmjax.nn.towers.connect`."""
-    return connect(config.stacks, modalities, {"stems", "heads", "towers", "connectors", *dir(Model)})
+    return connect(
+        config.stacks, modalities, {"stems", "heads", "towers", "connectors", *dir(Model)}
+    )
 
 
 def declare_model(
