@@ -272,13 +272,19 @@ class ImageStem(nnx.Module):
             values_BSP = self.values(arrays, dtype)
         coordinates = self._coordinates(arrays)
         x_BSD = place(self.embed(values_BSP.astype(dtype)), self.positions, coordinates)
-        return Stream(x_BSD, None, coordinates, (("image", x_BSD.shape[1]),))
+        layout = (("image", x_BSD.shape[1]),)
+        return Stream(x_BSD, None, coordinates, layout, grids=self._grids(arrays))
 
     def _coordinates(self, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
         if "coordinates" in arrays:
             return by_axis(arrays["coordinates"], ("y", "x"))
-        height, width = arrays["pixels"].shape[1:3]
-        return grid(y=height // self.patch, x=width // self.patch)
+        rows, columns = self._grids(arrays)[0]
+        return grid(y=rows, x=columns)
+
+    def _grids(self, arrays: dict[str, jax.Array]) -> tuple[tuple[int, ...], ...]:
+        if "coordinates" in arrays:  # of some of the tokens
+            return ()
+        return (tuple(side // self.patch for side in arrays["pixels"].shape[1:3]),)
 
 
 def as_pixels(images_BHWC: jax.Array) -> jax.Array:
