@@ -14,6 +14,7 @@ LAYERS = (
     ("core",),
     ("data", "monitor", "nn"),
     ("analysis", "blocks", "datasets", "modalities"),
+    ("connectors",),
     ("convert", "model", "optim", "sources"),
     ("generation",),
     ("objectives",),

@@ -36,6 +36,7 @@ T = TypeVar("T")
 KINDS = {
     "algorithms": "mmjax.optim.algorithms",
     "blocks": "mmjax.blocks",
+    "connectors": "mmjax.connectors",
     "evaluators": "mmjax.evaluators",
     "modalities": "mmjax.modalities",
     "objectives": "mmjax.objectives",

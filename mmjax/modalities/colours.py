@@ -106,7 +106,8 @@ class ColoursStem(nnx.Module):
         side = round(ids_BS.shape[1] ** 0.5)
         coordinates = grid(y=side, x=side)
         x_BSD = place(jnp.take(table_VD, ids_BS, axis=0), self.positions, coordinates)
-        return Stream(x_BSD, None, coordinates, (("colours", x_BSD.shape[1]),))
+        layout = (("colours", x_BSD.shape[1]),)
+        return Stream(x_BSD, None, coordinates, layout, grids=((side, side),))
 
     def pictures(self, ids_BS: jax.Array) -> jax.Array:
         """Return pictures uint8 `[B, H, H, 3]`, each pixel in the middle of its colour."""

@@ -285,18 +285,24 @@ class ImageStem(nnx.Module):
             values_BSP = self.values(arrays, dtype)
         coordinates = self._coordinates(arrays)
         x_BSD = place(self.embed(values_BSP.astype(dtype)), self.positions, coordinates)
+        grids = self._grids(arrays)
         if self.class_token is not None:
             first = self.class_token[...].astype(x_BSD.dtype)
             first_B1D = jnp.broadcast_to(first, (x_BSD.shape[0], 1, first.shape[0]))
-            # The token is at no place of the grid, so the stream has no coordinates.
-            x_BSD, coordinates = jnp.concatenate([first_B1D, x_BSD], axis=1), {}
-        return Stream(x_BSD, None, coordinates, (("image", x_BSD.shape[1]),))
+            # The token is at no place of the grid, so the stream has neither coordinates nor a grid.
+            x_BSD, coordinates, grids = jnp.concatenate([first_B1D, x_BSD], axis=1), {}, ()
+        return Stream(x_BSD, None, coordinates, (("image", x_BSD.shape[1]),), grids=grids)
 
     def _coordinates(self, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
         if "coordinates" in arrays:
             return by_axis(arrays["coordinates"], ("y", "x"))
-        height, width = arrays["pixels"].shape[1:3]
-        return grid(y=height // self.patch, x=width // self.patch)
+        rows, columns = self._grids(arrays)[0]
+        return grid(y=rows, x=columns)
+
+    def _grids(self, arrays: dict[str, jax.Array]) -> tuple[tuple[int, ...], ...]:
+        if "coordinates" in arrays:  # of some of the tokens
+            return ()
+        return (tuple(side // self.patch for side in arrays["pixels"].shape[1:3]),)
 
 
 def as_pixels(images_BHWC: jax.Array) -> jax.Array:

@@ -247,14 +247,20 @@ class SpectrogramStem(nnx.Module):
             values_BSP = self.values(arrays, dtype)
         coordinates, valid_BS = self._places(arrays)
         x_BSD = place(self.embed(values_BSP.astype(dtype)), self.positions, coordinates)
-        return Stream(x_BSD, valid_BS, coordinates, (("spectrogram", x_BSD.shape[1]),))
+        layout = (("spectrogram", x_BSD.shape[1]),)
+        return Stream(x_BSD, valid_BS, coordinates, layout, grids=self._grids(arrays))
 
     def _places(self, arrays: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
         if "coordinates" in arrays:
             return by_axis(arrays["coordinates"], ("t", "f")), arrays["valid"]
-        frames, mels = arrays["mel"].shape[1:]
-        steps, bands = frames // self.patch[0], mels // self.patch[1]
+        steps, bands = self._grids(arrays)[0]
         return grid(t=steps, f=bands), jnp.repeat(arrays["valid"], bands, axis=1)
+
+    def _grids(self, arrays: dict[str, jax.Array]) -> tuple[tuple[int, ...], ...]:
+        if "coordinates" in arrays:  # of some of the tokens
+            return ()
+        sizes = zip(arrays["mel"].shape[1:], self.patch, strict=True)
+        return (tuple(size // side for size, side in sizes),)
 
 
 def cut(mel_BTM: Any, patch: tuple[int, int]) -> Any:

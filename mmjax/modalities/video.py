@@ -286,14 +286,20 @@ class VideoStem(nnx.Module):
             values_BSP = self.values(arrays, dtype)
         coordinates = self._coordinates(arrays)
         x_BSD = place(self.embed(values_BSP.astype(dtype)), self.positions, coordinates)
-        return Stream(x_BSD, None, coordinates, (("video", x_BSD.shape[1]),))
+        layout = (("video", x_BSD.shape[1]),)
+        return Stream(x_BSD, None, coordinates, layout, grids=self._grids(arrays))
 
     def _coordinates(self, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
         if "coordinates" in arrays:
             return by_axis(arrays["coordinates"], ("t", "y", "x"))
-        sizes = arrays["pixels"].shape[1:4]
-        t, y, x = (max(n // side, 1) for n, side in zip(sizes, self.tube, strict=True))
+        t, y, x = self._grids(arrays)[0]
         return grid(t=t, y=y, x=x)
+
+    def _grids(self, arrays: dict[str, jax.Array]) -> tuple[tuple[int, ...], ...]:
+        if "coordinates" in arrays:  # of some of the tokens
+            return ()
+        sizes = arrays["pixels"].shape[1:4]
+        return (tuple(max(n // side, 1) for n, side in zip(sizes, self.tube, strict=True)),)
 
 
 def cut(video_BTHWC: Any, tube: tuple[int, int, int]) -> Any:

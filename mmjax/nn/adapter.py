@@ -68,6 +68,7 @@ class Adapter(nnx.Module):
             valid_BS=jnp.concatenate([jnp.ones((rows, 1), bool), valid], axis=1),
             coordinates={},
             layout=((stream.layout[0][0], length + 1),),
+            grids=(),
         )
 
     def begun_in(self, name: str, stream: Stream, region: Region) -> Stream:

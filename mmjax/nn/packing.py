@@ -59,6 +59,7 @@ def pack(stream: Stream, count: int) -> Stream:
         attributes={name: joined(x) for name, x in attributes.items()},
         layout=stream.layout * count,
         item_segments=len(stream.layout),
+        grids=stream.grids * count,
     )
 
 

@@ -35,6 +35,8 @@ class Stream:
       item_segments: how many segments of the layout make an item, of sequences that hold several; 0 for one item.
       filled_BT: of a stream that comes part by part, which slots hold a token, with those of this part; None for all
         up to its own.
+      grids: static sizes of the row-major grid that each segment of the layout is, rows and columns last and frames
+        before them; () for a segment that is none, and () in all where no segment is.
     """
 
     x_BSD: jax.Array
@@ -47,6 +49,7 @@ class Stream:
     item_segments: int = struct.field(pytree_node=False, default=0)
     filled_BT: jax.Array | None = None
     rows_B: jax.Array | None = None
+    grids: tuple[tuple[int, ...], ...] = struct.field(pytree_node=False, default=())
 
     def mask_BS(self) -> jax.Array:
         """Return which tokens exist, without those of rows that do not exist."""
@@ -114,6 +117,7 @@ class Stream:
             coordinates={axis: pick(c) for axis, c in self.coordinates.items()},
             attributes={name: pick(a) for name, a in self.attributes.items()},
             layout=((self.layout[0][0], index_BK.shape[1]),),
+            grids=(),
         )
 
 
@@ -149,17 +153,29 @@ def concatenate(streams: list[Stream]) -> Stream:
         },
         mask=streams[0].mask,
         rows_B=reduce(jnp.logical_and, exist) if exist else None,
+        grids=_grids(streams),
     )
+
+
+def _grids(streams: Sequence[Stream]) -> tuple[tuple[int, ...], ...]:
+    """Return the grids of all segments; () where none has one."""
+    grids = tuple(grid for s in streams for grid in s.grids or ((),) * len(s.layout))
+    return grids if any(grids) else ()
 
 
 def segments(stream: Stream) -> list[Stream]:
     """Return a stream of its own for each segment of the layout; each attends within itself."""
     result, start = [], 0
-    for modality, length in stream.layout:
+    grids = stream.grids or ((),) * len(stream.layout)
+    for (modality, length), grid in zip(stream.layout, grids, strict=True):
         at = slice(start, start + length)
         valid = None if stream.valid_BS is None else stream.valid_BS[:, at]
         segment = Stream(
-            stream.x_BSD[:, at], valid, layout=((modality, length),), rows_B=stream.rows_B
+            stream.x_BSD[:, at],
+            valid,
+            layout=((modality, length),),
+            rows_B=stream.rows_B,
+            grids=(grid,) if grid else (),
         )
         result.append(segment)
         start += length

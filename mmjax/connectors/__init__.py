@@ -1,0 +1,1 @@
+"""Connectors that a model may name in its config."""
