@@ -122,6 +122,6 @@ def _context(stream: Stream) -> Stream:
     if stream.context is None:
         raise UserError(
             "layer cross_transformer reads a second stream, and none is given: it belongs in an objective's "
-            "decoder, such as coca's `multimodal`."
+            "decoder, such as coca's `multimodal`, or in a tower with `context`."
         )
     return stream.context
