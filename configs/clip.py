@@ -26,7 +26,7 @@ Pairs are the drawings and names that the data sets here hold. For your own, set
 pairs of one content share: `tasks.image_text.objective.positive_key` names it, an empty name where no two do), and
 `modalities.text.tokenizer` with its number of pieces in `modalities.text.vocabulary`.
 
-Hardware: unknown, no plan is committed; results: none, the published sizes have not been trained here. `small`: a CPU
+Hardware: unknown, no plan is committed. Results: none, the published sizes have not been trained here. `small`: a CPU
 with 2 cores.
 """
 

@@ -13,6 +13,7 @@ import toyrun
 from etils import epath
 from recipes import abstract, block, experiment, without_sizes
 
+import mmjax
 from mmjax import train
 from mmjax.core import config as configs
 from mmjax.core.parameters import to_canonical
@@ -83,3 +84,7 @@ def test_it_trains_on_real_data(tmp_path: Path, system: str, emoji_dir: epath.Pa
     assert {"image", "stems/image"} & same == frozen
     moved = {name.split("/")[0] for name, value in after.items() if np.any(value != before[name])}
     assert moved == {"image", "text", "stems", "heads"} - (frozen & {"image"})
+    if system == "clip":
+        picture = np.zeros((32, 32, 3), np.uint8)
+        vectors = mmjax.load(str(tmp_path)).embed(image=[picture])
+        assert vectors.shape == (1, 32) and np.linalg.norm(vectors) == pytest.approx(1, abs=1e-5)
