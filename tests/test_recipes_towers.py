@@ -16,8 +16,6 @@ from recipes import abstract, block, experiment, without_sizes
 import mmjax
 from mmjax import train
 from mmjax.core import config as configs
-from mmjax.core.parameters import to_canonical
-from mmjax.experiment import make_experiment
 
 LARGE = {"clip": "clip:l14", "siglip": "siglip:so400m", "lit": "lit:b16"}
 
@@ -62,19 +60,17 @@ def test_the_large_recipe_is_traced_whole(system: str) -> None:
 
 @pytest.mark.parametrize("system", LARGE)
 def test_it_trains_on_real_data(tmp_path: Path, system: str, emoji_dir: epath.Path) -> None:
-    """Two steps with evaluation. Both towers move, but for LiT's of pictures, which keeps its bits."""
+    """Two steps with evaluation. The second moves both towers, but for LiT's of pictures, which keeps its bits."""
     made = configs.override(
         block(f"{system}:small"),
         (
-            "steps=2", "checkpoint.every=2", "log.report=False", "optimizer.warmup=0", "tasks.image_text.batch=8",
+            "steps=2", "checkpoint.every=1", "log.report=False", "optimizer.warmup=0", "tasks.image_text.batch=8",
             "tasks.image_text.objective.embed_dim=32", "model.towers.image.width=32", "model.towers.text.width=32",
         ),
     )  # fmt: skip
     records = train.train(made, epath.Path(tmp_path), False, jax.devices()[:1])
     assert records
-    after = toyrun.parameters(tmp_path)
-    declaration = make_experiment(made).declaration
-    before = to_canonical(declaration.specs, jax.jit(declaration.initialise, static_argnums=0)(0))
+    before, after = (toyrun.parameters_of(tmp_path, step) for step in (1, 2))
     same = {
         name.split("/")[0] if not name.startswith("stems") else "/".join(name.split("/")[:2])
         for name, value in after.items()
