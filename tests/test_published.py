@@ -23,7 +23,7 @@ from mmjax.experiment import make_experiment
 
 # Keys that a config sets and no paper knows of: data and their fields, hardware, and how much is kept.
 FREE = re.compile(
-    r"seed$|(mesh|checkpoint|evaluation)\.|model\.remat$|tasks\.\w+\.(source|evaluators)\."
+    r"seed$|(mesh|checkpoint|evaluation)\.|model\.(towers\.\w+\.)?remat$|tasks\.\w+\.(source|evaluators)\."
     r"|modalities\.\w+\.(name|tokenizer)$|tasks\.\w+\.inputs\.\w+\.field$|tasks\.\w+\.objective\.(label|positive_key|chunk|remat)$"
     r"|tasks\.\w+\.shapes\."  # IMP's setting `mixed`, which is ours
 )

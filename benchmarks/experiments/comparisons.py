@@ -53,7 +53,26 @@ def _coca(*overrides: str) -> Variant:
     return Variant("configs/coca.py:small", ("steps=250", "checkpoint.every=250", *overrides))
 
 
+# CLIP's small recipe with one trunk for both modalities: the layers of its pictures' tower, where texts see all tokens.
+_BLOCK = {
+    "name": "transformer", "num_heads": 4, "mlp_dim": 512, "mlp": "quick_gelu", "bias": True, "attention_bias": True,
+    "eps": 1e-5,
+}  # fmt: skip
+_TRUNK = {"width": 128, "layers": [{"repeat": 4, "blocks": [_BLOCK]}], "norm_eps": 1e-5}
+SHARED = (
+    f"model.towers={ {'trunk': _TRUNK}!r}",
+    "modalities.image.tower=trunk",
+    "modalities.text.tower=trunk",
+)
+
 SYSTEMS = {
+    "clip": Comparison(
+        "CLIP's two towers of different widths against one trunk for both modalities.",
+        {
+            "two towers": Variant("configs/clip.py:small"),
+            "shared trunk": Variant("configs/clip.py:small", SHARED),
+        },
+    ),
     "mot_discrete": Comparison(
         "Mixture-of-Transformers against one set of parameters, both modalities by the next token.",
         _two("mot.py:small", "by modality", "dense"),

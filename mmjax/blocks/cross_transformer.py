@@ -161,6 +161,6 @@ def context_of(stream: Stream, layer: str) -> Stream:
     if stream.context is None:
         raise UserError(
             f"layer {layer} reads a second stream, and none is given: it belongs in an objective's "
-            "decoder, such as coca's `multimodal`."
+            "decoder, such as coca's `multimodal`, or in a tower with `context`."
         )
     return stream.context

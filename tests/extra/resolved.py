@@ -10,6 +10,7 @@ from typing import Any
 from mmjax.core import config as configs
 from mmjax.experiment import Experiment
 from mmjax.nn.experts import ExpertsConfig
+from mmjax.nn.towers import TowerConfig
 from mmjax.nn.trunk import GroupConfig
 
 Values = dict[str, Any]
@@ -20,11 +21,7 @@ def resolve(made: Experiment) -> Values:
     run = made.run
     values = {
         "steps": run.steps,
-        "model.width": run.model.trunk.width,
-        "model.norm": run.model.trunk.norm,
-        "model.norm_eps": run.model.trunk.norm_eps,
-        **flat(run.model.trunk.per_modality, "model.per_modality"),
-        **layers(run.model.trunk.layers, "layers"),
+        **(towers(run.model.towers) if run.model.towers else trunk(run.model.trunk)),
         **flat(run.optimizer, "optimizer"),
         **named(run.optimizer.algorithm, "optimizer.algorithm"),
         **flat(run.dtype, "dtype"),
@@ -43,6 +40,25 @@ def resolve(made: Experiment) -> Values:
         for modality, given in task.inputs.items():
             values |= flat(given.settings, f"{at}.inputs.{modality}")
             values[f"{at}.inputs.{modality}.instances"] = given.instances
+    return values
+
+
+def trunk(tower: TowerConfig) -> Values:
+    """Return the keys of a model of one tower, with those of its layers under `layers`."""
+    return {
+        "model.width": tower.width,
+        "model.norm": tower.norm,
+        "model.norm_eps": tower.norm_eps,
+        **flat(tower.per_modality, "model.per_modality"),
+        **layers(tower.layers, "layers"),
+    }
+
+
+def towers(by_name: Mapping[str, TowerConfig]) -> Values:
+    """Return the keys of several towers, with those of the layers under `model.towers.NAME.layers`."""
+    values: Values = {}
+    for name, tower in by_name.items():
+        values |= flat(tower, f"model.towers.{name}")
     return values
 
 
@@ -156,5 +172,7 @@ def set_keys(block: Mapping[str, Any]) -> Iterator[str]:
     for key, _ in configs.flat(block):
         key = re.sub(r"^model\.layers\.\d+\.blocks\.\d+", "layers", key)
         key = re.sub(r"^model\.layers\.\d+\.repeat", "layers.count", key)
-        key = re.sub(r"(objective\.\w+)\.\d+\.blocks\.\d+", r"\1", key)
-        yield re.sub(r"(objective\.\w+)\.\d+\.repeat", r"\1.count", key)
+        key = re.sub(r"^(optimizer\.rules)\.\d+", r"\1", key)
+        part = r"((?:objective|model\.towers\.\w+)\.\w+)"
+        key = re.sub(rf"{part}\.\d+\.blocks\.\d+", r"\1", key)
+        yield re.sub(rf"{part}\.\d+\.repeat", r"\1.count", key)

@@ -31,6 +31,7 @@ SPECS = [
     ("name", "part"),
     [
         ("trunk/layers/003/mlp/kernel", "trunk"),
+        ("eye/layers/003/mlp/kernel", "eye"),
         ("stems/text/table", "stems/text"),
         ("heads/caption/logits", "heads/caption"),
         ("scale", "scale"),

@@ -11,7 +11,7 @@ import toyrun
 from mmjax.core import config as configs
 from mmjax.core.config import Block
 from mmjax.core.errors import UserError
-from mmjax.plan.advise import advise
+from mmjax.plan.advise import advise, changed
 
 SPEED = {"none": 1.0, "dots": 1.2, "full": 1.4}
 SAVED = {"none": 1.0, "dots": 0.5, "full": 0.2}
@@ -95,3 +95,21 @@ def test_an_error_of_the_config_itself_is_told() -> None:
 
     with pytest.raises(UserError, match="does not divide"):
         advise(toyrun.block(), "one", plan)
+
+
+def test_every_tower_is_rematerialised_alike() -> None:
+    """Two towers, the second of which is so already: one override, of the first."""
+    block = toyrun.block()
+    tower = block["model"]
+    block["model"] = {"towers": {"eye": tower, "ear": {**tower, "remat": "dots"}}}
+    block["modalities"]["other"] = {"name": "toy", "tower": "ear"}
+    block["modalities"]["toy"]["tower"] = "eye"
+    tried = changed(block, "one", "full", 2)
+    assert [t["remat"] for t in tried["model"]["towers"].values()] == ["full", "full"]
+    assert "remat" not in block["model"]["towers"]["eye"]
+
+    def plan(config: Block, task: str) -> Mapping[str, Any]:
+        towers = config["model"]["towers"]
+        return plans(0.5)({**config, "model": towers["eye"]}, task)
+
+    assert advise(block, "", plan)["overrides"][0] == "model.towers.eye.remat=dots"

@@ -24,8 +24,9 @@ from sharded import CASES, CLOSE, CONTROL, ROOT, WARNING, run_apart  # noqa: E40
 # A system's settings differ in sizes (tests/test_recipes*.py), which `small` sets. Of IMP's and LIMoE's, the one that
 # has dense layers and experts; the layers of Mixture-of-Transformers are MoMa's.
 SETTINGS = {
-    "coca": ":2b", "imp": ":moe-b", "limoe": ":b16", "mbt": ":b", "mixture_of_mamba": ":1b", "moma": ":1b",
-    "quickstart": "", "transfusion": ":7b", "zorro": ":b",
+    "clip": ":l14", "coca": ":2b", "imp": ":moe-b", "limoe": ":b16", "lit": ":b16", "mbt": ":b",
+    "mixture_of_mamba": ":1b", "moma": ":1b", "quickstart": "", "siglip": ":so400m", "transfusion": ":7b",
+    "zorro": ":b",
 }  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 OPTIONS = ("systems", "meshes", "out", "extra")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sharded import CASES, DEVICES, EPS, GRADIENT, RATES, WHOLE, compare, write
@@ -60,6 +60,7 @@ class Trial:
       meshes: of each task, keys of `CASES`.
       depths: what is compiled by mesh, see `compare`.
       positions: of all modalities where not empty.
+      towers: the tower of each modality with its keys, in place of one trunk.
     """
 
     layers: list[Block]
@@ -68,15 +69,26 @@ class Trial:
     depths: Mapping[str, str]
     optimizer: Block
     positions: str = ""
+    towers: Mapping[str, Block] = field(default_factory=dict)
 
     def block(self) -> Block:
         """Return the config."""
         names = sorted({name for task in self.tasks.values() for name in task["inputs"]})
-        positions = {"positions": self.positions} if self.positions else {}
+        keys: dict[str, Block] = {
+            name: {"positions": self.positions} if self.positions else {} for name in names
+        }
+        tower = {"width": 32, "layers": [{"repeat": 2, "blocks": self.layers}]}
+        model = tower
+        if self.towers:
+            model = {
+                "towers": {f"{name}_tower": {**tower, **own} for name, own in self.towers.items()}
+            }
+            keys = {name: {**own, "tower": f"{name}_tower"} for name, own in keys.items()}
+            keys["image"]["class_token"] = True
         return {
-            "modalities": {name: {**MODALITIES[name], **positions} for name in names},
+            "modalities": {name: {**MODALITIES[name], **keys[name]} for name in names},
             "steps": 10,
-            "model": {"width": 32, "layers": [{"repeat": 2, "blocks": self.layers}]},
+            "model": model,
             "tasks": {
                 name: {"source": {"name": "array_record", "path": "none"}, **task}
                 for name, task in self.tasks.items()
@@ -214,6 +226,17 @@ TRIALS: dict[str, Trial] = {
         {"captions": (TENSOR, SEQUENCE, MIXED_TENSOR)},
         {TENSOR: GRADIENT, SEQUENCE: GRADIENT, MIXED_TENSOR: WHOLE},
         MUON,
+    ),
+    # Two towers of different widths: a class token and a norm before the layers, and a causal one; attention pooling.
+    "towers": Trial(
+        [layer(bias=True, attention_bias=True, mlp="quick_gelu")],
+        {
+            "pairs": task("image text", "contrastive", poolers={"image": "class", "text": "map"}, **PAIR),
+        },
+        {"pairs": (DATA, FSDP, TENSOR, MIXED_TENSOR)},
+        {DATA: GRADIENT, FSDP: GRADIENT, TENSOR: GRADIENT, MIXED_TENSOR: WHOLE},
+        ADAMW,
+        towers={"image": {"first_norm": True}, "text": {"width": 64, "causal": True}},
     ),
     # A trunk per modality that tokens of a bottleneck join.
     "bottleneck": Trial(

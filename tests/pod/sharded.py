@@ -91,7 +91,6 @@ FLAGS = (
 
 def small(block: configs.Block) -> configs.Block:
     """Return the same modalities, layers, tasks and optimizer; of each, only sizes that the code reads are smaller."""
-    model = {"width": 32, "layers": [_group(g) for g in block["model"]["layers"]]}
     modalities = {
         name: _capped(_without_file(m), vocabulary=512, **MODALITIES.get(m["name"], {}))
         for name, m in block["modalities"].items()
@@ -100,7 +99,7 @@ def small(block: configs.Block) -> configs.Block:
     return {
         "modalities": modalities,
         "steps": 10,
-        "model": {**block["model"], **model, "remat": "none"},
+        "model": _model(block["model"]),
         "tasks": tasks,
         "schedule": {"rule": block.get("schedule", {}).get("rule", "shares")},
         # From the first step at the full rate, so that an update moves something.
@@ -117,6 +116,13 @@ def _optimizer(block: configs.Block) -> configs.Block:
 def _without_file(modality: configs.Block) -> configs.Block:
     """Return the modality without a tokenizer: texts are numbers here."""
     return {**modality, "tokenizer": ""} if "tokenizer" in modality else modality
+
+
+def _model(model: configs.Block) -> configs.Block:
+    """The model, or each of its towers, of width 32."""
+    if "towers" in model:
+        return {"towers": {name: _model(tower) for name, tower in model["towers"].items()}}
+    return {**model, "width": 32, "layers": [_group(g) for g in model["layers"]], "remat": "none"}
 
 
 def _group(group: configs.Block) -> configs.Block:
@@ -145,6 +151,7 @@ def _task(task: configs.Block, modalities: configs.Block) -> configs.Block:
     objective = _capped(task["objective"], queries=8, pooler_heads=8, embed_dim=32, chunk=4)
     if objective["name"] in ("classification", "fusion"):
         objective["init"] = "lecun"  # at zero, as they begin, no gradient would come to the trunk
+    objective |= _capped(objective, map_heads=8, map_mlp=64)
     objective |= _capped(
         objective, pack=2, window=2, unet_channels=4, sampling_steps=2, guidance=1.0
     )

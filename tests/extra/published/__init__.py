@@ -8,6 +8,7 @@ from published.imp import IMP, imp
 from published.limoe import LIMOE, limoe
 from published.rows import Recipe
 from published.sequences import mixture_of_mamba, moma, mot, transfusion
+from published.towers import CLIPS, SIGLIPS, clip, lit, siglip
 
 BOTH = (False, True)
 RECIPES: tuple[Recipe, ...] = (
@@ -19,6 +20,9 @@ RECIPES: tuple[Recipe, ...] = (
         for losses in ("entropies", "classic", "none", "dense")
     ),
     *(coca(size) for size in COCA),
+    *(clip(size) for size in CLIPS),
+    *(siglip(size) for size in SIGLIPS),
+    lit(),
     mbt(),
     zorro(),
     *(transfusion(alternating) for alternating in BOTH),
