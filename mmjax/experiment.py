@@ -21,6 +21,7 @@ from mmjax.engine.optimizers import Optimizers
 from mmjax.engine.requests import pass_key, train_requests
 from mmjax.engine.state import State, abstract_state, compute_dtype
 from mmjax.engine.steps import ModelSpec, positions
+from mmjax.engine.teachers import Teacher, make_teachers
 from mmjax.evaluators.base import Evaluator, Pass, make_evaluators, passes_of
 from mmjax.modalities.base import Modality
 from mmjax.model import connect_towers, declare_model
@@ -42,6 +43,7 @@ class Experiment:
       modalities, tasks, evaluators: by name; evaluators by task and name.
       declaration: the model's parameters, declared.
       extensions: SHA-256 of the files outside mmjax that the config names, by `KIND/NAME`.
+      teachers: by name.
     """
 
     block: dict[str, Any]
@@ -51,6 +53,7 @@ class Experiment:
     evaluators: Mapping[str, Mapping[str, Evaluator]]
     declaration: Declaration
     extensions: Mapping[str, str] = field(default_factory=dict)
+    teachers: Mapping[str, Teacher] = field(default_factory=dict)
 
     @cached_property
     def phases(self) -> Phases:
@@ -73,6 +76,7 @@ class Experiment:
             compute_dtype(dtype.parameters),
             compute_dtype(dtype.compute),
             self.run.seed,
+            self.teachers,
         )
 
     @cached_property
@@ -178,6 +182,8 @@ def _build(block: Mapping[str, Any], folder: str, used: Iterable[tuple[str, str]
     heads = [h for t in tasks.values() for h in t.objective.named_heads(widths, t.inputs)]
     declaration = declare_model(run.model, modalities, heads)
     adapt(declaration, run.lora, "lora")
+    teachers = make_teachers(run.model.teachers, declaration.specs, tasks)
+    declaration.teach({name: teacher.parameters for name, teacher in teachers.items()})
     evaluators = {name: make_evaluators(task) for name, task in tasks.items()}
     for name, by_name in evaluators.items():
         for source in (e.source for e in by_name.values() if "name" in e.source):
@@ -186,7 +192,9 @@ def _build(block: Mapping[str, Any], folder: str, used: Iterable[tuple[str, str]
         if rule in configs.names("rules"):  # others are refused with the schedule
             configs.resolve("rules", rule, "schedule.rule")
     extensions = configs.digests_of_extensions(used)
-    return Experiment(dict(block), run, modalities, tasks, evaluators, declaration, extensions)
+    return Experiment(
+        dict(block), run, modalities, tasks, evaluators, declaration, extensions, teachers
+    )
 
 
 def _check_values(run: RunConfig) -> None:

@@ -16,6 +16,7 @@ from mmjax.core.errors import UserError
 from mmjax.core.extensions import check_type
 from mmjax.core.parameters import Declaration, compute_in
 from mmjax.core.sharding import constrain
+from mmjax.core.teachers import TeacherConfig
 from mmjax.modalities.base import PRESENT, Modality, as_rows, stem_of
 from mmjax.nn.by_modality import SHARED, ByModality, PerModality
 from mmjax.nn.experts import Experts
@@ -25,6 +26,8 @@ from mmjax.nn.stream import Aux, Stream, add_up, concatenate, cut, fold
 from mmjax.nn.towers import TRUNK, TowerConfig, Towers, Widths, connect
 from mmjax.nn.trunk import GroupConfig, Trunk
 
+_OF_ALL = ("towers", "teachers")  # keys of a model that are not those of one tower
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -33,6 +36,7 @@ class ModelConfig:
     Attributes:
       width, layers, remat, norm, norm_eps, per_modality: of the trunk, see `TowerConfig`.
       towers: towers by names of your choice; `modalities.NAME.tower` states which of them reads a modality.
+      teachers: copies of parameters that objectives read, by name, see `TeacherConfig`.
     """
 
     width: int | None = None
@@ -42,6 +46,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     per_modality: PerModality = SHARED
     towers: dict[str, TowerConfig] = field(default_factory=dict)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict, metadata=configs.SCHEDULE)
 
     def __post_init__(self) -> None:
         if not self.towers:
@@ -51,7 +56,7 @@ class ModelConfig:
             _ = self.trunk  # checks the keys
             return
         name = next(iter(self.towers))
-        for key in (f.name for f in fields(ModelConfig) if f.name != "towers"):
+        for key in (f.name for f in fields(ModelConfig) if f.name not in _OF_ALL):
             if getattr(self, key) != getattr(ModelConfig, key, None):
                 raise FieldError(self, key, f"is set beside towers; set towers.{name}.{key}.")
 
@@ -60,7 +65,11 @@ class ModelConfig:
         """The tower `trunk`, whichever way it is written."""
         if self.towers:
             return self.towers[TRUNK]
-        keys = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "towers"}
+        keys = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("towers", "teachers")
+        }
         try:
             return TowerConfig(**keys)
         except FieldError as error:  # the keys are the model's own in the short form
@@ -86,6 +95,8 @@ def towers_in(block: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 class Model(nnx.Module):
     """Stems by modality, the towers that read them, each an attribute of its name, and heads of objectives."""
+
+    teacher_of: Any = None  # set where the config has teachers
 
     def __init__(
         self, config: ModelConfig, modalities: Mapping[str, Modality], heads: Mapping[str, Any]
@@ -129,6 +140,16 @@ class Model(nnx.Module):
         layout = ((modality, x_BSD.shape[1]),)
         stream = replace(stream, x_BSD=x_BSD, layout=layout, rows_B=exists_B)
         return replace(stream, valid_BS=stream.mask_BS()) if is_instance else stream
+
+    def teacher(self, name: str) -> Model:
+        """Return the model with the parameters that a teacher copies in its place; it has no gradient.
+
+        Give its passes no key: a teacher drops nothing.
+        """
+        if self.teacher_of is None:
+            raise UserError(f"no teacher '{name}': the config has no model.teachers.")
+        taught: Model = self.teacher_of(name)
+        return taught
 
     def encode(
         self,

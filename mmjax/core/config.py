@@ -166,7 +166,7 @@ def override(config: Block, assignments: Sequence[str]) -> Block:
             block = block.setdefault(index, {}) if isinstance(block, dict) else block[index]
             if not isinstance(block, dict | list):
                 raise UserError(f"--config.{key}: '{where}' is a value, not a block.")
-        block[_index(block, last, key, ".".join(parents))] = plain(_literal(text), key)
+        block[_index(block, last, key, ".".join(parents))] = plain(settings.literal(text), key)
     return config
 
 
@@ -180,16 +180,6 @@ def _index(block: Block | list[Any], name: str, key: str, where: str) -> Any:
             f"--config.{key}: the list '{where}' has no entry '{name}'; its length is {len(block)}{numbers}."
         )
     return int(name)
-
-
-def _literal(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 # --- names -------------------------------------------------------------------------------------

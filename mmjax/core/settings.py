@@ -19,6 +19,7 @@ gives without an argument, and a file that has no such setting requires an argum
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import itertools
@@ -130,3 +131,14 @@ def check_call(get_config: Callable[..., Any], arguments: list[str], file: str) 
         else:
             words = f"takes no single setting: get_config{signature}. Give it one parameter."
         raise UserError(f"Config file '{file}' {words}") from error
+
+
+def literal(text: str) -> Any:
+    """Return the value that a word of a command line stands for: a Python literal, else the word itself."""
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from mmjax.core.errors import UserError
 from mmjax.core.files import read_bytes, replace_file
 from mmjax.core.low_rank import FACTORS
 from mmjax.core.parameters import STAT, Spec
+from mmjax.core.teachers import TEACHER
 from mmjax.core.workdir import PINNED
 from mmjax.engine import checkpoint, processes
 from mmjax.engine.grafts import TransformConfig, apply_all
@@ -111,9 +113,10 @@ def pin(
     workdir: epath.Path,
     log: Callable[[str], None],
     allow_change: bool,
+    file: str = PINNED,
 ) -> int | None:
     """Return the step of `pin_all` for one source; None if `path` is empty."""
-    return pin_all((config,), workdir, log, allow_change)[0] if config.path else None
+    return pin_all((config,), workdir, log, allow_change, file)[0] if config.path else None
 
 
 def pin_all(
@@ -121,11 +124,12 @@ def pin_all(
     workdir: epath.Path,
     log: Callable[[str], None],
     allow_change: bool,
+    file: str = PINNED,
 ) -> list[int | None]:
     """Return the step of the run that each `path` names, settled when this run first begins; None of a file.
 
-    It is kept in `WORKDIR/init_from.json`, with the digest of a file. A run that is restarted before its
-    first checkpoint uses the same source step, even if the source run has advanced.
+    It is kept in `WORKDIR/init_from.json`, or another `file`, with the digest of a file. A run that is restarted before
+    its first checkpoint uses the same source step, even if the source run has advanced.
 
     Raises:
       UserError: what is there now is not what it was, and `allow_change` is False; otherwise it is logged.
@@ -134,7 +138,7 @@ def pin_all(
         return []
     records: list[dict[str, Any]] = []
     if processes.is_first():
-        known = _by_path(pinned(workdir))
+        known = _by_path(pinned(workdir, file))
         for source in sources:
             same = known.get(source.path, {})
             now = _source(source.path, same.get("step"))
@@ -150,7 +154,7 @@ def pin_all(
                 log(words)
             records.append(now)
         whole = records[0] if len(records) == 1 else {"sources": records}
-        replace_file(workdir / PINNED, json.dumps(whole))
+        replace_file(workdir / file, json.dumps(whole))
     return [record.get("step") for record in processes.gather(records)[0]]
 
 
@@ -165,9 +169,9 @@ def pinned_steps(sources: Sequence[WarmStartConfig], workdir: epath.Path) -> lis
     return [known.get(source.path, {}).get("step") for source in sources]
 
 
-def pinned(workdir: epath.Path) -> dict[str, Any]:
+def pinned(workdir: epath.Path, file: str = PINNED) -> dict[str, Any]:
     """Return what `pin_all` has written; empty if it has not been called."""
-    path = workdir / PINNED
+    path = workdir / file
     try:
         result = json.loads(read_bytes(path) or b"{}")
     except (ValueError, RecursionError):
@@ -201,6 +205,7 @@ def warm_starts(
     log: Callable[[str], None],
     steps: Sequence[int | None],
     seed: int = 0,
+    optional: Mapping[str, Spec] = MappingProxyType({}),
 ) -> list[Values]:
     """Return the parameters that each source gives, see `warm_start`; each has its own part.
 
@@ -218,7 +223,7 @@ def warm_starts(
                 )
             claims[name] = source.path
     parts = [
-        warm_start(source, specs, log, step, seed)
+        warm_start(source, specs, log, step, seed, optional)
         for source, step in zip(sources, steps, strict=True)
     ]
     if len(sources) > 1 and len(claims) < len(target):
@@ -233,13 +238,14 @@ def warm_start(
     log: Callable[[str], None],
     step: int | None = None,
     seed: int = 0,
+    optional: Mapping[str, Spec] = MappingProxyType({}),
 ) -> Values:
     """Return parameters and buffers to begin with, by canonical name, each in its shape here; log what matched.
 
     A table of positions with other buckets is resampled. A dense layer's MLP initialises every expert that takes its
     place (sparse upcycling, Komatsuzaki et al. 2023); its router is in no dense run, so `skip` must name it. Low-rank
     factors that the source lacks are initialised. If the source is a run, its checkpoint of `step` is read, or the
-    newest if None.
+    newest if None. What is `optional` is taken where it is there, as teachers are.
 
     Args:
       seed: of the run, for the initial values of new rows.
@@ -251,7 +257,10 @@ def warm_start(
     if not config.path:
         return {}
     target = {name: spec for spec in specs.values() for name in spec.canonical}
-    taken = _take(config, target, open_source(config, step), seed)
+    source = open_source(config, step)
+    copies = {name: spec for spec in optional.values() for name in spec.canonical}
+    target |= {name: spec for name, spec in copies.items() if name in source.entries}
+    taken = _take(config, target, source, seed)
     where = config.path if step is None else f"step {step} of {config.path}"
     size = len(_only(config, target)) if config.only else len(target)
     log(f"Initialised {len(taken.values)} of {size} parameters from {where}.")
@@ -615,6 +624,8 @@ def _open_run(path: epath.Path, average: bool, step: int | None) -> Source:
     }
     if not average:
         places |= {name: ("parameters", name) for name in saved["parameters"]}
+    teachers = [name for name in saved.get("buffers", {}) if name.startswith(TEACHER)]
+    places |= {name: ("buffers", name) for name in teachers if places}
     shapes = {name: saved[part][there] for name, (part, there) in places.items()}
     if not shapes:
         raise UserError(f"init_from.average: the run in '{path}' keeps no averages.")

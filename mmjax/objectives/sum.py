@@ -134,6 +134,9 @@ class Sum(Coupled, Embeds, Classifies, Writes, Composes, Shows):
         }
         return replace(self, members=members)
 
+    def teachers(self) -> tuple[str, ...]:
+        return _union(o.teachers() for o in self.objectives.values())
+
     def rows_together(self) -> int:
         return math.lcm(*(o.rows_together() for o in self.objectives.values()))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mmjax.core.parameters import STAT
+from mmjax.core.teachers import TEACHER
 from mmjax.engine.checkpoint import Restored
 from mmjax.engine.state import (
     EMA,
@@ -23,7 +24,7 @@ from mmjax.engine.state import (
     state_from_canonical,
     state_to_canonical,
 )
-from mmjax.engine.warm_start import Values
+from mmjax.engine.warm_start import Values, WarmStartConfig, sources_of, warm_start, warm_starts
 from mmjax.experiment import Experiment
 
 
@@ -48,6 +49,41 @@ class Fresh:
             raise RuntimeError("the parameters of this beginning were taken before")
         parameters, self.parameters = self.parameters, None
         return parameters
+
+
+def pin_of(teacher: str) -> str:
+    """Return the file of a workdir that records where a frozen teacher came from."""
+    return f"teacher.{teacher}.json"
+
+
+def teacher_sources(experiment: Experiment) -> dict[str, WarmStartConfig]:
+    """Return the sources of frozen teachers that have one."""
+    paths = {name: teacher.config.path for name, teacher in experiment.teachers.items()}
+    return {name: WarmStartConfig(path) for name, path in paths.items() if path}
+
+
+def taken(
+    experiment: Experiment,
+    log: Callable[[str], None],
+    steps: Sequence[int | None],
+    teacher_steps: Mapping[str, int | None],
+) -> tuple[list[Values], Values]:
+    """Return what a run begins with, by canonical name: from each source of `init_from`, and frozen teachers."""
+    declaration, run = experiment.declaration, experiment.run
+    copies = {n: s for n, s in declaration.read.items() if n.startswith(TEACHER)}
+    specs = {n: s for n, s in declaration.read.items() if n not in copies}
+    parts = warm_starts(sources_of(run.init_from), specs, log, steps, run.seed, copies)
+    teachers: Values = {}
+    for name, source in teacher_sources(experiment).items():
+        part = {n: declaration.specs[n] for n in declaration.teachers[name]}
+        weights = warm_start(source, part, log, teacher_steps[name])
+        teachers |= {f"{TEACHER}{name}/{n}": value for n, value in weights.items()}
+    return parts, teachers
+
+
+def joined(parts: Iterable[Values], teachers: Values) -> Fresh:
+    """Return the beginning with all of these."""
+    return Fresh({n: value for values in (*parts, teachers) for n, value in values.items()})
 
 
 def initial_state(experiment: Experiment, mesh: Mesh, start: Restored | Fresh) -> State:
@@ -88,6 +124,9 @@ def _completed(experiment: Experiment, step: int, stored: Any) -> State:
             part = "buffers" if name.startswith(EMA + STAT) else "parameters"
             average = whole[part][name.removeprefix(EMA)]
             whole["buffers"][name] = average.astype(whole["buffers"][name].dtype)
+        if name.startswith(TEACHER):  # a new teacher begins at what it copies
+            copied = whole["parameters"][name.split("/", 2)[2]]
+            whole["buffers"][name] = copied.astype(whole["buffers"][name].dtype)
     # Earlier versions did not count the steps of a round; what was skipped counted as one.
     if SUMMED in whole["buffers"] and SUMMED not in stored.get("buffers", {}):
         whole["buffers"][SUMMED] = jnp.int32(step % experiment.run.optimizer.accumulate)

@@ -16,6 +16,7 @@ from mmjax.core import config as configs
 from mmjax.core.errors import UserError
 from mmjax.core.files import replace_file
 from mmjax.core.parameters import STAT, Arrays
+from mmjax.core.teachers import TEACHER
 from mmjax.core.workdir import METRICS, REPORT, RESULTS
 from mmjax.data import order
 from mmjax.engine import checkpoint, processes
@@ -25,6 +26,7 @@ from mmjax.engine.health import Diverged, HealthLimits, quarantine
 from mmjax.engine.integrity import Damaged
 from mmjax.engine.metadata import AVERAGE_OF
 from mmjax.engine.state import (
+    BESIDE,
     EMA,
     SUMMED,
     Clock,
@@ -37,10 +39,11 @@ from mmjax.engine.state import (
 from mmjax.engine.warm_start import (
     check_files,
     grouped,
+    pin,
     pin_all,
+    pinned,
     pinned_steps,
     sources_of,
-    warm_starts,
 )
 from mmjax.experiment import Experiment
 from mmjax.modalities.base import asset_name
@@ -57,7 +60,13 @@ from mmjax.training.identity import (
     digest,
     identities_of,
 )
-from mmjax.training.initial_state import Fresh, canonical_shapes
+from mmjax.training.initial_state import (
+    Fresh,
+    joined,
+    pin_of,
+    taken,
+    teacher_sources,
+)
 from mmjax.training.origin import beginning, code_of, environment
 
 
@@ -219,13 +228,17 @@ def _candidate(
 
 def _fresh(here: Here, allow_change: bool, log: Callable[[str], None]) -> Fresh:
     """Return the beginning at step 0, with the parameters that `init_from` names."""
-    run, specs = here.experiment.run, here.experiment.declaration.read
-    sources = sources_of(run.init_from)
-    steps = pin_all(sources, here.workdir, log, allow_change)
-    parts = warm_starts(sources, specs, log, steps, run.seed)
+    experiment, workdir = here.experiment, here.workdir
+    sources, specs = sources_of(experiment.run.init_from), experiment.declaration.read
+    steps = pin_all(sources, workdir, log, allow_change)
+    teacher_steps = {
+        name: pin(source, workdir, log, allow_change, pin_of(name))
+        for name, source in teacher_sources(experiment).items()
+    }
+    parts, teachers = taken(experiment, log, steps, teacher_steps)
     for source, step, values in zip(sources, steps, parts, strict=True):
         check_files(source, step, specs, values, here.identities)
-    return Fresh({name: value for values in parts for name, value in values.items()})
+    return joined(parts, teachers)
 
 
 def _announce(workdir: epath.Path, restored: Restored, log: Callable[[str], None]) -> None:
@@ -275,10 +288,9 @@ def reopen(
 
     if step is None:
         clock = replace(fresh_clock(experiment), schedule=schedule)
-        sources, specs = sources_of(experiment.run.init_from), experiment.declaration.read
-        steps = pinned_steps(sources, workdir)
-        parts = warm_starts(sources, specs, lambda _: None, steps, experiment.run.seed)
-        start = Fresh({name: value for values in parts for name, value in values.items()})
+        steps = pinned_steps(sources_of(experiment.run.init_from), workdir)
+        of_teachers = {n: pinned(workdir, pin_of(n)).get("step") for n in experiment.teachers}
+        start = joined(*taken(experiment, lambda _: None, steps, of_teachers))
         return Session(experiment, workdir, mesh, clock, data, now, start)
     abstract, may_be_new = canonical_shapes(experiment, mesh), _may_be_new(experiment)
     restored = checkpoint.restore(workdir, step, abstract, accept, may_be_new)
@@ -388,7 +400,7 @@ def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]
     """
 
     def test(name: str, meta: dict[str, Any]) -> bool:
-        if name == SUMMED or parameter_of(name).startswith(STAT):
+        if name == SUMMED or parameter_of(name).startswith(BESIDE):
             return True  # of buffers, see `_check_buffers`
         changed = _movers(meta["config"]) != _movers(experiment.block)
         is_new_average = name.startswith(EMA) and not meta["config"].get("optimizer", {}).get("ema")
@@ -454,21 +466,33 @@ def _parameter_changes(experiment: Experiment, restored: Restored, allow_change:
     return lines
 
 
+def _beginning_of(name: str) -> str:
+    return (
+        "starts as its module declares it" if name.startswith(STAT) else "starts as what it copies"
+    )
+
+
 def _check_buffers(
     here: Here, restored: Restored, allow_change: bool, log: Callable[[str], None]
 ) -> None:
-    """Compare the buffers of a checkpoint with those of the model; heads of new tasks bring theirs.
+    """Compare buffers and teachers of a checkpoint with those of the model; heads of new tasks bring theirs.
 
     Raises:
       UserError: one is new or has vanished, and `allow_change` is False; otherwise it is logged.
     """
     saved = checkpoint.read_shapes(here.workdir, restored.step).get("buffers", {})
-    before = {name for name in saved if name.startswith(STAT)}
+    before = {name for name in saved if name.startswith(BESIDE)}
     specs = here.experiment.declaration.read
-    now = {c for n, s in specs.items() if n.startswith(STAT) for c in s.canonical}
+    now = {c for n, s in specs.items() if n.startswith(BESIDE) for c in s.canonical}
     new = [n for n in sorted(now - before) if not _is_new(n, restored.meta)]
     gone = [n for n in sorted(before - now) if not _is_new(n, {"config": here.experiment.block})]
-    changes = [f"has no {group}, which starts as its module declares it" for group in grouped(new)]
+    for name in teacher_sources(here.experiment):
+        if any(n.startswith(f"{TEACHER}{name}/") for n in new):
+            raise UserError(
+                f"model.teachers.{name}.path: checkpoint {restored.step} has no such teacher, and a path is read when "
+                "a run first begins. Use another --workdir, with this one as init_from.path."
+            )
+    changes = [f"has no {group}, which {_beginning_of(group)}" for group in grouped(new)]
     changes += [
         f"holds {group}, which nothing in the config declares now; it is dropped"
         for group in grouped(gone)

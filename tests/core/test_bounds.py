@@ -53,6 +53,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "Split": {"sizes": [1], "index": 0},
     "SplitHeads": {"count": 1},
     "TaskConfig": {"source": {}, "inputs": {}, "objective": {}, "batch": 1},
+    "TeacherConfig": {"of": ["a"]},
     "TowerConfig": {"width": 8, "layers": []},
     "Transformer": {"num_heads": 2, "mlp_dim": 4},
     "Transfusion": {"modalities": ["a", "b"], "discrete": ["a"]},
