@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from mmjax.core import flags
 from mmjax.core.errors import UserError, nearest
-from mmjax.core.parameters import Arrays, from_canonical, to_canonical
+from mmjax.core.parameters import STAT, Arrays, from_canonical, to_canonical
 from mmjax.core.sharding import MeshConfig, make_mesh
 from mmjax.engine import checkpoint
 from mmjax.engine.state import EMA, compute_dtype, evaluated, shardings
@@ -72,21 +72,24 @@ def find_step(workdir: epath.Path, step: int | None) -> tuple[int, dict[str, Any
 
 
 def read_parameters(workdir: epath.Path, step: int, experiment: Experiment, mesh: Mesh) -> Arrays:
-    """Return the parameters for evaluation (their average, where the run keeps one), on `mesh`."""
-    specs = experiment.declaration.specs
-    parameters = evaluated(experiment.abstract_state(mesh))
-    averaged = bool(experiment.run.optimizer.ema)
-    part, prefix = ("buffers", EMA) if averaged else ("parameters", "")
-    abstract = jax.eval_shape(lambda p: to_canonical(specs, p), parameters)
-    target = {part: {prefix + name: leaf for name, leaf in abstract.items()}}
+    """Return the parameters and buffers for evaluation (the averages of both, where the run keeps some), on `mesh`."""
+    specs = experiment.declaration.read
+    arrays = evaluated(experiment.abstract_state(mesh))
+    prefix = EMA if experiment.run.optimizer.ema else ""
+    abstract = jax.eval_shape(lambda p: to_canonical(specs, p), arrays)
+    target: dict[str, dict[str, Any]] = {"parameters": {}, "buffers": {}}
+    for name, leaf in abstract.items():
+        part = "buffers" if prefix or name.startswith(STAT) else "parameters"
+        target[part][prefix + name] = leaf
     where = str(workdir / checkpoint.FOLDER / str(step))
     checkpoint.check_shapes(checkpoint.read_shapes(workdir, step), target, where)
-    read = checkpoint.read_state(workdir, step, target)[part]
+    read = checkpoint.read_state(workdir, step, target)
     flat = {
         name.removeprefix(prefix): np.asarray(value, target[part][name].dtype)
-        for name, value in read.items()
+        for part in target
+        for name, value in read[part].items()
     }
-    return jax.device_put(from_canonical(specs, flat), shardings(parameters))
+    return jax.device_put(from_canonical(specs, flat), shardings(arrays))
 
 
 def check_files(workdir: epath.Path, meta: Mapping[str, Any], experiment: Experiment) -> None:
@@ -145,7 +148,7 @@ class TrainedModel:
         These are the names of checkpoints, `optimizer.rules`, `init_from` and `mmjax show DIR --names`: a
         file of them is a source for `init_from`. Assign such a dictionary, perhaps of another dtype, to change them.
         """
-        return to_canonical(self._experiment.declaration.specs, self._stacked)
+        return to_canonical(self._experiment.declaration.specs, self._of(STAT, False))
 
     @parameters.setter
     def parameters(self, values: Mapping[str, Any]) -> None:
@@ -159,7 +162,16 @@ class TrainedModel:
                 raise UserError(
                     f"parameters: '{name}' has shape {list(np.shape(value))}, expected {list(shapes[name])}."
                 )
-        self._stacked = from_canonical(specs, {n: jnp.asarray(v) for n, v in values.items()})
+        stacked = from_canonical(specs, {n: jnp.asarray(v) for n, v in values.items()})
+        self._stacked = {**self._of(STAT, True), **stacked}
+
+    @property
+    def buffers(self) -> Arrays:
+        """The buffers of modules by canonical name, `stat/NAME`; empty where none declares one."""
+        return to_canonical(self._experiment.declaration.read, self._of(STAT, True))
+
+    def _of(self, prefix: str, is_under: bool) -> Arrays:
+        return {n: x for n, x in self._stacked.items() if n.startswith(prefix) is is_under}
 
     @property
     def module(self) -> Model:

@@ -1,6 +1,6 @@
 """Show what a checkpoint or a config holds.
 
-    mmjax show DIR [--step=N] [--digest]
+    mmjax show DIR [--step=N] [--digest [--all]]
     mmjax show DIR --names
     mmjax show --config=CONFIG [--names] [--config.KEY=VALUE ...]
 
@@ -60,7 +60,9 @@ def names_in(where: str, step: int | None) -> Mapping[str, Any]:
     return shapes
 
 
-def show_run(workdir: epath.Path, step: int | None, with_digest: bool) -> None:
+def show_run(
+    workdir: epath.Path, step: int | None, with_digest: bool, with_all: bool = False
+) -> None:
     """Print what a checkpoint holds."""
     step, meta = find_step(workdir, step)
     shapes = checkpoint.read_shapes(workdir, step)
@@ -95,7 +97,12 @@ def show_run(workdir: epath.Path, step: int | None, with_digest: bool) -> None:
     ]
     table("Bytes", ("held", "arrays", "bytes"), sizes)
     if with_digest:
-        print(digest(read_arrays(workdir, step, shapes["parameters"])))
+        arrays = (
+            read_whole(workdir, step, shapes)
+            if with_all
+            else read_arrays(workdir, step, shapes["parameters"])
+        )
+        print(digest(arrays))
 
 
 def _verified(meta: Mapping[str, Any], with_digest: bool) -> str:
@@ -110,6 +117,13 @@ def read_arrays(workdir: epath.Path, step: int, shapes: Mapping[str, Any]) -> di
     target = {"parameters": {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in shapes.items()}}
     state: dict[str, np.ndarray] = checkpoint.read_state(workdir, step, target)["parameters"]
     return state
+
+
+def read_whole(workdir: epath.Path, step: int, shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return all arrays of a checkpoint as NumPy arrays, by `PART/NAME`: `optimizer/stems/text/table/mu`."""
+    target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), dict(shapes))
+    pairs = jax.tree_util.tree_leaves_with_path(checkpoint.read_state(workdir, step, target))
+    return {"/".join(str(k.key) for k in path): np.asarray(leaf) for path, leaf in pairs}
 
 
 def _bytes(leaves: Any) -> int:
@@ -128,17 +142,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--digest", action="store_true", help="print a digest of the parameters as the last line"
     )
     parser.add_argument(
+        "--all",
+        action="store_true",
+        help="with --digest: of the whole state, not only the parameters",
+    )
+    parser.add_argument(
         "--names", action="store_true", help="print the name, dtype and shape of every parameter"
     )
     arguments, overrides = flags.parse(parser, argv)
     if (arguments.workdir is None) == (arguments.config is None):
         raise UserError(f"Give a run's folder, or --config=CONFIG. {flags.usage(parser)}")
+    if arguments.all and not arguments.digest:
+        raise UserError("--all is an option of --digest: give --digest --all.")
     if arguments.config is not None:
         show_config(arguments.config, overrides, arguments.names)
     elif arguments.names:
         show_names(names_in(arguments.workdir, arguments.step))
     else:
-        show_run(flags.folder(arguments.workdir), arguments.step, arguments.digest)
+        show_run(flags.folder(arguments.workdir), arguments.step, arguments.digest, arguments.all)
     return 0
 
 

@@ -108,6 +108,20 @@ def test_the_digest_is_the_last_line_and_of_the_parameters(tiny_run):
     assert sha.hexdigest() not in shown(str(tiny_run))
 
 
+def test_with_all_the_digest_is_of_the_whole_state(tiny_run):
+    shapes, sha = checkpoint.read_shapes(tiny_run, 14), hashlib.sha256()
+    abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), dict(shapes))
+    state = checkpoint.read_state(tiny_run, 14, abstract)
+    arrays = {f"parameters/{n}": x for n, x in state["parameters"].items()}
+    for name, fields in state["optimizer"].items():
+        arrays |= {f"optimizer/{name}/{field}": x for field, x in fields.items()}
+    assert set(state) == {"parameters", "optimizer"}
+    for name, x in sorted(arrays.items()):
+        sha.update(f"{name} {x.dtype} {x.shape}\n".encode() + np.asarray(x).tobytes("C"))
+    assert last_line(str(tiny_run), "--all") == sha.hexdigest() != last_line(str(tiny_run))
+    assert "give --digest --all" in refused(show.main, str(tiny_run), "--all")
+
+
 def test_the_digest_outlives_the_place_and_the_process(tiny_run, tmp_path, command):
     shutil.copytree(tiny_run, tmp_path / "moved")
     done = command("show", str(tmp_path / "moved"), "--digest")

@@ -30,6 +30,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "vocabulary": ("tensor",),
+    "codes": ("tensor",),
     "positions": (),
     "experts": ("expert",),
     "groups": ("data", "fsdp"),

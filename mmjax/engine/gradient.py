@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +11,10 @@ import jax.numpy as jnp
 
 from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
-from mmjax.core.parameters import Arrays
+from mmjax.core.parameters import Arrays, Rows
 from mmjax.core.sharding import joined_rows, split_rows
 from mmjax.model import Model
+from mmjax.nn.stream import add_proposals
 from mmjax.objectives.base import Coupled, Loss, row_keys, with_rows
 from mmjax.optim.transforms import wide
 from mmjax.task import Task
@@ -54,22 +55,22 @@ def _separate(
 
     def weighted(parameters: Arrays, part: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         loss = task.loss(model_of(parameters), part, key)
-        _refuse_buffers(loss.buffers, task)
+        _refuse_rows(loss.proposals, task)
         if loss.parts:
             raise ValueError(f"{type(task.objective).__name__}: a loss of several means is Coupled")
         count = loss.terms(part.valid)
         metrics = {name: count * metric for name, metric in loss.metrics.items()}
-        return count * loss.value, (count, metrics)
+        return count * loss.value, (count, metrics, loss.proposals)
 
     def of_part(part: Batch, key: jax.Array) -> Any:
         return jax.value_and_grad(weighted, has_aux=True)(parameters, part, key)
 
-    (value, (count, metrics)), grads = _total(of_part, *_parts(task, batch, key))
+    (value, (count, metrics, proposals)), grads = _total(of_part, *_parts(task, batch, key))
     whole = jnp.where(count > 0, count, 1)
     value, metrics, grads = jax.tree.map(
         lambda x: x / whole.astype(x.dtype), (value, metrics, grads)
     )
-    return Loss(value, metrics, count=count), grads
+    return Loss(value, metrics, proposals, count), grads
 
 
 def _coupled(
@@ -85,12 +86,13 @@ def _coupled(
 
     def represent(parameters: Arrays, part: Batch, key: jax.Array) -> Any:
         represented = objective.represent(model_of(parameters), part, key)
-        _refuse_buffers(represented.aux.buffers, task)
-        return represented.rows, represented.aux.loss
+        _refuse_rows(represented.aux.proposals, task)
+        return represented.rows, represented.aux.loss, represented.aux.proposals
 
-    rows, aux = jax.lax.map(
+    rows, aux, proposals = jax.lax.map(
         lambda part_and_key: represent(parameters, *part_and_key), (parts, keys)
     )
+    proposals = jax.tree.map(lambda x: x.sum(axis=0), proposals)
 
     def value_of(parameters: Arrays, rows: Any) -> tuple[jax.Array, Loss]:
         loss = objective.compare(model_of(parameters), rows, batch)
@@ -104,14 +106,16 @@ def _coupled(
     share = share.astype(aux.dtype)
 
     def pulled(part: Batch, key: jax.Array, back: Any, share: jax.Array) -> Arrays:
-        _, pull = jax.vjp(lambda p: represent(p, part, key), parameters)
+        # The statistics of buffers were taken in the first pass.
+        _, pull = jax.vjp(lambda p: represent(p, part, key)[:2], parameters)
         grads: Arrays = pull((back, share))[0]
         return grads
 
     back = jax.tree.map(lambda x: split_rows(x, task.config.microbatches, together), back)
     grads = _total(pulled, parts, keys, back, share)
     value = loss.value + (share * aux).sum()
-    return replace(loss, value=value), jax.tree.map(jnp.add, direct, grads)
+    proposals = add_proposals([proposals, loss.proposals])
+    return replace(loss, value=value, proposals=proposals), jax.tree.map(jnp.add, direct, grads)
 
 
 def _parts(task: Task, batch: Batch, key: jax.Array) -> tuple[Batch, jax.Array]:
@@ -133,9 +137,10 @@ def _total(fun: Callable[..., Any], *stacked: Any) -> Any:
     return jax.lax.scan(add, zeros, stacked)[0]
 
 
-def _refuse_buffers(buffers: Any, task: Task) -> None:
-    if buffers:
-        raise UserError(
-            f"tasks.{task.name}.microbatches: its loss changes buffers ({', '.join(buffers)}), which "
-            "need the whole batch. Remove microbatches."
-        )
+def _refuse_rows(proposals: Mapping[str, Any], task: Task) -> None:
+    for name, statistics in proposals.items():
+        if isinstance(statistics, Rows):
+            raise UserError(
+                f"tasks.{task.name}.microbatches: buffer '{name}' is replaced by rows of the whole batch, and a part "
+                "has not all of them. Remove microbatches, or propose in `compare` of a Coupled objective."
+            )

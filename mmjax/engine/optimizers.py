@@ -39,13 +39,19 @@ class Optimizers:
     @property
     def whole(self) -> Optimizer:
         """The whole run's optimizer: it holds state for every parameter that any phase trains."""
-        return Optimizer(self.config, self.spec.declaration.specs, self._length, self.views)
+        declaration = self.spec.declaration
+        return Optimizer(
+            self.config, declaration.specs, self._length, self.views, buffers=declaration.buffers
+        )
 
     def of(self, phase: Phase) -> Optimizer:
         """Return the optimizer as it is under a phase, over the same state."""
         config = replace(self.config, rules=phase.rules)
         views, common = self._views(phase), shared_parameters(self.views)
-        return Optimizer(config, self.spec.declaration.specs, self._length, views, common)
+        declaration = self.spec.declaration
+        return Optimizer(
+            config, declaration.specs, self._length, views, common, declaration.buffers
+        )
 
     @cached_property
     def views(self) -> Mapping[str, UpdateScope]:
@@ -59,7 +65,8 @@ class Optimizers:
         }
 
     def _views(self, phase: Phase) -> dict[str, UpdateScope]:
-        moving = trained(phase.rules, self.spec.declaration.specs)
+        declaration = self.spec.declaration
+        moving = trained(phase.rules, declaration.specs, declaration.buffers)
         return {
             name: make_update_scope(kind, moving, None if kind == SHARED else self._reaches[name])
             for name, kind in self._kinds().items()
@@ -93,7 +100,8 @@ class Optimizers:
                 f"Set it to '{SHARED}', or accumulate to 1."
             )
         for phase in self.phases.entries:
-            apply_rules(phase.rules, self.spec.declaration.specs)
+            declaration = self.spec.declaration
+            apply_rules(phase.rules, {**declaration.specs, **declaration.buffers})
 
     def _length(self, task: str) -> int:
         """Return the run's length for a task in `optimizer.unit`: as its schedule has it from step 0."""

@@ -13,7 +13,14 @@ from flax import struct
 from jax.sharding import Mesh
 
 from mmjax.core.errors import UserError
-from mmjax.core.parameters import Arrays, Declaration, Spec, from_canonical, to_canonical
+from mmjax.core.parameters import (
+    STAT,
+    Arrays,
+    Declaration,
+    Spec,
+    from_canonical,
+    to_canonical,
+)
 from mmjax.core.sharding import named
 from mmjax.engine.health import Health, HealthLimits
 from mmjax.optim.optimizer import Optimizer
@@ -34,8 +41,9 @@ class State:
       parameters: by name.
       optimizer: parameter name -> its leaf state by field, of what tasks have in common.
       buffers: what changes without an update, by name: `ema/NAME` averages parameter NAME, `sum/NAME`
-        adds up its gradients where several steps make one update, and `summed_steps` counts these. Averages and
-        sums are float32 or wider: a bfloat16 average whose weight is 0.999 never changes.
+        adds up its gradients where several steps make one update, and `summed_steps` counts these. `stat/NAME` is
+        the buffer NAME of a module, `ema/stat/NAME` its average, and `sum/stat/NAME/STATISTIC` adds up what steps
+        propose to it. All are float32 or wider: a bfloat16 average whose weight is 0.999 never changes.
       moments: as `optimizer`, of tasks that have their own: `TASK:NAME` -> leaf state.
     """
 
@@ -126,21 +134,34 @@ def init_state(
 ) -> State:
     """Return the state at step 0. Meant to be jitted, with the `shardings` of `abstract_state` as its output's.
 
-    `initial` are parameters to begin with, by canonical name; the others are initialised randomly.
+    `initial` are parameters and buffers to begin with, by canonical name; the others are as their module
+    declares them.
     """
-    parameters = declaration.initialise(seed, dtype)
+    parameters, stats = (
+        declaration.initialise(seed, dtype),
+        declaration.initial_buffers(seed, dtype),
+    )
     if initial:
-        cast = {name: jnp.asarray(value, dtype) for name, value in initial.items()}
-        flat = {**to_canonical(declaration.specs, parameters), **cast}
-        parameters = from_canonical(declaration.specs, flat)
-    buffers: Arrays = {}
+        arrays = _begun(declaration.read, {**parameters, **stats}, initial)
+        parameters, stats = ({n: arrays[n] for n in part} for part in (parameters, stats))
+    buffers: Arrays = dict(stats)
     if optimizer.config.ema:
-        buffers |= {EMA + n: p.astype(wide(p.dtype)) for n, p in parameters.items()}
+        averaged = {**parameters, **stats}
+        buffers |= {EMA + n: p.astype(wide(p.dtype)) for n, p in averaged.items()}
     if optimizer.accumulates:
         summed = {n: parameters[n] for n in sorted(optimizer.accumulates)}
         buffers |= {SUM + n: jnp.zeros(p.shape, wide(p.dtype)) for n, p in summed.items()}
         buffers[SUMMED] = jnp.zeros((), jnp.int32)
+        summed_stats = {n: s for n, s in declaration.stored.items() if n not in declaration.read}
+        buffers |= {SUM + n: jnp.zeros(s.shape, wide(dtype)) for n, s in summed_stats.items()}
     return State(parameters, optimizer.init(parameters), buffers, optimizer.init_own(parameters))
+
+
+def _begun(specs: Mapping[str, Spec], arrays: Arrays, initial: Mapping[str, Any]) -> Arrays:
+    """Return `arrays` with what `initial` has by canonical name in place, in the dtype of each."""
+    flat = to_canonical(specs, arrays)
+    flat |= {name: jnp.asarray(value, flat[name].dtype) for name, value in initial.items()}
+    return from_canonical(specs, flat)
 
 
 def abstract_state(declaration: Declaration, optimizer: Optimizer, dtype: Any, mesh: Mesh) -> State:
@@ -150,20 +171,23 @@ def abstract_state(declaration: Declaration, optimizer: Optimizer, dtype: Any, m
     """
     shapes = jax.eval_shape(lambda: init_state(declaration, optimizer, 0, dtype))
 
-    def place(leaf: Any, axes: Axes) -> Any:
-        sharding = named(axes, leaf.shape, mesh)
+    def place(name: str, leaf: Any, axes: Axes) -> Any:
+        try:
+            sharding = named(axes, leaf.shape, mesh)
+        except ValueError as error:
+            raise UserError(f"'{name}': {error}.") from error
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     def place_state(name: str, state: LeafState) -> LeafState:
         axes = optimizer.axes(name)
-        return {field: place(leaf, axes[field]) for field, leaf in state.items()}
+        return {field: place(name, leaf, axes[field]) for field, leaf in state.items()}
 
-    specs = declaration.specs
+    specs = declaration.stored
     return State(
-        {n: place(p, specs[n].axes) for n, p in shapes.parameters.items()},
+        {n: place(n, p, specs[n].axes) for n, p in shapes.parameters.items()},
         {n: place_state(n, leaf) for n, leaf in shapes.optimizer.items()},
         {
-            n: place(b, () if n == SUMMED else specs[parameter_of(n)].axes)
+            n: place(n, b, () if n == SUMMED else specs[parameter_of(n)].axes)
             for n, b in shapes.buffers.items()
         },
         {n: place_state(split_name(n)[1], leaf) for n, leaf in shapes.moments.items()},
@@ -171,14 +195,19 @@ def abstract_state(declaration: Declaration, optimizer: Optimizer, dtype: Any, m
 
 
 def parameter_of(buffer: str) -> str:
-    """Return the parameter that a buffer belongs to, by its name or canonical name."""
+    """Return the parameter or `stat/NAME` that a buffer belongs to, by its name or canonical name."""
     return buffer.removeprefix(EMA).removeprefix(SUM)
 
 
+def read_by_passes(state: State) -> Arrays:
+    """Return what a forward pass reads beside the parameters: buffers, by `stat/NAME`."""
+    return {n: b for n, b in state.buffers.items() if n.startswith(STAT)}
+
+
 def evaluated(state: State) -> Arrays:
-    """Return the parameters that evaluation uses: their averages where the state keeps them."""
+    """Return the parameters and buffers that evaluation uses: the averages of both where the state keeps them."""
     averages = {n.removeprefix(EMA): b for n, b in state.buffers.items() if n.startswith(EMA)}
-    return averages or state.parameters
+    return averages or {**state.parameters, **read_by_passes(state)}
 
 
 def shardings(abstract: Any) -> Any:
@@ -189,10 +218,13 @@ def shardings(abstract: Any) -> Any:
 
 
 def state_to_canonical(specs: Mapping[str, Spec], state: State) -> dict[str, Any]:
-    """Return the state under canonical names, `{"parameters": {canonical name: array}, "optimizer": {name: {field:
-    array}}, "buffers": {...}}`.
+    """Return the state under canonical names.
 
-    Beside them `"moments": {TASK:name: {field: array}}`.
+    It is `{"parameters": {canonical name: array}, "optimizer": {name: {field: array}}, "buffers": {...}}`, beside them
+    `"moments": {TASK:name: {field: array}}`.
+
+    Args:
+      specs: those of `Declaration.stored`.
     """
     moments: dict[str, Any] = {}
     for task, task_moments in _by_task(state.moments).items():
@@ -215,7 +247,7 @@ def state_from_canonical(specs: Mapping[str, Spec], tree: Mapping[str, Any]) -> 
             task_state_name(task, n): leaf for n, leaf in _as_stored(specs, task_moments).items()
         }
     return State(
-        from_canonical(specs, tree["parameters"]),
+        from_canonical(specs, tree["parameters"], [n for n in specs if not n.startswith(STAT)]),
         _as_stored(specs, tree["optimizer"]),
         _by_prefix(tree["buffers"], lambda part: _as_stored(specs, part)),
         moments,
@@ -226,7 +258,9 @@ def _by_prefix(
     buffers: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
     """Return `buffers` with `change` applied to those of each prefix, which it sees without the prefix."""
-    changed = {n: b for n, b in buffers.items() if not n.startswith((EMA, SUM))}
+    changed = {n: b for n, b in buffers.items() if not n.startswith((EMA, SUM, STAT))}
+    stats = {n: b for n, b in buffers.items() if n.startswith(STAT)}
+    changed |= change(stats)
     for prefix in (EMA, SUM):
         part = {n.removeprefix(prefix): b for n, b in buffers.items() if n.startswith(prefix)}
         changed |= {prefix + n: b for n, b in change(part).items()}

@@ -15,11 +15,12 @@ from jax.sharding import Mesh
 
 from mmjax.analysis import flops
 from mmjax.core.batch import Batch
-from mmjax.core.parameters import Arrays, Declaration
+from mmjax.core.parameters import COUNT, STAT, Arrays, Declaration
 from mmjax.core.sharding import batch_sharding, replicated, shard_bytes
+from mmjax.engine import buffers
 from mmjax.engine.compile import Request
 from mmjax.engine.gradient import loss_and_gradient
-from mmjax.engine.state import EMA, SUM, SUMMED, State, shardings
+from mmjax.engine.state import EMA, SUM, SUMMED, State, read_by_passes, shardings
 from mmjax.evaluators.base import Computation, device_spec, function
 from mmjax.objectives.base import Loss, row_keys
 from mmjax.optim.optimizer import Optimizer
@@ -37,7 +38,7 @@ class ModelSpec:
     """A model, and how it computes.
 
     Attributes:
-      declaration: its parameters.
+      declaration: its parameters and buffers.
       dtype: of the parameters.
       compute: dtype of the arithmetic.
       seed: of the run.
@@ -55,7 +56,7 @@ class ModelSpec:
 def loss_function(
     spec: ModelSpec, task: Task
 ) -> Callable[[Arrays, Arrays, Batch, jax.Array], Loss]:
-    """Return a function `(moved parameters, the others, batch, visit) -> loss` of a task."""
+    """Return a function `(moved parameters, the others and buffers, batch, visit) -> loss` of a task."""
 
     def loss_of(moved: Arrays, others: Arrays, batch: Batch, visit: jax.Array) -> Loss:
         model = spec.declaration.merge({**others, **moved}, spec.compute)
@@ -68,10 +69,16 @@ def train_function(
     spec: ModelSpec, task: Task, optimizer: Optimizer
 ) -> Callable[[State, Batch, StepCounters], tuple[State, Metrics]]:
     """Return a function `(state, batch, {step, visit, perhaps part}) -> (state, metrics)`: loss, gradient, update."""
-    view = optimizer.views[task.name]
+    view, declared = optimizer.views[task.name], spec.declaration.buffers
+
+    def settle(state: State, statistics: Arrays, ticks: StepCounters) -> State:
+        new = buffers.settled(state.buffers, statistics, declared, spec.seed, ticks["step"])
+        after = {**state.buffers, **new}
+        decay = optimizer.config.ema
+        return replace(state, buffers=_averaged(after, new, new, decay) if decay else after)
 
     def step(state: State, batch: Batch, ticks: StepCounters) -> tuple[State, Metrics]:
-        moved, others = _parted(state.parameters, view)
+        moved, others = _parted(state, view)
 
         def model_of(moved: Arrays) -> Any:
             return spec.declaration.merge({**others, **moved}, spec.compute)
@@ -82,13 +89,16 @@ def train_function(
         # A non-finite loss or gradient leaves everything as it was, and the host counts it. So does a batch without
         # a valid row, whose gradient of zero would else decay weights and spend momentum.
         counts = finite & ~loss.is_empty(batch.valid)
+        every, frozen = optimizer.config.accumulate, optimizer.frozen_buffers
+        statistics = buffers.checked(loss.proposals, declared, frozen, task.name, every)
         if optimizer.accumulates:
-            after, update_metrics = _accumulated(state, counts, grads, optimizer, task.name, ticks)
+            pending = _Pending(grads, statistics, counts)
+            after, update_metrics = _accumulated(
+                state, pending, optimizer, task.name, ticks, settle
+            )
         else:
             after, update_metrics = _updated(state, grads, optimizer, task.name, ticks)
-            after = _where(counts, after, state)
-        proposed = {n: jnp.where(counts, b, state.buffers[n]) for n, b in loss.buffers.items()}
-        after = replace(after, buffers={**after.buffers, **proposed})
+            after = _where(counts, settle(after, statistics, ticks), state)
         occupancy = task.objective.occupancy(model_of(moved), batch, key)
         metrics = {"loss": loss.value, **update_metrics, **loss.metrics, "finite": finite}
         metrics["valid_tokens"] = occupancy.valid
@@ -100,11 +110,13 @@ def train_function(
     return step
 
 
-def _parted(parameters: Arrays, view: UpdateScope) -> tuple[Arrays, Arrays]:
-    """Return the parameters that a step moves, and the others."""
+def _parted(state: State, view: UpdateScope) -> tuple[Arrays, Arrays]:
+    """Return the parameters that a step moves, and what else a forward pass reads."""
+    parameters = state.parameters
+    others = {n: p for n, p in parameters.items() if n not in view.trains}
     return (
         {n: p for n, p in parameters.items() if n in view.trains},
-        {n: p for n, p in parameters.items() if n not in view.trains},
+        {**others, **read_by_passes(state)},
     )
 
 
@@ -121,43 +133,88 @@ def _updated(
     else:
         updated = optimizer.update(grads, state.optimizer, state.parameters, rate)
         after = replace(state, optimizer=updated.optimizer)
-    buffers = state.buffers
+    averages = state.buffers
     if optimizer.config.ema:
-        buffers = _averaged(buffers, updated.parameters, grads, optimizer.config.ema)
-    return replace(after, parameters=updated.parameters, buffers=buffers), updated.metrics
+        averages = _averaged(averages, updated.parameters, grads, optimizer.config.ema)
+    return replace(after, parameters=updated.parameters, buffers=averages), updated.metrics
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step's part of a round of several.
+
+    Attributes:
+      grads: the gradient of its loss.
+      statistics: what its loss proposes to buffers, by `stat/NAME/STATISTIC`.
+      counts: whether the step is part of its round. The mean is over those that are; without any, nothing moves.
+    """
+
+    grads: Arrays
+    statistics: Arrays
+    counts: jax.Array
 
 
 def _accumulated(
     state: State,
-    counts: jax.Array,
-    grads: Arrays,
+    pending: _Pending,
     optimizer: Optimizer,
     task: str,
     ticks: StepCounters,
+    settle: Callable[[State, Arrays, StepCounters], State],
 ) -> tuple[State, Metrics]:
-    """Add the gradient to the sums; in the last step of a round, or of the run, update with their mean.
-
-    Args:
-      counts: whether the step is part of its round. The mean is over those that are; without any, nothing moves.
-    """
+    """Add gradient and statistics to the sums; in the last step of a round, or of the run, update with them."""
+    grads, counts = pending.grads, pending.counts
     sums = {n: state.buffers[SUM + n] + jnp.where(counts, g, 0) for n, g in grads.items()}
     sums = {n: state.buffers[SUM + n] for n in optimizer.accumulates} | sums
     steps = state.buffers[SUMMED] + counts.astype(jnp.int32)
+    stats = buffers.added(_summed_statistics(state), pending.statistics, counts)
 
     def holding(after: State, sums: Arrays, steps: jax.Array) -> State:
-        buffers = {**after.buffers, **{SUM + n: s for n, s in sums.items()}, SUMMED: steps}
-        return replace(after, buffers=buffers)
+        buffers_after = {**after.buffers, **{SUM + n: s for n, s in sums.items()}, SUMMED: steps}
+        return replace(after, buffers=buffers_after)
 
     def update() -> State:
         some = jnp.maximum(steps, 1)
         means = {n: s / some.astype(s.dtype) for n, s in sums.items() if n in grads}
         after, _ = _updated(state, means, optimizer, task, ticks)
+        after = _settled_round(after, stats, optimizer.frozen_buffers, ticks, settle)
         after = _where((steps > 0) & jnp.isfinite(_norm(means)), after, state)
-        return holding(after, jax.tree.map(jnp.zeros_like, sums), jnp.zeros_like(steps))
+        return holding(after, jax.tree.map(jnp.zeros_like, sums | stats), jnp.zeros_like(steps))
 
     is_last = ((ticks["step"] + 1) % optimizer.config.accumulate == 0) | (ticks["last"] > 0)
-    after: State = jax.lax.cond(is_last, update, lambda: holding(state, sums, steps))
+    after: State = jax.lax.cond(is_last, update, lambda: holding(state, sums | stats, steps))
     return after, {"grad_norm": _norm(grads), "learning_rate": optimizer.rate(task, ticks)}
+
+
+def _summed_statistics(state: State) -> Arrays:
+    """Return the sums of a round's statistics so far, by `stat/NAME/STATISTIC`."""
+    prefix = SUM + STAT
+    return {n.removeprefix(SUM): b for n, b in state.buffers.items() if n.startswith(prefix)}
+
+
+def _settled_round(
+    state: State,
+    sums: Arrays,
+    frozen: frozenset[str],
+    ticks: StepCounters,
+    settle: Callable[[State, Arrays, StepCounters], State],
+) -> State:
+    """Return the state with each buffer settled to which a step of the round has proposed."""
+    names = {n.rpartition("/")[0] for n in sums}
+    live = {n for n in names if n.removeprefix(STAT) not in frozen}
+    chosen = {n: x for n, x in sums.items() if n.rpartition("/")[0] in live}
+    after = settle(state, chosen, ticks)
+    buffers_after = dict(after.buffers)
+    for name in sorted(live):
+        steps = sums[f"{name}/{COUNT}"]
+        for full in (name, EMA + name):
+            if full in buffers_after:
+                ones = (1,) * (buffers_after[full].ndim - steps.ndim)
+                is_settled = (steps > 0).reshape(steps.shape + ones)
+                buffers_after[full] = jnp.where(
+                    is_settled, buffers_after[full], state.buffers[full]
+                )
+    return replace(after, buffers=buffers_after)
 
 
 def _norm(grads: Arrays) -> jax.Array:
@@ -191,7 +248,7 @@ def train_request(
     ticks = {n: _tick(mesh, float if n == "scale" else np.int32) for n in names}
 
     def count() -> int:
-        moved, others = _parted(state.parameters, view)
+        moved, others = _parted(state, view)
         return flops.train_flops(
             lambda *arguments: loss_of(*arguments).value, moved, others, batch, ticks["visit"]
         )
@@ -215,7 +272,8 @@ def positions(task: Task, declaration: Declaration, batch: Batch) -> int:
         model = declaration.merge(parameters, jnp.float32)
         return task.objective.occupancy(model, batch, jax.random.key(0))
 
-    shapes = jax.eval_shape(occupancy, declaration.shapes(jnp.float32), batch)
+    arrays = {**declaration.shapes(jnp.float32), **declaration.buffer_shapes(jnp.float32)}
+    shapes = jax.eval_shape(occupancy, arrays, batch)
     return int(shapes.positions)
 
 
@@ -230,8 +288,9 @@ def reach_of(spec: ModelSpec, task: Task) -> Reach:
     """Return what the gradient of a task's loss reaches."""
     loss_of = loss_function(spec, task)
     parameters, batch = spec.declaration.shapes(spec.dtype), task.rows().batch(task.batch)
+    beside = spec.declaration.buffer_shapes(spec.dtype)
     visit = jax.ShapeDtypeStruct((), np.int32)
-    return reach(lambda p, *others: loss_of(p, {}, *others).value, parameters, batch, visit)
+    return reach(lambda p, *others: loss_of(p, *others).value, parameters, beside, batch, visit)
 
 
 def eval_request(
@@ -242,7 +301,10 @@ def eval_request(
     parameters: Arrays,
     mesh: Mesh,
 ) -> Request:
-    """Return the program of evaluation passes, `(parameters, batch, {batch}) -> outputs`, whole on every process."""
+    """Return the program of evaluation passes, `(parameters, batch, {batch}) -> outputs`, whole on every process.
+
+    With the parameters come the buffers, see `mmjax.engine.state.evaluated`.
+    """
     outputs_of = function(task, computation)
 
     def run(parameters: Arrays, batch: Batch, ticks: StepCounters) -> dict[str, jax.Array]:

@@ -18,7 +18,7 @@ from etils import epath
 from mmjax.core.config import FREE
 from mmjax.core.errors import UserError
 from mmjax.core.files import read_bytes, replace_file
-from mmjax.core.parameters import Spec
+from mmjax.core.parameters import STAT, Spec
 from mmjax.core.workdir import PINNED
 from mmjax.engine import checkpoint, processes
 from mmjax.engine.state import EMA
@@ -149,7 +149,7 @@ def warm_start(
     log: Callable[[str], None],
     step: int | None = None,
 ) -> Values:
-    """Return the parameters to begin with, by canonical name, each in its shape here; log what matched.
+    """Return parameters and buffers to begin with, by canonical name, each in its shape here; log what matched.
 
     A table of positions with other buckets is resampled. A dense layer's MLP initialises every expert that takes its
     place (sparse upcycling, Komatsuzaki et al. 2023); its router is in no dense run, so `skip` must name it. If the
@@ -427,21 +427,26 @@ def _open_run(path: epath.Path, average: bool, step: int | None) -> Source:
     if not steps:
         raise UserError(f"init_from.path: '{path}' holds no checkpoint.")
     chosen = steps[0] if step is None else step
-    part, prefix = ("buffers", EMA) if average else ("parameters", "")
-    shapes = {
-        name.removeprefix(prefix): leaf
-        for name, leaf in checkpoint.read_shapes(path, chosen).get(part, {}).items()
-        if name.startswith(prefix)
+    saved = checkpoint.read_shapes(path, chosen)
+    # Name here -> part and name there: averaged parameters go with averaged buffers.
+    places = {
+        name.removeprefix(EMA): ("buffers", name)
+        for name in saved.get("buffers", {})
+        if name.startswith(EMA if average else STAT)
     }
+    if not average:
+        places |= {name: ("parameters", name) for name in saved["parameters"]}
+    shapes = {name: saved[part][there] for name, (part, there) in places.items()}
     if not shapes:
         raise UserError(f"init_from.average: the run in '{path}' keeps no averages.")
 
     def read(names: Iterable[str]) -> Values:
-        abstract = {
-            prefix + name: jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype)
-            for name in names
-        }
-        values = checkpoint.read_state(path, chosen, {part: abstract})[part]
-        return {name.removeprefix(prefix): np.asarray(value) for name, value in values.items()}
+        abstract: dict[str, dict[str, Any]] = {"parameters": {}, "buffers": {}}
+        for name in (names := list(names)):
+            part, there = places[name]
+            leaf = jax.ShapeDtypeStruct(shapes[name].shape, shapes[name].dtype)
+            abstract[part][there] = leaf
+        values = checkpoint.read_state(path, chosen, abstract)
+        return {name: np.asarray(values[places[name][0]][places[name][1]]) for name in names}
 
     return Source({n: Entry(s.shape, str(s.dtype), s.dtype) for n, s in shapes.items()}, read)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field, replace
 from functools import reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from mmjax.core.errors import UserError
+from mmjax.core.parameters import Rows
 from mmjax.nn.masks import FULL, Mask, Pairs, code
 
 
@@ -183,14 +186,14 @@ class Aux:
     Attributes:
       loss: auxiliary loss to add, float32 scalar.
       statistics: name -> (sum, count), float32 scalars, reported as sum / count.
-      buffers: proposed new values of buffers, applied by the step.
+      proposals: statistics of buffers, by `Buffer.propose`; the step settles them.
       usage: modality -> how many of its tokens each expert has, float32 `[E]`, in a block; outside of the layers,
         by layer and modality, `"006 image"`.
     """
 
     loss: jax.Array
     statistics: dict[str, tuple[jax.Array, jax.Array]] = field(default_factory=dict)
-    buffers: dict[str, jax.Array] = field(default_factory=dict)
+    proposals: dict[str, Any] = field(default_factory=dict)
     usage: dict[str, jax.Array] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, jax.Array]:
@@ -205,7 +208,7 @@ def no_aux() -> Aux:
 
 
 def add_up(auxes: Sequence[Aux]) -> Aux:
-    """Add losses, statistics and usage; join buffers (their names differ)."""
+    """Add losses, statistics, usage and proposals."""
     total = Aux(loss=sum((a.loss for a in auxes[1:]), auxes[0].loss))
     for aux in auxes:
         for name, (value, count) in aux.statistics.items():
@@ -213,5 +216,25 @@ def add_up(auxes: Sequence[Aux]) -> Aux:
             total.statistics[name] = (before[0] + value, before[1] + count)
         for name, value in aux.usage.items():
             total.usage[name] = total.usage.get(name, jnp.zeros_like(value)) + value
-        total.buffers.update(aux.buffers)
+    return replace(total, proposals=add_proposals([aux.proposals for aux in auxes]))
+
+
+def add_proposals(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Add the statistics of each buffer.
+
+    Raises:
+      UserError: a second proposal to a buffer that takes the rows of one.
+    """
+    total: dict[str, Any] = {}
+    for proposals in parts:
+        for name, statistics in proposals.items():
+            if name not in total:
+                total[name] = statistics
+            elif isinstance(statistics, Rows):
+                raise UserError(
+                    f"buffer '{name}' is replaced by the rows of one proposal, and this step makes a second one. "
+                    "Propose once, or declare it with statistics that add up."
+                )
+            else:
+                total[name] = jax.tree.map(jnp.add, total[name], statistics)
     return total

@@ -81,7 +81,7 @@ class Group(nnx.Module):
         )
 
     def _summed(self, aux: Aux, offset: int) -> Aux:
-        """Return a block's auxiliary outputs over all repeats: added up, but for the usage of each layer."""
+        """Return a block's auxiliary outputs over all repeats: added up, but for usage and proposals of each layer."""
         total: Aux = jax.tree.map(lambda x: x.sum(axis=0), aux)
         layers = [self.first + i * len(self.blocks) + offset for i in range(self.repeat)]
         usage = {
@@ -89,7 +89,7 @@ class Group(nnx.Module):
             for i, layer in enumerate(layers)
             for name, x in aux.usage.items()
         }
-        return replace(total, usage=usage)
+        return replace(total, usage=usage, proposals=aux.proposals)
 
     def init_cache(self, stream: Stream, slots: int) -> Any:
         """Return the caches of each block, stacked over the repeats, see `Trunk.init_cache`."""

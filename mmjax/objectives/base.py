@@ -20,7 +20,7 @@ from mmjax.core.errors import UserError
 from mmjax.generation.spans import Span
 from mmjax.modalities.base import EXISTS, Input
 from mmjax.model import Model
-from mmjax.nn.stream import Aux
+from mmjax.nn.stream import Aux, add_proposals
 from mmjax.sources.base import Example
 
 C = TypeVar("C")
@@ -63,7 +63,7 @@ class Loss:
     Attributes:
       value: the loss, a float32 scalar (auxiliary losses added).
       metrics: further scalars to report, float32.
-      buffers: proposed new values of buffers.
+      proposals: statistics of buffers, those of its `Aux` among them (see `Buffer.propose`).
       count: how many terms `value` is a mean of, a scalar; None for the valid rows. It weights micro-batches and
         batches of an evaluation: a mean over valid tokens gives their number.
       parts: the means that `value` is a sum of, where it is no single mean over `count` terms: by the metric that holds
@@ -73,7 +73,7 @@ class Loss:
 
     value: jax.Array
     metrics: dict[str, jax.Array] = field(default_factory=dict)
-    buffers: dict[str, jax.Array] = field(default_factory=dict)
+    proposals: dict[str, Any] = field(default_factory=dict)
     count: jax.Array | None = None
     parts: dict[str, Part] = field(default_factory=dict)
 
@@ -314,10 +314,10 @@ class Coupled(Objective):
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         represented = self.represent(model, batch, key)
         loss = self.compare(model, represented.rows, batch)
-        buffers = {**represented.aux.buffers, **loss.buffers}
+        proposals = add_proposals([represented.aux.proposals, loss.proposals])
         metrics = {**loss.metrics, **represented.aux.metrics()}
         return replace(
-            loss, value=loss.value + represented.aux.loss, metrics=metrics, buffers=buffers
+            loss, value=loss.value + represented.aux.loss, metrics=metrics, proposals=proposals
         )
 
 

@@ -104,7 +104,7 @@ class Classification(Objective, Classifies):
             # What equal logits cost, with any smoothing.
             "baseline": jnp.asarray(math.log(self.classes), value.dtype),
         }
-        return Loss(value + aux.loss, {**metrics, **aux.metrics()}, aux.buffers)
+        return Loss(value + aux.loss, {**metrics, **aux.metrics()}, aux.proposals)
 
 
 def is_right(logits_BC: jax.Array, label_B: jax.Array) -> jax.Array:

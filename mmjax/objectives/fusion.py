@@ -129,7 +129,7 @@ class Fusion(Classification):
         return Loss(
             value + aux.loss,
             {f"loss_{name}": x for name, x in losses.items()} | aux.metrics(),
-            aux.buffers,
+            aux.proposals,
         )
 
 

@@ -128,7 +128,7 @@ class MaskedImage(Objective, Shows):
         # What predicting each patch's mean would cost: below 1 where patches are blank.
         metrics = {"baseline": masked_error(jnp.zeros_like(target_BSP), target_BSP, hidden_BS)}
         total = add_up([aux, aux_decoder])
-        return Loss(value + total.loss, {**metrics, **total.metrics()}, total.buffers)
+        return Loss(value + total.loss, {**metrics, **total.metrics()}, total.proposals)
 
     def shows(self) -> tuple[str, ...]:
         return (

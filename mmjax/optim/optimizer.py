@@ -7,6 +7,7 @@ if its layers stood apart.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -50,6 +51,7 @@ class Optimizer:
         length: Callable[[str], int],
         views: Mapping[str, UpdateScope],
         common: frozenset[str] | None = None,
+        buffers: Mapping[str, Spec] = MappingProxyType({}),
     ):
         """Make an optimizer of the parameters in `specs`.
 
@@ -57,13 +59,15 @@ class Optimizer:
           length: of the run for a task, in `config.unit`.
           views: of the tasks.
           common: the parameters of whose state tasks have one in common; those that a view moves, if None.
+          buffers: the model's, which rules may freeze.
         """
         if config.unit not in UNITS:
             raise UserError(f"optimizer.unit: no '{config.unit}'.{nearest(config.unit, UNITS)}")
         learning_rate(config, 1)  # raises now what is wrong with it
         self.config, self.specs, self.views = config, specs, views
         self._length = length
-        self._rules = apply_rules(config.rules, specs)
+        self._rules = apply_rules(config.rules, {**specs, **buffers})
+        self.frozen_buffers = frozenset(n for n in buffers if self._rules[n].frozen)
         self._leaves = {n: config.algorithm.transform(spec) for n, spec in specs.items()}
         self._common = shared_parameters(views) if common is None else common
 

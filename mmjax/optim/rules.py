@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from types import MappingProxyType
 
 import numpy as np
 
 from mmjax.core.bounds import AMOUNT, check
 from mmjax.core.errors import UserError
-from mmjax.core.parameters import Spec
+from mmjax.core.parameters import BufferSpec, Spec
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,15 @@ class Ruled:
 
 
 def apply_rules(rules: Sequence[RuleConfig], specs: Mapping[str, Spec]) -> dict[str, Ruled]:
-    """Return the settings of each parameter.
+    """Return the settings of each parameter; of buffers among `specs`, which a rule may freeze, as well.
 
     Raises:
       UserError: a pattern that is no regular expression or matches nothing; a group frozen in part.
     """
-    names = [c for spec in specs.values() for c in spec.canonical]
-    matched = [matches(r.match, names, f"optimizer.rules[{i}].match") for i, r in enumerate(rules)]
+    matched = [
+        matches(r.match, _matchable(r, specs), f"optimizer.rules[{i}].match")
+        for i, r in enumerate(rules)
+    ]
     result = {}
     for name, spec in specs.items():
         per_layer = [
@@ -78,9 +81,20 @@ def apply_rules(rules: Sequence[RuleConfig], specs: Mapping[str, Spec]) -> dict[
     return result
 
 
-def trained(rules: Sequence[RuleConfig], specs: Mapping[str, Spec]) -> frozenset[str]:
+def _matchable(rule: RuleConfig, specs: Mapping[str, Spec]) -> list[str]:
+    """Return the canonical names that a rule may match: those of buffers only where it freezes."""
+    chosen = [s for s in specs.values() if rule.freeze is not None or not isinstance(s, BufferSpec)]
+    return [name for spec in chosen for name in spec.canonical]
+
+
+def trained(
+    rules: Sequence[RuleConfig],
+    specs: Mapping[str, Spec],
+    buffers: Mapping[str, Spec] = MappingProxyType({}),
+) -> frozenset[str]:
     """Return the parameters that no rule freezes."""
-    return frozenset(n for n, rule in apply_rules(rules, specs).items() if not rule.frozen)
+    ruled = apply_rules(rules, {**specs, **buffers})
+    return frozenset(name for name in specs if not ruled[name].frozen)
 
 
 def matches(pattern: str, names: Iterable[str], where: str) -> frozenset[str]:

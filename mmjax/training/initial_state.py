@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mmjax.core.parameters import STAT
 from mmjax.engine.checkpoint import Restored
 from mmjax.engine.state import (
     EMA,
@@ -58,7 +59,7 @@ def initial_state(experiment: Experiment, mesh: Mesh, start: Restored | Fresh) -
     if isinstance(start, Fresh):
         function = partial(_initialised, experiment)
     elif _is_whole(experiment, mesh, arrays):
-        function = partial(state_from_canonical, experiment.declaration.specs)
+        function = partial(state_from_canonical, experiment.declaration.stored)
     else:
         function = partial(_completed, experiment, start.step)
     return jax.jit(function, out_shardings=shardings(experiment.abstract_state(mesh)))(arrays)
@@ -78,13 +79,14 @@ def _initialised(experiment: Experiment, parameters: Any = None) -> State:
 
 def _completed(experiment: Experiment, step: int, stored: Any) -> State:
     """Return the stored state of `step`, and what it lacks as it is at the beginning of a run."""
-    specs = experiment.declaration.specs
+    specs = experiment.declaration.stored
     tree = state_to_canonical(specs, _initialised(experiment))
     whole = {part: {**tree[part], **stored.get(part, {})} for part in tree}
     # An average that is new begins at what it averages.
     for name in whole["buffers"].keys() - stored.get("buffers", {}).keys():
         if name.startswith(EMA):
-            average = whole["parameters"][name.removeprefix(EMA)]
+            part = "buffers" if name.startswith(EMA + STAT) else "parameters"
+            average = whole[part][name.removeprefix(EMA)]
             whole["buffers"][name] = average.astype(whole["buffers"][name].dtype)
     # Earlier versions did not count the steps of a round; what was skipped counted as one.
     if SUMMED in whole["buffers"] and SUMMED not in stored.get("buffers", {}):
@@ -95,7 +97,7 @@ def _completed(experiment: Experiment, step: int, stored: Any) -> State:
 def canonical_shapes(experiment: Experiment, mesh: Mesh) -> Any:
     """Return the shapes of the canonical state, each with the sharding of its (stacked) parameter."""
     abstract = experiment.abstract_state(mesh)
-    specs = experiment.declaration.specs
+    specs = experiment.declaration.stored
     shapes = jax.eval_shape(lambda s: state_to_canonical(specs, s), abstract)
     return jax.tree.map(
         lambda shape, p: jax.ShapeDtypeStruct(
@@ -109,7 +111,7 @@ def canonical_shapes(experiment: Experiment, mesh: Mesh) -> Any:
 def _placed(experiment: Experiment, mesh: Mesh) -> Any:
     """Return a `_Placed` for each array of the canonical state; nothing is traced."""
     abstract = experiment.abstract_state(mesh)
-    return state_to_canonical(experiment.declaration.specs, jax.tree.map(_Placed, abstract))
+    return state_to_canonical(experiment.declaration.stored, jax.tree.map(_Placed, abstract))
 
 
 @dataclass(frozen=True)

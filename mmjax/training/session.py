@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from mmjax.core import config as configs
 from mmjax.core.errors import UserError
 from mmjax.core.files import replace_file
-from mmjax.core.parameters import Arrays
+from mmjax.core.parameters import STAT, Arrays
 from mmjax.core.workdir import METRICS, REPORT, RESULTS
 from mmjax.data import order
 from mmjax.engine import checkpoint, processes
@@ -33,7 +33,7 @@ from mmjax.engine.state import (
     shardings,
     state_to_canonical,
 )
-from mmjax.engine.warm_start import check_files, pin, pinned, warm_start
+from mmjax.engine.warm_start import check_files, grouped, pin, pinned, warm_start
 from mmjax.experiment import Experiment
 from mmjax.modalities.base import asset_name
 from mmjax.monitor import metrics
@@ -104,7 +104,7 @@ class Session:
 
     @cached_property
     def _to_canonical(self) -> Callable[[State], Any]:
-        specs = self.experiment.declaration.specs
+        specs = self.experiment.declaration.stored
         out = shardings(canonical_shapes(self.experiment, self.mesh))
         abstract = self.experiment.abstract_state(self.mesh)
         return compile_silently(lambda s: state_to_canonical(specs, s), abstract, out, self.mesh)
@@ -118,7 +118,7 @@ class Session:
         return self._to_canonical(state)
 
     def evaluated(self, state: State) -> Arrays:
-        """Return the parameters that evaluation uses."""
+        """Return the parameters and buffers that evaluation uses."""
         return evaluated(state)
 
     def meta(self, clock: Clock) -> dict[str, Any]:
@@ -165,6 +165,7 @@ def begin(
     else:
         clock = _clock(experiment, restored)
         _check_parameters(experiment, restored)
+        _check_buffers(here, restored, allow_change, log)
         _announce(workdir, restored, log)
     start = restored or _fresh(here, allow_change, log)
     if processes.is_first():
@@ -198,7 +199,7 @@ def _candidate(
 
 def _fresh(here: Here, allow_change: bool, log: Callable[[str], None]) -> Fresh:
     """Return the beginning at step 0, with the parameters that `init_from` names."""
-    config, specs = here.experiment.run.init_from, here.experiment.declaration.specs
+    config, specs = here.experiment.run.init_from, here.experiment.declaration.read
     step = pin(config, here.workdir, log, allow_change)
     parameters = warm_start(config, specs, log, step)
     check_files(config, step, specs, parameters, here.identities)
@@ -252,7 +253,7 @@ def reopen(
 
     if step is None:
         clock = replace(fresh_clock(experiment), schedule=schedule)
-        config, specs = experiment.run.init_from, experiment.declaration.specs
+        config, specs = experiment.run.init_from, experiment.declaration.read
         start = Fresh(warm_start(config, specs, lambda _: None, pinned(workdir).get("step")))
         return Session(experiment, workdir, mesh, clock, data, now, start)
     abstract, may_be_new = canonical_shapes(experiment, mesh), _may_be_new(experiment)
@@ -363,8 +364,8 @@ def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]
     """
 
     def test(name: str, meta: dict[str, Any]) -> bool:
-        if name == SUMMED:
-            return True
+        if name == SUMMED or parameter_of(name).startswith(STAT):
+            return True  # of buffers, see `_check_buffers`
         changed = _movers(meta["config"]) != _movers(experiment.block)
         is_new_average = name.startswith(EMA) and not meta["config"].get("optimizer", {}).get("ema")
         return changed or is_new_average or _is_new_head(name, meta)
@@ -374,7 +375,7 @@ def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]
 
 def _is_new_head(name: str, meta: dict[str, Any]) -> bool:
     old = {(t["objective"].get("head") or n) for n, t in meta["config"]["tasks"].items()}
-    parts = parameter_of(name).split("/")
+    parts = parameter_of(name).removeprefix(STAT).split("/")
     return parts[0] == "heads" and parts[1] not in old
 
 
@@ -399,6 +400,34 @@ def _check_parameters(experiment: Experiment, restored: Restored) -> None:
         for name in spec.canonical:
             if name not in parameters and not _is_new_head(name, restored.meta):
                 raise UserError(f"Checkpoint {restored.step} holds no parameter '{name}'.")
+
+
+def _check_buffers(
+    here: Here, restored: Restored, allow_change: bool, log: Callable[[str], None]
+) -> None:
+    """Compare the buffers of a checkpoint with those of the model; heads of new tasks bring theirs.
+
+    Raises:
+      UserError: one is new or has vanished, and `allow_change` is False; otherwise it is logged.
+    """
+    saved = checkpoint.read_shapes(here.workdir, restored.step).get("buffers", {})
+    before = {name for name in saved if name.startswith(STAT)}
+    specs = here.experiment.declaration.read
+    now = {c for n, s in specs.items() if n.startswith(STAT) for c in s.canonical}
+    new = [n for n in sorted(now - before) if not _is_new_head(n, restored.meta)]
+    gone = [
+        n for n in sorted(before - now) if not _is_new_head(n, {"config": here.experiment.block})
+    ]
+    changes = [f"has no {group}, which starts as its module declares it" for group in grouped(new)]
+    changes += [
+        f"holds {group}, which nothing in the config declares now; it is dropped"
+        for group in grouped(gone)
+    ]
+    for change in changes:
+        text = f"Checkpoint {restored.step} {change}."
+        if not allow_change:
+            raise UserError(f"{text} Add --allow_change to accept this, or use another --workdir.")
+        log(text)
 
 
 def clock_after(

@@ -41,7 +41,7 @@ def error(name: str, **keys: Any) -> str:
 
 
 def test_every_block_is_tried_here() -> None:
-    assert {n for n in configs.names("blocks") if n != "toy"} == set(BLOCKS)
+    assert {n for n in configs.names("blocks") if not n.startswith("toy")} == set(BLOCKS)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

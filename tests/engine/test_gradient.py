@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from toyrun import host, parts
 
 from mmjax.core.batch import Batch
 from mmjax.core.errors import UserError
+from mmjax.core.parameters import Rows
 from mmjax.engine.compile import LimitsConfig, compile_all
 from mmjax.engine.gradient import loss_and_gradient
 from mmjax.engine.requests import train_requests
@@ -234,17 +235,38 @@ def test_masks_differ_by_visit(cases: Cases) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Buffered(Means):
+class Replaced(Means):
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
-        return replace(super().__call__(model, batch, key), buffers={"code": jnp.zeros(3)})
+        rows = {"code": Rows({"id": batch.valid})}
+        return replace(super().__call__(model, batch, key), proposals=rows)
 
 
-def test_buffers_need_the_whole_batch(cases: Cases) -> None:
+def test_rows_of_the_whole_batch_are_refused_in_parts(cases: Cases) -> None:
     inner = cases.experiment.tasks["concepts"].objective
-    buffered, arguments = Buffered(head="concepts", inner=inner), cases.arguments("concepts")
-    with pytest.raises(UserError, match=r"tasks\.concepts\.microbatches.*buffers \(code\)"):
-        jax.eval_shape(cases.function("concepts", 2, buffered), *arguments)
-    jax.eval_shape(cases.function("concepts", 1, buffered), *arguments)
+    replaced, arguments = Replaced(head="concepts", inner=inner), cases.arguments("concepts")
+    with pytest.raises(UserError, match=r"tasks\.concepts\.microbatches.*buffer 'code'"):
+        jax.eval_shape(cases.function("concepts", 2, replaced), *arguments)
+    jax.eval_shape(cases.function("concepts", 1, replaced), *arguments)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_coupled_loss_proposes_once_whatever_the_parts(cases: Cases, count: int) -> None:
+    """`represent` runs twice on each part; its statistics count once, and add to those of `compare`."""
+    objective: Any = cases.experiment.tasks["concepts"].objective
+
+    class Proposing(type(objective)):  # type: ignore[misc]
+        def represent(self, model: Model, batch: Batch, key: jax.Array) -> Any:
+            result = super().represent(model, batch, key)
+            proposals = {"seen": {"count": batch.valid.sum().astype(float)}}
+            return replace(result, aux=replace(result.aux, proposals=proposals))
+
+        def compare(self, model: Model, rows: Any, batch: Batch) -> Loss:
+            proposals = {"seen": {"count": jnp.asarray(100.0)}}
+            return replace(super().compare(model, rows, batch), proposals=proposals)
+
+    keys = {f.name: getattr(objective, f.name) for f in fields(objective)}
+    loss, _ = cases("concepts", count, objective=Proposing(**keys))
+    assert loss.proposals == {"seen": {"count": 100 + VALID.sum()}}
 
 
 def test_a_coupled_objective_has_two_parts_and_its_whole_is_their_sum(cases: Cases) -> None:

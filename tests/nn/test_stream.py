@@ -99,7 +99,7 @@ def test_layout_is_static_and_arrays_are_traced() -> None:
 def test_no_aux_is_zero() -> None:
     aux = no_aux()
     assert aux.loss.dtype == jnp.float32 and aux.loss.shape == () and float(aux.loss) == 0
-    assert aux.statistics == {} and aux.buffers == {}
+    assert aux.statistics == {} and aux.proposals == {}
 
 
 def test_a_masks_attributes_are_those_of_the_layout_and_its_own() -> None:

@@ -193,9 +193,9 @@ def test_aux_adds_up_over_layers_and_groups(x64: None, noisy: dict[str, Any]) ->
 def test_add_up_joins_statistics_that_not_every_block_has() -> None:
     pair = (jnp.float32(2), jnp.float32(4))
     one = Aux(jnp.float32(1), {"a": pair}, {"x": jnp.float32(8)})
-    two = Aux(jnp.float32(5), {"a": pair, "b": pair}, {"y": jnp.float32(9)})
+    two = Aux(jnp.float32(5), {"a": pair, "b": pair}, {"x": jnp.float32(1), "y": jnp.float32(9)})
     total = add_up([one, two])
-    assert total.loss == 6 and total.buffers == {"x": 8, "y": 9}
+    assert total.loss == 6 and total.proposals == {"x": 9, "y": 9}
     assert total.statistics == {"a": (4, 8), "b": (2, 4)}
     assert one.statistics == {"a": pair}, "the parts stay as they are"
 

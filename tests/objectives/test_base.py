@@ -141,7 +141,7 @@ def test_a_loss_is_empty_where_none_of_its_means_has_a_term() -> None:
 
 def test_a_coupled_loss_adds_what_the_trunk_adds() -> None:
     class Aux:
-        loss, buffers = jnp.float32(0.25), {"counts": jnp.int32(5)}
+        loss, proposals = jnp.float32(0.25), {"counts": jnp.int32(5)}
 
         def metrics(self) -> dict[str, jax.Array]:
             return {"balance": jnp.float32(0.25)}
@@ -154,12 +154,14 @@ def test_a_coupled_loss_adds_what_the_trunk_adds() -> None:
             return Represented(batch["x"] * model, Aux())  # type: ignore[arg-type]
 
         def compare(self, model: Any, rows: Any, batch: Any) -> Loss:
-            return Loss(rows.sum(), {"largest": rows.max()}, {"scale": jnp.int32(1)})
+            return Loss(
+                rows.sum(), {"largest": rows.max()}, {"scale": jnp.int32(1), "counts": jnp.int32(2)}
+            )
 
     loss = Compared()(2.0, {"x": jnp.asarray([1.0, 3.0])}, jax.random.key(0))  # type: ignore[arg-type]
     assert float(loss.value) == 8.25
     assert {n: float(v) for n, v in loss.metrics.items()} == {"largest": 6.0, "balance": 0.25}
-    assert {n: int(v) for n, v in loss.buffers.items()} == {"scale": 1, "counts": 5}
+    assert {n: int(v) for n, v in loss.proposals.items()} == {"scale": 1, "counts": 7}
 
 
 # --- rows ---------------------------------------------------------------------------------------

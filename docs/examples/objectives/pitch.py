@@ -53,7 +53,9 @@ class Pitch(Objective, Embeds):
         pooled_BD, aux = self.pooled(model, batch.inputs["tone"], key)
         guess_B = model.heads[self.head]["out"](pooled_BD)[:, 0] * self.most
         error_B = jnp.where(batch.valid, jnp.square(guess_B - batch.fields["pitch"]), 0)
-        return Loss(error_B.sum() / jnp.maximum(batch.valid.sum(), 1) + aux.loss)
+        return Loss(
+            error_B.sum() / jnp.maximum(batch.valid.sum(), 1) + aux.loss, proposals=aux.proposals
+        )
 
     def embeds(self) -> tuple[str, ...]:
         return ("tone",)

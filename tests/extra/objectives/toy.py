@@ -55,7 +55,7 @@ class Toy(Objective):
         edge = jnp.sqrt(jnp.where(bad, 0 * predicted_B.sum(), 1.0))
         value = value + edge - jax.lax.stop_gradient(edge)
         baseline = jnp.float32(6)  # mean of the squared labels
-        return Loss(value + aux.loss, {"baseline": baseline})
+        return Loss(value + aux.loss, {"baseline": baseline})  # without proposals of buffers
 
     def _holds(self, batch: Batch, ids: tuple[int, ...]) -> jax.Array:
         held = [((batch.fields["id"] == i) & batch.valid).any() for i in ids]
