@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mmjax.engine import checkpoint
 from mmjax.engine.state import EMA, SUM, SUMMED, State, state_from_canonical, state_to_canonical
 from mmjax.engine.steps import ModelSpec, loss_function, train_function
 from mmjax.experiment import Experiment
+from mmjax.optim.optimizer import Optimizer
 
 WORDS = ("optimizer.accumulate=3", "dtype.parameters=float64", "dtype.compute=float64")
 ORDER = ("one", "two", "one")  # by the shares 2 and 1
@@ -158,6 +160,30 @@ def test_the_round_that_the_end_of_the_run_cuts_short_is_applied(unclipped: Roun
         np.testing.assert_allclose(state.parameters[name], expected, rtol=1e-10, atol=1e-12)
         np.testing.assert_array_equal(state.buffers[SUM + name], np.zeros_like(old))
     assert int(state.buffers[SUMMED]) == 0
+
+
+class Ordered(frozenset[str]):
+    """A set that comes in the order of its names, or backwards."""
+
+    backwards = False
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(super().__iter__(), reverse=self.backwards))
+
+
+def test_the_program_does_not_depend_on_the_order_of_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process hashes strings by a seed of its own, and all must compile one program."""
+    parts = toyrun.parts(*WORDS)
+    experiment, batch = parts.experiment, batches(parts)[0]
+    names, texts = Ordered(experiment.optimizers.whole.accumulates), []
+    for backwards in (False, True):
+        monkeypatch.setattr(Ordered, "backwards", backwards)
+        monkeypatch.setattr(Optimizer, "accumulates", names)
+        function = train_function(
+            spec(experiment), experiment.tasks["one"], experiment.optimizers.whole
+        )
+        texts.append(jax.jit(function).lower(parts.state, batch, ticks(0)).as_text())
+    assert texts[0] == texts[1]
 
 
 def test_a_run_says_which_step_is_its_last() -> None:

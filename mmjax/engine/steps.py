@@ -165,7 +165,7 @@ def _accumulated(
     """Add gradient and statistics to the sums; in the last step of a round, or of the run, update with them."""
     grads, counts = pending.grads, pending.counts
     sums = {n: state.buffers[SUM + n] + jnp.where(counts, g, 0) for n, g in grads.items()}
-    sums = {n: state.buffers[SUM + n] for n in optimizer.accumulates} | sums
+    sums = {n: state.buffers[SUM + n] for n in sorted(optimizer.accumulates)} | sums
     steps = state.buffers[SUMMED] + counts.astype(jnp.int32)
     stats = buffers.added(_summed_statistics(state), pending.statistics, counts)
 
