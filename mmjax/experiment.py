@@ -20,6 +20,7 @@ from mmjax.engine.optimizers import Optimizers
 from mmjax.engine.requests import pass_key, train_requests
 from mmjax.engine.state import State, abstract_state, compute_dtype
 from mmjax.engine.steps import ModelSpec, positions
+from mmjax.engine.teachers import Teacher, make_teachers
 from mmjax.evaluators.base import Evaluator, Pass, make_evaluators
 from mmjax.modalities.base import Modality
 from mmjax.model import declare_model
@@ -40,6 +41,7 @@ class Experiment:
       modalities, tasks, evaluators: by name; evaluators by task and name.
       declaration: the model's parameters, declared.
       extensions: SHA-256 of the files outside mmjax that the config names, by `KIND/NAME`.
+      teachers: by name.
     """
 
     block: dict[str, Any]
@@ -49,6 +51,7 @@ class Experiment:
     evaluators: Mapping[str, Mapping[str, Evaluator]]
     declaration: Declaration
     extensions: Mapping[str, str] = field(default_factory=dict)
+    teachers: Mapping[str, Teacher] = field(default_factory=dict)
 
     @cached_property
     def phases(self) -> Phases:
@@ -71,6 +74,7 @@ class Experiment:
             compute_dtype(dtype.parameters),
             compute_dtype(dtype.compute),
             self.run.seed,
+            self.teachers,
         )
 
     @cached_property
@@ -176,6 +180,8 @@ def _build(block: Mapping[str, Any], folder: str, used: Iterable[tuple[str, str]
         for t in tasks.values()
     ]
     declaration = declare_model(run.model, modalities, heads)
+    teachers = make_teachers(run.model.teachers, declaration.specs, tasks)
+    declaration.teach({name: teacher.parameters for name, teacher in teachers.items()})
     evaluators = {name: make_evaluators(task) for name, task in tasks.items()}
     for name, by_name in evaluators.items():
         for source in (e.source for e in by_name.values() if "name" in e.source):
@@ -184,7 +190,9 @@ def _build(block: Mapping[str, Any], folder: str, used: Iterable[tuple[str, str]
         if rule in configs.names("rules"):  # others are refused with the schedule
             configs.resolve("rules", rule, "schedule.rule")
     extensions = configs.digests_of_extensions(used)
-    return Experiment(dict(block), run, modalities, tasks, evaluators, declaration, extensions)
+    return Experiment(
+        dict(block), run, modalities, tasks, evaluators, declaration, extensions, teachers
+    )
 
 
 def _check_values(run: RunConfig) -> None:

@@ -25,6 +25,7 @@ from mmjax.core import flags
 from mmjax.core.errors import UserError, nearest
 from mmjax.core.parameters import STAT, Arrays, from_canonical, to_canonical
 from mmjax.core.sharding import MeshConfig, make_mesh
+from mmjax.core.teachers import TEACHER
 from mmjax.engine import checkpoint
 from mmjax.engine.state import EMA, compute_dtype, evaluated, shardings
 from mmjax.experiment import Experiment, make_experiment
@@ -71,16 +72,21 @@ def find_step(workdir: epath.Path, step: int | None) -> tuple[int, dict[str, Any
     return chosen, meta
 
 
-def read_parameters(workdir: epath.Path, step: int, experiment: Experiment, mesh: Mesh) -> Arrays:
+def read_parameters(
+    workdir: epath.Path, step: int, experiment: Experiment, mesh: Mesh, with_teachers: bool = True
+) -> Arrays:
     """Return the parameters and buffers for evaluation (the averages of both, where the run keeps some), on `mesh`."""
     specs = experiment.declaration.read
     arrays = evaluated(experiment.abstract_state(mesh))
+    if not with_teachers:
+        arrays = {n: x for n, x in arrays.items() if not n.startswith(TEACHER)}
     prefix = EMA if experiment.run.optimizer.ema else ""
     abstract = jax.eval_shape(lambda p: to_canonical(specs, p), arrays)
     target: dict[str, dict[str, Any]] = {"parameters": {}, "buffers": {}}
     for name, leaf in abstract.items():
-        part = "buffers" if prefix or name.startswith(STAT) else "parameters"
-        target[part][prefix + name] = leaf
+        full = name if name.startswith(TEACHER) else prefix + name
+        part = "buffers" if full.startswith((EMA, STAT, TEACHER)) else "parameters"
+        target[part][full] = leaf
     where = str(workdir / checkpoint.FOLDER / str(step))
     checkpoint.check_shapes(checkpoint.read_shapes(workdir, step), target, where)
     read = checkpoint.read_state(workdir, step, target)
@@ -89,7 +95,7 @@ def read_parameters(workdir: epath.Path, step: int, experiment: Experiment, mesh
         for part in target
         for name, value in read[part].items()
     }
-    return jax.device_put(from_canonical(specs, flat), shardings(arrays))
+    return jax.device_put(from_canonical(specs, flat, arrays), shardings(arrays))
 
 
 def check_files(workdir: epath.Path, meta: Mapping[str, Any], experiment: Experiment) -> None:
@@ -130,7 +136,7 @@ class TrainedModel:
         if not allow_change:
             check_files(workdir, meta, self._experiment)
         mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
-        self._stacked = read_parameters(workdir, self.step, self._experiment, mesh)
+        self._stacked = read_parameters(workdir, self.step, self._experiment, mesh, False)
         self.tasks: Mapping[str, Task] = {
             n: t.for_evaluation() for n, t in self._experiment.tasks.items()
         }

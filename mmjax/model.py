@@ -14,6 +14,7 @@ from mmjax.core.bounds import COUNT, POSITIVE, FieldError, check
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import Declaration
 from mmjax.core.sharding import constrain
+from mmjax.core.teachers import TeacherConfig
 from mmjax.modalities.base import PRESENT, Modality, as_rows
 from mmjax.nn.by_modality import SHARED, PerModality, check_parts
 from mmjax.nn.experts import Experts
@@ -56,6 +57,7 @@ class ModelConfig:
     Attributes:
       width, layers, remat, norm, norm_eps, per_modality: of the trunk, see `TowerConfig`.
       towers: towers by name. One can be built today: `trunk`.
+      teachers: copies of parameters that objectives read, by name, see `TeacherConfig`.
     """
 
     width: int | None = None
@@ -65,6 +67,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     per_modality: PerModality = SHARED
     towers: dict[str, TowerConfig] = field(default_factory=dict)
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict, metadata=configs.SCHEDULE)
 
     def __post_init__(self) -> None:
         if not self.towers:
@@ -108,6 +111,8 @@ def tower_of(block: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 class Model(nnx.Module):
     """Stems by modality, the trunk they share, and the heads that objectives declare."""
 
+    teacher_of: Any = None  # set where the config has teachers
+
     def __init__(
         self, config: ModelConfig, modalities: Mapping[str, Modality], heads: Mapping[str, Any]
     ):
@@ -142,6 +147,16 @@ class Model(nnx.Module):
         layout = ((modality, x_BSD.shape[1]),)
         stream = replace(stream, x_BSD=x_BSD, layout=layout, rows_B=exists_B)
         return replace(stream, valid_BS=stream.mask_BS()) if is_instance else stream
+
+    def teacher(self, name: str) -> Model:
+        """Return the model with the parameters that a teacher copies in its place; it has no gradient.
+
+        Give its passes no key: a teacher drops nothing.
+        """
+        if self.teacher_of is None:
+            raise UserError(f"no teacher '{name}': the config has no model.teachers.")
+        taught: Model = self.teacher_of(name)
+        return taught
 
     def encode(
         self, streams: Iterable[Stream], key: jax.Array | None, mask: Mask = FULL

@@ -119,7 +119,10 @@ def _run(session: Session, last: int) -> dict[str, float]:
         name, visit = schedule.task(host.step), schedule.visit(host.step)
         variant = experiment.phases.variant(name, host.step, visit)
         task, program = variant.task, programs[variant.program]
-        now = {"visit": visit, **experiment.optimizers.progress(name, host.step, positions)}
+        now = {
+            "visit": visit,
+            **experiment.optimizers.progress(name, host.step, positions, schedule),
+        }
         state, values = dispatch(program, task, mesh, state, host, now)
         positions[task.name] += task.batch
         jax.block_until_ready(values)

@@ -53,6 +53,14 @@ WRONG = {
 }  # fmt: skip
 
 
+STEADY = (
+    "--config.tasks.pitch.objective={'name': 'steady'}",
+    "--config.tasks.pitch.evaluators={}",
+    "--config.model.teachers={'average': {'of': ['stems/.*', 'trunk/.*'], 'decay': 0.5}}",
+    "--config.steps=4",
+)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workdir of the run that `ended` makes."""
@@ -65,6 +73,7 @@ def ended(extra: Path, run: Path, environment_of: Any) -> dict[str, Ended]:
     config = [f"--extra={extra}", f"--config={extra}/tones.py"]
     commands = {
         "train": ["train", *config, f"--workdir={run}"],
+        "steady": ["train", *config, f"--workdir={run}3", *STEADY],
         "block": ["train", *config, f"--workdir={run}2", "--config.schedule.rule=block", "--dry_run"],
         "evaluate": ["evaluate", f"--extra={extra}", f"--workdir={run}"],
     }  # fmt: skip
@@ -100,6 +109,13 @@ def test_it_trains(run, ended):
     state = checkpoint.read_shapes(folder, 30)["optimizer"]
     assert {field for leaf in state.values() for field in leaf} == {"trace"}
     assert "code.algorithms/heavy_ball" in checkpoint.read_meta(folder, 30)["identities"]
+
+
+def test_its_objective_may_read_a_teacher(run, ended):
+    assert ended["steady"].status == 0, ended["steady"].err
+    shapes = checkpoint.read_shapes(epath.Path(f"{run}3"), 4)
+    copied = {n for n in shapes["parameters"] if n.startswith(("stems/", "trunk/"))}
+    assert set(shapes["buffers"]) == {f"teacher/average/{n}" for n in copied}
 
 
 def test_its_rule_of_the_schedule_is_used(ended):

@@ -18,14 +18,16 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
-from mmjax.core.errors import UserError
+from mmjax.core.errors import UserError, nearest
+from mmjax.core.teachers import TEACHER
 
 Arrays = dict[str, jax.Array]
 Initializer = Callable[..., jax.Array]
@@ -230,13 +232,18 @@ class BufferSpec(Spec):
     replace: bool = False
 
 
+S = TypeVar("S", bound=Spec)
+
+
 class Declaration:
     """A model split once: `specs` of its parameters and `buffers` by name, and `merge` back to a callable module.
 
     Attributes:
       specs: of the parameters.
       buffers: of the buffers, by their name without `stat/`.
-      read: of all arrays that a forward pass reads: parameters by name, buffers by `stat/NAME`.
+      teachers: the parameters that each teacher copies, by its name (`teach`).
+      read: of all arrays that a forward pass reads: parameters by name, buffers by `stat/NAME`, teachers by
+        `teacher/TEACHER/NAME`.
       stored: of all arrays of the state by name, without the prefix of averages and sums: `read`, and the statistics
         of a buffer by `stat/NAME/STATISTIC`.
     """
@@ -252,24 +259,38 @@ class Declaration:
             name: _spec(name, variable) for name, (_, variable) in self._variables.items()
         }
         self.buffers = {name: _buffer_spec(name, v) for name, (_, v) in self._buffers.items()}
-        self.read = {**self.specs, **{STAT + n: _under_stat(s) for n, s in self.buffers.items()}}
+        self.read = {**self.specs, **{STAT + n: _under(STAT, s) for n, s in self.buffers.items()}}
         self.stored = {**self.read, **_statistics_of(self.buffers)}
+        self.teachers: Mapping[str, frozenset[str]] = {}
         _check_unique({**self.specs, **self.buffers})
+
+    def teach(self, teachers: Mapping[str, frozenset[str]]) -> None:
+        """Add teachers, which copy parameters; the model then has them as `model.teacher(NAME)`."""
+        self.teachers = dict(teachers)
+        copies = [
+            _under(f"{TEACHER}{teacher}/", self.specs[name])
+            for teacher, names in teachers.items()
+            for name in sorted(names)
+        ]
+        self.read |= {spec.name: spec for spec in copies}
+        self.stored |= {spec.name: spec for spec in copies}
 
     def shapes(self, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the shape of every parameter, by name."""
         return {n: jax.ShapeDtypeStruct(spec.shape, dtype) for n, spec in self.specs.items()}
 
     def buffer_shapes(self, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return the shape of every buffer, by `stat/NAME`; they are float32 or wider than `dtype`."""
+        """Return the shapes of what passes read beside parameters; they are float32 or wider than `dtype`."""
         wide = jnp.promote_types(jnp.float32, dtype)
-        return {STAT + n: jax.ShapeDtypeStruct(s.shape, wide) for n, s in self.buffers.items()}
+        beside = {n: s for n, s in self.read.items() if n not in self.specs}
+        return {n: jax.ShapeDtypeStruct(s.shape, wide) for n, s in beside.items()}
 
     def merge(self, parameters: Mapping[str, jax.Array], compute_dtype: Any = None) -> Any:
         """Return the model with these arrays; floating ones cast to `compute_dtype` unless declared `keep_dtype`.
 
         Args:
-          parameters: by name, and the buffers by `stat/NAME`, which keep their dtype and have no gradient.
+          parameters: by name, and the buffers by `stat/NAME`, which keep their dtype and have no gradient; and the
+            teachers by `teacher/TEACHER/NAME`, where they are read.
         """
         pairs = []
         for name, (path, variable) in self._variables.items():
@@ -280,7 +301,20 @@ class Declaration:
         for name, (path, variable) in self._buffers.items():
             value = jax.lax.stop_gradient(jnp.asarray(parameters[STAT + name]))
             pairs.append((path, variable.replace(value, path=name)))
-        return nnx.merge(self._graph, nnx.from_flat_state(pairs))
+        module: Any = nnx.merge(self._graph, nnx.from_flat_state(pairs))
+        if self.teachers:
+            module.teacher_of = partial(self._taught, parameters, compute_dtype)
+        return module
+
+    def _taught(self, arrays: Mapping[str, jax.Array], compute_dtype: Any, teacher: str) -> Any:
+        """Return the model with a teacher's parameters in place; nothing in it has a gradient."""
+        if teacher not in self.teachers:
+            raise UserError(
+                f"no teacher '{teacher}' in model.teachers.{nearest(teacher, self.teachers)}"
+            )
+        copies = {n: f"{TEACHER}{teacher}/{n}" for n in self.teachers[teacher]}
+        chosen = {n: arrays[copies.get(n, n)] for n in self.read if not n.startswith(TEACHER)}
+        return self.merge(jax.lax.stop_gradient(chosen), compute_dtype)
 
     def initialise(self, seed: int, dtype: Any = jnp.float32) -> Arrays:
         """Return initial parameters; each depends on (seed, canonical name) only. Meant to be jitted."""
@@ -324,9 +358,10 @@ def _buffer_spec(name: str, variable: Any) -> BufferSpec:
     )
 
 
-def _under_stat(spec: BufferSpec) -> BufferSpec:
-    stack = spec.stack and changed(spec.stack, prefix=STAT + spec.stack.prefix)
-    return changed(spec, name=STAT + spec.name, stack=stack)
+def _under(prefix: str, spec: S) -> S:
+    """Return the specification of an array beside the parameters, whose names begin with `prefix`."""
+    stack = spec.stack and changed(spec.stack, prefix=prefix + spec.stack.prefix)
+    return changed(spec, name=prefix + spec.name, stack=stack)
 
 
 def _statistics_of(buffers: Mapping[str, BufferSpec]) -> dict[str, Spec]:
@@ -335,7 +370,7 @@ def _statistics_of(buffers: Mapping[str, BufferSpec]) -> dict[str, Spec]:
     `COUNT` is the number of steps that have proposed some.
     """
     specs: dict[str, Spec] = {}
-    for buffer in (_under_stat(b) for b in buffers.values() if not b.replace):
+    for buffer in (_under(STAT, b) for b in buffers.values() if not b.replace):
         for statistic, (shape, axes) in {**buffer.statistics, COUNT: ((), ())}.items():
             stack = buffer.stack and changed(
                 buffer.stack, inner=f"{buffer.stack.inner}/{statistic}"

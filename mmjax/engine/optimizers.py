@@ -8,6 +8,7 @@ from functools import cached_property
 
 from mmjax.core.errors import UserError
 from mmjax.engine.steps import ModelSpec, reach_of
+from mmjax.engine.teachers import TICK, moving
 from mmjax.optim.config import OptimizerConfig
 from mmjax.optim.optimizer import PARTS, Optimizer
 from mmjax.optim.reach import Reach
@@ -15,6 +16,7 @@ from mmjax.optim.rules import apply_rules, trained
 from mmjax.optim.views import SHARED, UpdateScope, check_kind, make_update_scope, shared_parameters
 from mmjax.schedule.phases import Phase, Phases
 from mmjax.schedule.planned import PlannedSchedule
+from mmjax.schedule.schedule import Schedule
 from mmjax.task import Task
 
 
@@ -99,6 +101,12 @@ class Optimizers:
                 f"'{unshared[0]}' has the update_scope '{kinds[unshared[0]]}'. "
                 f"Set it to '{SHARED}', or accumulate to 1."
             )
+        averages = [name for task in self.tasks for name in moving(self.spec.teachers, task)]
+        if every > 1 and averages:
+            raise UserError(
+                f"optimizer.accumulate is {every}, and the teacher '{averages[0]}' moves with each step of a task. Set "
+                f"accumulate to 1 (microbatches save memory too), or model.teachers.{averages[0]}.kind to 'frozen'."
+            )
         for phase in self.phases.entries:
             declaration = self.spec.declaration
             apply_rules(phase.rules, {**declaration.specs, **declaration.buffers})
@@ -111,13 +119,22 @@ class Optimizers:
             return self.planned.examples
         return self.planned.visits.get(task, 0)
 
-    def progress(self, task: str, step: int, positions: Mapping[str, int]) -> dict[str, float]:
-        """Return what a task's update asks of the clock apart from step and visit, as ticks of a program."""
+    def progress(
+        self, task: str, step: int, positions: Mapping[str, int], schedule: Schedule | None = None
+    ) -> dict[str, float]:
+        """Return what a task's update asks of the clock apart from step and visit, as ticks of a program.
+
+        Args:
+          schedule: the run's, by whose visits teachers move; as planned if None.
+        """
         ticks = {**self.extents[task], "scale": self.phases.at(step).scale}
         if self.config.accumulate > 1:
             ticks["last"] = int(step + 1 == self.planned.steps)
         if self.config.unit == "examples":
             ticks["part"] = min(sum(positions.values()) * PARTS // self.planned.examples, PARTS)
+        for name, teacher in moving(self.spec.teachers, task).items():
+            visits = self.planned.schedule() if schedule is None else schedule
+            ticks[TICK + name] = teacher.decay(step, self.planned.steps, visits)
         return ticks
 
     @cached_property

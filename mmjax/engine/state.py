@@ -22,6 +22,7 @@ from mmjax.core.parameters import (
     to_canonical,
 )
 from mmjax.core.sharding import named
+from mmjax.core.teachers import TEACHER
 from mmjax.engine.health import Health, HealthLimits
 from mmjax.optim.optimizer import Optimizer
 from mmjax.optim.transforms import Axes, LeafState, wide
@@ -30,6 +31,7 @@ from mmjax.schedule.schedule import Schedule
 
 EMA = "ema/"
 SUM = "sum/"
+BESIDE = (STAT, TEACHER)  # what passes read beside parameters
 SUMMED = "summed_steps"  # how many steps the sums hold; it belongs to no parameter
 
 
@@ -43,7 +45,8 @@ class State:
       buffers: what changes without an update, by name: `ema/NAME` averages parameter NAME, `sum/NAME`
         adds up its gradients where several steps make one update, and `summed_steps` counts these. `stat/NAME` is
         the buffer NAME of a module, `ema/stat/NAME` its average, and `sum/stat/NAME/STATISTIC` adds up what steps
-        propose to it. All are float32 or wider: a bfloat16 average whose weight is 0.999 never changes.
+        propose to it; `teacher/TEACHER/NAME` is a teacher's parameter NAME. All are
+        float32 or wider: a bfloat16 average whose weight is 0.999 never changes.
       moments: as `optimizer`, of tasks that have their own: `TASK:NAME` -> leaf state.
     """
 
@@ -141,10 +144,14 @@ def init_state(
         declaration.initialise(seed, dtype),
         declaration.initial_buffers(seed, dtype),
     )
+    initial = initial or {}
     if initial:
         arrays = _begun(declaration.read, {**parameters, **stats}, initial)
         parameters, stats = ({n: arrays[n] for n in part} for part in (parameters, stats))
-    buffers: Arrays = dict(stats)
+    buffers: Arrays = {
+        **stats,
+        **_begun(declaration.read, _copies(declaration, parameters), initial),
+    }
     if optimizer.config.ema:
         averaged = {**parameters, **stats}
         buffers |= {EMA + n: p.astype(wide(p.dtype)) for n, p in averaged.items()}
@@ -158,10 +165,19 @@ def init_state(
 
 
 def _begun(specs: Mapping[str, Spec], arrays: Arrays, initial: Mapping[str, Any]) -> Arrays:
-    """Return `arrays` with what `initial` has by canonical name in place, in the dtype of each."""
+    """Return `arrays` with what `initial` has of them by canonical name in place, in the dtype of each."""
     flat = to_canonical(specs, arrays)
-    flat |= {name: jnp.asarray(value, flat[name].dtype) for name, value in initial.items()}
-    return from_canonical(specs, flat)
+    flat |= {n: jnp.asarray(value, flat[n].dtype) for n, value in initial.items() if n in flat}
+    return from_canonical(specs, flat, arrays)
+
+
+def _copies(declaration: Declaration, parameters: Arrays) -> Arrays:
+    """Return the teachers at step 0: what they copy, float32 or wider."""
+    return {
+        f"{TEACHER}{teacher}/{n}": parameters[n].astype(wide(parameters[n].dtype))
+        for teacher, names in declaration.teachers.items()
+        for n in sorted(names)
+    }
 
 
 def abstract_state(declaration: Declaration, optimizer: Optimizer, dtype: Any, mesh: Mesh) -> State:
@@ -200,14 +216,14 @@ def parameter_of(buffer: str) -> str:
 
 
 def read_by_passes(state: State) -> Arrays:
-    """Return what a forward pass reads beside the parameters: buffers, by `stat/NAME`."""
-    return {n: b for n, b in state.buffers.items() if n.startswith(STAT)}
+    """Return what a forward pass reads beside the parameters: `stat/NAME`, and `teacher/TEACHER/NAME`."""
+    return {n: b for n, b in state.buffers.items() if n.startswith(BESIDE)}
 
 
 def evaluated(state: State) -> Arrays:
-    """Return the parameters and buffers that evaluation uses: the averages of both where the state keeps them."""
+    """Return what evaluation reads: parameters and buffers, or their averages where the state keeps them; teachers."""
     averages = {n.removeprefix(EMA): b for n, b in state.buffers.items() if n.startswith(EMA)}
-    return averages or {**state.parameters, **read_by_passes(state)}
+    return {**(averages or state.parameters), **read_by_passes(state), **averages}
 
 
 def shardings(abstract: Any) -> Any:
@@ -247,7 +263,7 @@ def state_from_canonical(specs: Mapping[str, Spec], tree: Mapping[str, Any]) -> 
             task_state_name(task, n): leaf for n, leaf in _as_stored(specs, task_moments).items()
         }
     return State(
-        from_canonical(specs, tree["parameters"], [n for n in specs if not n.startswith(STAT)]),
+        from_canonical(specs, tree["parameters"], [n for n in specs if not n.startswith(BESIDE)]),
         _as_stored(specs, tree["optimizer"]),
         _by_prefix(tree["buffers"], lambda part: _as_stored(specs, part)),
         moments,
@@ -258,8 +274,8 @@ def _by_prefix(
     buffers: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
     """Return `buffers` with `change` applied to those of each prefix, which it sees without the prefix."""
-    changed = {n: b for n, b in buffers.items() if not n.startswith((EMA, SUM, STAT))}
-    stats = {n: b for n, b in buffers.items() if n.startswith(STAT)}
+    changed = {n: b for n, b in buffers.items() if not n.startswith((EMA, SUM, *BESIDE))}
+    stats = {n: b for n, b in buffers.items() if n.startswith(BESIDE)}
     changed |= change(stats)
     for prefix in (EMA, SUM):
         part = {n.removeprefix(prefix): b for n, b in buffers.items() if n.startswith(prefix)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +21,7 @@ from mmjax.engine import buffers
 from mmjax.engine.compile import Request
 from mmjax.engine.gradient import loss_and_gradient
 from mmjax.engine.state import EMA, SUM, SUMMED, State, read_by_passes, shardings
+from mmjax.engine.teachers import TICK, Teacher, followed, moving
 from mmjax.evaluators.base import Computation, device_spec, function
 from mmjax.objectives.base import Loss, row_keys
 from mmjax.optim.optimizer import Optimizer
@@ -42,12 +43,14 @@ class ModelSpec:
       dtype: of the parameters.
       compute: dtype of the arithmetic.
       seed: of the run.
+      teachers: by name.
     """
 
     declaration: Declaration
     dtype: Any
     compute: Any
     seed: int
+    teachers: Mapping[str, Teacher] = field(default_factory=dict)
 
 
 # --- the functions -----------------------------------------------------------------------------
@@ -70,6 +73,7 @@ def train_function(
 ) -> Callable[[State, Batch, StepCounters], tuple[State, Metrics]]:
     """Return a function `(state, batch, {step, visit, perhaps part}) -> (state, metrics)`: loss, gradient, update."""
     view, declared = optimizer.views[task.name], spec.declaration.buffers
+    averages = moving(spec.teachers, task.name)
 
     def settle(state: State, statistics: Arrays, ticks: StepCounters) -> State:
         new = buffers.settled(state.buffers, statistics, declared, spec.seed, ticks["step"])
@@ -98,7 +102,10 @@ def train_function(
             )
         else:
             after, update_metrics = _updated(state, grads, optimizer, task.name, ticks)
-            after = _where(counts, settle(after, statistics, ticks), state)
+            after = settle(after, statistics, ticks)
+            moved_teachers = followed(after.buffers, after.parameters, averages, ticks)
+            after = replace(after, buffers={**after.buffers, **moved_teachers})
+            after = _where(counts, after, state)
         occupancy = task.objective.occupancy(model_of(moved), batch, key)
         metrics = {"loss": loss.value, **update_metrics, **loss.metrics, "finite": finite}
         metrics["valid_tokens"] = occupancy.valid
@@ -246,6 +253,7 @@ def train_request(
     batch_sharding(mesh, task.batch // parts, f"tasks.{task.name} in {parts} microbatches")
     names = {"step", "visit", *optimizer.ticks}
     ticks = {n: _tick(mesh, float if n == "scale" else np.int32) for n in names}
+    ticks |= {TICK + n: _tick(mesh, float) for n in moving(spec.teachers, task.name)}
 
     def count() -> int:
         moved, others = _parted(state, view)

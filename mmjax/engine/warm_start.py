@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from mmjax.core.config import FREE
 from mmjax.core.errors import UserError
 from mmjax.core.files import read_bytes, replace_file
 from mmjax.core.parameters import STAT, Spec
+from mmjax.core.teachers import TEACHER
 from mmjax.core.workdir import PINNED
 from mmjax.engine import checkpoint, processes
 from mmjax.engine.state import EMA
@@ -84,11 +86,12 @@ def pin(
     workdir: epath.Path,
     log: Callable[[str], None],
     allow_change: bool,
+    file: str = PINNED,
 ) -> int | None:
     """Return the step of the run that `path` names, settled when this run first begins; None of a file.
 
-    It is kept in `WORKDIR/init_from.json`, with the digest of a file. A run that is restarted before its
-    first checkpoint uses the same source step, even if the source run has advanced.
+    It is kept in `WORKDIR/init_from.json`, or another `file`, with the digest of a file. A run that is restarted before
+    its first checkpoint uses the same source step, even if the source run has advanced.
 
     Raises:
       UserError: what is there now is not what it was, and `allow_change` is False; otherwise it is logged.
@@ -97,7 +100,7 @@ def pin(
         return None
     now: dict[str, Any] | None = None
     if processes.is_first():
-        record = pinned(workdir)
+        record = pinned(workdir, file)
         same = record if record.get("path") == config.path else {}
         now = _source(config.path, same.get("step"))
         if same and now != same:
@@ -108,14 +111,14 @@ def pin(
                     "--workdir."
                 )
             log(words)
-        replace_file(workdir / PINNED, json.dumps(now))
+        replace_file(workdir / file, json.dumps(now))
     step: int | None = processes.gather(now)[0].get("step")
     return step
 
 
-def pinned(workdir: epath.Path) -> dict[str, Any]:
+def pinned(workdir: epath.Path, file: str = PINNED) -> dict[str, Any]:
     """Return what `pin` has written; empty if it has not been called."""
-    path = workdir / PINNED
+    path = workdir / file
     try:
         result = json.loads(read_bytes(path) or b"{}")
     except (ValueError, RecursionError):
@@ -148,12 +151,14 @@ def warm_start(
     specs: Mapping[str, Spec],
     log: Callable[[str], None],
     step: int | None = None,
+    optional: Mapping[str, Spec] = MappingProxyType({}),
 ) -> Values:
     """Return parameters and buffers to begin with, by canonical name, each in its shape here; log what matched.
 
     A table of positions with other buckets is resampled. A dense layer's MLP initialises every expert that takes its
     place (sparse upcycling, Komatsuzaki et al. 2023); its router is in no dense run, so `skip` must name it. If the
-    source is a run, its checkpoint of `step` is read, or the newest if None.
+    source is a run, its checkpoint of `step` is read, or the newest if None. What is `optional` is taken where it is
+    there, as teachers are.
 
     Raises:
       UserError: a parameter that the source lacks, or has in a shape that does not fit; a pattern without a match;
@@ -162,7 +167,10 @@ def warm_start(
     if not config.path:
         return {}
     target = {name: spec for spec in specs.values() for name in spec.canonical}
-    taken = _take(config, target, open_source(config, step))
+    source = open_source(config, step)
+    copies = {name: spec for spec in optional.values() for name in spec.canonical}
+    target |= {name: spec for name, spec in copies.items() if name in source.entries}
+    taken = _take(config, target, source)
     where = config.path if step is None else f"step {step} of {config.path}"
     log(f"Initialised {len(taken.values)} of {len(target)} parameters from {where}.")
     for words, names in (
@@ -436,6 +444,8 @@ def _open_run(path: epath.Path, average: bool, step: int | None) -> Source:
     }
     if not average:
         places |= {name: ("parameters", name) for name in saved["parameters"]}
+    teachers = [name for name in saved.get("buffers", {}) if name.startswith(TEACHER)]
+    places |= {name: ("buffers", name) for name in teachers if places}
     shapes = {name: saved[part][there] for name, (part, there) in places.items()}
     if not shapes:
         raise UserError(f"init_from.average: the run in '{path}' keeps no averages.")

@@ -114,6 +114,10 @@ class Objective(abc.ABC):
         """Return the integer fields of an example that it also reads, each `[B]` int32 in `batch.fields`."""
         return ()
 
+    def teachers(self) -> tuple[str, ...]:
+        """Return the teachers that the loss reads by `model.teacher`; an average moves with the task's updates."""
+        return ()
+
     @abc.abstractmethod
     def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
         """Return the objective's modules, by part name; they become `model.heads[self.head]`."""

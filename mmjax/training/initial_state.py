@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mmjax.core.parameters import STAT
+from mmjax.core.teachers import TEACHER
 from mmjax.engine.checkpoint import Restored
 from mmjax.engine.state import (
     EMA,
@@ -88,6 +89,9 @@ def _completed(experiment: Experiment, step: int, stored: Any) -> State:
             part = "buffers" if name.startswith(EMA + STAT) else "parameters"
             average = whole[part][name.removeprefix(EMA)]
             whole["buffers"][name] = average.astype(whole["buffers"][name].dtype)
+        if name.startswith(TEACHER):  # a new teacher begins at what it copies
+            copied = whole["parameters"][name.split("/", 2)[2]]
+            whole["buffers"][name] = copied.astype(whole["buffers"][name].dtype)
     # Earlier versions did not count the steps of a round; what was skipped counted as one.
     if SUMMED in whole["buffers"] and SUMMED not in stored.get("buffers", {}):
         whole["buffers"][SUMMED] = jnp.int32(step % experiment.run.optimizer.accumulate)

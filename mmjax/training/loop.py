@@ -142,7 +142,8 @@ class Loop:
         """Give a step to the devices, and move the clock past it."""
         schedule, phases = self._clock.schedule, self._experiment.phases
         task, visit = schedule.task(step), schedule.visit(step)
-        progress = self._experiment.optimizers.progress(task, step, self._clock.positions)
+        positions = self._clock.positions
+        progress = self._experiment.optimizers.progress(task, step, positions, schedule)
         self._log.alive("waiting for data", task, step)
         started = time.monotonic()
         host = next(self._loader)

@@ -16,6 +16,7 @@ from mmjax.core import config as configs
 from mmjax.core.errors import UserError
 from mmjax.core.files import replace_file
 from mmjax.core.parameters import STAT, Arrays
+from mmjax.core.teachers import TEACHER
 from mmjax.core.workdir import METRICS, REPORT, RESULTS
 from mmjax.data import order
 from mmjax.engine import checkpoint, processes
@@ -24,6 +25,7 @@ from mmjax.engine.compile import compile_silently
 from mmjax.engine.health import Diverged, HealthLimits, quarantine
 from mmjax.engine.integrity import Damaged
 from mmjax.engine.state import (
+    BESIDE,
     EMA,
     SUMMED,
     Clock,
@@ -33,7 +35,15 @@ from mmjax.engine.state import (
     shardings,
     state_to_canonical,
 )
-from mmjax.engine.warm_start import check_files, grouped, pin, pinned, warm_start
+from mmjax.engine.warm_start import (
+    Values,
+    WarmStartConfig,
+    check_files,
+    grouped,
+    pin,
+    pinned,
+    warm_start,
+)
 from mmjax.experiment import Experiment
 from mmjax.modalities.base import asset_name
 from mmjax.monitor import metrics
@@ -199,11 +209,45 @@ def _candidate(
 
 def _fresh(here: Here, allow_change: bool, log: Callable[[str], None]) -> Fresh:
     """Return the beginning at step 0, with the parameters that `init_from` names."""
-    config, specs = here.experiment.run.init_from, here.experiment.declaration.read
-    step = pin(config, here.workdir, log, allow_change)
-    parameters = warm_start(config, specs, log, step)
+    experiment, workdir = here.experiment, here.workdir
+    config, specs = experiment.run.init_from, experiment.declaration.read
+    step = pin(config, workdir, log, allow_change)
+    steps = {
+        name: pin(source, workdir, log, allow_change, _pin_of(name))
+        for name, source in _teacher_sources(experiment).items()
+    }
+    parameters = _taken(experiment, log, step, steps)
     check_files(config, step, specs, parameters, here.identities)
     return Fresh(parameters)
+
+
+def _pin_of(teacher: str) -> str:
+    """Return the file of a workdir that records where a frozen teacher came from."""
+    return f"teacher.{teacher}.json"
+
+
+def _teacher_sources(experiment: Experiment) -> dict[str, WarmStartConfig]:
+    """Return the sources of frozen teachers that have one."""
+    paths = {name: teacher.config.path for name, teacher in experiment.teachers.items()}
+    return {name: WarmStartConfig(path) for name, path in paths.items() if path}
+
+
+def _taken(
+    experiment: Experiment,
+    log: Callable[[str], None],
+    step: int | None,
+    teacher_steps: Mapping[str, int | None],
+) -> Values:
+    """Return what a run begins with, by canonical name: from `init_from`, and from the sources of frozen teachers."""
+    declaration = experiment.declaration
+    copies = {n: s for n, s in declaration.read.items() if n.startswith(TEACHER)}
+    specs = {n: s for n, s in declaration.read.items() if n not in copies}
+    values = warm_start(experiment.run.init_from, specs, log, step, copies)
+    for name, source in _teacher_sources(experiment).items():
+        part = {n: declaration.specs[n] for n in declaration.teachers[name]}
+        weights = warm_start(source, part, log, teacher_steps[name])
+        values |= {f"{TEACHER}{name}/{n}": value for n, value in weights.items()}
+    return values
 
 
 def _announce(workdir: epath.Path, restored: Restored, log: Callable[[str], None]) -> None:
@@ -253,8 +297,8 @@ def reopen(
 
     if step is None:
         clock = replace(fresh_clock(experiment), schedule=schedule)
-        config, specs = experiment.run.init_from, experiment.declaration.read
-        start = Fresh(warm_start(config, specs, lambda _: None, pinned(workdir).get("step")))
+        steps = {n: pinned(workdir, _pin_of(n)).get("step") for n in experiment.teachers}
+        start = Fresh(_taken(experiment, lambda _: None, pinned(workdir).get("step"), steps))
         return Session(experiment, workdir, mesh, clock, data, now, start)
     abstract, may_be_new = canonical_shapes(experiment, mesh), _may_be_new(experiment)
     restored = checkpoint.restore(workdir, step, abstract, accept, may_be_new)
@@ -364,7 +408,7 @@ def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]
     """
 
     def test(name: str, meta: dict[str, Any]) -> bool:
-        if name == SUMMED or parameter_of(name).startswith(STAT):
+        if name == SUMMED or parameter_of(name).startswith(BESIDE):
             return True  # of buffers, see `_check_buffers`
         changed = _movers(meta["config"]) != _movers(experiment.block)
         is_new_average = name.startswith(EMA) and not meta["config"].get("optimizer", {}).get("ema")
@@ -402,23 +446,35 @@ def _check_parameters(experiment: Experiment, restored: Restored) -> None:
                 raise UserError(f"Checkpoint {restored.step} holds no parameter '{name}'.")
 
 
+def _beginning_of(name: str) -> str:
+    return (
+        "starts as its module declares it" if name.startswith(STAT) else "starts as what it copies"
+    )
+
+
 def _check_buffers(
     here: Here, restored: Restored, allow_change: bool, log: Callable[[str], None]
 ) -> None:
-    """Compare the buffers of a checkpoint with those of the model; heads of new tasks bring theirs.
+    """Compare buffers and teachers of a checkpoint with those of the model; heads of new tasks bring theirs.
 
     Raises:
       UserError: one is new or has vanished, and `allow_change` is False; otherwise it is logged.
     """
     saved = checkpoint.read_shapes(here.workdir, restored.step).get("buffers", {})
-    before = {name for name in saved if name.startswith(STAT)}
+    before = {name for name in saved if name.startswith(BESIDE)}
     specs = here.experiment.declaration.read
-    now = {c for n, s in specs.items() if n.startswith(STAT) for c in s.canonical}
+    now = {c for n, s in specs.items() if n.startswith(BESIDE) for c in s.canonical}
     new = [n for n in sorted(now - before) if not _is_new_head(n, restored.meta)]
     gone = [
         n for n in sorted(before - now) if not _is_new_head(n, {"config": here.experiment.block})
     ]
-    changes = [f"has no {group}, which starts as its module declares it" for group in grouped(new)]
+    for name in _teacher_sources(here.experiment):
+        if any(n.startswith(f"{TEACHER}{name}/") for n in new):
+            raise UserError(
+                f"model.teachers.{name}.path: checkpoint {restored.step} has no such teacher, and a path is read when "
+                "a run first begins. Use another --workdir, with this one as init_from.path."
+            )
+    changes = [f"has no {group}, which {_beginning_of(group)}" for group in grouped(new)]
     changes += [
         f"holds {group}, which nothing in the config declares now; it is dropped"
         for group in grouped(gone)

@@ -42,6 +42,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "RuleConfig": {"match": ".*"},
     "RunConfig": {"steps": 1, "modalities": {}, "model": {"width": 8, "layers": []}, "tasks": {}},
     "TaskConfig": {"source": {}, "inputs": {}, "objective": {}, "batch": 1},
+    "TeacherConfig": {"of": ["a"]},
     "TowerConfig": {"width": 8, "layers": []},
     "Transformer": {"num_heads": 2, "mlp_dim": 4},
     "Transfusion": {"modalities": ["a", "b"], "discrete": ["a"]},

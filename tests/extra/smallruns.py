@@ -1,4 +1,4 @@
-"""Four small runs that differ in what a checkpoint of them holds: overrides of `tests/configs/toy.py`."""
+"""Five small runs that differ in what a checkpoint of them holds: overrides of `tests/configs/toy.py`."""
 
 from __future__ import annotations
 
@@ -23,5 +23,12 @@ RUNS: dict[str, tuple[str, ...]] = {
         "optimizer.decay=cosine",
     ),
     "buffers": (_WIDE, "optimizer.accumulate=2", "optimizer.ema=0.9"),
+    "stats_and_teacher": (
+        _WIDE,
+        "model.layers=[{'repeat': 2, 'blocks': [{'name': 'toy_buffers'}]}]",
+        "model.teachers={'old': {'of': ['stems/.*', 'trunk/.*', 'heads/one/.*'], 'decay': 0.9}}",
+        "tasks.one.objective={'name': 'toy_teacher'}",
+        "optimizer.ema=0.9",
+    ),
     "own_moments": (_WIDE, "optimizer.update_scope=own_moments"),
 }

@@ -10,7 +10,7 @@ from harness import Kill
 
 def test_a_kill_is_dealt_and_survived(tmp_path: Path) -> None:
     tallies = soak.soak(tmp_path, kills=1, seed=3)
-    assert tallies.keys() == {"toy", "experts", "buffers", "own_moments"}
+    assert tallies.keys() == {"toy", "experts", "buffers", "stats_and_teacher", "own_moments"}
     tally = soak.together(tallies.values())
     assert (tally.kills, tally.survived, tally.lost) == (1, 1, 0)
     assert sum(tally.hits.values()) >= 1
