@@ -62,6 +62,7 @@ from mmjax.training.identity import (
 )
 from mmjax.training.initial_state import (
     Fresh,
+    canonical_shapes,
     joined,
     pin_of,
     taken,

@@ -215,7 +215,9 @@ def test_it_compares_the_loss_without_auxiliary_losses_with_the_baseline() -> No
     objective = Classification(head="h", label="label", classes=5, modalities=("image",))
     inputs = {"image": Input("image", MODALITIES["image"], ImageInput(size=4))}
     config = ModelConfig(8, (GroupConfig(1, (block,)),))
-    declaration = declare_model(config, MODALITIES, [("h", objective.heads(8, inputs))])
+    declaration = declare_model(
+        config, MODALITIES, [("h", objective.heads(Widths.same(8), inputs))]
+    )
     rng = np.random.default_rng(0)
     source: Any = None
     p = {n: jnp.asarray(rng.normal(size=s.shape)) for n, s in declaration.specs.items()}

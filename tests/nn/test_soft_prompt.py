@@ -18,6 +18,7 @@ from mmjax.model import ModelConfig, declare_model
 from mmjax.nn.masks import code
 from mmjax.nn.soft_prompt import SoftPrompt
 from mmjax.nn.stream import Stream
+from mmjax.nn.towers import Widths
 from mmjax.nn.trunk import GroupConfig
 from mmjax.objectives.classification import Classification
 
@@ -43,7 +44,7 @@ ARRAYS = {
 
 
 def model_of(objective: Classification) -> tuple[Any, dict[str, np.ndarray]]:
-    heads = objective.heads(WIDTH, INPUTS)
+    heads = objective.heads(Widths.same(WIDTH), INPUTS)
     declaration = declare_model(CONFIG, MODALITIES, [("h", heads)])
     values = {n: RNG.normal(size=s.shape).astype(np.float32) for n, s in declaration.specs.items()}
     return declaration, values

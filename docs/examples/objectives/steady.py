@@ -15,6 +15,7 @@ from mmjax.modalities.base import Input
 from mmjax.model import Model
 from mmjax.nn.dense import Dense
 from mmjax.nn.stream import mean_pool
+from mmjax.nn.towers import Widths
 from mmjax.objectives.base import Loss, Objective, row_keys
 from mmjax.objectives.contrastive import unit
 
@@ -41,7 +42,8 @@ class Steady(Objective):
         """Return the teachers that the loss reads; one that is an average moves with this task's updates."""
         return (self.teacher,)
 
-    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
+    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        width = widths["tone"]
         return {"predictor": Dense(width, width, ("embed", None))}
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:

@@ -16,6 +16,7 @@ from mmjax.modalities.base import Input
 from mmjax.model import Model
 from mmjax.nn.dense import Dense
 from mmjax.nn.stream import add_proposals, mean_pool
+from mmjax.nn.towers import Widths
 from mmjax.objectives.base import Loss, Objective
 
 
@@ -61,8 +62,8 @@ class ToyBuffers(Objective):
     def fields(self) -> tuple[str, ...]:
         return ("id", "label")
 
-    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
-        return {"out": Dense(width, 1, ("embed", None)), "labels": Labels()}
+    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        return {"out": Dense(widths["toy"], 1, ("embed", None)), "labels": Labels()}
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         stream, aux = model.encode([model.tokens("toy", batch.inputs["toy"])], key)

@@ -14,6 +14,7 @@ from mmjax.modalities.base import Input
 from mmjax.model import Model
 from mmjax.nn.dense import Dense
 from mmjax.nn.stream import Aux, mean_pool
+from mmjax.nn.towers import Widths
 from mmjax.objectives.base import Loss, Objective
 
 
@@ -38,8 +39,11 @@ class ToyTeacher(Objective):
     def fields(self) -> tuple[str, ...]:
         return ("id", "label")
 
-    def heads(self, width: int, inputs: Mapping[str, Input]) -> dict[str, Any]:
-        return {"out": Dense(width, 1, ("embed", None)), "unused": Dense(2, 2, (None, None))}
+    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        return {
+            "out": Dense(widths["toy"], 1, ("embed", None)),
+            "unused": Dense(2, 2, (None, None)),
+        }
 
     def predicted(self, model: Model, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Aux]:
         stream, aux = model.encode([model.tokens("toy", batch.inputs["toy"])], key)
