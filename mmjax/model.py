@@ -246,7 +246,10 @@ class Model(nnx.Module):
     ) -> tuple[Stream, Aux]:
         """Return a tower's output as another reads it, through their connector."""
         number = zlib.crc32(f"{source} {name}".encode())
-        out, aux = self._connectors(name)[source](stream, fold(key, number))
+        try:
+            out, aux = self._connectors(name)[source](stream, fold(key, number))
+        except UserError as error:
+            raise UserError(f"model.towers.{name}.connectors.{source}: {error}") from error
         return out, aux
 
     def mask_in(self, name: str, mask: Mask) -> Mask:

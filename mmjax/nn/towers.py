@@ -50,7 +50,7 @@ class TowerConfig:
     context: str = ""
     causal: bool = False
     connectors: dict[str, dict[str, Any]] = field(
-        default_factory=dict, metadata=configs.holds("connectors")
+        default_factory=dict, metadata=configs.holds("connectors", {"attention_impl": "free"})
     )
 
     def __post_init__(self) -> None:

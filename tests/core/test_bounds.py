@@ -39,6 +39,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "GroupConfig": {"repeat": 1, "blocks": []},
     "LowRankConfig": {"match": [".*"]},
     "MeanHeads": {"times": 1},
+    "Member": {"objective": {"name": "masked_image"}},
     "Latents": {"num_heads": 2, "mlp_dim": 4, "count": 2, "depth": 1},
     "ModelConfig": {"width": 8, "layers": []},
     "MovingEmoji": {"split": "train"},
