@@ -34,7 +34,14 @@ from mmjax.engine.state import (
     shardings,
     state_to_canonical,
 )
-from mmjax.engine.warm_start import check_files, pin_all, pinned_steps, sources_of, warm_starts
+from mmjax.engine.warm_start import (
+    check_files,
+    grouped,
+    pin_all,
+    pinned_steps,
+    sources_of,
+    warm_starts,
+)
 from mmjax.experiment import Experiment
 from mmjax.modalities.base import asset_name
 from mmjax.monitor import metrics
@@ -167,6 +174,7 @@ def begin(
         clock = _clock(experiment, restored)
         _check_parameters(experiment, restored)
         _announce(workdir, restored, log)
+        _log_new(experiment, restored, log)
     start = restored or _fresh(here, allow_change, log)
     if processes.is_first():
         _write_config(workdir, experiment)
@@ -221,6 +229,14 @@ def _announce(workdir: epath.Path, restored: Restored, log: Callable[[str], None
     _log_gaps(workdir, restored.step, log)
     for change in restored.differences:
         log(f"Config changed: {change}")
+
+
+def _log_new(experiment: Experiment, restored: Restored, log: Callable[[str], None]) -> None:
+    """Log which parameters the checkpoint lacks, as those of a task's new head."""
+    names = [c for spec in experiment.declaration.specs.values() for c in spec.canonical]
+    new = [name for name in names if name not in restored.state["parameters"]]
+    if new:
+        log(f"New parameters, initialised as at step 0 ({len(new)}): {', '.join(grouped(new))}.")
 
 
 def _log_gaps(workdir: epath.Path, step: int, log: Callable[[str], None]) -> None:
