@@ -32,6 +32,7 @@ TOGETHER = {
     "instances": "instances pass from modality to objective",
     "language": "prose, docstrings and names of the whole repository",
     "layout": "this file",
+    "lora": "low-rank deltas in runs: rules, state, mesh, load",
     "plugin": "a user's modules, of every kind",
     "published": "settings of configs/ against the papers'",
     "recipes": "configs/",

@@ -5,17 +5,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mmjax.core.bounds import COUNT, SIZE, FieldError, check, check_choices
 from mmjax.core.errors import UserError
+from mmjax.core.parameters import Spec
+from mmjax.optim.rules import matches
+from mmjax.optim.transforms import layer_shape
 
 Array = np.ndarray
 AXIS = "[-8, 8]"
 Initial = Callable[[], Array]
+Adapter = Callable[[tuple[int, ...], Spec, tuple[int, ...]], Callable[[Array], Array] | None]
 
 
 @dataclass(frozen=True)
@@ -288,6 +295,51 @@ def apply_all(transforms: Iterable[TransformConfig], value: Array, initial: Init
     for transform in transforms:
         value = transform(value, initial)
     return value
+
+
+def by_name(
+    transforms: Sequence[TransformConfig], target: Mapping[str, Spec]
+) -> dict[str, list[TransformConfig]]:
+    """Return the transforms of each parameter that has any, in order."""
+    result: dict[str, list[TransformConfig]] = {}
+    for index, transform in enumerate(transforms):
+        for name in matches(transform.match, target, f"init_from.transforms[{index}].match"):
+            result.setdefault(name, []).append(transform)
+    return result
+
+
+def transformed(
+    transforms: Sequence[TransformConfig],
+    name: str,
+    spec: Spec,
+    seed: int,
+    adapter: Adapter,
+    adapted: list[str],
+) -> Callable[[Array], Array]:
+    """Return a function that applies the transforms, and then `adapter(size, spec, shape)`; it appends to `adapted`."""
+
+    def adapt(value: Array) -> Array:
+        try:
+            result = apply_all(transforms, value, lambda: initial_value(name, spec, seed))
+        except UserError as error:
+            raise UserError(f"init_from.transforms of '{name}': {error}") from error
+        shape = layer_shape(spec)[0]
+        fit = adapter(result.shape, spec, shape)
+        if fit is None:
+            raise UserError(
+                f"init_from.transforms of '{name}': {list(value.shape)} became {list(result.shape)}; expected "
+                f"{list(shape)}."
+            )
+        adapted.append(f"{name} {list(value.shape)} -> {list(shape)}")
+        return fit(result)
+
+    return adapt
+
+
+def initial_value(name: str, spec: Spec, seed: int) -> Array:
+    """Return the initial value of a parameter by its canonical name, float32, as a run of this seed has it."""
+    key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(name.encode())))
+    return np.asarray(spec.init(key, layer_shape(spec)[0], jnp.float32))
 
 
 def _wide(value: Array) -> np.dtype:

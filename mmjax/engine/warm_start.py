@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -25,11 +24,11 @@ from mmjax.core.parameters import STAT, Spec
 from mmjax.core.teachers import TEACHER
 from mmjax.core.workdir import PINNED
 from mmjax.engine import checkpoint, processes
-from mmjax.engine.grafts import TransformConfig, apply_all
+from mmjax.engine.grafts import TransformConfig, by_name, transformed
 from mmjax.engine.state import EMA
 from mmjax.engine.tensor_files import Entry, open_tensors, printable
 from mmjax.optim.rules import matches
-from mmjax.optim.transforms import as_matrix
+from mmjax.optim.transforms import as_matrix, layer_shape
 
 Values = dict[str, np.ndarray]
 EXPERTS = "/mlps/"  # in the names of a block's experts, where its MLP's have nothing
@@ -215,7 +214,8 @@ def warm_starts(
     target = [name for spec in specs.values() for name in spec.canonical]
     claims = dict[str, str]()
     for source in sources:
-        for name in _part(source, target):
+        part = _part(source, target)
+        for name in (name for name in target if name in part):
             if name in claims:
                 raise UserError(
                     f"init_from: '{claims[name]}' and '{source.path}' both claim '{name}'. Name the part of each in "
@@ -341,7 +341,7 @@ def _take(
     taken, ways = WarmStart(), dict[str, _Way]()
     missing, wrong, known = list[str](), list[str](), set[str]()
     part, whole = _only(config, target), _part(config, target)
-    transforms = _transforms(config, target)
+    transforms = by_name(config.transforms, target)
     for name, spec in target.items():
         origin, transpose = _origin(name, config.names, source.entries)
         known.add(origin)
@@ -353,11 +353,11 @@ def _take(
             is_needed = config.strict and not name.endswith(FACTORS)
             (missing if is_needed else taken.random).append(name)
         else:
-            source_shape, shape = source.entries[origin].shape, _shape(spec)
+            source_shape, shape = source.entries[origin].shape, layer_shape(spec)[0]
             size = source_shape[::-1] if transpose else source_shape
             adapt = _adapter(size, spec, shape)
             if name in transforms:
-                adapt = _transformed(transforms[name], name, spec, seed, taken.adapted)
+                adapt = transformed(transforms[name], name, spec, seed, _adapter, taken.adapted)
             elif adapt is not None and size != shape:
                 taken.adapted.append(f"{name} {list(size)} -> {list(shape)}")
             if adapt is not None:
@@ -387,10 +387,6 @@ def _surplus(config: WarmStartConfig, entries: Iterable[str], known: set[str]) -
     return sorted(set(entries) - known - ignored) if config.strict else []
 
 
-def _shape(spec: Spec) -> tuple[int, ...]:
-    return spec.shape[1:] if spec.stack else spec.shape
-
-
 def _only(config: WarmStartConfig, target: Iterable[str]) -> frozenset[str]:
     """Return the parameters of a source's part, `skip` or not."""
     names = list(target)
@@ -402,46 +398,6 @@ def _part(config: WarmStartConfig, target: Iterable[str]) -> frozenset[str]:
     """Return the parameters that a source claims."""
     names = list(target)
     return _only(config, names) - _skipped(config, names)
-
-
-def _transforms(
-    config: WarmStartConfig, target: Mapping[str, Spec]
-) -> dict[str, list[TransformConfig]]:
-    """Return the transforms of each parameter that has any, in order."""
-    result: dict[str, list[TransformConfig]] = {}
-    for index, transform in enumerate(config.transforms):
-        for name in matches(transform.match, target, f"init_from.transforms[{index}].match"):
-            result.setdefault(name, []).append(transform)
-    return result
-
-
-def _transformed(
-    transforms: Sequence[TransformConfig], name: str, spec: Spec, seed: int, adapted: list[str]
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function that applies the transforms, and then what is done for the shape without them."""
-
-    def adapt(value: np.ndarray) -> np.ndarray:
-        try:
-            result = apply_all(transforms, value, lambda: initial_value(name, spec, seed))
-        except UserError as error:
-            raise UserError(f"init_from.transforms of '{name}': {error}") from error
-        shape = _shape(spec)
-        fit = _adapter(result.shape, spec, shape)
-        if fit is None:
-            raise UserError(
-                f"init_from.transforms of '{name}': {list(value.shape)} became {list(result.shape)}; expected "
-                f"{list(shape)}."
-            )
-        adapted.append(f"{name} {list(value.shape)} -> {list(shape)}")
-        return fit(result)
-
-    return adapt
-
-
-def initial_value(name: str, spec: Spec, seed: int) -> np.ndarray:
-    """Return the initial value of a parameter by its canonical name, float32, as a run of this seed has it."""
-    key = jax.random.fold_in(jax.random.key(seed), np.uint32(zlib.crc32(name.encode())))
-    return np.asarray(spec.init(key, _shape(spec), jnp.float32))
 
 
 def _skipped(config: WarmStartConfig, target: Iterable[str]) -> frozenset[str]:

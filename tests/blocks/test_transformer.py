@@ -159,7 +159,7 @@ def test_the_rest_of_the_stream_passes_and_the_aux_is_zero() -> None:
     np.testing.assert_array_equal(stream.coordinates["token"], place["token"])
     assert stream.layout == (("text", 4),)
     assert aux.loss == 0 and aux.loss.dtype == jnp.float32
-    assert aux.statistics == {} and aux.buffers == {}
+    assert aux.statistics == {} and aux.proposals == {}
 
 
 def test_biases_only_where_asked() -> None:

@@ -12,8 +12,8 @@ from jax.nn import initializers
 from mmjax.core.config import build
 from mmjax.core.errors import UserError
 from mmjax.core.parameters import LayerStack, Spec
-from mmjax.engine.grafts import TransformConfig
-from mmjax.engine.warm_start import WarmStartConfig, initial_value, warm_start
+from mmjax.engine.grafts import TransformConfig, initial_value
+from mmjax.engine.warm_start import WarmStartConfig, warm_start
 
 RNG = np.random.default_rng(0)
 

@@ -222,13 +222,13 @@ def test_what_the_trunk_adds_is_passed_on() -> None:
     """Auxiliary losses and proposed buffers of its layers."""
     made = objective()
     real = declared(made).merge(declared(made).initialise(0))
-    aux = Aux(jnp.float32(0.25), buffers={"average": jnp.ones(3)})
+    aux = Aux(jnp.float32(0.25), proposals={"average": {"sum": jnp.ones(3)}})
     model: Any = SimpleNamespace(
         tokens=real.tokens, heads=real.heads, encode=lambda s, key: (real.encode(s, key)[0], aux)
     )
     loss = made(model, batch(), jax.random.key(0))
     np.testing.assert_allclose(loss.value, np.log(CLASSES) + 0.25, rtol=1e-6)
-    assert list(loss.buffers) == ["average"]
+    assert list(loss.proposals) == ["average"]
 
 
 def test_the_norm_is_a_parameter_of_its_own() -> None:

@@ -257,7 +257,7 @@ class Steps:
             loss, grads = loss_and_gradient(
                 task, lambda m: declaration.merge({**others, **m}, compute), moved, batch, key
             )
-            return loss.value, grads, loss.buffers
+            return loss.value, grads, loss.proposals
 
         parameters, batch = self.abstract.parameters, self.requests[name].arguments[1]
         moves = {n: p for n, p in parameters.items() if n in view.trains}

@@ -74,7 +74,9 @@ def test_a_second_change_starts_a_third_segment(half: Path) -> None:
     assert clock["positions"] == {t: n * BATCH[t] for t, n in schedule.visits(22).items()}
 
 
-def test_a_task_that_is_added_leaves_the_others_where_they_stood(half: Path) -> None:
+def test_a_task_that_is_added_leaves_the_others_where_they_stood(
+    half: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before, held = toyrun.meta(half)["clock"], toyrun.parameters(half)
     config = block()
     config["tasks"]["three"] = {**config["tasks"]["one"], "weight": 1}
@@ -90,6 +92,8 @@ def test_a_task_that_is_added_leaves_the_others_where_they_stood(half: Path) -> 
     assert new == ids("three", 0, 24) and clock["positions"]["three"] == 24
     after = toyrun.parameters(half)
     assert after.keys() - held.keys() == {"heads/three/out/bias", "heads/three/out/kernel"}
+    words = "lacks parameters, which are initialised randomly (2): heads/three/out/bias, heads/three/out/kernel."
+    assert words in capsys.readouterr().out
 
 
 def test_what_a_checkpoint_holds_survives_an_added_task(half: Path) -> None:
