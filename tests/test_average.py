@@ -27,7 +27,7 @@ Values = dict[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs of one config with different seeds, in folders `a` and `b`."""
+    """Return two runs of one config with different seeds, in folders `a` and `b`."""
     folder = tmp_path_factory.mktemp("soup")
     toyrun.run(folder / "a", *COMMON)
     toyrun.run(folder / "b", *COMMON, "seed=1")

@@ -27,7 +27,7 @@ KERNEL = "trunk/groups/0/blocks/0/inner/kernel"
 
 
 def lost(toy: toyrun.Parts, parameters: Any) -> jax.Array:
-    """The loss of task `one` on four examples."""
+    """Return the loss of task `one` on four examples."""
     chosen = toy.experiment.tasks["one"]
     loss = loss_function(toy.experiment.spec, chosen)
     return loss(parameters, {}, toy.batch("one", [0, 1, 2, 3]), np.int32(0)).value

@@ -46,7 +46,7 @@ def declared(towers: dict[str, Any], given: dict[str, Any]) -> Declaration:
 
 
 def parameters(declaration: Declaration) -> dict[str, Any]:
-    """Random parameters, each by its name."""
+    """Return random parameters, each by its name."""
     return {
         n: np.random.default_rng(zlib.crc32(n.encode())).normal(size=s.shape)
         for n, s in declaration.specs.items()
@@ -76,7 +76,7 @@ def encoded(declaration: Declaration, p: Any, names: tuple[str, ...], **keywords
 
 
 def alone(block: dict[str, Any], p: Any, name: str, given: dict[str, Any]) -> Any:
-    """A model whose only tower is that of one name, with the parameters of a larger model."""
+    """Return a model whose only tower is that of one name, with the parameters of a larger model."""
     keys = {k: v for k, v in block.items() if k not in ("reads", "context", "causal")}
     config = configs.build(ModelConfig, keys, "model")
     own = declare_model(config, given, [])
@@ -85,7 +85,7 @@ def alone(block: dict[str, Any], p: Any, name: str, given: dict[str, Any]) -> An
 
 
 def run(model: Any, streams: list[Stream], **keys: Any) -> Stream:
-    """The trunk of a model of one tower."""
+    """Return the trunk of a model of one tower."""
     stream: Stream = jax.jit(lambda s: model.trunk(s, None)[0])(
         replace(concatenate(streams), **keys)
     )

@@ -18,7 +18,7 @@ ROWS, COLUMNS = 4, 6
 
 
 def valid(frames: int) -> np.ndarray:
-    """Which tokens of two rows exist: some cells have all, some have none."""
+    """Return which tokens of two rows exist: some cells have all, some have none."""
     there = np.random.default_rng(2).random((2, frames, ROWS, COLUMNS)) < 0.7
     there[1, 0, :2, :3] = False
     return there.reshape(2, -1)

@@ -51,7 +51,7 @@ def program(*words: str, devices: int = 1, task: str = "one") -> Any:
 def after(
     *words: str, ids: Any = (range(8),), devices: int = 1, tasks: str = "one"
 ) -> tuple[Any, Any]:
-    """The state after a step on each of the batches, of a task each, and the last metrics."""
+    """Return the state after a step on each of the batches, of a task each, and the last metrics."""
     made = parts(*words, devices=devices)
     state, metrics = made.state, None
     names = tasks.split() * (len(ids) if " " not in tasks else 1)

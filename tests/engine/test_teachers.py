@@ -49,7 +49,7 @@ def program(task: str, *words: str, devices: int = 1) -> Any:
 
 
 def steps(*words: str, run: Any, devices: int = 1) -> tuple[list[Any], Any]:
-    """The states from the first on, of steps `(task, ids)`, and the metrics of the last."""
+    """Return the states from the first on, of steps `(task, ids)`, and the metrics of the last."""
     made = parts(*words, devices=devices)
     states, state, metrics = [toyrun.host(made.state)], made.state, None
     for step, (task, ids) in enumerate(run):

@@ -61,7 +61,7 @@ def mlp(p: Parameters, name: str, x: np.ndarray) -> np.ndarray:
 def attention(
     p: Parameters, name: str, x: np.ndarray, source: np.ndarray, sees: np.ndarray
 ) -> np.ndarray:
-    """Attention of one row without biases, a query at a time; `sees[s]` are the keys of query s, perhaps none."""
+    """Return attention of one row without biases, a query at a time; `sees[s]` are the keys of query s."""
     out = np.zeros_like(x)
     for s, h in np.ndindex(len(x), p[f"{name}/query"].shape[1]):
         read = source[sees[s]]

@@ -19,7 +19,7 @@ OF = ["stems/image/.*", "trunk/.*", "heads/views/projector/.*"]
 
 
 def make(name: str, *overrides: str, **keys: Any) -> Experiment:
-    """An experiment with one task, `views`, of an objective."""
+    """Return an experiment with one task, `views`, of an objective."""
     block = toyrun.block()
     layer = {"name": "transformer", "num_heads": 2, "mlp_dim": 8}
     block["model"] = {
@@ -41,14 +41,14 @@ def make(name: str, *overrides: str, **keys: Any) -> Experiment:
 
 
 def batch(valid: np.ndarray[Any, Any] = VALID) -> Batch:
-    """Random pictures; invalid rows are not blank."""
+    """Return random pictures; invalid rows are not blank."""
     pixels = np.random.default_rng(3).integers(0, 256, (ROWS, 2, 8, 8, 3), np.uint8)
     arrays = {"pixels": jnp.asarray(pixels), "present": jnp.ones((ROWS, 2), bool)}
     return Batch(inputs={"image": arrays}, fields={}, valid=jnp.asarray(valid))
 
 
 def arrays_of(made: Experiment) -> dict[str, jax.Array]:
-    """Random parameters, and a teacher that differs from them, by their names in the state."""
+    """Return random parameters, and a teacher that differs from them, by their names in the state."""
     rng = np.random.default_rng(5)
     return {
         name: jnp.asarray(rng.normal(size=spec.shape) * 0.3)

@@ -80,7 +80,7 @@ def test_nothing_flows_where_the_mask_forbids_it(
 
 
 def keyless(case: str, length: int) -> Pairs:
-    """Pairs of which some queries have no key: of the second item, or of the whole second row."""
+    """Return pairs of which some queries have no key: of the second item, or of the whole second row."""
     mask = Same("item") & KeyIs("prefix", 1)  # the prefix is in the first item
     if case == "absent row":
         exists = jnp.asarray(np.repeat([[True], [False]], length, 1))

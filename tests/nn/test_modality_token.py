@@ -24,14 +24,14 @@ def declared(modality_token: bool) -> Declaration:
 
 
 def parameters(declaration: Declaration) -> dict[str, np.ndarray]:
-    """Parameters of which both stems have the same, apart from modality tokens."""
+    """Return parameters of which both stems have the same, apart from modality tokens."""
     values = {n: RNG.normal(size=s.shape).astype(np.float32) for n, s in declaration.specs.items()}
     same = {n: values[n.replace("right", "left")] for n in values if "modality_token" not in n}
     return {**values, **same}
 
 
 def tokens(declaration: Declaration, values: dict[str, Any], left: Any, right: Any) -> np.ndarray:
-    """The trunk's tokens of two pictures, each in turn: float [2, B, S, D]."""
+    """Return the trunk's tokens of two pictures, each in turn: float [2, B, S, D]."""
     model = declaration.merge(values)
     streams = [model.tokens(n, {"pixels": x}) for n, x in (("left", left), ("right", right))]
     x_BSD = np.asarray(model.encode(streams, None)[0].x_BSD)

@@ -16,7 +16,7 @@ TAKEN = {"stems", "heads"}
 
 
 def connected(towers: dict[str, dict[str, Any]], **readers: str) -> Towers:
-    """Towers of width 8, and modalities by the tower that each names."""
+    """Return towers of width 8, and modalities by the tower that each names."""
     built = {
         name: configs.build(TowerConfig, {"width": 8, "layers": LAYERS, **keys}, f"model.{name}")
         for name, keys in towers.items()

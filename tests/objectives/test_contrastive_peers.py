@@ -61,7 +61,7 @@ def dense(peer: Mapping[str, np.ndarray], at: str, to: str) -> Arrays:
 
 
 def heads_in(weight: np.ndarray) -> np.ndarray:
-    """`[D, D]` of torch as `[D, heads, size]`."""
+    """Return `[D, D]` of torch as `[D, heads, size]`."""
     return weight.T.reshape(weight.shape[1], HEADS, -1)
 
 
@@ -75,7 +75,7 @@ def attention(kernels: Any, biases: Any, peer: Any, out: str, to: str) -> Arrays
 
 
 def layers(peer: Any, at: str, to: str, names: Mapping[str, str]) -> Arrays:
-    """Two blocks; `names` are the peer's of their parts."""
+    """Return two blocks; `names` are the peer's of their parts."""
     result: Arrays = {}
     for i in range(2):
         a, t = f"{at}.{i}.", f"{to}/layers/{i:03d}"
@@ -100,7 +100,7 @@ TIMM = {
 
 
 def patches(weight: np.ndarray) -> np.ndarray:
-    """`[D, 3, p, p]` of a convolution as `[p p 3, D]`."""
+    """Return `[D, 3, p, p]` of a convolution as `[p p 3, D]`."""
     return weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0])
 
 
@@ -115,7 +115,7 @@ def text(peer: Any, at: str) -> Arrays:
 
 
 def clip(peer: Any, is_gradient: bool) -> Arrays:
-    """The class token is a sum of two vectors there, so the gradient is that of either."""
+    """Return the gradient of a class token, which is a sum of two vectors there: that of either."""
     token, place = peer["visual.class_embedding"], peer["visual.positional_embedding"]
     return {
         **text(peer, ""),
@@ -158,7 +158,7 @@ MAPS = {"clip": clip, "siglip": siglip}
 
 @cache
 def compared(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Features, loss and gradients here, and as the peer has them, by canonical name."""
+    """Return features, loss and gradients here, and as the peer has them, by canonical name."""
     fixture = np.load(PEERS / f"{name}.npz", allow_pickle=False)
     towers, keys = SYSTEMS[name]
     modalities: dict[str, Any] = {

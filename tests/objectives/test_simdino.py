@@ -50,7 +50,7 @@ def test_rows_that_are_not_valid_do_not_count() -> None:
 
 
 def result(parts: int = 1, devices: int = 1) -> Any:
-    """Value, gradients, and the rows that are compared."""
+    """Return value, gradients, and the rows that are compared."""
     made = views.make("simdino")
     task = made.tasks["views"]
     task = replace(task, config=replace(task.config, microbatches=parts))

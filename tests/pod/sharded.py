@@ -119,7 +119,7 @@ def _without_file(modality: configs.Block) -> configs.Block:
 
 
 def _model(model: configs.Block) -> configs.Block:
-    """The model, or each of its towers, of width 32."""
+    """Return the model, or each of its towers, of width 32."""
     if "towers" in model:
         return {"towers": {name: _model(tower) for name, tower in model["towers"].items()}}
     return {**model, "width": 32, "layers": [_group(g) for g in model["layers"]], "remat": "none"}

@@ -37,7 +37,7 @@ ROWS = "stat/heads/one/labels/rows"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 12 steps, which no test changes."""
+    """Return a run of 12 steps, which no test changes."""
     folder = tmp_path_factory.mktemp("buffers")
     toyrun.run(folder, *WORDS)
     return folder

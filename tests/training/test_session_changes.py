@@ -159,7 +159,7 @@ def test_a_saved_phase_plan_goes_on_and_a_new_one_takes_over(half: Path) -> None
 
 
 def begun(workdir: Path, allow_change: bool = False) -> list[str]:
-    """The lines that a run of the config with another head of task one logs as it begins in `workdir`."""
+    """Return the lines that a run of the config with another head of task one logs as it begins in `workdir`."""
     lines: list[str] = []
     experiment = make_experiment(block("tasks.one.objective.head=other"))
     mesh = make_mesh(experiment.run.mesh, jax.devices()[:1])

@@ -32,7 +32,7 @@ def normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Arra
 
 
 def mean(old: jax.Array, statistics: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-    """A tenth of the way to the mean of the tokens, and noise that shows the key."""
+    """Return a tenth of the way to the mean of the tokens, and noise that shows the key."""
     count = statistics["count"]
     new = old + 0.1 * (statistics["sum"] / jnp.maximum(count, 1) - old)
     noise = 1e-3 * jax.random.normal(key, old.shape, old.dtype)
@@ -40,7 +40,7 @@ def mean(old: jax.Array, statistics: dict[str, jax.Array], key: jax.Array) -> ja
 
 
 def codebook(old: jax.Array, statistics: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-    """Averages of counts (last column) and sums; decay 0.9."""
+    """Return averages of counts (last column) and sums; decay 0.9."""
     del key
     now = jnp.concatenate([statistics["sum"], statistics["count"][:, None]], axis=1)
     return 0.9 * old + 0.1 * now

@@ -21,13 +21,13 @@ from mmjax.objectives.base import Loss, Objective
 
 
 def running(old: jax.Array, statistics: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-    """0.75 of the old mean and 0.25 of the new."""
+    """Return 0.75 of the old mean and 0.25 of the new."""
     del key
     return 0.75 * old + 0.25 * statistics["sum"] / jnp.maximum(statistics["count"], 1)
 
 
 def last_rows(old: jax.Array, statistics: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-    """The labels of the first rows of the batch."""
+    """Return the labels of the first rows of the batch."""
     del key
     return statistics["label"][: old.shape[0]]
 

@@ -25,7 +25,7 @@ SIGLIPS = {"b16": (16, 768, 3072, 12, 12, 64), "so400m": (14, 1152, 4304, 16, 27
 def tower(
     source: str, name: str, width: int, hidden: int, heads: int, count: int, **keys: Any
 ) -> list[Row]:
-    """Rows of a tower of a ViT's layers; `keys` are those that differ from a plain one."""
+    """Return rows of a tower of a ViT's layers; `keys` are those that differ from a plain one."""
     plain = {
         "first_norm": False, "causal": False, "norm": "layer", "norm_eps": 1e-6, "layers.eps": 1e-6,
         "layers.mlp": "gelu", "layers.bias": True, "layers.attention_bias": True, "layers.qk_norm": False,
