@@ -68,9 +68,9 @@ class Cases:
     def __call__(
         self, name: str, count: int, valid: np.ndarray = VALID, key: int = 1, objective: Any = None
     ) -> Result:
-        which = (name, count, objective)
+        which = (name, count, repr(objective))
         if which not in self._compiled:
-            self._compiled[which] = jax.jit(self.function(*which))
+            self._compiled[which] = jax.jit(self.function(name, count, objective))
         return host(self._compiled[which](*self.arguments(name, valid, key)))
 
     def function(self, name: str, count: int, objective: Any) -> Callable[..., Result]:

@@ -61,6 +61,7 @@ class Trial:
       depths: what is compiled by mesh, see `compare`.
       positions: of all modalities where not empty.
       towers: the tower of each modality with its keys, in place of one trunk.
+      teachers: copies of parameters that the objectives read.
     """
 
     layers: list[Block]
@@ -70,6 +71,7 @@ class Trial:
     optimizer: Block
     positions: str = ""
     towers: Mapping[str, Block] = field(default_factory=dict)
+    teachers: Mapping[str, Block] = field(default_factory=dict)
 
     def block(self) -> Block:
         """Return the config."""
@@ -78,7 +80,7 @@ class Trial:
             name: {"positions": self.positions} if self.positions else {} for name in names
         }
         tower = {"width": 32, "layers": [{"repeat": 2, "blocks": self.layers}]}
-        model = tower
+        model = {**tower, "teachers": dict(self.teachers)}
         if self.towers:
             model = {
                 "towers": {f"{name}_tower": {**tower, **own} for name, own in self.towers.items()}
@@ -237,6 +239,25 @@ TRIALS: dict[str, Trial] = {
         {DATA: GRADIENT, FSDP: GRADIENT, TENSOR: GRADIENT, MIXED_TENSOR: WHOLE},
         ADAMW,
         towers={"image": {"first_norm": True}, "text": {"width": 64, "causal": True}},
+    ),
+    # A moving average that two objectives read, and a sum of objectives whose passes are shared.
+    "taught": Trial(
+        [layer()],
+        {
+            "byol": task("image", "byol", views={"image": {"instances": 2}}, hidden=32, embed_dim=32),
+            "simdino": task("image", "simdino", views={"image": {"instances": 2}}, hidden=32, embed_dim=32),
+            "sum": task(
+                "image text", "sum",
+                members={
+                    "pairs": {"objective": {"name": "contrastive", **PAIR}},
+                    "classes": {"objective": {"name": "classification", **CLASSES}, "weight": 0.5},
+                },
+            ),
+        },
+        {"byol": (MIXED_TENSOR,), "simdino": (DATA, MIXED_TENSOR), "sum": (DATA, MIXED_TENSOR)},
+        {DATA: GRADIENT, MIXED_TENSOR: WHOLE},
+        ADAMW,
+        teachers={"target": {"of": ["stems/image/.*", "trunk/.*", "heads/.*/projector/.*"]}},
     ),
     # A trunk per modality that tokens of a bottleneck join.
     "bottleneck": Trial(

@@ -251,39 +251,40 @@ class Steps:
         task, view = self.experiment.tasks[name], self.experiment.optimizers.views[name]
         declaration, compute = self.experiment.declaration, compute_dtype("float64")
 
-        def gradient(parameters: Any, batch: Any) -> Any:
-            moved, others = program._parted(parameters, view)
+        def gradient(state: State, batch: Any) -> Any:
+            moved, others = program._parted(state, view)
             key = jax.random.fold_in(task.fold(0), 0)
             loss, grads = loss_and_gradient(
                 task, lambda m: declaration.merge({**others, **m}, compute), moved, batch, key
             )
-            return loss.value, grads, loss.proposals
+            return loss.value, grads
 
-        parameters, batch = self.abstract.parameters, self.requests[name].arguments[1]
-        moves = {n: p for n, p in parameters.items() if n in view.trains}
-        out = (replicated(self.mesh), shardings(moves), None)
+        batch = self.requests[name].arguments[1]
+        moves = {n: p for n, p in self.abstract.parameters.items() if n in view.trains}
+        out = (replicated(self.mesh), shardings(moves))
         what = f"{self.case} / {name}"
-        made = compiled(gradient, (parameters, batch), out, self.mesh, what)
-        loss, grads, buffers = made(self.state.parameters, self._batch(name))
+        made = compiled(gradient, (self.abstract, batch), out, self.mesh, what)
+        loss, grads = made(self.state, self._batch(name))
         if not is_updated:
             return flat(jax.device_get({"loss": loss, "gradient": grads}))
         after = self._update(name, moves)(self.state, grads, self._ticks(name))
-        after = replace(after, buffers={**after.buffers, **buffers})
         return flat(jax.device_get({"loss": loss, "gradient": grads, "state": after}))
 
     def _update(self, name: str, grads: Any) -> Any:
         """Return the program of a task's update, from its abstract gradient."""
         optimizer = self.experiment.optimizers.whole
+        averages = program.moving(self.experiment.optimizers.spec.teachers, name)
         alike = optimizer.views[name].kind == SHARED and optimizer.config.unit == "steps"
-        key = "" if alike else name
+        key = "" if alike and not averages else name
 
         def update(state: State, grads: Any, ticks: Any) -> State:
             after: State = program._updated(state, grads, optimizer, name, ticks)[0]
-            return after
+            teachers = program.followed(after.buffers, after.parameters, averages, ticks)
+            return replace(after, buffers={**after.buffers, **teachers})
 
         if key not in self._updates:
             arguments = (self.abstract, grads, self.requests[name].arguments[2])
-            out, what = shardings(self.abstract), f"{self.case} / update"
+            out, what = shardings(self.abstract), f"{self.case} / update {key}".strip()
             self._updates[key] = compiled(update, arguments, out, self.mesh, what)
         return self._updates[key]
 
