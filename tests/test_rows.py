@@ -34,6 +34,7 @@ from mmjax.objectives.cross_modal import CrossModal
 from mmjax.objectives.fusion import Fusion
 from mmjax.objectives.masked_image import MaskedImage
 from mmjax.objectives.simdino import Simdino
+from mmjax.objectives.sum import Member, Sum
 from mmjax.objectives.transfusion import Transfusion
 from mmjax.task import Task, TaskConfig
 
@@ -70,6 +71,13 @@ OBJECTIVES: dict[str, Objective] = {
     "fusion": Fusion(head="h", classes=CLASSES, modalities=BOTH, init="lecun"),
     "masked_image": MaskedImage(head="h", decoder_width=8, decoder_depth=1, decoder_heads=2),
     "simdino": Simdino(head="h", modality="views", hidden=8, embed_dim=4),
+    "sum": Sum(
+        head="h",
+        members={
+            "pairs": Member(Contrastive(modalities=BOTH, embed_dim=4, positive_key="concept")),
+            "classes": Member(Classification(classes=CLASSES, modalities=BOTH, init="lecun"), 0.5),
+        },
+    ),
     "transfusion": Transfusion(head="h", pack=2, attend_across_items=True),
 }  # fmt: skip
 # Compiled quickly rather than to run quickly.
@@ -130,9 +138,9 @@ def batch(seed: int, valid: np.ndarray = VALID) -> dict[str, Any]:
 def built(name: str) -> tuple[Declaration, Any]:
     """Return the model's declaration, and `batch -> (loss, gradient)` with random parameters, compiled."""
     objective, read = OBJECTIVES[name], inputs(name)
-    heads = objective.heads(Widths.same(WIDTH), read)
+    heads = objective.named_heads(Widths.same(WIDTH), read)
     modalities = {**MODALITIES, **{each: read[each].modality for each in read}}
-    declaration = declare_model(ModelConfig(WIDTH, MIXED), modalities, [("h", heads)])
+    declaration = declare_model(ModelConfig(WIDTH, MIXED), modalities, heads)
     copied = frozenset(declaration.specs)
     declaration.teach({teacher: copied for teacher in objective.teachers()})
     rng = np.random.default_rng(3)

@@ -190,7 +190,7 @@ def test_a_batch_with_invalid_slots(data: Data) -> None:
     for (_, words), index in zip(failed, (23, 7), strict=True):
         file, record = PLACE[index]
         assert words.startswith(
-            f"{data.damaged}/*.array_record*[{index}]: {file}, record {record}: "
+            f"{data.damaged}/*.array_record*[{index}]: ValueError: {file}, record {record}: "
         )
 
 
@@ -244,7 +244,7 @@ def test_the_loader_goes_on_and_every_other_row_is_the_same(data: Data, threads:
     assert sorted(ids[list(failed)]) == list(DAMAGED)
     for position, words in failed.items():
         file, record = PLACE[int(ids[position])]
-        assert f"[{ids[position]}]: {file}, record {record}: " in words
+        assert f"[{ids[position]}]: ValueError: {file}, record {record}: " in words
 
 
 def test_a_tfds_data_set_with_flipped_bytes(emoji_dir: epath.Path, tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_a_run_counts_and_names_them_across_a_restart(
         file, record = PLACE[index]
         place = f"task labels, position {ids.index(index)}: "
         assert said.count(f"invalid example: {place}") == 1
-        assert f"[{index}]: {file}, record {record}: " in said
+        assert f"[{index}]: ValueError: {file}, record {record}: " in said
     run = folder / "two" / "run"
     assert clock_of(run).invalid == {"labels": 4}
     shown = ended["show"].out
@@ -355,7 +355,7 @@ def test_a_run_past_its_limit_stops_and_says_which(ended: dict[str, Ended]) -> N
     assert (
         "Task 'labels': 4 examples could not be read, over limits.max_invalid_examples = 3" in said
     )
-    assert f"[{last}]: {PLACE[last][0]}, record {PLACE[last][1]}: " in said
+    assert f"[{last}]: ValueError: {PLACE[last][0]}, record {PLACE[last][1]}: " in said
     assert "Traceback" not in done.err
 
 
