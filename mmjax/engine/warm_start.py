@@ -377,8 +377,8 @@ def _take(
 
 
 def _surplus(config: WarmStartConfig, entries: Iterable[str], known: set[str]) -> list[str]:
-    """Return the arrays there that no parameter here has and no pattern of `ignore` matches; none without `strict`."""
-    entries = list(entries)
+    """Return the arrays there, without teachers, that no parameter here has and `ignore` does not match, if strict."""
+    entries = [name for name in entries if not name.startswith(TEACHER)]
     patterns = [
         matches(pattern, entries, f"init_from.ignore[{index}]")
         for index, pattern in enumerate(config.ignore)

@@ -59,7 +59,8 @@ def pin_of(teacher: str) -> str:
 def teacher_sources(experiment: Experiment) -> dict[str, WarmStartConfig]:
     """Return the sources of frozen teachers that have one."""
     paths = {name: teacher.config.path for name, teacher in experiment.teachers.items()}
-    return {name: WarmStartConfig(path) for name, path in paths.items() if path}
+    every = (".*",)  # a teacher copies a part
+    return {name: WarmStartConfig(path, ignore=every) for name, path in paths.items() if path}
 
 
 def taken(

@@ -412,6 +412,8 @@ def _may_be_new(experiment: Experiment) -> Callable[[str, dict[str, Any]], bool]
 
 def _is_new(name: str, meta: dict[str, Any]) -> bool:
     """Return whether a parameter is of a head, stem or tower that a checkpoint's config does not have."""
+    if name.startswith(TEACHER):
+        return False
     config = meta["config"]
     parameter = (split_name(name)[1] or parameter_of(name)).removeprefix(STAT)
     part, inner = [*parameter.split("/"), ""][:2]

@@ -28,7 +28,7 @@ from jax._src import compilation_cache, compiler
 from mmjax import train
 from mmjax.core import errors
 from mmjax.engine import arrays, loader
-from mmjax.engine.loader import make_batch, place
+from mmjax.engine.loader import _make_rows, place
 from mmjax.training import flight
 
 HEARTBEAT = 10
@@ -51,7 +51,7 @@ def main() -> int:
         index, _, more = os.environ.get("MEMBER_SLOW", "").partition(":")
         if index == str(jax.process_index()):
             time.sleep(float(more))
-        return make_batch(*arguments)
+        return _make_rows(*arguments)
 
     def fallibly(*arguments: Any) -> None:
         if os.environ.get("MEMBER_UNREADABLE") == str(jax.process_index()):
@@ -67,7 +67,7 @@ def main() -> int:
         mock.patch.object(jax.distributed, "initialize", join),
         mock.patch.object(compiler, "_cache_write", cached),
         mock.patch.object(flight, "place", noted),
-        mock.patch.object(loader, "make_batch", slowly),
+        mock.patch.object(loader, "_make_rows", slowly),
         mock.patch.object(arrays, "_read_part", fallibly),
     ):
         return train.main(words)
