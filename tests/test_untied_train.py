@@ -120,7 +120,13 @@ def outputs(parameters: Mapping[str, Any], *config: str) -> np.ndarray:
 def trained(workdir: Path, file: Path, freeze: list[str]) -> Mapping[str, np.ndarray]:
     names = [{"match": LAYERS, "name": r"\1\3"}]
     rules = [{"match": pattern, "freeze": True} for pattern in freeze]
-    more = [f"init_from.path={file}", f"init_from.names={names}", f"optimizer.rules={rules}"]
+    alone = ["tasks.one.weight=0"] if freeze else []  # a task that trains nothing is refused
+    more = [
+        f"init_from.path={file}",
+        f"init_from.names={names}",
+        f"optimizer.rules={rules}",
+        *alone,
+    ]
     more += ["init_from.skip=['stems/other/.*']"]
     more += ["schedule.rule=shares", "steps=4", "evaluation.every=0"]
     toyrun.run(workdir, *overrides(MOT, norms=NAMES), *more)

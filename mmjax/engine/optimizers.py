@@ -118,6 +118,8 @@ class Optimizers:
         for name, view in self.views.items():
             if view.kind == SHARED and view.trains == specs.keys():
                 continue  # nothing is frozen: nothing is traced
+            if not self.tasks[name].config.weight:
+                continue  # it does not run
             trained = view.trains
             if view.kind == SHARED and trained:
                 trained = trained & reach_of(self.spec, self.tasks[name]).names
