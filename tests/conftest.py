@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import subprocess
 import sys
@@ -52,6 +53,29 @@ def _devices() -> None:
     assert len(jax.devices()) == DEVICES, (
         f"tests need {DEVICES} forced CPU devices, found {jax.devices()}"
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _released() -> Iterator[None]:
+    """Release the programs of a module's tests once a process has mapped many pieces of memory.
+
+    Linux allows a process 65,530 of them, and each program takes one or more; XLA ends the process at the limit.
+    """
+    yield
+    if _mapped() > _most_mapped[0]:
+        jax.clear_caches()
+        gc.collect()
+        _most_mapped[0] = _mapped() + MAPPED
+
+
+MAPPED = 10_000  # pieces of memory that may be mapped until programs are released again
+_most_mapped = [MAPPED]
+
+
+def _mapped() -> int:
+    """Return how many pieces of memory this process has mapped; 0 where the system has no such list."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
 
 
 @pytest.fixture
