@@ -313,7 +313,7 @@ class Declaration:
           parameters: by name, and the buffers by `stat/NAME`, which keep their dtype and have no gradient; and the
             teachers by `teacher/TEACHER/NAME`, where they are read.
         """
-        parameters, pairs = self._fold(parameters), []
+        arrays, parameters, pairs = parameters, self._fold(parameters), []
         for name, (path, variable) in self._variables.items():
             value = jnp.asarray(parameters[name])  # of a file, perhaps
             if compute_dtype is not None and not self.specs[name].keep_dtype:
@@ -324,7 +324,7 @@ class Declaration:
             pairs.append((path, variable.replace(value, path=name)))
         module: Any = nnx.merge(self._graph, nnx.from_flat_state(pairs))
         if self.teachers:
-            module.teacher_of = partial(self._taught, parameters, compute_dtype)
+            module.teacher_of = partial(self._taught, arrays, compute_dtype)
         return module
 
     def _taught(self, arrays: Mapping[str, jax.Array], compute_dtype: Any, teacher: str) -> Any:

@@ -95,8 +95,7 @@ class Byol(Objective, Embeds):
         cosine_BV = (predicted_BVE * target_BVE[:, ::-1]).sum(axis=-1)
         cost_B = jnp.where(batch.valid, (2 - 2 * cosine_BV).mean(axis=1), 0)
         value = cost_B.sum() / jnp.maximum(batch.valid.sum(), 1)
-        metrics = {"baseline": jnp.float32(2), **aux.metrics()}  # of vectors that are orthogonal
-        return Loss(value + aux.loss, metrics, aux.proposals)
+        return Loss(value, {"baseline": jnp.float32(2)}).with_aux(aux)  # of orthogonal vectors
 
 
 def _precise(x: jax.Array) -> jax.Array:

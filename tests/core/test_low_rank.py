@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.nn import initializers
 
 from mmjax.core.errors import UserError
-from mmjax.core.low_rank import LowRankConfig, adapters_of, fold, merged
-from mmjax.core.parameters import LayerStack, Spec
+from mmjax.core.low_rank import LowRankConfig, adapt, adapters_of, fold, merged
+from mmjax.core.parameters import Declaration, LayerStack, Spec
+from mmjax.nn.dense import Dense
 
 RNG = np.random.default_rng(0)
 
@@ -115,3 +117,22 @@ def test_a_narrow_matrix_is_added_to_in_float32() -> None:
     whole = fold(one, arrays)["g/query"]
     assert whole.dtype == jnp.float32 and np.all(np.asarray(whole) == 1 + 2.0**-10)
     assert merged(one, arrays)["g/query"].dtype == jnp.bfloat16
+
+
+class Pair(nnx.Module):
+    """Two matrices of a kind, of which a teacher copies one."""
+
+    def __init__(self) -> None:
+        self.copied = Dense(3, 2, ("embed", None), bias=False)
+        self.other = Dense(3, 2, ("embed", None), bias=False)
+
+
+def test_a_teacher_has_each_delta_once() -> None:
+    declaration = Declaration(Pair())
+    adapt(declaration, (LowRankConfig((".*/kernel",), 1, 2.0),), "lora")
+    declaration.teach({"old": frozenset(n for n in declaration.specs if n.startswith("copied"))})
+    arrays = {n: jnp.asarray(RNG.normal(size=s.shape)) for n, s in declaration.read.items()}
+    taught = declaration.merge(arrays).teacher_of("old")
+    for part, prefix in (("copied", "teacher/old/"), ("other", "")):
+        w, a, b = (arrays[f"{prefix}{part}/kernel{end}"] for end in ("", "_lora_a", "_lora_b"))
+        np.testing.assert_allclose(getattr(taught, part).kernel[...], w + 2 * a @ b, rtol=1e-5)

@@ -60,4 +60,4 @@ class Steady(Objective):
         whole, _ = teacher.encode([teacher.tokens("tone", arrays)], None)
         cost_B = 2 - 2 * (guess_BD * unit(mean_pool(whole))).sum(axis=-1)
         value = jnp.where(batch.valid, cost_B, 0).sum() / jnp.maximum(batch.valid.sum(), 1)
-        return Loss(value + aux.loss, proposals=aux.proposals)
+        return Loss(value).with_aux(aux)
