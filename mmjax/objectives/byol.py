@@ -40,26 +40,16 @@ class Projector(nnx.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Byol(Objective, Embeds):
-    """The mean over both directions of `2 - 2 cos` between a prediction and the teacher's projection of the other view.
-
-    Its input has `instances: 2`, the two views. The teacher copies stem, trunk and projector:
-    `model.teachers.NAME.of = ["stems/image/.*", "trunk/.*", "heads/TASK/projector/.*"]`.
+class Views(Objective, Embeds):
+    """An objective of two views of a modality, `instances: 2` of its input, and a teacher.
 
     Attributes:
       modality: that of the views.
       teacher: its name in `model.teachers`.
-      hidden: units of projector and predictor.
-      embed_dim: size of a projection.
     """
 
     modality: str = "image"
     teacher: str = "target"
-    hidden: int = 4096
-    embed_dim: int = 256
-
-    def __post_init__(self) -> None:
-        check(self, hidden=COUNT, embed_dim=COUNT)
 
     def reads(self) -> tuple[str, ...]:
         return (self.modality,)
@@ -70,12 +60,6 @@ class Byol(Objective, Embeds):
     def check_inputs(self, inputs: Mapping[str, Input]) -> None:
         check_views(self, inputs[self.modality])
 
-    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
-        return {
-            "projector": Projector(widths[self.modality], self.hidden, self.embed_dim),
-            "predictor": Projector(self.embed_dim, self.hidden, self.embed_dim),
-        }
-
     def embeds(self) -> tuple[str, ...]:
         return (self.modality,)
 
@@ -84,6 +68,31 @@ class Byol(Objective, Embeds):
     ) -> jax.Array:
         """Return unit vectors of the pooled trunk, without the projector."""
         return unit(pooled_views(model, modality, arrays, None)[0][:, 0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Byol(Views):
+    """The mean over both directions of `2 - 2 cos` between a prediction and the teacher's projection of the other view.
+
+    Its input has `instances: 2`, the two views. The teacher copies stem, trunk and projector:
+    `model.teachers.NAME.of = ["stems/image/.*", "trunk/.*", "heads/TASK/projector/.*"]`.
+
+    Attributes:
+      hidden: units of projector and predictor.
+      embed_dim: size of a projection.
+    """
+
+    hidden: int = 4096
+    embed_dim: int = 256
+
+    def __post_init__(self) -> None:
+        check(self, hidden=COUNT, embed_dim=COUNT)
+
+    def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
+        return {
+            "projector": Projector(widths[self.modality], self.hidden, self.embed_dim),
+            "predictor": Projector(self.embed_dim, self.hidden, self.embed_dim),
+        }
 
     def __call__(self, model: Model, batch: Batch, key: jax.Array) -> Loss:
         arrays, teacher = batch.inputs[self.modality], model.teacher(self.teacher)

@@ -16,8 +16,8 @@ from mmjax.modalities.base import Input
 from mmjax.model import Model
 from mmjax.nn.dense import Dense
 from mmjax.nn.towers import Widths
-from mmjax.objectives.base import Coupled, Embeds, Loss, Part, Represented
-from mmjax.objectives.byol import check_views, pooled_views
+from mmjax.objectives.base import Coupled, Loss, Part, Represented
+from mmjax.objectives.byol import Views, pooled_views
 from mmjax.objectives.contrastive import unit
 
 
@@ -35,7 +35,7 @@ class Projector(nnx.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Simdino(Coupled, Embeds):
+class Simdino(Views, Coupled):
     """`-c cos(teacher of one view, student of the other) - R`, R the coding rate of the batch (see `coding_rate`).
 
     R is of the mean of student and teacher, as in the published code; its rows are those of the whole batch, whatever
@@ -43,16 +43,12 @@ class Simdino(Coupled, Embeds):
     and projector, as that of `byol`.
 
     Attributes:
-      modality: that of the views.
-      teacher: its name in `model.teachers`.
       hidden: units of the projector.
       embed_dim: size of a projection.
       align: c, the weight of agreement.
       eps: distortion of the coding rate.
     """
 
-    modality: str = "image"
-    teacher: str = "target"
     hidden: int = 2048
     embed_dim: int = 256
     align: float = 1.0
@@ -61,26 +57,8 @@ class Simdino(Coupled, Embeds):
     def __post_init__(self) -> None:
         check(self, hidden=COUNT, embed_dim=COUNT, align=AMOUNT, eps=POSITIVE)
 
-    def reads(self) -> tuple[str, ...]:
-        return (self.modality,)
-
-    def teachers(self) -> tuple[str, ...]:
-        return (self.teacher,)
-
-    def check_inputs(self, inputs: Mapping[str, Input]) -> None:
-        check_views(self, inputs[self.modality])
-
     def heads(self, widths: Widths, inputs: Mapping[str, Input]) -> dict[str, Any]:
         return {"projector": Projector(widths[self.modality], self.hidden, self.embed_dim)}
-
-    def embeds(self) -> tuple[str, ...]:
-        return (self.modality,)
-
-    def embed(
-        self, model: Model, modality: str, arrays: Mapping[str, jax.Array], relative_to: str = ""
-    ) -> jax.Array:
-        """Return unit vectors of the pooled trunk, without the projector."""
-        return unit(pooled_views(model, modality, arrays, None)[0][:, 0])
 
     def represent(self, model: Model, batch: Batch, key: jax.Array) -> Represented:
         arrays, teacher = batch.inputs[self.modality], model.teacher(self.teacher)
